@@ -18,15 +18,19 @@ import hashlib
 import json
 import os
 import posixpath
+import tempfile
 import uuid
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from mtc.config import RunConfig, make_config
+
+if TYPE_CHECKING:
+    from mtc.transcoder import MatryoshkaTranscoder
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -184,3 +188,13 @@ def cache_directory() -> str:
     """`$MTC_CACHE`, or `mtc` in the user's cache directory: converted models and token stores."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("MTC_CACHE") or os.path.join(base, "mtc")
+
+
+def load_transcoder(run: RunDirectory, device: str = "cpu") -> MatryoshkaTranscoder:
+    """The run's transcoder, through a temporary local file where the run is remote."""
+    from mtc.transcoder import MatryoshkaTranscoder
+
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(run.read("transcoder.safetensors"))
+        file.flush()
+        return MatryoshkaTranscoder.load(file.name, device)

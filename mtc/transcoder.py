@@ -158,7 +158,7 @@ class MatryoshkaTranscoder(nn.Module):
         return error.square().sum(-1).mean() / self.shape.d_target
 
     def _nested(self, activations: Tensor) -> Tensor:
-        """Scaled reconstructions of all prefixes for the cost of one decode: each group is decoded once, then summed."""
+        """Scaled reconstructions of all prefixes for the cost of one decode: each group decodes once."""
         parts = [activations[:, a:b] @ self.W_dec[a:b] for a, b in self.groups]
         return torch.stack(parts).cumsum(0) + self.b_dec  # [prefixes, tokens, d_target]
 

@@ -1,0 +1,276 @@
+"""How well a transcoder stands in for its MLP, on held-out tokens. `python -m mtc.evaluation RUN` recomputes a run's.
+
+Accumulators are float64 and mergeable: sums over millions of tokens lose digits in float32, and parts of the text are
+evaluated by different processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from mtc.config import RunConfig
+from mtc.transcoder import MatryoshkaTranscoder
+
+if TYPE_CHECKING:
+    from mtc.language_model import LanguageModel
+    from mtc.tokens import PaddedWindows
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class LossRecovered(_Part):
+    """Next-token cross-entropy (nats) of the language model with the transcoder in place of its MLP."""
+
+    tokens: int
+    """Predicted tokens."""
+    ce_clean: float
+    """The model as it is."""
+    ce_zero: float
+    """mlp_out replaced by zero."""
+    ce_mean: float
+    """mlp_out replaced by its mean over held-out tokens."""
+    ce_spliced: list[float]
+    """mlp_out replaced by the transcoder's reconstruction, per prefix."""
+    kl: list[float]
+    """Mean KL(clean || spliced) per prefix, nats."""
+    recovered_zero: list[float]
+    """(ce_zero - ce_spliced) / (ce_zero - ce_clean), per prefix."""
+    recovered_mean: list[float]
+    """(ce_mean - ce_spliced) / (ce_mean - ce_clean), per prefix."""
+
+
+class Evaluation(_Part):
+    """Reconstruction on held-out tokens, at the calibrated threshold."""
+
+    tokens: int
+    """Held-out tokens."""
+    prefixes: list[int]
+    """Sizes of the nested dictionaries."""
+    fvu: list[float]
+    """Fraction of variance unexplained, per prefix."""
+    l0: list[float]
+    """Active features per token within each prefix; the last is the whole dictionary's."""
+    never_fired: int
+    """Features that fired on none of these tokens."""
+    loss: LossRecovered | None
+    """None if not measured."""
+
+    @property
+    def explained_variance(self) -> list[float]:
+        return [1 - value for value in self.fvu]
+
+
+class ReconstructionSums(NamedTuple):
+    """Additive sums behind FVU, all float64.
+
+    FVU_m = sum ||y - y_m||^2 / (sum ||y||^2 - ||sum y||^2 / n), the denominator being the squared deviation from the
+    per-dimension mean: one scalar variance over all elements would hide the mean and flatter.
+    """
+
+    tokens: np.ndarray
+    """Scalar, number of tokens."""
+    errors: np.ndarray
+    """[prefixes], squared error in raw units."""
+    target: np.ndarray
+    """[d_target], sum of targets."""
+    target_square: np.ndarray
+    """Scalar, sum of squared targets."""
+    fired: np.ndarray
+    """[features], activations per feature."""
+
+    def __add__(self, other: object) -> ReconstructionSums:
+        assert isinstance(other, ReconstructionSums)
+        return ReconstructionSums(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def fvu(self) -> list[float]:
+        deviation = self.target_square - np.square(self.target).sum() / self.tokens
+        return [float(e / deviation) for e in self.errors]
+
+    def target_mean(self) -> np.ndarray:
+        """[d_target], mean of raw targets."""
+        return self.target / self.tokens
+
+    def evaluation(self, transcoder: MatryoshkaTranscoder, loss: LossRecovered | None) -> Evaluation:
+        return Evaluation(
+            tokens=int(self.tokens),
+            prefixes=list(transcoder.prefixes),
+            fvu=self.fvu(),
+            l0=[float(self.fired[:m].sum() / self.tokens) for m in transcoder.prefixes],
+            never_fired=int((self.fired == 0).sum()),
+            loss=loss,
+        )
+
+
+class LossSums(NamedTuple):
+    """Additive sums of cross-entropies and KL over predicted tokens, float64."""
+
+    tokens: np.ndarray
+    """Scalar, predicted tokens."""
+    ce: np.ndarray
+    """[3 + prefixes]: clean, zero-ablated, mean-ablated, spliced per prefix."""
+    kl: np.ndarray
+    """[prefixes], KL(clean || spliced)."""
+
+    def __add__(self, other: object) -> LossSums:
+        assert isinstance(other, LossSums)
+        return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def loss_recovered(self) -> LossRecovered:
+        clean, zero, mean, *spliced = (self.ce / self.tokens).tolist()
+        return LossRecovered(
+            tokens=int(self.tokens),
+            ce_clean=clean,
+            ce_zero=zero,
+            ce_mean=mean,
+            ce_spliced=spliced,
+            kl=(self.kl / self.tokens).tolist(),
+            recovered_zero=[(zero - s) / (zero - clean) for s in spliced],
+            recovered_mean=[(mean - s) / (mean - clean) for s in spliced],
+        )
+
+
+@torch.inference_mode()
+def reconstruction_sums(
+    transcoder: MatryoshkaTranscoder, source: Tensor, target: Tensor
+) -> tuple[ReconstructionSums, Tensor]:
+    """Sums of raw activations [tokens, d_source] and [tokens, d_target], and the feature activations they gave."""
+    activations = transcoder.encode(source)
+    y = target.to(activations.device).double()
+    errors = torch.stack([(part.double() - y).square().sum() for part in transcoder.decode_prefixes(activations)])
+    sums = ReconstructionSums(
+        tokens=np.float64(len(source)),
+        errors=errors.cpu().numpy(),
+        target=y.sum(0).cpu().numpy(),
+        target_square=y.square().sum().cpu().numpy(),
+        fired=(activations > 0).sum(0).double().cpu().numpy(),
+    )
+    return sums, activations
+
+
+@torch.inference_mode()
+def loss_sums(
+    model: LanguageModel, transcoder: MatryoshkaTranscoder, batch: PaddedWindows, target_mean: Tensor
+) -> LossSums:
+    """Cross-entropies of one batch of windows; `model` has its upper layers and head, `target_mean` is [d_target].
+
+    Only trainable positions are replaced: BOS is never trained on, so its MLP output stays the model's own.
+    """
+    input_ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+    trainable = batch.trainable.to(model.device)
+    predicted = trainable[:, 1:]
+    labels = input_ids[:, 1:][predicted]
+
+    def run(replacement: Callable[[Tensor], Tensor] | None) -> Tensor:
+        def replace(source: Tensor, target: Tensor) -> Tensor:
+            assert replacement is not None
+            changed = target.clone()
+            changed[trainable] = replacement(source[trainable]).to(target.dtype)
+            return changed
+
+        logits = model.logits(input_ids, mask, None if replacement is None else replace)
+        return logits[:, :-1][predicted].float().log_softmax(-1)
+
+    def cross_entropy(log_probabilities: Tensor) -> Tensor:
+        return -log_probabilities.gather(1, labels.unsqueeze(1)).double().sum()
+
+    clean = run(None)
+    ce = [cross_entropy(clean)]
+    ce.append(cross_entropy(run(lambda s: torch.zeros(len(s), transcoder.shape.d_target, device=s.device))))
+    ce.append(cross_entropy(run(lambda s: target_mean.to(s.device).float().expand(len(s), -1))))
+    kl = []
+    for m in transcoder.prefixes:
+        spliced = run(lambda s, m=m: transcoder.reconstruct(s, m))  # type: ignore[misc]
+        ce.append(cross_entropy(spliced))
+        kl.append((clean.exp() * (clean - spliced)).double().sum())
+    return LossSums(np.float64(len(labels)), torch.stack(ce).cpu().numpy(), torch.stack(kl).cpu().numpy())
+
+
+def evaluate(
+    config: RunConfig,
+    transcoder: MatryoshkaTranscoder,
+    units: Iterable[PaddedWindows],
+    loss_units: Iterable[PaddedWindows],
+    device: str = "cpu",
+) -> Evaluation:
+    """Evaluate in this process: metrics on `units`, losses on `loss_units` (possibly none)."""
+    from mtc.language_model import LanguageModel
+
+    transcoder = transcoder.to(device)
+    model = LanguageModel(config.model, device)
+    total: ReconstructionSums | None = None
+    for batch in units:
+        pair = model.capture(batch.input_ids.to(device), batch.attention_mask.to(device))
+        trainable = batch.trainable.to(device)
+        sums, _ = reconstruction_sums(transcoder, pair.source[trainable], pair.target[trainable])
+        total = sums if total is None else total + sums
+    if total is None:
+        raise ValueError("there are no held-out windows to evaluate on")
+    losses: LossSums | None = None
+    full: LanguageModel | None = None
+    for batch in loss_units:
+        full = full or LanguageModel(config.model, device, full=True)
+        part = loss_sums(full, transcoder, batch, torch.from_numpy(total.target_mean()))
+        losses = part if losses is None else losses + part
+    return total.evaluation(transcoder, losses.loss_recovered() if losses else None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Recompute a finished run's held-out metrics from its directory and compare; 0 if they agree, 1 if not."""
+    from mtc.analysis import Analysis
+    from mtc.runs import RunError, load_transcoder, open_run
+    from mtc.tokens import DataError, TokenStore, heldout_units, pad_windows
+
+    parser = argparse.ArgumentParser(prog="python -m mtc.evaluation", description=main.__doc__)
+    parser.add_argument("run", help="a run directory or URL, or <root>/latest")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest relative difference (default: 0.001)")
+    parser.add_argument("--skip-loss", action="store_true", help="leave out the passes of the whole language model")
+    arguments = parser.parse_args(argv)
+    try:
+        run = open_run(arguments.run)
+        config, analysis = run.config(), Analysis.model_validate_json(run.read("analysis.json"))
+        store = TokenStore.open(analysis.facts.token_store)
+    except (RunError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def batches(tokens: int) -> Iterable[PaddedWindows]:
+        for unit in heldout_units(store, config, tokens) if tokens else []:
+            yield pad_windows(store.input_ids(unit), store.info)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loss_tokens = 0 if arguments.skip_loss else config.analysis.loss_tokens
+    fresh = evaluate(config, load_transcoder(run), batches(config.analysis.num_tokens), batches(loss_tokens), device)
+    stored = analysis.evaluation
+    pairs = [("tokens", stored.tokens, fresh.tokens)]
+    for i, m in enumerate(fresh.prefixes):
+        pairs += [(f"fvu[{m}]", stored.fvu[i], fresh.fvu[i]), (f"l0[{m}]", stored.l0[i], fresh.l0[i])]
+    pairs.append(("never_fired", stored.never_fired, fresh.never_fired))
+    if fresh.loss and stored.loss:
+        pairs += [(name, getattr(stored.loss, name), getattr(fresh.loss, name)) for name in ("ce_clean", "ce_zero")]
+        pairs.append(("ce_mean", stored.loss.ce_mean, fresh.loss.ce_mean))
+        pairs += [
+            (f"recovered_zero[{m}]", stored.loss.recovered_zero[i], fresh.loss.recovered_zero[i])
+            for i, m in enumerate(fresh.prefixes)
+        ]
+    print(f"{run.run_id}: {fresh.tokens:,} held-out tokens\n{'':24}{'report':>14}{'recomputed':>14}{'difference':>12}")
+    worst = 0.0
+    for name, old, new in pairs:
+        difference = abs(new - old) / max(abs(old), 1e-9) if old != new else 0.0
+        worst = max(worst, difference)
+        print(f"{name:24}{old:14.6g}{new:14.6g}{difference:12.1e}")
+    print(f"largest relative difference {worst:.1e}, tolerance {arguments.tolerance:g}")
+    return 0 if worst <= arguments.tolerance else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,591 @@
+"""Text as windows of token ids: how documents are cut and split, the store that holds them, and the order of work.
+
+A token store is a directory, on a local path or any fsspec URL, that is never changed once it is finished:
+
+    <root>/<fingerprint>-<random>/tokens-00000.parquet ...   windows in the order of the text
+                                  store.json                 StoreInfo, written last
+
+Windows are numbered by their row in the store. Everything after tokenising works on these numbers: a shuffle is a
+permutation of them, a work unit is a list of them, a repeated text is a repeated number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import posixpath
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from mtc.config import DataConfig, RunConfig
+from mtc.runs import absolute, cache_directory, write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+STORE_FILE = "store.json"
+SPLITS = ("train", "heldout")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+SCHEMA = pa.schema(
+    {"document_id": pa.string(), "split": pa.string(), "trainable": pa.int32(), "input_ids": pa.list_(pa.int32())}
+)
+
+
+class DataError(RuntimeError):
+    """The text or its token store cannot be used; the message names the fields or the files."""
+
+
+# Text to windows ----------------------------------------------------------------------------------------------------
+
+
+class Window(NamedTuple):
+    document_id: str
+    """`document_id` of the text."""
+    split: str
+    """"train" or "heldout"."""
+    input_ids: list[int]
+    """At most context_length token ids of one document, BOS first where the tokenizer has one."""
+
+
+def document_id(text: str) -> str:
+    """16 hex digits of the text's sha256, so that copies of a document never lie on both sides of the split."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def document_split(document_id: str, heldout_fraction: float, seed: int) -> str:
+    """ "heldout" for a `heldout_fraction` of all ids, else "train"; decided by a hash of the id and the seed alone."""
+    digest = hashlib.sha256(f"{seed}:{document_id}".encode()).digest()
+    return "heldout" if int.from_bytes(digest[:8]) < heldout_fraction * 2**64 else "train"
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """Sorted ids that stand for no text: the named special tokens and those that the vocabulary marks as special."""
+    return sorted(_special_ids(tokenizer))
+
+
+def make_windows(text: str, tokenizer: Any, context_length: int) -> list[list[int]]:
+    """Cut one document into consecutive windows that do not overlap.
+
+    Each window starts with BOS where the tokenizer has one and holds at most `context_length` ids; the last may be
+    shorter, and windows with fewer than 2 trainable tokens are dropped. Special tokens spelled out in the text are
+    read as plain text.
+    """
+    # verbose=False: a document may be longer than the model's context, since it is cut afterwards.
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
+    ids: list[int] = encoded["input_ids"]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    step = context_length - len(start)
+    special = _special_ids(tokenizer)
+    windows = (ids[at : at + step] for at in range(0, len(ids), step))
+    return [start + window for window in windows if sum(i not in special for i in window) >= 2]
+
+
+def windows_table(windows: Sequence[Window], special: Sequence[int]) -> pa.Table:
+    """The windows as a table of SCHEMA; `trainable` counts the ids of each that are not in `special`."""
+    excluded = set(special)
+    columns = {
+        "document_id": [w.document_id for w in windows],
+        "split": [w.split for w in windows],
+        "trainable": [sum(i not in excluded for i in w.input_ids) for w in windows],
+        "input_ids": [w.input_ids for w in windows],
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+# Sources ------------------------------------------------------------------------------------------------------------
+
+
+class SourceFile(NamedTuple):
+    url: str
+    """Path or URL to read."""
+    name: str
+    """Name that does not depend on where a wheel is installed."""
+    version: str
+    """Size and time of change (size alone for wheels, whose version is pinned by the distribution)."""
+
+
+def is_hub_dataset(data: DataConfig) -> bool:
+    """Whether data.name can only be a hub id: it neither exists as a path nor looks like one."""
+    name = data.name
+    if name.startswith("pip:") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        return False
+    fs = fsspec.filesystem("file")
+    return not name.endswith(TEXT_SUFFIXES) and not fs.exists(absolute(name))
+
+
+def source_files(data: DataConfig) -> list[SourceFile]:
+    """Files of a wheel, path, URL, directory or glob, sorted by name. Raises DataError if there are none."""
+    if data.name.startswith("pip:"):
+        return _wheel_files(data.name.removeprefix("pip:"))
+    url = absolute(data.name)
+    fs, path = fsspec.core.url_to_fs(url)
+    if re.search(r"[*?\[]", path):
+        found = fs.glob(path, detail=True)
+    elif fs.isdir(path):
+        found = fs.find(path, detail=True)
+    else:
+        found = {path: fs.info(path)} if fs.exists(path) else {}
+    files = []
+    for name, info in sorted(found.items()):
+        if info["type"] != "file" or not name.endswith(TEXT_SUFFIXES):
+            continue
+        changed = next((info[key] for key in ("mtime", "ETag", "etag", "LastModified", "updated") if key in info), "")
+        location = fs.unstrip_protocol(name) if "://" in url else name
+        files.append(SourceFile(location, location, f"{info['size']} {changed}"))
+    if not files:
+        raise DataError(
+            f"data.name={data.name!r} matches no {', '.join(TEXT_SUFFIXES)} file, "
+            "and it is neither pip:DISTRIBUTION nor a hub data set id"
+        )
+    return files
+
+
+def store_fingerprint(config: RunConfig, tokenizer: Any) -> tuple[str, dict[str, Any]]:
+    """16 hex digits that change with anything that changes a window, and the settings they are made of.
+
+    How many tokens are wanted is not part of it. Raises DataError if the source is not there.
+    """
+    data = config.data
+    source: dict[str, Any] = {"name": data.name, "text_field": data.text_field}
+    if is_hub_dataset(data):
+        source |= {"subset": data.subset, "split": data.split}
+    else:
+        files = source_files(data)
+        listing = json.dumps([(file.name, file.version) for file in files])
+        source |= {"num_files": len(files), "files_sha256": hashlib.sha256(listing.encode()).hexdigest()}
+        if data.name.startswith("pip:"):
+            source["version"] = importlib.metadata.version(data.name.removeprefix("pip:"))
+        else:
+            source["name"] = absolute(data.name)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "source": source,
+        "tokenizer_sha256": _tokenizer_digest(tokenizer),
+        "context_length": data.context_length,
+        "heldout_fraction": data.heldout_fraction,
+        "seed": data.seed,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16], settings
+
+
+# The store ----------------------------------------------------------------------------------------------------------
+
+
+class ShardInfo(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """File name inside the store."""
+    rows: int
+    """Windows in it."""
+    bytes: int
+    """Size of the file."""
+
+
+class StoreInfo(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    """Layout of the store; readers refuse one they do not know."""
+    fingerprint: str
+    """`store_fingerprint` of what the store was made from."""
+    settings: dict[str, Any]
+    """What went into the fingerprint."""
+    special_ids: list[int]
+    """Token ids that are never trained on, sampled or counted."""
+    pad_id: int
+    """Token id that fills short windows."""
+    context_length: int
+    """Most ids in a window."""
+    windows: dict[str, int]
+    """Windows of each split."""
+    tokens: dict[str, int]
+    """Trainable tokens of each split: those that are not special."""
+    documents: dict[str, int]
+    """Distinct documents of each split."""
+    shards: list[ShardInfo]
+    """Files in the order of their rows."""
+    exhausted: bool
+    """Whether this is all of the text, because it ended before the wanted number of tokens."""
+
+
+class TokenStoreWriter:
+    """Writes a store; used as a context manager, it removes what it wrote if the block fails.
+
+    Until `finish` the directory has no store.json, so no reader opens it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        fingerprint: str,
+        settings: dict[str, Any],
+        tokenizer: Any,
+        context_length: int,
+        windows_per_shard: int = 65_536,
+    ):
+        self.url = absolute(url)
+        self.tokens = dict.fromkeys(SPLITS, 0)
+        self.windows = dict.fromkeys(SPLITS, 0)
+        self._fingerprint = fingerprint
+        self._settings = settings
+        self._special = special_ids(tokenizer)
+        self._pad = _pad_id(tokenizer)
+        self._context_length = context_length
+        self._windows_per_shard = windows_per_shard
+        self._documents: dict[str, list[NDArray[Any]]] = {split: [] for split in SPLITS}
+        self._shards: list[ShardInfo] = []
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Append windows, a table of SCHEMA."""
+        splits = table["split"].to_numpy()
+        trainable = table["trainable"].to_numpy()
+        documents = table["document_id"].to_numpy().astype("S16")
+        for split in SPLITS:
+            chosen = splits == split
+            self.windows[split] += int(chosen.sum())
+            self.tokens[split] += int(trainable[chosen].sum())
+            self._documents[split].append(np.unique(documents[chosen]))
+        self._pending.append(table)
+        self._pending_rows += table.num_rows
+        while self._pending_rows >= self._windows_per_shard:
+            self._write_shard(self._windows_per_shard)
+
+    def finish(self, exhausted: bool) -> StoreInfo:
+        """Write the last shard and store.json; from here on the store opens."""
+        if self._pending_rows:
+            self._write_shard(self._pending_rows)
+        info = StoreInfo(
+            format_version=FORMAT_VERSION,
+            fingerprint=self._fingerprint,
+            settings=self._settings,
+            special_ids=self._special,
+            pad_id=self._pad,
+            context_length=self._context_length,
+            windows=self.windows,
+            tokens=self.tokens,
+            documents={s: len(np.unique(np.concatenate(d))) if d else 0 for s, d in self._documents.items()},
+            shards=self._shards,
+            exhausted=exhausted,
+        )
+        write_atomic(posixpath.join(self.url, STORE_FILE), info.model_dump_json(indent=1).encode())
+        return info
+
+    def __enter__(self) -> TokenStoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        fs, path = fsspec.core.url_to_fs(self.url)
+        if error is not None and fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    def _write_shard(self, rows: int) -> None:
+        pending = pa.concat_tables(self._pending)
+        table = pending.slice(0, rows)
+        self._pending, self._pending_rows = [pending.slice(rows)], pending.num_rows - rows
+        first = sum(shard.rows for shard in self._shards)
+        table = table.add_column(0, "window_id", pa.array(np.arange(first, first + rows)))
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        shard = ShardInfo(name=f"tokens-{len(self._shards):05d}.parquet", rows=rows, bytes=buffer.tell())
+        write_atomic(posixpath.join(self.url, shard.name), buffer.getvalue())
+        self._shards.append(shard)
+
+
+class TokenStore:
+    """A finished store, read lazily: the columns that describe windows on first use, then the ids, as flat arrays.
+
+    `window_ids` arguments are int64 arrays of row numbers; results keep their order. Reading raises DataError if a
+    shard is missing or damaged.
+    """
+
+    def __init__(self, url: str, info: StoreInfo):
+        self.url = url
+        self.info = info
+
+    @classmethod
+    def open(cls, url: str) -> TokenStore:
+        """The store at a path or URL. Raises DataError if it is missing, unfinished or of an unknown format."""
+        url = absolute(url).rstrip("/")
+        fs, path = fsspec.core.url_to_fs(url)
+        try:
+            raw = json.loads(fs.cat_file(posixpath.join(path, STORE_FILE)))
+        except FileNotFoundError:
+            problem = (
+                f"{url} has no {STORE_FILE}: it is not finished" if fs.exists(path) else f"no token store at {url}"
+            )
+            raise DataError(problem) from None
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{url}/{STORE_FILE}: format_version {raw.get('format_version')!r} is unknown; "
+                f"this version reads {FORMAT_VERSION}"
+            )
+        return cls(url, StoreInfo.model_validate(raw))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore.open, (self.url,)  # a pickled store carries no arrays
+
+    def window_ids(self, split: str) -> NDArray[np.int64]:
+        """Row numbers of a split's windows, ascending, int64."""
+        return np.flatnonzero(self._index[1] == SPLITS.index(split)).astype(np.int64)
+
+    def trainable_tokens(self, window_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens that are not special in each window, int64."""
+        return self._index[2][window_ids]
+
+    def document_ids(self, window_ids: NDArray[np.int64]) -> list[str]:
+        """The document of each window."""
+        return [value.decode() for value in self._index[0][window_ids]]
+
+    def input_ids(self, window_ids: NDArray[np.int64]) -> list[NDArray[np.int32]]:
+        """The ids of each window, int32 views of length 1..context_length."""
+        flat, offsets = self._ids
+        return [flat[offsets[i] : offsets[i + 1]] for i in window_ids]
+
+    @cached_property
+    def _index(self) -> tuple[NDArray[Any], NDArray[np.int8], NDArray[np.int64]]:
+        """Document id, split number and trainable tokens of every window."""
+        documents, splits, trainable = [np.empty(0, "S16")], [np.empty(0, np.int8)], [np.empty(0, np.int64)]
+        for table in self._tables(["document_id", "split", "trainable"]):
+            documents.append(table["document_id"].to_numpy().astype("S16"))
+            splits.append((table["split"].to_numpy() == "heldout").astype(np.int8))
+            trainable.append(table["trainable"].to_numpy().astype(np.int64))
+        return np.concatenate(documents), np.concatenate(splits), np.concatenate(trainable)
+
+    @cached_property
+    def _ids(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """All ids one after another, and where each window starts; the last offset is the end."""
+        flat, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
+        for table in self._tables(["input_ids"]):
+            column = table["input_ids"].combine_chunks()
+            flat.append(column.flatten().to_numpy())
+            lengths.append(column.value_lengths().to_numpy().astype(np.int64))
+        return np.concatenate(flat), np.cumsum(np.concatenate(lengths))
+
+    def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        fs, path = fsspec.core.url_to_fs(self.url)
+        for shard in self.info.shards:
+            try:
+                with fs.open(posixpath.join(path, shard.name), "rb") as file:
+                    table = pq.read_table(file, columns=columns)
+            except FileNotFoundError:
+                raise DataError(f"{self.url} has no {shard.name}") from None
+            except pa.ArrowException as error:
+                raise DataError(f"{self.url}/{shard.name} is damaged: {error}") from error
+            if table.num_rows != shard.rows:
+                raise DataError(f"{self.url}/{shard.name} has {table.num_rows} windows, not {shard.rows}")
+            yield table
+
+
+def store_root(config: RunConfig) -> str:
+    """Where this run's token stores are: output.token_store, or `tokens` in the cache directory."""
+    return absolute(config.output.token_store or posixpath.join(cache_directory(), "tokens"))
+
+
+def new_store_url(config: RunConfig, fingerprint: str) -> str:
+    """A directory that no other job uses, so that jobs which build the same store at once cannot mix their files."""
+    return posixpath.join(store_root(config), f"{fingerprint}-{uuid.uuid4().hex[:8]}")
+
+
+def find_store(config: RunConfig, fingerprint: str) -> str | None:
+    """URL of a finished store with this fingerprint that holds what `tokens_wanted` says, or all of the text."""
+    wanted = tokens_wanted(config)
+    root = store_root(config)
+    fs, path = fsspec.core.url_to_fs(root)
+    for found in sorted(fs.glob(posixpath.join(path, f"{fingerprint}-*", STORE_FILE))):
+        try:
+            store = TokenStore.open(posixpath.join(root, posixpath.basename(posixpath.dirname(found))))
+        except DataError:
+            continue  # of another version: left to the jobs that can read it
+        if store.info.exhausted or all(store.info.tokens[split] >= wanted[split] for split in SPLITS):
+            return store.url
+    return None
+
+
+# Batches and work units ---------------------------------------------------------------------------------------------
+
+
+class PaddedWindows(NamedTuple):
+    input_ids: torch.Tensor
+    """[windows, longest window] int64, padded on the right."""
+    attention_mask: torch.Tensor
+    """[windows, longest window] bool: not padding."""
+    trainable: torch.Tensor
+    """[windows, longest window] bool: neither padding nor BOS nor another special token."""
+
+
+def pad_windows(windows: Sequence[NDArray[np.int32]], info: StoreInfo) -> PaddedWindows:
+    """Windows of any lengths as one rectangle."""
+    import torch  # here, because the processes that read and tokenise text do not need it
+
+    lengths = np.array([len(window) for window in windows], dtype=np.int64)
+    real = np.arange(lengths.max(initial=0))[None, :] < lengths[:, None]  # [windows, longest]
+    ids = np.full(real.shape, info.pad_id, dtype=np.int64)
+    if len(windows):
+        ids[real] = np.concatenate(windows)
+    trainable = real & ~np.isin(ids, info.special_ids)
+    return PaddedWindows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(trainable))
+
+
+def tokens_wanted(config: RunConfig) -> dict[str, int]:
+    """Trainable tokens of each split that a store must hold for this run, unless the text is shorter."""
+    training = -(-config.data.num_tokens // config.data.max_epochs)
+    slack = 8 * config.data.unit_tokens + training // 50  # what `work_units` would like to spare
+    return {
+        "train": training + config.transcoder.calibration_tokens + slack,
+        "heldout": max(config.analysis.num_tokens, config.analysis.loss_tokens),
+    }
+
+
+def rows_wanted(
+    heldout: NDArray[np.bool_], trainable: NDArray[np.int64], wanted: Mapping[str, int]
+) -> tuple[int, bool]:
+    """How many of the rows are needed until each split has its wanted tokens, and whether they are enough.
+
+    `heldout` and `trainable` are [rows]; a row is taken whole.
+    """
+    needed = 0
+    for split, chosen in (("train", ~heldout), ("heldout", heldout)):
+        if wanted[split] <= 0:
+            continue
+        reached = int(np.searchsorted(np.cumsum(trainable * chosen), wanted[split]))
+        if reached == len(trainable):
+            return len(trainable), False
+        needed = max(needed, reached + 1)
+    return needed, True
+
+
+def work_units(store: TokenStore, config: RunConfig, num_trainers: int) -> list[NDArray[np.int64]]:
+    """The training run as a list of work units, each an int64 array of at most config.windows_per_unit window ids.
+
+    First come units that hold `data.num_tokens` trainable tokens or a little more, from one permutation of the
+    windows per epoch. Then come reserved windows, which no epoch trains on: `transcoder.calibration_tokens` of them
+    and, if the text allows, spare ones (2 units per trainer and 2 % of the run), because trainers get units of
+    unequal length and the last few may be dropped. The order depends on `data.seed` alone. Only the part of the text
+    that this configuration wants is used, so that a run does not change when a larger store is found in the cache.
+
+    Raises DataError if the text is too short.
+    """
+    data, calibration = config.data, config.transcoder.calibration_tokens
+    windows = _wanted_windows(store, config, "train")
+    windows = windows[np.random.default_rng(data.seed).permutation(len(windows))]
+    total = np.concatenate([[0], np.cumsum(store.trainable_tokens(windows))])  # total[n]: tokens of the first n windows
+    least = -(-data.num_tokens // data.max_epochs)
+    smallest_pool = int(np.searchsorted(total, least))
+    border = int(np.searchsorted(total, total[-1] - calibration, side="right")) - 1  # the rest has the calibration
+    if smallest_pool > border:
+        trained = max(int(total[max(border, 0)]), 0)
+        repeats = f"raise data.max_epochs to {-(-data.num_tokens // trained)}, " if trained else ""
+        raise DataError(
+            f"data.num_tokens={data.num_tokens} and transcoder.calibration_tokens={calibration} with "
+            f"data.max_epochs={data.max_epochs} need {least + calibration} tokens of training text, but {store.url} has "
+            f"{total[-1]} in {len(windows)} windows: lower data.num_tokens, {repeats}or give a longer text in data.name"
+        )
+    per_unit = config.windows_per_unit
+    run_windows = data.num_tokens * len(windows) // int(total[-1])
+    spare = 2 * num_trainers * per_unit + run_windows // 50
+    pool, reserved = np.split(windows, [max(smallest_pool, border - spare)])
+    units: list[NDArray[np.int64]] = []
+    left, epoch = data.num_tokens, 0
+    while left > 0:
+        order = np.random.default_rng([data.seed, epoch]).permutation(pool) if epoch else pool
+        taken = min(int(np.searchsorted(np.cumsum(store.trainable_tokens(order)), left)) + 1, len(order))
+        # Whole units, as long as there are windows: tokens beyond num_tokens are spare ones.
+        taken = min(-(-taken // per_unit) * per_unit, len(order))
+        units += _cut(order[:taken], per_unit)
+        left -= int(store.trainable_tokens(order[:taken]).sum())
+        epoch += 1
+    return units + _cut(reserved, per_unit)
+
+
+def heldout_units(store: TokenStore, config: RunConfig, num_tokens: int) -> list[NDArray[np.int64]]:
+    """Work units of the first held-out windows, in seeded order, that hold `num_tokens` trainable tokens.
+
+    All held-out windows if they hold fewer. Raises DataError if there are none.
+    """
+    windows = _wanted_windows(store, config, "heldout")
+    if not len(windows):
+        raise DataError(
+            f"{store.url} has no held-out windows among {store.info.documents['train']} documents: "
+            f"raise data.heldout_fraction={config.data.heldout_fraction} or give more text in data.name"
+        )
+    windows = windows[np.random.default_rng(config.data.seed).permutation(len(windows))]
+    before = np.cumsum(store.trainable_tokens(windows)) - store.trainable_tokens(windows)
+    return _cut(windows[before < num_tokens], config.windows_per_unit)
+
+
+# Private ------------------------------------------------------------------------------------------------------------
+
+
+def _wanted_windows(store: TokenStore, config: RunConfig, split: str) -> NDArray[np.int64]:
+    everything = np.arange(sum(store.info.windows.values()))
+    heldout = np.zeros(len(everything), dtype=bool)
+    heldout[store.window_ids("heldout")] = True
+    rows, _ = rows_wanted(heldout, store.trainable_tokens(everything), tokens_wanted(config))
+    windows = store.window_ids(split)
+    return windows[windows < rows]
+
+
+def _cut(windows: NDArray[np.int64], per_unit: int) -> list[NDArray[np.int64]]:
+    borders = [*range(0, len(windows), per_unit), len(windows)]
+    return [windows[start:end] for start, end in pairwise(borders)]
+
+
+@lru_cache(maxsize=2)  # asked for every document, and slow for vocabularies with thousands of added tokens
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset({*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)})
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Masks are made from lengths, so any id pads as well as another; the model never attends to it."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in candidates if i is not None)
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for key in ("truncation", "padding"):
+        state.pop(key, None) if backend is not None else None  # what the last call set, not what the tokenizer is
+    identity = [state, tokenizer.bos_token_id, special_ids(tokenizer)]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _wheel_files(distribution: str) -> list[SourceFile]:
+    try:
+        found = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise DataError(
+            f"data.name='pip:{distribution}': the wheel is not installed; pip install {distribution}"
+        ) from None
+    files = []
+    for path in sorted(found, key=str):
+        # A wheel's own metadata (top_level.txt, entry_points.txt) is not its text.
+        if path.suffix == ".txt" and not path.parts[0].endswith((".dist-info", ".egg-info")):
+            location = str(path.locate())
+            files.append(SourceFile(location, str(path), str(fsspec.filesystem("file").size(location))))
+    if not files:
+        raise DataError(f"data.name='pip:{distribution}': the wheel has no .txt files")
+    return files
