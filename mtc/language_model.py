@@ -416,7 +416,7 @@ def _gguf_info(path: Path) -> ModelInfo:
             for _ in range(count if magic == b"GGUF" else 0):
                 key = _gguf_value(file, 8)
                 values[key] = _gguf_value(file, *struct.unpack("<I", file.read(4)))
-                name = values.get("general.architecture")
+                name = values.get("general.architecture", "")
                 layers, width = values.get(f"{name}.block_count"), values.get(f"{name}.embedding_length")
                 if layers and width:
                     return ModelInfo(_GGUF_NAMES.get(name, name), layers, width)

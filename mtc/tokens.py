@@ -499,8 +499,9 @@ def work_units(store: TokenStore, config: RunConfig, num_trainers: int) -> list[
         repeats = f"raise data.max_epochs to {-(-data.num_tokens // trained)}, " if trained else ""
         raise DataError(
             f"data.num_tokens={data.num_tokens} and transcoder.calibration_tokens={calibration} with "
-            f"data.max_epochs={data.max_epochs} need {least + calibration} tokens of training text, but {store.url} has "
-            f"{total[-1]} in {len(windows)} windows: lower data.num_tokens, {repeats}or give a longer text in data.name"
+            f"data.max_epochs={data.max_epochs} need {least + calibration} tokens of training text, but {store.url} "
+            f"has {total[-1]} in {len(windows)} windows: "
+            f"lower data.num_tokens, {repeats}or give a longer text in data.name"
         )
     per_unit = config.windows_per_unit
     run_windows = data.num_tokens * len(windows) // int(total[-1])

@@ -1,0 +1,154 @@
+"""The main job: configuration -> token store -> training -> held-out pass -> report -> finished run directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from cluster.progress import MetricsLog, ProgressReader
+from cluster.resources import WORKER_ENVIRONMENT, Plan, make_plan
+from mtc.config import ConfigError, RunConfig, to_yaml
+from mtc.runs import RunDirectory, absolute
+
+logger = logging.getLogger(__name__)
+
+
+def check(config: RunConfig) -> None:
+    """Everything that can be known to fail, before any cluster work, within seconds.
+
+    Raises ConfigError, ModelError or DataError.
+    """
+    from cluster.tokens import check_data
+    from mtc.language_model import check_model
+
+    if config.output.run_id and RunDirectory(f"{absolute(config.output.root)}/{config.output.run_id}").is_finished():
+        raise ConfigError(f"output.run_id={config.output.run_id} is a finished run in output.root={config.output.root}")
+    check_model(config.model)
+    check_data(config)
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS or of the surrounding Ray job; without one, run a local Ray for this process."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=False)
+    else:
+        os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(address="local", log_to_driver=False, dashboard_host="127.0.0.1")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_pipeline(config: RunConfig) -> RunDirectory:
+    """Run the whole job on the connected cluster; returns the finished run.
+
+    An unfinished run of the same `output.run_id` continues from its last checkpoint.
+    """
+    import ray
+
+    from cluster.analysis import analyse_heldout
+    from cluster.tokens import build_token_store
+    from cluster.training import train
+    from mtc.analysis import analyse
+    from mtc.examples import to_parquet
+    from mtc.language_model import check_model, prepare_model
+    from mtc.report import write_report
+    from mtc.runs import load_transcoder
+    from mtc.tokens import TokenStore
+
+    resources = ray.cluster_resources()
+    plan = make_plan(config, resources.get("CPU", 0), resources.get("GPU", 0))
+    run = _run_directory(config)
+    say(f"run {run.run_id} in {run.url}")
+    say(plan.describe())
+    if config.model.notice:
+        say(config.model.notice)
+    prepare_model(config.model)
+    run.write("config.yaml", to_yaml(config))
+    seconds: dict[str, float] = {}
+
+    with _timed(seconds, "tokenise"):
+        store_url = build_token_store(config)
+    info = TokenStore.open(store_url).info
+    say(f"token store {store_url}: {info.windows} windows, {info.tokens} tokens, {info.documents} documents")
+
+    with _timed(seconds, "train"):
+        log = ray.remote(MetricsLog).options(num_cpus=0).remote()
+        with ProgressReader(log, run, config.total_steps) as progress:
+            trained = train(config, plan, run, store_url, check_model(config.model).d_model, log)
+    say(f"trained {trained.tokens:,} tokens in {trained.steps:,} steps; threshold {trained.threshold:.4f}")
+
+    with _timed(seconds, "analyse"):
+        results = analyse_heldout(config, plan, run.url, store_url)
+    run.write("examples.parquet", to_parquet(results.examples))
+    facts = _facts(config, plan, run, store_url, info, trained, seconds)
+    history = progress.rows()
+    analysis = analyse(
+        config, load_transcoder(run), results.evaluation, results.statistics, results.examples, history, facts
+    )
+    run.write("analysis.json", analysis.model_dump_json(indent=1))
+    for name, content in write_report(analysis, results.examples, history).items():
+        run.write(f"report/{name}", content)
+    run.publish()
+    fvu = " ".join(f"{value:.3f}" for value in results.evaluation.fvu)
+    say(f"held-out fvu {fvu}, l0 {results.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
+    say(f"finished {run.url} in " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
+    return run
+
+
+def say(message: str) -> None:
+    """One line of progress for the person who watches the job."""
+    print(message, flush=True)
+
+
+def _run_directory(config: RunConfig) -> RunDirectory:
+    run_id = config.output.run_id
+    if run_id is None:
+        model = config.model.name.removeprefix("pip:").replace("random:", "random-").rstrip("/").split("/")[-1]
+        run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{model}-layer{config.model.layer}"
+    return RunDirectory(f"{absolute(config.output.root)}/{run_id}")
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def _facts(
+    config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, info: Any, trained: Any, seconds: dict[str, float]
+) -> Any:
+    from importlib.metadata import version
+
+    from mtc.analysis import RunFacts
+    from mtc.language_model import choose_dtype
+
+    packages = ("torch", "transformers", "ray", "numpy", "pyarrow", "mtc")
+    return RunFacts(
+        run_id=run.run_id,
+        steps=trained.steps,
+        trained_tokens=trained.tokens,
+        calibration_tokens=trained.calibration_tokens,
+        token_store=store_url,
+        data_name=config.data.name,
+        windows=dict(info.windows),
+        documents=dict(info.documents),
+        language_model_dtype=str(choose_dtype(config.model.dtype, plan.device)).removeprefix("torch."),
+        precision=trained.precision,
+        device=plan.device,
+        num_trainers=plan.num_trainers,
+        num_model_actors=plan.num_model_actors,
+        seconds=seconds,
+        versions={name: version(name) for name in packages},
+    )

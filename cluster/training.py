@@ -1,0 +1,234 @@
+"""The Ray Train job: data-parallel training on the activation stream, checkpoints, resume and calibration.
+
+A checkpoint holds the Trainer's state and, per rank, the ledger of finished work units. The stream is built anew at
+every start from the units that the last checkpoint does not list, so a restart trains what is left. A unit is finished
+when all its tokens left the shuffle buffer; tokens that were in the buffer when a trainer died are trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cluster.activations import activation_dataset, configure_data_context, iterate_units
+from cluster.resources import WORKER_ENVIRONMENT, Plan
+from mtc.config import RunConfig
+from mtc.runs import RunDirectory
+
+if TYPE_CHECKING:
+    import ray.data
+    import ray.train
+
+    from mtc.training import ShuffleBuffer, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class TrainResult(NamedTuple):
+    """What the trainers report at the end."""
+
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Tokens trained on."""
+    threshold: float
+    """Calibrated inference threshold."""
+    calibration_tokens: int
+    """Fresh tokens that it was calibrated on."""
+    precision: str
+    """Arithmetic of the transcoder's products."""
+
+
+def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_model: int, log: Any) -> TrainResult:
+    """Train, calibrate and write `transcoder.safetensors` into the run; `log` is a MetricsLog actor's handle.
+
+    Continues from the run's last checkpoint if there is one. Raises ray.train.TrainingFailedError after
+    `cluster.max_failures` restarts.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def make_dataset() -> ray.data.Dataset:
+        return _remaining_units(config, plan, run.url, store_url)
+
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"config": config, "plan": plan, "d_model": d_model, "log": log},
+        torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.num_trainers,
+            use_gpu=plan.device == "cuda",
+            resources_per_worker={"CPU": plan.trainer_cpus} | ({"GPU": plan.trainer_gpus} if plan.trainer_gpus else {}),
+        ),
+        datasets={"train": make_dataset},
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path=run.url,
+            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        ),
+    )
+    result = trainer.fit()
+    with result.checkpoint.as_directory() as directory:
+        with open(os.path.join(directory, "transcoder.safetensors"), "rb") as file:
+            run.write("transcoder.safetensors", file.read())
+        with open(os.path.join(directory, "result.json")) as file:
+            return TrainResult(**json.load(file))
+
+
+def _remaining_units(config: RunConfig, plan: Plan, run_url: str, store_url: str) -> ray.data.Dataset:
+    """The stream of units that the last checkpoint does not list; runs in Train's controller at every start."""
+    import ray.train
+
+    from mtc.tokens import TokenStore, work_units
+
+    configure_data_context()
+    path = os.path.join(run_url, "checkpoints")
+    finished: set[int] = set()
+    try:
+        checkpoint = ray.train.Result.from_path(path).checkpoint
+    except (RuntimeError, FileNotFoundError):  # the first start: nothing is there yet
+        checkpoint = None
+    if checkpoint is not None:
+        with checkpoint.as_directory() as directory:
+            finished = _read_ledger(directory)
+    units = work_units(TokenStore.open(store_url), config, plan.num_trainers)
+    left = [(number, windows) for number, windows in enumerate(units) if number not in finished]
+    logger.info("stream of %d work units, %d of %d trained before", len(left), len(finished), len(units))
+    return activation_dataset(config, plan, store_url, left)
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """One rank. Every rank makes the same collective calls in the same order, whatever its shard holds."""
+    import ray.train
+    import ray.train.torch
+    import torch
+    import torch.distributed as dist
+
+    from mtc.training import Calibrator, ShuffleBuffer, Trainer
+
+    config, plan, log = settings["config"], settings["plan"], settings["log"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(plan.trainer_threads)
+    device = ray.train.torch.get_device()
+    trainer = Trainer(config, settings["d_model"], settings["d_model"], device)
+    buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens // world, config.data.seed * world + rank)
+    ledger = _Ledger(rank)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as directory:
+            _load(trainer, directory)
+            ledger.restore(directory)
+    batch = config.optimizer.batch_tokens // world
+    ready = _moments_with_a_batch(ray.train.get_dataset_shard("train"), buffer, batch, ledger)
+
+    def all_ready() -> bool:
+        flag = torch.tensor(int(next(ready, False)), device=device)
+        if world > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag)
+
+    clock = time.perf_counter()
+    logged_tokens = trainer.tokens
+    while trainer.step_number < config.total_steps:
+        if not all_ready():
+            raise RuntimeError(
+                f"the activation stream ended at step {trainer.step_number} of {config.total_steps}: "
+                "work units were lost or hold fewer tokens than the token store says"
+            )
+        if trainer.step_number == 0:
+            trainer.initialise(*buffer.peek())
+        metrics = trainer.step(*buffer.take(batch))
+        last = metrics.step == config.total_steps
+        if rank == 0 and (metrics.step % config.cluster.log_every_steps == 0 or metrics.step == 1 or last):
+            now = time.perf_counter()
+            speed = (metrics.tokens - logged_tokens) / (now - clock)
+            clock, logged_tokens = now, metrics.tokens
+            log.append.remote(metrics._asdict() | {"tokens_per_second": speed})
+        if metrics.step % config.cluster.checkpoint_every_steps == 0 and not last:
+            _report(trainer, buffer, ledger, rank)
+
+    calibrator = Calibrator(trainer.transcoder)
+    wanted = -(-config.transcoder.calibration_tokens // config.optimizer.batch_tokens)
+    calibrated = 0
+    while calibrated < wanted and all_ready():
+        calibrator.add(buffer.take(batch)[0])
+        calibrated += 1
+    if not calibrated:
+        raise RuntimeError("the activation stream ended before a single batch for calibrating the threshold")
+    threshold = calibrator.finish()
+    precision = "bfloat16" if trainer.autocast else "float32"
+    tokens = calibrated * config.optimizer.batch_tokens
+    _report(
+        trainer, buffer, ledger, rank, TrainResult(trainer.step_number, trainer.tokens, threshold, tokens, precision)
+    )
+
+
+def _moments_with_a_batch(shard: Any, buffer: ShuffleBuffer, batch: int, ledger: _Ledger) -> Iterator[bool]:
+    """Fill the buffer from the stream; yields True whenever a batch can be taken, until both are empty."""
+    for unit, source, target in iterate_units(shard):
+        buffer.add(source, target, unit)
+        ledger.seen.add(unit)
+        while buffer.ready(batch):
+            yield True
+    while buffer.size >= batch:
+        yield True
+
+
+class _Ledger:
+    """Work units that this rank has received; rank 0 also carries those of earlier starts."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.earlier: set[int] = set()
+        self.seen: set[int] = set()
+
+    def restore(self, directory: str) -> None:
+        if self.rank == 0:
+            self.earlier = _read_ledger(directory)
+
+    def write(self, directory: str, buffer: ShuffleBuffer) -> None:
+        finished = self.earlier | (self.seen - buffer.units())
+        with open(os.path.join(directory, f"units_{self.rank}.json"), "w") as file:
+            json.dump(sorted(finished), file)
+
+
+def _read_ledger(directory: str) -> set[int]:
+    units: set[int] = set()
+    for name in os.listdir(directory):
+        if name.startswith("units_"):
+            with open(os.path.join(directory, name)) as file:
+                units |= set(json.load(file))
+    return units
+
+
+def _report(
+    trainer: Trainer, buffer: ShuffleBuffer, ledger: _Ledger, rank: int, result: TrainResult | None = None
+) -> None:
+    """Write a checkpoint; each rank adds its ledger, rank 0 the state. Called on all ranks at the same step."""
+    import ray.train
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as directory:
+        ledger.write(directory, buffer)
+        if rank == 0:
+            save_file(trainer.state_dict(), os.path.join(directory, "trainer.safetensors"))
+            if result is not None:
+                with open(os.path.join(directory, "transcoder.safetensors"), "wb") as weights:
+                    weights.write(trainer.transcoder.to_bytes())
+                with open(os.path.join(directory, "result.json"), "w") as file:
+                    json.dump(result._asdict(), file)
+        ray.train.report({"step": trainer.step_number}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+
+
+def _load(trainer: Trainer, directory: str) -> None:
+    from safetensors.torch import load_file
+
+    trainer.load_state_dict(load_file(os.path.join(directory, "trainer.safetensors")))

@@ -1,0 +1,47 @@
+"""Train a Matryoshka transcoder from a preset or a configuration file, analyse it and write its report.
+
+    python jobs/train.py --preset tiny
+    ray job submit --working-dir . -- python jobs/train.py --preset smollm2-135m
+
+Exit codes: 0 finished, 1 failed while running, 2 the configuration, the model or the data cannot be used, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+
+from cluster.pipeline import check, connected, run_pipeline
+from mtc.config import ConfigError, parse_command_line, to_yaml
+
+
+def main(argv: list[str] | None = None) -> int:
+    from mtc.language_model import ModelError
+    from mtc.tokens import DataError
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        config, arguments = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__ or "")
+        if arguments.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        check(config)
+        with connected():
+            run_pipeline(config)
+    except (ConfigError, ModelError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was published; the same output.run_id continues the run", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
