@@ -55,11 +55,11 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     An unfinished run of the same `output.run_id` continues from its last checkpoint.
     """
     import ray
+    from mtc.analysis import analyse
 
     from cluster.analysis import analyse_heldout
     from cluster.tokens import build_token_store
     from cluster.training import train
-    from mtc.analysis import analyse
     from mtc.examples import to_parquet
     from mtc.language_model import check_model, prepare_model
     from mtc.report import write_report
@@ -132,6 +132,7 @@ def _facts(
     from importlib.metadata import version
 
     from mtc.analysis import RunFacts
+
     from mtc.language_model import choose_dtype
 
     packages = ("torch", "transformers", "ray", "numpy", "pyarrow", "mtc")

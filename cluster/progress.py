@@ -110,7 +110,8 @@ def progress_line(row: dict[str, Any], total_steps: int) -> str:
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
     fvu = " ".join(f"{value:.3f}" for value in row["fvu"])
+    share, speed = row["step"] / total_steps, row["tokens_per_second"]
     return (
-        f"step {row['step']:>6,}/{total_steps:,} {row['step'] / total_steps:4.0%} {row['tokens_per_second']:>8,.0f} tok/s"
+        f"step {row['step']:>6,}/{total_steps:,} {share:4.0%} {speed:>8,.0f} tok/s"
         f"  loss {row['loss']:.4f}  fvu {fvu}  l0 {row['l0']:.1f}  dead {row['dead']}  eta {eta}"
     )

