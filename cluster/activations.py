@@ -47,8 +47,11 @@ def map_on_model_actors(rows: list[pa.Table], actor: type, plan: Plan, **argumen
 
 def configure_data_context() -> None:
     """Settings of every Dataset here; call in the process that executes it."""
+    import logging
+
     from ray.data import DataContext
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and timings are in Ray's own log files
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the seed fixes the order of training

@@ -8,12 +8,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cluster.activations import configure_data_context
 from cluster.progress import MetricsLog, ProgressReader
 from cluster.resources import WORKER_ENVIRONMENT, Plan, make_plan
 from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.runs import RunDirectory, absolute
+
+if TYPE_CHECKING:
+    from mtc.analysis import RunFacts
+
+    from cluster.analysis import HeldOutResults
+    from cluster.training import TrainResult
+    from mtc.tokens import StoreInfo
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +63,14 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     An unfinished run of the same `output.run_id` continues from its last checkpoint.
     """
     import ray
-    from mtc.analysis import analyse
 
     from cluster.analysis import analyse_heldout
     from cluster.tokens import build_token_store
     from cluster.training import train
-    from mtc.examples import to_parquet
     from mtc.language_model import check_model, prepare_model
-    from mtc.report import write_report
-    from mtc.runs import load_transcoder
     from mtc.tokens import TokenStore
 
+    configure_data_context()
     resources = ray.cluster_resources()
     plan = make_plan(config, resources.get("CPU", 0), resources.get("GPU", 0))
     run = _run_directory(config)
@@ -90,20 +95,32 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
     with _timed(seconds, "analyse"):
         results = analyse_heldout(config, plan, run.url, store_url)
-    run.write("examples.parquet", to_parquet(results.examples))
     facts = _facts(config, plan, run, store_url, info, trained, seconds)
-    history = progress.rows()
+    _write_report(config, run, results, progress.rows(), facts)
+    run.publish()
+    fvu = " ".join(f"{value:.3f}" for value in results.evaluation.fvu)
+    say(f"held-out fvu {fvu}, l0 {results.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
+    say(f"finished {run.url} in " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
+    return run
+
+
+def _write_report(
+    config: RunConfig, run: RunDirectory, results: HeldOutResults, history: list[dict[str, Any]], facts: RunFacts
+) -> None:
+    """Examples, analysis and report of the run, from the final weights."""
+    from mtc.analysis import analyse
+
+    from mtc.examples import to_parquet
+    from mtc.report import write_report
+    from mtc.runs import load_transcoder
+
+    run.write("examples.parquet", to_parquet(results.examples))
     analysis = analyse(
         config, load_transcoder(run), results.evaluation, results.statistics, results.examples, history, facts
     )
     run.write("analysis.json", analysis.model_dump_json(indent=1))
     for name, content in write_report(analysis, results.examples, history).items():
         run.write(f"report/{name}", content)
-    run.publish()
-    fvu = " ".join(f"{value:.3f}" for value in results.evaluation.fvu)
-    say(f"held-out fvu {fvu}, l0 {results.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
-    say(f"finished {run.url} in " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
-    return run
 
 
 def say(message: str) -> None:
@@ -127,8 +144,14 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _facts(
-    config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, info: Any, trained: Any, seconds: dict[str, float]
-) -> Any:
+    config: RunConfig,
+    plan: Plan,
+    run: RunDirectory,
+    store_url: str,
+    info: StoreInfo,
+    trained: TrainResult,
+    seconds: dict[str, float],
+) -> RunFacts:
     from importlib.metadata import version
 
     from mtc.analysis import RunFacts

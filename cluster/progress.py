@@ -41,7 +41,8 @@ class ProgressReader:
                 row = json.loads(line)
                 self.history[row["step"]] = row
         self._position = 0
-        self._shown = 0.0
+        self._shown_at = 0.0
+        self._shown_step = -1
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -87,18 +88,15 @@ class ProgressReader:
         if not self.history:
             return
         live = self.stream.isatty()
-        if not final and not live and time.monotonic() - self._shown < self.seconds:
-            return
         newest = self.history[max(self.history)]
-        if not live and not final and newest["step"] == self._last_step():
+        if newest["step"] == self._shown_step and not (final and live):
             return
-        self._shown, self._step = time.monotonic(), newest["step"]
+        if not final and not live and time.monotonic() - self._shown_at < self.seconds:
+            return
+        self._shown_at, self._shown_step = time.monotonic(), newest["step"]
         line = progress_line(newest, self.total_steps)
         self.stream.write(f"\r{line}\x1b[K" + ("\n" if final else "") if live else line + "\n")
         self.stream.flush()
-
-    def _last_step(self) -> int:
-        return getattr(self, "_step", -1)
 
 
 def progress_line(row: dict[str, Any], total_steps: int) -> str:

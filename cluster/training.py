@@ -135,7 +135,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag)
 
-    clock = time.perf_counter()
+    clock = time.perf_counter()  # of the last logged row
     logged_tokens = trainer.tokens
     while trainer.step_number < config.total_steps:
         if not all_ready():
@@ -145,6 +145,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             )
         if trainer.step_number == 0:
             trainer.initialise(*buffer.peek())
+            clock = time.perf_counter()
         metrics = trainer.step(*buffer.take(batch))
         last = metrics.step == config.total_steps
         if rank == 0 and (metrics.step % config.cluster.log_every_steps == 0 or metrics.step == 1 or last):

@@ -232,8 +232,8 @@ def _priority(window_id: Array, position: Array, feature: Array) -> Array:
     """A fixed pseudo-random uint64 per activation (splitmix64): the smallest ones are a uniform sample."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
-        mixed = window_id.astype(np.uint64)
-        for part in (position, feature):
+        mixed = np.zeros(len(window_id), np.uint64)
+        for part in (window_id, position, feature):
             mixed = (mixed + part.astype(np.uint64) + np.uint64(1)) * golden
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

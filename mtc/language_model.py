@@ -409,14 +409,14 @@ def _digest(config: ModelConfig, parts: list[Path]) -> str:
 
 def _gguf_info(path: Path) -> ModelInfo:
     """Read the shape from the file's head. The gguf package's reader takes up to 20 s to parse the vocabulary first."""
-    values: dict[str, Any] = {}
+    values: dict[Any, Any] = {}
     try:
         with path.open("rb") as file:
             magic, _, _, count = struct.unpack("<4sIQQ", file.read(24))
             for _ in range(count if magic == b"GGUF" else 0):
                 key = _gguf_value(file, 8)
                 values[key] = _gguf_value(file, *struct.unpack("<I", file.read(4)))
-                name = values.get("general.architecture", "")
+                name = str(values.get("general.architecture", ""))
                 layers, width = values.get(f"{name}.block_count"), values.get(f"{name}.embedding_length")
                 if layers and width:
                     return ModelInfo(_GGUF_NAMES.get(name, name), layers, width)

@@ -124,11 +124,11 @@ class MatryoshkaTranscoder(nn.Module):
         return torch.relu(torch.nn.functional.linear(x, self.W_enc[:prefix], self.b_enc[:prefix]).float())
 
     def normalise(self, source: Tensor) -> Tensor:
-        """Scale raw sources: `rms` divides each token by its root mean square, `scalar` uses one number for all."""
+        """Scale raw sources: `rms` divides each token by its root mean square, `scalar` is one number."""
         x = source.float()
         if self.shape.input_norm == "rms":
             return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
-        return x * self.input_scale
+        return x * self.input_scale if self.shape.input_norm == "scalar" else x
 
     # Training -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,77 @@
+"""How numbers and decoded tokens are written, in one place, so that every part of the report shows the same text."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+NOT_MEASURED = "not measured"
+_VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def number(value: float | None) -> str:
+    """Integers in full; other numbers with four significant digits; None is `not measured`."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return "undefined"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def numbers(values: Iterable[float | None]) -> str:
+    return ", ".join(number(v) for v in values)
+
+
+def percent(fraction: float | None) -> str:
+    if fraction is None or not math.isfinite(fraction):
+        return number(fraction)
+    return f"{number(100 * fraction)} %"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows literally, on one line, inside a table cell or outside.
+
+    Line breaks and tabs become visible signs; other control and format characters (which could reorder or hide what
+    follows) become their code point.
+    """
+    parts = []
+    for character in text:
+        if character in _ENTITIES:
+            parts.append(_ENTITIES[character])
+        elif character in _VISIBLE and character != " ":
+            parts.append(_VISIBLE[character])
+        elif character in "\\`*_[]#|~$":
+            parts.append("\\" + character)
+        elif unicodedata.category(character)[0] == "C" or unicodedata.category(character) in ("Zl", "Zp"):
+            parts.append(f"U+{ord(character):04X}")
+        else:
+            parts.append(character)
+    return "".join(parts)
+
+
+def token(text: str) -> str:
+    """One decoded token for a list or table: its spaces shown, so that `the` and ` the` differ."""
+    return escape(text).replace(" ", _VISIBLE[" "]) if text else "(empty)"
+
+
+def context(tokens: Sequence[str], peak: int) -> str:
+    """Running text with the token at index `peak` in bold."""
+    before, word, after = "".join(tokens[:peak]), tokens[peak], "".join(tokens[peak + 1 :])
+    core = word.strip()
+    if core:
+        start = word.index(core)
+        before, after = before + word[:start], word[start + len(core) :] + after
+    # Asterisks next to punctuation inside a word are not read as bold.
+    plain = core[:1].isalnum() and core[-1:].isalnum()
+    marked = f"**{escape(core)}**" if plain else f"<b>{escape(core) if core else token(word)}</b>"
+    return f"… {escape(before)}{marked}{escape(after)} …"
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; cells are already escaped."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

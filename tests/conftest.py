@@ -1,0 +1,39 @@
+"""One local Ray for the whole session; models and token stores in a cache of the session's own."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.update(RAY_AUTH_MODE="disabled", OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0", HF_HUB_OFFLINE="1")
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["MTC_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(cache_directory: Path) -> Iterator[Any]:
+    import ray
+
+    temporary = tempfile.mkdtemp(prefix="mtc-test-")  # Ray's socket paths must be short
+    context = ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=500_000_000,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        _temp_dir=temporary,
+    )
+    yield context
+    ray.shutdown()
+    shutil.rmtree(temporary, ignore_errors=True)

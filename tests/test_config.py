@@ -1,0 +1,71 @@
+import pytest
+
+from mtc.config import ConfigError, load_preset, make_config, parse_command_line, preset_names, to_yaml
+
+
+def test_reference_preset_is_the_reference_run():
+    config = load_preset("gemma-2-2b-layer17")
+    model, data, transcoder, optimizer = config.model, config.data, config.transcoder, config.optimizer
+    assert (model.name, model.layer, model.source, model.target) == ("google/gemma-2-2b", 17, "resid_mid", "mlp_out")
+    assert (data.name, data.num_tokens, data.context_length) == ("HuggingFaceFW/fineweb-edu", 15_000_000, 64)
+    assert transcoder.group_sizes == (1152, 2304, 1152)
+    assert transcoder.prefixes == (1152, 3456, 4608)
+    assert (transcoder.k, transcoder.aux_coefficient, transcoder.aux_k) == (48, 1 / 32, 512)
+    assert (optimizer.lr, optimizer.betas, optimizer.batch_tokens) == (3e-4, (0.9, 0.99), 1024)
+    assert (optimizer.warmup_steps, optimizer.final_lr_fraction) == (500, 0.01)
+    assert 14_400 < config.total_steps < 14_700
+    analysis = config.analysis
+    assert (analysis.max_per_feature, analysis.context_tokens, analysis.min_activation) == (100, 20, 0.1)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_survives_yaml(name, tmp_path):
+    config = load_preset(name)
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    again, _ = parse_command_line(["--config", str(file)], "")
+    assert again == config
+
+
+def test_overrides_win_over_the_preset():
+    argv = ["--preset", "tiny", "--transcoder.k", "4", "--data.num_tokens", "1_000_000", "--model.layer=0"]
+    config, arguments = parse_command_line([*argv, "--transcoder.group_sizes", "[8, 24]", "--print-config"], "")
+    assert (config.transcoder.k, config.data.num_tokens, config.model.layer) == (4, 1_000_000, 0)
+    assert config.transcoder.prefixes == (8, 32)
+    assert config.optimizer == load_preset("tiny").optimizer
+    assert arguments.print_config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"transcoder": {"k": 65}}, ["transcoder.k=65", "transcoder.group_sizes=[16, 32, 16]", "64"]),
+        ({"transcoder": {"group_sizes": [16, 0]}}, ["transcoder.group_sizes", "[16, 0]"]),
+        ({"cluster": {"num_trainers": 512}}, ["optimizer.batch_tokens=256", "cluster.num_trainers=512"]),
+        ({"cluster": {"num_trainers": 3}}, ["optimizer.batch_tokens=256", "cluster.num_trainers=3"]),
+        ({"data": {"num_tokens": 100}}, ["data.num_tokens=100", "optimizer.batch_tokens=256"]),
+        ({"optimizer": {"warmup_steps": 99}}, ["optimizer.warmup_steps=99", "32 steps"]),
+        ({"model": {"layer": -1}}, ["model.layer", "-1"]),
+        ({"model": {"source": "mlp_out"}}, ["model.source", "model.target", "mlp_out"]),
+        ({"transcoder": {"kk": 3}}, ["transcoder.kk", "3"]),
+        ({"optimizer": {"lr": "fast"}}, ["optimizer.lr", "fast"]),
+    ],
+)
+def test_errors_name_the_fields_and_values(overrides, parts):
+    with pytest.raises(ConfigError) as error:
+        load_preset("tiny", overrides)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_missing_fields_and_unknown_preset():
+    with pytest.raises(ConfigError, match=r"model: Field required"):
+        make_config({})
+    with pytest.raises(ConfigError, match="nope.*gemma-2-2b-layer17"):
+        load_preset("nope")
+
+
+def test_fingerprint_changes_with_the_numbers_only():
+    config = load_preset("tiny")
+    assert config.fingerprint() == load_preset("tiny", {"output": {"root": "/elsewhere"}}).fingerprint()
+    assert config.fingerprint() != load_preset("tiny", {"optimizer": {"lr": 1e-3}}).fingerprint()

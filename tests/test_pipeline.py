@@ -1,0 +1,153 @@
+"""The main job as a user runs it: a real `ray start --head`, `ray job submit`, the service, HTTP."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from mtc.language_model import LanguageModel, load_tokenizer
+from mtc.runs import RunError, load_transcoder, open_run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """`make quickstart` with the tiny preset and directories of its own."""
+    from jobs import quickstart
+
+    root = tmp_path_factory.mktemp("pipeline")
+    original = quickstart.STATE
+    quickstart.STATE = root / "state" / "head.json"
+    command = ["run", "--preset", "tiny", "--root", str(root / "runs")]
+    try:
+        assert quickstart.main(command) == 0
+        head = json.loads(quickstart.STATE.read_text())
+        yield f"http://127.0.0.1:{head['http_port']}", open_run(str(root / "runs" / "latest"))
+    finally:
+        quickstart.stop_head()
+        quickstart.STATE = original
+    with pytest.raises(ProcessLookupError):
+        os.kill(head["pid"], 0)
+
+
+def test_job_trains_analyses_and_publishes(served):
+    _, run = served
+    config = run.config()
+    history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
+    assert history[-1]["step"] == config.total_steps == 32
+    assert [row["step"] for row in history] == sorted({row["step"] for row in history})
+    assert history[-1]["loss"] < history[0]["loss"]
+    names = set(run.manifest().files)
+    report = {"layer1_analysis_report.md", "layer1_analysis_report.json", "layer1_analysis_overview.png"}
+    report |= {"activation_vs_samples.png"}
+    assert {"config.yaml", "transcoder.safetensors", "examples.parquet", "analysis.json"} <= names
+    assert {f"report/{name}" for name in report} <= names
+
+
+def test_recomputation_from_the_run_directory_agrees(served):
+    _, run = served
+    done = subprocess.run(
+        [sys.executable, "-m", "mtc.evaluation", run.url], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fvu[64]" in done.stdout
+
+
+def test_encode_equals_an_offline_forward(served):
+    base, run = served
+    text = "We the people of the United States"
+    answer = httpx.post(f"{base}/encode", json={"inputs": text, "top_k": 4}, timeout=60).json()
+    config, transcoder = run.config(), load_transcoder(run)
+    tokenizer = load_tokenizer(config.model)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    mask = torch.ones(1, len(ids), dtype=torch.bool)
+    source = LanguageModel(config.model).capture(torch.tensor([ids]), mask).source[0]
+    with torch.no_grad():
+        activations = transcoder.encode(source)
+    tokens = answer["results"][0]["tokens"]
+    assert [t["token_id"] for t in tokens] == ids
+    assert tokens[0]["is_special"]
+    for token, row in zip(tokens[1:], activations[1:], strict=True):
+        expected = row.topk(4)
+        values = [v for v in expected.values.tolist() if v > 0]
+        assert [f["activation_value"] for f in token["features"]] == pytest.approx(values, rel=1e-4)
+        chosen = [f["feature_index"] for f in token["features"]]
+        assert row[chosen].tolist() == pytest.approx(values, rel=1e-4)
+
+
+def test_report_over_http(served):
+    base, run = served
+    markdown = httpx.get(f"{base}/report", timeout=30)
+    assert markdown.status_code == 200
+    assert markdown.content == run.read("report/layer1_analysis_report.md")
+    as_json = httpx.get(f"{base}/report", headers={"Accept": "application/json"}, timeout=30).json()
+    assert as_json["evaluation"]["fvu"] == json.loads(run.read("analysis.json"))["evaluation"]["fvu"]
+    picture = httpx.get(f"{base}/report/files/layer1_analysis_overview.png", timeout=30)
+    assert picture.headers["content-type"] == "image/png"
+    assert picture.content == run.read("report/layer1_analysis_overview.png")
+
+
+def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():
+    start = time.monotonic()
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "jobs/train.py", "--preset", "gemma-2-2b-layer17"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment | {"HF_ENDPOINT": "http://127.0.0.1:9"},  # refuses connections, as without a network
+    )
+    assert done.returncode == 2
+    assert "network" in done.stderr
+    assert "google/gemma-2-2b" in done.stderr
+    assert "Ray" not in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_interrupt_during_training_leaves_nothing_behind(tmp_path):
+    """Ctrl-C of a direct run with a Ray of its own: no process left, no run that a reader would pick up."""
+    command = [sys.executable, "jobs/train.py", "--preset", "tiny", "--data.num_tokens", "500000"]
+    command += ["--output.root", str(tmp_path / "runs"), "--output.run_id", "cut"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    output = "".join(lines) + process.communicate(timeout=90)[0]
+    assert process.returncode == 130, output
+    assert "nothing was published" in output
+    deadline = time.monotonic() + 30
+    while left := _processes_of_session(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    with pytest.raises(RunError, match="no finished run"):
+        open_run(str(tmp_path / "runs" / "latest"))
+    with pytest.raises(RunError, match="not finished"):
+        open_run(str(tmp_path / "runs" / "cut"))
+
+
+def _processes_of_session(session: int) -> list[str]:
+    """Command lines of the processes that the session leader started, itself not counted."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append((stat.parent / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it ended while we looked
+    return found

@@ -1,0 +1,79 @@
+import json
+import os
+
+import fsspec
+import pytest
+
+from mtc.config import load_preset, to_yaml
+from mtc.runs import RunDirectory, RunError, open_run, write_atomic
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request, tmp_path):
+    if request.param == "local":
+        yield str(tmp_path / "runs")
+    else:
+        yield "memory://runs"
+        fsspec.filesystem("memory").store.clear()
+
+
+def make(root, name):
+    run = RunDirectory(f"{root}/{name}")
+    run.write("config.yaml", to_yaml(load_preset("tiny")))
+    run.write("report/plot.png", b"\x89PNG" + bytes(300))
+    run.write("checkpoints/x/big.bin", b"not part of the run")
+    return run
+
+
+def test_only_published_runs_are_found(root):
+    first, second = make(root, "a"), make(root, "b")
+    with pytest.raises(RunError, match="no finished run"):
+        open_run(f"{root}/latest")
+    with pytest.raises(RunError, match=r"no manifest\.json: the run is not finished"):
+        open_run(f"{root}/a")
+    with pytest.raises(RunError, match="no run at"):
+        open_run(f"{root}/zzz")
+    first.publish()
+    assert open_run(f"{root}/latest").run_id == "a"
+    manifest = second.publish()
+    assert open_run(f"{root}/latest").run_id == "b"
+    assert set(manifest.files) == {"config.yaml", "report/plot.png"}
+    assert open_run(f"{root}/b").config() == load_preset("tiny")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(b"\x89PNG" + bytes(299) + b"x", "damaged"), (b"short", "has 5 bytes"), (None, "no file 'report/plot.png'")],
+)
+def test_damage_is_found(root, damage, message):
+    run = make(root, "a")
+    run.publish()
+    if damage is None:
+        run.fs.rm(f"{run.path}/report/plot.png")
+    else:
+        run.write("report/plot.png", damage)
+    with pytest.raises(RunError, match=message):
+        open_run(f"{root}/a")
+
+
+def test_unknown_format_is_refused(root):
+    run = make(root, "a")
+    run.publish()
+    raw = json.loads(run.read("manifest.json"))
+    run.write("manifest.json", json.dumps(raw | {"format_version": 99}))
+    with pytest.raises(RunError, match="format_version 99 is unknown"):
+        open_run(f"{root}/a")
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_debris(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    write_atomic(str(path), b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(str(path), b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.json"]

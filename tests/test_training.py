@@ -1,0 +1,200 @@
+import math
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from mtc.config import load_preset
+from mtc.training import Calibrator, ShuffleBuffer, Trainer
+from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+
+D = 12
+
+
+def small_config(**optimizer):
+    return load_preset(
+        "tiny",
+        {
+            "transcoder": {"dead_after_tokens": 128, "aux_k": 6, "k": 4},
+            "optimizer": {"batch_tokens": 64, "precision": "float32", **optimizer},
+            "data": {"num_tokens": 64 * 30},
+        },
+    )
+
+
+def batches(steps, tokens=64):
+    """A planted dictionary that only a sparse code can express."""
+    generator = torch.Generator().manual_seed(5)
+    read, write = torch.randn(40, D, generator=generator), torch.randn(40, D, generator=generator)
+    for _ in range(steps):
+        z = torch.rand(tokens, 40, generator=generator) * (torch.rand(tokens, 40, generator=generator) < 0.08)
+        yield z @ read + 0.5, z @ write - 0.3
+
+
+def train_rank(steps, rank, world):
+    trainer = Trainer(small_config(), D, D)
+    metrics = []
+    for number, (x, y) in enumerate(batches(steps)):
+        part = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+        if number == 0:
+            trainer.initialise(x[part], y[part])
+        metrics.append(trainer.step(x[part], y[part]))
+    calibrator = Calibrator(trainer.transcoder)
+    for x, _ in batches(4):
+        calibrator.add(x[rank * len(x) // world : (rank + 1) * len(x) // world])
+    calibrator.finish()
+    return metrics, trainer
+
+
+def test_training_on_two_and_four_ranks_equals_one(ray_cluster, tmp_path):
+    """Global-batch BatchTopK, through real gloo process groups, with AuxK active."""
+    import os
+
+    import ray
+
+    @ray.remote(num_cpus=0.3)
+    def run(rank, world, file):
+        import torch.distributed as dist
+
+        sys.path.insert(0, os.path.dirname(__file__))
+        from test_training import train_rank
+
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+        metrics, trainer = train_rank(25, rank, world)
+        dist.destroy_process_group()
+        return [m._asdict() for m in metrics], {n: v.numpy() for n, v in trainer.transcoder.state_dict().items()}
+
+    metrics, trainer = train_rank(25, 0, 1)
+    assert metrics[-1].dead > 0, "AuxK must be active for this test to say anything"
+    for world in (2, 4):
+        file = tmp_path / f"group{world}"
+        results = ray.get([run.remote(r, world, str(file)) for r in range(world)], timeout=120)
+        for history, state in results:
+            for one, many in zip(metrics, history, strict=True):
+                assert one.loss == pytest.approx(many["loss"], rel=2e-4)
+                assert one.l0 == many["l0"]
+                assert one.dead == many["dead"]
+                assert one.fvu == pytest.approx(many["fvu"], rel=2e-4)
+            for name, value in trainer.transcoder.state_dict().items():
+                torch.testing.assert_close(torch.tensor(state[name]), value, rtol=1e-3, atol=2e-5)
+
+
+def test_training_lowers_the_loss_of_every_prefix_and_is_bit_identical_for_a_seed():
+    first, trainer = train_rank(30, 0, 1)
+    second, again = train_rank(30, 0, 1)
+    assert all(late < early for early, late in zip(first[0].fvu, first[-1].fvu, strict=True))
+    assert first[-1].fvu[-1] < first[-1].fvu[0]
+    assert [m.loss for m in first] == [m.loss for m in second]
+    for a, b in zip(trainer.transcoder.parameters(), again.transcoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resumed_training_equals_uninterrupted():
+    config, data = small_config(), list(batches(20))
+    whole = Trainer(config, D, D)
+    whole.initialise(*data[0])
+    for number, batch in enumerate(data):
+        whole.step(*batch)
+        if number == 11:
+            state = {name: value.clone() for name, value in whole.state_dict().items()}
+    resumed = Trainer(config, D, D)
+    resumed.load_state_dict(state)
+    assert (resumed.step_number, resumed.tokens) == (12, 12 * 64)
+    for batch in data[12:]:
+        resumed.step(*batch)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, resumed.state_dict()[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_fvu_and_dead_counter_are_what_the_batch_says():
+    trainer = Trainer(small_config(), D, D)
+    (x, y), *rest = batches(3)
+    trainer.initialise(x, y)
+    scale, b_dec = trainer.transcoder.target_scale, trainer.transcoder.b_dec.detach().clone()
+    metrics = trainer.step(x, y)
+    scaled = y * scale  # the decoder starts at zero, so every prefix predicts b_dec
+    expected = (scaled - b_dec).square().sum() / (scaled - scaled.mean(0)).square().sum()
+    assert metrics.fvu == pytest.approx([expected.item()] * 3, rel=1e-5)
+    assert metrics.l0 == 4
+    z = trainer.transcoder.pre_activations(rest[0][0])
+    kept = z >= z.flatten().sort(descending=True).values[4 * 64 - 1]
+    before = trainer.transcoder.tokens_since_fired.clone()
+    trainer.step(*rest[0])
+    after = trainer.transcoder.tokens_since_fired
+    assert torch.equal(after, torch.where(kept.any(0), 0, before + 64))
+
+
+def test_learning_rate_warms_up_and_decays_along_a_cosine():
+    trainer = Trainer(load_preset("gemma-2-2b-layer17"), 4, 4)
+    total = trainer.config.total_steps
+    assert trainer.learning_rate(0) == pytest.approx(3e-4 / 500)
+    assert trainer.learning_rate(499) == pytest.approx(3e-4)
+    assert trainer.learning_rate(500) == pytest.approx(3e-4)
+    middle = 500 + (total - 1 - 500) / 2
+    assert trainer.learning_rate(int(middle)) == pytest.approx(3e-4 * (0.01 + 0.99 * 0.5), rel=1e-3)
+    assert trainer.learning_rate(total - 1) == pytest.approx(3e-6)
+    rates = [trainer.learning_rate(s) for s in range(500, total)]
+    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_gradients_are_clipped():
+    trainer = Trainer(small_config(gradient_clip=1e-3), D, D)
+    (x, y), *_ = batches(1)
+    trainer.initialise(x, y)
+    assert trainer.step(x, y).gradient_norm > 1e-3
+    gradients = [p.grad for p in trainer.transcoder.parameters()]
+    assert math.sqrt(sum(g.square().sum().item() for g in gradients)) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_calibration_gives_exactly_k_per_token():
+    transcoder = MatryoshkaTranscoder(TranscoderShape(D, D, (16, 32), 4, "rms"), seed=3)
+    calibrator = Calibrator(transcoder)
+    seen = [x for x, _ in batches(10)]
+    for x in seen:
+        calibrator.add(x)
+    calibrator.finish()
+    assert (transcoder.encode(torch.cat(seen)) > 0).sum().item() == 4 * 640
+
+
+def test_shuffle_buffer_gives_each_row_once_with_its_target_and_knows_its_units():
+    buffer = ShuffleBuffer(50, seed=0)
+    taken = []
+    units_after = {}
+    for unit in range(8):
+        rows = torch.arange(unit * 20, unit * 20 + 20.0).unsqueeze(1)
+        buffer.add(rows, -rows, unit)
+        while buffer.ready(15):
+            source, target = buffer.take(15)
+            assert torch.equal(source, -target)
+            taken += source.flatten().int().tolist()
+        held = set(range(unit * 20 + 20)) - set(taken)
+        units_after[unit] = {row // 20 for row in held}
+        assert buffer.units() == units_after[unit]
+    while buffer.size >= 15:
+        taken += buffer.take(15)[0].flatten().int().tolist()
+    taken += buffer.take(buffer.size)[0].flatten().int().tolist()
+    assert Counter(taken) == Counter(range(160))
+    assert taken != sorted(taken)
+    with pytest.raises(ValueError, match="3 rows .* holds 0"):
+        buffer.take(3)
+
+
+def test_mtc_trains_without_ray():
+    """In an interpreter where Ray cannot be imported."""
+    code = """
+import sys
+sys.modules["ray"] = None
+import torch, mtc.evaluation, mtc.examples, mtc.language_model, mtc.tokens, mtc.runs
+from mtc.config import load_preset
+from mtc.training import Trainer
+trainer = Trainer(load_preset("tiny"), 8, 8)
+x, y = torch.randn(256, 8), torch.randn(256, 8)
+trainer.initialise(x, y)
+losses = [trainer.step(x, y).loss for _ in range(10)]
+assert losses[-1] < losses[0], losses
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
