@@ -6,7 +6,8 @@ the number of actors.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -16,6 +17,7 @@ from mtc.config import RunConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    import ray.data
 
     from mtc.evaluation import Evaluation
     from mtc.examples import ExampleCollector, FeatureStatistics
@@ -50,11 +52,10 @@ def analyse_heldout(config: RunConfig, plan: Plan, run_url: str, store_url: str)
     )
     sums: ReconstructionSums | None = None
     collector = make_collector(config)
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for i in range(table.num_rows):
-            part = _read_sums(ReconstructionSums, table, i)
-            sums = part if sums is None else sums + part
-            collector.merge_bytes(table["examples"][i].as_py())
+    for row in _rows(dataset):
+        part = ReconstructionSums(**_sums(row, ReconstructionSums._fields))
+        sums = part if sums is None else sums + part
+        collector.merge_bytes(row["examples"])
     assert sums is not None, "heldout_units never returns an empty list"
 
     losses: LossSums | None = None
@@ -62,13 +63,12 @@ def analyse_heldout(config: RunConfig, plan: Plan, run_url: str, store_url: str)
         rows = [_row([unit]) for unit in heldout_units(store, config, config.analysis.loss_tokens)]
         arguments = {"config": config, "run_url": run_url, "store_url": store_url, "target_mean": sums.target_mean()}
         loss_dataset = map_on_model_actors(rows, LossActor, plan, **arguments)
-        for table in loss_dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for i in range(table.num_rows):
-                loss = _read_sums(LossSums, table, i)
-                losses = loss if losses is None else losses + loss
+        for row in _rows(loss_dataset):
+            loss = LossSums(**_sums(row, LossSums._fields))
+            losses = loss if losses is None else losses + loss
 
     tokenizer = load_tokenizer(config.model)
-    examples = collector.table(store.document_ids, lambda token: tokenizer.decode([token]))
+    examples = collector.table(store.document_ids, lambda token: str(tokenizer.decode([token])))
     evaluation = sums.evaluation(transcoder, losses.loss_recovered() if losses else None)
     return HeldOutResults(evaluation, collector.statistics, examples)
 
@@ -167,9 +167,15 @@ def _sums_table(sums: NamedTuple) -> pa.Table:
     return pa.table({name: pa.array([v], pa.list_(pa.float64())) for name, v in values.items()})
 
 
-def _read_sums(kind: type, table: pa.Table, row: int) -> NamedTuple:
+def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(table, pa.Table)
+        yield from table.to_pylist()
+
+
+def _sums(row: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """The named lists as float64 arrays; token counts and the total square are scalars."""
     import numpy as np
 
-    values = (np.asarray(table[name][row].as_py()) for name in kind._fields)  # type: ignore[attr-defined]
-    scalars = {"tokens", "target_square"}
-    return kind(*(v[0] if n in scalars else v for n, v in zip(kind._fields, values, strict=True)))  # type: ignore
+    values = {name: np.asarray(row[name]) for name in fields}
+    return {name: v[0] if name in ("tokens", "target_square") else v for name, v in values.items()}

@@ -17,10 +17,9 @@ from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.runs import RunDirectory, absolute
 
 if TYPE_CHECKING:
-    from mtc.analysis import RunFacts
-
     from cluster.analysis import HeldOutResults
     from cluster.training import TrainResult
+    from mtc.analysis import RunFacts
     from mtc.tokens import StoreInfo
 
 logger = logging.getLogger(__name__)
@@ -109,7 +108,6 @@ def _write_report(
 ) -> None:
     """Examples, analysis and report of the run, from the final weights."""
     from mtc.analysis import analyse
-
     from mtc.examples import to_parquet
     from mtc.report import write_report
     from mtc.runs import load_transcoder
@@ -155,7 +153,6 @@ def _facts(
     from importlib.metadata import version
 
     from mtc.analysis import RunFacts
-
     from mtc.language_model import choose_dtype
 
     packages = ("torch", "transformers", "ray", "numpy", "pyarrow", "mtc")
@@ -170,7 +167,7 @@ def _facts(
         documents=dict(info.documents),
         language_model_dtype=str(choose_dtype(config.model.dtype, plan.device)).removeprefix("torch."),
         precision=trained.precision,
-        device=plan.device,
+        devices=(plan.device,),
         num_trainers=plan.num_trainers,
         num_model_actors=plan.num_model_actors,
         seconds=seconds,

@@ -71,13 +71,14 @@ def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_mo
             storage_path=run.url,
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},  # type: ignore[call-arg]  # of Train v2
         ),
     )
     result = trainer.fit()
+    assert result.checkpoint is not None, "every rank ends with a checkpoint"
     with result.checkpoint.as_directory() as directory:
-        with open(os.path.join(directory, "transcoder.safetensors"), "rb") as file:
-            run.write("transcoder.safetensors", file.read())
+        with open(os.path.join(directory, "transcoder.safetensors"), "rb") as weights:
+            run.write("transcoder.safetensors", weights.read())
         with open(os.path.join(directory, "result.json")) as file:
             return TrainResult(**json.load(file))
 

@@ -55,6 +55,12 @@ class RunFacts(_Part):
     """Training steps done."""
     trained_tokens: int
     """Tokens trained on, repeats included."""
+    calibration_tokens: int = 0
+    """Fresh tokens that the threshold was calibrated on."""
+    precision: str = "float32"
+    """Arithmetic of the transcoder's products; weights, loss and optimizer are float32."""
+    token_store: str = ""
+    """URL of the tokenised text."""
     data_name: str
     """The text, as it was found."""
     documents: dict[str, int] = {}
@@ -313,9 +319,13 @@ def analyse(
     Raises ValueError if statistics or evaluation belong to another dictionary.
     """
     if len(statistics.count) != transcoder.num_features:
-        raise ValueError(f"statistics of {len(statistics.count)} features, but the dictionary has {transcoder.num_features}")
+        raise ValueError(
+            f"statistics of {len(statistics.count)} features, but the dictionary has {transcoder.num_features}"
+        )
     if tuple(evaluation.prefixes) != transcoder.prefixes:
-        raise ValueError(f"evaluation of prefixes {evaluation.prefixes}, but the dictionary's are {transcoder.prefixes}")
+        raise ValueError(
+            f"evaluation of prefixes {evaluation.prefixes}, but the dictionary's are {transcoder.prefixes}"
+        )
     features = _features(transcoder, statistics, examples)
     summary = _summary(config, transcoder, evaluation, statistics, examples, history, facts)
     insights, recommendations = judge(summary, config)
@@ -395,8 +405,7 @@ def _features(
     group = np.repeat(np.arange(len(transcoder.groups)), transcoder.shape.group_sizes)
     samples = _sample_counts(examples, total)
     ends = samples.cumsum()
-    top = examples.filter(pc.equal(examples["kind"], "top")).select(["feature", "token_id", "token"])
-    columns = top.to_pydict()  # ordered by feature, then strength
+    columns = _top_rows(examples, ["token_id", "token"]).to_pydict()
     peaks = list(zip(columns["token_id"], columns["token"], strict=True))
     since = transcoder.tokens_since_fired.tolist()
     norms = transcoder.W_dec.detach().double().norm(dim=1).tolist()
@@ -489,8 +498,12 @@ def _trend(history: list[dict[str, Any]]) -> Trend | None:
 
 def _sample_counts(examples: pa.Table, num_features: int) -> NDArray[np.int64]:
     """Stored top examples per feature, [features]."""
-    top = examples.filter(pc.equal(examples["kind"], "top"))
-    return np.bincount(top["feature"].to_numpy(), minlength=num_features)
+    return np.bincount(_top_rows(examples, ["feature"])["feature"].to_numpy(), minlength=num_features)
+
+
+def _top_rows(examples: pa.Table, columns: list[str]) -> pa.Table:
+    """Some columns of the samples, ordered by feature and strength as in the whole table."""
+    return examples.select(columns).filter(pc.equal(examples["kind"], "top"))
 
 
 def _files(layer: int, facts: RunFacts) -> tuple[File, ...]:

@@ -148,7 +148,7 @@ def reconstruction_sums(
     y = target.to(activations.device).double()
     errors = torch.stack([(part.double() - y).square().sum() for part in transcoder.decode_prefixes(activations)])
     sums = ReconstructionSums(
-        tokens=np.float64(len(source)),
+        tokens=np.array(float(len(source))),
         errors=errors.cpu().numpy(),
         target=y.sum(0).cpu().numpy(),
         target_square=y.square().sum().cpu().numpy(),
@@ -192,7 +192,7 @@ def loss_sums(
         spliced = run(lambda s, m=m: transcoder.reconstruct(s, m))  # type: ignore[misc]
         ce.append(cross_entropy(spliced))
         kl.append((clean.exp() * (clean - spliced)).double().sum())
-    return LossSums(np.float64(len(labels)), torch.stack(ce).cpu().numpy(), torch.stack(kl).cpu().numpy())
+    return LossSums(np.array(float(len(labels))), torch.stack(ce).cpu().numpy(), torch.stack(kl).cpu().numpy())
 
 
 def evaluate(
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     loss_tokens = 0 if arguments.skip_loss else config.analysis.loss_tokens
     fresh = evaluate(config, load_transcoder(run), batches(config.analysis.num_tokens), batches(loss_tokens), device)
     stored = analysis.evaluation
-    pairs = [("tokens", stored.tokens, fresh.tokens)]
+    pairs: list[tuple[str, float, float]] = [("tokens", stored.tokens, fresh.tokens)]
     for i, m in enumerate(fresh.prefixes):
         pairs += [(f"fvu[{m}]", stored.fvu[i], fresh.fvu[i]), (f"l0[{m}]", stored.l0[i], fresh.l0[i])]
     pairs.append(("never_fired", stored.never_fired, fresh.never_fired))

@@ -8,21 +8,21 @@ what one would have found on all the text: the order of windows and of merges do
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 PAD = -1
 
 
 class FeatureStatistics(NamedTuple):
     """How often and how strongly each feature fired."""
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     """[features] int64, activations above the threshold."""
     maximum: Array
     """[features] float32, strongest activation; 0 if none."""
@@ -186,7 +186,9 @@ class ExampleCollector:
         )
         for kind in ("top", "sample"):
             like = self._no_rows()._asdict()
-            columns = {n: np.frombuffer(row[f"{kind}.{n}"], c.dtype).reshape(-1, *c.shape[1:]) for n, c in like.items()}
+            columns: dict[str, Array] = {
+                n: np.frombuffer(row[f"{kind}.{n}"], c.dtype).reshape(-1, *c.shape[1:]) for n, c in like.items()
+            }
             setattr(other, kind, _Rows(**columns))
         count, maximum, total, _ = other.statistics
         other.statistics = FeatureStatistics(

@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from mtc.report import report_names
 from mtc.runs import RunError, open_run
 from serve.encoder import Encoder, TextTooLongError
 from serve.errors import BodyLimit, ServiceError, install_error_handlers
@@ -33,7 +34,6 @@ from serve.schemas import EncodeRequest, EncodeResponse, ErrorResponse, TextResu
 MAX_BODY_BYTES = 1 << 20
 MAX_INPUTS = 64
 READY_TIMEOUT_S = 5.0
-REPORT_MARKDOWN, REPORT_JSON = "report/report.md", "analysis.json"
 
 
 class AppArgs(BaseModel):
@@ -106,8 +106,9 @@ class Ingress:
         if media_type is None:
             offered = {"offered": [MARKDOWN, JSON]}
             raise ServiceError(406, "not_acceptable", f"the report is {MARKDOWN} or {JSON}, not {accept}", offered)
-        name = REPORT_MARKDOWN if media_type == MARKDOWN else REPORT_JSON
-        return self._file(name, media_type, {"Vary": "Accept"})
+        markdown, as_json, *_ = report_names(self._config.model.layer)
+        name = markdown if media_type == MARKDOWN else as_json
+        return self._file(f"report/{name}", media_type, {"Vary": "Accept"})
 
     @app.get("/report/files/{name:path}", response_class=Response)
     def report_file(self, name: str) -> Response:

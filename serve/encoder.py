@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray import serve as ray_serve
 
-from mtc.runs import RunDirectory, open_run
+from mtc.runs import RunDirectory, load_transcoder, open_run
 from serve.schemas import FeatureActivation, TextResult, TokenFeatures
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mtc.transcoder import MatryoshkaTranscoder
 
 MAX_BATCH_TEXTS = 16
 MAX_BATCH_TOKENS = 4096
@@ -57,7 +54,7 @@ class RunEncoder:
         self._tokenizer = load_tokenizer(config.model)
         self._special = set(special_ids(self._tokenizer))
         self._model = LanguageModel(config.model, device=device)
-        self._transcoder = _load_transcoder(run, device)
+        self._transcoder = load_transcoder(run, device)
         model_config: Any = self._model.model.config
         positions = getattr(model_config.get_text_config(), "max_position_embeddings", max_input_tokens)
         self.max_input_tokens = min(max_input_tokens, positions)
@@ -146,16 +143,6 @@ class Encoder:
     async def _encode_window(self, windows: list[Window]) -> list[TextResult]:
         # In a thread, so that the next batch collects and health checks are answered meanwhile.
         return await asyncio.to_thread(self._encoder.encode_windows, windows)
-
-
-def _load_transcoder(run: RunDirectory, device: str) -> MatryoshkaTranscoder:
-    from mtc.transcoder import MatryoshkaTranscoder
-
-    with tempfile.TemporaryDirectory() as directory:  # a reader of local files; the run may be in an object store
-        path = os.path.join(directory, "transcoder.safetensors")
-        with open(path, "wb") as file:
-            file.write(run.read("transcoder.safetensors"))
-        return MatryoshkaTranscoder.load(path, device).eval()
 
 
 def _chunks(lengths: list[int]) -> list[list[int]]:

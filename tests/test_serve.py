@@ -36,7 +36,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> RunDirec
     run.write("config.yaml", to_yaml(config))
     run.write("transcoder.safetensors", transcoder.to_bytes())
     run.write("analysis.json", json.dumps({"run_id": "one"}))
-    run.write("report/report.md", "# Report\n")
+    run.write("report/layer1_analysis_report.md", "# Report\n")
+    run.write("report/layer1_analysis_report.json", json.dumps({"run_id": "one"}))
     run.write("report/plots/loss.png", b"\x89PNG")
     run.publish()
     return run
