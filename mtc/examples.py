@@ -167,7 +167,7 @@ class ExampleCollector:
 
     def to_bytes(self) -> bytes:
         """Everything, as Arrow IPC, to travel between processes."""
-        columns = {}
+        columns: dict[str, Array] = {}
         for kind, rows in (("top", self.top), ("sample", self.sample)):
             columns |= {f"{kind}.{name}": np.ascontiguousarray(c) for name, c in rows._asdict().items()}
         columns |= {name: np.asarray(value) for name, value in self.statistics._asdict().items()}

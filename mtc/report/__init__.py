@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
-if TYPE_CHECKING:
-    from mtc.analysis import Analysis
+from mtc.report.schema import Analysis
 
 
 def write_report(analysis: Analysis, examples: pa.Table, history: list[dict[str, Any]]) -> dict[str, bytes]:
     """The report's files by name; `examples` and `history` are what the analysis was computed from."""
-    # mtc.analysis uses this package's rules; who only reads an Analysis should not pay for matplotlib.
+    # Who only reads or computes an Analysis should not pay for matplotlib.
     from mtc.report.markdown import render_markdown
     from mtc.report.plots import activation_vs_samples, overview
 

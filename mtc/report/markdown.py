@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtc.report import report_names
 from mtc.report.format import NOT_MEASURED, context, escape, number, numbers, percent, table, token
-
-if TYPE_CHECKING:
-    from mtc.analysis import Analysis, Distribution, Feature
+from mtc.report.schema import Analysis, Distribution, Feature
 
 CONTEXTS = 3
 
@@ -106,6 +104,7 @@ def _configuration(analysis: Analysis) -> str:
         ("Input scaling", f"{t.input_norm}, factor {number(t.input_scale)}"),
         ("Target factor", number(t.target_scale)),
         ("Inference threshold", number(t.threshold)),
+        ("Calibration tokens", number(f.calibration_tokens)),
         ("AuxK coefficient", number(c.transcoder.aux_coefficient)),
         ("Learning rate", number(o.lr)),
         ("Schedule", schedule),
@@ -120,7 +119,7 @@ def _configuration(analysis: Analysis) -> str:
         ("Context length (tokens)", number(d.context_length)),
         ("Held-out fraction", number(d.heldout_fraction)),
         ("Language model dtype", escape(f.language_model_dtype)),
-        ("Transcoder precision, as configured", o.precision),
+        ("Transcoder precision", escape(f.precision)),
         ("Devices", escape(", ".join(f.devices))),
         ("Trainers", number(f.num_trainers)),
         ("Language model processes", number(f.num_model_actors)),

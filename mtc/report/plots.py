@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from mtc.report.format import number
-
-if TYPE_CHECKING:
-    from mtc.analysis import Analysis
+from mtc.report.schema import Analysis
 
 DPI = 120
 # Okabe and Ito's colours, told apart with any kind of colour vision; yellow is too pale on white.
@@ -27,7 +26,7 @@ _BINS = 40
 
 def overview(analysis: Analysis, history: list[dict[str, Any]]) -> bytes:
     """Quality, training and features in a grid of 2 x 3, 1680 x 1008 pixels."""
-    figure = Figure(figsize=(14, 8.4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(14, 8.4), dpi=DPI, layout=_layout())
     axes = figure.subplots(2, 3)
     model = analysis.config.model
     title = f"{model.name}, layer {model.layer}: {number(analysis.summary.total_features)} features, "
@@ -54,23 +53,23 @@ def overview(analysis: Analysis, history: list[dict[str, Any]]) -> bytes:
 
 def activation_vs_samples(analysis: Analysis) -> bytes:
     """Strongest activation against number of samples, a dot per feature that fired, 1400 x 960 pixels."""
-    figure = Figure(figsize=(1400 / DPI, 8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(1400 / DPI, 8), dpi=DPI, layout=_layout())
     axes = figure.subplots()
     fired = [f for f in analysis.features if f.count]
     colours = _colours(len(analysis.weights.groups))
     for g, colour in enumerate(colours):
-        members = [f for f in fired if f.group == g]
-        if members:
-            axes.scatter(
-                [f.samples for f in members], [f.max_activation for f in members],
-                s=18, alpha=0.55, color=colour, linewidths=0, label=f"group {g} ({number(len(members))} features)",
-            )  # fmt: skip
+        size = sum(f.group == g for f in fired)
+        axes.scatter([], [], s=30, color=colour, linewidths=0, label=f"group {g} ({number(size)} features)")
     if fired:
+        # Most features share the largest number of samples; in a mixed order no group hides the others.
+        fired = [fired[i] for i in np.random.default_rng(0).permutation(len(fired))]
         strongest = [f.max_activation for f in fired]
+        of_group = [colours[f.group] for f in fired]
+        axes.scatter([f.samples for f in fired], strongest, s=18, alpha=0.6, c=of_group, linewidths=0)
         if max(strongest) > 20 * min(strongest) > 0:
             axes.set_yscale("log")
         axes.legend(loc="best", fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(_whole_numbers())
     else:
         _say(axes, "no feature fired")
     axes.set_title("Strongest activation against number of samples")
@@ -132,8 +131,8 @@ def _sparsity(axes: Axes, analysis: Analysis, history: list[dict[str, Any]]) -> 
     axes.legend(loc="upper left", fontsize=9)
     right = axes.twinx()
     right.plot(tokens, dead, color=_COLOURS[5])
-    right.set_ylim(0, max(1, 1.3 * max(dead)))
-    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set_ylim(0, max(1, 2 * max(dead)))  # below the line of L0
+    right.yaxis.set_major_locator(_whole_numbers())
     after = number(analysis.config.transcoder.dead_after_tokens)
     right.set_ylabel(f"dead features (silent for {after} tokens)", color=_COLOURS[5])
 
@@ -151,12 +150,18 @@ def _histogram(axes: Axes, values: NDArray[Any], groups: NDArray[np.int64], num_
         step = max(1, -(-int(high - low + 1) // _BINS))
         edges = np.arange(low - 0.5, high + step + 0.5, step)
     else:
-        edges = np.linspace(low, high, _BINS + 1) if high > low else np.array([low - 0.5, high + 0.5])
+        bins = min(_BINS, max(8, int(2 * len(values) ** 0.5)))
+        edges = np.linspace(low, high, bins + 1) if high > low else np.array([low - 0.5, high + 0.5])
     parts = [values[groups == g] for g in range(num_groups)]
     labels = [f"group {g}" for g in range(num_groups)]
-    axes.hist(parts, bins=edges, stacked=True, color=_colours(num_groups), label=labels)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.hist(parts, bins=edges.tolist(), stacked=True, color=_colours(num_groups), label=labels)
+    axes.yaxis.set_major_locator(_whole_numbers())
+    axes.margins(y=0.2)  # room for the legend
     axes.legend(fontsize=9)
+
+
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True)
 
 
 def _colours(count: int) -> list[str]:
@@ -178,6 +183,10 @@ def _short(value: float, position: object = None) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
+
+
+def _layout() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
 
 
 def _png(figure: Figure) -> bytes:

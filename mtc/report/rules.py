@@ -9,36 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
+from mtc.config import RunConfig
 from mtc.report.format import number, numbers, percent
-
-if TYPE_CHECKING:
-    from mtc.analysis import Summary
-    from mtc.config import RunConfig
-
-
-class Finding(BaseModel):
-    """What a rule says about this run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
-
-    rule: str
-    """Name of the rule."""
-    condition: str
-    """The rule in words, threshold included."""
-    value: float
-    """The measured number that is held against the threshold."""
-    threshold: float
-    """The rule's limit, in the unit of `value`."""
-    met: bool
-    """Whether the condition holds."""
-    text: str
-    """What was measured; in a recommendation, what to change."""
-    field: str | None = None
-    """Configuration field to change; only in recommendations."""
+from mtc.report.schema import Finding, Summary
 
 
 class Rule(NamedTuple):
@@ -87,10 +62,10 @@ def _smallest_gain(s: Summary, c: RunConfig) -> float | None:
 
 def _prefix_sentence(s: Summary, c: RunConfig) -> str:
     steps = [
-        f"features {number(m)} to {number(n)} change it by {number(b - a)} to {number(b)}"
-        for (m, n), (a, b) in zip(pairwise(s.prefixes), pairwise(s.fvu), strict=True)
+        f"{number(b)} with {number(n)} ({'+' if b > a else ''}{number(b - a)})"
+        for n, (a, b) in zip(s.prefixes[1:], pairwise(s.fvu), strict=True)
     ]
-    return f"Held-out FVU of the first {number(s.prefixes[0])} features is {number(s.fvu[0])}; {'; '.join(steps)}."
+    return f"Held-out FVU is {number(s.fvu[0])} with the first {number(s.prefixes[0])} features, {', '.join(steps)}."
 
 
 def _dead_sentence(s: Summary, c: RunConfig) -> str:
@@ -117,12 +92,19 @@ def _loss_sentence(s: Summary, c: RunConfig) -> str:
     )
 
 
+def _trend_value(s: Summary, sign: int) -> float | None:
+    """Change in the direction `sign` (1 falls, -1 rises) less two standard errors; None if it goes the other way."""
+    if s.trend is None or sign * s.trend.fall < 0:
+        return None
+    return sign * s.trend.fall - 2 * s.trend.standard_error
+
+
 def _trend_sentence(s: Summary, c: RunConfig) -> str:
     assert s.trend is not None
     return (
-        f"Over the last fifth of the logged training ({number(s.trend.rows)} rows) the batch FVU's fitted line fell by "
-        f"{percent(s.trend.fall)} of its mean, with a standard error of {percent(s.trend.standard_error)} (a negative "
-        "fall is a rise)."
+        f"Over the last fifth of the logged training ({number(s.trend.rows)} rows) the batch FVU's fitted line "
+        f"{'fell' if s.trend.fall >= 0 else 'rose'} by {percent(abs(s.trend.fall))} of its mean, with a standard error "
+        f"of {percent(s.trend.standard_error)}."
     )
 
 
@@ -160,8 +142,8 @@ RULES = (
     Rule(
         "dead counter", "trained tokens / dead_after_tokens < 1", "<", 1,
         lambda s, c: s.trained_tokens / c.transcoder.dead_after_tokens,
-        lambda s, c: f"Training saw {number(s.trained_tokens)} tokens, and a feature counts as dead after "
-        f"{number(c.transcoder.dead_after_tokens)}; with fewer trained tokens none can, and AuxK never acts.",
+        lambda s, c: f"Training saw {number(s.trained_tokens)} tokens; a feature counts as dead after "
+        f"{number(c.transcoder.dead_after_tokens)}, so with fewer trained tokens none can and AuxK never acts.",
         "transcoder.dead_after_tokens", "Lower it below the length of training",
     ),
     Rule(
@@ -183,13 +165,13 @@ RULES = (
     Rule(
         "still improving", "fall of batch FVU over the last fifth of training, less two standard errors, > 1 %",
         ">", 0.01,
-        lambda s, c: s.trend.fall - 2 * s.trend.standard_error if s.trend else None, _trend_sentence,
+        lambda s, c: _trend_value(s, 1), _trend_sentence,
         "data.num_tokens", "Train longer",
     ),
     Rule(
         "getting worse", "rise of batch FVU over the last fifth of training, less two standard errors, > 1 %",
         ">", 0.01,
-        lambda s, c: -s.trend.fall - 2 * s.trend.standard_error if s.trend else None, _trend_sentence,
+        lambda s, c: _trend_value(s, -1), _trend_sentence,
         "optimizer.lr", "Lower the learning rate",
     ),
     Rule(
