@@ -33,7 +33,7 @@ def check(config: RunConfig) -> None:
     from cluster.tokens import check_data
     from mtc.language_model import check_model
 
-    if config.output.run_id and RunDirectory(f"{absolute(config.output.root)}/{config.output.run_id}").is_finished():
+    if config.output.run_id and RunDirectory(f"{_output_root(config)}/{config.output.run_id}").is_finished():
         raise ConfigError(f"output.run_id={config.output.run_id} is a finished run in output.root={config.output.root}")
     check_model(config.model)
     check_data(config)
@@ -131,7 +131,15 @@ def _run_directory(config: RunConfig) -> RunDirectory:
     if run_id is None:
         model = config.model.name.removeprefix("pip:").replace("random:", "random-").rstrip("/").split("/")[-1]
         run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{model}-layer{config.model.layer}"
-    return RunDirectory(f"{absolute(config.output.root)}/{run_id}")
+    return RunDirectory(f"{_output_root(config)}/{run_id}")
+
+
+def _output_root(config: RunConfig) -> str:
+    """`output.root`; a relative path counts from the home directory in a submitted job, whose own is a copy that Ray
+    deletes."""
+    root = config.output.root
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return absolute(os.path.join("~", root) if submitted and "://" not in root else root)
 
 
 @contextmanager

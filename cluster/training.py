@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.activations import activation_dataset, configure_data_context, iterate_units
@@ -74,13 +76,33 @@ def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_mo
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},  # type: ignore[call-arg]  # of Train v2
         ),
     )
-    result = trainer.fit()
+    result = _interruptible(trainer.fit)
     assert result.checkpoint is not None, "every rank ends with a checkpoint"
     with result.checkpoint.as_directory() as directory:
         with open(os.path.join(directory, "transcoder.safetensors"), "rb") as weights:
             run.write("transcoder.safetensors", weights.read())
         with open(os.path.join(directory, "result.json")) as file:
             return TrainResult(**json.load(file))
+
+
+def _interruptible(call: Callable[[], ray.train.Result]) -> ray.train.Result:
+    """`call()` in a thread of its own, so that Ctrl-C and SIGTERM reach this one as KeyboardInterrupt.
+
+    In the main thread Train would install its own SIGINT handler, which ends the process with exit code 1.
+    """
+    outcome: queue.SimpleQueue[ray.train.Result | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(call())
+        except BaseException as error:  # handed to the waiting thread, which raises it
+            outcome.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    result = outcome.get()
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def _remaining_units(config: RunConfig, plan: Plan, run_url: str, store_url: str) -> ray.data.Dataset:

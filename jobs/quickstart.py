@@ -4,7 +4,8 @@
     python -m jobs.quickstart serve --run RUN                              what `make serve` does
     python -m jobs.quickstart stop                                         what `make stop` does
 
-The head listens on the loopback interface only, on ports that were free; `.quickstart/head.json` says which.
+Dashboard and service listen on the loopback interface only, on ports that were free; `.quickstart/head.json` says
+which.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def stop_head() -> bool:
     was_alive = _alive(head["pid"])
     if was_alive:
         os.kill(head["pid"], signal.SIGTERM)  # `ray start --block` takes its processes down with it
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while _alive(head["pid"]):
             if time.monotonic() > deadline:
                 os.killpg(head["pid"], signal.SIGKILL)
@@ -191,8 +192,13 @@ def print_usage(base: str, run: str) -> None:
 
 
 def _environment() -> dict[str, str]:
-    # Authentication is set one way or the other, never left to Ray's default: this head is on loopback only.
-    local = {"RAY_AUTH_MODE": "disabled", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    # Authentication is set one way or the other, never left to Ray's default: only loopback reaches the dashboard.
+    local = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
     local["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")

@@ -190,7 +190,8 @@ class OutputConfig(_Part):
     """Where results go: local paths or fsspec URLs (s3://, gs://) that every node can reach."""
 
     root: str = "runs"
-    """Directory of run directories."""
+    """Directory of run directories. A relative path counts from the current directory, or from the home directory
+    where the job was submitted to a cluster."""
     run_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Name of this run; by default made of the time and the model. A finished run is never overwritten."""
     token_store: str | None = None

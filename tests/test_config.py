@@ -61,7 +61,7 @@ def test_errors_name_the_fields_and_values(overrides, parts):
 def test_missing_fields_and_unknown_preset():
     with pytest.raises(ConfigError, match=r"model: Field required"):
         make_config({})
-    with pytest.raises(ConfigError, match="nope.*gemma-2-2b-layer17"):
+    with pytest.raises(ConfigError, match=r"nope.*gemma-2-2b-layer17"):
         load_preset("nope")
 
 
