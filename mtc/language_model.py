@@ -277,11 +277,12 @@ def _truncate(model_config: PretrainedConfig, num_layers: int) -> None:
 
 @contextmanager
 def _loading(config: ModelConfig, quiet: bool = False) -> Iterator[None]:
-    """Turn what transformers raises for missing files into ModelError; `quiet` hides its report and progress bar."""
+    """Turn what transformers raises for missing files into ModelError, without progress bars; `quiet` also hides its
+    report."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     if quiet:
         transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
     try:
         yield
     except OSError as error:
