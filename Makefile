@@ -40,5 +40,6 @@ $(TEST_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
 	touch $@
 
-clean: stop
+clean:
+	test ! -f .quickstart/head.json || $(MAKE) stop
 	rm -rf $(VENV) build *.egg-info

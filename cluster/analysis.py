@@ -34,6 +34,8 @@ class HeldOutResults(NamedTuple):
     """Counts and maxima per feature."""
     examples: pa.Table
     """Activating examples ordered by feature."""
+    dtype: str
+    """Arithmetic that the language model ran in."""
 
 
 def analyse_heldout(config: RunConfig, plan: Plan, run_url: str, store_url: str) -> HeldOutResults:
@@ -51,11 +53,13 @@ def analyse_heldout(config: RunConfig, plan: Plan, run_url: str, store_url: str)
         [_row(g) for g in groups], FeatureActor, plan, config=config, run_url=run_url, store_url=store_url
     )
     sums: ReconstructionSums | None = None
+    dtype = ""
     collector = make_collector(config)
     for row in _rows(dataset):
         part = ReconstructionSums(**_sums(row, ReconstructionSums._fields))
         sums = part if sums is None else sums + part
         collector.merge_bytes(row["examples"])
+        dtype = row["dtype"]
     assert sums is not None, "heldout_units never returns an empty list"
 
     losses: LossSums | None = None
@@ -70,7 +74,7 @@ def analyse_heldout(config: RunConfig, plan: Plan, run_url: str, store_url: str)
     tokenizer = load_tokenizer(config.model)
     examples = collector.table(store.document_ids, lambda token: str(tokenizer.decode([token])))
     evaluation = sums.evaluation(transcoder, losses.loss_recovered() if losses else None)
-    return HeldOutResults(evaluation, collector.statistics, examples)
+    return HeldOutResults(evaluation, collector.statistics, examples, dtype)
 
 
 def make_collector(config: RunConfig) -> ExampleCollector:
@@ -128,7 +132,8 @@ class FeatureActor(_HeldOutActor):
             activations[counted] = sparse
             collector.add(ids, windows.input_ids.numpy(), windows.trainable.numpy(), activations.cpu().numpy())
         assert sums is not None
-        return _sums_table(sums).append_column("examples", pa.array([collector.to_bytes()], pa.large_binary()))
+        table = _sums_table(sums).append_column("examples", pa.array([collector.to_bytes()], pa.large_binary()))
+        return table.append_column("dtype", pa.array([str(self.model.dtype).removeprefix("torch.")]))
 
 
 class LossActor(_HeldOutActor):

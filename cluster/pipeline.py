@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.activations import configure_data_context
 from cluster.progress import MetricsLog, ProgressReader
-from cluster.resources import WORKER_ENVIRONMENT, Plan, make_plan
+from cluster.resources import WORKER_ENVIRONMENT, Node, Plan, make_plan
 from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.runs import RunDirectory, absolute
 
@@ -33,6 +33,10 @@ def check(config: RunConfig) -> None:
     from cluster.tokens import check_data
     from mtc.language_model import check_model
 
+    try:
+        RunDirectory(_output_root(config))
+    except ImportError as error:
+        raise ConfigError(f"output.root={config.output.root}: {error}; pip install -e '.[s3]' or '.[gcs]'") from None
     if config.output.run_id and RunDirectory(f"{_output_root(config)}/{config.output.run_id}").is_finished():
         raise ConfigError(f"output.run_id={config.output.run_id} is a finished run in output.root={config.output.root}")
     check_model(config.model)
@@ -67,12 +71,13 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     from cluster.tokens import build_token_store
     from cluster.training import train
     from mtc.language_model import check_model, prepare_model
-    from mtc.tokens import TokenStore
+    from mtc.tokens import TokenStore, heldout_units, work_units
 
     configure_data_context()
-    resources = ray.cluster_resources()
-    plan = make_plan(config, resources.get("CPU", 0), resources.get("GPU", 0))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    plan = make_plan(config, [Node(r.get("CPU", 0), r.get("GPU", 0)) for r in alive if r.get("CPU", 0) > 0])
     run = _run_directory(config)
+    _check_same_run(config, run)
     say(f"run {run.run_id} in {run.url}")
     say(plan.describe())
     if config.model.notice:
@@ -83,8 +88,11 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
     with _timed(seconds, "tokenise"):
         store_url = build_token_store(config)
-    info = TokenStore.open(store_url).info
+    store = TokenStore.open(store_url)
+    info = store.info
     say(f"token store {store_url}: {info.windows} windows, {info.tokens} tokens, {info.documents} documents")
+    work_units(store, config, plan.num_trainers)  # a text that is too short is found here, not after the training
+    heldout_units(store, config, config.analysis.num_tokens)
 
     with _timed(seconds, "train"):
         log = ray.remote(MetricsLog).options(num_cpus=0).remote()
@@ -94,7 +102,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
     with _timed(seconds, "analyse"):
         results = analyse_heldout(config, plan, run.url, store_url)
-    facts = _facts(config, plan, run, store_url, info, trained, seconds)
+    facts = _facts(config, plan, run, store_url, info, trained, results.dtype, seconds)
     _write_report(config, run, results, progress.rows(), facts)
     run.publish()
     fvu = " ".join(f"{value:.3f}" for value in results.evaluation.fvu)
@@ -142,6 +150,19 @@ def _output_root(config: RunConfig) -> str:
     return absolute(os.path.join("~", root) if submitted and "://" not in root else root)
 
 
+def _check_same_run(config: RunConfig, run: RunDirectory) -> None:
+    """Refuse to continue an unfinished run with settings that would mix two runs."""
+    if not run.exists("config.yaml"):
+        return
+    before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in (run.config(), config))
+    changed = [f"{part}.{f}" for part in now for f in now[part] if now[part][f] != before[part].get(f)]
+    if changed:
+        raise ConfigError(
+            f"output.run_id={run.run_id} is an unfinished run with other values of {', '.join(changed)}: "
+            "give another output.run_id, or the same values to continue it"
+        )
+
+
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
@@ -156,12 +177,12 @@ def _facts(
     store_url: str,
     info: StoreInfo,
     trained: TrainResult,
+    dtype: str,
     seconds: dict[str, float],
 ) -> RunFacts:
     from importlib.metadata import version
 
     from mtc.analysis import RunFacts
-    from mtc.language_model import choose_dtype
 
     packages = ("torch", "transformers", "ray", "numpy", "pyarrow", "mtc")
     return RunFacts(
@@ -173,7 +194,7 @@ def _facts(
         data_name=config.data.name,
         windows=dict(info.windows),
         documents=dict(info.documents),
-        language_model_dtype=str(choose_dtype(config.model.dtype, plan.device)).removeprefix("torch."),
+        language_model_dtype=dtype,
         precision=trained.precision,
         devices=(plan.device,),
         num_trainers=plan.num_trainers,

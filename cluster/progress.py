@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from mtc.runs import RunDirectory
 
+WRITE_SECONDS = 10.0  # between writes of the history, which is written whole
+
 
 class MetricsLog:
     """A Ray actor that rank 0 sends metrics to and the driver collects them from."""
@@ -42,6 +44,7 @@ class ProgressReader:
                 self.history[row["step"]] = row
         self._position = 0
         self._shown_at = 0.0
+        self._written_at = 0.0
         self._shown_step = -1
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -54,7 +57,7 @@ class ProgressReader:
         self._stop.set()
         self._thread.join()
         if exception[0] is None:
-            self._collect()
+            self._collect(final=True)
             self._show(final=True)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -65,7 +68,7 @@ class ProgressReader:
             self._collect()
             self._show()
 
-    def _collect(self) -> None:
+    def _collect(self, final: bool = False) -> None:
         import ray
 
         try:
@@ -76,13 +79,16 @@ class ProgressReader:
             self.stream.write(f"progress is not available: {error}\n")
             self._stop.set()
             return
-        if not rows:
+        if not rows and not final:
             return
         self._position += len(rows)
         for row in rows:
-            self.history = {step: old for step, old in self.history.items() if step < row["step"]}
+            if self.history and row["step"] <= max(self.history):
+                self.history = {step: old for step, old in self.history.items() if step < row["step"]}
             self.history[row["step"]] = row
-        self.run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows()))
+        if final or time.monotonic() - self._written_at > WRITE_SECONDS:
+            self._written_at = time.monotonic()
+            self.run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows()))
 
     def _show(self, final: bool = False) -> None:
         if not self.history:

@@ -5,12 +5,15 @@ A plan that does not fit makes Ray wait for ever without a word, so it is checke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtc.config import ConfigError, RunConfig
 
 # Several torch processes share cores: threads that spin while they wait would steal them from the others.
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+
+SMALLEST_SHARE = 0.1  # of a CPU, for a model actor
 
 
 class Plan(NamedTuple):
@@ -44,20 +47,34 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(config: RunConfig, cpus: float, gpus: float) -> Plan:
-    """Lay out a run on `cpus` and `gpus` of the whole cluster; raises ConfigError if it does not fit."""
+class Node(NamedTuple):
+    """What one node offers."""
+
+    cpus: float
+    """CPUs that Ray may hand out."""
+    gpus: float
+    """GPUs that Ray may hand out."""
+
+
+def make_plan(config: RunConfig, nodes: Sequence[Node]) -> Plan:
+    """Lay out a run on the cluster's nodes; raises ConfigError if it does not fit."""
     settings = config.cluster
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     use_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
     if use_gpu and gpus <= 0:
         raise ConfigError("cluster.use_gpu is true, but the cluster has 0 GPUs")
-    plan = _gpu_plan(config, cpus, gpus) if use_gpu else _cpu_plan(config, cpus)
+    plan = _gpu_plan(config, cpus, gpus) if use_gpu else _cpu_plan(config, nodes)
+    if use_gpu and plan.num_trainers > max(gpus, 1):
+        raise ConfigError(
+            f"cluster.num_trainers={plan.num_trainers} trainers need a GPU each, the cluster has {gpus:g} GPUs"
+        )
     wanted_cpus = plan.num_trainers * plan.trainer_cpus + plan.num_model_actors * plan.actor_cpus
     wanted_gpus = plan.num_trainers * plan.trainer_gpus + plan.num_model_actors * plan.actor_gpus
-    if wanted_cpus > cpus + 1e-6 or wanted_gpus > gpus * use_gpu + 1e-6:
+    if not _fits(plan, nodes):
         raise ConfigError(
             f"the run does not fit the cluster: cluster.num_trainers={plan.num_trainers} and "
             f"cluster.num_model_actors={plan.num_model_actors} need {wanted_cpus:g} CPUs and {wanted_gpus:g} GPUs, "
-            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs"
+            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes"
         )
     if config.optimizer.batch_tokens % plan.num_trainers:
         raise ConfigError(
@@ -67,15 +84,38 @@ def make_plan(config: RunConfig, cpus: float, gpus: float) -> Plan:
     return plan
 
 
-def _cpu_plan(config: RunConfig, cpus: float) -> Plan:
-    """Half a CPU per trainer (a step is short beside the language model's pass); the actors share the rest."""
+def _cpu_plan(config: RunConfig, nodes: Sequence[Node]) -> Plan:
+    """Half a CPU per trainer (a step is short beside the language model's pass); the actors share the rest.
+
+    An actor lies on one node, so its share shrinks until all find a place.
+    """
+    cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
     trainers = config.cluster.num_trainers or (2 if cpus >= 2 and config.optimizer.batch_tokens % 2 == 0 else 1)
-    actors = config.cluster.num_model_actors or max(1, int(cpus // 8))
+    actors = config.cluster.num_model_actors or max(len(nodes), int(cpus // 8))
     trainer_cpus = min(0.5, cpus / (2 * trainers))
     left = cpus - trainers * trainer_cpus
-    actor_cpus = max(0.01, round(left / actors * (0.5 if left <= actors else 0.9), 2))
-    threads = max(1, int(cpus // actors))
-    return Plan("cpu", trainers, trainer_cpus, 0, max(1, int(cpus // (2 * trainers))), actors, actor_cpus, 0, threads)
+    share = max(left / actors * (0.5 if left <= actors else 0.9), SMALLEST_SHARE)
+    trainer_threads = max(1, int(largest // (2 * trainers)))
+    actor_threads = max(1, int(min(cpus // actors, largest)))
+    while True:
+        plan = Plan("cpu", trainers, trainer_cpus, 0, trainer_threads, actors, round(share, 2), 0, actor_threads)
+        if share <= SMALLEST_SHARE or _fits(plan, nodes):
+            return plan
+        share = max(share * 0.9, SMALLEST_SHARE)
+
+
+def _fits(plan: Plan, nodes: Sequence[Node]) -> bool:
+    """Whether all processes find a node, the largest requests placed first."""
+    left = [list(node) for node in nodes]
+    requests = [(plan.actor_cpus, plan.actor_gpus)] * plan.num_model_actors
+    requests += [(plan.trainer_cpus, plan.trainer_gpus)] * plan.num_trainers
+    for cpus, gpus in sorted(requests, key=lambda r: (-r[1], -r[0])):
+        place = next((n for n in left if n[0] + 1e-6 >= cpus > 0 and n[1] + 1e-6 >= gpus), None)
+        if place is None:
+            return False
+        place[0] -= cpus
+        place[1] -= gpus
+    return True
 
 
 def _gpu_plan(config: RunConfig, cpus: float, gpus: float) -> Plan:

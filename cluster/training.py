@@ -2,7 +2,8 @@
 
 A checkpoint holds the Trainer's state and, per rank, the ledger of finished work units. The stream is built anew at
 every start from the units that the last checkpoint does not list, so a restart trains what is left. A unit is finished
-when all its tokens left the shuffle buffer; tokens that were in the buffer when a trainer died are trained again.
+when all its tokens left the shuffle buffer; one with a token still there is streamed again as a whole, so a restart
+trains some tokens twice: in a run that is short beside its buffer, many.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+INITIAL_ROWS = 16_384  # tokens per rank from which scales and biases are set
+
 
 class TrainResult(NamedTuple):
     """What the trainers report at the end."""
@@ -55,6 +58,10 @@ def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_mo
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    last = _last_checkpoint(run.url)
+    if last is not None and (result := _finished_training(last, run)) is not None:
+        return result  # an earlier attempt ended after the training
+
     def make_dataset() -> ray.data.Dataset:
         return _remaining_units(config, plan, run.url, store_url)
 
@@ -76,13 +83,31 @@ def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_mo
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},  # type: ignore[call-arg]  # of Train v2
         ),
     )
-    result = _interruptible(trainer.fit)
-    assert result.checkpoint is not None, "every rank ends with a checkpoint"
-    with result.checkpoint.as_directory() as directory:
+    outcome = _interruptible(trainer.fit)
+    assert outcome.checkpoint is not None
+    finished = _finished_training(outcome.checkpoint, run)
+    assert finished is not None, "the workers end with a checkpoint of the result"
+    return finished
+
+
+def _finished_training(checkpoint: ray.train.Checkpoint, run: RunDirectory) -> TrainResult | None:
+    """The result in a checkpoint, its weights copied into the run; None while training is not at its end."""
+    with checkpoint.as_directory() as directory:
+        if not os.path.exists(os.path.join(directory, "result.json")):
+            return None
         with open(os.path.join(directory, "transcoder.safetensors"), "rb") as weights:
             run.write("transcoder.safetensors", weights.read())
         with open(os.path.join(directory, "result.json")) as file:
             return TrainResult(**json.load(file))
+
+
+def _last_checkpoint(run_url: str) -> ray.train.Checkpoint | None:
+    import ray.train
+
+    try:
+        return ray.train.Result.from_path(os.path.join(run_url, "checkpoints")).checkpoint
+    except (RuntimeError, FileNotFoundError):  # the first start: nothing is there yet
+        return None
 
 
 def _interruptible(call: Callable[[], ray.train.Result]) -> ray.train.Result:
@@ -107,17 +132,12 @@ def _interruptible(call: Callable[[], ray.train.Result]) -> ray.train.Result:
 
 def _remaining_units(config: RunConfig, plan: Plan, run_url: str, store_url: str) -> ray.data.Dataset:
     """The stream of units that the last checkpoint does not list; runs in Train's controller at every start."""
-    import ray.train
 
     from mtc.tokens import TokenStore, work_units
 
     configure_data_context()
-    path = os.path.join(run_url, "checkpoints")
     finished: set[int] = set()
-    try:
-        checkpoint = ray.train.Result.from_path(path).checkpoint
-    except (RuntimeError, FileNotFoundError):  # the first start: nothing is there yet
-        checkpoint = None
+    checkpoint = _last_checkpoint(run_url)
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
             finished = _read_ledger(directory)
@@ -167,7 +187,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
                 "work units were lost or hold fewer tokens than the token store says"
             )
         if trainer.step_number == 0:
-            trainer.initialise(*buffer.peek())
+            trainer.initialise(*(rows[:INITIAL_ROWS] for rows in buffer.peek()))
             clock = time.perf_counter()
         metrics = trainer.step(*buffer.take(batch))
         last = metrics.step == config.total_steps

@@ -79,7 +79,7 @@ def start_head() -> dict[str, Any]:
     """The running head of this checkout, or a new one."""
     if STATE.exists():
         head: dict[str, Any] = json.loads(STATE.read_text())
-        if _alive(head["pid"]) and _answers(f"{head['dashboard']}/api/version"):
+        if _runs(head) and _answers(f"{head['dashboard']}/api/version"):
             return head
         stop_head()
     port, dashboard, agent, client, metrics = _free_ports(5)
@@ -113,11 +113,11 @@ def stop_head() -> bool:
     if not STATE.exists():
         return False
     head = json.loads(STATE.read_text())
-    was_alive = _alive(head["pid"])
+    was_alive = _runs(head)
     if was_alive:
         os.kill(head["pid"], signal.SIGTERM)  # `ray start --block` takes its processes down with it
         deadline = time.monotonic() + 60
-        while _alive(head["pid"]):
+        while _runs(head):
             if time.monotonic() > deadline:
                 os.killpg(head["pid"], signal.SIGKILL)
             time.sleep(0.2)
@@ -210,14 +210,14 @@ def _tool(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def _alive(pid: int) -> bool:
-    with contextlib.suppress(ChildProcessError):  # the head of an earlier command is not our child
-        os.waitpid(pid, os.WNOHANG)
+def _runs(head: dict[str, Any]) -> bool:
+    """Whether the head's process lives; another process that got its number since does not count."""
+    with contextlib.suppress(ChildProcessError):  # reap it; the head of an earlier command is not our child
+        os.waitpid(head["pid"], os.WNOHANG)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return head["temporary"].encode() in Path(f"/proc/{head['pid']}/cmdline").read_bytes()
+    except OSError:
         return False
-    return True
 
 
 def _answers(url: str) -> bool:

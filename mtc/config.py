@@ -160,7 +160,7 @@ class AnalysisConfig(_Part):
     max_per_feature: int = Field(default=100, ge=1)
     """Top examples kept for a feature, at most one per window."""
     samples_per_feature: int = Field(default=20, ge=0)
-    """Activations per feature drawn uniformly, whatever their size."""
+    """Activations per feature drawn uniformly from those of at least min_activation."""
     context_tokens: int = Field(default=20, ge=2)
     """Tokens shown around an example's peak, half of them on each side."""
     min_activation: float = Field(default=0.1, ge=0)
@@ -195,7 +195,8 @@ class OutputConfig(_Part):
     run_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Name of this run; by default made of the time and the model. A finished run is never overwritten."""
     token_store: str | None = None
-    """Directory of tokenised text, shared by runs; by default `tokens` in the cache directory."""
+    """Directory of tokenised text, shared by runs; by default `tokens` in the cache directory, or in `root` if that
+    is a URL."""
 
 
 class RunConfig(_Part):
@@ -222,7 +223,7 @@ class RunConfig(_Part):
         return max(1, self.data.unit_tokens // self.data.context_length)
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with anything that changes the run's numbers."""
+        """16 hex digits of everything but `output` and `cluster`."""
         settings = self.model_dump(mode="json", exclude={"output", "cluster"})
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

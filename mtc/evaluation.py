@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,6 +24,9 @@ from mtc.transcoder import MatryoshkaTranscoder
 if TYPE_CHECKING:
     from mtc.language_model import LanguageModel
     from mtc.tokens import PaddedWindows
+
+
+MAX_LOGITS = 1 << 26  # held at a time, a few copies of them: the vocabulary is what fills the memory
 
 
 class _Part(BaseModel):
@@ -165,6 +170,10 @@ def loss_sums(
 
     Only trainable positions are replaced: BOS is never trained on, so its MLP output stays the model's own.
     """
+    rows = max(1, MAX_LOGITS // (batch.input_ids.shape[1] * model.vocab_size))
+    if rows < len(batch.input_ids):
+        parts = [type(batch)(*(column[i : i + rows] for column in batch)) for i in range(0, len(batch.input_ids), rows)]
+        return reduce(add, (loss_sums(model, transcoder, part, target_mean) for part in parts))
     input_ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
     trainable = batch.trainable.to(model.device)
     predicted = trainable[:, 1:]
@@ -191,7 +200,8 @@ def loss_sums(
     for m in transcoder.prefixes:
         spliced = run(lambda s, m=m: transcoder.reconstruct(s, m))  # type: ignore[misc]
         ce.append(cross_entropy(spliced))
-        kl.append((clean.exp() * (clean - spliced)).double().sum())
+        kl.append((clean.exp() * (clean - spliced)).sum(dtype=torch.float64))
+        del spliced
     return LossSums(np.array(float(len(labels))), torch.stack(ce).cpu().numpy(), torch.stack(kl).cpu().numpy())
 
 

@@ -1,8 +1,9 @@
 """Activating examples per feature, collected after training with the final weights.
 
 `ExampleCollector` sees windows of held-out text and keeps, for every feature, its statistics, its strongest examples
-(at most one per window, so that they differ) and a uniform sample of all its activations. Two collectors merge into
-what one would have found on all the text: the order of windows and of merges does not matter.
+(at most one per window, so that they differ) and a uniform sample of its activations of at least `min_activation`, each
+with its quantile. Two collectors merge into what one would have found on all the text: the order of windows and of
+merges does not matter.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def choose_dtype(requested: str, device: torch.device | str) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
     kind = torch.device(device).type
     if kind == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # a CPU without these units emulates bfloat16, a hundred times slower than float32
         probes = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
         fast = kind == "cpu" and any(probe() for probe in probes if probe)
@@ -183,6 +183,7 @@ class LanguageModel:
             model_config = AutoConfig.from_pretrained(path, **_revision(config))
         info = _validate(config, _info(model_config))
         self.d_model = info.d_model
+        self.vocab_size: int = model_config.get_text_config().vocab_size
         if not full:
             _truncate(model_config, config.layer + 1)
         loader: Any = AutoModelForCausalLM if full else AutoModel

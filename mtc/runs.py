@@ -128,7 +128,7 @@ class RunDirectory:
         files = {}
         for found in sorted(self.fs.find(self.path)):
             name = found.removeprefix(prefix)
-            if name == MANIFEST or name.startswith("checkpoints/"):
+            if name == MANIFEST or name.startswith("checkpoints/") or name.endswith(".tmp"):
                 continue
             data = self.read(name)
             files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

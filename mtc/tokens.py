@@ -399,8 +399,10 @@ class TokenStore:
 
 
 def store_root(config: RunConfig) -> str:
-    """Where this run's token stores are: output.token_store, or `tokens` in the cache directory."""
-    return absolute(config.output.token_store or posixpath.join(cache_directory(), "tokens"))
+    """Where this run's token stores are: output.token_store, or `tokens` in output.root if that is a URL, which all
+    nodes reach, or `tokens` in the cache directory."""
+    root = config.output.root if "://" in config.output.root else cache_directory()
+    return absolute(config.output.token_store or posixpath.join(root, "tokens"))
 
 
 def new_store_url(config: RunConfig, fingerprint: str) -> str:
@@ -482,7 +484,8 @@ def work_units(store: TokenStore, config: RunConfig, num_trainers: int) -> list[
     First come units that hold `data.num_tokens` trainable tokens or a little more, from one permutation of the
     windows per epoch. Then come reserved windows, which no epoch trains on: `transcoder.calibration_tokens` of them
     and, if the text allows, spare ones (2 units per trainer and 2 % of the run), because trainers get units of
-    unequal length and the last few may be dropped. The order depends on `data.seed` alone. Only the part of the text
+    unequal length and the last few may be dropped. The order depends on `data.seed`, with several epochs also on
+    num_trainers. Only the part of the text
     that this configuration wants is used, so that a run does not change when a larger store is found in the cache.
 
     Raises DataError if the text is too short.

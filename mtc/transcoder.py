@@ -159,7 +159,7 @@ class MatryoshkaTranscoder(nn.Module):
 
     def _nested(self, activations: Tensor) -> Tensor:
         """Scaled reconstructions of all prefixes for the cost of one decode: each group decodes once."""
-        parts = [activations[:, a:b] @ self.W_dec[a:b] for a, b in self.groups]
+        parts = [(activations[:, a:b] @ self.W_dec[a:b]).float() for a, b in self.groups]
         return torch.stack(parts).cumsum(0) + self.b_dec  # [prefixes, tokens, d_target]
 
     @torch.no_grad()

@@ -113,9 +113,10 @@ def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():
     assert time.monotonic() - start < 60
 
 
-def test_interrupt_during_training_leaves_nothing_behind(tmp_path):
-    """Ctrl-C of a direct run with a Ray of its own: no process left, no run that a reader would pick up."""
-    command = [sys.executable, "jobs/train.py", "--preset", "tiny", "--data.num_tokens", "500000"]
+def test_interrupted_run_leaves_nothing_behind_and_continues(tmp_path):
+    """Ctrl-C of a direct run with a Ray of its own: no process left, no run that a reader would pick up; the same
+    command then finishes the run from its last checkpoint."""
+    command = [sys.executable, "jobs/train.py", "--preset", "tiny", "--data.num_tokens", "300000"]
     command += ["--output.root", str(tmp_path / "runs"), "--output.run_id", "cut"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -138,6 +139,20 @@ def test_interrupt_during_training_leaves_nothing_behind(tmp_path):
         open_run(str(tmp_path / "runs" / "latest"))
     with pytest.raises(RunError, match="not finished"):
         open_run(str(tmp_path / "runs" / "cut"))
+
+    other = subprocess.run([*command, "--optimizer.lr", "0.1"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert other.returncode == 2
+    assert "unfinished run with other values of optimizer.lr" in other.stderr
+    before = [json.loads(line) for line in (tmp_path / "runs" / "cut" / "metrics.jsonl").read_text().splitlines()]
+    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert again.returncode == 0, again.stdout + again.stderr
+    run = open_run(str(tmp_path / "runs" / "latest"))
+    history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
+    steps = [row["step"] for row in history]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == run.config().total_steps
+    kept = [row for row in before if row in history]
+    assert kept, "the second start did not continue the first"
 
 
 def _processes_of_session(session: int) -> list[str]:
