@@ -82,6 +82,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     say(plan.describe())
     if config.model.notice:
         say(config.model.notice)
+    say("preparing the language model (the first time, weights are converted or downloaded into the cache)")
     prepare_model(config.model)
     run.write("config.yaml", to_yaml(config))
     seconds: dict[str, float] = {}

@@ -448,6 +448,7 @@ def _convert_gguf(parts: list[Path], directory: Path) -> None:
                     with part.open("rb") as file:
                         shutil.copyfileobj(file, out, 1 << 20)
         folder, name = str(whole.parent), whole.name
+        transformers_logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     _save(model, tokenizer, directory, torch.bfloat16)
