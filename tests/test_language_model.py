@@ -375,7 +375,7 @@ def test_choose_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lm.choose_dtype("auto", "cpu") == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     assert lm.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert lm.choose_dtype("auto", "cuda:0") == torch.float32
 
 
