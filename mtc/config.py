@@ -97,6 +97,10 @@ class TranscoderConfig(_Part):
     """Dead features per token that reconstruct the residual."""
     dead_after_tokens: int = Field(default=1_000_000, ge=1)
     """A feature is dead when it did not fire for this many tokens of training."""
+    skip: bool = False
+    """Add an affine map of the source to every reconstruction, beside the features."""
+    prefix_weights: tuple[float, ...] | None = None
+    """Relative weights of the prefixes' errors in the loss; by default equal."""
     calibration_tokens: int = Field(default=65_536, ge=1)
     """Fresh tokens on which the inference threshold is set, after training."""
     seed: int = 0
@@ -142,6 +146,9 @@ class OptimizerConfig(_Part):
     """Largest global gradient norm."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the transcoder's products; weights, loss and optimizer stay float32."""
+    backend: Literal["auto", "dense", "sparse"] = "auto"
+    """How the loss and its gradients are computed; `auto` times both at the first step. The result is the same up to
+    rounding, so name one for runs that must agree bit for bit."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:

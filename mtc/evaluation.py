@@ -151,7 +151,9 @@ def reconstruction_sums(
     """Sums of raw activations [tokens, d_source] and [tokens, d_target], and the feature activations they gave."""
     activations = transcoder.encode(source)
     y = target.to(activations.device).double()
-    errors = torch.stack([(part.double() - y).square().sum() for part in transcoder.decode_prefixes(activations)])
+    errors = torch.stack(
+        [(part.double() - y).square().sum() for part in transcoder.decode_prefixes(activations, source)]
+    )
     sums = ReconstructionSums(
         tokens=np.array(float(len(source))),
         errors=errors.cpu().numpy(),

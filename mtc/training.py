@@ -7,15 +7,24 @@ the result is that of one process with the whole batch.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+import statistics
+import time
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mtc import native
 from mtc.config import RunConfig
-from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape, kth_largest
+from mtc.kernels import Objective, Workspace
+from mtc.selection import all_reduce, distributed, kth_largest, world_size
+from mtc.transcoder import Compute, MatryoshkaTranscoder, TrainOutput, TranscoderShape
+
+BACKENDS: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
+DEAD_REFRESH = 8
+"""Steps between two looks at which features AuxK works on."""
 
 
 class StepMetrics(NamedTuple):
@@ -39,24 +48,57 @@ class StepMetrics(NamedTuple):
     """Global gradient norm before clipping."""
 
 
+class StepResult(NamedTuple):
+    """What a step leaves on the device; `metrics` waits for it."""
+
+    step: int
+    """Steps done, this one included."""
+    tokens: int
+    """Tokens trained on, over all steps and ranks."""
+    batch: int
+    """Tokens of this step, over all ranks."""
+    lr: float
+    """Learning rate of this step."""
+    gradient_norm: Tensor
+    """Scalar, before clipping."""
+    dead: Tensor
+    """Scalar, features that have not fired for `dead_after_tokens`."""
+    totals: TrainOutput
+    """Sums over all ranks."""
+
+    def metrics(self) -> StepMetrics:
+        totals = self.totals
+        loss = float(totals.loss) / world_size()
+        deviation = float(totals.target_square) - float(totals.target_sum.square().sum()) / self.batch
+        fvu = tuple(error / max(deviation, 1e-30) for error in totals.errors.tolist())
+        l0 = float(totals.num_active) / self.batch
+        return StepMetrics(self.step, self.tokens, loss, fvu, l0, int(self.dead), self.lr, float(self.gradient_norm))
+
+
 class Trainer:
     """Owns the transcoder, its optimizer and its schedule; `state_dict` holds all that must survive a restart."""
 
     def __init__(self, config: RunConfig, d_source: int, d_target: int, device: str | torch.device = "cpu"):
         self.config = config
         self.device = torch.device(device)
-        groups, k = config.transcoder.group_sizes, config.transcoder.k
-        shape = TranscoderShape(d_source, d_target, groups, k, config.input_norm)
-        self.transcoder = MatryoshkaTranscoder(shape, config.transcoder.seed).to(self.device)
+        settings, optimizer = config.transcoder, config.optimizer
+        shape = TranscoderShape(d_source, d_target, settings.group_sizes, settings.k, config.input_norm, settings.skip)
+        self.transcoder = MatryoshkaTranscoder(shape, settings.seed).to(self.device)
         self.module: nn.Module = self.transcoder
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if distributed():
             # Buffers are reduced here, by meaning; broadcasting rank 0's would lose the other ranks' counts.
             self.module = DistributedDataParallel(self.transcoder, broadcast_buffers=False)
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.Adam(
+        self.optimizer: Any = torch.optim.Adam(
             self.transcoder.parameters(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
         )
-        self.autocast = choose_autocast(optimizer.precision, self.device)
+        self.compute: Compute | None = None
+        """How losses are computed; chosen at the first step, see `choose_compute`."""
+        self.compute_timings: dict[str, float] = {}
+        """Seconds of each backend's forward and backward pass, where `auto` measured them."""
+        self.workspace = Workspace()
+        self.dead = torch.zeros(self.transcoder.num_features, dtype=torch.bool, device=self.device)
+        """[features]: what AuxK works on; looked up every DEAD_REFRESH steps, since that waits for the device."""
+        self.dead_index = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.step_number = 0
         self.tokens = 0
 
@@ -64,36 +106,47 @@ class Trainer:
         """Set the transcoder's scalars and biases from the first raw activations [tokens, d]."""
         self.transcoder.initialise(source.to(self.device), target.to(self.device))
 
-    def step(self, source: Tensor, target: Tensor) -> StepMetrics:
-        """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations."""
-        source, target = source.to(self.device), target.to(self.device)
-        lr = self.learning_rate(self.step_number)
-        dead = self.transcoder.tokens_since_fired >= self.config.transcoder.dead_after_tokens
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            output = self.module(
-                source, target, self.config.transcoder.aux_k, self.config.transcoder.aux_coefficient, dead
-            )
-        self.optimizer.zero_grad()
+    def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
+        """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations.
+
+        `global_tokens` is the size of all ranks' shares together where they are not equal.
+        """
+        source, target = source.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+        tokens = global_tokens or len(source) * world_size()
+        if self.step_number % DEAD_REFRESH == 0:
+            self._find_dead(self.transcoder.tokens_since_fired >= self.config.transcoder.dead_after_tokens)
+        objective = self._objective(tokens)
+        if self.compute is None:
+            self._choose_compute(source, target, objective)
+        self._recycle_gradients()
+        output = self.module(source, target, objective, self.compute, self.workspace)
         output.loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.transcoder.parameters(), self.config.optimizer.gradient_clip)
+
+        norm = nn.utils.get_total_norm([p.grad for p in self.transcoder.parameters() if p.grad is not None])
+        # Fused Adam divides gradients by this on the way, so that clipping costs no pass of its own.
+        self.optimizer.grad_scale = (norm / self.config.optimizer.gradient_clip).clamp(min=1)
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # then Adam changes nothing
+        lr = self.learning_rate(self.step_number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
 
-        tokens = self._count_tokens(output.fired, len(source))
         self.step_number += 1
         self.tokens += tokens
-        variance = self._variance(target)
-        sums = torch.cat([
-            torch.stack([output.loss.detach().double() * len(source), output.num_active.double()]),
-            output.prefix_errors.double() * len(source) * self.transcoder.shape.d_target,
-        ])  # fmt: skip
-        _all_reduce(sums)
-        loss, active, *errors = sums.tolist()
-        fvu = tuple(e / variance for e in errors)
-        return StepMetrics(
-            self.step_number, self.tokens, loss / tokens, fvu, active / tokens, int(dead.sum()), lr, float(norm)
-        )
+        sums = [part.detach().double().reshape(-1) for part in output]
+        total = torch.cat(sums)
+        all_reduce(total)
+        totals = TrainOutput(*total.split([len(part) for part in sums]))
+        dead = self._count_silence(totals.fired > 0, tokens)
+        return StepResult(self.step_number, self.tokens, tokens, lr, norm, dead, totals)
+
+    def describe_compute(self) -> str:
+        """How losses are computed, for the run's record: "sparse, compiled (auto: dense 80.1 ms, sparse 21.4 ms)"."""
+        if self.compute is None:
+            return "not chosen yet"
+        loops = f", {native.status()}" if self.compute.backend == "sparse" and self.device.type == "cpu" else ""
+        timings = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in self.compute_timings.items())
+        return f"{self.compute.backend}{loops}" + (f" (auto: {timings})" if timings else "")
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to `final_lr_fraction` at the last step; `step` counts from 0."""
@@ -104,23 +157,60 @@ class Trainer:
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return settings.lr * (settings.final_lr_fraction + (1 - settings.final_lr_fraction) * cosine)
 
-    def _count_tokens(self, fired: Tensor, tokens: int) -> int:
-        """Advance the dead-feature counter by the global batch; returns its size."""
-        total = torch.tensor(tokens, device=self.device)
-        counts = torch.cat([fired.long(), total.reshape(1)])
-        _all_reduce(counts)
-        since = self.transcoder.tokens_since_fired
-        since += counts[-1]
-        since[counts[:-1] > 0] = 0
-        return int(counts[-1])
+    def _objective(self, tokens: int) -> Objective:
+        """What a global batch of `tokens` is asked to do."""
+        settings, ends = self.config.transcoder, self.transcoder.prefixes
+        per_token = world_size() / (tokens * self.transcoder.shape.d_target)  # DDP averages over ranks
+        weights = settings.prefix_weights or (1.0,) * len(ends)
+        return Objective(
+            ends=ends,
+            weights=tuple(w / sum(weights) * per_token for w in weights),
+            num_entries=settings.k * tokens,
+            dead=self.dead_index if settings.aux_coefficient else self.dead_index[:0],
+            aux_k=settings.aux_k,
+            aux_weight=settings.aux_coefficient * per_token,
+        )
 
-    def _variance(self, target: Tensor) -> float:
-        """Squared deviation of the global batch's scaled targets from their per-dimension mean, summed."""
-        y = target.double() * self.transcoder.target_scale.double()
-        moments = torch.cat([y.sum(0), y.square().sum().reshape(1), torch.tensor([float(len(y))]).to(y)])
-        _all_reduce(moments)
-        total, square, count = moments[:-2], moments[-2], moments[-1]
-        return max(float(square - total.square().sum() / count), 1e-30)
+    def _choose_compute(self, source: Tensor, target: Tensor, objective: Objective) -> None:
+        settings = self.config.optimizer
+        bfloat16 = choose_bfloat16(settings.precision, self.device)
+        if settings.backend != "auto":
+            self.compute = Compute(settings.backend, bfloat16)
+            return
+        for backend in BACKENDS:
+            self.compute_timings[backend] = self._time(Compute(backend, bfloat16), source, target, objective)
+        fastest = min(BACKENDS, key=lambda backend: self.compute_timings[backend])
+        self.compute = Compute(fastest, bfloat16)
+
+    def _time(self, compute: Compute, source: Tensor, target: Tensor, objective: Objective) -> float:
+        """Median seconds of forward and backward on the slowest rank; the same number on all ranks."""
+        seconds = []
+        for _ in range(4):
+            _wait(self.device)
+            start = time.perf_counter()
+            self._recycle_gradients()
+            self.transcoder(source, target, objective, compute, self.workspace).loss.backward()
+            _wait(self.device)
+            seconds.append(time.perf_counter() - start)
+        slowest = torch.tensor(statistics.median(seconds[1:]), device=self.device)  # the first one warms up
+        all_reduce(slowest, dist.ReduceOp.MAX)
+        return float(slowest)
+
+    def _recycle_gradients(self) -> None:
+        for name, parameter in self.transcoder.named_parameters():
+            if parameter.grad is not None:
+                self.workspace.give(name, parameter.grad)
+                parameter.grad = None
+
+    def _find_dead(self, dead: Tensor) -> None:
+        self.dead = dead
+        self.dead_index = dead.nonzero().squeeze(1)
+
+    def _count_silence(self, fired: Tensor, tokens: int) -> Tensor:
+        """Advance the dead-feature counter by the global batch; returns how many features are dead, a scalar."""
+        since = self.transcoder.tokens_since_fired
+        since.add_(tokens).masked_fill_(fired, 0)
+        return (since >= self.config.transcoder.dead_after_tokens).sum()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything stateful as flat named tensors."""
@@ -128,6 +218,9 @@ class Trainer:
         for name, parameter in self.transcoder.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 state[f"optimizer.{key}.{name}"] = value
+        if self.compute is not None:
+            state["compute"] = torch.tensor([BACKENDS.index(self.compute.backend), self.compute.bfloat16])
+        state["dead"] = self.dead
         state["step"] = torch.tensor(self.step_number)
         state["tokens"] = torch.tensor(self.tokens)
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -143,6 +236,10 @@ class Trainer:
                     moments[key] = state[f"optimizer.{key}.{name}"].to(self.device)
             if moments:
                 self.optimizer.state[parameter] = moments
+        if "compute" in state:  # a run goes on as it began, on the same rounding
+            backend, bfloat16 = state["compute"].tolist()
+            self.compute = Compute(BACKENDS[backend], bool(bfloat16))
+        self._find_dead(state["dead"].to(self.device))
         self.step_number, self.tokens = int(state["step"]), int(state["tokens"])
 
 
@@ -164,8 +261,8 @@ class Calibrator:
         """Take in raw source activations [tokens, d_source]."""
         z = self.transcoder.pre_activations(source.to(self.transcoder.W_enc.device)).flatten()
         share = min(z.numel(), self.headroom * self.transcoder.shape.k * len(source))
-        border = kth_largest_local(z, share)
-        self.strongest.append(z[z >= border] if border > 0 else z[z > 0])
+        border = z.topk(share).values[-1]
+        self.strongest.append(z[(z >= border) & (z > 0)])
         self.tokens += len(source)
 
     @torch.no_grad()
@@ -173,10 +270,10 @@ class Calibrator:
         """Set and return the threshold; call on every rank."""
         device = self.transcoder.W_enc.device
         total = torch.tensor(self.tokens, device=device)
-        _all_reduce(total)
+        all_reduce(total)
         values = torch.cat([*self.strongest, torch.zeros(0, device=device)])
         # Entries strictly above the threshold are active, so it is the first value that is not among the k per token.
-        threshold = kth_largest(values, self.transcoder.shape.k * int(total) + 1)
+        threshold = float(kth_largest(values, self.transcoder.shape.k * int(total) + 1))
         self.transcoder.threshold.fill_(threshold)
         return threshold
 
@@ -245,8 +342,8 @@ class ShuffleBuffer:
         self.unit = larger(self.unit, torch.empty(0, dtype=torch.int64))
 
 
-def choose_autocast(precision: str, device: torch.device) -> bool:
-    """Whether the transcoder's products run in bfloat16: `auto` says yes where the hardware multiplies it fast."""
+def choose_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether products run in bfloat16: `auto` says yes where the hardware multiplies it fast."""
     if precision != "auto":
         return precision == "bfloat16"
     from mtc.language_model import choose_dtype
@@ -254,11 +351,6 @@ def choose_autocast(precision: str, device: torch.device) -> bool:
     return choose_dtype("auto", device) == torch.bfloat16
 
 
-def kth_largest_local(values: Tensor, count: int) -> float:
-    """The count-th largest of this rank's values, 0 or more."""
-    return max(0.0, float(values.topk(count).values[-1]))
-
-
-def _all_reduce(tensor: Tensor) -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
+
+from mtc.kernels import Objective, Weights, Workspace, dense_loss, sparse_loss
+from mtc.selection import all_reduce
 
 FORMAT_VERSION = 1
 RMS_EPS = 1e-6
@@ -33,25 +35,40 @@ class TranscoderShape(NamedTuple):
     group_sizes: tuple[int, ...]
     k: int
     input_norm: str
+    skip: bool = False
+    """Whether an affine map of the source is added to every reconstruction."""
+
+
+class Compute(NamedTuple):
+    """How the training loss is computed; see `mtc.kernels`."""
+
+    backend: Literal["dense", "sparse"] = "dense"
+    bfloat16: bool = False
+    """dense: all products in bfloat16. sparse: the encoder's, with chosen values computed again in float32."""
 
 
 class TrainOutput(NamedTuple):
     """Result of a training forward pass over this rank's share of the batch."""
 
     loss: Tensor
-    """Scalar: mean over prefixes of the squared error / d_target, plus the weighted AuxK loss."""
-    prefix_errors: Tensor
-    """[prefixes], mean squared error per token / d_target, in scaled units."""
-    aux_loss: Tensor
-    """Scalar, not weighted; 0 without dead features."""
+    """Scalar, differentiable."""
+    errors: Tensor
+    """[prefixes], squared error in scaled units, summed over tokens and dimensions."""
+    aux_error: Tensor
+    """Scalar, the same for AuxK; 0 without dead features."""
     num_active: Tensor
     """Scalar, selected entries of this rank."""
     fired: Tensor
     """[features], bool: selected at least once on this rank."""
+    target_sum: Tensor
+    """[d_target], scaled targets summed over tokens."""
+    target_square: Tensor
+    """Scalar, their squares summed over tokens and dimensions."""
 
 
 class MatryoshkaTranscoder(nn.Module):
-    """Weights W_enc [features, d_source], b_enc [features], W_dec [features, d_target], b_dec [d_target], float32.
+    """Weights W_enc [features, d_source], b_enc [features], W_dec [features, d_target], b_dec [d_target], float32, and
+    with `shape.skip` W_skip [d_target, d_source] (Paulo et al. 2025, arXiv:2501.18823).
 
     Buffers: `input_scale` and `target_scale` (scalars that multiply sources and targets), `threshold` (scalar, NaN
     until calibrated) and `tokens_since_fired` [features], int64.
@@ -73,6 +90,7 @@ class MatryoshkaTranscoder(nn.Module):
         # A decoder that starts at zero lets each feature take its direction from the first residuals it sees.
         self.W_dec = nn.Parameter(torch.zeros(features, shape.d_target))
         self.b_dec = nn.Parameter(torch.zeros(shape.d_target))
+        self.W_skip = nn.Parameter(torch.zeros(shape.d_target, shape.d_source)) if shape.skip else None
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("target_scale", torch.ones(()))
         self.register_buffer("threshold", torch.full((), float("nan")))
@@ -106,17 +124,21 @@ class MatryoshkaTranscoder(nn.Module):
         z = self.pre_activations(source, self._check_prefix(prefix))
         return z * (z > self.threshold)
 
-    def decode(self, activations: Tensor) -> Tensor:
-        """Raw reconstruction from activations of all features or of one prefix: [tokens, m] -> [tokens, d_target]."""
-        m = self._check_prefix(activations.shape[-1])
-        return (activations @ self.W_dec[:m] + self.b_dec) / self.target_scale
+    def decode(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
+        """Raw reconstruction from activations of all features or of one prefix: [tokens, m] -> [tokens, d_target].
 
-    def decode_prefixes(self, activations: Tensor) -> Tensor:
-        """Raw reconstruction of every prefix: [tokens, features] -> [prefixes, tokens, d_target]."""
-        return self._nested(activations) / self.target_scale
+        A transcoder with a skip connection needs the raw `source` [tokens, d_source] too; raises ValueError without.
+        """
+        m = self._check_prefix(activations.shape[-1])
+        return (activations @ self.W_dec[:m] + self._base(source)) / self.target_scale
+
+    def decode_prefixes(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
+        """Raw reconstruction of every prefix: [tokens, features] -> [prefixes, tokens, d_target]; as `decode`."""
+        parts = [(activations[:, a:b] @ self.W_dec[a:b]).float() for a, b in self.groups]
+        return (torch.stack(parts).cumsum(0) + self._base(source)) / self.target_scale
 
     def reconstruct(self, source: Tensor, prefix: int | None = None) -> Tensor:
-        return self.decode(self.encode(source, prefix))
+        return self.decode(self.encode(source, prefix), source)
 
     def pre_activations(self, source: Tensor, prefix: int | None = None) -> Tensor:
         """z = ReLU(norm(x) W_enc^T + b_enc), float32, [tokens, prefix or features]."""
@@ -127,40 +149,37 @@ class MatryoshkaTranscoder(nn.Module):
         """Scale raw sources: `rms` divides each token by its root mean square, `scalar` is one number."""
         x = source.float()
         if self.shape.input_norm == "rms":
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+            return x * torch.rsqrt(mean_square + RMS_EPS)
         return x * self.input_scale if self.shape.input_norm == "scalar" else x
+
+    def _base(self, source: Tensor | None) -> Tensor:
+        """The part of a reconstruction that is no feature's, scaled: [d_target], with a skip [tokens, d_target]."""
+        if self.W_skip is None:
+            return self.b_dec
+        if source is None:
+            raise ValueError("this transcoder has a skip connection: decoding needs the source activations too")
+        return torch.nn.functional.linear(self.normalise(source), self.W_skip, self.b_dec)
 
     # Training -------------------------------------------------------------------------------------------------------
 
-    def forward(self, source: Tensor, target: Tensor, aux_k: int, aux_coefficient: float, dead: Tensor) -> TrainOutput:
+    def forward(
+        self, source: Tensor, target: Tensor, objective: Objective, compute: Compute, workspace: Workspace
+    ) -> TrainOutput:
         """Training loss of raw activations [tokens, d_source] and [tokens, d_target] with global-batch BatchTopK.
 
-        `dead` [features], bool, is equal on all ranks. Called on every rank at once when torch.distributed is set up.
+        `objective` is equal on all ranks. Called on every rank at once when torch.distributed is set up.
         """
-        z = self.pre_activations(source)
-        keep = batch_topk_mask(z.detach(), self.shape.k * source.shape[0])
-        activations = z * keep
-        y = target.float() * self.target_scale
-        reconstructions = self._nested(activations).float()
-        errors = (reconstructions - y).square().sum(-1).mean(-1) / self.shape.d_target  # [prefixes]
-        aux = self._aux_loss(z, (y - reconstructions[-1]).detach(), dead, aux_k)
-        loss = errors.mean() + aux_coefficient * aux
-        return TrainOutput(loss, errors.detach(), aux.detach(), keep.sum(), keep.any(0))
-
-    def _aux_loss(self, z: Tensor, residual: Tensor, dead: Tensor, aux_k: int) -> Tensor:
-        """AuxK: each token's `aux_k` strongest dead features reconstruct the detached residual [tokens, d_target]."""
-        index = dead.nonzero().squeeze(1)
-        if len(index) == 0:
-            return z.new_zeros(())
-        strongest = z[:, index].topk(min(aux_k, len(index)), dim=1)
-        activations = torch.zeros_like(z[:, index]).scatter(1, strongest.indices, strongest.values)
-        error = residual - (activations @ self.W_dec[index]).float()
-        return error.square().sum(-1).mean() / self.shape.d_target
-
-    def _nested(self, activations: Tensor) -> Tensor:
-        """Scaled reconstructions of all prefixes for the cost of one decode: each group decodes once."""
-        parts = [(activations[:, a:b] @ self.W_dec[a:b]).float() for a, b in self.groups]
-        return torch.stack(parts).cumsum(0) + self.b_dec  # [prefixes, tokens, d_target]
+        with torch.autocast(source.device.type, dtype=torch.bfloat16, enabled=compute == ("dense", True)):
+            x, y = self.normalise(source), target.float() * self.target_scale
+            residual = y if self.W_skip is None else y - torch.nn.functional.linear(x, self.W_skip).float()
+            weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+            if compute.backend == "dense":
+                output = dense_loss(x, residual, weights, objective)
+            else:
+                output = sparse_loss(x, residual, weights, objective, workspace, compute.bfloat16)
+        square = torch.linalg.vector_norm(y, dim=1).double().square().sum()
+        return TrainOutput(*output, y.sum(0), square)
 
     @torch.no_grad()
     def initialise(self, source: Tensor, target: Tensor) -> None:
@@ -210,78 +229,9 @@ class MatryoshkaTranscoder(nn.Module):
         return transcoder.to(device)
 
 
-def batch_topk_mask(z: Tensor, count: int) -> Tensor:
-    """Mask of the largest positive entries of `z` [tokens, features] over the batches of all ranks together.
-
-    `count` is this rank's share (k * tokens); the shares add up. Exactly that many are chosen unless there are fewer
-    positive entries; ties at the border are broken by rank, then row, then feature. One rank with a batch and several
-    with its parts therefore choose the same entries.
-    """
-    counts = _all_gather_int(count, z.device)
-    total = sum(counts)
-    border = kth_largest(z, total)
-    above = z > border
-    if border <= 0:
-        return z > 0
-    tied = z == border
-    numbers = torch.stack([above.sum(), tied.sum()])
-    gathered = _all_gather(numbers)  # [ranks, 2]
-    rank = dist.get_rank() if _distributed() else 0
-    free = total - int(gathered[:, 0].sum()) - int(gathered[:rank, 1].sum())  # ties left for this and later ranks
-    if free >= int(numbers[1]):
-        return above | tied
-    if free <= 0:
-        return above
-    chosen = tied.flatten().nonzero().squeeze(1)[:free]
-    above.view(-1)[chosen] = True
-    return above
-
-
-def kth_largest(values: Tensor, count: int) -> float:
-    """The count-th largest positive float32 of all ranks' `values`, exactly; 0.0 if fewer are positive.
-
-    Positive floats order like their bit patterns, so two histograms, of the upper and of the lower 16 bits, find the
-    value without a sort and with two small all-reduces.
-    """
-    bits = values[values > 0].view(torch.int32)
-    upper = torch.bincount(bits >> 16, minlength=1 << 15)
-    _all_reduce(upper)
-    suffix = upper.flip(0).cumsum(0).flip(0)  # entries in this bin or above
-    if int(suffix[0]) < count:
-        return 0.0
-    high = int((suffix >= count).sum()) - 1
-    rest = count - (int(suffix[high]) - int(upper[high]))
-    lower = torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=1 << 16)
-    _all_reduce(lower)
-    low = int((lower.flip(0).cumsum(0).flip(0) >= rest).sum()) - 1
-    return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32).item()
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _all_reduce(tensor: Tensor) -> None:
-    if _distributed():
-        dist.all_reduce(tensor)
-
-
-def _all_gather(tensor: Tensor) -> Tensor:
-    """[...] on each rank -> [ranks, ...]."""
-    if not _distributed():
-        return tensor.unsqueeze(0)
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return torch.stack(gathered)
-
-
-def _all_gather_int(value: int, device: torch.device) -> list[int]:
-    return [int(v) for v in _all_gather(torch.tensor(value, device=device))]
-
-
 def _mean_over_ranks(values: Tensor) -> Tensor:
     """Mean over the first dimension of all ranks' rows."""
     total, count = values.sum(0), torch.tensor(float(len(values)), dtype=torch.float64, device=values.device)
-    _all_reduce(total)
-    _all_reduce(count)
+    all_reduce(total)
+    all_reduce(count)
     return total / count

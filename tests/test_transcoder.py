@@ -3,19 +3,22 @@
 import pytest
 import torch
 
-from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape, batch_topk_mask, kth_largest
+from mtc.kernels import Objective, Workspace
+from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape
 
 GROUPS, K, D_SOURCE, D_TARGET = (6, 10, 8), 3, 7, 5
 F = sum(GROUPS)
 
 
-def random_transcoder(input_norm="rms", dtype=torch.float32):
-    transcoder = MatryoshkaTranscoder(TranscoderShape(D_SOURCE, D_TARGET, GROUPS, K, input_norm), seed=1)
+def random_transcoder(input_norm="rms", skip=False):
+    transcoder = MatryoshkaTranscoder(TranscoderShape(D_SOURCE, D_TARGET, GROUPS, K, input_norm, skip), seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         transcoder.W_dec.normal_(generator=generator)
         transcoder.b_enc.normal_(generator=generator)
         transcoder.b_dec.normal_(generator=generator)
+        if transcoder.W_skip is not None:
+            transcoder.W_skip.normal_(generator=generator)
         transcoder.target_scale.fill_(0.7)
         transcoder.input_scale.fill_(1.3)
     return transcoder
@@ -33,16 +36,18 @@ def reference_loss(t, x, y, dead, aux_k, coefficient):
         x = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
     elif t.shape.input_norm == "scalar":
         x = x * t.input_scale
-    z = torch.relu(x @ t.W_enc.T + t.b_enc)
+    before = x @ t.W_enc.T + t.b_enc
+    z = torch.relu(before)
     order = sorted(range(z.numel()), key=lambda i: (-z.flatten()[i].item(), i))[: K * len(x)]
     keep = torch.zeros(z.numel())
     keep[order] = 1
     a = z * keep.view_as(z)
     y = y * t.target_scale
+    base = t.b_dec.expand(len(x), -1) + (0 if t.W_skip is None else x @ t.W_skip.T)
     losses, end = [], 0
     for size in GROUPS:
         end += size
-        y_m = sum((a[:, j : j + 1] * t.W_dec[j] for j in range(end)), t.b_dec.expand(len(x), -1))
+        y_m = sum((a[:, j : j + 1] * t.W_dec[j] for j in range(end)), base)
         losses.append(((y - y_m) ** 2).sum(1).mean() / D_TARGET)
     loss = sum(losses) / len(losses)
     index = dead.nonzero().flatten().tolist()
@@ -50,43 +55,30 @@ def reference_loss(t, x, y, dead, aux_k, coefficient):
         residual = (y - y_m).detach()
         total = 0.0
         for row in range(len(x)):
-            strongest = sorted(index, key=lambda j: -z[row, j].item())[:aux_k]
-            e_hat = sum(z[row, j] * t.W_dec[j] for j in strongest)
+            strongest = sorted(index, key=lambda j: -before[row, j].item())[:aux_k]
+            e_hat = sum(before[row, j] * t.W_dec[j] for j in strongest)
             total = total + ((residual[row] - e_hat) ** 2).sum() / D_TARGET
         loss = loss + coefficient * total / len(x)
     return loss, losses
 
 
-@pytest.mark.parametrize("input_norm", ["rms", "scalar", "none"])
-@pytest.mark.parametrize("num_dead", [0, 2, 9])
-def test_loss_and_all_gradients_equal_the_formulas(input_norm, num_dead):
-    t = random_transcoder(input_norm)
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(("input_norm", "num_dead"), [("rms", 0), ("scalar", 2), ("none", 9)])
+def test_loss_and_all_gradients_equal_the_formulas(backend, skip, input_norm, num_dead):
+    t = random_transcoder(input_norm, skip)
     x, y = data()
     dead = torch.zeros(F, dtype=torch.bool)
     dead[torch.arange(num_dead) * 2 + 1] = True
-    output = t(x, y, 4, 0.25, dead)
+    mean = 1 / (len(x) * D_TARGET)
+    objective = Objective(t.prefixes, (mean / 3,) * 3, K * len(x), dead.nonzero().squeeze(1), 4, 0.25 * mean)
+    output = t(x, y, objective, Compute(backend), Workspace())
     gradients = torch.autograd.grad(output.loss, list(t.parameters()))
     expected, prefix_errors = reference_loss(t, x, y, dead, 4, 0.25)
     torch.testing.assert_close(output.loss, expected)
-    torch.testing.assert_close(output.prefix_errors, torch.stack(prefix_errors).detach())
+    torch.testing.assert_close(output.errors * mean, torch.stack(prefix_errors).detach())
     for got, want in zip(gradients, torch.autograd.grad(expected, list(t.parameters())), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("count", [1, 2, 57, 400, 5000])
-def test_kth_largest_is_exact(count):
-    values = torch.randn(4000, generator=torch.Generator().manual_seed(count)) * 10
-    positive = values[values > 0].sort(descending=True).values
-    expected = positive[count - 1].item() if count <= len(positive) else 0.0
-    assert kth_largest(values, count) == expected
-
-
-def test_batch_topk_breaks_ties_by_position_and_never_takes_zeros():
-    z = torch.tensor([[0.0, 2.0, 1.0, 1.0], [1.0, 0.0, 3.0, 1.0]])
-    mask = batch_topk_mask(z, 4)
-    assert mask.tolist() == [[False, True, True, True], [False, False, True, False]]
-    assert batch_topk_mask(z, 8).tolist() == (z > 0).tolist()
-    assert not batch_topk_mask(torch.zeros(3, 3), 2).any()
 
 
 def test_inference_uses_the_threshold_and_raw_units():
@@ -105,6 +97,21 @@ def test_inference_uses_the_threshold_and_raw_units():
             torch.testing.assert_close(t.decode_prefixes(a)[i], t.decode(a[:, :m]))
     with pytest.raises(ValueError, match=r"prefix=5 .*\[6, 16, 24\]"):
         t.encode(x, 5)
+
+
+def test_skip_connection_is_part_of_every_reconstruction():
+    t = random_transcoder("rms", skip=True)
+    x, _ = data()
+    t.threshold.fill_(0.9)
+    with torch.no_grad():
+        straight = t.normalise(x) @ t.W_skip.T
+        for i, m in enumerate(t.prefixes):
+            a = t.encode(x, m)
+            expected = (a @ t.W_dec[:m] + straight + t.b_dec) / 0.7
+            torch.testing.assert_close(t.reconstruct(x, m), expected)
+            torch.testing.assert_close(t.decode_prefixes(t.encode(x), x)[i], expected)
+        with pytest.raises(ValueError, match="skip connection"):
+            t.decode(t.encode(x))
 
 
 def test_initialisation_centres_pre_activations_and_targets():

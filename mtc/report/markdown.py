@@ -120,6 +120,7 @@ def _configuration(analysis: Analysis) -> str:
         ("Held-out fraction", number(d.heldout_fraction)),
         ("Language model dtype", escape(f.language_model_dtype)),
         ("Transcoder precision", escape(f.precision)),
+        ("Train step", escape(f.compute)),
         ("Devices", escape(", ".join(f.devices))),
         ("Trainers", number(f.num_trainers)),
         ("Language model processes", number(f.num_model_actors)),

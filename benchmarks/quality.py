@@ -1,0 +1,217 @@
+"""Reconstruction for equal work: transcoders trained by us and by peer libraries on the same activations.
+
+`python -m benchmarks.quality --peers --json` trains every contender on cached activations of real models (captured on
+first use, see benchmarks.activations), each at its best learning rate of the same sweep on the validation part, and
+reports on the test part: held-out FVU per nested prefix, L0 at the calibrated threshold, dead features, wall time.
+
+All contenders read the same rows in float32: sources RMS-normalised, targets scaled by one number. BatchTopK
+dictionaries are used with one threshold, set on the validation part so that k entries per token lie above it; sparsify's
+TopK, with its k largest per token. A feature is dead if it never fires on the test part.
+Peers' trained weights are kept in the cache directory, by version and settings; ours are trained anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.activations import Activations, Part, load
+from benchmarks.peers import NAMES, Work, batches
+from mtc.config import RunConfig, load_preset
+from mtc.runs import cache_directory
+from mtc.selection import kth_largest
+from mtc.training import Trainer
+
+RATES = (1e-3, 3e-3, 6e-3, 1.2e-2)
+BATCH = 1024
+DEAD_AFTER = 20_480
+WARMUP_FRACTION = 0.2
+PEERS_PYTHON = Path(".venv-peers/bin/python")
+
+
+class Task(NamedTuple):
+    model: str
+    """Name in benchmarks.activations.MODELS."""
+    train_tokens: int
+    """Distinct tokens."""
+    steps: int
+    group_sizes: tuple[int, ...] = (288, 576, 288)
+    k: int = 32
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.group_sizes))
+
+
+TASKS = {
+    "smollm2": Task("smollm2", 400_000, 390),
+    "gemma3": Task("gemma3", 400_000, 390),
+    "smollm2-wide": Task("smollm2", 400_000, 390, (576, 1152, 576)),
+    "smollm2-long": Task("smollm2", 400_000, 1950),
+}
+
+
+class Score(NamedTuple):
+    fvu: tuple[float, ...]
+    """Held-out squared error over squared deviation from the mean, per prefix."""
+    l0: float
+    """Active features per token."""
+    dead: float
+    """Share of features that never fire on the part."""
+    seconds: float
+    """Wall time of training."""
+
+
+class Dictionary(NamedTuple):
+    """A trained transcoder of scaled rows, whoever trained it."""
+
+    W_enc: Tensor
+    """[features, d_source]"""
+    b_enc: Tensor
+    """[features]"""
+    W_dec: Tensor
+    """[features, d_target]"""
+    b_dec: Tensor
+    """[d_target]"""
+    rank_scale: Tensor
+    """[features]: entries are ranked by z * rank_scale."""
+    W_skip: Tensor
+    """[d_target, d_source], zeros without a skip connection."""
+
+
+# Data and scores ----------------------------------------------------------------------------------------------------
+
+
+def scaled(activations: Activations) -> Activations:
+    """Float32 rows: sources with a root mean square of 1, targets with a mean squared norm of d_target."""
+    sizes = activations.train.target.float().square().sum(1).double().mean()
+    factor = (activations.train.target.shape[1] / sizes).sqrt().float()
+
+    def scale(part: Part) -> Part:
+        x = part.source.float()
+        return Part(x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt(), part.target.float() * factor)
+
+    return Activations(*(scale(part) for part in activations))
+
+
+@torch.no_grad()
+def score(dictionary: Dictionary, task: Task, per_token: bool, calibration: Part, part: Part, seconds: float) -> Score:
+    """Sums in float64 over all rows of `part`."""
+    features = len(dictionary.b_enc)
+    threshold = 0.0
+    if not per_token:
+        ranks = [_ranks(dictionary, rows)[1].flatten() for rows in calibration.source.split(4096)]
+        threshold = float(kth_largest(torch.cat([r[r > 0] for r in ranks]), task.k * len(calibration.source) + 1))
+    ends = task.prefixes
+    error, fired, active = torch.zeros(len(ends), dtype=torch.float64), torch.zeros(features), 0
+    for x, y in zip(part.source.split(4096), part.target.split(4096), strict=True):
+        z, rank = _ranks(dictionary, x)
+        keep = rank > threshold
+        if per_token:
+            keep &= torch.zeros_like(keep).scatter_(1, rank.topk(task.k, dim=1).indices, True)
+        a = z * keep
+        residual = y - x @ dictionary.W_skip.T - dictionary.b_dec
+        for p, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
+            residual = residual - a[:, start:end] @ dictionary.W_dec[start:end]
+            error[p] += residual.double().square().sum()
+        fired += keep.sum(0)
+        active += int(keep.sum())
+    y = part.target.double()
+    deviation = (y - y.mean(0)).square().sum()
+    return Score(tuple((error / deviation).tolist()), active / len(y), float((fired == 0).float().mean()), seconds)
+
+
+def _ranks(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
+    z = torch.relu(torch.nn.functional.linear(x, dictionary.W_enc, dictionary.b_enc))
+    return z, z * dictionary.rank_scale
+
+
+def linear_map_fvu(data: Activations) -> float:
+    """Held-out FVU of the least-squares affine map from source to target."""
+    x, y = (torch.cat([t, torch.ones(len(t), 1)], 1) if i == 0 else t for i, t in enumerate(data.train))
+    gram = x.T.double() @ x.double()
+    map_ = torch.linalg.solve(gram + 1e-3 * torch.eye(len(gram)), x.T.double() @ y.double())
+    test = torch.cat([data.test.source, torch.ones(len(data.test.source), 1)], 1).double()
+    y = data.test.target.double()
+    return float((y - test @ map_).square().sum() / (y - y.mean(0)).square().sum())
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def our_config(task: Task, lr: float, seed: int, overrides: dict[str, Any]) -> RunConfig:
+    transcoder = {
+        "group_sizes": list(task.group_sizes), "k": task.k, "seed": seed, "input_norm": "none",
+        "dead_after_tokens": DEAD_AFTER,
+    }  # fmt: skip
+    optimizer = {"lr": lr, "batch_tokens": BATCH, "warmup_steps": int(WARMUP_FRACTION * task.steps), "backend": "sparse",
+                 "precision": "float32"}  # fmt: skip
+    sections = {"transcoder": transcoder, "optimizer": optimizer, "data": {"num_tokens": task.steps * BATCH}}
+    for name, settings in overrides.items():
+        sections[name] = sections[name] | settings
+    return load_preset("smollm2-135m", sections)
+
+
+def train_ours(data: Activations, task: Task, lr: float, seed: int, **overrides: Any) -> tuple[Dictionary, float]:
+    """Train on the scaled rows; `overrides` are sections of the configuration."""
+    trainer = Trainer(our_config(task, lr, seed, overrides), data.train.source.shape[1], data.train.target.shape[1])
+    trainer.initialise(data.train.source[:16_384], data.train.target[:16_384])
+    start = time.perf_counter()
+    for rows in batches(len(data.train.source), _work(data, task, lr, seed)):
+        trainer.step(data.train.source[rows], data.train.target[rows])
+    seconds = time.perf_counter() - start
+    t, scale = trainer.transcoder, trainer.transcoder.target_scale
+    skip = torch.zeros(t.shape.d_target, t.shape.d_source) if t.W_skip is None else t.W_skip.detach() / scale
+    decoder = t.W_dec.detach() / scale, t.b_dec.detach() / scale
+    return Dictionary(t.W_enc.detach(), t.b_enc.detach(), *decoder, torch.ones(t.num_features), skip), seconds
+
+
+def train_peer(name: str, task: Task, lr: float, seed: int, data: Activations, rows_file: Path) -> tuple[Dictionary, float]:
+    """Train in the peers' environment, or take from the cache what was trained before."""
+    work = _work(data, task, lr, seed)
+    key = json.dumps([name, _peer_version(name), work, task.model, task.train_tokens, _digest(data)])
+    directory = Path(cache_directory()) / "benchmarks" / "peers"
+    directory.mkdir(parents=True, exist_ok=True)
+    out = directory / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    seconds_file = out.with_suffix(".json")
+    if not seconds_file.exists():
+        if not rows_file.exists():
+            save_file({"source": data.train.source, "target": data.train.target}, rows_file)
+        order = {"cmd": "train", "name": name, "work": work._asdict(), "train": str(rows_file), "out": str(out)}
+        done = subprocess.run(
+            [str(PEERS_PYTHON), "benchmarks/peers.py", "worker"],
+            input=json.dumps(order) + "\n", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
+        )  # fmt: skip
+        seconds_file.write_text(done.stdout.strip())
+    weights = load_file(out)
+    weights["W_skip"] = torch.zeros(weights["W_dec"].shape[1], weights["W_enc"].shape[1])
+    return Dictionary(**weights), json.loads(seconds_file.read_text())["seconds"]
+
+
+def _work(data: Activations, task: Task, lr: float, seed: int) -> Work:
+    sizes = data.train.source.shape[1], data.train.target.shape[1]
+    warmup = int(WARMUP_FRACTION * task.steps)
+    return Work(*sizes, task.group_sizes, task.k, BATCH, task.steps, lr, seed, DEAD_AFTER, warmup)
+
+
+def _digest(data: Activations) -> str:
+    return hashlib.sha256(data.train.target[::997].numpy().tobytes()).hexdigest()[:16]
+
+
+def _peer_version(name: str) -> str:
+    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    return subprocess.run([str(PEERS_PYTHON), "-c", code], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,384 @@
+"""The training loss of a Matryoshka transcoder and its gradients, twice: dense, and sparse after the selection.
+
+    z     = ReLU(x W_enc^T + b_enc)                        [tokens, features]
+    a     = BatchTopK(z)                                   k entries per token on average
+    R_p   = b_dec + sum over groups g <= p of a_g W_dec_g - y     residual of prefix p, [tokens, d_target]
+    loss  = sum over p of w_p ||R_p||^2  +  w_aux ||stop(R_last) + a_dead W_dec_dead||^2
+
+`dense_loss` writes this down and lets autograd differentiate: five products of [tokens, d] x [d, features].
+`sparse_loss` makes one such product, for z, and then touches only the chosen entries (about 1 % of z). Per token the
+residuals follow from one decode, cut at the prefix borders and accumulated. With H_p = 2 sum over q >= p of w_q R_q,
+
+    dL/da[t, j]     = H_group(j)[t] . W_dec[j]             at chosen entries only
+    dL/dW_dec[j]    = sum over chosen t of a[t, j] H_group(j)[t]
+    dL/dW_enc[j]    = sum over chosen t of dL/da[t, j] x[t]
+
+AuxK (Gao et al. 2024, arXiv:2406.04093) is one more slot behind the prefixes: its entries are each token's strongest
+dead features, its residual starts from the last prefix's, and its H flows to its own entries alone. Its values are
+those before the ReLU, since a feature that is negative on every token gets no gradient through one and stays dead.
+On CPUs the loops run compiled (kernels.c) for float32; everywhere else as torch operations, the same on CPU and GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag, linear
+
+from mtc import native
+from mtc.selection import distributed, keep_largest
+
+REFINE = 1.1
+"""How many times the wanted entries the bfloat16 product proposes; their values, computed again, decide."""
+GUESS = 0.9
+"""Share of the last step's border above which candidates are listed first."""
+
+
+class Objective(NamedTuple):
+    """What the loss is made of at one step, equal on all ranks."""
+
+    ends: tuple[int, ...]
+    """One past the last feature of each prefix, increasing; the last is the whole dictionary."""
+    weights: tuple[float, ...]
+    """Weight of each prefix's squared error, summed over tokens and dimensions."""
+    num_entries: int
+    """Entries to choose, over all ranks: k * tokens."""
+    dead: Tensor
+    """[dead features] int64, sorted: the features that AuxK may use."""
+    aux_k: int
+    """Dead features per token that reconstruct the residual."""
+    aux_weight: float
+    """Weight of AuxK's squared error."""
+
+
+class LossOutput(NamedTuple):
+    loss: Tensor
+    """Scalar, this rank's part of the weighted sum; differentiable."""
+    errors: Tensor
+    """[prefixes], squared error summed over this rank's tokens and dimensions."""
+    aux_error: Tensor
+    """Scalar, the same for AuxK; 0 without dead features."""
+    num_active: Tensor
+    """Scalar, chosen entries of this rank."""
+    fired: Tensor
+    """[features], bool: chosen at least once on this rank."""
+
+
+class Weights(NamedTuple):
+    W_enc: Tensor
+    """[features, d_source]"""
+    b_enc: Tensor
+    """[features]"""
+    W_dec: Tensor
+    """[features, d_target]"""
+    b_dec: Tensor
+    """[d_target]"""
+
+
+class Workspace:
+    """Memory that is written again at every step: on a CPU, fresh pages cost more than the sums that fill them."""
+
+    def __init__(self) -> None:
+        self.border: float = 0.0
+        """Smallest entry chosen at the last step; saves time, never changes a result."""
+        self._free: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Uninitialised memory of `like`'s dtype and device; the caller's until it is given back."""
+        found = self._free.pop(name, None)
+        if found is not None and found.shape == shape and found.dtype == like.dtype and found.device == like.device:
+            return found
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def give(self, name: str, tensor: Tensor) -> None:
+        if not tensor.is_cuda:  # there the allocator keeps memory anyway
+            self._free[name] = tensor
+
+
+# Dense: the reference, and the faster choice where products are cheap -----------------------------------------------
+
+
+def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> LossOutput:
+    """The loss by dense products and autograd. x [tokens, d_source] normalised, y [tokens, d_target] scaled."""
+    before = linear(x, weights.W_enc, weights.b_enc)
+    z = torch.relu(before)
+    keep, _ = keep_largest(z.detach().float().flatten(), objective.num_entries)
+    keep = keep.view_as(z)
+    a = z * keep
+    residual, errors, start = weights.b_dec - y, [], 0
+    for end in objective.ends:
+        residual = residual + a[:, start:end] @ weights.W_dec[start:end]
+        errors.append(residual.float().square().sum() if y.dtype != torch.float64 else residual.square().sum())
+        start = end
+    loss = sum(w * e for w, e in zip(objective.weights, errors, strict=True))
+    aux_error = y.new_zeros(())
+    if len(objective.dead):
+        candidates = before[:, objective.dead]
+        strongest = candidates.topk(min(objective.aux_k, len(objective.dead)), dim=1)
+        a_dead = torch.zeros_like(candidates).scatter(1, strongest.indices, strongest.values)
+        aux_error = (residual.detach() + a_dead @ weights.W_dec[objective.dead]).square().sum()
+        loss = loss + objective.aux_weight * aux_error
+    return LossOutput(loss, torch.stack(errors).detach(), aux_error.detach(), keep.sum(), keep.any(0))  # type: ignore[arg-type]
+
+
+# Sparse -------------------------------------------------------------------------------------------------------------
+
+
+class Entries(NamedTuple):
+    """Chosen entries of z, ordered by token, then slot (prefix group, AuxK last), then feature."""
+
+    token: Tensor
+    """[entries] int64"""
+    feature: Tensor
+    """[entries] int64"""
+    slot: Tensor
+    """[entries] int64: token * slots + slot, non-decreasing."""
+    slot_offsets: Tensor
+    """[tokens * slots + 1]: where each slot's entries begin."""
+    by_feature: Tensor
+    """[entries]: the order that sorts entries by feature."""
+    feature_offsets: Tensor
+    """[features + 1]: where each feature's entries begin in that order."""
+
+
+def sparse_loss(
+    x: Tensor, y: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool = False
+) -> LossOutput:
+    """The same as `dense_loss`, up to rounding, with gradients computed from the chosen entries.
+
+    `bfloat16_product` finds the entries by a bfloat16 product and computes their values again in x's dtype.
+    """
+    aux = len(objective.dead) > 0
+    slots = len(objective.ends) + aux
+    with torch.no_grad():
+        z = _product(x, weights, workspace, bfloat16_product)
+        token, feature, value = _choose(z, x, weights, objective, workspace, bfloat16_product)
+        num_active = (value > 0).sum()
+        fired = torch.zeros_like(weights.b_enc).index_add_(0, feature, value) > 0
+        slot = token * slots + torch.bucketize(feature, torch.tensor(objective.ends, device=x.device), right=True)
+        if aux:
+            token_dead, feature_dead, value_dead = _choose_dead(z, objective)
+            if bfloat16_product:
+                value_dead = _refine(x, weights, token_dead, feature_dead)
+            slot, order = torch.cat([slot, token_dead * slots + slots - 1]).sort(stable=True)
+            token = torch.cat([token, token_dead])[order]
+            feature = torch.cat([feature, feature_dead])[order]
+            value = torch.cat([value, value_dead])[order]
+        workspace.give("z", z)
+        entries = _arrange(token, feature, slot, slots, len(x), len(weights.b_enc))
+    value = _EncodeChosen.apply(x, weights.W_enc, weights.b_enc, value, entries, workspace)
+    slot_weights = (*objective.weights, objective.aux_weight) if aux else objective.weights
+    loss, errors = _NestedLoss.apply(value, weights.W_dec, weights.b_dec, y, entries, slot_weights, aux, workspace)
+    aux_error = errors[-1] if aux else errors.new_zeros(())
+    return LossOutput(loss, errors[: len(objective.ends)], aux_error, num_active, fired)
+
+
+class _EncodeChosen(Function):
+    """Values of the chosen entries, x[t] . W_enc[j] + b_enc[j], which are known already; adds their gradients.
+
+    A value of exactly 0 stands for no entry and gets no gradient, as at a ReLU's border.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, value: Tensor, entries: Entries, workspace: Workspace
+    ) -> Tensor:
+        ctx.save_for_backward(x, W_enc, value, *entries)
+        ctx.workspace = workspace
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, value, *rest = ctx.saved_tensors
+        entries = Entries(*rest)
+        gradient = gradient * (value != 0)
+        order = entries.by_feature
+        sorted_gradient = gradient[order]
+        out = ctx.workspace.take("W_enc", tuple(W_enc.shape), W_enc)
+        d_W = bag_sums(x, entries.token[order], sorted_gradient, entries.feature_offsets, out)
+        d_b = torch.zeros(len(W_enc), dtype=x.dtype, device=x.device).index_add_(0, entries.feature, gradient)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            slots = (len(entries.slot_offsets) - 1) // len(x)
+            d_x = bag_sums(W_enc, entries.feature, gradient, entries.slot_offsets[::slots].contiguous())
+        return d_x, d_W, d_b, None, None, None
+
+
+class _NestedLoss(Function):
+    """Weighted squared error of every slot, with H computed on the way: forward does most of the backward's work."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, entries: Entries, weights: tuple[float, ...],
+        aux: bool, workspace: Workspace,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        H, d_value, errors = nested_residuals(value, W_dec, b_dec, y, entries, weights, aux, workspace)
+        ctx.save_for_backward(W_dec, value, H, d_value, *entries)
+        ctx.workspace = workspace
+        ctx.mark_non_differentiable(errors)
+        return errors @ torch.tensor(weights, dtype=errors.dtype, device=errors.device), errors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        W_dec, value, H, d_value, *rest = ctx.saved_tensors
+        entries, workspace = Entries(*rest), ctx.workspace
+        order = entries.by_feature
+        d_y = None
+        if any(ctx.needs_input_grad[2:4]):
+            d_y = -gradient * H[:, 0]  # every prefix holds b_dec - y, and H_0 sums over all of them
+        out = workspace.take("W_dec", tuple(W_dec.shape), W_dec)
+        d_W = bag_sums(H.flatten(0, 1), entries.slot[order], (gradient * value)[order], entries.feature_offsets, out)
+        d_b = None if d_y is None else -d_y.sum(0)
+        workspace.give("H", H)
+        return gradient * d_value, d_W, d_b, d_y if ctx.needs_input_grad[3] else None, None, None, None, None
+
+
+# The loops: compiled on CPUs, torch elsewhere -----------------------------------------------------------------------
+
+
+def bag_sums(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
+    """[bags, width]: sums of weight[e] * table[index[e]] over each bag's entries, from offsets[bag] to the next."""
+    if not _compiled(table):
+        return embedding_bag(index, table, offsets, per_sample_weights=weight, mode="sum", include_last_offset=True)
+    shape = (len(offsets) - 1, table.shape[1])
+    out = table.new_empty(shape) if out is None else out
+    native.call("bag_sums", table.contiguous(), index, weight, offsets, out, *shape)
+    return out
+
+
+def entry_dots(left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor) -> Tensor:
+    """[entries]: left[left_index[e]] . right[right_index[e]]; `left_index` is non-decreasing."""
+    if _compiled(left):
+        out = left.new_empty(len(left_index))
+        native.call("entry_dots", left.contiguous(), left_index, right, right_index, out, len(out), left.shape[1])
+        return out
+    # What embedding_bag's own backward calls: the products are summed without being written down.
+    offsets = torch.searchsorted(left_index, torch.arange(len(left), device=left.device))
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, right_index, offsets, left_index, 0)
+
+
+def nested_residuals(
+    value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, entries: Entries, weights: tuple[float, ...], aux: bool,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """H [tokens, slots, d_target], dL/d value [entries] and the squared error of each slot [slots]."""
+    tokens, slots = len(y), len(weights)
+    prefixes = slots - aux
+    doubled = torch.tensor([2 * w for w in weights], dtype=y.dtype, device=y.device)
+    if _compiled(W_dec):
+        H = workspace.take("H", (tokens, slots, W_dec.shape[1]), y)
+        d_value, errors = value.new_empty(len(value)), y.new_empty(tokens, slots)
+        tables = (value, entries.feature, entries.slot_offsets, W_dec, b_dec, y.contiguous(), doubled)
+        native.call("nested_pass", *tables, int(aux), H, d_value, errors, tokens, slots, W_dec.shape[1])
+        return H, d_value, errors.sum(0)
+    H = bag_sums(W_dec, entries.feature, value, entries.slot_offsets).view(tokens, slots, -1)
+    H[:, 0] += b_dec - y
+    for slot in range(1, slots):
+        H[:, slot] += H[:, slot - 1]  # residuals R of each prefix, and of AuxK behind the last
+    errors = H.square().sum((0, 2))
+    H *= doubled[:, None]
+    for slot in range(prefixes - 2, -1, -1):
+        H[:, slot] += H[:, slot + 1]
+    return H, entry_dots(H.flatten(0, 1), entries.slot, W_dec, entries.feature), errors
+
+
+def _compiled(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and native.load() is not None
+
+
+# Choosing entries ---------------------------------------------------------------------------------------------------
+
+
+def _product(x: Tensor, weights: Weights, workspace: Workspace, bfloat16_product: bool) -> Tensor:
+    """x W_enc^T + b_enc, [tokens, features], in x's dtype; its values are bfloat16's if the product was."""
+    z = workspace.take("z", (len(x), len(weights.b_enc)), x)
+    if bfloat16_product:
+        return z.copy_(linear(x.bfloat16(), weights.W_enc.bfloat16(), weights.b_enc.bfloat16()))
+    return torch.addmm(weights.b_enc, x, weights.W_enc.t(), out=z)
+
+
+def _choose(
+    z: Tensor, x: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, feature and value [entries] of the global batch's largest positive entries, in order."""
+    count = objective.num_entries
+    wide = round(count * REFINE) if bfloat16_product else count
+    token, feature, value = _largest_cuda(z, wide) if z.is_cuda else _largest_cpu(z, wide, workspace)
+    if not bfloat16_product:
+        return token, feature, value
+    value = _refine(x, weights, token, feature).relu() * (value > 0)
+    keep, _ = keep_largest(value.float(), count)
+    if z.is_cuda:  # shapes that depend on values would wait for the host; zeros add nothing
+        return token, feature, value * keep
+    return token[keep], feature[keep], value[keep]
+
+
+def _largest_cpu(z: Tensor, count: int, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    for floor in (GUESS * workspace.border, 0.0):
+        token, feature, value = _list_above(z, floor)
+        keep, border = keep_largest(value.float(), count)
+        if floor == 0 or border > 0:  # otherwise the guess was too high, on all ranks together
+            break
+    workspace.border = float(border)
+    kept = keep.nonzero().squeeze(1)
+    return token[kept], feature[kept], value[kept]
+
+
+def _largest_cuda(z: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In one process nothing waits for the host: `count` entries, the last ones with value 0 if fewer are positive."""
+    keep, _ = keep_largest(z.flatten().float(), count)
+    if distributed():  # ranks hold different numbers of entries
+        index = keep.nonzero().squeeze(1)
+    else:
+        index = torch.nonzero_static(keep, size=min(count, keep.numel()), fill_value=keep.numel() - 1).squeeze(1)
+    value = z.flatten()[index] * (torch.arange(len(index), device=z.device) < keep.sum())
+    token = index.div(z.shape[1], rounding_mode="floor")
+    return token, index - token * z.shape[1], value
+
+
+def _choose_dead(z: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, feature and value of each token's strongest dead features, in order; values may be negative."""
+    strongest = z[:, objective.dead].topk(min(objective.aux_k, len(objective.dead)), dim=1)
+    column, order = strongest.indices.sort(dim=1)
+    token = torch.arange(len(z), device=z.device).repeat_interleave(column.shape[1])
+    return token, objective.dead[column.flatten()], strongest.values.gather(1, order).flatten()
+
+
+def _list_above(z: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, feature and value of all entries above `floor`, in order."""
+    if not _compiled(z):
+        index = (z > floor).flatten().nonzero().squeeze(1)
+        token = index.div(z.shape[1], rounding_mode="floor")
+        return token, index - token * z.shape[1], z.flatten()[index]
+    counts = torch.empty(len(z), dtype=torch.int64)
+    native.call("count_above", z, *z.shape, floor, counts)
+    offsets = counts.cumsum(0)
+    total = int(offsets[-1])
+    feature, value = torch.empty(total, dtype=torch.int64), torch.empty(total)
+    native.call("list_above", z, *z.shape, floor, offsets - counts, feature, value)
+    return torch.repeat_interleave(counts, output_size=total), feature, value
+
+
+def _refine(x: Tensor, weights: Weights, token: Tensor, feature: Tensor) -> Tensor:
+    """x W_enc^T + b_enc at some entries, in x's dtype."""
+    return entry_dots(x, token, weights.W_enc, feature) + weights.b_enc[feature]
+
+
+def _arrange(token: Tensor, feature: Tensor, slot: Tensor, slots: int, tokens: int, features: int) -> Entries:
+    """Entries with their orders; `slot` [entries] as in Entries, non-decreasing."""
+    by_feature = feature.argsort(stable=True)
+    offsets = _offsets(slot, tokens * slots), _offsets(feature, features)
+    return Entries(token, feature, slot, offsets[0], by_feature, offsets[1])
+
+
+def _offsets(index: Tensor, size: int) -> Tensor:
+    """[size + 1]: how many of `index` are less than each number."""
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+    counts[1:].scatter_add_(0, index, torch.ones_like(index))
+    return counts.cumsum(0)

@@ -1,0 +1,96 @@
+"""The CPU loops of kernels.c, compiled once per machine where there is a C compiler; `mtc.kernels` does without too.
+
+No compiler is needed: `load()` then returns None and `status()` says why, which the run records. The library takes raw
+pointers, so it does not depend on torch's version; it shares torch's OpenMP threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtc.runs import cache_directory
+
+# Sums may be reordered into vectors. -ffast-math itself would also switch denormals off in the whole process.
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros",
+         "-fopenmp", "-shared", "-fPIC"]  # fmt: skip
+
+
+def load() -> ctypes.CDLL | None:
+    """The compiled loops, or None where they cannot be built or MTC_NATIVE=0 turns them off."""
+    return _build()[0]
+
+
+def status() -> str:
+    """How this process computes the sparse products on a CPU: "compiled" or "torch (reason)"."""
+    return _build()[1]
+
+
+def call(name: str, *arguments: Tensor | float | bool) -> None:
+    """Run a loop: tensors go as pointers, ints as int64, floats as float32; torch's thread count comes last.
+
+    Tensors must be contiguous and on the CPU; all but indices are float32.
+    """
+    library = load()
+    assert library is not None
+    converted = [_argument(value) for value in arguments]
+    getattr(library, name)(*converted, ctypes.c_int(torch.get_num_threads()))
+
+
+def _argument(value: Tensor | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous() and value.device.type == "cpu" and value.dtype in (torch.float32, torch.int64)
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+@cache
+def _build() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("MTC_NATIVE") == "0":
+        return None, "torch (MTC_NATIVE=0)"
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None, "torch (no C compiler)"
+    try:
+        return ctypes.CDLL(str(_compile(compiler))), "compiled"
+    except subprocess.CalledProcessError as error:
+        return None, f"torch (compilation failed: {error.stderr.decode(errors='replace').strip()[-200:]})"
+    except OSError as error:
+        return None, f"torch ({error})"
+
+
+def _compile(compiler: str) -> Path:
+    source = (resources.files("mtc") / "kernels.c").read_bytes()
+    key = hashlib.sha256(b"\0".join([source, " ".join([compiler, *FLAGS]).encode(), _processor()])).hexdigest()[:16]
+    directory = Path(cache_directory()) / "native"
+    library = directory / f"kernels-{key}.so"
+    if library.exists():
+        return library
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        file, built = Path(scratch) / "kernels.c", Path(scratch) / "kernels.so"
+        file.write_bytes(source)
+        subprocess.run([compiler, *FLAGS, str(file), "-o", str(built)], check=True, capture_output=True, timeout=120)
+        built.replace(library)  # several processes may build at once; each ends with a whole file
+    return library
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: a cache directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode() + platform.machine().encode()
+    wanted = ("model name", "flags", "Features", "CPU part", "model\t", "cpu family")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)})).encode()

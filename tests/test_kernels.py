@@ -1,0 +1,206 @@
+"""The sparse loss against the dense one under autograd, against finite differences, and against token-by-token sums."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from mtc import kernels, native
+from mtc.kernels import Objective, Weights, Workspace, dense_loss, sparse_loss
+from mtc.selection import _by_histogram, _by_search, keep_largest
+
+TOKENS, D_SOURCE, D_TARGET, ENDS = 9, 7, 5, (6, 16, 24)
+F = ENDS[-1]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request, monkeypatch):
+    """The loops of kernels.c (float32), and torch operations (what a GPU and other dtypes run)."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "_compiled", lambda tensor: False)
+    elif native.load() is None:
+        pytest.skip(native.status())
+    return request.param
+
+
+def objective(count=3 * TOKENS, dead=(), aux_k=4, weights=(0.2, 0.3, 0.5)):
+    return Objective(ENDS, weights, count, torch.tensor(dead, dtype=torch.int64), aux_k, 0.07)
+
+
+def leaves(dtype=torch.float64, seed=0, tokens=TOKENS):
+    """x, y and all weights, each wanting a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, D_SOURCE), (tokens, D_TARGET), (F, D_SOURCE), (F,), (F, D_TARGET), (D_TARGET,)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def loss_and_gradients(loss, tensors, *arguments):
+    output = loss(tensors[0], tensors[1], Weights(*tensors[2:]), *arguments)
+    return output, torch.autograd.grad(output.loss, tensors)
+
+
+def make_ties(tensors):
+    """Equal rows of W_enc and equal tokens: many equal pre-activations, some of them exactly zero."""
+    with torch.no_grad():
+        x, _, W_enc, b_enc = tensors[:4]
+        x.copy_(x.sign())
+        W_enc.copy_(W_enc.sign())
+        b_enc.zero_()
+
+
+def make_silent_tokens(tensors):
+    """Tokens 2 and 3 have no positive pre-activation: their rows of entries are empty."""
+    with torch.no_grad():
+        x, _, _, b_enc = tensors[:4]
+        b_enc.copy_(-b_enc.abs())
+        x[2:4] = 0
+
+
+CASES = {
+    "plain": (lambda t: None, objective()),
+    "dead features": (lambda t: None, objective(dead=(1, 5, 6, 17, 23))),
+    "all dead features chosen": (lambda t: None, objective(dead=(0, 2, 9), aux_k=512)),
+    "ties at the border": (
+        make_ties,
+        objective(dead=(3, 8), aux_k=512),
+    ),  # a tie among the dead would be torch's topk's
+    "empty rows": (make_silent_tokens, objective(dead=(1, 20))),
+    "k larger than the positives": (lambda t: None, objective(count=TOKENS * F)),
+    "nothing positive": (lambda t: t[3].data.fill_(-100), objective(dead=(4,))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sparse_loss_and_every_gradient_equal_dense_autograd(case, loops):
+    change, wanted = CASES[case]
+    exact = leaves(torch.float64)
+    change(exact)
+    tensors = [t.detach().float().requires_grad_() for t in exact] if loops == "compiled" else exact
+    expected, expected_gradients = loss_and_gradients(dense_loss, exact, wanted)
+    workspace = Workspace()
+    for _ in range(3):  # again with memory and a border that the step before left behind
+        output, gradients = loss_and_gradients(sparse_loss, tensors, wanted, workspace)
+        tolerance = {"rtol": 1e-9, "atol": 1e-12} if loops == "torch" else {"rtol": 1e-4, "atol": 2e-5}
+        for got, want in zip(output, expected, strict=True):
+            torch.testing.assert_close(got, want, check_dtype=False, **tolerance)
+        names = ("x", "y", *Weights._fields)
+        for name, got, want in zip(names, gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(got, want, check_dtype=False, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            workspace.give(name, torch.full_like(got, float("nan")))  # what comes back must be written over
+    assert len(expected.errors) == 3 and expected.loss > 0
+
+
+LOSSES = {"dense": dense_loss, "sparse": lambda *arguments: sparse_loss(*arguments, Workspace())}
+
+
+@pytest.mark.parametrize("backend", LOSSES)
+def test_gradients_equal_finite_differences(backend):
+    assert gradcheck(lambda *t: LOSSES[backend](t[0], t[1], Weights(*t[2:]), objective()).loss, leaves(seed=3))
+
+
+@pytest.mark.parametrize("backend", LOSSES)
+def test_gradients_of_auxk_equal_finite_differences(backend):
+    """The residual that dead features reconstruct is detached: only what acts through their own weights is compared."""
+    tensors, dead = leaves(seed=3), [1, 17]
+    wanted = objective(dead=dead, weights=(0.0, 0.0, 0.0))
+    with torch.no_grad():
+        tensors[3][dead] -= 20  # far from being selected, and negative
+    is_dead = torch.zeros(F, dtype=torch.bool).scatter(0, torch.tensor(dead), True)
+
+    def loss(*dead_weights):
+        mixed = [torch.where(is_dead.view(-1, *[1] * (w.ndim - 1)), w, fixed.detach())
+                 for w, fixed in zip(dead_weights, tensors[2:5], strict=True)]  # fmt: skip
+        return LOSSES[backend](tensors[0], tensors[1], Weights(*mixed, tensors[5]), wanted).loss
+
+    free = [t.detach().clone().requires_grad_() for t in tensors[2:5]]
+    assert gradcheck(loss, free)
+    assert all(g[dead].abs().sum() > 0 for g in torch.autograd.grad(loss(*free), free))
+
+
+def test_bfloat16_product_chooses_and_computes_what_float32_does(loops):
+    generator = torch.Generator().manual_seed(1)
+    x, W_enc = torch.randn(200, 64, generator=generator), torch.randn(300, 64, generator=generator) / 8
+    y, W_dec = torch.randn(200, 16, generator=generator), torch.randn(300, 16, generator=generator)
+    tensors = [x, y, W_enc, torch.zeros(300), W_dec, torch.zeros(16)]
+    tensors = [t.requires_grad_() for t in tensors]
+    wanted = Objective((100, 300), (0.5, 0.5), 8 * 200, torch.arange(290, 300), 3, 0.1)
+    exact, exact_gradients = loss_and_gradients(sparse_loss, tensors, wanted, Workspace())
+    output, gradients = loss_and_gradients(sparse_loss, tensors, wanted, Workspace(), True)
+    assert torch.equal(output.fired, exact.fired) and output.num_active == exact.num_active
+    torch.testing.assert_close(output.errors, exact.errors, rtol=1e-5, atol=0)
+    for got, want in zip(gradients[2:], exact_gradients[2:], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2 * float(want.abs().max()))
+
+
+def test_what_a_gpu_runs_chooses_the_same_entries():
+    """The branch without waiting for the host, run on a CPU: the same entries, padded with zeros where too few."""
+    z = torch.randn(50, 40, generator=torch.Generator().manual_seed(2))
+    z[:, ::2] = z[:, ::2].round()  # ties
+    for count in (1, 77, 400, 2000):
+        token, feature, value = kernels._largest_cuda(z, count)
+        expected = kernels._largest_cpu(z, count, Workspace())
+        real = value > 0
+        assert len(value) == count
+        for got, want in zip((token, feature, value), expected, strict=True):
+            assert torch.equal(got[real], want)
+
+
+@pytest.mark.parametrize("count", [1, 2, 57, 400, 5000])
+def test_kth_largest_is_exact(count):
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(count)) * 10
+    values[:50] = 0.0
+    values[50:60] = 1e-41  # denormal
+    positive = values[values > 0].sort(descending=True).values
+    expected = positive[count - 1].item() if count <= len(positive) else 0.0
+    assert _by_histogram(values, count).item() == _by_search(values, count).item() == expected
+
+
+def test_ties_go_by_position_and_zeros_are_never_chosen():
+    z = torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0, 0.0, 3.0, 1.0])
+    mask, border = keep_largest(z, 4)
+    assert mask.tolist() == [False, True, True, True, False, False, True, False]
+    assert border == 1.0
+    assert keep_largest(z, 8)[0].tolist() == (z > 0).tolist()
+    assert not keep_largest(torch.zeros(9), 2)[0].any()
+
+
+def test_last_step_border_never_changes_the_choice():
+    z = torch.randn(30, 20, generator=torch.Generator().manual_seed(4))
+    expected = kernels._largest_cpu(z, 60, Workspace())
+    for border in (0.1, 1.0, 2.0, 50.0):
+        workspace = Workspace()
+        workspace.border = border
+        for got, want in zip(kernels._largest_cpu(z, 60, workspace), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_loops_do_not_depend_on_threads():
+    if native.load() is None:
+        pytest.skip(native.status())
+    generator = torch.Generator().manual_seed(0)
+    table, weight = torch.randn(500, 700, generator=generator), torch.randn(3000, generator=generator)
+    index = torch.randint(500, (3000,), generator=generator)
+    offsets = torch.randint(3001, (99,), generator=generator).sort().values
+    threads, results = torch.get_num_threads(), []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        results.append(kernels.bag_sums(table, index, weight, offsets))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CC": "/nonexistent/cc"}, "no C compiler"),
+        ({"CC": "false"}, "compilation failed"),
+        ({"MTC_NATIVE": "0"}, "=0"),
+    ],
+)
+def test_without_a_compiler_torch_does_the_work_and_says_so(environment, reason):
+    code = "from mtc import native; assert native.load() is None; print(native.status())"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0 and reason in done.stdout, done.stderr
