@@ -4,9 +4,10 @@
 first use, see benchmarks.activations), each at its best learning rate of the same sweep on the validation part, and
 reports on the test part: held-out FVU per nested prefix, L0 at the calibrated threshold, dead features, wall time.
 
-All contenders read the same rows in float32: sources RMS-normalised, targets scaled by one number. BatchTopK
-dictionaries are used with one threshold, set on the validation part so that k entries per token lie above it; sparsify's
-TopK, with its k largest per token. A feature is dead if it never fires on the test part.
+All contenders read the same rows in float32: sources RMS-normalised, targets scaled by one number. All warm up for
+WARMUP_FRACTION of the steps. BatchTopK dictionaries are used with one threshold, set on the validation part so that k
+entries per token lie above it; sparsify's TopK, with its k largest per token. A feature is dead if it never fires on
+the test part.
 Peers' trained weights are kept in the cache directory, by version and settings; ours are trained anew.
 """
 
@@ -19,7 +20,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from itertools import accumulate
 from pathlib import Path
@@ -36,7 +36,7 @@ from mtc.runs import cache_directory
 from mtc.selection import kth_largest
 from mtc.training import Trainer
 
-RATES = (1e-3, 3e-3, 6e-3, 1.2e-2)
+RATES = (3e-3, 6e-3, 8e-3, 1.2e-2)
 BATCH = 1024
 DEAD_AFTER = 20_480
 WARMUP_FRACTION = 0.2
@@ -155,11 +155,19 @@ def linear_map_fvu(data: Activations) -> float:
 
 def our_config(task: Task, lr: float, seed: int, overrides: dict[str, Any]) -> RunConfig:
     transcoder = {
-        "group_sizes": list(task.group_sizes), "k": task.k, "seed": seed, "input_norm": "none",
+        "group_sizes": list(task.group_sizes),
+        "k": task.k,
+        "seed": seed,
+        "input_norm": "none",  # the rows are normalised already
         "dead_after_tokens": DEAD_AFTER,
-    }  # fmt: skip
-    optimizer = {"lr": lr, "batch_tokens": BATCH, "warmup_steps": int(WARMUP_FRACTION * task.steps), "backend": "sparse",
-                 "precision": "float32"}  # fmt: skip
+    }
+    optimizer = {
+        "lr": lr,
+        "batch_tokens": BATCH,
+        "warmup_steps": int(WARMUP_FRACTION * task.steps),
+        "backend": "sparse",
+        "precision": "float32",
+    }
     sections = {"transcoder": transcoder, "optimizer": optimizer, "data": {"num_tokens": task.steps * BATCH}}
     for name, settings in overrides.items():
         sections[name] = sections[name] | settings
@@ -180,7 +188,9 @@ def train_ours(data: Activations, task: Task, lr: float, seed: int, **overrides:
     return Dictionary(t.W_enc.detach(), t.b_enc.detach(), *decoder, torch.ones(t.num_features), skip), seconds
 
 
-def train_peer(name: str, task: Task, lr: float, seed: int, data: Activations, rows_file: Path) -> tuple[Dictionary, float]:
+def train_peer(
+    name: str, task: Task, lr: float, seed: int, data: Activations, rows_file: Path
+) -> tuple[Dictionary, float]:
     """Train in the peers' environment, or take from the cache what was trained before."""
     work = _work(data, task, lr, seed)
     key = json.dumps([name, _peer_version(name), work, task.model, task.train_tokens, _digest(data)])
@@ -215,3 +225,153 @@ def _digest(data: Activations) -> str:
 def _peer_version(name: str) -> str:
     code = f"import importlib.metadata as m; print(m.version({name!r}))"
     return subprocess.run([str(PEERS_PYTHON), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+# The benchmark ------------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """One contender on one task, at its best learning rate."""
+
+    contender: str
+    lr: float
+    """The one of RATES with the least full-dictionary FVU on the validation part, seed 0."""
+    validation: dict[str, float]
+    """Full-dictionary FVU on the validation part for every rate, seed 0."""
+    scores: list[Score]
+    """On the test part, one per seed."""
+
+    def mean(self, field: str) -> float:
+        return statistics.mean(getattr(score, field) for score in self.scores)
+
+    def fvu(self) -> list[float]:
+        return [statistics.mean(values) for values in zip(*(score.fvu for score in self.scores), strict=True)]
+
+
+OURS: dict[str, dict[str, Any]] = {"mtc": {}, "mtc, skip": {"transcoder": {"skip": True}}, "mtc, not nested": {}}
+
+
+def run(name: str, task: Task, contenders: list[str], rates: tuple[float, ...], seeds: int) -> dict[str, Any]:
+    """Train everybody, print a row each, and return what was measured."""
+    data = scaled(load(task.model, task.train_tokens))
+    rows_file = Path(cache_directory()) / "benchmarks" / f"rows-{task.model}-{task.train_tokens}.safetensors"
+    print(
+        f"\n{name}: {task.model}, {task.steps * BATCH:,} training tokens ({task.train_tokens:,} distinct), features "
+        f"{list(task.group_sizes)}, k {task.k}; test part {len(data.test.source):,} tokens, {seeds} seed(s)"
+    )
+    linear = linear_map_fvu(data)
+    print(f"{'contender':<22}{'lr':>8}{'FVU per prefix':>26}{'L0':>8}{'dead':>8}{'train':>9}")
+    print(f"{'linear map':<22}{'':>8}{linear:>26.3f}", flush=True)
+    results = []
+    for contender in contenders:
+        result = _best_of(contender, task, rates, seeds, data, rows_file)
+        results.append(result)
+        shown = " / ".join(f"{value:.3f}" for value in result.fvu())
+        print(f"{contender:<22}{result.lr:>8g}{shown:>26}{result.mean('l0'):>8.2f}{result.mean('dead'):>8.1%}"
+              f"{result.mean('seconds'):>7.0f} s", flush=True)  # fmt: skip
+    return {"task": task._asdict(), "linear_map_fvu": linear, "results": [_as_json(r) for r in results]}
+
+
+def _best_of(
+    contender: str, task: Task, rates: tuple[float, ...], seeds: int, data: Activations, rows_file: Path
+) -> Result:
+    """Sweep the rates with seed 0 on the validation part, then train the other seeds at the best rate."""
+    validation: dict[str, float] = {}
+    best, scores = rates[0], []
+    for lr in rates:
+        dictionary, seconds = _train(contender, task, lr, 0, data, rows_file)
+        found = _score(contender, dictionary, task, data, data.validation, seconds)
+        validation[str(lr)] = found.fvu[-1]
+        if found.fvu[-1] == min(validation.values()):
+            best, scores = lr, [_score(contender, dictionary, task, data, data.test, seconds)]
+    for seed in range(1, seeds):
+        dictionary, seconds = _train(contender, task, best, seed, data, rows_file)
+        scores.append(_score(contender, dictionary, task, data, data.test, seconds))
+    return Result(contender, best, validation, scores)
+
+
+def _train(
+    contender: str, task: Task, lr: float, seed: int, data: Activations, rows_file: Path
+) -> tuple[Dictionary, float]:
+    if contender in NAMES:
+        return train_peer(contender, task, lr, seed, data, rows_file)
+    asked = task._replace(group_sizes=(sum(task.group_sizes),)) if "not nested" in contender else task
+    return train_ours(data, asked, lr, seed, **OURS[contender])
+
+
+def _score(contender: str, dictionary: Dictionary, task: Task, data: Activations, part: Part, seconds: float) -> Score:
+    return score(dictionary, task, contender == "eai-sparsify", data.validation, part, seconds)
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    means = {
+        "fvu": result.fvu(),
+        "l0": result.mean("l0"),
+        "dead": result.mean("dead"),
+        "seconds": result.mean("seconds"),
+    }
+    return {**result._asdict(), "scores": [score._asdict() for score in result.scores], "means": means}
+
+
+def summary(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The first task's figures under short names, ratios to the best peers of each task, and everything measured."""
+    found: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"}
+    ratios = {}
+    for name, task in tasks.items():
+        means = {r["contender"]: r["means"] for r in task["results"]}
+        ours, nested = means["mtc"]["fvu"], [means[n]["fvu"] for n in NAMES[:2] if n in means]
+        if nested:
+            ratios[name] = {"to_best_nested_peer": [o / min(n[p] for n in nested) for p, o in enumerate(ours)]}
+        if "eai-sparsify" in means:
+            ratios.setdefault(name, {})["to_best_peer_not_nested"] = ours[-1] / means["eai-sparsify"]["fvu"][-1]
+        if "mtc, not nested" in means:
+            ratios.setdefault(name, {})["to_ours_not_nested"] = ours[-1] / means["mtc, not nested"]["fvu"][-1]
+    first = next(iter(tasks.values()))
+    means = {r["contender"]: r["means"] for r in first["results"]}
+    found |= {
+        "fvu": means["mtc"]["fvu"][-1],
+        "fvu_prefixes": means["mtc"]["fvu"],
+        "dead_fraction": means["mtc"]["dead"],
+        "l0_error": abs(means["mtc"]["l0"] / first["task"]["k"] - 1),
+        "seeds": len(first["results"][0]["scores"]),
+        "peers": {n: means[n] | {"version": _peer_version(n)} for n in NAMES if n in means},
+        "ratios": ratios,
+        "tasks": tasks,
+    }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, metavar="LR")
+    parser.add_argument(
+        "--peers", nargs="*", choices=NAMES, help="also the peer libraries, or those named (make peers)"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on a line")
+    parser.add_argument("--save", action="store_true", help="write docs/benchmarks/quality-TASK.json")
+    arguments = parser.parse_args()
+    peers = [] if arguments.peers is None else (arguments.peers or list(NAMES))
+    if peers and not PEERS_PYTHON.exists():
+        raise SystemExit(f"{PEERS_PYTHON} is missing: run `make peers` first")
+    names = list(TASKS) if arguments.task == "all" else [arguments.task]
+    tasks = {}
+    for name in names:
+        tasks[name] = run(name, TASKS[name], [*OURS, *peers], tuple(arguments.rates), arguments.seeds)
+        if arguments.save:
+            path = Path("docs/benchmarks") / f"quality-{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(summary({name: tasks[name]}), indent=1) + "\n")
+    found = summary(tasks)
+    for name, ratios in found["ratios"].items():
+        print(f"\n{name}: FVU over the best nested peer's, per prefix "
+              f"{[round(v, 3) for v in ratios.get('to_best_nested_peer', [])]}; over the peer's without nesting "
+              f"{ratios.get('to_best_peer_not_nested', float('nan')):.3f}; over ours without nesting "
+              f"{ratios['to_ours_not_nested']:.3f}")  # fmt: skip
+    if arguments.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

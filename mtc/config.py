@@ -93,7 +93,7 @@ class TranscoderConfig(_Part):
     """How the source is scaled; by default `rms` for resid_mid and `scalar` otherwise."""
     aux_coefficient: float = Field(default=1 / 32, ge=0)
     """Weight of the AuxK loss, which revives dead features; 0 turns it off."""
-    aux_k: int = Field(default=512, ge=1)
+    aux_k: int = Field(default=16, ge=1)
     """Dead features per token that reconstruct the residual."""
     dead_after_tokens: int = Field(default=1_000_000, ge=1)
     """A feature is dead when it did not fire for this many tokens of training."""
@@ -128,11 +128,11 @@ class TranscoderConfig(_Part):
 
 
 class OptimizerConfig(_Part):
-    """Adam with linear warm-up and cosine decay."""
+    """Adam with a linear warm-up, a constant rate and a linear decay."""
 
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.8, 0.99)
     """Adam's averaging factors."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
@@ -140,8 +140,10 @@ class OptimizerConfig(_Part):
     """Tokens in a step, over all trainers."""
     warmup_steps: int = Field(default=500, ge=0)
     """Steps of linear warm-up."""
+    decay_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Share of the steps, at the end, over which the learning rate falls."""
     final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Share of the peak learning rate at which the cosine ends."""
+    """Share of the peak learning rate at the last step."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -6,7 +6,6 @@ the result is that of one process with the whole batch.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from typing import Any, Literal, NamedTuple
@@ -103,8 +102,8 @@ class Trainer:
         self.tokens = 0
 
     def initialise(self, source: Tensor, target: Tensor) -> None:
-        """Set the transcoder's scalars and biases from the first raw activations [tokens, d]."""
-        self.transcoder.initialise(source.to(self.device), target.to(self.device))
+        """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d]."""
+        self.transcoder.initialise(source.to(self.device), target.to(self.device), self.config.transcoder.seed)
 
     def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
         """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations.
@@ -149,13 +148,13 @@ class Trainer:
         return f"{self.compute.backend}{loops}" + (f" (auto: {timings})" if timings else "")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to `final_lr_fraction` at the last step; `step` counts from 0."""
+        """Linear warm-up, a constant, then a linear decay to `final_lr_fraction` at the last step; counts from 0."""
         settings, total = self.config.optimizer, self.config.total_steps
         if step < settings.warmup_steps:
             return settings.lr * (step + 1) / settings.warmup_steps
-        progress = min(1.0, (step - settings.warmup_steps) / max(1, total - 1 - settings.warmup_steps))
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return settings.lr * (settings.final_lr_fraction + (1 - settings.final_lr_fraction) * cosine)
+        start = max(settings.warmup_steps, round(total * (1 - settings.decay_fraction)))
+        progress = min(1.0, max(0.0, (step - start) / max(1, total - 1 - start)))
+        return settings.lr * (1 - (1 - settings.final_lr_fraction) * progress)
 
     def _objective(self, tokens: int) -> Objective:
         """What a global batch of `tokens` is asked to do."""

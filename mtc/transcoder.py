@@ -16,12 +16,13 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from mtc.kernels import Objective, Weights, Workspace, dense_loss, sparse_loss
-from mtc.selection import all_reduce
+from mtc.selection import all_gather, all_reduce, distributed
 
 FORMAT_VERSION = 1
 RMS_EPS = 1e-6
@@ -182,16 +183,23 @@ class MatryoshkaTranscoder(nn.Module):
         return TrainOutput(*output, y.sum(0), square)
 
     @torch.no_grad()
-    def initialise(self, source: Tensor, target: Tensor) -> None:
-        """Set scalars and biases from raw activations of all ranks: targets get a mean squared norm of d_target,
-        b_dec is their mean, and b_enc = -W_enc mean(x) centres the pre-activations."""
+    def initialise(self, source: Tensor, target: Tensor, seed: int = 0) -> None:
+        """Set scalars, encoder and biases from raw activations of all ranks.
+
+        Targets get a mean squared norm of d_target and b_dec is their mean. Each feature starts out looking for one
+        source token: W_enc's rows are sources drawn by `seed`, less the mean, with norm 1; b_enc = -W_enc mean(x)
+        centres the pre-activations.
+        """
         y = target.double()
         self.target_scale.copy_((y.shape[1] / _mean_over_ranks(y.square().sum(1))).sqrt())
         if self.shape.input_norm == "scalar":
             x = source.double()
             self.input_scale.copy_((x.shape[1] / _mean_over_ranks(x.square().sum(1))).sqrt())
         self.b_dec.copy_(_mean_over_ranks(y) * self.target_scale)
-        mean = _mean_over_ranks(self.normalise(source).double()).float()
+        x = self.normalise(source)
+        mean = _mean_over_ranks(x.double()).float()
+        rows = _draw_over_ranks(x - mean, self.num_features, seed)
+        self.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True).clamp(min=RMS_EPS))
         self.b_enc.copy_(-(self.W_enc @ mean))
 
     def _check_prefix(self, prefix: int | None) -> int:
@@ -235,3 +243,22 @@ def _mean_over_ranks(values: Tensor) -> Tensor:
     all_reduce(total)
     all_reduce(count)
     return total / count
+
+
+def _draw_over_ranks(values: Tensor, count: int, seed: int) -> Tensor:
+    """`count` random rows of all ranks' `values` [rows, d], the same on every rank and however rows are spread.
+
+    Where there are fewer rows than that, they are repeated with as much noise, so that no two are equal.
+    """
+    sizes = all_gather(torch.tensor(len(values), device=values.device))
+    total, before = int(sizes.sum()), int(sizes[: dist.get_rank() if distributed() else 0].sum())
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]
+    mine = ((index >= before) & (index < before + len(values))).nonzero().squeeze(1)
+    drawn = values.new_zeros(count, values.shape[1])
+    drawn[mine] = values[index[mine] - before]
+    all_reduce(drawn)
+    if count > total:
+        noise = torch.randn(count - total, values.shape[1], generator=generator).to(drawn)
+        drawn[total:] += noise * (drawn[total:].norm(dim=1) / noise.norm(dim=1)).unsqueeze(1)
+    return drawn

@@ -10,7 +10,7 @@ def test_reference_preset_is_the_reference_run():
     assert (data.name, data.num_tokens, data.context_length) == ("HuggingFaceFW/fineweb-edu", 15_000_000, 64)
     assert transcoder.group_sizes == (1152, 2304, 1152)
     assert transcoder.prefixes == (1152, 3456, 4608)
-    assert (transcoder.k, transcoder.aux_coefficient, transcoder.aux_k) == (48, 1 / 32, 512)
+    assert (transcoder.k, transcoder.aux_coefficient, transcoder.aux_k) == (48, 1 / 32, 16)
     assert (optimizer.lr, optimizer.betas, optimizer.batch_tokens) == (3e-4, (0.9, 0.99), 1024)
     assert (optimizer.warmup_steps, optimizer.final_lr_fraction) == (500, 0.01)
     assert 14_400 < config.total_steps < 14_700

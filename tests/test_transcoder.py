@@ -125,6 +125,17 @@ def test_initialisation_centres_pre_activations_and_targets():
     before_relu = t.normalise(x) @ t.W_enc.T + t.b_enc
     assert before_relu.mean(0).abs().max().item() < 1e-4
     assert not t.W_dec.any()
+    centred = t.normalise(x) - t.normalise(x).mean(0)
+    nearest = t.W_enc @ (centred / centred.norm(dim=1, keepdim=True)).T
+    assert nearest.max(1).values.min().item() == pytest.approx(1, abs=1e-5)  # each row is a centred source
+    assert len(nearest.argmax(1).unique()) == F
+
+
+def test_initialisation_from_few_rows_makes_no_two_features_equal():
+    t = MatryoshkaTranscoder(TranscoderShape(D_SOURCE, D_TARGET, GROUPS, K, "rms"))
+    t.initialise(*data(5))
+    assert len(t.W_enc.detach().round(decimals=4).unique(dim=0)) == F
+    torch.testing.assert_close(t.W_enc.norm(dim=1), torch.ones(F))
 
 
 def test_weights_file_round_trip_and_refusals(tmp_path):

@@ -88,7 +88,8 @@ def _configuration(analysis: Analysis) -> str:
     c, t, f = analysis.config, analysis.training, analysis.facts
     o, d = c.optimizer, c.data
     schedule = (
-        f"linear warm-up over {number(o.warmup_steps)} steps, cosine to {number(o.final_lr_fraction)} of the peak"
+        f"linear warm-up over {number(o.warmup_steps)} steps, "
+        f"linear over the last {number(o.decay_fraction)} of the steps to {number(o.final_lr_fraction)} of the peak"
     )
     rows = [
         ("Language model", escape(c.model.name)),
