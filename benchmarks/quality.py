@@ -174,9 +174,11 @@ def our_config(task: Task, lr: float, seed: int, overrides: dict[str, Any]) -> R
     return load_preset("smollm2-135m", sections)
 
 
-def train_ours(data: Activations, task: Task, lr: float, seed: int, **overrides: Any) -> tuple[Dictionary, float]:
+def train_ours(
+    data: Activations, task: Task, lr: float, seed: int, make: type[Trainer] = Trainer, **overrides: Any
+) -> tuple[Dictionary, float]:
     """Train on the scaled rows; `overrides` are sections of the configuration."""
-    trainer = Trainer(our_config(task, lr, seed, overrides), data.train.source.shape[1], data.train.target.shape[1])
+    trainer = make(our_config(task, lr, seed, overrides), data.train.source.shape[1], data.train.target.shape[1])
     trainer.initialise(data.train.source[:16_384], data.train.target[:16_384])
     start = time.perf_counter()
     for rows in batches(len(data.train.source), _work(data, task, lr, seed)):

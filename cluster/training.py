@@ -175,9 +175,11 @@ def _train_worker(settings: dict[str, Any]) -> None:
     ready = _moments_with_a_batch(ray.train.get_dataset_shard("train"), buffer, batch, ledger)
 
     def all_ready() -> bool:
-        flag = torch.tensor(int(next(ready, False)), device=device)
-        if world > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MIN)
+        here = next(ready, False)
+        if world == 1:
+            return here
+        flag = torch.tensor(int(here), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag)
 
     clock = time.perf_counter()  # of the last logged row

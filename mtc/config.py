@@ -19,6 +19,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource
 
+LR_AT_1152 = 6e-3
+"""Default learning rate of 1,152 features and batches of 1,024 tokens; see docs/quality.md."""
 Site = Literal["resid_mid", "mlp_in", "mlp_out"]
 
 
@@ -130,8 +132,8 @@ class TranscoderConfig(_Part):
 class OptimizerConfig(_Part):
     """Adam with a linear warm-up, a constant rate and a linear decay."""
 
-    lr: float = Field(default=3e-4, gt=0)
-    """Peak learning rate."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; by default LR_AT_1152 * sqrt(batch_tokens / 1024 * 1152 / features)."""
     betas: tuple[float, float] = (0.8, 0.99)
     """Adam's averaging factors."""
     eps: float = Field(default=1e-8, gt=0)
@@ -222,6 +224,12 @@ class RunConfig(_Part):
     @property
     def input_norm(self) -> Literal["rms", "scalar", "none"]:
         return self.transcoder.input_norm or ("rms" if self.model.source == "resid_mid" else "scalar")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        scale = self.optimizer.batch_tokens / 1024 * 1152 / self.transcoder.num_features
+        return self.optimizer.lr or LR_AT_1152 * scale**0.5
 
     @property
     def total_steps(self) -> int:

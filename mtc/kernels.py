@@ -159,7 +159,8 @@ def sparse_loss(
         token, feature, value = _choose(z, x, weights, objective, workspace, bfloat16_product)
         num_active = (value > 0).sum()
         fired = torch.zeros_like(weights.b_enc).index_add_(0, feature, value) > 0
-        slot = token * slots + torch.bucketize(feature, torch.tensor(objective.ends, device=x.device), right=True)
+        # Numbers go to a GPU as arguments of its kernels: a small tensor made on the host would wait for the device.
+        slot = token * slots + sum((feature >= end).long() for end in objective.ends[:-1])
         if aux:
             token_dead, feature_dead, value_dead = _choose_dead(z, objective)
             if bfloat16_product:
@@ -221,7 +222,7 @@ class _NestedLoss(Function):
         ctx.save_for_backward(W_dec, value, H, d_value, *entries)
         ctx.workspace = workspace
         ctx.mark_non_differentiable(errors)
-        return errors @ torch.tensor(weights, dtype=errors.dtype, device=errors.device), errors
+        return torch.stack([w * e for w, e in zip(weights, errors, strict=True)]).sum(), errors
 
     @staticmethod
     @once_differentiable
@@ -270,8 +271,8 @@ def nested_residuals(
     """H [tokens, slots, d_target], dL/d value [entries] and the squared error of each slot [slots]."""
     tokens, slots = len(y), len(weights)
     prefixes = slots - aux
-    doubled = torch.tensor([2 * w for w in weights], dtype=y.dtype, device=y.device)
     if _compiled(W_dec):
+        doubled = torch.tensor([2 * w for w in weights])
         H = workspace.take("H", (tokens, slots, W_dec.shape[1]), y)
         d_value, errors = value.new_empty(len(value)), y.new_empty(tokens, slots)
         tables = (value, entries.feature, entries.slot_offsets, W_dec, b_dec, y.contiguous(), doubled)
@@ -282,9 +283,10 @@ def nested_residuals(
     for slot in range(1, slots):
         H[:, slot] += H[:, slot - 1]  # residuals R of each prefix, and of AuxK behind the last
     errors = H.square().sum((0, 2))
-    H *= doubled[:, None]
-    for slot in range(prefixes - 2, -1, -1):
-        H[:, slot] += H[:, slot + 1]
+    for slot in range(slots - 1, -1, -1):
+        H[:, slot] *= 2 * weights[slot]
+        if slot < prefixes - 1:
+            H[:, slot] += H[:, slot + 1]
     return H, entry_dots(H.flatten(0, 1), entries.slot, W_dec, entries.feature), errors
 
 

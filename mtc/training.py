@@ -88,7 +88,7 @@ class Trainer:
             # Buffers are reduced here, by meaning; broadcasting rank 0's would lose the other ranks' counts.
             self.module = DistributedDataParallel(self.transcoder, broadcast_buffers=False)
         self.optimizer: Any = torch.optim.Adam(
-            self.transcoder.parameters(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
+            self.transcoder.parameters(), lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
         )
         self.compute: Compute | None = None
         """How losses are computed; chosen at the first step, see `choose_compute`."""
@@ -151,10 +151,10 @@ class Trainer:
         """Linear warm-up, a constant, then a linear decay to `final_lr_fraction` at the last step; counts from 0."""
         settings, total = self.config.optimizer, self.config.total_steps
         if step < settings.warmup_steps:
-            return settings.lr * (step + 1) / settings.warmup_steps
+            return self.config.lr * (step + 1) / settings.warmup_steps
         start = max(settings.warmup_steps, round(total * (1 - settings.decay_fraction)))
         progress = min(1.0, max(0.0, (step - start) / max(1, total - 1 - start)))
-        return settings.lr * (1 - (1 - settings.final_lr_fraction) * progress)
+        return self.config.lr * (1 - (1 - settings.final_lr_fraction) * progress)
 
     def _objective(self, tokens: int) -> Objective:
         """What a global batch of `tokens` is asked to do."""

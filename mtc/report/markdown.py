@@ -107,7 +107,7 @@ def _configuration(analysis: Analysis) -> str:
         ("Inference threshold", number(t.threshold)),
         ("Calibration tokens", number(f.calibration_tokens)),
         ("AuxK coefficient", number(c.transcoder.aux_coefficient)),
-        ("Learning rate", number(o.lr)),
+        ("Learning rate", number(c.lr)),
         ("Schedule", schedule),
         ("Adam betas", numbers(o.betas)),
         ("Gradient clip", number(o.gradient_clip)),
