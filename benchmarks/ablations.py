@@ -19,6 +19,7 @@ from benchmarks.activations import Activations, load
 from benchmarks.quality import TASKS, Task, score, train_ours
 from mtc import kernels
 from mtc.kernels import Objective
+from mtc.selection import Chosen
 from mtc.training import StepResult, Trainer
 
 LR = 6e-3
@@ -128,9 +129,10 @@ class RectifiedAuxK(Trainer):
     def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
         choose = kernels._choose_dead
 
-        def rectified(z: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-            token, feature, value = choose(z, objective)
-            return token, feature, value.relu()
+        def rectified(z: Tensor, objective: Objective) -> Chosen:
+            chosen = choose(z, objective)
+            positive = chosen.value > 0
+            return Chosen(*(part[positive] for part in chosen))
 
         kernels._choose_dead = rectified
         try:

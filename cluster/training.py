@@ -47,7 +47,7 @@ class TrainResult(NamedTuple):
     """Fresh tokens that it was calibrated on."""
     precision: str
     """Arithmetic of the transcoder's products."""
-    compute: str
+    compute: str = ""
     """How the training loss was computed, and how long the alternatives took."""
 
 

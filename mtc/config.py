@@ -121,6 +121,12 @@ class TranscoderConfig(_Part):
         bad = [g for g in self.group_sizes if g <= 0]
         if bad:
             raise ValueError(f"transcoder.group_sizes must all be positive, got {list(self.group_sizes)}")
+        weights = self.prefix_weights
+        if weights is not None and (len(weights) != len(self.group_sizes) or min(weights) < 0 or sum(weights) <= 0):
+            raise ValueError(
+                f"transcoder.prefix_weights={list(weights)} must be one number of at least 0 for each of the "
+                f"{len(self.group_sizes)} groups of transcoder.group_sizes, not all 0"
+            )
         if self.k > self.num_features:
             raise ValueError(
                 f"transcoder.k={self.k} is larger than the dictionary: "
@@ -149,7 +155,8 @@ class OptimizerConfig(_Part):
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the transcoder's products; weights, loss and optimizer stay float32."""
+    """Arithmetic of the transcoder's products; weights, loss and optimizer stay float32. The sparse backend only looks
+    for active features in bfloat16 and computes their values in float32. `auto` is bfloat16 where it is fast."""
     backend: Literal["auto", "dense", "sparse"] = "auto"
     """How the loss and its gradients are computed; `auto` times both at the first step. The result is the same up to
     rounding, so name one for runs that must agree bit for bit."""

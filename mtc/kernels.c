@@ -56,7 +56,7 @@ void entry_dots(const float *left, const i64 *left_index, const float *right, co
 }
 
 void nested_pass(const float *value, const i64 *feature, const i64 *offsets, const float *W_dec, const float *b_dec,
-                 const float *y, const float *weight, int has_aux, float *gradient, float *value_gradient,
+                 const float *y, const float *weight, i64 has_aux, float *gradient, float *value_gradient,
                  float *errors, i64 tokens, i64 slots, i64 width, int threads) {
     const i64 prefixes = slots - has_aux;
 #pragma omp parallel num_threads(threads)

@@ -30,12 +30,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, linear
 
 from mtc import native
-from mtc.selection import distributed, keep_largest
+from mtc.selection import Chosen, keep_largest, largest_entries
 
 REFINE = 1.1
 """How many times the wanted entries the bfloat16 product proposes; their values, computed again, decide."""
-GUESS = 0.9
-"""Share of the last step's border above which candidates are listed first."""
 
 
 class Objective(NamedTuple):
@@ -84,7 +82,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self.border: float = 0.0
-        """Smallest entry chosen at the last step; saves time, never changes a result."""
+        """Smallest entry chosen at the last step, a hint for `largest_entries`."""
         self._free: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -112,7 +110,7 @@ def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> 
     residual, errors, start = weights.b_dec - y, [], 0
     for end in objective.ends:
         residual = residual + a[:, start:end] @ weights.W_dec[start:end]
-        errors.append(residual.float().square().sum() if y.dtype != torch.float64 else residual.square().sum())
+        errors.append(residual.square().sum())
         start = end
     loss = sum(w * e for w, e in zip(objective.weights, errors, strict=True))
     aux_error = y.new_zeros(())
@@ -154,24 +152,29 @@ def sparse_loss(
     """
     aux = len(objective.dead) > 0
     slots = len(objective.ends) + aux
+    assert len(objective.weights) == len(objective.ends)
     with torch.no_grad():
         z = _product(x, weights, workspace, bfloat16_product)
         token, feature, value = _choose(z, x, weights, objective, workspace, bfloat16_product)
-        num_active = (value > 0).sum()
+        active = value > 0
+        num_active = active.sum()
         fired = torch.zeros_like(weights.b_enc).index_add_(0, feature, value) > 0
         # Numbers go to a GPU as arguments of its kernels: a small tensor made on the host would wait for the device.
         slot = token * slots + sum((feature >= end).long() for end in objective.ends[:-1])
         if aux:
-            token_dead, feature_dead, value_dead = _choose_dead(z, objective)
+            dead = _choose_dead(z, objective)
             if bfloat16_product:
-                value_dead = _refine(x, weights, token_dead, feature_dead)
-            slot, order = torch.cat([slot, token_dead * slots + slots - 1]).sort(stable=True)
-            token = torch.cat([token, token_dead])[order]
-            feature = torch.cat([feature, feature_dead])[order]
-            value = torch.cat([value, value_dead])[order]
+                dead = dead._replace(value=_refine(x, weights, dead.token, dead.feature))
+            slot, order = torch.cat([slot, dead.token * slots + slots - 1]).sort(stable=True)
+            token, feature, value = (
+                torch.cat(parts)[order] for parts in ((token, dead.token), (feature, dead.feature), (value, dead.value))
+            )
+            active = torch.cat([active, torch.ones_like(dead.value, dtype=torch.bool)])[order]
         workspace.give("z", z)
+        # A token that is not finite has no entries: without this its NaN would go unnoticed.
+        value = value + 0 * x.sum()
         entries = _arrange(token, feature, slot, slots, len(x), len(weights.b_enc))
-    value = _EncodeChosen.apply(x, weights.W_enc, weights.b_enc, value, entries, workspace)
+    value = _EncodeChosen.apply(x, weights.W_enc, weights.b_enc, value, active, entries, workspace)
     slot_weights = (*objective.weights, objective.aux_weight) if aux else objective.weights
     loss, errors = _NestedLoss.apply(value, weights.W_dec, weights.b_dec, y, entries, slot_weights, aux, workspace)
     aux_error = errors[-1] if aux else errors.new_zeros(())
@@ -179,35 +182,33 @@ def sparse_loss(
 
 
 class _EncodeChosen(Function):
-    """Values of the chosen entries, x[t] . W_enc[j] + b_enc[j], which are known already; adds their gradients.
-
-    A value of exactly 0 stands for no entry and gets no gradient, as at a ReLU's border.
-    """
+    """Values of the chosen entries, x[t] . W_enc[j] + b_enc[j], which are known already; adds their gradients, where
+    `active` [entries]: the others only fill up the shape."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, value: Tensor, entries: Entries, workspace: Workspace
-    ) -> Tensor:
-        ctx.save_for_backward(x, W_enc, value, *entries)
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, value: Tensor, active: Tensor, entries: Entries,
+        workspace: Workspace,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, W_enc, active, *entries)
         ctx.workspace = workspace
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, value, *rest = ctx.saved_tensors
+        x, W_enc, active, *rest = ctx.saved_tensors
         entries = Entries(*rest)
-        gradient = gradient * (value != 0)
+        gradient = torch.where(active, gradient, 0.0)
         order = entries.by_feature
-        sorted_gradient = gradient[order]
-        out = ctx.workspace.take("W_enc", tuple(W_enc.shape), W_enc)
-        d_W = bag_sums(x, entries.token[order], sorted_gradient, entries.feature_offsets, out)
+        bags = entries.token[order], gradient[order], entries.feature_offsets
+        d_W = bag_sums(x, *bags, ctx.workspace, "W_enc")
         d_b = torch.zeros(len(W_enc), dtype=x.dtype, device=x.device).index_add_(0, entries.feature, gradient)
         d_x = None
         if ctx.needs_input_grad[0]:
             slots = (len(entries.slot_offsets) - 1) // len(x)
             d_x = bag_sums(W_enc, entries.feature, gradient, entries.slot_offsets[::slots].contiguous())
-        return d_x, d_W, d_b, None, None, None
+        return d_x, d_W, d_b, None, None, None, None
 
 
 class _NestedLoss(Function):
@@ -219,7 +220,7 @@ class _NestedLoss(Function):
         aux: bool, workspace: Workspace,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         H, d_value, errors = nested_residuals(value, W_dec, b_dec, y, entries, weights, aux, workspace)
-        ctx.save_for_backward(W_dec, value, H, d_value, *entries)
+        ctx.save_for_backward(value, H, d_value, *entries)
         ctx.workspace = workspace
         ctx.mark_non_differentiable(errors)
         return torch.stack([w * e for w, e in zip(weights, errors, strict=True)]).sum(), errors
@@ -227,35 +228,41 @@ class _NestedLoss(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        W_dec, value, H, d_value, *rest = ctx.saved_tensors
+        value, H, d_value, *rest = ctx.saved_tensors
         entries, workspace = Entries(*rest), ctx.workspace
         order = entries.by_feature
         d_y = None
         if any(ctx.needs_input_grad[2:4]):
             d_y = -gradient * H[:, 0]  # every prefix holds b_dec - y, and H_0 sums over all of them
-        out = workspace.take("W_dec", tuple(W_dec.shape), W_dec)
-        d_W = bag_sums(H.flatten(0, 1), entries.slot[order], (gradient * value)[order], entries.feature_offsets, out)
+        bags = entries.slot[order], (gradient * value)[order], entries.feature_offsets
+        d_W = bag_sums(H.flatten(0, 1), *bags, workspace, "W_dec")
         d_b = None if d_y is None else -d_y.sum(0)
-        workspace.give("H", H)
+        if native.runs(H):
+            workspace.give("H", H)
         return gradient * d_value, d_W, d_b, d_y if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
 # The loops: compiled on CPUs, torch elsewhere -----------------------------------------------------------------------
 
 
-def bag_sums(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
-    """[bags, width]: sums of weight[e] * table[index[e]] over each bag's entries, from offsets[bag] to the next."""
-    if not _compiled(table):
+def bag_sums(
+    table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, workspace: Workspace | None = None, name: str = ""
+) -> Tensor:
+    """[bags, width]: sums of weight[e] * table[index[e]] over each bag's entries, from offsets[bag] to the next.
+
+    Written into the workspace's memory of that name, if any, where the compiled loop runs.
+    """
+    if not native.runs(table):
         return embedding_bag(index, table, offsets, per_sample_weights=weight, mode="sum", include_last_offset=True)
     shape = (len(offsets) - 1, table.shape[1])
-    out = table.new_empty(shape) if out is None else out
+    out = table.new_empty(shape) if workspace is None else workspace.take(name, shape, table)
     native.call("bag_sums", table.contiguous(), index, weight, offsets, out, *shape)
     return out
 
 
 def entry_dots(left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor) -> Tensor:
     """[entries]: left[left_index[e]] . right[right_index[e]]; `left_index` is non-decreasing."""
-    if _compiled(left):
+    if native.runs(left):
         out = left.new_empty(len(left_index))
         native.call("entry_dots", left.contiguous(), left_index, right, right_index, out, len(out), left.shape[1])
         return out
@@ -271,14 +278,14 @@ def nested_residuals(
     """H [tokens, slots, d_target], dL/d value [entries] and the squared error of each slot [slots]."""
     tokens, slots = len(y), len(weights)
     prefixes = slots - aux
-    if _compiled(W_dec):
+    if native.runs(W_dec):
         doubled = torch.tensor([2 * w for w in weights])
         H = workspace.take("H", (tokens, slots, W_dec.shape[1]), y)
         d_value, errors = value.new_empty(len(value)), y.new_empty(tokens, slots)
         tables = (value, entries.feature, entries.slot_offsets, W_dec, b_dec, y.contiguous(), doubled)
         native.call("nested_pass", *tables, int(aux), H, d_value, errors, tokens, slots, W_dec.shape[1])
         return H, d_value, errors.sum(0)
-    H = bag_sums(W_dec, entries.feature, value, entries.slot_offsets).view(tokens, slots, -1)
+    H = bag_sums(W_dec, entries.feature, value, entries.slot_offsets).view(tokens, slots, W_dec.shape[1])
     H[:, 0] += b_dec - y
     for slot in range(1, slots):
         H[:, slot] += H[:, slot - 1]  # residuals R of each prefix, and of AuxK behind the last
@@ -288,10 +295,6 @@ def nested_residuals(
         if slot < prefixes - 1:
             H[:, slot] += H[:, slot + 1]
     return H, entry_dots(H.flatten(0, 1), entries.slot, W_dec, entries.feature), errors
-
-
-def _compiled(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and native.load() is not None
 
 
 # Choosing entries ---------------------------------------------------------------------------------------------------
@@ -307,64 +310,26 @@ def _product(x: Tensor, weights: Weights, workspace: Workspace, bfloat16_product
 
 def _choose(
     z: Tensor, x: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token, feature and value [entries] of the global batch's largest positive entries, in order."""
+) -> Chosen:
+    """The global batch's largest positive entries."""
     count = objective.num_entries
-    wide = round(count * REFINE) if bfloat16_product else count
-    token, feature, value = _largest_cuda(z, wide) if z.is_cuda else _largest_cpu(z, wide, workspace)
     if not bfloat16_product:
-        return token, feature, value
-    value = _refine(x, weights, token, feature).relu() * (value > 0)
+        chosen, workspace.border = largest_entries(z, count, workspace.border)
+        return chosen
+    proposed, workspace.border = largest_entries(z, round(count * REFINE), workspace.border)
+    value = torch.where(proposed.value > 0, _refine(x, weights, proposed.token, proposed.feature).relu(), 0.0)
     keep, _ = keep_largest(value.float(), count)
     if z.is_cuda:  # shapes that depend on values would wait for the host; zeros add nothing
-        return token, feature, value * keep
-    return token[keep], feature[keep], value[keep]
+        return proposed._replace(value=torch.where(keep, value, 0.0))
+    return Chosen(proposed.token[keep], proposed.feature[keep], value[keep])
 
 
-def _largest_cpu(z: Tensor, count: int, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    for floor in (GUESS * workspace.border, 0.0):
-        token, feature, value = _list_above(z, floor)
-        keep, border = keep_largest(value.float(), count)
-        if floor == 0 or border > 0:  # otherwise the guess was too high, on all ranks together
-            break
-    workspace.border = float(border)
-    kept = keep.nonzero().squeeze(1)
-    return token[kept], feature[kept], value[kept]
-
-
-def _largest_cuda(z: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """In one process nothing waits for the host: `count` entries, the last ones with value 0 if fewer are positive."""
-    keep, _ = keep_largest(z.flatten().float(), count)
-    if distributed():  # ranks hold different numbers of entries
-        index = keep.nonzero().squeeze(1)
-    else:
-        index = torch.nonzero_static(keep, size=min(count, keep.numel()), fill_value=keep.numel() - 1).squeeze(1)
-    value = z.flatten()[index] * (torch.arange(len(index), device=z.device) < keep.sum())
-    token = index.div(z.shape[1], rounding_mode="floor")
-    return token, index - token * z.shape[1], value
-
-
-def _choose_dead(z: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """Token, feature and value of each token's strongest dead features, in order; values may be negative."""
+def _choose_dead(z: Tensor, objective: Objective) -> Chosen:
+    """Each token's strongest dead features; values may be negative."""
     strongest = z[:, objective.dead].topk(min(objective.aux_k, len(objective.dead)), dim=1)
     column, order = strongest.indices.sort(dim=1)
     token = torch.arange(len(z), device=z.device).repeat_interleave(column.shape[1])
-    return token, objective.dead[column.flatten()], strongest.values.gather(1, order).flatten()
-
-
-def _list_above(z: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Token, feature and value of all entries above `floor`, in order."""
-    if not _compiled(z):
-        index = (z > floor).flatten().nonzero().squeeze(1)
-        token = index.div(z.shape[1], rounding_mode="floor")
-        return token, index - token * z.shape[1], z.flatten()[index]
-    counts = torch.empty(len(z), dtype=torch.int64)
-    native.call("count_above", z, *z.shape, floor, counts)
-    offsets = counts.cumsum(0)
-    total = int(offsets[-1])
-    feature, value = torch.empty(total, dtype=torch.int64), torch.empty(total)
-    native.call("list_above", z, *z.shape, floor, offsets - counts, feature, value)
-    return torch.repeat_interleave(counts, output_size=total), feature, value
+    return Chosen(token, objective.dead[column.flatten()], strongest.values.gather(1, order).flatten())
 
 
 def _refine(x: Tensor, weights: Weights, token: Tensor, feature: Tensor) -> Tensor:

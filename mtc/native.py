@@ -37,6 +37,11 @@ def status() -> str:
     return _build()[1]
 
 
+def runs(tensor: Tensor) -> bool:
+    """Whether the loops take this tensor: float32 on a CPU, where they are compiled."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and load() is not None
+
+
 def call(name: str, *arguments: Tensor | float | bool) -> None:
     """Run a loop: tensors go as pointers, ints as int64, floats as float32; torch's thread count comes last.
 
@@ -66,6 +71,8 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
         return ctypes.CDLL(str(_compile(compiler))), "compiled"
     except subprocess.CalledProcessError as error:
         return None, f"torch (compilation failed: {error.stderr.decode(errors='replace').strip()[-200:]})"
+    except subprocess.TimeoutExpired as error:
+        return None, f"torch (compilation took more than {error.timeout:.0f} s)"
     except OSError as error:
         return None, f"torch ({error})"
 

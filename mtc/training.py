@@ -34,7 +34,7 @@ class StepMetrics(NamedTuple):
     tokens: int
     """Tokens trained on, over all steps and ranks."""
     loss: float
-    """Training loss: mean over prefixes, plus AuxK."""
+    """Training loss: weighted mean over prefixes, plus AuxK."""
     fvu: tuple[float, ...]
     """Per prefix, squared error over squared deviation from the batch's mean."""
     l0: float
@@ -58,6 +58,8 @@ class StepResult(NamedTuple):
     """Tokens of this step, over all ranks."""
     lr: float
     """Learning rate of this step."""
+    ranks: int
+    """Processes that trained together."""
     gradient_norm: Tensor
     """Scalar, before clipping."""
     dead: Tensor
@@ -67,7 +69,7 @@ class StepResult(NamedTuple):
 
     def metrics(self) -> StepMetrics:
         totals = self.totals
-        loss = float(totals.loss) / world_size()
+        loss = float(totals.loss) / self.ranks
         deviation = float(totals.target_square) - float(totals.target_sum.square().sum()) / self.batch
         fvu = tuple(error / max(deviation, 1e-30) for error in totals.errors.tolist())
         l0 = float(totals.num_active) / self.batch
@@ -91,7 +93,7 @@ class Trainer:
             self.transcoder.parameters(), lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
         )
         self.compute: Compute | None = None
-        """How losses are computed; chosen at the first step, see `choose_compute`."""
+        """How losses are computed; chosen at the first step."""
         self.compute_timings: dict[str, float] = {}
         """Seconds of each backend's forward and backward pass, where `auto` measured them."""
         self.workspace = Workspace()
@@ -108,7 +110,7 @@ class Trainer:
     def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
         """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations.
 
-        `global_tokens` is the size of all ranks' shares together where they are not equal.
+        `global_tokens` is the size of all ranks' shares together; it must be given where they are not equal.
         """
         source, target = source.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
         tokens = global_tokens or len(source) * world_size()
@@ -137,7 +139,7 @@ class Trainer:
         all_reduce(total)
         totals = TrainOutput(*total.split([len(part) for part in sums]))
         dead = self._count_silence(totals.fired > 0, tokens)
-        return StepResult(self.step_number, self.tokens, tokens, lr, norm, dead, totals)
+        return StepResult(self.step_number, self.tokens, tokens, lr, world_size(), norm, dead, totals)
 
     def describe_compute(self) -> str:
         """How losses are computed, for the run's record: "sparse, compiled (auto: dense 80.1 ms, sparse 21.4 ms)"."""
@@ -172,7 +174,9 @@ class Trainer:
 
     def _choose_compute(self, source: Tensor, target: Tensor, objective: Objective) -> None:
         settings = self.config.optimizer
-        bfloat16 = choose_bfloat16(settings.precision, self.device)
+        everywhere = torch.tensor(int(choose_bfloat16(settings.precision, self.device)), device=self.device)
+        all_reduce(everywhere, dist.ReduceOp.MIN)  # ranks must make the same collective calls
+        bfloat16 = bool(everywhere)
         if settings.backend != "auto":
             self.compute = Compute(settings.backend, bfloat16)
             return
@@ -196,10 +200,12 @@ class Trainer:
         return float(slowest)
 
     def _recycle_gradients(self) -> None:
+        """Drop the last step's gradients; the sparse backward writes the large ones into the same memory again."""
         for name, parameter in self.transcoder.named_parameters():
-            if parameter.grad is not None:
+            sparse = self.compute is not None and self.compute.backend == "sparse"
+            if sparse and name in ("W_enc", "W_dec") and parameter.grad is not None and native.runs(parameter.grad):
                 self.workspace.give(name, parameter.grad)
-                parameter.grad = None
+            parameter.grad = None
 
     def _find_dead(self, dead: Tensor) -> None:
         self.dead = dead
@@ -219,6 +225,7 @@ class Trainer:
                 state[f"optimizer.{key}.{name}"] = value
         if self.compute is not None:
             state["compute"] = torch.tensor([BACKENDS.index(self.compute.backend), self.compute.bfloat16])
+            state["compute_seconds"] = torch.tensor([self.compute_timings.get(b, 0.0) for b in BACKENDS])
         state["dead"] = self.dead
         state["step"] = torch.tensor(self.step_number)
         state["tokens"] = torch.tensor(self.tokens)
@@ -238,7 +245,11 @@ class Trainer:
         if "compute" in state:  # a run goes on as it began, on the same rounding
             backend, bfloat16 = state["compute"].tolist()
             self.compute = Compute(BACKENDS[backend], bool(bfloat16))
-        self._find_dead(state["dead"].to(self.device))
+            seconds = zip(BACKENDS, state["compute_seconds"].tolist(), strict=True)
+            self.compute_timings = {name: value for name, value in seconds if value}
+        since = self.transcoder.tokens_since_fired
+        dead = state.get("dead", since >= self.config.transcoder.dead_after_tokens)  # older states lack it
+        self._find_dead(dead.to(self.device))
         self.step_number, self.tokens = int(state["step"]), int(state["tokens"])
 
 

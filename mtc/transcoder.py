@@ -2,7 +2,7 @@
 
     z   = ReLU(norm(x) W_enc^T + b_enc)                    pre-activations of all F features
     a   = z where z is among the k * B largest of the global batch (training), or z > threshold (inference)
-    y_m = sum over features j < m of a_j W_dec[j] + b_dec  one reconstruction per prefix m
+    y_m = sum over features j < m of a_j W_dec[j] + b_dec  one per prefix m; with `skip`, + W_skip norm(x)
 
 BatchTopK: Bussmann et al. 2024, arXiv:2412.06410. Matryoshka dictionaries: Bussmann et al. 2025, arXiv:2503.17547.
 Transcoders: Dunefsky et al. 2024, arXiv:2406.11944. AuxK: Gao et al. 2024, arXiv:2406.04093.

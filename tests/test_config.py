@@ -1,6 +1,12 @@
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
 import pytest
 
 from mtc.config import ConfigError, load_preset, make_config, parse_command_line, preset_names, to_yaml
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_reference_preset_is_the_reference_run():
@@ -48,6 +54,9 @@ def test_overrides_win_over_the_preset():
         ({"model": {"layer": -1}}, ["model.layer", "-1"]),
         ({"model": {"source": "mlp_out"}}, ["model.source", "model.target", "mlp_out"]),
         ({"transcoder": {"kk": 3}}, ["transcoder.kk", "3"]),
+        ({"transcoder": {"prefix_weights": [1, 1]}}, ["transcoder.prefix_weights", "[1.0, 1.0]", "3 groups"]),
+        ({"transcoder": {"prefix_weights": [0, 0, 0]}}, ["transcoder.prefix_weights", "not all 0"]),
+        ({"transcoder": {"prefix_weights": [1, -1, 1]}}, ["transcoder.prefix_weights", "at least 0"]),
         ({"optimizer": {"lr": "fast"}}, ["optimizer.lr", "fast"]),
     ],
 )
@@ -69,3 +78,24 @@ def test_fingerprint_changes_with_the_numbers_only():
     config = load_preset("tiny")
     assert config.fingerprint() == load_preset("tiny", {"output": {"root": "/elsewhere"}}).fingerprint()
     assert config.fingerprint() != load_preset("tiny", {"optimizer": {"lr": 1e-3}}).fingerprint()
+
+
+def test_default_learning_rate_grows_with_the_batch_and_falls_with_the_dictionary():
+    def lr(batch, groups):
+        changes = {"transcoder": {"group_sizes": groups}, "data": {"num_tokens": 100_000}}
+        return load_preset("tiny", changes | {"optimizer": {"lr": None, "batch_tokens": batch}}).lr
+
+    assert lr(1024, [1152]) == 6e-3
+    assert lr(4096, [1152]) == pytest.approx(1.2e-2)
+    assert lr(1024, [1152, 3456]) == pytest.approx(3e-3)
+    assert load_preset("gemma-2-2b-layer17").lr == 3e-4
+
+
+def test_the_package_holds_what_it_reads():
+    """Built as for a wheel: presets and the source of the compiled loops."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["mtc"]
+    data = [p for p in (ROOT / "mtc").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    assert any(p.name == "kernels.c" for p in data)
+    for path in data:
+        name = str(path.relative_to(ROOT / "mtc"))
+        assert any(fnmatch(name, pattern) for pattern in patterns), f"{name} is not in package-data"

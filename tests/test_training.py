@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mtc import native
+from mtc import native, training
 from mtc.config import load_preset
 from mtc.training import Calibrator, ShuffleBuffer, Trainer
 from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape
@@ -15,11 +15,11 @@ from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape
 D = 12
 
 
-def small_config(backend="sparse", **optimizer):
+def small_config(backend="sparse", transcoder=None, **optimizer):
     return load_preset(
         "tiny",
         {
-            "transcoder": {"dead_after_tokens": 128, "aux_k": 6, "k": 4},
+            "transcoder": {"dead_after_tokens": 128, "aux_k": 6, "k": 4, **(transcoder or {})},
             # Adam divides a gradient that is zero but for rounding by itself: a larger epsilon keeps that out.
             "optimizer": {"batch_tokens": 64, "precision": "float32", "backend": backend, "eps": 1e-4, **optimizer},
             "data": {"num_tokens": 64 * 50},
@@ -51,34 +51,43 @@ def train_rank(steps, rank, world, backend="sparse"):
     return metrics, trainer
 
 
-@pytest.mark.parametrize("backend", ["dense", "sparse"])
-def test_training_on_two_and_three_ranks_equals_one(ray_cluster, tmp_path, backend):
-    """Global-batch BatchTopK over 50 steps, through real gloo process groups, with AuxK active."""
+def run_ranks(function, world, file, *arguments):
+    """Call `function(*arguments, rank, world)` of this module on every rank of a gloo group, each in a process."""
     import os
 
     import ray
 
     @ray.remote(num_cpus=0.3)
     class Rank:  # an actor, so that each rank has a process of its own
-        def run(self, rank, world, file):
+        def run(self, rank):
             import torch.distributed as dist
 
             sys.path.insert(0, os.path.dirname(__file__))
-            from test_training import train_rank
+            import test_training
 
             torch.set_num_threads(1)
             dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-            dist.barrier()
-            metrics, trainer = train_rank(50, rank, world, backend)
+            dist.barrier()  # where the first collective is one-way, as in DDP, gloo may hang while it connects
+            result = getattr(test_training, function)(*arguments, rank, world)
             dist.destroy_process_group()
-            return [m._asdict() for m in metrics], {n: v.numpy() for n, v in trainer.transcoder.state_dict().items()}
+            return result
 
+    ranks = [Rank.remote() for _ in range(world)]
+    return ray.get([rank.run.remote(r) for r, rank in enumerate(ranks)], timeout=300)
+
+
+def trained_rank(backend, rank, world):
+    metrics, trainer = train_rank(50, rank, world, backend)
+    return [m._asdict() for m in metrics], {n: v.numpy() for n, v in trainer.transcoder.state_dict().items()}
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_training_on_two_and_three_ranks_equals_one(ray_cluster, tmp_path, backend):
+    """Global-batch BatchTopK over 50 steps, through real gloo process groups, with AuxK active."""
     metrics, trainer = train_rank(50, 0, 1, backend)
     assert sum(m.dead > 0 for m in metrics) > 10, "AuxK must be active for this test to say anything"
     for world in (2, 3):
-        file = tmp_path / f"group{world}"
-        ranks = [Rank.remote() for _ in range(world)]
-        results = ray.get([rank.run.remote(r, world, str(file)) for r, rank in enumerate(ranks)], timeout=120)
+        results = run_ranks("trained_rank", world, tmp_path / f"group{world}", backend)
         for history, state in results:
             for one, many in zip(metrics, history, strict=True):
                 assert one.loss == pytest.approx(many["loss"], rel=2e-4)
@@ -88,6 +97,54 @@ def test_training_on_two_and_three_ranks_equals_one(ray_cluster, tmp_path, backe
                 assert one.gradient_norm == pytest.approx(many["gradient_norm"], rel=2e-3)
             for name, value in trainer.transcoder.state_dict().items():
                 torch.testing.assert_close(torch.tensor(state[name]), value, rtol=1e-3, atol=1e-4)
+
+
+def chosen_among_ties(rank, world):
+    from mtc.selection import _by_histogram, _by_search, keep_largest
+
+    values = torch.randint(-3, 6, (400,), generator=torch.Generator().manual_seed(0)).float()
+    part = values[rank * len(values) // world : (rank + 1) * len(values) // world]
+    chosen = {}
+    for count in (1, 40, 60, 100, 200, 390):
+        assert _by_search(part, count) == _by_histogram(part, count)
+        chosen[count] = keep_largest(part, count)[0].tolist()
+    return chosen
+
+
+def automatic_choice(rank, world):
+    """On ranks of which only the first has fast bfloat16."""
+    training.choose_bfloat16 = lambda precision, device: rank == 0
+    trainer = Trainer(small_config("auto", precision="auto"), D, D)
+    x, y = next(batches(1))
+    trainer.initialise(x, y)
+    trainer.step(x, y)
+    return trainer.compute
+
+
+def test_ties_across_ranks_go_to_the_earlier_rank(ray_cluster, tmp_path):
+    results = run_ranks("chosen_among_ties", 3, tmp_path / "group")
+    for count, mask in chosen_among_ties(0, 1).items():
+        assert [value for chosen in results for value in chosen[count]] == mask
+
+
+def test_automatic_choices_are_the_same_on_all_ranks(ray_cluster, tmp_path):
+    first, second = run_ranks("automatic_choice", 2, tmp_path / "group")
+    assert first == second
+    assert not first.bfloat16
+
+
+def test_prefix_weights_are_relative():
+    (x, y), *_ = batches(1)
+    losses, errors = [], []
+    for weights in ([1.0, 1.0, 1.0], [2.0, 0.0, 6.0]):
+        trainer = Trainer(small_config(transcoder={"prefix_weights": weights}), D, D)
+        trainer.initialise(x, y)
+        torch.nn.init.normal_(trainer.transcoder.W_dec, generator=torch.Generator().manual_seed(0))
+        result = trainer.step(x, y)
+        losses.append(result.metrics().loss)
+        errors.append(result.totals.errors / (64 * D))
+    assert losses[0] == pytest.approx(float(errors[0].mean()), rel=1e-5)
+    assert losses[1] == pytest.approx(float(0.25 * errors[1][0] + 0.75 * errors[1][2]), rel=1e-5)
 
 
 def test_backends_train_the_same_transcoder():

@@ -53,8 +53,10 @@ class RunFacts(_Part):
     calibration_tokens: int = 0
     """Fresh tokens that the threshold was calibrated on."""
     precision: str = "float32"
+    """Arithmetic of the transcoder's products; weights, loss and optimizer are float32. With the sparse backend, of the
+    search for active features only."""
     compute: str = ""
-    """Arithmetic of the transcoder's products; weights, loss and optimizer are float32."""
+    """How the training loss was computed, and how long the alternatives took."""
     token_store: str = ""
     """URL of the tokenised text."""
     data_name: str
