@@ -5,9 +5,10 @@ first use, see benchmarks.activations), each at its best learning rate of the sa
 reports on the test part: held-out FVU per nested prefix, L0 at the calibrated threshold, dead features, wall time.
 
 All contenders read the same rows in float32: sources RMS-normalised, targets scaled by one number. All warm up for
-WARMUP_FRACTION of the steps. BatchTopK dictionaries are used with one threshold, set on the validation part so that k
-entries per token lie above it; sparsify's TopK, with its k largest per token. A feature is dead if it never fires on
-the test part.
+WARMUP_FRACTION of the steps (with `--no-warm-up` the peers also without). BatchTopK dictionaries are used with one
+threshold, set on the validation part so that k entries per token lie above it; sparsify's TopK, with its k largest per
+token. Where a dictionary is not nested, a prefix is just its first features. A feature is dead if it never fires on the
+test part.
 Peers' trained weights are kept in the cache directory, by version and settings; ours are trained anew.
 """
 
@@ -191,10 +192,12 @@ def train_ours(
 
 
 def train_peer(
-    name: str, task: Task, lr: float, seed: int, data: Activations, rows_file: Path
+    name: str, task: Task, lr: float, seed: int, data: Activations, rows_file: Path, warm_up: bool = True
 ) -> tuple[Dictionary, float]:
     """Train in the peers' environment, or take from the cache what was trained before."""
     work = _work(data, task, lr, seed)
+    if not warm_up:
+        work = work._replace(warmup_steps=0)
     key = json.dumps([name, _peer_version(name), work, task.model, task.train_tokens, _digest(data)])
     directory = Path(cache_directory()) / "benchmarks" / "peers"
     directory.mkdir(parents=True, exist_ok=True)
@@ -262,15 +265,15 @@ def run(name: str, task: Task, contenders: list[str], rates: tuple[float, ...], 
         f"{list(task.group_sizes)}, k {task.k}; test part {len(data.test.source):,} tokens, {seeds} seed(s)"
     )
     linear = linear_map_fvu(data)
-    print(f"{'contender':<22}{'lr':>8}{'FVU per prefix':>26}{'L0':>8}{'dead':>8}{'train':>9}")
-    print(f"{'linear map':<22}{'':>8}{linear:>26.3f}", flush=True)
+    print(f"{'contender':<32}{'lr':>8}{'FVU per prefix':>26}{'L0':>8}{'dead':>8}{'train':>9}")
+    print(f"{'linear map':<32}{'':>8}{linear:>26.3f}", flush=True)
     results = []
     for contender in contenders:
         wanted = (results[0].lr,) if contender in OURS and results else rates  # our variants take the rate of "mtc"
         result = _best_of(contender, task, wanted, seeds, data, rows_file)
         results.append(result)
         shown = " / ".join(f"{value:.3f}" for value in result.fvu())
-        print(f"{contender:<22}{result.lr:>8g}{shown:>26}{result.mean('l0'):>8.2f}{result.mean('dead'):>8.1%}"
+        print(f"{contender:<32}{result.lr:>8g}{shown:>26}{result.mean('l0'):>8.2f}{result.mean('dead'):>8.1%}"
               f"{result.mean('seconds'):>7.0f} s", flush=True)  # fmt: skip
     return {"task": task._asdict(), "linear_map_fvu": linear, "results": [_as_json(r) for r in results]}
 
@@ -296,14 +299,15 @@ def _best_of(
 def _train(
     contender: str, task: Task, lr: float, seed: int, data: Activations, rows_file: Path
 ) -> tuple[Dictionary, float]:
-    if contender in NAMES:
-        return train_peer(contender, task, lr, seed, data, rows_file)
+    name, _, variant = contender.partition(", ")
+    if name in NAMES:
+        return train_peer(name, task, lr, seed, data, rows_file, warm_up=not variant)
     asked = task._replace(group_sizes=(sum(task.group_sizes),)) if "not nested" in contender else task
     return train_ours(data, asked, lr, seed, **OURS[contender])
 
 
 def _score(contender: str, dictionary: Dictionary, task: Task, data: Activations, part: Part, seconds: float) -> Score:
-    return score(dictionary, task, contender == "eai-sparsify", data.validation, part, seconds)
+    return score(dictionary, task, contender.startswith("eai-sparsify"), data.validation, part, seconds)
 
 
 def _as_json(result: Result) -> dict[str, Any]:
@@ -352,12 +356,15 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="*", choices=NAMES, help="also the peer libraries, or those named (make peers)"
     )
+    parser.add_argument("--no-warm-up", action="store_true", help="also the peers without any warm-up")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on a line")
     parser.add_argument("--save", action="store_true", help="write docs/benchmarks/quality-TASK.json")
     arguments = parser.parse_args()
     peers = [] if arguments.peers is None else (arguments.peers or list(NAMES))
     if peers and not PEERS_PYTHON.exists():
         raise SystemExit(f"{PEERS_PYTHON} is missing: run `make peers` first")
+    if arguments.no_warm_up:
+        peers += [f"{name}, no warm-up" for name in peers]
     names = list(TASKS) if arguments.task == "all" else [arguments.task]
     tasks = {}
     for name in names:
