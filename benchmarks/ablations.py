@@ -167,6 +167,8 @@ VARIANTS = (
     Variant("prefix weights 1:1:2", transcoder={"prefix_weights": [1.0, 1.0, 2.0]}),
     Variant("skip connection", transcoder={"skip": True}),
     Variant("warm-up 5 %", optimizer={"warmup_steps": 0.05}),
+    Variant("warm-up 5 %, AuxK off", Trainer, {"aux_coefficient": 0.0}, {"warmup_steps": 0.05}),
+    Variant("warm-up 5 %, AuxK after the ReLU", RectifiedAuxK, None, {"warmup_steps": 0.05}),
     Variant("warm-up 40 %", optimizer={"warmup_steps": 0.4}),
     Variant("cosine decay", Cosine),
     Variant("betas 0.9, 0.99", optimizer={"betas": [0.9, 0.99]}),
