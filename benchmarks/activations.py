@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtc.config import RunConfig, load_preset
-from mtc.language_model import LanguageModel, load_tokenizer
+from mtc.language_model import LanguageModel
+from mtc.model_files import load_tokenizer
 from mtc.runs import cache_directory
 from mtc.tokens import document_id, document_split, make_windows, source_files, special_ids
+from mtc.work import pack_windows
 
 CHUNK_TOKENS = 50_000
 CONTEXT = 128
@@ -85,11 +87,10 @@ def capture(model: str, tokens: int) -> None:
 def _run(language_model: LanguageModel, chunk: list[list[int]], special: set[int]) -> dict[str, Tensor]:
     sources, targets = [], []
     for at in range(0, len(chunk), 16):
-        ids = torch.tensor(chunk[at : at + 16])
-        seen = language_model.capture(ids, torch.ones_like(ids, dtype=torch.bool))
-        keep = torch.from_numpy(~np.isin(ids.numpy(), list(special)))
-        sources.append(seen.source[keep].bfloat16().cpu())
-        targets.append(seen.target[keep].bfloat16().cpu())
+        windows = pack_windows([np.array(ids, np.int32) for ids in chunk[at : at + 16]], sorted(special))
+        (seen,) = language_model.capture(windows, windows.trainable.nonzero().squeeze(1))
+        sources.append(seen.source.bfloat16().cpu())
+        targets.append(seen.target.bfloat16().cpu())
     return {"source": torch.cat(sources)[:CHUNK_TOKENS], "target": torch.cat(targets)[:CHUNK_TOKENS]}
 
 

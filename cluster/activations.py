@@ -1,14 +1,18 @@
 """Work units of the token store -> a Ray Dataset of activation blocks.
 
-One row is one work unit: the (source, target) activations of its trainable tokens as two byte strings of bfloat16.
-Large rows keep the stream bound by memory bandwidth rather than by the number of messages, and bytes travel through
-Arrow without conversion or pickling. The input is a list of tiny blocks, because a read task would ask for a whole CPU.
+One row is one work unit: for each layer that is read, the source and target activations of its trainable tokens as two
+byte strings of bfloat16. Large rows keep the stream bound by memory bandwidth rather than by the number of messages,
+and bytes travel through Arrow without conversion or pickling: they are copied once into shared memory, where trainers
+view them. The input is a list of tiny blocks, because a read task would ask for a whole CPU.
 """
 
 from __future__ import annotations
 
+import time
+import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -20,25 +24,46 @@ if TYPE_CHECKING:
     import ray.data
     import torch
 
+    from mtc.shuffle import Unit
+    from mtc.timing import Stopwatch
+
+UNIT_TYPE = pa.list_(pa.int64())
+TASKS_WANTED = 4096
+"""Beyond so many tasks in a run, several units share one: each costs the scheduler about a millisecond."""
+MOST_UNITS_PER_TASK = 16
+GPU_UNITS_PER_TASK = 4  # so that one unit is sent while the next is computed
+
 
 def activation_dataset(
     config: RunConfig, plan: Plan, store_url: str, units: Iterable[tuple[int, np.ndarray]]
 ) -> ray.data.Dataset:
-    """A lazy Dataset of rows {unit, tokens, source, target} for (unit number, window ids) in the given order."""
-    rows = [pa.table({"unit": [number], "windows": pa.array([ids.tolist()], UNIT_TYPE)}) for number, ids in units]
+    """A lazy Dataset with one row and block for each (unit number, window ids), in the given order."""
+    units = list(units)
+    least = GPU_UNITS_PER_TASK if plan.device == "cuda" else 1
+    together = min(max(least, -(-len(units) // TASKS_WANTED)), MOST_UNITS_PER_TASK)
+    rows = []
+    for at in range(0, len(units), together):
+        part = units[at : at + together]
+        windows = pa.array([ids.tolist() for _, ids in part], UNIT_TYPE)
+        rows.append(pa.table({"unit": [number for number, _ in part], "windows": windows}))
     return map_on_model_actors(rows, CaptureActor, plan, config=config, store_url=store_url)
 
 
-def map_on_model_actors(rows: list[pa.Table], actor: type, plan: Plan, **arguments: Any) -> ray.data.Dataset:
-    """Map one-row Arrow blocks, one at a time and in order, over the plan's pool of model actors."""
+def map_on_model_actors(blocks: list[pa.Table], actor: type, plan: Plan, **arguments: Any) -> ray.data.Dataset:
+    """Map Arrow blocks, one at a time and in order, over the plan's pool of model actors; each table that an actor
+    yields is a block of its own."""
     import ray.data
 
-    return ray.data.from_arrow(rows).map_batches(
+    dataset = ray.data.from_blocks(blocks)
+    dataset.context.target_max_block_size = 1  # tables are never put together
+    return dataset.map_batches(
         actor,
         fn_constructor_kwargs=arguments | {"device": plan.device, "threads": plan.actor_threads},
-        batch_size=1,
+        batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=plan.num_model_actors, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=plan.num_model_actors, max_size=plan.max_model_actors, max_tasks_in_flight_per_actor=4
+        ),
         num_cpus=plan.actor_cpus,
         num_gpus=plan.actor_gpus or None,
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
@@ -59,64 +84,154 @@ def configure_data_context() -> None:
 
 
 class CaptureActor:
-    """Holds the truncated language model and the token store; turns a work unit into activations."""
+    """Holds the truncated language model and the token store; turns work units into activations."""
 
     def __init__(self, config: RunConfig, store_url: str, device: str, threads: int):
         import torch
 
         from mtc.language_model import LanguageModel
+        from mtc.timing import measure_device
         from mtc.tokens import TokenStore
 
         torch.set_num_threads(threads)
+        self.name = uuid.uuid4().hex
         self.store = TokenStore.open(store_url)
         self.model = LanguageModel(config.model, device)
+        self.device_flops = measure_device(self.model.device, self.model.dtype)
+        on_gpu = self.model.device.type == "cuda"
+        self.ahead = 1 if on_gpu else 0
+        """Units whose forward pass is started before an earlier one is sent."""
+        self.stream = torch.cuda.Stream(self.model.device) if on_gpu else None
+        self.idle, self.sending = 0.0, 0.0
+        self.done_at = time.perf_counter()
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        start = time.perf_counter()
+        self.idle += start - self.done_at
+        pending: deque[_Pending] = deque()
+        for number, windows in zip(batch["unit"].to_pylist(), batch["windows"].to_pylist(), strict=True):
+            pending.append(self._start(number, windows))
+            if len(pending) > self.ahead:
+                yield from self._send(pending.popleft())
+        while pending:
+            yield from self._send(pending.popleft())
+        self.done_at = time.perf_counter()
+
+    def _start(self, number: int, window_ids: list[int]) -> _Pending:
+        """Run the model; on a GPU this returns before it is done."""
         import numpy as np
+        import torch
 
-        from mtc.tokens import pad_windows
+        from mtc.timing import Stopwatch
+        from mtc.work import pack_windows
 
-        windows = pad_windows(self.store.input_ids(np.asarray(batch["windows"][0].as_py())), self.store.info)
-        device = self.model.device
-        pair = self.model.capture(windows.input_ids.to(device), windows.attention_mask.to(device))
-        trainable = windows.trainable.to(device)
-        source, target = pair.source[trainable], pair.target[trainable]
+        ids = np.asarray(window_ids)
+        # Windows of one length next to each other are attended to without being gathered first.
+        ids = ids[np.argsort(-self.store.positions(ids), kind="stable")]
+        windows = pack_windows(self.store.input_ids(ids), self.store.info.special_ids)
+        watch = Stopwatch(self.model.device)
+        with watch.running():
+            pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
+            columns = [column.to(torch.bfloat16) for pair in pairs for column in pair]
+        flops = self.model.flops(windows.lengths)
+        return _Pending(number, self._to_host(columns), watch, sum(windows.lengths), flops)
+
+    def _to_host(self, columns: list[torch.Tensor]) -> list[torch.Tensor]:
+        """From a GPU into pinned memory, on a stream of its own."""
+        import torch
+
+        if self.stream is None:
+            return columns
+        self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        copies = []
+        with torch.cuda.stream(self.stream):
+            for column in columns:
+                copy = torch.empty(column.shape, dtype=column.dtype, pin_memory=True)
+                copies.append(copy.copy_(column, non_blocking=True))
+                column.record_stream(self.stream)
+        return copies
+
+    def _send(self, pending: _Pending) -> Iterator[pa.Table]:
+        if self.stream is not None:
+            self.stream.synchronize()
+        start = time.perf_counter()
         columns = {
-            "unit": batch["unit"].cast(pa.int64()).combine_chunks(),
-            "tokens": pa.array([len(source)], pa.int64()),
-            "source": _to_binary(source),
-            "target": _to_binary(target),
+            "unit": pa.array([pending.number], pa.int64()),
+            "tokens": pa.array([len(pending.columns[0])], pa.int64()),
+            "actor": pa.array([self.name]),
+            "forward": pa.array([pending.watch.seconds()], pa.float64()),
+            "sending": pa.array([self.sending], pa.float64()),
+            "idle": pa.array([self.idle], pa.float64()),
+            "positions": pa.array([pending.positions], pa.int64()),
+            "flops": pa.array([pending.flops], pa.float64()),
+            "device_flops": pa.array([self.device_flops], pa.float64()),
         }
-        return pa.table(columns)
+        self.idle, self.sending = 0.0, 0.0
+        for i, column in enumerate(pending.columns):
+            columns[f"activations_{i}"] = to_binary(column)
+        yield pa.table(columns)
+        self.sending += time.perf_counter() - start  # Ray has written the table into shared memory
 
 
-UNIT_TYPE = pa.list_(pa.int64())
+class _Pending(NamedTuple):
+    """A unit whose forward pass was started."""
+
+    number: int
+    """Which unit."""
+    columns: list[torch.Tensor]
+    """Source and target of each layer, [tokens, d] bfloat16, on the host once the copy is over."""
+    watch: Stopwatch
+    """Of the forward pass."""
+    positions: int
+    """Tokens that it took, special ones included."""
+    flops: float
+    """Operations of its matrix products."""
 
 
-def iterate_units(shard: Any) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(unit, source [tokens, d], target [tokens, d]) of a shard of the Dataset; bfloat16 views of its Arrow buffers."""
-    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        for i in range(table.num_rows):
-            tokens = table["tokens"][i].as_py()
-            if tokens:
-                yield (
-                    table["unit"][i].as_py(),
-                    _from_binary(table["source"][i], tokens),
-                    _from_binary(table["target"][i], tokens),
-                )
+class ActorCosts:
+    """What the units that a trainer received have cost the model actors."""
+
+    FIELDS = ("forward", "sending", "idle", "positions", "flops")
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums = dict.fromkeys(self.FIELDS, 0.0)
+        self.actors: set[str] = set()
+        self.device_flops = 0.0
+
+    def add(self, table: pa.Table) -> None:
+        for name in self.FIELDS:
+            self.sums[name] += table[name][0].as_py()
+        self.actors.add(table["actor"][0].as_py())
+        self.device_flops = max(self.device_flops, table["device_flops"][0].as_py())
 
 
-def _to_binary(activations: torch.Tensor) -> pa.Array:
-    """[tokens, d] -> one large_binary value with the bfloat16 bits, not copied on a CPU that computes in bfloat16."""
+def iterate_units(shard: Any, costs: ActorCosts) -> Iterator[Unit]:
+    """The units of a shard of the Dataset, their columns bfloat16 views of shared memory, [tokens, d]."""
+    from mtc.shuffle import Unit
+
+    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        costs.add(table)
+        tokens = table["tokens"][0].as_py()
+        names = [name for name in table.column_names if name.startswith("activations_")]
+        if tokens:
+            yield Unit(table["unit"][0].as_py(), tuple(from_binary(table[name][0], tokens) for name in names))
+
+
+def to_binary(activations: torch.Tensor) -> pa.Array:
+    """[tokens, d] bfloat16 on the host -> one large_binary value that shares its memory."""
     import numpy as np
     import torch
 
-    bits = activations.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
+    bits = activations.contiguous().view(torch.int16).numpy()
     offsets = pa.py_buffer(np.array([0, bits.nbytes], np.int64))
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(bits)])
 
 
-def _from_binary(value: pa.Scalar, tokens: int) -> torch.Tensor:
+def from_binary(value: pa.Scalar, tokens: int) -> torch.Tensor:
+    """The inverse of `to_binary`, a view too; not to be written."""
     import warnings
 
     import torch

@@ -14,12 +14,13 @@ import pyarrow as pa
 from cluster.activations import UNIT_TYPE, configure_data_context, map_on_model_actors
 from cluster.resources import Plan
 from mtc.config import RunConfig
+from mtc.runs import RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np
     import ray.data
 
-    from mtc.evaluation import Evaluation
+    from mtc.evaluation import Evaluation, ReconstructionSums
     from mtc.examples import ExampleCollector, FeatureStatistics
 
 UNITS_PER_ROW = 8
@@ -38,43 +39,50 @@ class HeldOutResults(NamedTuple):
     """Arithmetic that the language model ran in."""
 
 
-def analyse_heldout(config: RunConfig, plan: Plan, run_url: str, store_url: str) -> HeldOutResults:
-    """Run the pass on `analysis.num_tokens` held-out tokens and the spliced model on `analysis.loss_tokens`."""
+def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str) -> list[HeldOutResults]:
+    """Run the pass on `analysis.num_tokens` held-out tokens and the spliced model on `analysis.loss_tokens`.
+
+    Returns one result for each entry of `model.sites`; all come from the same forward passes.
+    """
     from mtc.evaluation import LossSums, ReconstructionSums
-    from mtc.language_model import load_tokenizer
-    from mtc.runs import RunDirectory, load_transcoder
-    from mtc.tokens import TokenStore, heldout_units
+    from mtc.model_files import load_tokenizer
+    from mtc.runs import load_transcoder
+    from mtc.tokens import TokenStore
+    from mtc.work import heldout_units
 
     configure_data_context()
-    store, transcoder = TokenStore.open(store_url), load_transcoder(RunDirectory(run_url))
+    store = TokenStore.open(store_url)
+    run_urls = [run.for_layer(sites.layer).url for sites in config.model.sites]
     units = heldout_units(store, config, config.analysis.num_tokens)
     groups = [units[i : i + UNITS_PER_ROW] for i in range(0, len(units), UNITS_PER_ROW)]
-    dataset = map_on_model_actors(
-        [_row(g) for g in groups], FeatureActor, plan, config=config, run_url=run_url, store_url=store_url
-    )
-    sums: ReconstructionSums | None = None
+    arguments = {"config": config, "run_urls": run_urls, "store_url": store_url}
+    dataset = map_on_model_actors([_row(g) for g in groups], FeatureActor, plan, **arguments)
+    sums: dict[int, ReconstructionSums] = {}
+    collectors = [make_collector(config) for _ in run_urls]
     dtype = ""
-    collector = make_collector(config)
     for row in _rows(dataset):
+        at = row["at"]
         part = ReconstructionSums(**_sums(row, ReconstructionSums._fields))
-        sums = part if sums is None else sums + part
-        collector.merge_bytes(row["examples"])
+        sums[at] = sums[at] + part if at in sums else part
+        collectors[at].merge_bytes(row["examples"])
         dtype = row["dtype"]
-    assert sums is not None, "heldout_units never returns an empty list"
 
-    losses: LossSums | None = None
+    losses: dict[int, LossSums] = {}
     if config.analysis.loss_tokens:
         rows = [_row([unit]) for unit in heldout_units(store, config, config.analysis.loss_tokens)]
-        arguments = {"config": config, "run_url": run_url, "store_url": store_url, "target_mean": sums.target_mean()}
-        loss_dataset = map_on_model_actors(rows, LossActor, plan, **arguments)
-        for row in _rows(loss_dataset):
+        arguments["target_means"] = [sums[at].target_mean() for at in range(len(run_urls))]
+        for row in _rows(map_on_model_actors(rows, LossActor, plan, **arguments)):
             loss = LossSums(**_sums(row, LossSums._fields))
-            losses = loss if losses is None else losses + loss
+            losses[row["at"]] = losses[row["at"]] + loss if row["at"] in losses else loss
 
     tokenizer = load_tokenizer(config.model)
-    examples = collector.table(store.document_ids, lambda token: str(tokenizer.decode([token])))
-    evaluation = sums.evaluation(transcoder, losses.loss_recovered() if losses else None)
-    return HeldOutResults(evaluation, collector.statistics, examples, dtype)
+    results = []
+    for at, url in enumerate(run_urls):
+        examples = collectors[at].table(store.document_ids, lambda token: str(tokenizer.decode([token])))
+        loss_recovered = losses[at].loss_recovered() if at in losses else None
+        evaluation = sums[at].evaluation(load_transcoder(RunDirectory(url)), loss_recovered)
+        results.append(HeldOutResults(evaluation, collectors[at].statistics, examples, dtype))
+    return results
 
 
 def make_collector(config: RunConfig) -> ExampleCollector:
@@ -91,85 +99,99 @@ def make_collector(config: RunConfig) -> ExampleCollector:
 
 
 class _HeldOutActor:
-    """Loads what both passes need: the language model, the transcoder and the token store."""
+    """Loads what both passes need: the language model, each layer's transcoder and the token store."""
 
     full_model = False
 
-    def __init__(self, config: RunConfig, run_url: str, store_url: str, device: str, threads: int):
+    def __init__(self, config: RunConfig, run_urls: list[str], store_url: str, device: str, threads: int):
         import torch
 
         from mtc.language_model import LanguageModel
-        from mtc.runs import RunDirectory, load_transcoder
+        from mtc.runs import load_transcoder
         from mtc.tokens import TokenStore
 
         torch.set_num_threads(threads)
         self.config = config
         self.store = TokenStore.open(store_url)
         self.model = LanguageModel(config.model, device, full=self.full_model)
-        self.transcoder = load_transcoder(RunDirectory(run_url), device)
+        self.transcoders = [load_transcoder(RunDirectory(url), device) for url in run_urls]
 
 
 class FeatureActor(_HeldOutActor):
-    """Several units -> one row of reconstruction sums and candidate examples."""
+    """Several units -> for each layer one row of reconstruction sums and candidate examples."""
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         import numpy as np
 
         from mtc.evaluation import reconstruction_sums
-        from mtc.tokens import pad_windows
+        from mtc.work import pack_windows
 
-        collector = make_collector(self.config)
-        sums = None
+        collectors = [make_collector(self.config) for _ in self.transcoders]
+        sums: dict[int, ReconstructionSums] = {}
         for unit in batch["units"][0].as_py():
             ids = np.asarray(unit)
-            windows = pad_windows(self.store.input_ids(ids), self.store.info)
-            device = self.model.device
-            pair = self.model.capture(windows.input_ids.to(device), windows.attention_mask.to(device))
-            counted = windows.trainable.to(device)
-            part, sparse = reconstruction_sums(self.transcoder, pair.source[counted], pair.target[counted])
-            sums = part if sums is None else sums + part
-            activations = sparse.new_zeros((*counted.shape, sparse.shape[-1]))
-            activations[counted] = sparse
-            collector.add(ids, windows.input_ids.numpy(), windows.trainable.numpy(), activations.cpu().numpy())
-        assert sums is not None
-        table = _sums_table(sums).append_column("examples", pa.array([collector.to_bytes()], pa.large_binary()))
-        return table.append_column("dtype", pa.array([str(self.model.dtype).removeprefix("torch.")]))
+            windows = pack_windows(self.store.input_ids(ids), self.store.info.special_ids)
+            pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
+            lengths = np.array(windows.lengths)
+            real = np.arange(lengths.max())[None, :] < lengths[:, None]  # [windows, longest]
+            input_ids, counted = np.zeros(real.shape, np.int64), real.copy()
+            input_ids[real], counted[real] = windows.input_ids.numpy(), windows.trainable.numpy()
+            for at, (transcoder, pair) in enumerate(zip(self.transcoders, pairs, strict=True)):
+                part, sparse = reconstruction_sums(transcoder, *pair)
+                sums[at] = sums[at] + part if at in sums else part
+                activations = np.zeros((*real.shape, sparse.shape[-1]), np.float32)
+                activations[counted] = sparse.cpu().numpy()
+                collectors[at].add(ids, input_ids, counted, activations)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        for at, collector in enumerate(collectors):
+            examples = pa.array([collector.to_bytes()], pa.large_binary())
+            yield (
+                _sums_table(sums[at], at).append_column("examples", examples).append_column("dtype", pa.array([dtype]))
+            )
 
 
 class LossActor(_HeldOutActor):
-    """One unit -> one row of cross-entropy and KL sums, from the whole language model."""
+    """One unit -> for each layer one row of cross-entropy and KL sums, from the whole language model."""
 
     full_model = True
 
     def __init__(
-        self, config: RunConfig, run_url: str, store_url: str, target_mean: np.ndarray, device: str, threads: int
+        self,
+        config: RunConfig,
+        run_urls: list[str],
+        store_url: str,
+        target_means: list[np.ndarray],
+        device: str,
+        threads: int,
     ):
         import torch
 
-        super().__init__(config, run_url, store_url, device, threads)
-        self.target_mean = torch.tensor(target_mean)
+        super().__init__(config, run_urls, store_url, device, threads)
+        self.target_means = [torch.tensor(mean) for mean in target_means]
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         import numpy as np
 
         from mtc.evaluation import loss_sums
-        from mtc.tokens import pad_windows
+        from mtc.work import pack_windows
 
         (unit,) = batch["units"][0].as_py()
-        windows = pad_windows(self.store.input_ids(np.asarray(unit)), self.store.info)
-        return _sums_table(loss_sums(self.model, self.transcoder, windows, self.target_mean))
+        windows = pack_windows(self.store.input_ids(np.asarray(unit)), self.store.info.special_ids)
+        for at, sums in enumerate(loss_sums(self.model, self.transcoders, windows, self.target_means)):
+            yield _sums_table(sums, at)
 
 
 def _row(units: list[np.ndarray]) -> pa.Table:
     return pa.table({"units": pa.array([[u.tolist() for u in units]], pa.list_(UNIT_TYPE))})
 
 
-def _sums_table(sums: NamedTuple) -> pa.Table:
-    """One row with a list of float64 per field."""
+def _sums_table(sums: NamedTuple, at: int) -> pa.Table:
+    """One row with a list of float64 per field, and which layer's they are."""
     import numpy as np
 
     values = {name: np.atleast_1d(np.asarray(v, np.float64)) for name, v in sums._asdict().items()}
-    return pa.table({name: pa.array([v], pa.list_(pa.float64())) for name, v in values.items()})
+    columns = {name: pa.array([v], pa.list_(pa.float64())) for name, v in values.items()}
+    return pa.table(columns | {"at": pa.array([at])})
 
 
 def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:

@@ -11,15 +11,16 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from cluster.activations import configure_data_context
-from cluster.progress import MetricsLog, ProgressReader
+from cluster.progress import MetricsLog, ProgressReader, balance
 from cluster.resources import WORKER_ENVIRONMENT, Node, Plan, make_plan
 from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.runs import RunDirectory, absolute
 
 if TYPE_CHECKING:
     from cluster.analysis import HeldOutResults
-    from cluster.training import TrainResult
-    from mtc.analysis import RunFacts
+    from cluster.training import Trained, TrainResult
+    from mtc.analysis import Analysis, RunFacts
+    from mtc.timing import StreamTiming
     from mtc.tokens import StoreInfo
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def check(config: RunConfig) -> None:
     Raises ConfigError, ModelError or DataError.
     """
     from cluster.tokens import check_data
-    from mtc.language_model import check_model
+    from mtc.model_files import check_model
 
     try:
         RunDirectory(_output_root(config))
@@ -70,12 +71,15 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     from cluster.analysis import analyse_heldout
     from cluster.tokens import build_token_store
     from cluster.training import train
-    from mtc.language_model import check_model, prepare_model
-    from mtc.tokens import TokenStore, heldout_units, work_units
+    from mtc.model_files import check_model, prepare_model
+    from mtc.report.layers import write_layers_report
+    from mtc.tokens import TokenStore
+    from mtc.work import heldout_units, work_units
 
     configure_data_context()
+    d_model = check_model(config.model).d_model
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    plan = make_plan(config, [Node(r.get("CPU", 0), r.get("GPU", 0)) for r in alive if r.get("CPU", 0) > 0])
+    plan = make_plan(config, [Node(r.get("CPU", 0), r.get("GPU", 0)) for r in alive if r.get("CPU", 0) > 0], d_model)
     run = _run_directory(config)
     _check_same_run(config, run)
     say(f"run {run.run_id} in {run.url}")
@@ -85,6 +89,11 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     say("preparing the language model (the first time, weights are converted or downloaded into the cache)")
     prepare_model(config.model)
     run.write("config.yaml", to_yaml(config))
+    layers = config.for_layers()
+    runs = [run.for_layer(alone.model.layer) for alone in layers]
+    if len(layers) > 1:
+        for alone, own in zip(layers, runs, strict=True):
+            own.write("config.yaml", to_yaml(alone))
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "tokenise"):
@@ -97,25 +106,41 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
     with _timed(seconds, "train"):
         log = ray.remote(MetricsLog).options(num_cpus=0).remote()
-        with ProgressReader(log, run, config.total_steps) as progress:
-            trained = train(config, plan, run, store_url, check_model(config.model).d_model, log)
-    say(f"trained {trained.tokens:,} tokens in {trained.steps:,} steps; threshold {trained.threshold:.4f}")
+        histories = {alone.model.layer: own for alone, own in zip(layers, runs, strict=True)}
+        with ProgressReader(log, histories, config.total_steps) as progress:
+            trained = train(config, plan, run, store_url, d_model, log)
+    say(f"trained {trained.layers[0].tokens:,} tokens in {trained.layers[0].steps:,} steps; " + _thresholds(trained))
+    say(balance(trained.timing, plan))
 
     with _timed(seconds, "analyse"):
-        results = analyse_heldout(config, plan, run.url, store_url)
-    facts = _facts(config, plan, run, store_url, info, trained, results.dtype, seconds)
-    _write_report(config, run, results, progress.rows(), facts)
+        results = analyse_heldout(config, plan, run, store_url)
+    analyses = []
+    for alone, own, layer, found in zip(layers, runs, trained.layers, results, strict=True):
+        facts = _facts(config, plan, own, store_url, info, layer, trained.timing, found.dtype, seconds)
+        analyses.append(_write_report(alone, own, found, progress.rows(layer.layer), facts))
+        fvu = " ".join(f"{value:.3f}" for value in found.evaluation.fvu)
+        where = f"layer {layer.layer}: " if len(layers) > 1 else ""
+        say(f"{where}held-out fvu {fvu}, l0 {found.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
+    if len(layers) > 1:
+        for own in runs:
+            own.publish(latest=False)
+        for name, content in write_layers_report(analyses).items():
+            run.write(f"report/{name}", content)
     run.publish()
-    fvu = " ".join(f"{value:.3f}" for value in results.evaluation.fvu)
-    say(f"held-out fvu {fvu}, l0 {results.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
     say(f"finished {run.url} in " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
     return run
 
 
+def _thresholds(trained: Trained) -> str:
+    if len(trained.layers) == 1:
+        return f"threshold {trained.layers[0].threshold:.4f}"
+    return "thresholds " + ", ".join(f"{layer.threshold:.4f} (layer {layer.layer})" for layer in trained.layers)
+
+
 def _write_report(
     config: RunConfig, run: RunDirectory, results: HeldOutResults, history: list[dict[str, Any]], facts: RunFacts
-) -> None:
-    """Examples, analysis and report of the run, from the final weights."""
+) -> Analysis:
+    """Examples, analysis and report of one layer, from the final weights."""
     from mtc.analysis import analyse
     from mtc.examples import to_parquet
     from mtc.report import write_report
@@ -128,6 +153,7 @@ def _write_report(
     run.write("analysis.json", analysis.model_dump_json(indent=1))
     for name, content in write_report(analysis, results.examples, history).items():
         run.write(f"report/{name}", content)
+    return analysis
 
 
 def say(message: str) -> None:
@@ -139,8 +165,15 @@ def _run_directory(config: RunConfig) -> RunDirectory:
     run_id = config.output.run_id
     if run_id is None:
         model = config.model.name.removeprefix("pip:").replace("random:", "random-").rstrip("/").split("/")[-1]
-        run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{model}-layer{config.model.layer}"
+        run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{model}-{_layer_names(config)}"
     return RunDirectory(f"{_output_root(config)}/{run_id}")
+
+
+def _layer_names(config: RunConfig) -> str:
+    layers = [str(sites.layer) for sites in config.model.sites]
+    return (
+        f"layer{layers[0]}" if len(layers) == 1 else f"layers{'-'.join(layers[:4])}" + "-and-more" * (len(layers) > 4)
+    )
 
 
 def _output_root(config: RunConfig) -> str:
@@ -178,6 +211,7 @@ def _facts(
     store_url: str,
     info: StoreInfo,
     trained: TrainResult,
+    timing: StreamTiming,
     dtype: str,
     seconds: dict[str, float],
 ) -> RunFacts:
@@ -200,7 +234,9 @@ def _facts(
         compute=trained.compute,
         devices=(plan.device,),
         num_trainers=plan.num_trainers,
-        num_model_actors=plan.num_model_actors,
+        num_model_actors=max(plan.num_model_actors, timing.model_actors),
         seconds=seconds,
+        timing=timing,
+        other_layers=tuple(s.layer for s in config.model.sites if s.layer != trained.layer),
         versions={name: version(name) for name in packages},
     )

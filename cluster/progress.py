@@ -6,10 +6,17 @@ import json
 import sys
 import threading
 import time
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
+from cluster.resources import Plan
 from mtc.runs import RunDirectory
 
+if TYPE_CHECKING:
+    from mtc.timing import StreamTiming
+
+WAITING = 0.2
+"""Share of its time beyond which a side counts as waiting for the other."""
 WRITE_SECONDS = 10.0  # between writes of the history, which is written whole
 
 
@@ -27,21 +34,26 @@ class MetricsLog:
 
 
 class ProgressReader:
-    """While used as a context, a thread copies the log's rows into `metrics.jsonl` and shows the newest one.
+    """While used as a context, a thread copies the log's rows into each layer's `metrics.jsonl` and shows the newest.
 
-    On a terminal one line is redrawn; elsewhere a line appears every `seconds`. A restart from a checkpoint repeats
-    steps: their first account is replaced.
+    `runs` maps a layer to the directory of its transcoder. On a terminal one line is redrawn; elsewhere a line appears
+    every `seconds`. A restart from a checkpoint repeats steps: their first account is replaced.
     """
 
     def __init__(
-        self, log: Any, run: RunDirectory, total_steps: int, stream: TextIO = sys.stdout, seconds: float = 5.0
+        self,
+        log: Any,
+        runs: Mapping[int, RunDirectory],
+        total_steps: int,
+        stream: TextIO = sys.stdout,
+        seconds: float = 5.0,
     ):
-        self.log, self.run, self.total_steps, self.stream, self.seconds = log, run, total_steps, stream, seconds
-        self.history: dict[int, dict[str, Any]] = {}
-        if run.exists("metrics.jsonl"):
-            for line in run.read("metrics.jsonl").decode().splitlines():
-                row = json.loads(line)
-                self.history[row["step"]] = row
+        self.log, self.runs, self.total_steps, self.stream, self.seconds = log, runs, total_steps, stream, seconds
+        self.histories: dict[int, dict[int, dict[str, Any]]] = {layer: {} for layer in runs}
+        for layer, run in runs.items():
+            if run.exists("metrics.jsonl"):
+                rows = map(json.loads, run.read("metrics.jsonl").decode().splitlines())
+                self.histories[layer] = {row["step"]: row for row in rows}
         self._position = 0
         self._shown_at = 0.0
         self._written_at = 0.0
@@ -60,8 +72,9 @@ class ProgressReader:
             self._collect(final=True)
             self._show(final=True)
 
-    def rows(self) -> list[dict[str, Any]]:
-        return [self.history[step] for step in sorted(self.history)]
+    def rows(self, layer: int) -> list[dict[str, Any]]:
+        history = self.histories[layer]
+        return [history[step] for step in sorted(history)]
 
     def _follow(self) -> None:
         while not self._stop.wait(1.0):
@@ -83,39 +96,65 @@ class ProgressReader:
             return
         self._position += len(rows)
         for row in rows:
-            if self.history and row["step"] <= max(self.history):
-                self.history = {step: old for step, old in self.history.items() if step < row["step"]}
-            self.history[row["step"]] = row
+            history = self.histories[row["layer"]]
+            if history and row["step"] <= max(history):
+                for step in [step for step in history if step >= row["step"]]:
+                    del history[step]
+            history[row["step"]] = row
         if final or time.monotonic() - self._written_at > WRITE_SECONDS:
             self._written_at = time.monotonic()
-            self.run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows()))
+            for layer, run in self.runs.items():
+                run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows(layer)))
 
     def _show(self, final: bool = False) -> None:
-        if not self.history:
+        newest = [history[max(history)] for history in self.histories.values() if history]
+        if len(newest) < len(self.histories):
             return
         live = self.stream.isatty()
-        newest = self.history[max(self.history)]
-        if newest["step"] == self._shown_step and not (final and live):
+        step = newest[0]["step"]
+        if step == self._shown_step and not (final and live):
             return
         if not final and not live and time.monotonic() - self._shown_at < self.seconds:
             return
-        self._shown_at, self._shown_step = time.monotonic(), newest["step"]
+        self._shown_at, self._shown_step = time.monotonic(), step
         line = progress_line(newest, self.total_steps)
         self.stream.write(f"\r{line}\x1b[K" + ("\n" if final else "") if live else line + "\n")
         self.stream.flush()
 
 
-def progress_line(row: dict[str, Any], total_steps: int) -> str:
-    """One line for a row of the history, e.g.
-    `step   120/256  47 %   1,482 tok/s  loss 0.612  fvu 0.71 0.60 0.55  l0 32.0  dead 0  eta 0:46`."""
+def balance(timing: StreamTiming, plan: Plan) -> str:
+    """What limited the run, from what was measured, and what would change it."""
+    t = timing
+    line = (
+        f"stream: {t.tokens_per_second:,.0f} tok/s; trainers waited {t.waiting_share:.0%} of {t.wall_seconds:.0f} s, "
+        f"model actors computed {t.forward_share:.0%}"
+    )
+    if t.waiting_share > WAITING and plan.device == "cuda":
+        return f"{line}; the language model is the limit: more GPUs, or fewer trainers, would be faster"
+    if t.waiting_share > WAITING:
+        return f"{line}; the language model is the limit"
+    if t.forward_share < 1 - WAITING:
+        return f"{line}; the trainers are the limit: larger optimizer.batch_tokens or more cluster.num_trainers"
+    return f"{line}; both sides are busy"
+
+
+def progress_line(rows: Sequence[dict[str, Any]], total_steps: int) -> str:
+    """One line for the newest rows of the history, one for each layer, e.g.
+    `step   120/256  47 %   1,482 tok/s  wait 71%  loss 0.612  fvu 0.71 0.60 0.55  l0 32.0  dead 0  eta 0:46`;
+    of several layers only the full dictionaries' FVU is shown."""
+    row = rows[0]
     batch = row["tokens"] / row["step"]
     seconds = (total_steps - row["step"]) * batch / max(row["tokens_per_second"], 1e-9)
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-    fvu = " ".join(f"{value:.3f}" for value in row["fvu"])
-    share, speed = row["step"] / total_steps, row["tokens_per_second"]
-    return (
-        f"step {row['step']:>6,}/{total_steps:,} {share:4.0%} {speed:>8,.0f} tok/s"
-        f"  loss {row['loss']:.4f}  fvu {fvu}  l0 {row['l0']:.1f}  dead {row['dead']}  eta {eta}"
-    )
+    share, speed, spent = row["step"] / total_steps, row["tokens_per_second"], row["seconds"]
+    waiting = spent["waiting"] / max(sum(spent.values()), 1e-9)
+    if len(rows) == 1:
+        fvu = " ".join(f"{value:.3f}" for value in row["fvu"])
+        quality = f"loss {row['loss']:.4f}  fvu {fvu}  l0 {row['l0']:.1f}  dead {row['dead']}"
+    else:
+        fvu = " ".join(f"{r['fvu'][-1]:.3f} (layer {r['layer']})" for r in rows)
+        quality = f"fvu {fvu}  dead {' '.join(str(r['dead']) for r in rows)}"
+    step = f"step {row['step']:>6,}/{total_steps:,} {share:4.0%}"
+    return f"{step} {speed:>8,.0f} tok/s  wait {waiting:3.0%}  {quality}  eta {eta}"

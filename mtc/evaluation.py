@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +23,7 @@ from mtc.transcoder import MatryoshkaTranscoder
 
 if TYPE_CHECKING:
     from mtc.language_model import LanguageModel
-    from mtc.tokens import PaddedWindows
+    from mtc.work import PackedWindows
 
 
 MAX_LOGITS = 1 << 26  # held at a time, a few copies of them: the vocabulary is what fills the memory
@@ -166,52 +166,82 @@ def reconstruction_sums(
 
 @torch.inference_mode()
 def loss_sums(
-    model: LanguageModel, transcoder: MatryoshkaTranscoder, batch: PaddedWindows, target_mean: Tensor
-) -> LossSums:
-    """Cross-entropies of one batch of windows; `model` has its upper layers and head, `target_mean` is [d_target].
+    model: LanguageModel,
+    transcoders: Sequence[MatryoshkaTranscoder],
+    windows: PackedWindows,
+    target_means: Sequence[Tensor],
+) -> list[LossSums]:
+    """Cross-entropies of a few windows, for the transcoder of each entry of the model's `config.sites` in turn.
 
-    Only trainable positions are replaced: BOS is never trained on, so its MLP output stays the model's own.
+    `model` has its upper layers and head, `target_means` are [d_target]. Only trainable positions are replaced: BOS is
+    never trained on, so its MLP output stays the model's own.
     """
-    rows = max(1, MAX_LOGITS // (batch.input_ids.shape[1] * model.vocab_size))
-    if rows < len(batch.input_ids):
-        parts = [type(batch)(*(column[i : i + rows] for column in batch)) for i in range(0, len(batch.input_ids), rows)]
-        return reduce(add, (loss_sums(model, transcoder, part, target_mean) for part in parts))
-    input_ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
-    trainable = batch.trainable.to(model.device)
-    predicted = trainable[:, 1:]
-    labels = input_ids[:, 1:][predicted]
+    parts = list(_split(windows, max(1, MAX_LOGITS // model.vocab_size)))
+    if len(parts) > 1:
+        sums = (loss_sums(model, transcoders, part, target_means) for part in parts)
+        return [reduce(add, same) for same in zip(*sums, strict=True)]
+    trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
+    # A token is predicted from the one before it in its window, which position 0 does not have.
+    labelled = (windows.trainable & (windows.position_ids > 0)).nonzero().squeeze(1)
+    labels = windows.input_ids[labelled].to(model.device)
 
-    def run(replacement: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def run(replacement: Callable[[Tensor], Tensor] | None, at: int = 0) -> Tensor:
         def replace(source: Tensor, target: Tensor) -> Tensor:
             assert replacement is not None
             changed = target.clone()
             changed[trainable] = replacement(source[trainable]).to(target.dtype)
             return changed
 
-        logits = model.logits(input_ids, mask, None if replacement is None else replace)
-        return logits[:, :-1][predicted].float().log_softmax(-1)
+        logits = model.logits(windows, None if replacement is None else replace, labelled - 1, at)
+        return logits.float().log_softmax(-1)
 
     def cross_entropy(log_probabilities: Tensor) -> Tensor:
         return -log_probabilities.gather(1, labels.unsqueeze(1)).double().sum()
 
     clean = run(None)
-    ce = [cross_entropy(clean)]
-    ce.append(cross_entropy(run(lambda s: torch.zeros(len(s), transcoder.shape.d_target, device=s.device))))
-    ce.append(cross_entropy(run(lambda s: target_mean.to(s.device).float().expand(len(s), -1))))
-    kl = []
-    for m in transcoder.prefixes:
-        spliced = run(lambda s, m=m: transcoder.reconstruct(s, m))  # type: ignore[misc]
-        ce.append(cross_entropy(spliced))
-        kl.append((clean.exp() * (clean - spliced)).sum(dtype=torch.float64))
-        del spliced
-    return LossSums(np.array(float(len(labels))), torch.stack(ce).cpu().numpy(), torch.stack(kl).cpu().numpy())
+    results = []
+    for at, (transcoder, mean) in enumerate(zip(transcoders, target_means, strict=True)):
+        d_target = transcoder.shape.d_target
+        ce = [cross_entropy(clean)]
+        ce.append(cross_entropy(run(lambda s, d=d_target: torch.zeros(len(s), d, device=s.device), at)))  # type: ignore[misc]
+        ce.append(cross_entropy(run(lambda s, y=mean: y.to(s.device).float().expand(len(s), -1), at)))  # type: ignore[misc]
+        kl = []
+        for m in transcoder.prefixes:
+            spliced = run(lambda s, m=m, t=transcoder: t.reconstruct(s, m), at)  # type: ignore[misc]
+            ce.append(cross_entropy(spliced))
+            kl.append((clean.exp() * (clean - spliced)).sum(dtype=torch.float64))
+            del spliced
+        tokens = np.array(float(len(labels)))
+        results.append(LossSums(tokens, torch.stack(ce).cpu().numpy(), torch.stack(kl).cpu().numpy()))
+    return results
+
+
+def _split(windows: PackedWindows, tokens: int) -> Iterator[PackedWindows]:
+    """Parts of whole windows with at most this many tokens each, or one window."""
+    start, end = 0, 0
+    first = 0
+    for i, length in enumerate(windows.lengths):
+        if end > start and end + length - start > tokens:
+            yield _part(windows, start, end, first, i)
+            start, first = end, i
+        end += length
+    yield _part(windows, start, end, first, len(windows.lengths))
+
+
+def _part(windows: PackedWindows, start: int, end: int, first: int, last: int) -> PackedWindows:
+    return windows._replace(
+        input_ids=windows.input_ids[start:end],
+        position_ids=windows.position_ids[start:end],
+        trainable=windows.trainable[start:end],
+        lengths=windows.lengths[first:last],
+    )
 
 
 def evaluate(
     config: RunConfig,
     transcoder: MatryoshkaTranscoder,
-    units: Iterable[PaddedWindows],
-    loss_units: Iterable[PaddedWindows],
+    units: Iterable[PackedWindows],
+    loss_units: Iterable[PackedWindows],
     device: str = "cpu",
 ) -> Evaluation:
     """Evaluate in this process: metrics on `units`, losses on `loss_units` (possibly none)."""
@@ -220,18 +250,17 @@ def evaluate(
     transcoder = transcoder.to(device)
     model = LanguageModel(config.model, device)
     total: ReconstructionSums | None = None
-    for batch in units:
-        pair = model.capture(batch.input_ids.to(device), batch.attention_mask.to(device))
-        trainable = batch.trainable.to(device)
-        sums, _ = reconstruction_sums(transcoder, pair.source[trainable], pair.target[trainable])
+    for windows in units:
+        (pair,) = model.capture(windows, windows.trainable.nonzero().squeeze(1))
+        sums, _ = reconstruction_sums(transcoder, pair.source, pair.target)
         total = sums if total is None else total + sums
     if total is None:
         raise ValueError("there are no held-out windows to evaluate on")
     losses: LossSums | None = None
     full: LanguageModel | None = None
-    for batch in loss_units:
+    for windows in loss_units:
         full = full or LanguageModel(config.model, device, full=True)
-        part = loss_sums(full, transcoder, batch, torch.from_numpy(total.target_mean()))
+        (part,) = loss_sums(full, [transcoder], windows, [torch.from_numpy(total.target_mean())])
         losses = part if losses is None else losses + part
     return total.evaluation(transcoder, losses.loss_recovered() if losses else None)
 
@@ -239,8 +268,9 @@ def evaluate(
 def main(argv: list[str] | None = None) -> int:
     """Recompute a finished run's held-out metrics from its directory and compare; 0 if they agree, 1 if not."""
     from mtc.analysis import Analysis
-    from mtc.runs import RunError, load_transcoder, open_run
-    from mtc.tokens import DataError, TokenStore, heldout_units, pad_windows
+    from mtc.runs import RunError, load_transcoder, open_layer_run
+    from mtc.tokens import DataError, TokenStore
+    from mtc.work import heldout_units, pack_windows
 
     parser = argparse.ArgumentParser(prog="python -m mtc.evaluation", description=main.__doc__)
     parser.add_argument("run", help="a run directory or URL, or <root>/latest")
@@ -248,16 +278,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip-loss", action="store_true", help="leave out the passes of the whole language model")
     arguments = parser.parse_args(argv)
     try:
-        run = open_run(arguments.run)
+        run = open_layer_run(arguments.run)
         config, analysis = run.config(), Analysis.model_validate_json(run.read("analysis.json"))
         store = TokenStore.open(analysis.facts.token_store)
     except (RunError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    def batches(tokens: int) -> Iterable[PaddedWindows]:
+    def batches(tokens: int) -> Iterable[PackedWindows]:
         for unit in heldout_units(store, config, tokens) if tokens else []:
-            yield pad_windows(store.input_ids(unit), store.info)
+            yield pack_windows(store.input_ids(unit), store.info.special_ids)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loss_tokens = 0 if arguments.skip_loss else config.analysis.loss_tokens

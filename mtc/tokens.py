@@ -15,29 +15,29 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import posixpath
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from mtc.config import DataConfig, RunConfig
 from mtc.runs import absolute, cache_directory, write_atomic
 
-if TYPE_CHECKING:
-    import torch
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STORE_FILE = "store.json"
 SPLITS = ("train", "heldout")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -210,8 +210,6 @@ class StoreInfo(BaseModel):
     """What went into the fingerprint."""
     special_ids: list[int]
     """Token ids that are never trained on, sampled or counted."""
-    pad_id: int
-    """Token id that fills short windows."""
     context_length: int
     """Most ids in a window."""
     windows: dict[str, int]
@@ -247,7 +245,6 @@ class TokenStoreWriter:
         self._fingerprint = fingerprint
         self._settings = settings
         self._special = special_ids(tokenizer)
-        self._pad = _pad_id(tokenizer)
         self._context_length = context_length
         self._windows_per_shard = windows_per_shard
         self._documents: dict[str, list[NDArray[Any]]] = {split: [] for split in SPLITS}
@@ -279,7 +276,6 @@ class TokenStoreWriter:
             fingerprint=self._fingerprint,
             settings=self._settings,
             special_ids=self._special,
-            pad_id=self._pad,
             context_length=self._context_length,
             windows=self.windows,
             tokens=self.tokens,
@@ -354,6 +350,11 @@ class TokenStore:
         """Tokens that are not special in each window, int64."""
         return self._index[2][window_ids]
 
+    def positions(self, window_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """All tokens of each window, int64."""
+        offsets = self._ids[1]
+        return offsets[window_ids + 1] - offsets[window_ids]
+
     def document_ids(self, window_ids: NDArray[np.int64]) -> list[str]:
         """The document of each window."""
         return [value.decode() for value in self._index[0][window_ids]]
@@ -375,13 +376,33 @@ class TokenStore:
 
     @cached_property
     def _ids(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """All ids one after another, and where each window starts; the last offset is the end."""
-        flat, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
-        for table in self._tables(["input_ids"]):
-            column = table["input_ids"].combine_chunks()
-            flat.append(column.flatten().to_numpy())
-            lengths.append(column.value_lengths().to_numpy().astype(np.int64))
-        return np.concatenate(flat), np.cumsum(np.concatenate(lengths))
+        """All ids one after another, and where each window starts; the last offset is the end.
+
+        Mapped from a copy in the cache directory that the first reader on a node makes, so that all processes there
+        share one copy of a text that may be larger than their memory.
+        """
+        key = hashlib.sha256(self.url.encode()).hexdigest()[:8]
+        target = Path(cache_directory()).absolute() / "windows" / f"{posixpath.basename(self.url)}-{key}"
+        if not target.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{target}.lock"):
+                if not target.is_dir():
+                    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
+                        self._write_flat(Path(scratch, "windows"))
+                        os.rename(Path(scratch, "windows"), target)
+        offsets = np.load(target / "offsets.npy")
+        flat = np.memmap(target / "ids.bin", np.int32, mode="r") if offsets[-1] else np.empty(0, np.int32)
+        return flat, offsets
+
+    def _write_flat(self, directory: Path) -> None:
+        directory.mkdir()
+        lengths = [np.zeros(1, np.int64)]
+        with (directory / "ids.bin").open("wb") as file:
+            for table in self._tables(["input_ids"]):
+                column = table["input_ids"].combine_chunks()
+                file.write(column.flatten().to_numpy().data)
+                lengths.append(column.value_lengths().to_numpy().astype(np.int64))
+        np.save(directory / "offsets.npy", np.cumsum(np.concatenate(lengths)))
 
     def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
         fs, path = fsspec.core.url_to_fs(self.url)
@@ -425,29 +446,7 @@ def find_store(config: RunConfig, fingerprint: str) -> str | None:
     return None
 
 
-# Batches and work units ---------------------------------------------------------------------------------------------
-
-
-class PaddedWindows(NamedTuple):
-    input_ids: torch.Tensor
-    """[windows, longest window] int64, padded on the right."""
-    attention_mask: torch.Tensor
-    """[windows, longest window] bool: not padding."""
-    trainable: torch.Tensor
-    """[windows, longest window] bool: neither padding nor BOS nor another special token."""
-
-
-def pad_windows(windows: Sequence[NDArray[np.int32]], info: StoreInfo) -> PaddedWindows:
-    """Windows of any lengths as one rectangle."""
-    import torch  # here, because the processes that read and tokenise text do not need it
-
-    lengths = np.array([len(window) for window in windows], dtype=np.int64)
-    real = np.arange(lengths.max(initial=0))[None, :] < lengths[:, None]  # [windows, longest]
-    ids = np.full(real.shape, info.pad_id, dtype=np.int64)
-    if len(windows):
-        ids[real] = np.concatenate(windows)
-    trainable = real & ~np.isin(ids, info.special_ids)
-    return PaddedWindows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(trainable))
+# How much text a run wants ------------------------------------------------------------------------------------------
 
 
 def tokens_wanted(config: RunConfig) -> dict[str, int]:
@@ -478,94 +477,13 @@ def rows_wanted(
     return needed, True
 
 
-def work_units(store: TokenStore, config: RunConfig, num_trainers: int) -> list[NDArray[np.int64]]:
-    """The training run as a list of work units, each an int64 array of at most config.windows_per_unit window ids.
-
-    First come units that hold `data.num_tokens` trainable tokens or a little more, from one permutation of the
-    windows per epoch. Then come reserved windows, which no epoch trains on: `transcoder.calibration_tokens` of them
-    and, if the text allows, spare ones (2 units per trainer and 2 % of the run), because trainers get units of
-    unequal length and the last few may be dropped. The order depends on `data.seed`, with several epochs also on
-    num_trainers. Only the part of the text
-    that this configuration wants is used, so that a run does not change when a larger store is found in the cache.
-
-    Raises DataError if the text is too short.
-    """
-    data, calibration = config.data, config.transcoder.calibration_tokens
-    windows = _wanted_windows(store, config, "train")
-    windows = windows[np.random.default_rng(data.seed).permutation(len(windows))]
-    total = np.concatenate([[0], np.cumsum(store.trainable_tokens(windows))])  # total[n]: tokens of the first n windows
-    least = -(-data.num_tokens // data.max_epochs)
-    smallest_pool = int(np.searchsorted(total, least))
-    border = int(np.searchsorted(total, total[-1] - calibration, side="right")) - 1  # the rest has the calibration
-    if smallest_pool > border:
-        trained = max(int(total[max(border, 0)]), 0)
-        repeats = f"raise data.max_epochs to {-(-data.num_tokens // trained)}, " if trained else ""
-        raise DataError(
-            f"data.num_tokens={data.num_tokens} and transcoder.calibration_tokens={calibration} with "
-            f"data.max_epochs={data.max_epochs} need {least + calibration} tokens of training text, but {store.url} "
-            f"has {total[-1]} in {len(windows)} windows: "
-            f"lower data.num_tokens, {repeats}or give a longer text in data.name"
-        )
-    per_unit = config.windows_per_unit
-    run_windows = data.num_tokens * len(windows) // int(total[-1])
-    spare = 2 * num_trainers * per_unit + run_windows // 50
-    pool, reserved = np.split(windows, [max(smallest_pool, border - spare)])
-    units: list[NDArray[np.int64]] = []
-    left, epoch = data.num_tokens, 0
-    while left > 0:
-        order = np.random.default_rng([data.seed, epoch]).permutation(pool) if epoch else pool
-        taken = min(int(np.searchsorted(np.cumsum(store.trainable_tokens(order)), left)) + 1, len(order))
-        # Whole units, as long as there are windows: tokens beyond num_tokens are spare ones.
-        taken = min(-(-taken // per_unit) * per_unit, len(order))
-        units += _cut(order[:taken], per_unit)
-        left -= int(store.trainable_tokens(order[:taken]).sum())
-        epoch += 1
-    return units + _cut(reserved, per_unit)
-
-
-def heldout_units(store: TokenStore, config: RunConfig, num_tokens: int) -> list[NDArray[np.int64]]:
-    """Work units of the first held-out windows, in seeded order, that hold `num_tokens` trainable tokens.
-
-    All held-out windows if they hold fewer. Raises DataError if there are none.
-    """
-    windows = _wanted_windows(store, config, "heldout")
-    if not len(windows):
-        raise DataError(
-            f"{store.url} has no held-out windows among {store.info.documents['train']} documents: "
-            f"raise data.heldout_fraction={config.data.heldout_fraction} or give more text in data.name"
-        )
-    windows = windows[np.random.default_rng(config.data.seed).permutation(len(windows))]
-    before = np.cumsum(store.trainable_tokens(windows)) - store.trainable_tokens(windows)
-    return _cut(windows[before < num_tokens], config.windows_per_unit)
-
-
 # Private ------------------------------------------------------------------------------------------------------------
-
-
-def _wanted_windows(store: TokenStore, config: RunConfig, split: str) -> NDArray[np.int64]:
-    everything = np.arange(sum(store.info.windows.values()))
-    heldout = np.zeros(len(everything), dtype=bool)
-    heldout[store.window_ids("heldout")] = True
-    rows, _ = rows_wanted(heldout, store.trainable_tokens(everything), tokens_wanted(config))
-    windows = store.window_ids(split)
-    return windows[windows < rows]
-
-
-def _cut(windows: NDArray[np.int64], per_unit: int) -> list[NDArray[np.int64]]:
-    borders = [*range(0, len(windows), per_unit), len(windows)]
-    return [windows[start:end] for start, end in pairwise(borders)]
 
 
 @lru_cache(maxsize=2)  # asked for every document, and slow for vocabularies with thousands of added tokens
 def _special_ids(tokenizer: Any) -> frozenset[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset({*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)})
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Masks are made from lengths, so any id pads as well as another; the model never attends to it."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(i) for i in candidates if i is not None)
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -1,4 +1,4 @@
-"""The training loop's parts: a shuffle buffer, the Trainer whose step is the whole algorithm, and calibration.
+"""The training loop's parts: the Trainer, whose step is the whole algorithm, and calibration.
 
 No Ray and no I/O. When torch.distributed is set up, every rank makes the same calls with its share of each batch, and
 the result is that of one process with the whole batch.
@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mtc import native
 from mtc.config import RunConfig
+from mtc.distributed import Averaging, all_reduce, world_size
 from mtc.kernels import Objective, Workspace
-from mtc.selection import all_reduce, distributed, kth_largest, world_size
+from mtc.selection import kth_largest
 from mtc.transcoder import Compute, MatryoshkaTranscoder, TrainOutput, TranscoderShape
 
 BACKENDS: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
@@ -85,10 +85,7 @@ class Trainer:
         settings, optimizer = config.transcoder, config.optimizer
         shape = TranscoderShape(d_source, d_target, settings.group_sizes, settings.k, config.input_norm, settings.skip)
         self.transcoder = MatryoshkaTranscoder(shape, settings.seed).to(self.device)
-        self.module: nn.Module = self.transcoder
-        if distributed():
-            # Buffers are reduced here, by meaning; broadcasting rank 0's would lose the other ranks' counts.
-            self.module = DistributedDataParallel(self.transcoder, broadcast_buffers=False)
+        self.averaging = Averaging(self.transcoder, self.device)
         self.optimizer: Any = torch.optim.Adam(
             self.transcoder.parameters(), lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
         )
@@ -120,8 +117,8 @@ class Trainer:
         if self.compute is None:
             self._choose_compute(source, target, objective)
         self._recycle_gradients()
-        output = self.module(source, target, objective, self.compute, self.workspace)
-        output.loss.backward()
+        output = self.averaging.module(source, target, objective, self.compute, self.workspace)
+        self.averaging.backward(output.loss)
 
         norm = nn.utils.get_total_norm([p.grad for p in self.transcoder.parameters() if p.grad is not None])
         # Fused Adam divides gradients by this on the way, so that clipping costs no pass of its own.
@@ -286,70 +283,6 @@ class Calibrator:
         threshold = float(kth_largest(values, self.transcoder.shape.k * int(total) + 1))
         self.transcoder.threshold.fill_(threshold)
         return threshold
-
-
-class ShuffleBuffer:
-    """Mixes the tokens of many windows: rows go in by blocks and come out as random batches, each row once."""
-
-    def __init__(self, capacity: int, seed: int):
-        self.capacity = capacity
-        self.generator = torch.Generator().manual_seed(seed)
-        self.source: Tensor | None = None
-        self.target: Tensor | None = None
-        self.unit: Tensor | None = None
-        self.size = 0
-
-    def add(self, source: Tensor, target: Tensor, unit: int) -> None:
-        """Copy in rows [tokens, d] that belong to work unit `unit`."""
-        need = self.size + len(source)
-        if self.source is None or self.target is None or self.unit is None or need > len(self.source):
-            self._grow(source, target, max(need, self.capacity + len(source)))
-        assert self.source is not None and self.target is not None and self.unit is not None
-        self.source[self.size : need] = source
-        self.target[self.size : need] = target
-        self.unit[self.size : need] = unit
-        self.size = need
-
-    def ready(self, batch: int) -> bool:
-        """Whether enough is mixed for a good batch."""
-        return self.size >= max(batch, self.capacity)
-
-    def take(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Remove and return `batch` random rows; raises ValueError if there are fewer."""
-        if batch > self.size or self.source is None or self.target is None or self.unit is None:
-            raise ValueError(f"{batch} rows were asked of a shuffle buffer that holds {self.size}")
-        index = torch.randperm(self.size, generator=self.generator)[:batch]
-        source, target = self.source[index], self.target[index]
-        left = self.size - batch
-        # Rows from the end fill the holes.
-        keep = torch.ones(self.size, dtype=torch.bool)
-        keep[index] = False
-        holes = index[index < left]
-        movers = keep[left:].nonzero().squeeze(1) + left
-        for column in (self.source, self.target, self.unit):
-            column[holes] = column[movers]
-        self.size = left
-        return source, target
-
-    def units(self) -> set[int]:
-        """Work units that still have rows here."""
-        return set() if self.unit is None else set(self.unit[: self.size].unique().tolist())
-
-    def peek(self) -> tuple[Tensor, Tensor]:
-        """All rows, unmixed and not removed."""
-        assert self.source is not None and self.target is not None
-        return self.source[: self.size], self.target[: self.size]
-
-    def _grow(self, source: Tensor, target: Tensor, rows: int) -> None:
-        def larger(old: Tensor | None, like: Tensor) -> Tensor:
-            new = torch.empty((rows, *like.shape[1:]), dtype=like.dtype)
-            if old is not None:
-                new[: self.size] = old[: self.size]
-            return new
-
-        self.source = larger(self.source, source)
-        self.target = larger(self.target, target)
-        self.unit = larger(self.unit, torch.empty(0, dtype=torch.int64))
 
 
 def choose_bfloat16(precision: str, device: torch.device) -> bool:

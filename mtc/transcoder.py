@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from mtc.distributed import all_gather, all_reduce, distributed
 from mtc.kernels import Objective, Weights, Workspace, dense_loss, sparse_loss
-from mtc.selection import all_gather, all_reduce, distributed
 
 FORMAT_VERSION = 1
 RMS_EPS = 1e-6

@@ -25,7 +25,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from mtc.report import report_names
-from mtc.runs import RunError, open_run
+from mtc.runs import RunError, open_layer_run, open_run
 from serve.encoder import Encoder, TextTooLongError
 from serve.errors import BodyLimit, ServiceError, install_error_handlers
 from serve.media_types import JSON, MARKDOWN, media_type_of, negotiate
@@ -42,7 +42,7 @@ class AppArgs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     run: str = Field(min_length=1)
-    """Directory or URL of a finished run, or `<root>/latest`."""
+    """Directory or URL of a finished run of one layer, or `<root>/latest`."""
     max_input_tokens: int = Field(default=1024, ge=2)
     """Longest text in tokens, BOS included; the model's number of positions is a limit too."""
     num_replicas: int = Field(default=1, ge=1)
@@ -203,7 +203,7 @@ class Ingress:
 
 def build(args: AppArgs) -> ray_serve.Application:
     """The application, for `import_path: serve.app:build`. Raises RunError if the run can't be served."""
-    run = open_run(args.run)
+    run = open_layer_run(args.run)
     device = "cuda" if args.num_gpus_encoder else "cpu"
     encoder = (
         _deployment(Encoder)

@@ -47,7 +47,8 @@ class RunEncoder:
     """
 
     def __init__(self, run: RunDirectory, max_input_tokens: int = 1024, device: str = "cpu"):
-        from mtc.language_model import LanguageModel, load_tokenizer
+        from mtc.language_model import LanguageModel
+        from mtc.model_files import load_tokenizer
         from mtc.tokens import special_ids
 
         config = run.config()
@@ -77,7 +78,7 @@ class RunEncoder:
         return self.encode_windows([Window(ids, top_k, prefix) for ids in self.tokenise(texts)])
 
     def encode_windows(self, windows: list[Window]) -> list[TextResult]:
-        """Encode windows of any lengths in as few padded forwards of at most MAX_BATCH_TOKENS positions as fit."""
+        """Encode windows of any lengths in as few forward passes of at most MAX_BATCH_TOKENS tokens as fit."""
         results: dict[int, TextResult] = {}
         for chunk in _chunks([len(w.token_ids) for w in windows]):
             chosen = [windows[i] for i in chunk]
@@ -85,19 +86,18 @@ class RunEncoder:
         return [results.get(i, TextResult(tokens=[])) for i in range(len(windows))]
 
     def _forward(self, windows: list[Window]) -> list[TextResult]:
+        import numpy as np
         import torch
 
-        lengths = [len(w.token_ids) for w in windows]
-        ids = torch.zeros(len(windows), max(lengths), dtype=torch.int64)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, window in enumerate(windows):
-            ids[row, : lengths[row]] = torch.tensor(window.token_ids)
-            mask[row, : lengths[row]] = True
+        from mtc.work import pack_windows
+
+        packed = pack_windows([np.array(w.token_ids, np.int32) for w in windows], sorted(self._special))
         with torch.inference_mode():
-            source = self._model.capture(ids, mask).source
+            (pair,) = self._model.capture(packed)
+            sources = pair.source.split(list(packed.lengths))
             return [
-                self._text_result(window, self._transcoder.encode(source[row, : lengths[row]], window.prefix))
-                for row, window in enumerate(windows)
+                self._text_result(window, self._transcoder.encode(source, window.prefix))
+                for window, source in zip(windows, sources, strict=True)
             ]
 
     def _text_result(self, window: Window, activations: Tensor) -> TextResult:
@@ -146,15 +146,17 @@ class Encoder:
 
 
 def _chunks(lengths: list[int]) -> list[list[int]]:
-    """Indices of non-empty windows in groups of similar length, each at most MAX_BATCH_TOKENS when padded."""
+    """Indices of non-empty windows, in groups of at most MAX_BATCH_TOKENS tokens, or one window."""
     chunks: list[list[int]] = []
-    longest = 0
-    occupied = [i for i, length in enumerate(lengths) if length]
-    for index in sorted(occupied, key=lambda i: lengths[i], reverse=True):
-        if not chunks or longest * (len(chunks[-1]) + 1) > MAX_BATCH_TOKENS or len(chunks[-1]) == MAX_BATCH_TEXTS:
+    tokens = 0
+    for index, length in enumerate(lengths):
+        if not length:
+            continue
+        if not chunks or tokens + length > MAX_BATCH_TOKENS or len(chunks[-1]) == MAX_BATCH_TEXTS:
             chunks.append([])
-            longest = lengths[index]
+            tokens = 0
         chunks[-1].append(index)
+        tokens += length
     return chunks
 
 

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mtc.config import load_preset
 from mtc.evaluation import evaluate, loss_sums, reconstruction_sums
 from mtc.language_model import LanguageModel
-from mtc.tokens import PaddedWindows
+from mtc.model_files import prepare_model
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from mtc.work import PackedWindows, pack_windows
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +23,14 @@ def transcoder():
     return transcoder
 
 
+LENGTHS = (20, 20, 13, 20, 1, 7)
+BOS = 256
+
+
 @pytest.fixture(scope="module")
-def batch():
-    ids = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(6, 20, dtype=torch.bool)
-    mask[2, 13:] = False
-    trainable = mask.clone()
-    trainable[:, 0] = False
-    return PaddedWindows(ids, mask, trainable)
+def windows() -> PackedWindows:
+    rng = np.random.default_rng(0)
+    return pack_windows([np.r_[BOS, rng.integers(0, 256, n - 1)].astype(np.int32) for n in LENGTHS], [BOS])
 
 
 def test_fvu_and_l0_equal_a_direct_computation_in_any_partition(transcoder):
@@ -49,36 +51,45 @@ def test_fvu_and_l0_equal_a_direct_computation_in_any_partition(transcoder):
     np.testing.assert_allclose(total.target_mean(), y.mean(0), rtol=1e-5)
 
 
-def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, batch):
-    config = load_preset("tiny").model
+@pytest.mark.parametrize("at_once", [1 << 26, 259 * 25])
+def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, windows, at_once, monkeypatch):
+    """Two layers at once, the second one by plain transformers with hooks; also cut into parts of few logits."""
+    monkeypatch.setattr("mtc.evaluation.MAX_LOGITS", at_once)
+    config = load_preset("tiny", {"model": {"layers": [2, 1]}}).model
     model = LanguageModel(config, full=True)
     mean = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    losses = loss_sums(model, transcoder, batch, mean).loss_recovered()
-    hf = model.model
-    layer = hf.model.layers[config.layer]
-    predicted = batch.trainable[:, 1:]
+    other, found = loss_sums(model, [transcoder, transcoder], windows, [mean, mean])
+    losses = found.loss_recovered()
+    hf = AutoModelForCausalLM.from_pretrained(prepare_model(config), dtype=torch.float32).eval()
+    layer = hf.model.layers[1]
 
     def run(change):
-        """Plain transformers, with a hook on the last module of the MLP block."""
+        """One window at a time, with a hook on the last module of the MLP block."""
         seen = {}
+
+        def after(module, args, out):
+            changed = change(seen["source"], out)
+            changed[:, 0] = out[:, 0]  # BOS
+            return changed
+
         hooks = [
             layer.pre_feedforward_layernorm.register_forward_pre_hook(lambda m, a: seen.update(source=a[0])),
-            layer.post_feedforward_layernorm.register_forward_hook(
-                lambda m, a, out: torch.where(batch.trainable[..., None], change(seen["source"], out), out)
-            ),
+            layer.post_feedforward_layernorm.register_forward_hook(after),
         ]
         with torch.no_grad():
-            logits = hf(batch.input_ids, attention_mask=batch.attention_mask.long()).logits
+            logits = [hf(ids[None]).logits[0, :-1] for ids in windows.input_ids.split(LENGTHS)]
         for hook in hooks:
             hook.remove()
-        return torch.log_softmax(logits[:, :-1][predicted].float(), -1)
+        return torch.log_softmax(torch.cat(logits).float(), -1)
+
+    labels = torch.cat([ids[1:] for ids in windows.input_ids.split(LENGTHS)])
 
     def ce(log_p):
-        return torch.nn.functional.nll_loss(log_p, batch.input_ids[:, 1:][predicted]).item()
+        return torch.nn.functional.nll_loss(log_p, labels).item()
 
-    clean, zero = run(lambda s, out: out), run(lambda s, out: torch.zeros_like(out))
-    averaged = run(lambda s, out: mean.expand_as(out))
-    assert losses.tokens == int(predicted.sum())
+    clean, zero = run(lambda s, out: out.clone()), run(lambda s, out: torch.zeros_like(out))
+    averaged = run(lambda s, out: mean.expand_as(out).clone())
+    assert losses.tokens == len(labels)
     assert losses.ce_clean == pytest.approx(ce(clean), rel=1e-5)
     assert losses.ce_zero == pytest.approx(ce(zero), rel=1e-5)
     assert losses.ce_mean == pytest.approx(ce(averaged), rel=1e-5)
@@ -89,16 +100,18 @@ def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, batch):
         assert losses.kl[i] == pytest.approx(kl, rel=1e-3, abs=1e-7)
         expected = (ce(zero) - ce(spliced)) / (ce(zero) - ce(clean))
         assert losses.recovered_zero[i] == pytest.approx(expected, rel=1e-2, abs=1e-3)
+    assert other.loss_recovered().ce_clean == losses.ce_clean
+    assert abs(other.loss_recovered().ce_zero - losses.ce_zero) > 1e-3
 
 
-def test_evaluate_joins_both_and_refuses_nothing(transcoder, batch):
+def test_evaluate_joins_both_and_refuses_nothing(transcoder, windows):
     config = load_preset("tiny")
-    evaluation = evaluate(config, transcoder, [batch], [batch])
-    pair = LanguageModel(config.model).capture(batch.input_ids, batch.attention_mask)
-    x, y = pair.source[batch.trainable], pair.target[batch.trainable]
+    evaluation = evaluate(config, transcoder, [windows], [windows])
+    (pair,) = LanguageModel(config.model).capture(windows)
+    x, y = pair.source[windows.trainable], pair.target[windows.trainable]
     expected = (y - transcoder.reconstruct(x)).square().sum() / (y - y.mean(0)).square().sum()
     assert evaluation.fvu[-1] == pytest.approx(expected.item(), rel=1e-4)
-    assert evaluation.tokens == int(batch.trainable.sum())
+    assert evaluation.tokens == int(windows.trainable.sum())
     assert evaluation.loss is not None
     with pytest.raises(ValueError, match="no held-out windows"):
         evaluate(config, transcoder, [], [])

@@ -6,20 +6,27 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mtc import attention, model_files
 from mtc import language_model as lm
 from mtc.config import ConfigError, ModelConfig
-from mtc.language_model import LanguageModel, ModelError, check_model, load_tokenizer, prepare_model
+from mtc.language_model import LanguageModel
+from mtc.model_files import ModelError, check_model, load_tokenizer, prepare_model
+from mtc.work import PackedWindows, pack_windows
 
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2", "gpt_neox"]
 LAYER = 1
@@ -47,47 +54,119 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> ModelConfig:
 
 
 def make_config(architecture: str, **settings: Any) -> ModelConfig:
-    return ModelConfig(name=f"random:{architecture}", layer=settings.pop("layer", LAYER), dtype="float32", **settings)
+    return ModelConfig(name=f"random:{architecture}", dtype="float32", **({"layer": LAYER} | settings))
 
 
-def batch(rows: int = 3, positions: int = 20) -> tuple[Tensor, Tensor]:
-    ids = torch.randint(0, 256, (rows, positions), generator=torch.Generator().manual_seed(1))
-    ids[:, 0] = 256
-    return ids, torch.ones_like(ids, dtype=torch.bool)
+LENGTHS = (20, 20, 17, 3, 20, 1, 9)
+"""Full windows in a row and alone, near-full and short ones; longer than the sliding window of 8."""
 
 
-def capture(config: ModelConfig, site: str, ids: Tensor, mask: Tensor) -> lm.SitePair:
-    return LanguageModel(config.model_copy(update={"source": site})).capture(ids, mask)
+def windows(lengths: Sequence[int] = LENGTHS) -> PackedWindows:
+    rng = np.random.default_rng(1)
+    return pack_windows([np.r_[256, rng.integers(0, 256, n - 1)].astype(np.int32) for n in lengths], [256])
 
 
-def reference(config: ModelConfig, ids: Tensor, mask: Tensor) -> Any:
-    """The plain transformers model with the output of every layer, no code of ours."""
+def capture(config: ModelConfig, site: str, packed: PackedWindows) -> lm.SitePair:
+    (pair,) = LanguageModel(config.model_copy(update={"source": site})).capture(packed)
+    return pair
+
+
+def reference(config: ModelConfig, packed: PackedWindows) -> tuple[Any, list[Tensor], Tensor]:
+    """The plain transformers model on one window at a time, no code of ours: the output of every layer and logits."""
     model = AutoModelForCausalLM.from_pretrained(prepare_model(config), dtype=torch.float32).eval()
     with torch.no_grad():
-        return model, model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        outputs = [model(ids[None], output_hidden_states=True) for ids in packed.input_ids.split(packed.lengths)]
+    layers = [torch.cat([part[0] for part in parts]) for parts in zip(*(o.hidden_states for o in outputs), strict=True)]
+    return model, layers, torch.cat([o.logits[0] for o in outputs])
 
 
 def test_resid_mid_plus_mlp_out_is_the_layers_output(config: ModelConfig) -> None:
-    ids, mask = batch()
-    pair = capture(config, "resid_mid", ids, mask)
-    _, output = reference(config, ids, mask)
-    resid_post = output.hidden_states[LAYER + 1]
+    packed = windows()
+    pair = capture(config, "resid_mid", packed)
+    _, hidden_states, _ = reference(config, packed)
+    resid_post = hidden_states[LAYER + 1]
     torch.testing.assert_close(pair.source + pair.target, resid_post, rtol=1e-5, atol=1e-5)
-    resid_pre = output.hidden_states[LAYER]
+    resid_pre = hidden_states[LAYER]
     # Otherwise the sum would say nothing about which of the two is which.
     assert pair.target.norm() > 0.1 * resid_post.norm()
     assert (pair.source - resid_pre).norm() > 0.01 * resid_post.norm()
 
 
+def test_several_layers_of_one_pass_equal_each_layer_alone(config: ModelConfig) -> None:
+    packed, only = windows(), torch.tensor([3, 40, 89, 1])
+    layers = [{"layer": 2, "source": "mlp_in"}, {"layer": 0}]
+    several = ModelConfig.model_validate(config.model_dump() | {"layers": layers})
+    pairs = LanguageModel(several).capture(packed, only)
+    for pair, alone in zip(pairs, layers, strict=True):
+        expected = capture(config.model_copy(update=alone), alone.get("source", "resid_mid"), packed)
+        for ours, theirs in zip(pair, expected, strict=True):
+            torch.testing.assert_close(ours, theirs[only], rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_norms_and_mlps_give_the_same() -> None:
+    config, packed = make_config("gemma2"), windows()
+    with pytest.MonkeyPatch.context() as patch:  # traces and runs the graph without generating code
+        compile_ = torch.compile
+        patch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
+        model = LanguageModel(config.model_copy(update={"compile": True}))
+        (pair,) = model.capture(packed)
+    for ours, theirs in zip(pair, capture(config, "resid_mid", packed), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_operations_are_counted_as_torch_counts_them(config: ModelConfig) -> None:
+    packed = windows((20, 20))
+    model = LanguageModel(config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model._base(**model._inputs(packed))
+    # Attention needs half of the pairs of a rectangle; this kernel computes all of them.
+    layers = LAYER + 1
+    pairs = sum(n * n - n * (n + 1) / 2 for n in packed.lengths)
+    full = model.flops(packed.lengths) + layers * 4 * 32 * pairs
+    assert counter.get_total_flops() == pytest.approx(full, rel=0.02)
+
+
+def test_attention_refuses_windows_that_are_not_the_row() -> None:
+    model = LanguageModel(make_config("llama"))
+    inputs = model._inputs(windows())
+    inputs["windows"] = attention.make_rectangles([20, 20])
+    with pytest.raises(ValueError, match="windows of 40 tokens"), torch.no_grad():
+        model._base(**inputs)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("reach", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_equals_a_block_diagonal_mask(
+    softcap: float | None, reach: int | None, heads: tuple[int, int]
+) -> None:
+    lengths = [12, 12, 9, 2, 12, 11, 1]
+    total = sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, h, total, 8, generator=generator) for h in (heads[0], heads[1], heads[1]))
+    got, _ = attention.attend(
+        torch.nn.Identity(), query, key, value, None, scaling=0.3, softcap=softcap, sliding_window=reach,
+        windows=attention.make_rectangles(lengths),
+    )  # fmt: skip
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    distance = torch.arange(total)[:, None] - torch.arange(total)[None, :]
+    visible = (owner[:, None] == owner[None, :]) & (distance >= 0) & (distance < (reach or total))
+    key, value = (part.repeat_interleave(heads[0] // heads[1], 1) for part in (key, value))
+    scores = 0.3 * query @ key.transpose(2, 3)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
+    torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
 def test_mlp_in_is_the_normalised_residual_and_gives_mlp_out(config: ModelConfig) -> None:
-    ids, mask = batch()
-    mlp_in, mlp_out = capture(config, "mlp_in", ids, mask)
-    resid_mid = capture(config, "resid_mid", ids, mask).source
-    model, output = reference(config, ids, mask)
+    packed = windows()
+    mlp_in, mlp_out = capture(config, "mlp_in", packed)
+    resid_mid = capture(config, "resid_mid", packed).source
+    model, hidden_states, _ = reference(config, packed)
     layers = dict(model.named_modules())
     layer = next(m for n, m in layers.items() if n.endswith((f".layers.{LAYER}", f".h.{LAYER}")))
     parallel = getattr(model.config, "use_parallel_residual", False)
-    x = output.hidden_states[LAYER] if parallel else resid_mid
+    x = hidden_states[LAYER] if parallel else resid_mid
     torch.testing.assert_close(mlp_in, norm_by_hand(layer, x, model.config), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         expected = layer.mlp(mlp_in)
@@ -110,9 +189,9 @@ def norm_by_hand(layer: Any, x: Tensor, model_config: Any) -> Tensor:
 @pytest.mark.parametrize("layer", [0, 2])
 def test_truncated_and_full_model_agree(config: ModelConfig, layer: int) -> None:
     config = config.model_copy(update={"layer": layer})
-    ids, mask = batch()
+    packed = windows()
     truncated, full = LanguageModel(config), LanguageModel(config, full=True)
-    for ours, theirs in zip(truncated.capture(ids, mask), full.capture(ids, mask), strict=True):
+    for ours, theirs in zip(truncated.capture(packed)[0], full.capture(packed)[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     names = [name for name, _ in truncated.model.named_parameters()]
     layers = {int(name.split(".")[1]) for name in names if name.split(".")[0] in ("layers", "h")}
@@ -123,57 +202,46 @@ def test_truncated_and_full_model_agree(config: ModelConfig, layer: int) -> None
     assert truncated.dtype == torch.float32
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_real_position(config: ModelConfig, side: str) -> None:
-    ids, mask = batch()
-    expected = capture(config, "resid_mid", ids, mask)
-    width = (5, 0) if side == "left" else (0, 5)
-    padded = torch.nn.functional.pad(ids, width, value=258)
-    padded_mask = torch.nn.functional.pad(mask, width, value=False)
-    pair = capture(config, "resid_mid", padded, padded_mask)
-    for ours, theirs in zip(pair, expected, strict=True):
-        torch.testing.assert_close(ours[padded_mask].view_as(theirs), theirs, rtol=1e-4, atol=1e-5)
-
-
 def test_logits_with_and_without_replacement(config: ModelConfig) -> None:
-    ids, mask = batch()
+    packed = windows()
     model = LanguageModel(config, full=True)
-    _, output = reference(config, ids, mask)
-    torch.testing.assert_close(model.logits(ids, mask), output.logits, rtol=1e-5, atol=1e-5)
+    _, _, logits = reference(config, packed)
+    torch.testing.assert_close(model.logits(packed), logits, rtol=1e-5, atol=1e-5)
+    only = torch.tensor([2, 30])
+    torch.testing.assert_close(model.logits(packed, only=only), logits[only], rtol=1e-5, atol=1e-5)
     seen = {}
 
     def identity(source: Tensor, mlp_out: Tensor) -> Tensor:
         seen["source"] = source
         return mlp_out.clone()
 
-    torch.testing.assert_close(model.logits(ids, mask, identity), output.logits, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(seen["source"], model.capture(ids, mask).source)
-    ablated = model.logits(ids, mask, lambda source, mlp_out: torch.zeros_like(mlp_out))
-    assert (ablated - output.logits).abs().max() > 0.01
+    torch.testing.assert_close(model.logits(packed, identity), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen["source"], model.capture(packed)[0].source)
+    ablated = model.logits(packed, lambda source, mlp_out: torch.zeros_like(mlp_out))
+    assert (ablated - logits).abs().max() > 0.01
     # No hook is left behind.
-    torch.testing.assert_close(model.logits(ids, mask), output.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.logits(packed), logits, rtol=1e-5, atol=1e-5)
 
 
 def test_replacement_is_what_enters_the_residual_stream() -> None:
     """At the last layer the logits follow by hand: head(norm(resid_mid + replacement))."""
-    ids, mask = batch()
-    config = make_config("llama", layer=2)
-    model = LanguageModel(config, full=True)
-    got = model.logits(ids, mask, lambda source, mlp_out: 2 * source)
+    packed = windows()
+    model = LanguageModel(make_config("llama", layers=[0, 2]), full=True)
+    got = model.logits(packed, lambda source, mlp_out: 2 * source, at=1)
     plain: Any = model.model
     with torch.no_grad():
-        expected = plain.lm_head(plain.model.norm(3 * model.capture(ids, mask).source))
+        expected = plain.lm_head(plain.model.norm(3 * model.capture(packed)[1].source))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_captured_tensors_can_train_and_logits_need_the_full_model() -> None:
-    ids, mask = batch()
     model = LanguageModel(make_config("llama"))
-    weight = torch.randn(32, 32, requires_grad=True)
-    (model.capture(ids, mask).source @ weight).sum().backward()
-    assert weight.grad is not None
+    for only in (None, torch.tensor([1, 2])):
+        weight = torch.randn(32, 32, requires_grad=True)
+        (model.capture(windows(), only)[0].source @ weight).sum().backward()
+        assert weight.grad is not None
     with pytest.raises(ValueError, match="full=True"):
-        model.logits(ids, mask)
+        model.logits(windows())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -198,7 +266,7 @@ def test_random_models_are_the_same_everywhere_and_their_tokenizer_reads_bytes(
 def _prepare(cache: str, results: Any) -> None:
     os.environ["MTC_CACHE"] = cache
     config = make_config("gemma2")
-    results.put((prepare_model(config), float(LanguageModel(config).capture(*batch()).target.sum())))
+    results.put((prepare_model(config), float(LanguageModel(config).capture(windows())[0].target.sum())))
 
 
 def test_two_processes_prepare_one_model_at_once(tmp_path: Path) -> None:
@@ -221,7 +289,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lm, "_byte_tokenizer", fail)
+        patch.setattr(model_files, "_byte_tokenizer", fail)
         with pytest.raises(OSError, match="disk full"):
             prepare_model(make_config("llama"))
     assert not [p for p in (tmp_path / "models").iterdir() if p.is_dir()]
@@ -321,7 +389,7 @@ def test_parts_of_a_file_in_dependency_wheels(tmp_path: Path, monkeypatch: pytes
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     config = ModelConfig(name="pip:weights", gguf_file="m.gguf", layer=1)
     assert check_model(config) == ("llama", 5, 48)
-    parts = lm._gguf_parts(config)
+    parts = model_files._gguf_parts(config)
     assert b"".join(p.read_bytes() for p in parts) == whole
     shutil.rmtree(tmp_path / "site" / "weights_part2-1.0.dist-info")
     importlib.invalidate_caches()
@@ -361,7 +429,7 @@ def test_hub_errors_say_what_to_do(error: Exception, words: list[str], monkeypat
     def fail(config: ModelConfig) -> str:
         raise error
 
-    monkeypatch.setattr(lm, "_download_config", fail)
+    monkeypatch.setattr(model_files, "_download_config", fail)
     with pytest.raises(ModelError) as caught:
         check_model(ModelConfig(name="google/gemma-2-2b", revision="v9", layer=17))
     assert all(word in str(caught.value) for word in ["google/gemma-2-2b", *words])

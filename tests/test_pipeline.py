@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
-from mtc.language_model import LanguageModel, load_tokenizer
+from mtc.language_model import LanguageModel
+from mtc.model_files import load_tokenizer
 from mtc.runs import RunError, load_transcoder, open_run
+from mtc.work import pack_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,10 +71,9 @@ def test_encode_equals_an_offline_forward(served):
     config, transcoder = run.config(), load_transcoder(run)
     tokenizer = load_tokenizer(config.model)
     ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
-    mask = torch.ones(1, len(ids), dtype=torch.bool)
-    source = LanguageModel(config.model).capture(torch.tensor([ids]), mask).source[0]
+    (pair,) = LanguageModel(config.model).capture(pack_windows([np.array(ids, np.int32)], []))
     with torch.no_grad():
-        activations = transcoder.encode(source)
+        activations = transcoder.encode(pair.source)
     tokens = answer["results"][0]["tokens"]
     assert [t["token_id"] for t in tokens] == ids
     assert tokens[0]["is_special"]

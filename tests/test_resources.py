@@ -1,16 +1,19 @@
 import pytest
 
-from cluster.resources import Node, make_plan
+from cluster.resources import Node, actors_per_trainer, make_plan
 from mtc.config import ConfigError, load_preset
+
+GEMMA_2B, SMOLLM = 2304, 576  # d_model
 
 
 @pytest.mark.parametrize(
     ("nodes", "trainers", "actors", "device"),
     [
         ([Node(1, 0)], 1, 1, "cpu"),
-        ([Node(2, 0)], 2, 1, "cpu"),
-        ([Node(2, 0)] * 2, 2, 2, "cpu"),
-        ([Node(4, 0)] * 8, 2, 8, "cpu"),
+        ([Node(2, 0)], 1, 1, "cpu"),
+        ([Node(2, 0)] * 2, 1, 2, "cpu"),
+        ([Node(4, 0)] * 8, 1, 8, "cpu"),
+        ([Node(64, 0)], 1, 8, "cpu"),
         ([Node(16, 1)], 1, 1, "cuda"),
         ([Node(64, 8)], 1, 7, "cuda"),
         ([Node(64, 8)] * 4, 4, 28, "cuda"),
@@ -20,24 +23,79 @@ from mtc.config import ConfigError, load_preset
 def test_plans_fit_the_cluster(preset, nodes, trainers, actors, device):
     cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
     plan = make_plan(load_preset(preset), nodes)
-    assert (plan.num_trainers, plan.num_model_actors, plan.device) == (trainers, actors, device)
-    assert plan.num_trainers * plan.trainer_cpus + plan.num_model_actors * plan.actor_cpus <= cpus
-    assert plan.num_trainers * plan.trainer_gpus + plan.num_model_actors * plan.actor_gpus <= gpus
+    assert (plan.num_trainers, plan.max_model_actors, plan.device) == (trainers, actors, device)
+    assert 1 <= plan.num_model_actors <= plan.max_model_actors
+    assert plan.num_trainers * plan.trainer_cpus + plan.max_model_actors * plan.actor_cpus <= cpus
+    assert plan.num_trainers * plan.trainer_gpus + plan.max_model_actors * plan.actor_gpus <= gpus
     assert min(plan.trainer_cpus, plan.actor_cpus) > 0
     assert max(plan.trainer_cpus, plan.actor_cpus) <= max(n.cpus for n in nodes)
     assert plan.actor_threads <= max(n.cpus for n in nodes)
+    assert plan.trainer_threads <= max(n.cpus for n in nodes)
     assert (plan.trainer_gpus > 0) == (plan.actor_gpus > 0) == (gpus > 0)
 
 
+def test_one_gpu_is_shared_and_several_are_not():
+    config = load_preset("gemma-2-2b-layer17")
+    one = make_plan(config, [Node(16, 1)], GEMMA_2B)
+    assert (one.trainer_gpus, one.actor_gpus, one.max_model_actors) == (0.4, 0.6, 1)
+    many = make_plan(config, [Node(64, 8)] * 4, GEMMA_2B)
+    assert (many.trainer_gpus, many.actor_gpus, many.actor_cpus) == (1, 1, 1)
+    assert many.spread, "each trainer beside the model actors that feed it"
+    assert not make_plan(config, [Node(64, 8)], GEMMA_2B).spread
+
+
+def test_the_pool_starts_at_what_the_trainers_keep_up_with_and_may_grow_to_what_fits():
+    reference = load_preset("gemma-2-2b-layer17")
+    # 24 * 2304^2 * 18 operations a token for the model, 10 * 2304 * 4608 for the step, which runs at a third.
+    assert actors_per_trainer(reference, GEMMA_2B) == pytest.approx(24 * 2304 * 18 / (10 * 4608) / 3)
+    plan = make_plan(reference, [Node(64, 8)], GEMMA_2B)
+    assert (plan.num_model_actors, plan.max_model_actors) == (7, 7)
+    cheap = load_preset("gemma-2-2b-layer17", {"model": {"layer": 3}})
+    plan = make_plan(cheap, [Node(64, 8)], GEMMA_2B)
+    assert (plan.num_model_actors, plan.max_model_actors) == (2, 7)
+    every_layer = load_preset("gemma-2-2b-layer17", {"model": {"layers": list(range(26))}})
+    assert make_plan(every_layer, [Node(64, 8)], GEMMA_2B).num_model_actors == 1
+    fixed = load_preset("gemma-2-2b-layer17", {"cluster": {"num_model_actors": 3}})
+    plan = make_plan(fixed, [Node(64, 8)], GEMMA_2B)
+    assert (plan.num_model_actors, plan.max_model_actors) == (3, 3)
+
+
 @pytest.mark.parametrize(
-    ("overrides", "cpus", "gpus", "message"),
+    ("nodes", "lines"),
     [
-        ({"use_gpu": True}, 8, 0, "cluster.use_gpu is true, but the cluster has 0 GPUs"),
-        ({"num_trainers": 4, "num_model_actors": 8}, 64, 4, "need .* 12 GPUs, the cluster has 64 CPUs and 4 GPUs"),
-        ({"num_trainers": 2}, 16, 1, "cluster.num_trainers=2 trainers need a GPU each, the cluster has 1 GPUs"),
-        ({"num_trainers": 8, "num_model_actors": 90}, 2, 0, "cluster.num_model_actors=90 need"),
+        ([Node(2, 0)], ["plan for 1 node with 2 CPUs and 0 GPUs, on cpu", "trainers 1 0.5 0 2 share the node"]),
+        ([Node(16, 1)], ["trainers 1 1 0.4 1 share the GPU", "model actors 1 1 0.6 1 share the GPU"]),
+        (
+            [Node(64, 8)],
+            ["trainers 1 1 1 1 a GPU each", "model actors 7 1 1 1 a GPU each", "left over: 56 CPUs, 0 GPUs"],
+        ),
+        ([Node(64, 8)] * 4, ["plan for 4 nodes with 256 CPUs and 32 GPUs", "trainers 4 1 1 1 one per node"]),
     ],
 )
-def test_impossible_plans_are_refused_with_the_numbers(overrides, cpus, gpus, message):
+def test_a_plan_explains_itself_in_a_table(nodes, lines):
+    text = make_plan(load_preset("gemma-2-2b-layer17"), nodes, GEMMA_2B).describe()
+    flat = " ".join(text.split())
+    assert all(line in flat for line in lines), text
+    header, *rows = text.splitlines()[1:4]
+    for word in ("processes", "CPUs each", "GPUs each", "threads each", "where"):
+        column = header.index(word)
+        assert all(row[column] != " " and row[column - 1] == " " for row in rows), text  # cells stand under their heads
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nodes", "message"),
+    [
+        ({"use_gpu": True}, [Node(8, 0)], "cluster.use_gpu is true, but the cluster has 0 GPUs"),
+        (
+            {"num_trainers": 4, "num_model_actors": 8},
+            [Node(64, 4)],
+            "need .* 12 GPUs, the cluster has 64 CPUs and 4 GPUs",
+        ),
+        ({"num_trainers": 2}, [Node(16, 1)], "cluster.num_trainers=2 trainers need a GPU each, the cluster has 1 GPUs"),
+        ({"num_trainers": 8, "num_model_actors": 90}, [Node(2, 0)], "cluster.num_model_actors=90 need"),
+        ({"num_trainers": 3, "num_model_actors": 1}, [Node(64, 8)], "1024 is not a multiple of .*num_trainers=3"),
+    ],
+)
+def test_impossible_plans_are_refused_with_the_numbers(overrides, nodes, message):
     with pytest.raises(ConfigError, match=message):
-        make_plan(load_preset("gemma-2-2b-layer17", {"cluster": overrides}), [Node(cpus, gpus)])
+        make_plan(load_preset("gemma-2-2b-layer17", {"cluster": overrides}), nodes)

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
 from mtc.config import RunConfig, load_preset, to_yaml
-from mtc.language_model import LanguageModel, load_tokenizer
+from mtc.language_model import LanguageModel
+from mtc.model_files import load_tokenizer
 from mtc.runs import RunDirectory, RunError
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from mtc.work import pack_windows
 
 TEXTS = ["a", "Hello, world", "<bos> is spelled out", "naïve – ünïcode", "x" * 200, "two\nlines"]
 
@@ -74,15 +77,15 @@ def offline(run: RunDirectory, config: RunConfig) -> Any:
 
     def encode(text: str, top_k: int, prefix: int | None = None) -> list[tuple[int, dict[int, float]]]:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = torch.tensor([[tokenizer.bos_token_id, *ids]])
+        ids = [tokenizer.bos_token_id, *ids]
         with torch.no_grad():
-            source = model.capture(ids, torch.ones_like(ids, dtype=torch.bool)).source[0]
-            activations = transcoder.encode(source, prefix)
+            (pair,) = model.capture(pack_windows([np.array(ids, np.int32)], []))
+            activations = transcoder.encode(pair.source, prefix)
         answer = []
         for position, row in enumerate(activations):
             top = row.topk(min(top_k, len(row)))
             active = {int(i): float(v) for i, v in zip(top.indices, top.values, strict=True) if v > 0}
-            answer.append((int(ids[0, position]), {} if position == 0 else active))
+            answer.append((ids[position], {} if position == 0 else active))
         return answer
 
     return encode

@@ -18,23 +18,20 @@ from cluster import tokens as job
 from mtc.config import RunConfig, load_preset
 from mtc.tokens import (
     DataError,
-    StoreInfo,
     TokenStore,
     TokenStoreWriter,
     Window,
     document_id,
     document_split,
     find_store,
-    heldout_units,
     make_windows,
-    pad_windows,
     rows_wanted,
     special_ids,
     store_fingerprint,
     tokens_wanted,
     windows_table,
-    work_units,
 )
+from mtc.work import heldout_units, pack_windows, work_units
 
 CONTEXT = 16
 
@@ -238,17 +235,26 @@ def test_fingerprint_follows_whatever_changes_a_window(tmp_path: Path) -> None:
     assert len({first, *others}) == 1 + len(others)
 
 
-def test_pad_windows() -> None:
-    info = StoreInfo(
-        format_version=1, fingerprint="f", settings={}, special_ids=[0, 1], pad_id=0, context_length=4,
-        windows={}, tokens={}, documents={}, shards=[], exhausted=True,
-    )  # fmt: skip
-    batch = pad_windows([np.array([1, 7, 8, 9], np.int32), np.array([1, 7], np.int32)], info)
-    assert batch.input_ids.tolist() == [[1, 7, 8, 9], [1, 7, 0, 0]]
-    assert batch.attention_mask.tolist() == [[True] * 4, [True, True, False, False]]
-    assert batch.trainable.tolist() == [[False, True, True, True], [False, True, False, False]]
-    assert batch.input_ids.dtype.itemsize == 8
-    assert pad_windows([], info).input_ids.shape == (0, 0)
+def test_pack_windows() -> None:
+    packed = pack_windows([np.array([1, 7, 8, 9], np.int32), np.array([1, 7], np.int32)], [0, 1])
+    assert packed.input_ids.tolist() == [1, 7, 8, 9, 1, 7]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
+    assert packed.trainable.tolist() == [False, True, True, True, False, True]
+    assert packed.lengths == (4, 2)
+    assert packed.input_ids.dtype.itemsize == packed.position_ids.dtype.itemsize == 8
+    assert len(pack_windows([], [0]).input_ids) == 0
+
+
+def test_ids_of_a_store_are_mapped_from_one_copy_that_all_readers_share(store: TokenStore) -> None:
+    rows = np.array([5, 0, 3])
+    ids = TokenStore.open(store.url).input_ids(rows)
+    table = pa.concat_tables([pq.read_table(Path(store.url, shard.name)) for shard in store.info.shards])
+    assert [part.tolist() for part in ids] == [table["input_ids"][int(i)].as_py() for i in rows]
+    assert isinstance(ids[0].base, np.memmap) or isinstance(ids[0], np.memmap)
+    assert not ids[0].flags.writeable
+    again = TokenStore.open(store.url).input_ids(rows)
+    assert ids[0].base.filename == again[0].base.filename if hasattr(ids[0].base, "filename") else True
+    assert store.positions(rows).tolist() == [len(part) for part in ids]
 
 
 # Work units ---------------------------------------------------------------------------------------------------------
@@ -258,7 +264,9 @@ def test_pad_windows() -> None:
 def test_work_units_hold_training_then_fresh_calibration_tokens(store: TokenStore, num_tokens: int) -> None:
     config = make_config(data={"num_tokens": num_tokens})
     units = work_units(store, config, num_trainers=2)
-    assert all(len(unit) <= config.windows_per_unit for unit in units)
+    assert all(store.positions(unit).sum() <= config.data.unit_tokens for unit in units)
+    # A unit is as full as whole windows let it be.
+    assert sum(store.positions(unit).sum() > config.data.unit_tokens - CONTEXT for unit in units) >= len(units) - 2
     flat = np.concatenate(units)
     assert len(np.unique(flat)) == len(flat)
     assert set(flat) <= set(store.window_ids("train"))
@@ -428,7 +436,7 @@ def test_hub_datasets_are_read_by_shards(tmp_path: Path) -> None:
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
     """The job asks for the model's tokenizer once, in the driver."""
     tokenizer = byte_tokenizer()
-    monkeypatch.setattr("mtc.language_model.load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr("mtc.model_files.load_tokenizer", lambda model: tokenizer)
     return tokenizer
 
 

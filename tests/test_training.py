@@ -9,7 +9,8 @@ import torch
 
 from mtc import native, training
 from mtc.config import load_preset
-from mtc.training import Calibrator, ShuffleBuffer, Trainer
+from mtc.shuffle import ShuffleBuffer, Unit
+from mtc.training import Calibrator, Trainer
 from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape
 
 D = 12
@@ -279,7 +280,7 @@ def test_shuffle_buffer_gives_each_row_once_with_its_target_and_knows_its_units(
     units_after = {}
     for unit in range(8):
         rows = torch.arange(unit * 20, unit * 20 + 20.0).unsqueeze(1)
-        buffer.add(rows, -rows, unit)
+        buffer.add(Unit(unit, (rows, -rows)))
         while buffer.ready(15):
             source, target = buffer.take(15)
             assert torch.equal(source, -target)
@@ -301,7 +302,7 @@ def test_mtc_trains_without_ray():
     code = """
 import sys
 sys.modules["ray"] = None
-import torch, mtc.evaluation, mtc.examples, mtc.language_model, mtc.tokens, mtc.runs
+import torch, mtc.evaluation, mtc.examples, mtc.language_model, mtc.runs, mtc.shuffle, mtc.timing, mtc.tokens, mtc.work
 from mtc.config import load_preset
 from mtc.training import Trainer
 trainer = Trainer(load_preset("tiny"), 8, 8)

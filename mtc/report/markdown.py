@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from mtc.report import report_names
 from mtc.report.format import NOT_MEASURED, context, escape, number, numbers, percent, table, token
 from mtc.report.schema import Analysis, Distribution, Feature
+from mtc.timing import StreamTiming
 
 CONTEXTS = 3
 
@@ -23,6 +24,7 @@ def render_markdown(analysis: Analysis, examples: pa.Table) -> str:
         _summary(analysis),
         f"![Overview of the run]({overview})",
         _configuration(analysis),
+        timing_section(analysis.facts.timing),
         _weights(analysis),
         _top_features(analysis),
         f"![Strongest activation against number of samples]({scatter})",
@@ -94,6 +96,7 @@ def _configuration(analysis: Analysis) -> str:
     rows = [
         ("Language model", escape(c.model.name)),
         ("Layer", number(c.model.layer)),
+        ("Layers trained from the same passes", numbers(f.other_layers) if f.other_layers else "none"),
         (
             "Sites",
             f"{escape(c.model.source)} ({number(t.d_source)}) to {escape(c.model.target)} ({number(t.d_target)})",
@@ -133,6 +136,51 @@ def _configuration(analysis: Analysis) -> str:
         ("Configuration fingerprint", t.fingerprint),
     ]
     return f"## 2. Training configuration\n\n{table(['Setting', 'Value'], rows)}"
+
+
+def timing_section(timing: StreamTiming | None) -> str:
+    """What waited on what, as tables."""
+    title = "### What waited on what"
+    if timing is None:
+        return f"{title}\n\nThe time of training was {NOT_MEASURED}."
+    t, actors = timing, timing.wall_seconds * timing.model_actors
+    parts = {
+        "waiting": "waiting for activations",
+        "transport": "transport: into the shuffle buffer, and batches out of it",
+        "step": "train step",
+        "all_reduce": "all-reduce: ranks waiting for each other",
+        "checkpoint": "checkpoints",
+        "other": "other",
+    }
+    trainer_rows = [
+        [text, number(t.trainer_seconds[part]), percent(t.trainer_seconds[part] / t.wall_seconds)]
+        for part, text in parts.items()
+    ]
+    actor_rows = [
+        ["model forward", number(t.forward_seconds), percent(t.forward_seconds / actors)],
+        ["sending: off the device, into shared memory", number(t.sending_seconds), percent(t.sending_seconds / actors)],
+        ["idle: waiting for the trainers or the scheduler", number(t.idle_seconds), percent(t.idle_seconds / actors)],
+    ]
+    rates = [
+        ["Tokens per second, end to end", number(t.tokens_per_second)],
+        ["Wall time (s), from the first activations to the last batch", number(t.wall_seconds)],
+        ["Start-up before that (s)", number(t.startup_seconds)],
+        ["Tokens, trained and for calibration", number(t.tokens)],
+        ["MFU of the forward passes while they ran", percent(t.forward_mfu)],
+        ["MFU over the wall time", percent(t.mfu)],
+        ["Matrix product rate measured on a model actor (GFLOP/s)", number(t.device_flops / 1e9)],
+    ]
+    return "\n\n".join(
+        [
+            title,
+            "Since the run's last start. A trainer's parts exclude each other and add up to the wall time; model "
+            "actors worked beside them. MFU: operations of the language model's matrix products per second, over "
+            "the rate of a large one measured on the same device.",
+            table(["Rate", "Value"], rates),
+            table([f"Trainers (mean of {number(t.trainers)})", "Seconds", "Share"], trainer_rows),
+            table([f"Model actors (sum of {number(t.model_actors)})", "Seconds", "Share of their time"], actor_rows),
+        ]
+    )
 
 
 def _counts(counts: dict[str, int]) -> str:

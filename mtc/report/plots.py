@@ -26,7 +26,7 @@ _BINS = 40
 
 def overview(analysis: Analysis, history: list[dict[str, Any]]) -> bytes:
     """Quality, training and features in a grid of 2 x 3, 1680 x 1008 pixels."""
-    figure = Figure(figsize=(14, 8.4), dpi=DPI, layout=_layout())
+    figure = Figure(figsize=(14, 8.4), dpi=DPI, layout=layout())
     axes = figure.subplots(2, 3)
     model = analysis.config.model
     title = f"{model.name}, layer {model.layer}: {number(analysis.summary.total_features)} features, "
@@ -48,12 +48,12 @@ def overview(analysis: Analysis, history: list[dict[str, Any]]) -> bytes:
     limit = number(analysis.config.analysis.max_per_feature)
     _histogram(axes[1, 2], samples, groups, n, f"Samples of each feature that fired (at most {limit})")
     axes[1, 2].set_xlabel("samples")
-    return _png(figure)
+    return png(figure)
 
 
 def activation_vs_samples(analysis: Analysis) -> bytes:
     """Strongest activation against number of samples, a dot per feature that fired, 1400 x 960 pixels."""
-    figure = Figure(figsize=(1400 / DPI, 8), dpi=DPI, layout=_layout())
+    figure = Figure(figsize=(1400 / DPI, 8), dpi=DPI, layout=layout())
     axes = figure.subplots()
     fired = [f for f in analysis.features if f.count]
     colours = _colours(len(analysis.weights.groups))
@@ -82,7 +82,7 @@ def activation_vs_samples(analysis: Analysis) -> bytes:
         f"{number(s.silent_features)} silent features. Dead by the training counter: {number(s.dead_features)}.",
         fontsize=10, color=_GREY,
     )  # fmt: skip
-    return _png(figure)
+    return png(figure)
 
 
 def _prefix_fvu(axes: Axes, analysis: Analysis) -> None:
@@ -185,11 +185,11 @@ def _short(value: float, position: object = None) -> str:
     return f"{value:g}"
 
 
-def _layout() -> ConstrainedLayoutEngine:
+def layout() -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()

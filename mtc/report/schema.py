@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from mtc.config import RunConfig
 from mtc.evaluation import Evaluation, LossRecovered
+from mtc.timing import StreamTiming
 
 FORMAT_VERSION = 1
 
@@ -75,6 +76,10 @@ class RunFacts(_Part):
     """Processes that held the language model."""
     seconds: dict[str, float] = {}
     """Wall time per stage (tokenise, train, analyse), seconds."""
+    timing: Annotated[StreamTiming | None, _AsDict] = None
+    """What waited on what during training, since the run's last start; None if it was not measured."""
+    other_layers: tuple[int, ...] = ()
+    """Layers whose transcoders were trained from the same forward passes."""
     versions: dict[str, str] = {}
     """Versions of the packages that matter."""
     files: tuple[str, ...] = tuple(RUN_FILES)

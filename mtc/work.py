@@ -1,0 +1,128 @@
+"""The work of a run: which windows of the token store are trained on, in which order and in which units.
+
+A work unit is a list of windows: what one forward pass of the language model takes, one message carries and the ledger
+of finished work counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtc.config import RunConfig
+from mtc.tokens import DataError, TokenStore, rows_wanted, tokens_wanted
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PackedWindows(NamedTuple):
+    """Windows of any lengths as one row of tokens, without padding."""
+
+    input_ids: torch.Tensor
+    """[tokens] int64, one window after another."""
+    position_ids: torch.Tensor
+    """[tokens] int64, from 0 in each window."""
+    trainable: torch.Tensor
+    """[tokens] bool: neither BOS nor another special token."""
+    lengths: tuple[int, ...]
+    """Tokens of each window."""
+
+
+def pack_windows(windows: Sequence[NDArray[np.int32]], special: Sequence[int]) -> PackedWindows:
+    """Lay windows one after another; tokens among the `special` ids are not trainable."""
+    import torch  # here, because the processes that read and tokenise text do not need it
+
+    lengths = np.array([len(window) for window in windows], dtype=np.int64)
+    ids = np.concatenate([*windows, np.empty(0, np.int32)]).astype(np.int64)
+    positions = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    trainable = ~np.isin(ids, special)
+    return PackedWindows(
+        torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(trainable), tuple(lengths.tolist())
+    )
+
+
+def work_units(store: TokenStore, config: RunConfig, num_trainers: int) -> list[NDArray[np.int64]]:
+    """The training run as a list of work units, each an int64 array of the ids of as many windows as fit into
+    `data.unit_tokens` positions.
+
+    First come units that hold `data.num_tokens` trainable tokens or a little more, from one permutation of the
+    windows per epoch. Then come reserved windows, which no epoch trains on: `transcoder.calibration_tokens` of them
+    and, if the text allows, spare ones (2 units per trainer and 2 % of the run), because trainers get units of
+    unequal length and the last few may be dropped. The order depends on `data.seed`, with several epochs also on
+    num_trainers. Only the part of the text that this configuration wants is used, so that a run does not change when a
+    larger store is found in the cache.
+
+    Raises DataError if the text is too short.
+    """
+    data, calibration = config.data, config.transcoder.calibration_tokens
+    windows = _wanted_windows(store, config, "train")
+    windows = windows[np.random.default_rng(data.seed).permutation(len(windows))]
+    total = np.concatenate([[0], np.cumsum(store.trainable_tokens(windows))])  # total[n]: tokens of the first n windows
+    least = -(-data.num_tokens // data.max_epochs)
+    smallest_pool = int(np.searchsorted(total, least))
+    border = int(np.searchsorted(total, total[-1] - calibration, side="right")) - 1  # the rest has the calibration
+    if smallest_pool > border:
+        trained = max(int(total[max(border, 0)]), 0)
+        repeats = f"raise data.max_epochs to {-(-data.num_tokens // trained)}, " if trained else ""
+        raise DataError(
+            f"data.num_tokens={data.num_tokens} and transcoder.calibration_tokens={calibration} with "
+            f"data.max_epochs={data.max_epochs} need {least + calibration} tokens of training text, but {store.url} "
+            f"has {total[-1]} in {len(windows)} windows: "
+            f"lower data.num_tokens, {repeats}or give a longer text in data.name"
+        )
+    spare = 2 * num_trainers * data.unit_tokens + data.num_tokens // 50
+    without_spare = int(np.searchsorted(total, total[border] - spare, side="right")) - 1
+    pool, reserved = np.split(windows, [max(smallest_pool, without_spare)])
+    units: list[NDArray[np.int64]] = []
+    left, epoch = data.num_tokens, 0
+    while left > 0:
+        order = np.random.default_rng([data.seed, epoch]).permutation(pool) if epoch else pool
+        # Whole units, as long as there are windows: tokens beyond num_tokens are spare ones.
+        for unit in _cut(store, order, data.unit_tokens):
+            units.append(unit)
+            left -= int(store.trainable_tokens(unit).sum())
+            if left <= 0:
+                break
+        epoch += 1
+    return units + _cut(store, reserved, data.unit_tokens)
+
+
+def heldout_units(store: TokenStore, config: RunConfig, num_tokens: int) -> list[NDArray[np.int64]]:
+    """Work units of the first held-out windows, in seeded order, that hold `num_tokens` trainable tokens.
+
+    All held-out windows if they hold fewer. Raises DataError if there are none.
+    """
+    windows = _wanted_windows(store, config, "heldout")
+    if not len(windows):
+        raise DataError(
+            f"{store.url} has no held-out windows among {store.info.documents['train']} documents: "
+            f"raise data.heldout_fraction={config.data.heldout_fraction} or give more text in data.name"
+        )
+    windows = windows[np.random.default_rng(config.data.seed).permutation(len(windows))]
+    before = np.cumsum(store.trainable_tokens(windows)) - store.trainable_tokens(windows)
+    return _cut(store, windows[before < num_tokens], config.data.unit_tokens)
+
+
+def _wanted_windows(store: TokenStore, config: RunConfig, split: str) -> NDArray[np.int64]:
+    everything = np.arange(sum(store.info.windows.values()))
+    heldout = np.zeros(len(everything), dtype=bool)
+    heldout[store.window_ids("heldout")] = True
+    rows, _ = rows_wanted(heldout, store.trainable_tokens(everything), tokens_wanted(config))
+    windows = store.window_ids(split)
+    return windows[windows < rows]
+
+
+def _cut(store: TokenStore, windows: NDArray[np.int64], unit_tokens: int) -> list[NDArray[np.int64]]:
+    """Units of as many windows as fit into `unit_tokens` positions, at least one."""
+    ends = np.cumsum(store.positions(windows))
+    borders = [0]
+    while borders[-1] < len(windows):
+        start = borders[-1]
+        before = int(ends[start - 1]) if start else 0
+        borders.append(max(start + 1, int(np.searchsorted(ends, before + unit_tokens, side="right"))))
+    return [windows[start:end] for start, end in pairwise(borders)]
