@@ -36,6 +36,7 @@ peers: $(PEERS_INSTALLED)
 bench: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python -m benchmarks.train_step --peers
 	$(BIN)/python -m benchmarks.quality --peers
+	$(BIN)/python -m benchmarks.stream
 
 # dictionary-learning pins an old nnsight, which would replace torch; its trainers run without.
 $(PEERS_INSTALLED): benchmarks/peers-requirements.txt

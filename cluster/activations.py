@@ -31,7 +31,8 @@ UNIT_TYPE = pa.list_(pa.int64())
 TASKS_WANTED = 4096
 """Beyond so many tasks in a run, several units share one: each costs the scheduler about a millisecond."""
 MOST_UNITS_PER_TASK = 16
-GPU_UNITS_PER_TASK = 4  # so that one unit is sent while the next is computed
+GPU_UNITS_PER_TASK = 2  # so that one unit is sent while the next is computed
+IN_FLIGHT = 4  # tasks per actor: Ray Data looks for finished ones only about ten times a second
 
 
 def activation_dataset(
@@ -62,7 +63,7 @@ def map_on_model_actors(blocks: list[pa.Table], actor: type, plan: Plan, **argum
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
-            min_size=plan.num_model_actors, max_size=plan.max_model_actors, max_tasks_in_flight_per_actor=4
+            min_size=plan.num_model_actors, max_size=plan.max_model_actors, max_tasks_in_flight_per_actor=IN_FLIGHT
         ),
         num_cpus=plan.actor_cpus,
         num_gpus=plan.actor_gpus or None,
@@ -103,7 +104,9 @@ class CaptureActor:
         """Units whose forward pass is started before an earlier one is sent."""
         self.stream = torch.cuda.Stream(self.model.device) if on_gpu else None
         self.idle, self.sending = 0.0, 0.0
-        self.done_at = time.perf_counter()
+        if self.model.compiled:  # before the account of time begins
+            self._start(0, self.store.window_ids("train")[:1].tolist())
+        self.done_at = self.sent_at = time.perf_counter()
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         start = time.perf_counter()
@@ -134,14 +137,14 @@ class CaptureActor:
             pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
             columns = [column.to(torch.bfloat16) for pair in pairs for column in pair]
         flops = self.model.flops(windows.lengths)
-        return _Pending(number, self._to_host(columns), watch, sum(windows.lengths), flops)
+        return _Pending(number, *self._to_host(columns), watch, sum(windows.lengths), flops)
 
-    def _to_host(self, columns: list[torch.Tensor]) -> list[torch.Tensor]:
-        """From a GPU into pinned memory, on a stream of its own."""
+    def _to_host(self, columns: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+        """From a GPU into pinned memory, on a stream of its own, and the event at which they are there."""
         import torch
 
         if self.stream is None:
-            return columns
+            return columns, None
         self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
         copies = []
         with torch.cuda.stream(self.stream):
@@ -149,11 +152,13 @@ class CaptureActor:
                 copy = torch.empty(column.shape, dtype=column.dtype, pin_memory=True)
                 copies.append(copy.copy_(column, non_blocking=True))
                 column.record_stream(self.stream)
-        return copies
+            copied = torch.cuda.Event()
+            copied.record(self.stream)
+        return copies, copied
 
     def _send(self, pending: _Pending) -> Iterator[pa.Table]:
-        if self.stream is not None:
-            self.stream.synchronize()
+        if pending.copied is not None:
+            pending.copied.synchronize()  # not the stream: the next unit is on it too
         start = time.perf_counter()
         columns = {
             "unit": pa.array([pending.number], pa.int64()),
@@ -162,11 +167,12 @@ class CaptureActor:
             "forward": pa.array([pending.watch.seconds()], pa.float64()),
             "sending": pa.array([self.sending], pa.float64()),
             "idle": pa.array([self.idle], pa.float64()),
+            "elapsed": pa.array([start - self.sent_at], pa.float64()),
             "positions": pa.array([pending.positions], pa.int64()),
             "flops": pa.array([pending.flops], pa.float64()),
             "device_flops": pa.array([self.device_flops], pa.float64()),
         }
-        self.idle, self.sending = 0.0, 0.0
+        self.idle, self.sending, self.sent_at = 0.0, 0.0, start
         for i, column in enumerate(pending.columns):
             columns[f"activations_{i}"] = to_binary(column)
         yield pa.table(columns)
@@ -180,6 +186,8 @@ class _Pending(NamedTuple):
     """Which unit."""
     columns: list[torch.Tensor]
     """Source and target of each layer, [tokens, d] bfloat16, on the host once the copy is over."""
+    copied: torch.cuda.Event | None
+    """When that is; None on a CPU."""
     watch: Stopwatch
     """Of the forward pass."""
     positions: int
@@ -191,33 +199,29 @@ class _Pending(NamedTuple):
 class ActorCosts:
     """What the units that a trainer received have cost the model actors."""
 
-    FIELDS = ("forward", "sending", "idle", "positions", "flops")
+    FIELDS = ("forward", "sending", "idle", "elapsed", "positions", "flops")
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
         self.sums = dict.fromkeys(self.FIELDS, 0.0)
-        self.actors: set[str] = set()
         self.device_flops = 0.0
 
-    def add(self, table: pa.Table) -> None:
+    def add(self, unit: Unit) -> None:
         for name in self.FIELDS:
-            self.sums[name] += table[name][0].as_py()
-        self.actors.add(table["actor"][0].as_py())
-        self.device_flops = max(self.device_flops, table["device_flops"][0].as_py())
+            self.sums[name] += unit.costs[name]
+        self.device_flops = max(self.device_flops, unit.costs["device_flops"])
 
 
-def iterate_units(shard: Any, costs: ActorCosts) -> Iterator[Unit]:
+def iterate_units(shard: Any) -> Iterator[Unit]:
     """The units of a shard of the Dataset, their columns bfloat16 views of shared memory, [tokens, d]."""
     from mtc.shuffle import Unit
 
     for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        costs.add(table)
         tokens = table["tokens"][0].as_py()
         names = [name for name in table.column_names if name.startswith("activations_")]
+        costs = {name: table[name][0].as_py() for name in (*ActorCosts.FIELDS, "device_flops", "actor")}
         if tokens:
-            yield Unit(table["unit"][0].as_py(), tuple(from_binary(table[name][0], tokens) for name in names))
+            columns = tuple(from_binary(table[name], tokens) for name in names)
+            yield Unit(table["unit"][0].as_py(), columns, costs)
 
 
 def to_binary(activations: torch.Tensor) -> pa.Array:
@@ -230,13 +234,18 @@ def to_binary(activations: torch.Tensor) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(bits)])
 
 
-def from_binary(value: pa.Scalar, tokens: int) -> torch.Tensor:
-    """The inverse of `to_binary`, a view too; not to be written."""
+def from_binary(column: pa.ChunkedArray, tokens: int) -> torch.Tensor:
+    """The inverse of `to_binary` for a column of one value: a view of its memory, not to be written."""
     import warnings
 
+    import numpy as np
     import torch
 
+    (chunk,) = column.chunks
+    _, offsets, data = chunk.buffers()  # a scalar of the column would be a copy
+    start, end = np.frombuffer(offsets, np.int64, 2, 8 * chunk.offset).tolist()
     with warnings.catch_warnings():
         # The buffer lies in read-only shared memory; it is copied into the shuffle buffer and never written.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(value.as_buffer(), dtype=torch.bfloat16).view(tokens, -1)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        bits = torch.from_numpy(np.frombuffer(data, np.int16, (end - start) // 2, start))
+    return bits.view(torch.bfloat16).view(tokens, -1)

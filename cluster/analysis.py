@@ -132,16 +132,10 @@ class FeatureActor(_HeldOutActor):
             ids = np.asarray(unit)
             windows = pack_windows(self.store.input_ids(ids), self.store.info.special_ids)
             pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
-            lengths = np.array(windows.lengths)
-            real = np.arange(lengths.max())[None, :] < lengths[:, None]  # [windows, longest]
-            input_ids, counted = np.zeros(real.shape, np.int64), real.copy()
-            input_ids[real], counted[real] = windows.input_ids.numpy(), windows.trainable.numpy()
             for at, (transcoder, pair) in enumerate(zip(self.transcoders, pairs, strict=True)):
                 part, sparse = reconstruction_sums(transcoder, *pair)
                 sums[at] = sums[at] + part if at in sums else part
-                activations = np.zeros((*real.shape, sparse.shape[-1]), np.float32)
-                activations[counted] = sparse.cpu().numpy()
-                collectors[at].add(ids, input_ids, counted, activations)
+                collectors[at].add_packed(ids, windows, sparse.cpu().numpy())
         dtype = str(self.model.dtype).removeprefix("torch.")
         for at, collector in enumerate(collectors):
             examples = pa.array([collector.to_bytes()], pa.large_binary())

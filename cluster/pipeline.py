@@ -110,7 +110,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
         with ProgressReader(log, histories, config.total_steps) as progress:
             trained = train(config, plan, run, store_url, d_model, log)
     say(f"trained {trained.layers[0].tokens:,} tokens in {trained.layers[0].steps:,} steps; " + _thresholds(trained))
-    say(balance(trained.timing, plan))
+    say(balance(trained.timing))
 
     with _timed(seconds, "analyse"):
         results = analyse_heldout(config, plan, run, store_url)
@@ -234,7 +234,7 @@ def _facts(
         compute=trained.compute,
         devices=(plan.device,),
         num_trainers=plan.num_trainers,
-        num_model_actors=max(plan.num_model_actors, timing.model_actors),
+        num_model_actors=plan.num_model_actors,
         seconds=seconds,
         timing=timing,
         other_layers=tuple(s.layer for s in config.model.sites if s.layer != trained.layer),

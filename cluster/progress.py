@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cluster.resources import Plan
 from mtc.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -122,20 +121,21 @@ class ProgressReader:
         self.stream.flush()
 
 
-def balance(timing: StreamTiming, plan: Plan) -> str:
-    """What limited the run, from what was measured, and what would change it."""
+def balance(timing: StreamTiming) -> str:
+    """What limited the run, from what was measured."""
     t = timing
-    line = (
-        f"stream: {t.tokens_per_second:,.0f} tok/s; trainers waited {t.waiting_share:.0%} of {t.wall_seconds:.0f} s, "
-        f"model actors computed {t.forward_share:.0%}"
-    )
-    if t.waiting_share > WAITING and plan.device == "cuda":
-        return f"{line}; the language model is the limit: more GPUs, or fewer trainers, would be faster"
-    if t.waiting_share > WAITING:
+    line = f"stream: {t.tokens_per_second:,.0f} tok/s; trainers waited {t.waiting_share:.0%} of {t.wall_seconds:.0f} s"
+    if t.forward_share is None:
+        return line
+    line += f", model actors computed {t.forward_share:.0%}"
+    if t.waiting_share <= WAITING:
+        part = max((p for p in t.trainer_seconds if p != "waiting"), key=lambda p: t.trainer_seconds[p])
+        share = t.trainer_seconds[part] / t.wall_seconds
+        busy = "both sides are busy" if t.forward_share > 1 - WAITING else "the trainers are the limit"
+        return f"{line}; {busy} (largest part of their time: {part.replace('_', '-')}, {share:.0%})"
+    if t.forward_share > 0.5:
         return f"{line}; the language model is the limit"
-    if t.forward_share < 1 - WAITING:
-        return f"{line}; the trainers are the limit: larger optimizer.batch_tokens or more cluster.num_trainers"
-    return f"{line}; both sides are busy"
+    return f"{line}; neither side is busy, what lies between them is the limit (larger data.unit_tokens may help)"
 
 
 def progress_line(rows: Sequence[dict[str, Any]], total_steps: int) -> str:

@@ -63,8 +63,9 @@ class Plan(NamedTuple):
 
     @property
     def spread(self) -> bool:
-        """Whether trainers go to different nodes, each beside the model actors that feed it."""
-        return 1 < self.num_trainers <= len(self.nodes)
+        """Whether trainers go to different nodes, which spreads their traffic and their memory."""
+        usable = [node for node in self.nodes if node.gpus or self.device == "cpu"]
+        return 1 < self.num_trainers <= len(usable)
 
     def describe(self) -> str:
         """The plan as a table."""

@@ -14,26 +14,27 @@ import os
 import queue
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.activations import ActorCosts, activation_dataset, configure_data_context, iterate_units
+from cluster.activations import activation_dataset, configure_data_context, iterate_units
+from cluster.batches import Batches, Journal, Ledger, read_ledger, stream_timing
 from cluster.resources import WORKER_ENVIRONMENT, Plan
-from mtc.config import RunConfig
+from mtc.config import ConfigError, RunConfig
 from mtc.runs import RunDirectory
 
 if TYPE_CHECKING:
     import ray.data
     import ray.train
-    import torch
 
-    from mtc.shuffle import ShuffleBuffer, Unit
-    from mtc.timing import Clock, StreamTiming
-    from mtc.training import StepResult, Trainer
+    from mtc.shuffle import ShuffleBuffer
+    from mtc.timing import StreamTiming
+    from mtc.training import Trainer
 
 logger = logging.getLogger(__name__)
 
+FORMAT_VERSION = 2
+FORMAT_FILE = "format.json"
 INITIAL_ROWS = 16_384  # tokens per rank from which scales and biases are set
 
 
@@ -75,8 +76,10 @@ def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_mo
     from ray.train.torch import TorchConfig, TorchTrainer
 
     last = _last_checkpoint(run.url)
-    if last is not None and (result := _finished_training(last, run)) is not None:
-        return result  # an earlier attempt ended after the training
+    if last is not None:
+        _check_format(last, run)
+        if (result := _finished_training(last, run)) is not None:
+            return result  # an earlier attempt ended after the training
 
     def make_dataset() -> ray.data.Dataset:
         return _remaining_units(config, plan, run.url, store_url)
@@ -123,6 +126,21 @@ def _finished_training(checkpoint: ray.train.Checkpoint, run: RunDirectory) -> T
         return Trained(layers, StreamTiming(**result["timing"]))
 
 
+def _check_format(checkpoint: ray.train.Checkpoint, run: RunDirectory) -> None:
+    """Refuse what another version wrote: its units have other numbers."""
+    found = None
+    with checkpoint.as_directory() as directory:
+        path = os.path.join(directory, FORMAT_FILE)
+        if os.path.exists(path):
+            with open(path) as file:
+                found = json.load(file)["format_version"]
+    if found != FORMAT_VERSION:
+        raise ConfigError(
+            f"output.run_id={run.run_id}: its checkpoint has format_version {found}, this version continues "
+            f"{FORMAT_VERSION}; give another output.run_id"
+        )
+
+
 def _last_checkpoint(run_url: str) -> ray.train.Checkpoint | None:
     import ray.train
 
@@ -163,7 +181,7 @@ def _remaining_units(config: RunConfig, plan: Plan, run_url: str, store_url: str
     checkpoint = _last_checkpoint(run_url)
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
-            finished = _read_ledger(directory)
+            finished = read_ledger(directory)
     units = work_units(TokenStore.open(store_url), config, plan.num_trainers)
     left = [(number, windows) for number, windows in enumerate(units) if number not in finished]
     logger.info("stream of %d work units, %d of %d trained before", len(left), len(finished), len(units))
@@ -176,7 +194,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from mtc.shuffle import ShuffleBuffer, to_device
+    from mtc.distributed import waits
+    from mtc.shuffle import ShuffleBuffer, on_device
     from mtc.timing import Clock
     from mtc.training import Trainer
 
@@ -189,46 +208,46 @@ def _train_worker(settings: dict[str, Any]) -> None:
     trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
     capacity = config.data.shuffle_buffer_tokens // world
     buffer = ShuffleBuffer(capacity, config.data.seed * world + rank, device)
-    ledger = _Ledger(rank)
+    ledger = Ledger(rank)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
             for trainer in trainers:
                 _load(trainer, directory)
             ledger.restore(directory)
-    clock, costs = Clock(), ActorCosts()
-    units = to_device(iterate_units(ray.train.get_dataset_shard("train"), costs), device)
+    clock = Clock()
     batch = config.optimizer.batch_tokens // world
-    batches = _Batches(units, buffer, batch, ledger, clock, costs)
-    journal = _Journal(settings["log"], trainers, clock) if rank == 0 else None
-
+    journal = Journal(settings["log"], trainers, clock) if rank == 0 else None
     lead = trainers[0]
-    while lead.step_number < config.total_steps:
-        if not batches.all_ready():
-            raise RuntimeError(
-                f"the activation stream ended at step {lead.step_number} of {config.total_steps}: "
-                "work units were lost or hold fewer tokens than the token store says"
-            )
-        with clock.part("step"):
-            if lead.step_number == 0:
-                rows = [column[:INITIAL_ROWS] for column in buffer.peek()]
-                for trainer, source, target in zip(trainers, rows[::2], rows[1::2], strict=True):
-                    trainer.initialise(source, target)
-        columns = batches.take()
-        with clock.part("step"):
-            done = [
-                trainer.step(source, target)
-                for trainer, source, target in zip(trainers, columns[::2], columns[1::2], strict=True)
-            ]
-        last = lead.step_number == config.total_steps
-        if journal and (lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number == 1 or last):
-            journal.write(done)
-        if lead.step_number % config.cluster.checkpoint_every_steps == 0 and not last:
-            with clock.part("checkpoint"):
-                _report(trainers, buffer, ledger, rank)
-
-    calibration = _calibrate(config, trainers, batches)
-    timing = _stream_timing(clock, costs, batches.tokens, batches.startup_seconds, device)
+    with on_device(iterate_units(ray.train.get_dataset_shard("train")), device) as units:
+        batches = Batches(units, buffer, batch, ledger, clock)
+        while lead.step_number < config.total_steps:
+            if not batches.all_ready():
+                raise RuntimeError(
+                    f"the activation stream ended at step {lead.step_number} of {config.total_steps}: "
+                    "work units were lost or hold fewer tokens than the token store says"
+                )
+            with clock.part("step"):
+                if lead.step_number == 0:
+                    rows = [column[:INITIAL_ROWS] for column in buffer.peek()]
+                    for trainer, source, target in zip(trainers, rows[::2], rows[1::2], strict=True):
+                        trainer.initialise(source, target)
+            columns = batches.take()
+            with clock.part("step"):
+                done = [
+                    trainer.step(source, target)
+                    for trainer, source, target in zip(trainers, columns[::2], columns[1::2], strict=True)
+                ]
+            last = lead.step_number == config.total_steps
+            if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number == 1 or last:
+                waits.seconds()  # on every rank, so that spans on a GPU don't pile up
+                if journal:
+                    journal.write(done)
+            if lead.step_number % config.cluster.checkpoint_every_steps == 0 and not last:
+                with clock.part("checkpoint"):
+                    _report(trainers, buffer, ledger, rank)
+        calibration = _calibrate(config, trainers, batches)
+    timing = stream_timing(batches)
     results = [
         TrainResult(
             sites.layer,
@@ -244,7 +263,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     _report(trainers, buffer, ledger, rank, Trained(tuple(results), timing))
 
 
-def _calibrate(config: RunConfig, trainers: list[Trainer], batches: _Batches) -> int:
+def _calibrate(config: RunConfig, trainers: list[Trainer], batches: Batches) -> int:
     """Set every transcoder's threshold on what follows in the stream; returns how many tokens that was."""
     from mtc.training import Calibrator
 
@@ -265,162 +284,8 @@ def _calibrate(config: RunConfig, trainers: list[Trainer], batches: _Batches) ->
     return calibrated * config.optimizer.batch_tokens
 
 
-class _Batches:
-    """From the stream through the shuffle buffer to batches, the same number on all ranks."""
-
-    def __init__(
-        self,
-        units: Iterator[Unit],
-        buffer: ShuffleBuffer,
-        batch: int,
-        ledger: _Ledger,
-        clock: Clock,
-        costs: ActorCosts,
-    ):
-        self.units, self.buffer, self.batch, self.ledger = units, buffer, batch, ledger
-        self.clock, self.costs = clock, costs
-        self.tokens = 0
-        """Taken by all ranks."""
-        self.startup_seconds = 0.0
-        """Until the first unit arrived."""
-        self._started = time.perf_counter()
-        self._moments = self._moments_with_a_batch()
-
-    def all_ready(self) -> bool:
-        """Whether every rank can take one more batch; called on all ranks at once."""
-        import torch
-        import torch.distributed as dist
-
-        here = next(self._moments, False)
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return here
-        with self.clock.part("all_reduce"):
-            flag = torch.tensor(int(here), device=self.buffer.device)
-            dist.all_reduce(flag, dist.ReduceOp.MIN)
-            return bool(flag)
-
-    def take(self) -> tuple[Any, ...]:
-        import torch.distributed as dist
-
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.tokens += self.batch * ranks
-        with self.clock.part("transport"):
-            return self.buffer.take(self.batch)
-
-    def _moments_with_a_batch(self) -> Iterator[bool]:
-        """Fill the buffer from the stream; yields True whenever a batch can be taken, until both are empty."""
-        while True:
-            with self.clock.part("waiting"):
-                unit = next(self.units, None)
-            if unit is None:
-                break
-            if not self.startup_seconds:
-                self.startup_seconds = time.perf_counter() - self._started
-                self.clock.reset()
-                self.costs.reset()
-            with self.clock.part("transport"):
-                self.buffer.add(unit)
-                self.ledger.seen.add(unit.number)
-            while self.buffer.ready(self.batch):
-                yield True
-        while self.buffer.size >= self.batch:
-            yield True
-
-
-class _Journal:
-    """Rank 0's account of training to the driver."""
-
-    def __init__(self, log: Any, trainers: list[Trainer], clock: Clock):
-        self.log, self.clock = log, clock
-        self.layers = [trainer.config.model.layer for trainer in trainers]
-        self.before = clock.read()
-        self.tokens = trainers[0].tokens
-
-    def write(self, done: list[StepResult]) -> None:
-        """Send a row for each layer; waits for the device."""
-        with self.clock.part("step"):
-            metrics = [result.metrics() for result in done]
-        now = self.clock.read()
-        # The clock begins anew with the first activations; what came before is the start-up.
-        spent = {part: now[part] - self.before[part] for part in now} if now["step"] >= self.before["step"] else now
-        wall = max(sum(spent.values()), 1e-9)
-        speed = (metrics[0].tokens - self.tokens) / wall
-        self.before, self.tokens = now, metrics[0].tokens
-        shared = {"tokens_per_second": speed, "seconds": {part: round(value, 4) for part, value in spent.items()}}
-        for layer, row in zip(self.layers, metrics, strict=True):
-            self.log.append.remote(row._asdict() | {"layer": layer} | shared)
-
-
-def _stream_timing(
-    clock: Clock, costs: ActorCosts, tokens: int, startup_seconds: float, device: torch.device
-) -> StreamTiming:
-    """The account of all ranks together; called on all at once."""
-    import torch
-    import torch.distributed as dist
-
-    from mtc.distributed import all_reduce, waits, world_size
-    from mtc.timing import PARTS, StreamTiming
-
-    clock.move("step", "all_reduce", waits.seconds())
-    seconds = clock.read()
-    ranks = world_size()
-    mean = torch.tensor([seconds[part] for part in PARTS] + [startup_seconds], dtype=torch.float64, device=device)
-    total = torch.tensor([costs.sums[name] for name in ActorCosts.FIELDS], dtype=torch.float64, device=device)
-    most = torch.tensor([float(len(costs.actors)), costs.device_flops], dtype=torch.float64, device=device)
-    all_reduce(mean)
-    all_reduce(total)
-    all_reduce(most, dist.ReduceOp.MAX)
-    *parts, startup = (mean / ranks).tolist()
-    forward, sending, idle, positions, flops = total.tolist()
-    actors, device_flops, wall = int(most[0]), float(most[1]), sum(parts)
-    return StreamTiming(
-        tokens=tokens,
-        wall_seconds=wall,
-        startup_seconds=startup,
-        trainers=ranks,
-        trainer_seconds=dict(zip(PARTS, parts, strict=True)),
-        model_actors=actors,
-        forward_seconds=forward,
-        sending_seconds=sending,
-        idle_seconds=idle,
-        captured_tokens=int(positions),
-        forward_flops=flops,
-        device_flops=device_flops,
-        tokens_per_second=tokens / wall,
-        forward_mfu=flops / (forward * device_flops) if forward else None,
-        mfu=flops / (wall * actors * device_flops) if actors else None,
-    )
-
-
-class _Ledger:
-    """Work units that this rank has received; rank 0 also carries those of earlier starts."""
-
-    def __init__(self, rank: int):
-        self.rank = rank
-        self.earlier: set[int] = set()
-        self.seen: set[int] = set()
-
-    def restore(self, directory: str) -> None:
-        if self.rank == 0:
-            self.earlier = _read_ledger(directory)
-
-    def write(self, directory: str, buffer: ShuffleBuffer) -> None:
-        finished = self.earlier | (self.seen - buffer.units())
-        with open(os.path.join(directory, f"units_{self.rank}.json"), "w") as file:
-            json.dump(sorted(finished), file)
-
-
-def _read_ledger(directory: str) -> set[int]:
-    units: set[int] = set()
-    for name in os.listdir(directory):
-        if name.startswith("units_"):
-            with open(os.path.join(directory, name)) as file:
-                units |= set(json.load(file))
-    return units
-
-
 def _report(
-    trainers: list[Trainer], buffer: ShuffleBuffer, ledger: _Ledger, rank: int, result: Trained | None = None
+    trainers: list[Trainer], buffer: ShuffleBuffer, ledger: Ledger, rank: int, result: Trained | None = None
 ) -> None:
     """Write a checkpoint; each rank adds its ledger, rank 0 the state. Called on all ranks at the same step."""
     import ray.train
@@ -429,6 +294,8 @@ def _report(
     with tempfile.TemporaryDirectory() as directory:
         ledger.write(directory, buffer)
         if rank == 0:
+            with open(os.path.join(directory, FORMAT_FILE), "w") as file:
+                json.dump({"format_version": FORMAT_VERSION}, file)
             for trainer in trainers:
                 layer = trainer.config.model.layer
                 save_file(trainer.state_dict(), _weights(directory, "trainer", layer))

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from mtc.devices import send
+
 logger = logging.getLogger(__name__)
 
 NAME = "mtc_windows"
@@ -106,7 +108,7 @@ def _rectangle(group: list[tuple[int, int]], device: torch.device | str) -> Rect
     real = column < lengths[:, None]  # [windows, width]
     gather = torch.where(real, starts[:, None] + column, starts[:, None]).flatten()
     places = real.flatten().nonzero().squeeze(1)
-    parts = (part.to(device, non_blocking=True) for part in (gather, places, gather[places]))
+    parts = (send(part, device) for part in (gather, places, gather[places]))
     return Rectangle(len(group), width, -1, *parts)
 
 
@@ -174,7 +176,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, reach: 
         mask = _flex_mask(q.shape[2], reach, q.device)
         score = _flex_score(softcap)
         shared = k.shape[1] != q.shape[1]
-        return _compiled_flex()(q, k, v, score_mod=score, block_mask=mask, scale=scale, enable_gqa=shared)
+        with torch._dynamo.config.patch(specialize_float=True):  # the kernel takes the cap only as a constant
+            return _compiled_flex()(q, k, v, score_mod=score, block_mask=mask, scale=scale, enable_gqa=shared)
     except Exception as error:  # compilers fail in many ways; the plain operations give the same result, slower
         logger.warning("soft-capped attention runs without a compiled kernel: %s: %s", type(error).__name__, error)
         _flex_failed = True

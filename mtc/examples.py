@@ -9,12 +9,15 @@ merges does not matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from mtc.work import PackedWindows
 
 Array = NDArray[Any]
 PAD = -1
@@ -120,6 +123,28 @@ class ExampleCollector:
             rank = np.arange(len(f)) - np.repeat(starts, np.diff(np.r_[starts, len(f)]))
             chosen = strong[by_feature[rank < self.samples_per_feature]]
             self.sample = self._keep_sample(self.sample, rows(chosen))
+
+    def add_packed(self, window_ids: Array, windows: PackedWindows, activations: Array) -> None:
+        """Take in packed windows and the activations of their trainable tokens, [trainable, features].
+
+        A few windows at a time, so that rectangles hold no more places than there are tokens, or one window's.
+        """
+        lengths = np.array(windows.lengths)
+        ids, trainable = windows.input_ids.numpy(), windows.trainable.numpy()
+        starts = np.r_[0, np.cumsum(lengths)]
+        before = np.r_[0, np.cumsum(trainable)]  # trainable tokens before each token
+        first = 0
+        for end in range(1, len(lengths) + 1):
+            if end < len(lengths) and (end + 1 - first) * lengths[first : end + 1].max() <= len(ids):
+                continue
+            some, tokens = lengths[first:end], slice(starts[first], starts[end])
+            real = np.arange(some.max())[None, :] < some[:, None]  # [windows, longest]
+            input_ids, counted = np.zeros(real.shape, np.int64), real.copy()
+            input_ids[real], counted[real] = ids[tokens], trainable[tokens]
+            dense = np.zeros((*real.shape, activations.shape[1]), np.float32)
+            dense[counted] = activations[before[tokens.start] : before[tokens.stop]]
+            self.add(window_ids[first:end], input_ids, counted, dense)
+            first = end
 
     def merge(self, other: ExampleCollector) -> None:
         """Take in everything that `other` saw."""

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mtc import attention
 from mtc.config import ModelConfig
+from mtc.devices import send
 from mtc.model_files import ModelError, loading, model_info, modules_of, prepare_model, revision, validate
 from mtc.work import PackedWindows
 
@@ -92,8 +93,9 @@ class LanguageModel:
         self._parallel = bool(getattr(model_config, "use_parallel_residual", False))
         self.compiled = self.device.type == "cuda" if config.compile is None else config.compile
         if self.compiled:
-            _compile(self._base, modules.mlp_out if modules.mlp_out.endswith("mlp") else "mlp")
-        products = [m.weight.numel() for m in self._base.modules() if isinstance(m, nn.Linear | Conv1D)]
+            _compile(self._base)
+        inside = self._base.get_submodule(modules.layers).modules()
+        products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or info.d_model // heads
         self._flops_per_token = 2 * sum(products)
@@ -104,9 +106,9 @@ class LanguageModel:
 
         `only` is [chosen] int64. The result is ordinary tensors, on the model's device, that can be trained on.
         """
+        rows = None if only is None else send(only, self.device)
         with torch.inference_mode(), self._watch() as seen:
             self._base(**self._inputs(windows))
-        rows = None if only is None else only.to(self.device, non_blocking=True)
         # Outside inference mode a copy is an ordinary tensor.
         return tuple(
             SitePair(
@@ -130,7 +132,7 @@ class LanguageModel:
         """
         if not self.full:
             raise ValueError("logits need the whole model: LanguageModel(config, full=True)")
-        inputs = self._inputs(windows) | ({} if only is None else {"logits_to_keep": only.to(self.device)})
+        inputs = self._inputs(windows) | ({} if only is None else {"logits_to_keep": send(only, self.device)})
         if replace is None:
             return self.model(**inputs).logits[0]
         with self._watch(replace, at):
@@ -139,15 +141,16 @@ class LanguageModel:
     def flops(self, lengths: Sequence[int]) -> float:
         """Floating-point operations of the matrix products in one forward pass over windows of these lengths.
 
-        Two for each weight and token, and four for each head dimension and pair of tokens that attention compares.
+        Two for each weight and token, and four for each head dimension and pair of tokens that attention compares; a
+        sliding window is not subtracted.
         """
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         return self._flops_per_token * sum(lengths) + self._flops_per_pair * pairs
 
     def _inputs(self, windows: PackedWindows) -> dict[str, Any]:
         return {
-            "input_ids": windows.input_ids.to(self.device, non_blocking=True).unsqueeze(0),
-            "position_ids": windows.position_ids.to(self.device, non_blocking=True).unsqueeze(0),
+            "input_ids": send(windows.input_ids, self.device).unsqueeze(0),
+            "position_ids": send(windows.position_ids, self.device).unsqueeze(0),
             "windows": attention.make_rectangles(windows.lengths, self.device),
             "use_cache": False,
         }
@@ -208,11 +211,11 @@ def _truncate(model_config: PretrainedConfig, num_layers: int) -> None:
         text.layer_types = text.layer_types[:num_layers]
 
 
-def _compile(base: nn.Module, mlp: str) -> None:
+def _compile(base: nn.Module) -> None:
     """Fuse what lies between the matrix products: norms and MLPs. All layers share one compiled graph of each.
 
     Only `forward` is compiled, so that hooks stay outside and never cause a recompilation.
     """
     for name, module in base.named_modules():
-        if "norm" in type(module).__name__.lower() or name.endswith(f".{mlp}"):
+        if "norm" in type(module).__name__.lower() or name.endswith(".mlp"):
             module.forward = torch.compile(module.forward, dynamic=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mtc.devices import send
 
 
 class Unit(NamedTuple):
@@ -18,6 +22,8 @@ class Unit(NamedTuple):
     """Which one."""
     columns: tuple[Tensor, ...]
     """Each [tokens, d]: source and target of the first layer, of the second, ..."""
+    costs: Mapping[str, Any] = MappingProxyType({})
+    """What making it has cost, for the account of time."""
 
 
 class ShuffleBuffer:
@@ -61,7 +67,7 @@ class ShuffleBuffer:
         holes, movers = index[index < left], keep.nonzero().squeeze(1) + left
         self.owner[holes] = self.owner[movers]
         self.size = left
-        index, holes, movers = (self._send(part) for part in (index, holes, movers))
+        index, holes, movers = (send(part, self.device) for part in (index, holes, movers))
         taken = []
         for column in self.columns:
             taken.append(column[index])
@@ -75,9 +81,6 @@ class ShuffleBuffer:
     def peek(self) -> tuple[Tensor, ...]:
         """All rows, unmixed and not removed."""
         return tuple(column[: self.size] for column in self.columns)
-
-    def _send(self, index: Tensor) -> Tensor:
-        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
 
     def _grow(self, like: Sequence[Tensor], rows: int) -> None:
         def larger(old: Tensor | None, new: Tensor) -> Tensor:
@@ -93,17 +96,25 @@ class ShuffleBuffer:
         self.owner = larger(self.owner, torch.empty(rows, dtype=torch.int64))
 
 
-def to_device(units: Iterator[Unit], device: torch.device, ahead: int = 1) -> Iterator[Unit]:
+@contextmanager
+def on_device(units: Iterator[Unit], device: torch.device, ahead: int = 1) -> Iterator[Iterator[Unit]]:
     """The same units with their rows on `device`, of which `ahead` are on their way while one is used.
 
     On a CPU the units themselves, uncopied. For a GPU a thread copies them into pinned memory and from there, on a
-    stream of its own, to the device.
+    stream of its own, to the device; it ends with the context.
     """
-    return units if device.type != "cuda" else _Upload(units, device, ahead)
+    if device.type != "cuda":
+        yield units
+        return
+    upload = _Upload(units, device, ahead)
+    try:
+        yield upload
+    finally:
+        upload.close()
 
 
 class _Upload:
-    """Iterator over units whose copies run on a side stream; the thread ends with the iterator."""
+    """Iterator over units whose copies run on a side stream, until it is closed."""
 
     def __init__(self, units: Iterator[Unit], device: torch.device, ahead: int):
         self._device = device
@@ -157,7 +168,7 @@ class _Upload:
             event = torch.cuda.Event()
             event.record(self._stream)
         self._slots[slot] = (staged, event)
-        return Unit(unit.number, tuple(columns)), event
+        return unit._replace(columns=tuple(columns)), event
 
     def _put(self, item: tuple[Unit, torch.cuda.Event] | BaseException | None) -> bool:
         """False if the consumer is gone."""

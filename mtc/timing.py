@@ -35,14 +35,14 @@ class StreamTiming(BaseModel):
     """Data-parallel trainers."""
     trainer_seconds: dict[str, float]
     """Seconds of `wall_seconds` by part of PARTS, mean over trainers; they add up to it."""
-    model_actors: int
-    """Processes that held the language model."""
+    actor_seconds: float
+    """Wall time of the model actors, summed, over the units that trainers received after their first."""
     forward_seconds: float
-    """In the language model's forward passes, sum over model actors."""
+    """Of these, in forward passes; on a GPU sending goes on meanwhile."""
     sending_seconds: float
-    """Copying activations off the device and into messages, sum over model actors."""
+    """Of these, putting activations into shared memory, or held back there."""
     idle_seconds: float
-    """Between two work units (waiting for the trainers or for the scheduler), sum over model actors."""
+    """Of these, without a work unit: waiting for the trainers or for the scheduler."""
     captured_tokens: int
     """Token positions that ran through the language model, special tokens included."""
     forward_flops: float
@@ -55,7 +55,7 @@ class StreamTiming(BaseModel):
     forward_mfu: float | None
     """Share of the measured rate that forward passes reached while they ran; None if no unit followed the first."""
     mfu: float | None
-    """The same over all of `wall_seconds`: what the run made of the model actors' devices."""
+    """The same over all of `actor_seconds`: what the run made of the model actors' devices."""
 
     @property
     def waiting_share(self) -> float:
@@ -63,9 +63,9 @@ class StreamTiming(BaseModel):
         return self.trainer_seconds["waiting"] / self.wall_seconds
 
     @property
-    def forward_share(self) -> float:
-        """Share of the model actors' time that their forward passes took."""
-        return self.forward_seconds / (self.wall_seconds * self.model_actors)
+    def forward_share(self) -> float | None:
+        """Share of the model actors' time that their forward passes took; None if no unit followed the first."""
+        return self.forward_seconds / self.actor_seconds if self.actor_seconds else None
 
 
 class Clock:

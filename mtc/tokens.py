@@ -42,7 +42,13 @@ STORE_FILE = "store.json"
 SPLITS = ("train", "heldout")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 SCHEMA = pa.schema(
-    {"document_id": pa.string(), "split": pa.string(), "trainable": pa.int32(), "input_ids": pa.list_(pa.int32())}
+    {
+        "document_id": pa.string(),
+        "split": pa.string(),
+        "trainable": pa.int32(),
+        "length": pa.int32(),
+        "input_ids": pa.list_(pa.int32()),
+    }
 )
 
 
@@ -104,6 +110,7 @@ def windows_table(windows: Sequence[Window], special: Sequence[int]) -> pa.Table
         "document_id": [w.document_id for w in windows],
         "split": [w.split for w in windows],
         "trainable": [sum(i not in excluded for i in w.input_ids) for w in windows],
+        "length": [len(w.input_ids) for w in windows],
         "input_ids": [w.input_ids for w in windows],
     }
     return pa.table(columns, schema=SCHEMA)
@@ -352,8 +359,7 @@ class TokenStore:
 
     def positions(self, window_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """All tokens of each window, int64."""
-        offsets = self._ids[1]
-        return offsets[window_ids + 1] - offsets[window_ids]
+        return self._index[3][window_ids]
 
     def document_ids(self, window_ids: NDArray[np.int64]) -> list[str]:
         """The document of each window."""
@@ -365,14 +371,16 @@ class TokenStore:
         return [flat[offsets[i] : offsets[i + 1]] for i in window_ids]
 
     @cached_property
-    def _index(self) -> tuple[NDArray[Any], NDArray[np.int8], NDArray[np.int64]]:
-        """Document id, split number and trainable tokens of every window."""
+    def _index(self) -> tuple[NDArray[Any], NDArray[np.int8], NDArray[np.int64], NDArray[np.int64]]:
+        """Document id, split number, trainable tokens and length of every window."""
         documents, splits, trainable = [np.empty(0, "S16")], [np.empty(0, np.int8)], [np.empty(0, np.int64)]
-        for table in self._tables(["document_id", "split", "trainable"]):
+        lengths = [np.empty(0, np.int64)]
+        for table in self._tables(["document_id", "split", "trainable", "length"]):
+            lengths.append(table["length"].to_numpy().astype(np.int64))
             documents.append(table["document_id"].to_numpy().astype("S16"))
             splits.append((table["split"].to_numpy() == "heldout").astype(np.int8))
             trainable.append(table["trainable"].to_numpy().astype(np.int64))
-        return np.concatenate(documents), np.concatenate(splits), np.concatenate(trainable)
+        return np.concatenate(documents), np.concatenate(splits), np.concatenate(trainable), np.concatenate(lengths)
 
     @cached_property
     def _ids(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -396,13 +404,10 @@ class TokenStore:
 
     def _write_flat(self, directory: Path) -> None:
         directory.mkdir()
-        lengths = [np.zeros(1, np.int64)]
         with (directory / "ids.bin").open("wb") as file:
             for table in self._tables(["input_ids"]):
-                column = table["input_ids"].combine_chunks()
-                file.write(column.flatten().to_numpy().data)
-                lengths.append(column.value_lengths().to_numpy().astype(np.int64))
-        np.save(directory / "offsets.npy", np.cumsum(np.concatenate(lengths)))
+                file.write(table["input_ids"].combine_chunks().flatten().to_numpy().data)
+        np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(self._index[3])]))
 
     def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
         fs, path = fsspec.core.url_to_fs(self.url)

@@ -29,7 +29,7 @@ def ray_cluster(cache_directory: Path) -> Iterator[Any]:
     context = ray.init(
         address="local",
         num_cpus=2,
-        object_store_memory=500_000_000,
+        object_store_memory=120_000_000,  # small: streams must not depend on room
         dashboard_host="127.0.0.1",
         log_to_driver=False,
         _temp_dir=temporary,

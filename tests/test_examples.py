@@ -5,8 +5,10 @@ import io
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from mtc.examples import ExampleCollector, to_parquet
+from mtc.work import pack_windows
 
 F, W, T = 6, 40, 12
 
@@ -107,3 +109,23 @@ def test_parquet_reads_one_feature_without_the_rest():
     groups = [file.metadata.row_group(i).column(0).statistics for i in range(file.num_row_groups)]
     assert sum(g.min <= 7 <= g.max for g in groups) == 1
     assert pq.read_table(io.BytesIO(data), filters=[("feature", "==", 7)]).num_rows == 30
+
+
+def test_packed_windows_give_what_rectangles_give(data):
+    """Long and short windows mixed: rectangles stay small, examples are the same."""
+    windows, ids, counted, activations = data
+    lengths = np.where(counted[:, -1], T, 9)
+    expected = collect(data, [np.arange(W)])
+    rows = [ids[w, :n].astype(np.int32) for w, n in enumerate(lengths)]
+    packed = pack_windows(rows, [])
+    trainable = np.concatenate([counted[w, :n] for w, n in enumerate(lengths)])
+    packed = packed._replace(trainable=torch.from_numpy(trainable))
+    sparse = np.concatenate([activations[w, :n] for w, n in enumerate(lengths)])[trainable]
+    collector = ExampleCollector(F, 4, 3, 6, 0.2)
+    sizes = []
+    add = collector.add
+    collector.add = lambda w, i, c, a: (sizes.append(i.size), add(w, i, c, a))
+    collector.add_packed(windows, packed, sparse)
+    assert as_table(collector).equals(as_table(expected))
+    assert len(sizes) > 1
+    assert max(sizes) <= len(packed.input_ids)

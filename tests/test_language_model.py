@@ -158,6 +158,23 @@ def test_attention_equals_a_block_diagonal_mask(
     torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("reach", [None, 100])
+def test_soft_capped_attention_as_one_kernel_equals_plain_operations(
+    reach: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs, traced as there but without generating code."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, backend="aot_eager", dynamic=True)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: compiled)
+    generator = torch.Generator().manual_seed(0)
+    for windows_, width in ((3, 256), (2, 300), (4, 384)):  # a compiled kernel must serve other shapes too
+        q, k, v = (torch.randn(windows_, heads, width, 16, generator=generator) for heads in (4, 2, 2))
+        got = attention._flex(q, k, v, 0.3, 5.0, reach)
+        assert got is not None, "it fell back"
+        torch.testing.assert_close(got, attention._soft_capped(q, k, v, 0.3, 5.0, reach), rtol=1e-4, atol=1e-5)
+
+
 def test_mlp_in_is_the_normalised_residual_and_gives_mlp_out(config: ModelConfig) -> None:
     packed = windows()
     mlp_in, mlp_out = capture(config, "mlp_in", packed)

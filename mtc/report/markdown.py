@@ -143,7 +143,7 @@ def timing_section(timing: StreamTiming | None) -> str:
     title = "### What waited on what"
     if timing is None:
         return f"{title}\n\nThe time of training was {NOT_MEASURED}."
-    t, actors = timing, timing.wall_seconds * timing.model_actors
+    t = timing
     parts = {
         "waiting": "waiting for activations",
         "transport": "transport: into the shuffle buffer, and batches out of it",
@@ -157,9 +157,12 @@ def timing_section(timing: StreamTiming | None) -> str:
         for part, text in parts.items()
     ]
     actor_rows = [
-        ["model forward", number(t.forward_seconds), percent(t.forward_seconds / actors)],
-        ["sending: off the device, into shared memory", number(t.sending_seconds), percent(t.sending_seconds / actors)],
-        ["idle: waiting for the trainers or the scheduler", number(t.idle_seconds), percent(t.idle_seconds / actors)],
+        [text, number(seconds), percent(seconds / t.actor_seconds) if t.actor_seconds else NOT_MEASURED]
+        for text, seconds in (
+            ("model forward", t.forward_seconds),
+            ("sending: into shared memory, or held back there", t.sending_seconds),
+            ("idle: waiting for the trainers or the scheduler", t.idle_seconds),
+        )
     ]
     rates = [
         ["Tokens per second, end to end", number(t.tokens_per_second)],
@@ -167,7 +170,7 @@ def timing_section(timing: StreamTiming | None) -> str:
         ["Start-up before that (s)", number(t.startup_seconds)],
         ["Tokens, trained and for calibration", number(t.tokens)],
         ["MFU of the forward passes while they ran", percent(t.forward_mfu)],
-        ["MFU over the wall time", percent(t.mfu)],
+        ["MFU over the model actors' time", percent(t.mfu)],
         ["Matrix product rate measured on a model actor (GFLOP/s)", number(t.device_flops / 1e9)],
     ]
     return "\n\n".join(
@@ -178,7 +181,7 @@ def timing_section(timing: StreamTiming | None) -> str:
             "the rate of a large one measured on the same device.",
             table(["Rate", "Value"], rates),
             table([f"Trainers (mean of {number(t.trainers)})", "Seconds", "Share"], trainer_rows),
-            table([f"Model actors (sum of {number(t.model_actors)})", "Seconds", "Share of their time"], actor_rows),
+            table(["Model actors (sum)", "Seconds", "Share of their time"], actor_rows),
         ]
     )
 

@@ -1,0 +1,330 @@
+"""The stream from model actors to trainers on a real Ray: no copies, bounded memory, several layers, balance."""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from transformers import AutoConfig
+
+from cluster import activations, training
+from cluster.activations import (
+    ActorCosts,
+    CaptureActor,
+    activation_dataset,
+    from_binary,
+    iterate_units,
+    map_on_model_actors,
+    to_binary,
+)
+from cluster.batches import Batches, Ledger, stream_timing
+from cluster.pipeline import run_pipeline
+from cluster.progress import balance, progress_line
+from cluster.resources import Node, Plan, make_plan
+from cluster.tokens import build_token_store
+from mtc.config import ConfigError, RunConfig, load_preset
+from mtc.evaluation import evaluate
+from mtc.language_model import LanguageModel
+from mtc.model_files import _make_random
+from mtc.report.format import NOT_MEASURED
+from mtc.report.markdown import timing_section
+from mtc.report.schema import Analysis
+from mtc.runs import RunDirectory, RunError, load_transcoder, open_layer_run, open_run
+from mtc.shuffle import ShuffleBuffer, Unit
+from mtc.timing import PARTS, Clock, StreamTiming
+from mtc.tokens import TokenStore
+from mtc.work import heldout_units, pack_windows, work_units
+
+WIDTH = 256
+TOKENS = 200_000
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Few operations and many activations: 4 sites of 256 bfloat16 numbers are 2 kB a token."""
+    directory = tmp_path_factory.mktemp("wide") / "model"
+    directory.mkdir()
+    shape = {"hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 259, "max_position_embeddings": 256}
+    shape |= {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    _make_random(AutoConfig.for_model("llama", **shape), directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def config(wide_model: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return load_preset(
+        "tiny",
+        {
+            "model": {"name": wide_model, "layers": [1, {"layer": 0, "source": "mlp_in"}]},
+            "data": {"context_length": 64, "num_tokens": TOKENS, "unit_tokens": 2048, "shuffle_buffer_tokens": 8192},
+            "optimizer": {"batch_tokens": 2048, "backend": "sparse"},
+            "transcoder": {"calibration_tokens": 8192},
+            "cluster": {"num_trainers": 2},
+            "output": {"root": str(tmp_path_factory.mktemp("runs")), "run_id": "two"},
+        },
+    )
+
+
+class StoreWatch:
+    """Samples the object store's figures while it is used as a context."""
+
+    def __enter__(self) -> "StoreWatch":
+        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+        state = get_state_from_address(None)
+        self.samples: list[Any] = [get_memory_info_reply(state).store_stats]
+        self._stop = threading.Event()
+
+        def watch() -> None:
+            while not self._stop.wait(0.1):
+                self.samples.append(get_memory_info_reply(state).store_stats)
+
+        self._thread = threading.Thread(target=watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster: Any, config: RunConfig) -> tuple[RunDirectory, StoreWatch]:
+    with StoreWatch() as watch:
+        run = run_pipeline(config)
+    return run, watch
+
+
+def test_two_transcoders_from_one_pass_and_a_report_of_both(
+    finished: tuple[RunDirectory, StoreWatch], config: RunConfig
+) -> None:
+    run, _ = finished
+    assert open_run(f"{config.output.root}/latest").url == run.url
+    combined = run.read("report/layers_report.md").decode()
+    as_json = {entry["layer"]: entry for entry in json.loads(run.read("report/layers_report.json"))}
+    assert run.read("report/layers_overview.png")[:4] == b"\x89PNG"
+    transcoders = []
+    for alone in config.for_layers():
+        layer = alone.model.layer
+        own = open_layer_run(f"{config.output.root}/latest/layer{layer}")
+        assert own.run_id == f"two/layer{layer}"
+        assert own.config() == alone
+        analysis = Analysis.model_validate_json(own.read("analysis.json"))
+        assert analysis.facts.other_layers == (1 - layer,)
+        transcoders.append(load_transcoder(own))
+        store = TokenStore.open(analysis.facts.token_store)
+        units = [
+            pack_windows(store.input_ids(unit), store.info.special_ids)
+            for unit in heldout_units(store, alone, alone.analysis.num_tokens)
+        ]
+        again = evaluate(alone, transcoders[-1], units, [])
+        assert analysis.evaluation.fvu == pytest.approx(again.fvu, rel=1e-4)
+        assert again.fvu[-1] < 0.9, "nothing was learnt"
+        assert analysis.evaluation.loss is not None
+        row = next(line for line in combined.splitlines() if line.startswith(f"| [layer {layer}]"))
+        assert all(f"{value:.4g}" in row for value in analysis.summary.fvu)
+        assert as_json[layer]["summary"]["fvu"] == list(analysis.summary.fvu)
+        link = row.split("](")[1].split(")")[0]
+        assert (Path(run.url) / "report" / link).resolve().is_file()
+        history = [json.loads(line) for line in own.read("metrics.jsonl").decode().splitlines()]
+        assert history[-1]["step"] == config.total_steps
+        assert {line["layer"] for line in history} == {layer}
+    assert not torch.equal(transcoders[0].W_enc, transcoders[1].W_enc)
+    with pytest.raises(RunError, match=r"transcoders of 2 layers; name one of them: .*/two/layer1, .*/two/layer0"):
+        open_layer_run(run.url)
+
+
+def test_the_stream_is_bounded_by_a_small_object_store(finished: tuple[RunDirectory, StoreWatch]) -> None:
+    _, watch = finished
+    first, last = watch.samples[0], watch.samples[-1]
+    capacity = first.object_store_bytes_used + first.object_store_bytes_avail
+    created = last.cumulative_created_bytes - first.cumulative_created_bytes
+    assert created > TOKENS * 4 * WIDTH * 2  # all activations went through it
+    assert created > 3 * capacity
+    assert last.spilled_bytes_total == first.spilled_bytes_total
+    assert max(sample.object_store_bytes_fallback for sample in watch.samples) == 0
+
+
+def test_wall_time_is_split_into_parts_that_add_up(finished: tuple[RunDirectory, StoreWatch]) -> None:
+    run, _ = finished
+    analysis = Analysis.model_validate_json(run.for_layer(0).read("analysis.json"))
+    timing = analysis.facts.timing
+    assert timing is not None
+    assert sum(timing.trainer_seconds.values()) == pytest.approx(timing.wall_seconds, rel=1e-6)
+    assert timing.trainers == 2
+    assert all(timing.trainer_seconds[part] > 0 for part in PARTS)
+    assert TOKENS <= timing.tokens < 1.2 * TOKENS
+    assert timing.wall_seconds < analysis.facts.seconds["train"]
+    parts = timing.forward_seconds + timing.sending_seconds + timing.idle_seconds
+    assert parts == pytest.approx(timing.actor_seconds, rel=0.2)
+    assert timing.mfu is not None and timing.forward_mfu is not None
+    assert 0 < timing.mfu < timing.forward_mfu
+    assert timing.mfu == pytest.approx(timing.forward_mfu * timing.forward_seconds / timing.actor_seconds)
+    report = run.for_layer(0).read("report/layer0_analysis_report.md").decode()
+    for words in ("What waited on what", "waiting for activations", "train step", "all-reduce", "model forward", "MFU"):
+        assert words in report
+
+
+def test_activations_arrive_as_views_of_shared_memory(
+    ray_cluster: Any, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    column = torch.randn(5, 8).to(torch.bfloat16)
+    binary = to_binary(column)
+    assert binary.buffers()[2].address == column.data_ptr()
+    assert from_binary(pa.chunked_array([binary]), 5).data_ptr() == column.data_ptr()
+
+    plan = make_plan(config, [Node(2, 0)], WIDTH)
+    store = TokenStore.open(build_token_store(config))
+    units = list(enumerate(work_units(store, config, 2)))[:6]
+    # Units are captured in order, two in one task, and each comes as a block of its own.
+    monkeypatch.setattr(activations, "TASKS_WANTED", 3)
+    arrived = list(iterate_units(activation_dataset(config, plan, store.url, units)))
+    assert [unit.number for unit in arrived] == [number for number, _ in units]
+    regions = plasma_regions()
+    for unit in arrived:
+        for column in unit.columns:
+            start, end = column.data_ptr(), column.data_ptr() + column.numel() * 2
+            assert any(a <= start and end <= b for a, b in regions), "a copy in this process's own memory"
+    assert all(0 < unit.costs["forward"] < unit.costs["elapsed"] for unit in arrived)
+    assert [unit.costs["positions"] for unit in arrived] == [store.positions(ids).sum() for _, ids in units]
+
+    ids = units[3][1]
+    ids = ids[np.argsort(-store.positions(ids), kind="stable")]
+    windows = pack_windows(store.input_ids(ids), store.info.special_ids)
+    pairs = LanguageModel(config.model).capture(windows)
+    for got, expected in zip(arrived[3].columns, [c for pair in pairs for c in pair], strict=True):
+        torch.testing.assert_close(got.float(), expected[windows.trainable], rtol=1e-2, atol=1e-2)
+
+
+def test_a_unit_that_is_started_before_another_is_sent_changes_nothing(config: RunConfig) -> None:
+    """As on a GPU, where it is computed meanwhile."""
+    store = TokenStore.open(build_token_store(config))
+    units = work_units(store, config, 2)[:3]
+    rows = pa.table({"unit": [7, 8, 9], "windows": pa.array([ids.tolist() for ids in units])})
+    actor = CaptureActor(config, store.url, "cpu", 2)
+    at_once = list(actor(rows))
+    actor.ahead = 1
+    ahead = list(actor(rows))
+    assert [table["unit"][0].as_py() for table in ahead] == [7, 8, 9]
+    for a, b in zip(at_once, ahead, strict=True):
+        assert a["activations_0"].equals(b["activations_0"])
+
+
+def plasma_regions() -> list[tuple[int, int]]:
+    """Addresses at which this process sees Ray's shared memory."""
+    regions = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "plasma" in line:
+            start, end = line.split()[0].split("-")
+            regions.append((int(start, 16), int(end, 16)))
+    return regions
+
+
+class Sleeper:
+    """A model actor whose pass takes a while and needs no core."""
+
+    def __init__(self, device: str, threads: int):
+        self.name = str(id(self)) + str(time.time_ns())
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        time.sleep(0.1)
+        return pa.table({"actor": [self.name]})
+
+
+def test_the_pool_grows_while_there_is_more_work_than_actors_take(ray_cluster: Any) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test
+    plan = Plan("cpu", 1, 0.1, 0, 1, 1, 4, 0.1, 0, 1, (Node(2, 0),))
+    rows = [pa.table({"unit": [i]}) for i in range(60)]
+    seen = [row["actor"] for row in map_on_model_actors(rows, Sleeper, plan).iter_rows()]  # in order, whoever made them
+    assert len(seen) == 60
+    assert 1 < len(set(seen)) <= 4
+
+
+def make_unit(number: int, rows: int = 100) -> Unit:
+    columns = tuple(torch.full((rows, 4), float(number)) for _ in range(2))
+    costs = dict.fromkeys(ActorCosts.FIELDS, 2.0) | {"device_flops": 10.0, "flops": 5.0}
+    return Unit(number, columns, costs)
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_the_account_of_a_short_stream(units: int) -> None:
+    """The first unit is start-up; a run that needs no other knows nothing of the model actors."""
+    ledger, clock = Ledger(0), Clock()
+    stream = (make_unit(number) for number in range(units))
+    batches = Batches(stream, ShuffleBuffer(100, 0), 50, ledger, clock)
+    taken = 0
+    while batches.all_ready():
+        source, target = batches.take()
+        assert torch.equal(source, target)
+        taken += len(source)
+    assert taken == 100 * units
+    assert ledger.seen == set(range(units))
+    timing = stream_timing(batches)
+    assert timing.tokens == taken
+    assert timing.actor_seconds == 2.0 * (units - 1)
+    assert timing.mfu == (None if units == 1 else pytest.approx(5.0 / 2.0 / 10.0))
+    assert (NOT_MEASURED in timing_section(timing)) == (units == 1)
+    assert ("model actors computed" in balance(timing)) == (units > 1)
+    assert sum(timing.trainer_seconds.values()) == pytest.approx(timing.wall_seconds)
+
+
+def test_a_checkpoint_of_another_version_is_refused(ray_cluster: Any, tmp_path: Path) -> None:
+    import ray.train
+
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "units_0.json").write_text("[0]")
+    checkpoint = ray.train.Checkpoint(str(tmp_path / "checkpoint"))
+    with pytest.raises(ConfigError, match=r"output\.run_id=old: its checkpoint has format_version None, this version"):
+        training._check_format(checkpoint, RunDirectory(str(tmp_path / "old")))
+
+
+def make_timing(**changes: Any) -> StreamTiming:
+    values: dict[str, Any] = {
+        "tokens": 1000, "wall_seconds": 10.0, "startup_seconds": 1.0, "trainers": 1,
+        "trainer_seconds": dict.fromkeys(PARTS, 1.0) | {"waiting": 5.0}, "actor_seconds": 20.0, "forward_seconds": 18.0,
+        "sending_seconds": 1.0, "idle_seconds": 1.0, "captured_tokens": 1010, "forward_flops": 9e9,
+        "device_flops": 1e9, "tokens_per_second": 100.0, "forward_mfu": 0.5, "mfu": 0.45,
+    }  # fmt: skip
+    return StreamTiming(**values | changes)
+
+
+def test_balance_says_who_waits() -> None:
+    line = balance(make_timing())
+    assert "100 tok/s; trainers waited 50% of 10 s, model actors computed 90%; the language model is the limit" in line
+    trainers = dict.fromkeys(PARTS, 0.0) | {"all_reduce": 6.0, "step": 3.5, "waiting": 0.5}
+    line = balance(make_timing(trainer_seconds=trainers, forward_seconds=8.0))
+    assert line.endswith("the trainers are the limit (largest part of their time: all-reduce, 60%)")
+    assert "both sides are busy" in balance(make_timing(trainer_seconds=trainers))
+    assert "what lies between them is the limit" in balance(make_timing(forward_seconds=4.0))
+    assert balance(make_timing(actor_seconds=0.0)).endswith("trainers waited 50% of 10 s")  # one unit was enough
+
+
+def test_progress_line_of_one_and_of_several_layers() -> None:
+    row = {"step": 5, "tokens": 500, "loss": 0.25, "fvu": [0.5, 0.4], "l0": 8.0, "dead": 1, "tokens_per_second": 100.0}
+    row |= {"layer": 3, "seconds": dict.fromkeys(PARTS, 0.0) | {"waiting": 3.0, "step": 1.0}}
+    assert progress_line([row], 10) == (
+        "step      5/10  50%      100 tok/s  wait 75%  loss 0.2500  fvu 0.500 0.400  l0 8.0  dead 1  eta 0:05"
+    )
+    several = progress_line([row, row | {"layer": 7, "fvu": [0.9, 0.8], "dead": 0}], 10)
+    assert "fvu 0.400 (layer 3) 0.800 (layer 7)  dead 1 0" in several
+
+
+def test_a_part_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 3.0, 7.0, 8.0, 10.0])
+    monkeypatch.setattr("mtc.timing.time.perf_counter", lambda: next(now))
+    clock = Clock()  # at 0
+    with clock.part("step"), clock.part("checkpoint"):  # from 1, from 3
+        pass  # until 7; the outer one until 8
+    clock.move("step", "all_reduce", 1.0)
+    clock.move("transport", "all_reduce", 5.0)  # not more than there is
+    assert clock.read() == {
+        "waiting": 0, "transport": 0, "step": 2, "all_reduce": 1, "checkpoint": 4, "other": 3,
+    }  # fmt: skip
