@@ -20,6 +20,8 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 
 SMALLEST_SHARE = 0.1  # of a CPU, for a model actor
 CPUS_PER_ACTOR = 8  # a forward pass does not use many more well
+SMALL_ACTORS_PER_NODE = 4
+SMALL_MODEL_BYTES = 1e9
 GPUS_PER_TRAINER = 8  # a language model's pass costs far more than a training step
 ACTOR_SHARE_OF_ONE_GPU = 0.6
 TRAINER_EFFICIENCY = 1 / 3
@@ -117,7 +119,7 @@ def make_plan(config: RunConfig, nodes: Sequence[Node], d_model: int | None = No
     use_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
     if use_gpu and gpus <= 0:
         raise ConfigError("cluster.use_gpu is true, but the cluster has 0 GPUs")
-    plan = _gpu_plan(config, tuple(nodes), d_model) if use_gpu else _cpu_plan(config, tuple(nodes))
+    plan = _gpu_plan(config, tuple(nodes), d_model) if use_gpu else _cpu_plan(config, tuple(nodes), d_model)
     if use_gpu and plan.num_trainers > max(gpus, 1):
         raise ConfigError(
             f"cluster.num_trainers={plan.num_trainers} trainers need a GPU each, the cluster has {gpus:g} GPUs"
@@ -150,15 +152,18 @@ def actors_per_trainer(config: RunConfig, d_model: int) -> float:
     return forward / step * TRAINER_EFFICIENCY
 
 
-def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...]) -> Plan:
+def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -> Plan:
     """One trainer (a step is short beside the language model's pass, and gradients cost more to exchange than to
     compute); the actors share the rest, on a small machine the same cores.
 
-    An actor lies on one node, so its share shrinks until all find a place.
+    Several actors of one thread beat one of several: threads of one product wait for the slowest, which shares its
+    core with the trainer and with Ray. Large models are held once for 8 CPUs all the same, for their memory. An actor
+    lies on one node, so its share shrinks until all find a place.
     """
     cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
     trainers = config.cluster.num_trainers or 1
-    actors = config.cluster.num_model_actors or max(len(nodes), int(cpus // CPUS_PER_ACTOR))
+    several = sum(min(int(node.cpus), SMALL_ACTORS_PER_NODE) for node in nodes) if _is_small(config, d_model) else 0
+    actors = config.cluster.num_model_actors or max(len(nodes), int(cpus // CPUS_PER_ACTOR), several)
     trainer_cpus = min(0.5, cpus / (2 * trainers))
     left = cpus - trainers * trainer_cpus
     share = max(left / actors * (0.5 if left <= actors else 0.9), SMALLEST_SHARE)
@@ -171,6 +176,12 @@ def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...]) -> Plan:
         if share <= SMALLEST_SHARE or _fits(plan):
             return plan
         share = max(share * 0.9, SMALLEST_SHARE)
+
+
+def _is_small(config: RunConfig, d_model: int | None) -> bool:
+    """Whether a node can hold the layers' weights several times, as float32."""
+    layers = max(sites.layer for sites in config.model.sites) + 1
+    return d_model is not None and 4 * 12 * d_model**2 * layers < SMALL_MODEL_BYTES
 
 
 def _gpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -> Plan:

@@ -34,6 +34,21 @@ def test_plans_fit_the_cluster(preset, nodes, trainers, actors, device):
     assert (plan.trainer_gpus > 0) == (plan.actor_gpus > 0) == (gpus > 0)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "d_model", "actors", "threads"),
+    [
+        ([Node(2, 0)], SMOLLM, 2, 1),
+        ([Node(2, 0)], GEMMA_2B, 1, 2),
+        ([Node(4, 0)] * 8, SMOLLM, 32, 1),
+        ([Node(64, 0)], SMOLLM, 8, 8),
+    ],
+)
+def test_small_models_run_in_several_actors_of_one_thread(nodes, d_model, actors, threads):
+    plan = make_plan(load_preset("smollm2-135m", {"model": {"layer": 20}}), nodes, d_model)
+    assert (plan.num_model_actors, plan.actor_threads) == (actors, threads)
+    assert plan.num_trainers * plan.trainer_cpus + actors * plan.actor_cpus <= sum(n.cpus for n in nodes)
+
+
 def test_one_gpu_is_shared_and_several_are_not():
     config = load_preset("gemma-2-2b-layer17")
     one = make_plan(config, [Node(16, 1)], GEMMA_2B)
