@@ -55,16 +55,20 @@ def map_on_model_actors(blocks: list[pa.Table], actor: type, plan: Plan, **argum
     yields is a block of its own."""
     import ray.data
 
+    # No more actors than blocks; on CPUs the few get the threads of all.
+    least, most = (max(1, min(n, len(blocks))) for n in (plan.num_model_actors, plan.max_model_actors))
+    threads = plan.actor_threads
+    if plan.device == "cpu":
+        largest = int(max(node.cpus for node in plan.nodes))
+        threads = max(threads, min(threads * plan.num_model_actors // least, largest))
     dataset = ray.data.from_blocks(blocks)
     dataset.context.target_max_block_size = 1  # tables are never put together
     return dataset.map_batches(
         actor,
-        fn_constructor_kwargs=arguments | {"device": plan.device, "threads": plan.actor_threads},
+        fn_constructor_kwargs=arguments | {"device": plan.device, "threads": threads},
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            min_size=plan.num_model_actors, max_size=plan.max_model_actors, max_tasks_in_flight_per_actor=IN_FLIGHT
-        ),
+        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT),
         num_cpus=plan.actor_cpus,
         num_gpus=plan.actor_gpus or None,
         runtime_env={"env_vars": WORKER_ENVIRONMENT},

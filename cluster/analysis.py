@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mtc.examples import ExampleCollector, FeatureStatistics
 
 UNITS_PER_ROW = 8
+ROWS_WANTED = 16  # of a short text, so that all actors have work; not their number, which must not change results
 
 
 class HeldOutResults(NamedTuple):
@@ -54,7 +55,8 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     store = TokenStore.open(store_url)
     run_urls = [run.for_layer(sites.layer).url for sites in config.model.sites]
     units = heldout_units(store, config, config.analysis.num_tokens)
-    groups = [units[i : i + UNITS_PER_ROW] for i in range(0, len(units), UNITS_PER_ROW)]
+    per_row = max(1, min(UNITS_PER_ROW, len(units) // ROWS_WANTED))
+    groups = [units[i : i + per_row] for i in range(0, len(units), per_row)]
     arguments = {"config": config, "run_urls": run_urls, "store_url": store_url}
     dataset = map_on_model_actors([_row(g) for g in groups], FeatureActor, plan, **arguments)
     sums: dict[int, ReconstructionSums] = {}
