@@ -36,6 +36,7 @@ class Batches:
         self.startup_seconds = 0.0
         """Until the first unit arrived."""
         self._started = time.perf_counter()
+        self._waited = 0.0
         self._moments = self._moments_with_a_batch()
 
     def all_ready(self) -> bool:
@@ -81,6 +82,15 @@ class Batches:
         while self.buffer.size >= self.batch:
             yield True
 
+    def settle_waits(self) -> None:
+        """Count what ranks waited for each other inside their steps as such; on a GPU this waits for the device."""
+        from mtc.distributed import waits
+
+        with self.clock.part("step"):
+            waited = waits.seconds()
+        self.clock.move("step", "all_reduce", waited - self._waited)
+        self._waited = waited
+
     def _finish_steps(self) -> None:
         """What a GPU still computes before the host has to wait anyway belongs to training, not to the waiting."""
         import torch
@@ -93,14 +103,19 @@ class Batches:
 class Journal:
     """Rank 0's account of training to the driver."""
 
-    def __init__(self, log: Any, trainers: list[Trainer], clock: Clock):
-        self.log, self.clock = log, clock
+    def __init__(self, log: Any, trainers: list[Trainer], batches: Batches):
+        self.log, self.batches, self.clock = log, batches, batches.clock
         self.layers = [trainer.config.model.layer for trainer in trainers]
-        self.before = dict.fromkeys(clock.seconds, 0.0)  # the clock starts anew with the first activations
+        self.before = dict.fromkeys(self.clock.seconds, 0.0)  # the clock starts anew with the first activations
+        self.costs_before = dict(batches.costs.sums)
         self.tokens = trainers[0].tokens
 
     def write(self, done: list[StepResult]) -> None:
-        """Send a row for each layer; waits for the device."""
+        """Send a row for each layer; waits for the device.
+
+        `seconds` are this rank's since the last row, by part; `model_seconds` what the units that it received since
+        then have cost the model actors.
+        """
         with self.clock.part("step"):
             metrics = [result.metrics() for result in done]
         now = self.clock.read()
@@ -108,7 +123,11 @@ class Journal:
         wall = max(sum(spent.values()), 1e-9)
         speed = (metrics[0].tokens - self.tokens) / wall
         self.before, self.tokens = now, metrics[0].tokens
+        sums = self.batches.costs.sums
+        model = {name: round(sums[name] - self.costs_before[name], 4) for name in ("forward", "sending", "idle")}
+        self.costs_before = dict(sums)
         shared = {"tokens_per_second": speed, "seconds": {part: round(value, 4) for part, value in spent.items()}}
+        shared["model_seconds"] = model
         for layer, row in zip(self.layers, metrics, strict=True):
             self.log.append.remote(row._asdict() | {"layer": layer} | shared)
 
@@ -118,11 +137,11 @@ def stream_timing(batches: Batches) -> StreamTiming:
     import torch
     import torch.distributed as dist
 
-    from mtc.distributed import all_reduce, waits, world_size
+    from mtc.distributed import all_reduce, world_size
     from mtc.timing import PARTS, StreamTiming
 
     clock, costs, device = batches.clock, batches.costs, batches.buffer.device
-    clock.move("step", "all_reduce", waits.seconds())
+    batches.settle_waits()
     seconds, ranks = clock.read(), world_size()
     mean = torch.tensor([seconds[p] for p in PARTS] + [batches.startup_seconds], dtype=torch.float64, device=device)
     total = torch.tensor([costs.sums[name] for name in ActorCosts.FIELDS], dtype=torch.float64, device=device)

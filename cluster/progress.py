@@ -148,6 +148,8 @@ def progress_line(rows: Sequence[dict[str, Any]], total_steps: int) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    if row["step"] == 1:
+        eta = "?"  # its rate is that of filling the shuffle buffer
     share, speed, spent = row["step"] / total_steps, row["tokens_per_second"], row["seconds"]
     waiting = spent["waiting"] / max(sum(spent.values()), 1e-9)
     if len(rows) == 1:

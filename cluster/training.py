@@ -194,7 +194,6 @@ def _train_worker(settings: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from mtc.distributed import waits
     from mtc.shuffle import ShuffleBuffer, on_device
     from mtc.timing import Clock
     from mtc.training import Trainer
@@ -217,10 +216,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
             ledger.restore(directory)
     clock = Clock()
     batch = config.optimizer.batch_tokens // world
-    journal = Journal(settings["log"], trainers, clock) if rank == 0 else None
     lead = trainers[0]
     with on_device(iterate_units(ray.train.get_dataset_shard("train")), device) as units:
         batches = Batches(units, buffer, batch, ledger, clock)
+        journal = Journal(settings["log"], trainers, batches) if rank == 0 else None
         while lead.step_number < config.total_steps:
             if not batches.all_ready():
                 raise RuntimeError(
@@ -240,7 +239,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
                 ]
             last = lead.step_number == config.total_steps
             if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number == 1 or last:
-                waits.seconds()  # on every rank, so that spans on a GPU don't pile up
+                batches.settle_waits()  # on every rank, so that spans on a GPU don't pile up
                 if journal:
                     journal.write(done)
             if lead.step_number % config.cluster.checkpoint_every_steps == 0 and not last:

@@ -45,7 +45,7 @@ class Waits:
 
 
 waits = Waits()
-"""Of this process: `all_reduce`, and what `wrap` waited for gradients after its own were ready."""
+"""Of this process: `all_reduce`, and `Averaging.backward` after this rank's own gradients were ready."""
 
 
 def distributed() -> bool:

@@ -137,6 +137,9 @@ def test_two_transcoders_from_one_pass_and_a_report_of_both(
         history = [json.loads(line) for line in own.read("metrics.jsonl").decode().splitlines()]
         assert history[-1]["step"] == config.total_steps
         assert {line["layer"] for line in history} == {layer}
+        assert sum(line["seconds"]["all_reduce"] for line in history) > 0
+        assert sum(line["model_seconds"]["forward"] for line in history) > 0
+        assert all(value >= 0 for line in history for value in line["seconds"].values())
     assert not torch.equal(transcoders[0].W_enc, transcoders[1].W_enc)
     with pytest.raises(RunError, match=r"transcoders of 2 layers; name one of them: .*/two/layer1, .*/two/layer0"):
         open_layer_run(run.url)
@@ -164,7 +167,7 @@ def test_wall_time_is_split_into_parts_that_add_up(finished: tuple[RunDirectory,
     assert TOKENS <= timing.tokens < 1.2 * TOKENS
     assert timing.wall_seconds < analysis.facts.seconds["train"]
     parts = timing.forward_seconds + timing.sending_seconds + timing.idle_seconds
-    assert parts == pytest.approx(timing.actor_seconds, rel=0.2)
+    assert 0.5 * timing.actor_seconds < parts <= timing.actor_seconds * 1.001
     assert timing.mfu is not None and timing.forward_mfu is not None
     assert 0 < timing.mfu < timing.forward_mfu
     assert timing.mfu == pytest.approx(timing.forward_mfu * timing.forward_seconds / timing.actor_seconds)
