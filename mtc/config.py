@@ -85,7 +85,8 @@ class ModelConfig(_Part):
         shared = {name: values[name] for name in ("source", "target") if name in values}
         layers = [entry if isinstance(entry, dict | LayerConfig) else {"layer": entry} for entry in values["layers"]]
         full = [shared | entry if isinstance(entry, dict) else entry.model_dump() for entry in layers]
-        return values | {"layers": full} | full[0]
+        first = {name: full[0][name] for name in LayerConfig.model_fields if name in full[0]}
+        return values | {"layers": full} | first
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

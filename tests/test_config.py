@@ -3,8 +3,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mtc.config import ConfigError, load_preset, make_config, parse_command_line, preset_names, to_yaml
+from mtc.model_files import check_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,3 +101,42 @@ def test_the_package_holds_what_it_reads():
     for path in data:
         name = str(path.relative_to(ROOT / "mtc"))
         assert any(fnmatch(name, pattern) for pattern in patterns), f"{name} is not in package-data"
+
+
+def test_several_layers_are_numbers_or_mappings_and_each_is_a_run_of_its_own():
+    argv = ["--preset", "tiny", "--model.layers", '[0, {"layer": 2, "source": "mlp_in"}]', "--model.dtype", "float32"]
+    config, _ = parse_command_line(argv, "test")
+    assert [(s.layer, s.source, s.target) for s in config.model.sites] == [
+        (0, "resid_mid", "mlp_out"),
+        (2, "mlp_in", "mlp_out"),
+    ]
+    assert make_config(yaml.safe_load(to_yaml(config))) == config
+    for alone, layer, source in zip(config.for_layers(), (0, 2), ("resid_mid", "mlp_in"), strict=True):
+        assert (alone.model.layer, alone.model.source, alone.model.layers) == (layer, source, None)
+        assert alone.model.dtype == "float32"
+        assert alone == make_config(yaml.safe_load(to_yaml(alone)))
+        assert alone == load_preset("tiny", {"model": {"layer": layer, "source": source, "dtype": "float32"}})
+    one = load_preset("tiny")
+    assert one.for_layers() == (one,)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([1, 1], r"model\.layers=\[1, 1\] names a layer twice"),
+        ([], r"model\.layers: .*at least 1 item"),
+        ([0, -1], r"model\.layers\.1\.layer: .*greater than or equal to 0, got -1"),
+        (["x"], r"model\.layers\.0\.layer: .*valid integer.*got 'x'"),
+        ([0, {"layer": 1, "source": "mlp_out"}], r"model\.source and model\.target of layer 1 are both mlp_out"),
+        ([{"layer": 1, "sit": "mlp_in"}], r"model\.layers\.0\.sit: .*not permitted"),
+    ],
+)
+def test_bad_layers_are_named(layers, message):
+    with pytest.raises(ConfigError, match=message):
+        load_preset("tiny", {"model": {"layers": layers}})
+
+
+def test_a_layer_beyond_the_model_is_named():
+    config = load_preset("tiny", {"model": {"layers": [0, 7]}})
+    with pytest.raises(ConfigError, match=r"model\.layers=7 is out of range: random:gemma2 has 3 layers"):
+        check_model(config.model)
