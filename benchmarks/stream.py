@@ -47,7 +47,7 @@ from mtc.config import RunConfig, load_preset
 from mtc.language_model import LanguageModel
 from mtc.model_files import load_tokenizer, prepare_model
 from mtc.report.schema import RunFacts
-from mtc.shuffle import ShuffleBuffer, Unit
+from mtc.shuffle import ShuffleBuffer
 from mtc.tokens import TokenStore, source_files, special_ids
 from mtc.work import pack_windows, work_units
 
@@ -358,7 +358,7 @@ class _MemoryWatch:
     def _watch(self) -> None:
         from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-        state = get_state_from_address(None)
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)
         while not self._stop.wait(0.2):
             stats = get_memory_info_reply(state).store_stats
             self.store = max(self.store, stats.object_store_bytes_used)
@@ -412,10 +412,11 @@ def _alone(config: RunConfig, facts: RunFacts) -> tuple[float, float]:
     timing = facts.timing
     assert timing is not None
     store = TokenStore.open(facts.token_store)
-    units = work_units(store, config, timing.trainers)[1:]
+    work = work_units(store, config)
+    units = [*work.training, *work.calibration][1:]
     actor = CaptureActor(config, store.url, "cpu", 2)
     trainer = Trainer(config, actor.model.d_model, actor.model.d_model)
-    buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens, 0)
+    buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens, [0])
     batch = config.optimizer.batch_tokens
     forward = step = 0.0
     positions = trained = 0
@@ -430,9 +431,9 @@ def _alone(config: RunConfig, facts: RunFacts) -> tuple[float, float]:
         if not trainer.tokens:
             trainer.initialise(*unit.columns)
         start = time.perf_counter()
-        buffer.add(Unit(number, unit.columns))
-        while buffer.ready(batch):
-            trainer.step(*buffer.take(batch))
+        buffer.add(unit)
+        while buffer.available >= batch:
+            trainer.step(*buffer.take(batch).columns)
             trained += batch
         step += time.perf_counter() - start
     forward *= timing.captured_tokens / positions

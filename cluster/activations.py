@@ -36,9 +36,12 @@ IN_FLIGHT = 4  # tasks per actor: Ray Data looks for finished ones only about te
 
 
 def activation_dataset(
-    config: RunConfig, plan: Plan, store_url: str, units: Iterable[tuple[int, np.ndarray]]
+    config: RunConfig, plan: Plan, store_url: str, units: Iterable[tuple[int, np.ndarray]], start: str = ""
 ) -> ray.data.Dataset:
-    """A lazy Dataset with one row and block for each (unit number, window ids), in the given order."""
+    """A lazy Dataset with one row and block for each (unit number, window ids), in the given order.
+
+    `start` names the checkpoint that the list of units was made from; it travels with each.
+    """
     units = list(units)
     least = GPU_UNITS_PER_TASK if plan.device == "cuda" else 1
     together = min(max(least, -(-len(units) // TASKS_WANTED)), MOST_UNITS_PER_TASK)
@@ -47,7 +50,7 @@ def activation_dataset(
         part = units[at : at + together]
         windows = pa.array([ids.tolist() for _, ids in part], UNIT_TYPE)
         rows.append(pa.table({"unit": [number for number, _ in part], "windows": windows}))
-    return map_on_model_actors(rows, CaptureActor, plan, config=config, store_url=store_url)
+    return map_on_model_actors(rows, CaptureActor, plan, config=config, store_url=store_url, start=start)
 
 
 def map_on_model_actors(blocks: list[pa.Table], actor: type, plan: Plan, **arguments: Any) -> ray.data.Dataset:
@@ -72,11 +75,16 @@ def map_on_model_actors(blocks: list[pa.Table], actor: type, plan: Plan, **argum
         num_cpus=plan.actor_cpus,
         num_gpus=plan.actor_gpus or None,
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        **({"label_selector": plan.label_selector} if plan.label_selector else {}),
     )
 
 
-def configure_data_context() -> None:
-    """Settings of every Dataset here; call in the process that executes it."""
+def configure_data_context(stall_seconds: float | None = None) -> None:
+    """Settings of every Dataset here; call in the process that executes it.
+
+    A Dataset that makes no progress for `stall_seconds` fails, because Ray Data waits for ever for a place for an actor
+    whose node is gone.
+    """
     import logging
 
     from ray.data import DataContext
@@ -86,12 +94,14 @@ def configure_data_context() -> None:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the seed fixes the order of training
     context.execution_options.verbose_progress = False
+    if stall_seconds is not None:
+        context.execution_no_progress_timeout_s = stall_seconds
 
 
 class CaptureActor:
     """Holds the truncated language model and the token store; turns work units into activations."""
 
-    def __init__(self, config: RunConfig, store_url: str, device: str, threads: int):
+    def __init__(self, config: RunConfig, store_url: str, device: str, threads: int, start: str = ""):
         import torch
 
         from mtc.language_model import LanguageModel
@@ -100,6 +110,7 @@ class CaptureActor:
 
         torch.set_num_threads(threads)
         self.name = uuid.uuid4().hex
+        self.start = start
         self.store = TokenStore.open(store_url)
         self.model = LanguageModel(config.model, device)
         self.device_flops = measure_device(self.model.device, self.model.dtype)
@@ -132,16 +143,21 @@ class CaptureActor:
         from mtc.timing import Stopwatch
         from mtc.work import pack_windows
 
-        ids = np.asarray(window_ids)
+        ids = np.asarray(window_ids, np.int64)
         # Windows of one length next to each other are attended to without being gathered first.
         ids = ids[np.argsort(-self.store.positions(ids), kind="stable")]
         windows = pack_windows(self.store.input_ids(ids), self.store.info.special_ids)
         watch = Stopwatch(self.model.device)
         with watch.running():
-            pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
-            columns = [column.to(torch.bfloat16) for pair in pairs for column in pair]
-        flops = self.model.flops(windows.lengths)
-        return _Pending(number, *self._to_host(columns), watch, sum(windows.lengths), flops)
+            if len(ids):
+                pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
+                columns = [column.to(torch.bfloat16) for pair in pairs for column in pair]
+                sums = torch.stack([column.sum(1, dtype=torch.float32) for column in columns])
+            else:  # a unit that only holds a place in the order
+                columns, sums = [], torch.zeros(0)
+        flops = self.model.flops(windows.lengths) if len(ids) else 0.0
+        (sums, *columns), copied = self._to_host([sums, *columns])
+        return _Pending(number, columns, sums, copied, watch, sum(windows.lengths), flops)
 
     def _to_host(self, columns: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
         """From a GPU into pinned memory, on a stream of its own, and the event at which they are there."""
@@ -164,9 +180,13 @@ class CaptureActor:
         if pending.copied is not None:
             pending.copied.synchronize()  # not the stream: the next unit is on it too
         start = time.perf_counter()
+        tokens = len(pending.columns[0]) if pending.columns else 0
+        activations, dropped = _finite_rows(pending.columns, pending.sums)
         columns = {
             "unit": pa.array([pending.number], pa.int64()),
-            "tokens": pa.array([len(pending.columns[0])], pa.int64()),
+            "start": pa.array([self.start]),
+            "tokens": pa.array([tokens], pa.int64()),
+            "dropped": pa.array([dropped], pa.list_(pa.int32())),
             "actor": pa.array([self.name]),
             "forward": pa.array([pending.watch.seconds()], pa.float64()),
             "sending": pa.array([self.sending], pa.float64()),
@@ -177,7 +197,7 @@ class CaptureActor:
             "device_flops": pa.array([self.device_flops], pa.float64()),
         }
         self.idle, self.sending, self.sent_at = 0.0, 0.0, start
-        for i, column in enumerate(pending.columns):
+        for i, column in enumerate(activations):
             columns[f"activations_{i}"] = to_binary(column)
         yield pa.table(columns)
         self.sending += time.perf_counter() - start  # Ray has written the table into shared memory
@@ -190,6 +210,8 @@ class _Pending(NamedTuple):
     """Which unit."""
     columns: list[torch.Tensor]
     """Source and target of each layer, [tokens, d] bfloat16, on the host once the copy is over."""
+    sums: torch.Tensor
+    """[columns, tokens] float32, sums over d: not finite where an activation is not."""
     copied: torch.cuda.Event | None
     """When that is; None on a CPU."""
     watch: Stopwatch
@@ -215,17 +237,38 @@ class ActorCosts:
         self.device_flops = max(self.device_flops, unit.costs["device_flops"])
 
 
-def iterate_units(shard: Any) -> Iterator[Unit]:
-    """The units of a shard of the Dataset, their columns bfloat16 views of shared memory, [tokens, d]."""
+def _finite_rows(columns: list[torch.Tensor], sums: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
+    """The columns without the tokens of which any activation is not finite, and the numbers of those."""
+    if bool(sums.isfinite().all()):
+        return columns, []
+    finite = columns[0].isfinite().all(1)
+    for column in columns[1:]:
+        finite &= column.isfinite().all(1)
+    dropped: list[int] = (~finite).nonzero().squeeze(1).tolist()
+    return [column[finite] for column in columns], dropped
+
+
+def iterate_units(shard: Any, start: str = "") -> Iterator[Unit]:
+    """The units of a shard of the Dataset, their columns bfloat16 views of shared memory, [tokens, d].
+
+    Raises RuntimeError if the Dataset continues another checkpoint than `start`.
+    """
+    import numpy as np
+
     from mtc.shuffle import Unit
 
     for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        if table["start"][0].as_py() != start:
+            raise RuntimeError(f"the stream continues {table['start'][0].as_py() or 'nothing'}, the trainers {start}")
         tokens = table["tokens"][0].as_py()
+        if not tokens:
+            continue
         names = [name for name in table.column_names if name.startswith("activations_")]
         costs = {name: table[name][0].as_py() for name in (*ActorCosts.FIELDS, "device_flops", "actor")}
-        if tokens:
-            columns = tuple(from_binary(table[name], tokens) for name in names)
-            yield Unit(table["unit"][0].as_py(), columns, costs)
+        dropped = np.array(table["dropped"][0].as_py(), np.int32)
+        rows = np.delete(np.arange(tokens, dtype=np.int32), dropped)
+        columns = tuple(from_binary(table[name], len(rows)) for name in names)
+        yield Unit(table["unit"][0].as_py(), columns, rows, tokens, dropped, costs)
 
 
 def to_binary(activations: torch.Tensor) -> pa.Array:

@@ -1,23 +1,49 @@
-"""What a trainer does beside training: batches, the ledger of finished units, the account of time and metrics."""
+"""What a trainer does beside training: batches that all ranks agree on, the account of time, metrics and events.
+
+Imported by trainers only: the processes that coordinate them do without torch.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 
 from cluster.activations import ActorCosts
+from mtc.distributed import all_gather, all_reduce, distributed, waits, world_size
+from mtc.health import Health
+from mtc.ledger import Ledger
+from mtc.shuffle import ShuffleBuffer, Unit
+from mtc.timing import PARTS, Clock, StreamTiming
 
 if TYPE_CHECKING:
-    from mtc.shuffle import ShuffleBuffer, Unit
-    from mtc.timing import Clock, StreamTiming
     from mtc.training import StepResult, Trainer
 
 
+class Share(NamedTuple):
+    """What the ranks agreed on for one step."""
+
+    rows: int
+    """Of this rank."""
+    tokens: int
+    """Of all ranks."""
+    save: bool
+    """Whether rank 0 wants a checkpoint first."""
+
+
 class Batches:
-    """From the stream through the shuffle buffer to batches, the same number on all ranks."""
+    """From the stream through the shuffle buffer to batches that all ranks agree on.
+
+    A global batch has the same size whatever the number of ranks. Where one has too little left, the others give more,
+    so every token of the training units is trained on, and the last step takes what remains.
+    """
 
     def __init__(
         self,
@@ -26,66 +52,100 @@ class Batches:
         batch: int,
         ledger: Ledger,
         clock: Clock,
+        num_training: int,
+        filters: Mapping[int, NDArray[np.int32]] = MappingProxyType({}),
     ):
         self.units, self.buffer, self.batch, self.ledger = units, buffer, batch, ledger
         self.clock = clock
+        self.num_training = num_training
+        """Units of smaller numbers are for training, the others for calibration."""
+        self.filters = dict(filters)
+        """Of units that were trained in part on other trainers, the rows that are left."""
         self.costs = ActorCosts()
         """Of all units but the first."""
         self.tokens = 0
-        """Taken by all ranks."""
+        """Taken by all ranks for steps."""
+        self.calibrated = 0
+        """Given to this rank for calibration."""
         self.startup_seconds = 0.0
         """Until the first unit arrived."""
         self._started = time.perf_counter()
         self._waited = 0.0
-        self._moments = self._moments_with_a_batch()
+        self._held: Unit | None = None
+        self._ended = False
 
-    def all_ready(self) -> bool:
-        """Whether every rank can take one more batch; called on all ranks at once."""
-        import torch
-        import torch.distributed as dist
+    def agree(self, last: bool, save: bool = False) -> Share | None:
+        """Fill the buffer for one more step; None when nothing is left. Called on all ranks at once.
 
-        here = next(self._moments, False)
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return here
+        `last` asks for everything that is left, `save` is rank 0's wish.
+        """
+        ranks, rank = world_size(), dist.get_rank() if distributed() else 0
+        equal = [self.batch // ranks + (i < self.batch % ranks) for i in range(ranks)]
+        wanted = math.inf if last else equal[rank]
+        while True:
+            self._fill(wanted)
+            states = self._gather(self.buffer.available, self._ended, save)
+            rows = [state[0] for state in states]
+            ended = all(state[1] for state in states)
+            if ended or (sum(rows) >= self.batch and not last):
+                break
+            wanted = math.inf if last else self.buffer.available + self.batch
+        total = sum(rows) if last or sum(rows) < self.batch else self.batch
+        if not total:
+            return None
+        shares = rows if total == sum(rows) else _shares(equal, rows)
+        return Share(shares[rank], total, bool(states[0][2]))
+
+    def take(self, share: Share) -> tuple[Any, ...]:
+        """This rank's rows of the step."""
+        self.tokens += share.tokens
+        with self.clock.part("transport"):
+            taken = self.buffer.take(share.rows)
+            self.ledger.train(taken)
+            return taken.columns
+
+    def calibration(self) -> Iterator[Unit]:
+        """What comes after the training units; not the same number on all ranks."""
+        while self._held is not None:
+            self.calibrated += len(self._held.rows)
+            yield self._held
+            self._held = self._next()
+
+    def _fill(self, rows: float) -> None:
+        """Until `rows` can be taken and a chunk is mixed, or the training units end."""
+        while not self._ended and (self.buffer.available < rows or self.buffer.size < self.buffer.chunk_rows):
+            unit = self._next()
+            if unit is None or unit.number >= self.num_training:
+                self._held, self._ended = unit, True
+                self.buffer.close()
+                return
+            with self.clock.part("transport"):
+                self.ledger.receive(unit)
+                if unit.number in self.filters:
+                    unit = _only(unit, self.filters[unit.number])
+                self.buffer.add(unit)
+
+    def _next(self) -> Unit | None:
+        self._finish_steps()
+        with self.clock.part("waiting"):
+            unit = next(self.units, None)
+        if unit is not None and self.startup_seconds:
+            self.costs.add(unit)
+        elif unit is not None:
+            self.startup_seconds = time.perf_counter() - self._started
+            self.clock.reset()
+        return unit
+
+    def _gather(self, *state: int) -> list[list[int]]:
+        """Every rank's numbers."""
+        if not distributed():
+            return [list(state)]
         self._finish_steps()
         with self.clock.part("all_reduce"):
-            flag = torch.tensor(int(here), device=self.buffer.device)
-            dist.all_reduce(flag, dist.ReduceOp.MIN)
-            return bool(flag)
-
-    def take(self) -> tuple[Any, ...]:
-        import torch.distributed as dist
-
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.tokens += self.batch * ranks
-        with self.clock.part("transport"):
-            return self.buffer.take(self.batch)
-
-    def _moments_with_a_batch(self) -> Iterator[bool]:
-        """Fill the buffer from the stream; yields True whenever a batch can be taken, until both are empty."""
-        while True:
-            self._finish_steps()
-            with self.clock.part("waiting"):
-                unit = next(self.units, None)
-            if unit is None:
-                break
-            if self.startup_seconds:
-                self.costs.add(unit)
-            else:
-                self.startup_seconds = time.perf_counter() - self._started
-                self.clock.reset()
-            with self.clock.part("transport"):
-                self.buffer.add(unit)
-                self.ledger.seen.add(unit.number)
-            while self.buffer.ready(self.batch):
-                yield True
-        while self.buffer.size >= self.batch:
-            yield True
+            return all_gather(torch.tensor(state, device=self.buffer.device)).tolist()
 
     def settle_waits(self) -> None:
         """Count what ranks waited for each other inside their steps as such; on a GPU this waits for the device."""
-        from mtc.distributed import waits
-
         with self.clock.part("step"):
             waited = waits.seconds()
         self.clock.move("step", "all_reduce", waited - self._waited)
@@ -93,8 +153,6 @@ class Batches:
 
     def _finish_steps(self) -> None:
         """What a GPU still computes before the host has to wait anyway belongs to training, not to the waiting."""
-        import torch
-
         if self.buffer.device.type == "cuda":
             with self.clock.part("step"):
                 torch.cuda.current_stream(self.buffer.device).synchronize()
@@ -109,6 +167,7 @@ class Journal:
         self.before = dict.fromkeys(self.clock.seconds, 0.0)  # the clock starts anew with the first activations
         self.costs_before = dict(batches.costs.sums)
         self.tokens = trainers[0].tokens
+        self.health = [Health(trainer.config.transcoder.k) for trainer in trainers]
 
     def write(self, done: list[StepResult]) -> None:
         """Send a row for each layer; waits for the device.
@@ -128,32 +187,31 @@ class Journal:
         self.costs_before = dict(sums)
         shared = {"tokens_per_second": speed, "seconds": {part: round(value, 4) for part, value in spent.items()}}
         shared["model_seconds"] = model
-        for layer, row in zip(self.layers, metrics, strict=True):
+        for layer, row, health in zip(self.layers, metrics, self.health, strict=True):
             self.log.append.remote(row._asdict() | {"layer": layer} | shared)
+            for kind, message in health.look(row):
+                where = f"layer {layer}: " if len(self.layers) > 1 else ""
+                self.log.event.remote(kind, where + message, row.step)
 
 
 def stream_timing(batches: Batches) -> StreamTiming:
     """The account of all ranks together; called on all at once."""
-    import torch
-    import torch.distributed as dist
-
-    from mtc.distributed import all_reduce, world_size
-    from mtc.timing import PARTS, StreamTiming
-
     clock, costs, device = batches.clock, batches.costs, batches.buffer.device
     batches.settle_waits()
     seconds, ranks = clock.read(), world_size()
     mean = torch.tensor([seconds[p] for p in PARTS] + [batches.startup_seconds], dtype=torch.float64, device=device)
-    total = torch.tensor([costs.sums[name] for name in ActorCosts.FIELDS], dtype=torch.float64, device=device)
+    sums = [batches.calibrated, *(costs.sums[name] for name in ActorCosts.FIELDS)]
+    total = torch.tensor(sums, dtype=torch.float64, device=device)
     rate = torch.tensor(costs.device_flops, dtype=torch.float64, device=device)
     all_reduce(mean)
     all_reduce(total)
     all_reduce(rate, dist.ReduceOp.MAX)
     *parts, startup = (mean / ranks).tolist()
-    forward, sending, idle, elapsed, positions, flops = total.tolist()
+    calibrated, forward, sending, idle, elapsed, positions, flops = total.tolist()
     device_flops, wall = float(rate), sum(parts)
+    tokens = batches.tokens + int(calibrated)
     return StreamTiming(
-        tokens=batches.tokens,
+        tokens=tokens,
         wall_seconds=wall,
         startup_seconds=startup,
         trainers=ranks,
@@ -165,34 +223,25 @@ def stream_timing(batches: Batches) -> StreamTiming:
         captured_tokens=int(positions),
         forward_flops=flops,
         device_flops=device_flops,
-        tokens_per_second=batches.tokens / wall,
+        tokens_per_second=tokens / wall,
         forward_mfu=flops / (forward * device_flops) if forward else None,
         mfu=flops / (elapsed * device_flops) if elapsed else None,
     )
 
 
-class Ledger:
-    """Work units that this rank has received; rank 0 also carries those of earlier starts."""
-
-    def __init__(self, rank: int):
-        self.rank = rank
-        self.earlier: set[int] = set()
-        self.seen: set[int] = set()
-
-    def restore(self, directory: str) -> None:
-        if self.rank == 0:
-            self.earlier = read_ledger(directory)
-
-    def write(self, directory: str, buffer: ShuffleBuffer) -> None:
-        finished = self.earlier | (self.seen - buffer.units())
-        with open(os.path.join(directory, f"units_{self.rank}.json"), "w") as file:
-            json.dump(sorted(finished), file)
+def _shares(equal: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """Equal shares of a batch where the ranks have enough rows; what some lack, the first others give."""
+    shares = [min(wanted, have) for wanted, have in zip(equal, rows, strict=True)]
+    missing = sum(equal) - sum(shares)
+    for rank, have in enumerate(rows):
+        more = min(missing, have - shares[rank])
+        shares[rank] += more
+        missing -= more
+    return shares
 
 
-def read_ledger(directory: str) -> set[int]:
-    units: set[int] = set()
-    for name in os.listdir(directory):
-        if name.startswith("units_"):
-            with open(os.path.join(directory, name)) as file:
-                units |= set(json.load(file))
-    return units
+def _only(unit: Unit, rows: NDArray[np.int32]) -> Unit:
+    """The unit without its other rows."""
+    kept = np.isin(unit.rows, rows)
+    chosen = torch.from_numpy(np.flatnonzero(kept)).to(unit.columns[0].device)
+    return unit._replace(columns=tuple(column[chosen] for column in unit.columns), rows=unit.rows[kept])

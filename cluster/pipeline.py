@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from cluster.activations import configure_data_context
-from cluster.progress import MetricsLog, ProgressReader, balance
-from cluster.resources import WORKER_ENVIRONMENT, Node, Plan, make_plan
+from cluster.progress import QUIET, ProgressReader, balance, start_metrics_log
+from cluster.resources import WORKER_ENVIRONMENT, Plan, cluster_nodes, make_plan
 from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.runs import RunDirectory, absolute
 
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from cluster.analysis import HeldOutResults
     from cluster.training import Trained, TrainResult
     from mtc.analysis import Analysis, RunFacts
-    from mtc.timing import StreamTiming
+    from mtc.ledger import Progress
     from mtc.tokens import StoreInfo
 
 logger = logging.getLogger(__name__)
+
+LIMITS = ("data.max_skipped_share", "optimizer.max_skipped_steps")  # may be raised to continue a run
 
 
 def check(config: RunConfig) -> None:
@@ -66,8 +69,6 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
     An unfinished run of the same `output.run_id` continues from its last checkpoint.
     """
-    import ray
-
     from cluster.analysis import analyse_heldout
     from cluster.tokens import build_token_store
     from cluster.training import train
@@ -78,10 +79,11 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
     configure_data_context()
     d_model = check_model(config.model).d_model
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    plan = make_plan(config, [Node(r.get("CPU", 0), r.get("GPU", 0)) for r in alive if r.get("CPU", 0) > 0], d_model)
+    plan = make_plan(config, cluster_nodes(), d_model)
     run = _run_directory(config)
+    config = _shared_places(config, run)
     _check_same_run(config, run)
+    log = start_metrics_log(run)
     say(f"run {run.run_id} in {run.url}")
     say(plan.describe())
     if config.model.notice:
@@ -101,22 +103,22 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     store = TokenStore.open(store_url)
     info = store.info
     say(f"token store {store_url}: {info.windows} windows, {info.tokens} tokens, {info.documents} documents")
-    work_units(store, config, plan.num_trainers)  # a text that is too short is found here, not after the training
+    work_units(store, config)  # a text that is too short is found here, not after the training
     heldout_units(store, config, config.analysis.num_tokens)
 
     with _timed(seconds, "train"):
-        log = ray.remote(MetricsLog).options(num_cpus=0).remote()
         histories = {alone.model.layer: own for alone, own in zip(layers, runs, strict=True)}
         with ProgressReader(log, histories, config.total_steps) as progress:
-            trained = train(config, plan, run, store_url, d_model, log)
+            trained = train(config, plan, run, store_url, d_model, log, lambda: progress.stopped)
     say(f"trained {trained.layers[0].tokens:,} tokens in {trained.layers[0].steps:,} steps; " + _thresholds(trained))
+    say(_account(trained.progress))
     say(balance(trained.timing))
 
     with _timed(seconds, "analyse"):
         results = analyse_heldout(config, plan, run, store_url)
     analyses = []
     for alone, own, layer, found in zip(layers, runs, trained.layers, results, strict=True):
-        facts = _facts(config, plan, own, store_url, info, layer, trained.timing, found.dtype, seconds)
+        facts = _facts(config, plan, own, store_url, info, layer, trained, found.dtype, seconds, progress.events)
         analyses.append(_write_report(alone, own, found, progress.rows(layer.layer), facts))
         fvu = " ".join(f"{value:.3f}" for value in found.evaluation.fvu)
         where = f"layer {layer.layer}: " if len(layers) > 1 else ""
@@ -129,6 +131,17 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     run.publish()
     say(f"finished {run.url} in " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
     return run
+
+
+def _account(progress: Progress) -> str:
+    """What the ledger says of the training tokens."""
+    wrong = progress.wrong_units()
+    line = f"ledger: {len(progress.finished())} work units, {progress.trained_tokens():,} tokens trained"
+    if dropped := progress.dropped_tokens():
+        line += f", {dropped:,} dropped as not finite"
+    if len(wrong):
+        return f"{line}; {progress.repeated_tokens():,} tokens twice, in units {wrong[:10].tolist()}"
+    return f"{line}, each once"
 
 
 def _thresholds(trained: Trained) -> str:
@@ -184,12 +197,52 @@ def _output_root(config: RunConfig) -> str:
     return absolute(os.path.join("~", root) if submitted and "://" not in root else root)
 
 
+def _shared_places(config: RunConfig, run: RunDirectory) -> RunConfig:
+    """On several nodes: checks that all reach the run directory, and puts the token store beside it.
+
+    Raises ConfigError that names the nodes which do not.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if not others:
+        return config
+    if config.output.token_store is None and "://" not in config.output.root:
+        places = config.output.model_copy(update={"token_store": f"{_output_root(config)}/tokens"})
+        config = config.model_copy(update={"output": places})
+    probe = f".reached-by-{uuid.uuid4().hex[:8]}"
+    run.write(probe, probe)
+    try:
+        answers = {
+            node["NodeManagerAddress"]: ray.remote(_reaches)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote(run.url, probe)
+            for node in others
+        }
+        missing = [address for address, answer in answers.items() if not ray.get(answer)]
+    finally:
+        run.remove(probe)
+    if missing:
+        raise ConfigError(
+            f"output.root={config.output.root}: {len(missing)} of {len(others) + 1} nodes do not see what is written "
+            f"there ({', '.join(missing[:5])}); on several nodes give a disk that all of them share, or s3:// or gs://"
+        )
+    return config
+
+
+def _reaches(url: str, name: str) -> bool:
+    return RunDirectory(url).exists(name)
+
+
 def _check_same_run(config: RunConfig, run: RunDirectory) -> None:
     """Refuse to continue an unfinished run with settings that would mix two runs."""
     if not run.exists("config.yaml"):
         return
     before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in (run.config(), config))
     changed = [f"{part}.{f}" for part in now for f in now[part] if now[part][f] != before[part].get(f)]
+    changed = [field for field in changed if field not in LIMITS]
     if changed:
         raise ConfigError(
             f"output.run_id={run.run_id} is an unfinished run with other values of {', '.join(changed)}: "
@@ -211,9 +264,10 @@ def _facts(
     store_url: str,
     info: StoreInfo,
     trained: TrainResult,
-    timing: StreamTiming,
+    whole: Trained,
     dtype: str,
     seconds: dict[str, float],
+    events: list[dict[str, Any]],
 ) -> RunFacts:
     from importlib.metadata import version
 
@@ -236,7 +290,11 @@ def _facts(
         num_trainers=plan.num_trainers,
         num_model_actors=plan.num_model_actors,
         seconds=seconds,
-        timing=timing,
+        timing=whole.timing,
+        dropped_tokens=whole.progress.dropped_tokens(),
+        skipped_documents=info.skipped,
+        skipped_examples=tuple(info.skipped_examples),
+        events=tuple(event for event in events if event["kind"] not in QUIET),
         other_layers=tuple(s.layer for s in config.model.sites if s.layer != trained.layer),
         versions={name: version(name) for name in packages},
     )

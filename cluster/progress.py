@@ -3,40 +3,81 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mtc.config import ConfigError
 from mtc.runs import RunDirectory
 
 if TYPE_CHECKING:
     from mtc.timing import StreamTiming
 
+logger = logging.getLogger(__name__)
+
+STOPPED, RESUMED = "stopped", "resume"  # kinds of events
+QUIET = ("checkpoint",)  # kinds that are written but not shown
+DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
 WAITING = 0.2
 """Share of its time beyond which a side counts as waiting for the other."""
 WRITE_SECONDS = 10.0  # between writes of the history, which is written whole
 
 
 class MetricsLog:
-    """A Ray actor that rank 0 sends metrics to and the driver collects them from."""
+    """A Ray actor that trainers send metrics and events to and the driver collects them from."""
 
     def __init__(self) -> None:
+        self.name = uuid.uuid4().hex  # another one if Ray had to start this actor again
         self.rows: list[dict[str, Any]] = []
 
     def append(self, row: dict[str, Any]) -> None:
+        """A row of the metrics history."""
         self.rows.append(row)
 
-    def since(self, position: int) -> list[dict[str, Any]]:
-        return self.rows[position:]
+    def event(self, kind: str, message: str, step: int | None = None) -> None:
+        """Something happened."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.rows.append({"time": now, "kind": kind, "message": message, "step": step})
+
+    def since(self, name: str, position: int) -> tuple[str, list[dict[str, Any]]]:
+        """This actor's name, and its rows from `position` on, or all of them if the reader knows another name."""
+        return self.name, self.rows[position if name == self.name else 0 :]
+
+
+def start_metrics_log(run: RunDirectory) -> Any:
+    """The MetricsLog of a run, on the driver's node. It is named for the run, so that no two jobs train the same one.
+
+    Raises ConfigError if another job does; one that has just died is waited for.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    name = f"metrics of {run.url}"
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    deadline = time.monotonic() + DYING_SECONDS
+    while True:
+        try:
+            log: Any = ray.remote(MetricsLog).options(name=name, namespace="mtc", **options).remote()
+            ray.get(log.since.remote("", 0))
+            return log
+        except ValueError:  # the name is taken
+            if time.monotonic() > deadline:
+                raise ConfigError(f"output.run_id={run.run_id}: another job of this cluster is training it") from None
+            time.sleep(1.0)
 
 
 class ProgressReader:
     """While used as a context, a thread copies the log's rows into each layer's `metrics.jsonl` and shows the newest.
 
     `runs` maps a layer to the directory of its transcoder. On a terminal one line is redrawn; elsewhere a line appears
-    every `seconds`. A restart from a checkpoint repeats steps: their first account is replaced.
+    every `seconds`. A restart from a checkpoint repeats steps: their first account is replaced. Events go into
+    `events.jsonl` of each directory, and are shown.
     """
 
     def __init__(
@@ -48,12 +89,14 @@ class ProgressReader:
         seconds: float = 5.0,
     ):
         self.log, self.runs, self.total_steps, self.stream, self.seconds = log, runs, total_steps, stream, seconds
-        self.histories: dict[int, dict[int, dict[str, Any]]] = {layer: {} for layer in runs}
+        self.histories: dict[int, dict[int, dict[str, Any]]] = {}
+        self.events: list[dict[str, Any]] = []
         for layer, run in runs.items():
-            if run.exists("metrics.jsonl"):
-                rows = map(json.loads, run.read("metrics.jsonl").decode().splitlines())
-                self.histories[layer] = {row["step"]: row for row in rows}
-        self._position = 0
+            self.histories[layer] = {row["step"]: row for row in _read_lines(run, "metrics.jsonl")}
+            self.events = _read_lines(run, "events.jsonl")
+        self.stopped: str | None = None
+        """Why a trainer wants the whole run to end."""
+        self._name, self._position = "", 0
         self._shown_at = 0.0
         self._written_at = 0.0
         self._shown_step = -1
@@ -67,8 +110,8 @@ class ProgressReader:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._collect(final=True)
         if exception[0] is None:
-            self._collect(final=True)
             self._show(final=True)
 
     def rows(self, layer: int) -> list[dict[str, Any]]:
@@ -84,26 +127,49 @@ class ProgressReader:
         import ray
 
         try:
-            rows = ray.get(self.log.since.remote(self._position), timeout=30)
-        except ray.exceptions.RayError as error:
-            if self._stop.is_set():
-                return
-            self.stream.write(f"progress is not available: {error}\n")
-            self._stop.set()
+            name, rows = ray.get(self.log.since.remote(self._name, self._position), timeout=30)
+        except ray.exceptions.RayError as error:  # the actor is being started again, or the job ends
+            logger.warning("no news of the trainers: %s", error)
             return
-        if not rows and not final:
-            return
-        self._position += len(rows)
+        self._position = len(rows) + (self._position if name == self._name else 0)
+        self._name = name
         for row in rows:
-            history = self.histories[row["layer"]]
-            if history and row["step"] <= max(history):
-                for step in [step for step in history if step >= row["step"]]:
-                    del history[step]
-            history[row["step"]] = row
-        if final or time.monotonic() - self._written_at > WRITE_SECONDS:
-            self._written_at = time.monotonic()
+            if "kind" in row:
+                self._take_event(row)
+            else:
+                self._take_metrics(row)
+        if (rows and time.monotonic() - self._written_at > WRITE_SECONDS) or final or self.stopped:
+            self._write()
+
+    def _take_metrics(self, row: dict[str, Any]) -> None:
+        history = self.histories[row["layer"]]
+        for step in [step for step in history if step >= row["step"]]:
+            del history[step]
+        history[row["step"]] = row
+
+    def _take_event(self, event: dict[str, Any]) -> None:
+        if event["kind"] == STOPPED:
+            self.stopped = event["message"]
+        newest = max((max(history, default=0) for history in self.histories.values()), default=0)
+        if event["kind"] == RESUMED and newest > event["step"]:
+            event["message"] += f"; {newest - event['step']} steps or a few more are done again"
+        self.events.append(event)
+        if event["kind"] not in QUIET:
+            self._say(f"{event['kind'].replace('_', ' ')}: {event['message']}")
+
+    def _write(self) -> None:
+        self._written_at = time.monotonic()
+        events = "".join(json.dumps(event) + "\n" for event in self.events)
+        try:
             for layer, run in self.runs.items():
-                run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows(layer)))
+                run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows(layer)), WRITE_SECONDS)
+                run.write("events.jsonl", events, WRITE_SECONDS)
+        except Exception as error:  # of the storage; all rows are written again the next time
+            self._say(f"metrics could not be written: {type(error).__name__}: {error}")
+
+    def _say(self, line: str) -> None:
+        self.stream.write(("\r\x1b[K" if self.stream.isatty() else "") + line + "\n")
+        self.stream.flush()
 
     def _show(self, final: bool = False) -> None:
         newest = [history[max(history)] for history in self.histories.values() if history]
@@ -119,6 +185,12 @@ class ProgressReader:
         line = progress_line(newest, self.total_steps)
         self.stream.write(f"\r{line}\x1b[K" + ("\n" if final else "") if live else line + "\n")
         self.stream.flush()
+
+
+def _read_lines(run: RunDirectory, name: str) -> list[dict[str, Any]]:
+    if not run.exists(name):
+        return []
+    return [json.loads(line) for line in run.read(name).decode().splitlines()]
 
 
 def balance(timing: StreamTiming) -> str:

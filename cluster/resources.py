@@ -35,6 +35,10 @@ class Node(NamedTuple):
     """CPUs that Ray may hand out."""
     gpus: float
     """GPUs that Ray may hand out."""
+    is_head: bool = False
+    """Whether it is the cluster's head."""
+    node_id: str = ""
+    """Ray's name of it."""
 
 
 class Plan(NamedTuple):
@@ -61,13 +65,20 @@ class Plan(NamedTuple):
     actor_threads: int
     """Torch threads of each model actor."""
     nodes: tuple[Node, ...]
-    """The cluster that it was made for."""
+    """The nodes that it is for."""
+    not_on: str = ""
+    """Ray's name of the head node, if nothing may run there."""
 
     @property
     def spread(self) -> bool:
         """Whether trainers go to different nodes, which spreads their traffic and their memory."""
         usable = [node for node in self.nodes if node.gpus or self.device == "cpu"]
         return 1 < self.num_trainers <= len(usable)
+
+    @property
+    def label_selector(self) -> dict[str, str] | None:
+        """Where Ray may put the processes."""
+        return {"ray.io/node-id": f"!{self.not_on}"} if self.not_on else None
 
     def describe(self) -> str:
         """The plan as a table."""
@@ -109,17 +120,44 @@ class Plan(NamedTuple):
         return name, processes, f"{cpus:g}", f"{gpus:g}", str(threads), where
 
 
-def make_plan(config: RunConfig, nodes: Sequence[Node], d_model: int | None = None) -> Plan:
-    """Lay out a run on the cluster's nodes; `d_model` is the language model's width, where it is known.
+def cluster_nodes() -> list[Node]:
+    """The nodes of the connected cluster that are alive and have CPUs."""
+    import ray
+
+    found = []
+    for node in ray.nodes():
+        has = node["Resources"]
+        if node["Alive"] and has.get("CPU", 0) > 0:
+            found.append(Node(has["CPU"], has.get("GPU", 0), "node:__internal_head__" in has, node["NodeID"]))
+    return found
+
+
+def make_plan(
+    config: RunConfig, nodes: Sequence[Node], d_model: int | None = None, num_trainers: int | None = None
+) -> Plan:
+    """Lay out a run on the cluster's nodes; `d_model` is the language model's width, where it is known, and
+    `num_trainers` how many trainers there are, where they run already.
 
     Raises ConfigError if the run does not fit.
     """
+    if num_trainers is not None:
+        settings = config.cluster.model_copy(update={"num_trainers": num_trainers, "min_trainers": None})
+        config = config.model_copy(update={"cluster": settings})
     settings = config.cluster
+    not_on = ""
+    others = [node for node in nodes if not node.is_head]
+    by_default = bool(others) and (_total(others)[1] > 0 or _total(nodes)[1] == 0)  # unless only the head has GPUs
+    if settings.use_head is False or (settings.use_head is None and by_default):
+        not_on = next((node.node_id for node in nodes if node.is_head), "")
+        nodes = others
+        if not nodes:
+            raise ConfigError("cluster.use_head is false, but the head is the only node with CPUs")
     cpus, gpus = _total(nodes)
     use_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
     if use_gpu and gpus <= 0:
         raise ConfigError("cluster.use_gpu is true, but the cluster has 0 GPUs")
     plan = _gpu_plan(config, tuple(nodes), d_model) if use_gpu else _cpu_plan(config, tuple(nodes), d_model)
+    plan = plan._replace(not_on=not_on)
     if use_gpu and plan.num_trainers > max(gpus, 1):
         raise ConfigError(
             f"cluster.num_trainers={plan.num_trainers} trainers need a GPU each, the cluster has {gpus:g} GPUs"
@@ -131,11 +169,6 @@ def make_plan(config: RunConfig, nodes: Sequence[Node], d_model: int | None = No
             f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes; one process needs at most "
             f"{max(plan.trainer_cpus, plan.actor_cpus):g} CPUs and {max(plan.trainer_gpus, plan.actor_gpus):g} GPUs "
             "on one node"
-        )
-    if config.optimizer.batch_tokens % plan.num_trainers:
-        raise ConfigError(
-            f"optimizer.batch_tokens={config.optimizer.batch_tokens} is not a multiple of the {plan.num_trainers} "
-            "trainers; set cluster.num_trainers"
         )
     return plan
 
@@ -211,7 +244,7 @@ def _total(nodes: Sequence[Node]) -> tuple[float, float]:
 
 def _fits(plan: Plan) -> bool:
     """Whether all processes find a node, the largest requests placed first."""
-    left = [list(node) for node in plan.nodes]
+    left = [[node.cpus, node.gpus] for node in plan.nodes]
     requests = [(plan.actor_cpus, plan.actor_gpus)] * plan.num_model_actors
     requests += [(plan.trainer_cpus, plan.trainer_gpus)] * plan.num_trainers
     for cpus, gpus in sorted(requests, key=lambda r: (-r[1], -r[0])):

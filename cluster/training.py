@@ -1,9 +1,8 @@
 """The Ray Train job: data-parallel training on the activation stream, checkpoints, resume and calibration.
 
-A checkpoint holds the Trainer's state and, per rank, the ledger of finished work units. The stream is built anew at
-every start from the units that the last checkpoint does not list, so a restart trains what is left. A unit is finished
-when all its tokens left the shuffle buffer; one with a token still there is streamed again as a whole, so a restart
-trains some tokens twice: in a run that is short beside its buffer, many.
+A checkpoint holds the Trainer's state and where the data is: which tokens of which work units are trained, and how far
+the shuffle buffer's present chunk is used up. The stream is built anew at every start from what is left, so every token
+is trained exactly once whatever died in between.
 """
 
 from __future__ import annotations
@@ -12,30 +11,32 @@ import json
 import logging
 import os
 import queue
-import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.activations import activation_dataset, configure_data_context, iterate_units
-from cluster.batches import Batches, Journal, Ledger, read_ledger, stream_timing
+from cluster.activations import iterate_units
+from cluster.progress import RESUMED, STOPPED
 from cluster.resources import WORKER_ENVIRONMENT, Plan
-from mtc.config import ConfigError, RunConfig
+from mtc.config import RunConfig
 from mtc.runs import RunDirectory
 
 if TYPE_CHECKING:
-    import ray.data
-    import ray.train
+    import numpy as np
 
-    from mtc.shuffle import ShuffleBuffer
+    from cluster.batches import Batches
+    from mtc.checkpoints import Checkpoint, Checkpoints, CheckpointWriter
+    from mtc.ledger import Progress
     from mtc.timing import StreamTiming
     from mtc.training import Trainer
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-FORMAT_FILE = "format.json"
 INITIAL_ROWS = 16_384  # tokens per rank from which scales and biases are set
+CALIBRATION_ROWS = 4096  # at a time, so that memory stays small
+LONGEST_PAUSE = 60.0  # seconds before the job starts Ray Train again
 
 
 class TrainResult(NamedTuple):
@@ -55,6 +56,8 @@ class TrainResult(NamedTuple):
     """Arithmetic of the transcoder's products."""
     compute: str = ""
     """How the training loss was computed, and how long the alternatives took."""
+    skipped_steps: int = 0
+    """Steps without a finite gradient, which changed no weights."""
 
 
 class Trained(NamedTuple):
@@ -64,128 +67,169 @@ class Trained(NamedTuple):
     """One for each entry of `model.sites`."""
     timing: StreamTiming
     """What waited on what."""
+    progress: Progress
+    """What was trained of each work unit."""
 
 
-def train(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_model: int, log: Any) -> Trained:
-    """Train, calibrate and write each layer's `transcoder.safetensors`; `log` is a MetricsLog actor's handle.
+class TrainingStopped(RuntimeError):
+    """The run cannot go on, and starting it again would not help; the message says why."""
 
-    Continues from the run's last checkpoint if there is one. Raises ray.train.TrainingFailedError after
-    `cluster.max_failures` restarts.
+
+def train(
+    config: RunConfig,
+    plan: Plan,
+    run: RunDirectory,
+    store_url: str,
+    d_model: int,
+    log: Any,
+    stopped: Callable[[], str | None],
+) -> Trained:
+    """Train, calibrate and write each layer's `transcoder.safetensors`; `log` is a MetricsLog actor's handle, and
+    `stopped` says why a trainer wants the whole run to end, once one does.
+
+    Continues from the run's last checkpoint if there is one. Ray Train starts dead trainers again, up to
+    `cluster.max_failures` times; if it gives up although there was a new checkpoint in between, or if its controller
+    dies, it is started again here. Raises ray.train.TrainingFailedError or ray.exceptions.RayActorError if that does
+    not help either, TrainingStopped, and RunError for checkpoints that cannot be used.
     """
+    import ray.exceptions
+    import ray.train
+
+    from mtc.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(run.url)
+    tell = partial(_tell, log)
+    failures = 0
+    last = checkpoints.latest_intact(lambda message: tell("checkpoint_damaged", message))
+    while last is None or not last.is_result:
+        before = last.manifest.step if last else 0
+        if before:
+            tell("continue", f"continues from the checkpoint of step {before:,}", before)
+        try:
+            _interruptible(_trainer(config, plan, run, store_url, d_model, log).fit, stopped)
+            last = checkpoints.latest()
+            assert last is not None and last.is_result, "the trainers end with a checkpoint of the result"
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            last = checkpoints.latest()
+            failures = 1 if last and last.manifest.step > before else failures + 1
+            by_train = isinstance(error, ray.train.TrainingFailedError)
+            if failures > (1 if by_train else config.cluster.max_failures):
+                raise
+            pause = min(2.0**failures, LONGEST_PAUSE)
+            tell("restart", f"training is started again in {pause:.0f} s: {_short(error)}")
+            time.sleep(pause)
+    return _result(last, run)
+
+
+def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_model: int, log: Any) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    last = _last_checkpoint(run.url)
-    if last is not None:
-        _check_format(last, run)
-        if (result := _finished_training(last, run)) is not None:
-            return result  # an earlier attempt ended after the training
+    from cluster.stream import StreamConfig, TellFailures
 
-    def make_dataset() -> ray.data.Dataset:
-        return _remaining_units(config, plan, run.url, store_url)
-
-    trainer = TorchTrainer(
+    fewest = min(config.cluster.min_trainers or plan.num_trainers, plan.num_trainers)
+    return TorchTrainer(
         _train_worker,
-        train_loop_config={"config": config, "plan": plan, "d_model": d_model, "log": log},
+        train_loop_config={"config": config, "plan": plan, "run_url": run.url, "store_url": store_url}
+        | {"d_model": d_model, "log": log},
         torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=plan.num_trainers,
+            num_workers=plan.num_trainers if fewest == plan.num_trainers else (fewest, plan.num_trainers),  # type: ignore[arg-type]
             use_gpu=plan.device == "cuda",
             resources_per_worker={"CPU": plan.trainer_cpus} | ({"GPU": plan.trainer_gpus} if plan.trainer_gpus else {}),
             placement_strategy="SPREAD" if plan.spread else "PACK",
+            label_selector=plan.label_selector,  # type: ignore[call-arg]  # of Train v2, like what follows
         ),
-        datasets={"train": make_dataset},
+        datasets={"train": _no_dataset},  # type: ignore[dict-item]
+        dataset_config=StreamConfig(config, plan, run.url, store_url, d_model),
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=run.url,
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=[TellFailures(log)],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},  # type: ignore[call-arg]  # of Train v2
         ),
     )
-    outcome = _interruptible(trainer.fit)
-    assert outcome.checkpoint is not None
-    finished = _finished_training(outcome.checkpoint, run)
-    assert finished is not None, "the workers end with a checkpoint of the result"
-    return finished
 
 
-def _finished_training(checkpoint: ray.train.Checkpoint, run: RunDirectory) -> Trained | None:
-    """The result in a checkpoint, its weights copied into the run; None while training is not at its end."""
+def _no_dataset() -> None:
+    """StreamConfig makes the Dataset, since it knows how many trainers there are."""
+
+
+def _result(checkpoint: Checkpoint, run: RunDirectory) -> Trained:
+    """The result in the last checkpoint, its weights and ledger copied into the run."""
+    from mtc.ledger import to_parquet
     from mtc.timing import StreamTiming
 
-    with checkpoint.as_directory() as directory:
-        if not os.path.exists(os.path.join(directory, "result.json")):
-            return None
-        with open(os.path.join(directory, "result.json")) as file:
-            result = json.load(file)
-        layers = tuple(TrainResult(**layer) for layer in result["layers"])
-        for layer in layers:
-            with open(_weights(directory, "transcoder", layer.layer), "rb") as weights:
-                run.for_layer(layer.layer).write("transcoder.safetensors", weights.read())
-        return Trained(layers, StreamTiming(**result["timing"]))
+    result = json.loads(checkpoint.read("result.json"))
+    layers = tuple(TrainResult(**layer) for layer in result["layers"])
+    for layer in layers:
+        run.for_layer(layer.layer).write("transcoder.safetensors", checkpoint.read(_weights("transcoder", layer.layer)))
+    progress = read_progress(checkpoint)
+    for layer in layers:
+        run.for_layer(layer.layer).write("ledger.parquet", to_parquet(progress.table))
+    return Trained(layers, StreamTiming(**result["timing"]), progress)
 
 
-def _check_format(checkpoint: ray.train.Checkpoint, run: RunDirectory) -> None:
-    """Refuse what another version wrote: its units have other numbers."""
-    found = None
-    with checkpoint.as_directory() as directory:
-        path = os.path.join(directory, FORMAT_FILE)
-        if os.path.exists(path):
-            with open(path) as file:
-                found = json.load(file)["format_version"]
-    if found != FORMAT_VERSION:
-        raise ConfigError(
-            f"output.run_id={run.run_id}: its checkpoint has format_version {found}, this version continues "
-            f"{FORMAT_VERSION}; give another output.run_id"
-        )
+def _short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"
 
 
-def _last_checkpoint(run_url: str) -> ray.train.Checkpoint | None:
-    import ray.train
-
-    try:
-        return ray.train.Result.from_path(os.path.join(run_url, "checkpoints")).checkpoint
-    except (RuntimeError, FileNotFoundError):  # the first start: nothing is there yet
-        return None
+def _tell(log: Any, kind: str, message: str, step: int | None = None) -> Any:
+    return log.event.remote(kind, message, step)
 
 
-def _interruptible(call: Callable[[], ray.train.Result]) -> ray.train.Result:
-    """`call()` in a thread of its own, so that Ctrl-C and SIGTERM reach this one as KeyboardInterrupt.
+def _interruptible(call: Callable[[], Any], stopped: Callable[[], str | None]) -> None:
+    """`call()` in a thread of its own, so that Ctrl-C and SIGTERM reach this one as KeyboardInterrupt, and so that
+    `stopped` is looked at meanwhile.
 
     In the main thread Train would install its own SIGINT handler, which ends the process with exit code 1.
     """
-    outcome: queue.SimpleQueue[ray.train.Result | BaseException] = queue.SimpleQueue()
+    outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            outcome.put(call())
+            call()
+            outcome.put(None)
         except BaseException as error:  # handed to the waiting thread, which raises it
             outcome.put(error)
 
     threading.Thread(target=run, daemon=True).start()
-    result = outcome.get()
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    while True:
+        try:
+            error = outcome.get(timeout=1.0)
+            break
+        except queue.Empty:
+            if (reason := stopped()) is not None:
+                raise TrainingStopped(reason) from None
+    if error is not None:
+        raise error
 
 
-def _remaining_units(config: RunConfig, plan: Plan, run_url: str, store_url: str) -> ray.data.Dataset:
-    """The stream of units that the last checkpoint does not list; runs in Train's controller at every start."""
+class Position(NamedTuple):
+    """Where one rank's shuffle buffer is; JSON in a checkpoint."""
 
-    from mtc.tokens import TokenStore
-    from mtc.work import work_units
+    generation: int
+    """How often the number of trainers changed before."""
+    chunk: int
+    """The chunk that rows leave at present."""
+    units: list[int]
+    """Its units."""
+    taken: int
+    """Rows that left it."""
+    left: dict[int, list[int]]
+    """The rows of these units that have not left."""
+    filters: dict[int, list[int]]
+    """Of units that other numbers of trainers left in part, the rows to be trained; the same on all ranks."""
 
-    configure_data_context()
-    finished: set[int] = set()
-    checkpoint = _last_checkpoint(run_url)
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            finished = read_ledger(directory)
-    units = work_units(TokenStore.open(store_url), config, plan.num_trainers)
-    left = [(number, windows) for number, windows in enumerate(units) if number not in finished]
-    logger.info("stream of %d work units, %d of %d trained before", len(left), len(finished), len(units))
-    return activation_dataset(config, plan, store_url, left)
+
+class _Start(NamedTuple):
+    """What a rank continues from."""
+
+    checkpoint: Checkpoint | None
+    number: int
+    """Of this start; the same on all ranks."""
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
@@ -194,58 +238,231 @@ def _train_worker(settings: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
+    from cluster.batches import Batches, Journal
+    from mtc.checkpoints import Checkpoints, CheckpointWriter
+    from mtc.ledger import Ledger
     from mtc.shuffle import ShuffleBuffer, on_device
     from mtc.timing import Clock
+    from mtc.tokens import TokenStore
     from mtc.training import Trainer
+    from mtc.work import work_units
 
-    config, plan = settings["config"], settings["plan"]
+    config, plan, log = settings["config"], settings["plan"], settings["log"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(plan.trainer_threads)
     device = ray.train.torch.get_device()
     d_model = settings["d_model"]
+    tell = partial(_tell, log)
+    checkpoints = Checkpoints(settings["run_url"])
+    start = _agree_on_start(checkpoints, rank, device, tell)
+    if start.checkpoint is not None and start.checkpoint.is_result:
+        return  # another trainer died after the last checkpoint was complete
     trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
-    capacity = config.data.shuffle_buffer_tokens // world
-    buffer = ShuffleBuffer(capacity, config.data.seed * world + rank, device)
-    ledger = Ledger(rank)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            for trainer in trainers:
-                _load(trainer, directory)
-            ledger.restore(directory)
+    generation, ledger, position = 0, Ledger(), None
+    filters: dict[int, np.ndarray] = {}
+    if start.checkpoint is not None:
+        for trainer in trainers:
+            _load(trainer, start.checkpoint)
+        progress = read_progress(start.checkpoint)
+        generation, filters, position = _continue(start.checkpoint, rank, world, progress)
+        ledger = Ledger(progress if rank == 0 else None)
+    buffer = ShuffleBuffer(
+        config.data.shuffle_buffer_tokens // world, (config.data.seed, generation, world, rank), device
+    )
+    if position is not None:
+        buffer.restore(position.chunk, position.units, position.taken)
+    lead, total = trainers[0], config.total_steps
+    if rank == 0 and start.checkpoint is not None:
+        tell(RESUMED, f"{world} trainers start after the checkpoint of step {lead.step_number:,}", lead.step_number)
+    work = work_units(TokenStore.open(settings["store_url"]), config)
+    writer = CheckpointWriter(checkpoints, start.number, rank, world, config.cluster.keep_checkpoints, tell)
     clock = Clock()
-    batch = config.optimizer.batch_tokens // world
-    lead = trainers[0]
-    with on_device(iterate_units(ray.train.get_dataset_shard("train")), device) as units:
-        batches = Batches(units, buffer, batch, ledger, clock)
-        journal = Journal(settings["log"], trainers, batches) if rank == 0 else None
-        while lead.step_number < config.total_steps:
-            if not batches.all_ready():
-                raise RuntimeError(
-                    f"the activation stream ended at step {lead.step_number} of {config.total_steps}: "
-                    "work units were lost or hold fewer tokens than the token store says"
-                )
-            with clock.part("step"):
-                if lead.step_number == 0:
+    due = _Due(config, lead.step_number)
+    name = start.checkpoint.name if start.checkpoint else ""
+    with on_device(iterate_units(ray.train.get_dataset_shard("train"), name), device) as units:
+        batches = Batches(units, buffer, config.optimizer.batch_tokens, ledger, clock, len(work.training), filters)
+        journal = Journal(log, trainers, batches) if rank == 0 else None
+        while lead.step_number < total:
+            save = rank == 0 and due.now(lead.step_number) and not writer.busy
+            save = save and all(trainer.healthy() for trainer in trainers)
+            share = batches.agree(lead.step_number == total - 1, save)
+            if share is None:
+                break  # tokens were dropped, so there are fewer steps
+            if share.save:
+                with clock.part("checkpoint"):
+                    writer.save(lead.step_number, _files(trainers, batches, generation, rank))
+                    due.saved(lead.step_number)
+            if lead.step_number == 0:
+                with clock.part("step"):
                     rows = [column[:INITIAL_ROWS] for column in buffer.peek()]
                     for trainer, source, target in zip(trainers, rows[::2], rows[1::2], strict=True):
                         trainer.initialise(source, target)
-            columns = batches.take()
+            columns = batches.take(share) or (torch.empty(0, d_model, device=device),) * (2 * len(trainers))
             with clock.part("step"):
                 done = [
-                    trainer.step(source, target)
+                    trainer.step(source, target, share.tokens)
                     for trainer, source, target in zip(trainers, columns[::2], columns[1::2], strict=True)
                 ]
-            last = lead.step_number == config.total_steps
+            last = lead.step_number == total
             if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number == 1 or last:
                 batches.settle_waits()  # on every rank, so that spans on a GPU don't pile up
                 if journal:
                     journal.write(done)
-            if lead.step_number % config.cluster.checkpoint_every_steps == 0 and not last:
-                with clock.part("checkpoint"):
-                    _report(trainers, buffer, ledger, rank)
-        calibration = _calibrate(config, trainers, batches)
+                _check_health(config, trainers)
+                _check_dropped(config, batches, tell)
+        _check_dropped(config, batches, tell)
+        calibrated = _calibrate(trainers, batches)
+    _finish(config, trainers, batches, writer, generation, rank, calibrated)
+
+
+def _agree_on_start(checkpoints: Checkpoints, rank: int, device: Any, tell: Callable[..., None]) -> _Start:
+    """Rank 0 chooses the checkpoint and a number for this start; the others follow."""
+    import torch
+    import torch.distributed as dist
+
+    from mtc.distributed import distributed
+
+    chosen = torch.zeros(65, dtype=torch.uint8, device=device)
+    checkpoint = None
+    if rank == 0:
+        checkpoint = checkpoints.latest_intact(lambda message: tell("checkpoint_damaged", message))
+        name = checkpoint.name if checkpoint else ""
+        chosen = torch.tensor([*os.urandom(4), *name.encode().ljust(61)], dtype=torch.uint8, device=device)
+    if distributed():
+        dist.broadcast(chosen, 0)
+        name = bytes(chosen[4:].tolist()).decode().strip()
+        if rank and name:
+            checkpoint = checkpoints.open(name)
+    return _Start(checkpoint, int.from_bytes(chosen[:4].tolist()))
+
+
+def _continue(
+    checkpoint: Checkpoint, rank: int, world: int, progress: Progress
+) -> tuple[int, dict[int, np.ndarray], Position | None]:
+    """Generation, filters and the rank's own position.
+
+    As many trainers as before go on within their chunks. Others share what is left of those chunks among them.
+    """
+    import numpy as np
+
+    from mtc.ledger import rows_left
+
+    positions = [read_position(checkpoint, r) for r in range(checkpoint.manifest.world_size)]
+    filters = {unit: np.array(rows, np.int32) for unit, rows in positions[0].filters.items()}
+    if world == len(positions):
+        return positions[0].generation, filters, positions[rank]
+    left = [{unit: np.array(rows, np.int32) for unit, rows in p.left.items()} for p in positions]
+    finished = set(progress.finished().tolist())
+    filters = {unit: rows for unit, rows in rows_left(filters, left).items() if unit not in finished}
+    return positions[0].generation + 1, filters, None
+
+
+class _Due:
+    """When a checkpoint is due."""
+
+    def __init__(self, config: RunConfig, step: int):
+        self.settings, self.step, self.at = config.cluster, step, time.monotonic()
+
+    def now(self, step: int) -> bool:
+        if step == self.step:
+            return False
+        seconds = time.monotonic() - self.at
+        many = step - self.step >= self.settings.checkpoint_every_steps
+        return many or seconds >= self.settings.checkpoint_every_seconds
+
+    def saved(self, step: int) -> None:
+        self.step, self.at = step, time.monotonic()
+
+
+def _check_health(config: RunConfig, trainers: list[Trainer]) -> None:
+    """Go back to the last checkpoint after too many steps in a row that could not be made; the same on all ranks."""
+    for trainer in trainers:
+        in_a_row = int(trainer.skipped[1])
+        if in_a_row >= config.optimizer.max_skipped_steps:
+            raise FloatingPointError(
+                f"{in_a_row} steps in a row up to step {trainer.step_number} had no finite gradient "
+                f"(optimizer.max_skipped_steps={config.optimizer.max_skipped_steps}): "
+                "back to the last checkpoint; if it happens again, lower optimizer.lr"
+            )
+
+
+def _check_dropped(config: RunConfig, batches: Batches, tell: Callable[..., Any]) -> None:
+    """Stop when the language model gives too many activations that are not finite; called on all ranks at once."""
+    import ray
+    import torch
+
+    from mtc.distributed import all_reduce
+
+    ledger, device = batches.ledger, batches.buffer.device
+    with batches.clock.part("all_reduce"):
+        counts = torch.tensor([ledger.dropped_tokens, ledger.received_tokens], device=device)
+        all_reduce(counts)
+        dropped, received = counts.tolist()
+    if dropped > config.data.max_skipped_share * received:
+        reason = (
+            f"data.max_skipped_share={config.data.max_skipped_share}: {dropped} of {received} tokens have activations "
+            f"that are not finite ({dropped / received:.1%}), in {config.model.name} with "
+            f"model.dtype={config.model.dtype}"
+        )
+        ray.get(tell(STOPPED, reason))  # Ray Train would start the trainers again
+        raise TrainingStopped(reason)
+
+
+def _calibrate(trainers: list[Trainer], batches: Batches) -> int:
+    """Set every transcoder's threshold on what follows in the stream; returns how many tokens that was."""
+    import torch
+
+    from mtc.distributed import all_reduce
+    from mtc.training import Calibrator
+
+    calibrators = [Calibrator(trainer.transcoder) for trainer in trainers]
+    for unit in batches.calibration():
+        with batches.clock.part("step"):
+            for calibrator, source in zip(calibrators, unit.columns[::2], strict=True):
+                for rows in source.split(CALIBRATION_ROWS):
+                    calibrator.add(rows)
+    with batches.clock.part("step"):
+        calibrated = torch.tensor(batches.calibrated, device=trainers[0].device)
+        all_reduce(calibrated)
+        if not int(calibrated):
+            raise RuntimeError("the activation stream ended before the units for calibrating the threshold")
+        for calibrator in calibrators:
+            calibrator.finish()
+    return int(calibrated)
+
+
+def _files(trainers: list[Trainer], batches: Batches, generation: int, rank: int) -> dict[str, Callable[[], bytes]]:
+    """This rank's part of a checkpoint: a snapshot of now, turned into bytes when it is written."""
+    from mtc.ledger import to_parquet
+
+    index, units, taken = batches.buffer.position()
+    left = {unit: rows.tolist() for unit, rows in batches.buffer.left().items()}
+    filters = {unit: rows.tolist() for unit, rows in batches.filters.items()} if rank == 0 else {}
+    position = Position(generation, index, units, taken, left, filters)
+    table = batches.ledger.table()
+    files: dict[str, Callable[[], bytes]] = {
+        f"position-{rank}.json": lambda: json.dumps(position._asdict()).encode(),
+        f"units-{rank}.parquet": lambda: to_parquet(table),
+    }
+    if rank == 0:
+        for trainer in trainers:
+            files[_weights("trainer", trainer.config.model.layer)] = partial(_to_safetensors, trainer.state_dict())
+    return files
+
+
+def _finish(
+    config: RunConfig,
+    trainers: list[Trainer],
+    batches: Batches,
+    writer: CheckpointWriter,
+    generation: int,
+    rank: int,
+    calibrated: int,
+) -> None:
+    """Write the last checkpoint, with the result; called on all ranks."""
+    from cluster.batches import stream_timing
+
     timing = stream_timing(batches)
     results = [
         TrainResult(
@@ -253,67 +470,51 @@ def _train_worker(settings: dict[str, Any]) -> None:
             trainer.step_number,
             trainer.tokens,
             float(trainer.transcoder.threshold),
-            calibration,
+            calibrated,
             "bfloat16" if trainer.compute and trainer.compute.bfloat16 else "float32",
             trainer.describe_compute(),
+            int(trainer.skipped[0]),
         )
         for sites, trainer in zip(config.model.sites, trainers, strict=True)
     ]
-    _report(trainers, buffer, ledger, rank, Trained(tuple(results), timing))
+    files = _files(trainers, batches, generation, rank)
+    if rank == 0:
+        for trainer in trainers:
+            files[_weights("transcoder", trainer.config.model.layer)] = trainer.transcoder.to_bytes
+        result = {"layers": [layer._asdict() for layer in results], "timing": timing.model_dump()}
+        files["result.json"] = lambda: json.dumps(result).encode()
+    writer.save(trainers[0].step_number, files, result=True).result()
+    writer.close()
 
 
-def _calibrate(config: RunConfig, trainers: list[Trainer], batches: Batches) -> int:
-    """Set every transcoder's threshold on what follows in the stream; returns how many tokens that was."""
-    from mtc.training import Calibrator
+def read_progress(checkpoint: Checkpoint) -> Progress:
+    """What is trained, from all ranks' counts."""
+    from mtc.ledger import from_parquet, merge
 
-    calibrators = [Calibrator(trainer.transcoder) for trainer in trainers]
-    wanted = -(-config.transcoder.calibration_tokens // config.optimizer.batch_tokens)
-    calibrated = 0
-    while calibrated < wanted and batches.all_ready():
-        columns = batches.take()
-        with batches.clock.part("step"):
-            for calibrator, source in zip(calibrators, columns[::2], strict=True):
-                calibrator.add(source)
-        calibrated += 1
-    if not calibrated:
-        raise RuntimeError("the activation stream ended before a single batch for calibrating the threshold")
-    with batches.clock.part("step"):
-        for calibrator in calibrators:
-            calibrator.finish()
-    return calibrated * config.optimizer.batch_tokens
+    tables: Iterable[Any] = (
+        from_parquet(checkpoint.read(f"units-{rank}.parquet")) for rank in range(checkpoint.manifest.world_size)
+    )
+    return merge(tables)
 
 
-def _report(
-    trainers: list[Trainer], buffer: ShuffleBuffer, ledger: Ledger, rank: int, result: Trained | None = None
-) -> None:
-    """Write a checkpoint; each rank adds its ledger, rank 0 the state. Called on all ranks at the same step."""
-    import ray.train
-    from safetensors.torch import save_file
-
-    with tempfile.TemporaryDirectory() as directory:
-        ledger.write(directory, buffer)
-        if rank == 0:
-            with open(os.path.join(directory, FORMAT_FILE), "w") as file:
-                json.dump({"format_version": FORMAT_VERSION}, file)
-            for trainer in trainers:
-                layer = trainer.config.model.layer
-                save_file(trainer.state_dict(), _weights(directory, "trainer", layer))
-                if result is not None:
-                    with open(_weights(directory, "transcoder", layer), "wb") as weights:
-                        weights.write(trainer.transcoder.to_bytes())
-            if result is not None:
-                layers = [layer._asdict() for layer in result.layers]
-                with open(os.path.join(directory, "result.json"), "w") as file:
-                    json.dump({"layers": layers, "timing": result.timing.model_dump()}, file)
-        metrics = {"step": trainers[0].step_number}
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))
+def read_position(checkpoint: Checkpoint, rank: int) -> Position:
+    raw = json.loads(checkpoint.read(f"position-{rank}.json"))
+    for name in ("left", "filters"):
+        raw[name] = {int(unit): rows for unit, rows in raw[name].items()}
+    return Position(**raw)
 
 
-def _load(trainer: Trainer, directory: str) -> None:
-    from safetensors.torch import load_file
+def _to_safetensors(state: dict[str, Any]) -> bytes:
+    from safetensors.torch import save
 
-    trainer.load_state_dict(load_file(_weights(directory, "trainer", trainer.config.model.layer)))
+    return save(state)
 
 
-def _weights(directory: str, kind: str, layer: int) -> str:
-    return os.path.join(directory, f"{kind}-layer{layer}.safetensors")
+def _load(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    from safetensors.torch import load
+
+    trainer.load_state_dict(load(checkpoint.read(_weights("trainer", trainer.config.model.layer))))
+
+
+def _weights(kind: str, layer: int) -> str:
+    return f"{kind}-layer{layer}.safetensors"

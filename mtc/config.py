@@ -111,6 +111,10 @@ class DataConfig(_Part):
     """Split of a hub data set."""
     text_field: str = "text"
     """Column of JSONL, Parquet and hub data that holds the text."""
+    max_document_chars: int = Field(default=10_000_000, ge=1)
+    """Longer documents are skipped."""
+    max_skipped_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of the documents, and of the captured tokens, that may be skipped as unusable before the run stops."""
     context_length: int = Field(default=64, ge=4, le=131_072)
     """Tokens in a window, BOS included."""
     num_tokens: int = Field(ge=1)
@@ -197,6 +201,9 @@ class OptimizerConfig(_Part):
     """Share of the peak learning rate at the last step."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
+    max_skipped_steps: int = Field(default=10, ge=1)
+    """A step whose gradient is not finite changes no weights. After so many in a row, which is looked at whenever
+    metrics are logged, the trainers go back to the last checkpoint."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the transcoder's products; weights, loss and optimizer stay float32. The sparse backend only looks
     for active features in bfloat16 and computes their values in float32. `auto` is bfloat16 where it is fast."""
@@ -239,10 +246,21 @@ class ClusterConfig(_Part):
     """Processes that hold the language model."""
     use_gpu: bool | None = None
     """Run model and trainers on GPUs; by default if the cluster has any."""
+    min_trainers: int | None = Field(default=None, ge=1)
+    """Fewer trainers than num_trainers, but at least these, go on while a node is missing; by default all must be
+    there. The global batch stays the same."""
+    use_head: bool | None = None
+    """Run trainers and model actors on the head node as well; by default only if it is the only one."""
     checkpoint_every_steps: int = Field(default=1000, ge=1)
-    """Steps between checkpoints."""
+    """Most steps between checkpoints."""
+    checkpoint_every_seconds: float = Field(default=60, gt=0)
+    """Most seconds between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints that are kept, the newest ones."""
     max_failures: int = Field(default=3, ge=0)
-    """Restarts of the trainers from the last checkpoint before the job fails."""
+    """Restarts of the trainers without a new checkpoint in between before the job fails."""
+    stall_seconds: float = Field(default=600, gt=0)
+    """If no activations arrive for so long, because actors died and find no place, the stream is set up anew."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between lines of the metrics history."""
 
@@ -300,8 +318,10 @@ class RunConfig(_Part):
         batch, trainers = self.optimizer.batch_tokens, self.cluster.num_trainers or 1
         if batch < trainers:
             raise ValueError(f"optimizer.batch_tokens={batch} is smaller than cluster.num_trainers={trainers}")
-        if batch % trainers:
-            raise ValueError(f"optimizer.batch_tokens={batch} is not a multiple of cluster.num_trainers={trainers}")
+        if self.cluster.num_trainers is not None and (self.cluster.min_trainers or 1) > trainers:
+            raise ValueError(
+                f"cluster.min_trainers={self.cluster.min_trainers} is more than cluster.num_trainers={trainers}"
+            )
         if self.data.num_tokens < batch:
             raise ValueError(f"data.num_tokens={self.data.num_tokens} is less than optimizer.batch_tokens={batch}")
         if self.optimizer.warmup_steps > self.total_steps:

@@ -6,6 +6,9 @@
                    examples.parquet        activating examples, ordered by feature
                    analysis.json           mtc.analysis.Analysis
                    report/...              Markdown, JSON, plots
+                   ledger.parquet          mtc.ledger.SCHEMA: what was trained of each work unit
+                   events.jsonl            restarts, checkpoints that failed, spikes: one line each
+                   checkpoints/...         mtc.checkpoints, until the run is deleted
                    manifest.json           sizes and sha256 of all of the above, written last
     <root>/latest                          the id of the newest finished run
 
@@ -19,10 +22,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import tempfile
+import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +41,13 @@ from mtc.config import RunConfig, make_config
 if TYPE_CHECKING:
     from mtc.transcoder import MatryoshkaTranscoder
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PATIENCE = 60.0
+"""Seconds for which storage that fails is asked again."""
+LONGEST_PAUSE = 15.0
 
 
 class RunError(RuntimeError):
@@ -81,18 +92,38 @@ class RunDirectory:
         return posixpath.join(self.url, name)
 
     def exists(self, name: str = "") -> bool:
-        return bool(self.fs.exists(posixpath.join(self.path, name) if name else self.path))
+        path = posixpath.join(self.path, name) if name else self.path
+        self.fs.invalidate_cache()  # others write here too
+        return bool(patiently(lambda: self.fs.exists(path)))
+
+    def names(self) -> list[str]:
+        """What lies directly here; nothing if there is no such directory."""
+        self.fs.invalidate_cache()
+        try:
+            found = patiently(lambda: self.fs.ls(self.path, detail=False))
+        except FileNotFoundError:
+            return []
+        return [posixpath.basename(path.rstrip("/")) for path in found]
 
     def read(self, name: str) -> bytes:
         """The file's bytes; raises RunError if it is not there."""
         try:
-            return bytes(self.fs.cat_file(posixpath.join(self.path, name)))
+            return bytes(patiently(lambda: self.fs.cat_file(posixpath.join(self.path, name))))
         except FileNotFoundError:
             raise RunError(f"{self.url} has no file {name!r}") from None
 
-    def write(self, name: str, data: bytes | str) -> None:
-        """Write a file so that a reader sees the old content or the new, never a part."""
-        write_atomic(self.location(name), data.encode() if isinstance(data, str) else data)
+    def write(self, name: str, data: bytes | str, patience: float = PATIENCE) -> None:
+        """Write a file so that a reader sees the old content or the new, never a part.
+
+        Storage that fails is asked again for `patience` seconds, then its error is raised.
+        """
+        content = data.encode() if isinstance(data, str) else data
+        patiently(lambda: write_atomic(self.location(name), content), patience)
+
+    def remove(self, name: str = "") -> None:
+        """Remove a file, or the whole directory."""
+        path = posixpath.join(self.path, name) if name else self.path
+        patiently(lambda: self.fs.rm(path, recursive=not name))
 
     def config(self) -> RunConfig:
         return make_config(yaml.safe_load(self.read("config.yaml")))
@@ -196,6 +227,25 @@ def absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
+def patiently(call: Callable[[], Any], patience: float = PATIENCE) -> Any:
+    """`call()`, again after growing pauses while it raises, until `patience` seconds are over; then its error.
+
+    That a file is missing or forbidden is an answer, not a failure.
+    """
+    deadline, pause = time.monotonic() + patience, 0.25
+    while True:
+        try:
+            return call()
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            raise
+        except Exception as error:  # clients of object stores have errors of their own
+            if time.monotonic() + pause > deadline:
+                raise
+            logger.warning("storage: %s: %s; again in %.1f s", type(error).__name__, error, pause)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
 def write_atomic(url: str, data: bytes) -> None:
     """Write a whole file: on local disks through a temporary name, fsync and rename; on object stores by one put."""
     fs, path = fsspec.core.url_to_fs(url)
@@ -210,6 +260,11 @@ def write_atomic(url: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name must survive a power cut as well
+        finally:
+            os.close(folder)
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)

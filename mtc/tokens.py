@@ -40,6 +40,8 @@ from mtc.runs import absolute, cache_directory, write_atomic
 FORMAT_VERSION = 2
 STORE_FILE = "store.json"
 SPLITS = ("train", "heldout")
+PART_CHARS = 1_000_000
+"""Characters that the tokenizer is given at once: until its call returns it holds some 150 bytes for each of them."""
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 SCHEMA = pa.schema(
     {
@@ -89,18 +91,35 @@ def make_windows(text: str, tokenizer: Any, context_length: int) -> list[list[in
 
     Each window starts with BOS where the tokenizer has one and holds at most `context_length` ids; the last may be
     shorter, and windows with fewer than 2 trainable tokens are dropped. Special tokens spelled out in the text are
-    read as plain text.
+    read as plain text. A text of more than PART_CHARS is tokenised in parts; windows do not end where parts do.
     """
-    # verbose=False: a document may be longer than the model's context, since it is cut afterwards.
-    encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )
-    ids: list[int] = encoded["input_ids"]
+    ids: list[int] = []
+    for part in text_parts(text):
+        # verbose=False: a document may be longer than the model's context, since it is cut afterwards.
+        encoded = tokenizer(
+            part, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        ids += encoded["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     step = context_length - len(start)
     special = _special_ids(tokenizer)
     windows = (ids[at : at + step] for at in range(0, len(ids), step))
     return [start + window for window in windows if sum(i not in special for i in window) >= 2]
+
+
+def text_parts(text: str) -> Iterator[str]:
+    """The text in parts of at most PART_CHARS, each as long as a cut at whitespace lets it be.
+
+    A cut lies before a single space between two words where there is one: byte-level and SentencePiece tokenizers
+    start a word's first token with that space, so it has the same tokens there as in the whole text.
+    """
+    start = 0
+    while len(text) - start > PART_CHARS:
+        cuts = (pattern.match(text, start, start + PART_CHARS) for pattern in _PARTS)
+        end = next((cut.end() for cut in cuts if cut), start + PART_CHARS)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def windows_table(windows: Sequence[Window], special: Sequence[int]) -> pa.Table:
@@ -186,6 +205,7 @@ def store_fingerprint(config: RunConfig, tokenizer: Any) -> tuple[str, dict[str,
         "source": source,
         "tokenizer_sha256": _tokenizer_digest(tokenizer),
         "context_length": data.context_length,
+        "max_document_chars": data.max_document_chars,
         "heldout_fraction": data.heldout_fraction,
         "seed": data.seed,
     }
@@ -229,6 +249,10 @@ class StoreInfo(BaseModel):
     """Files in the order of their rows."""
     exhausted: bool
     """Whether this is all of the text, because it ended before the wanted number of tokens."""
+    skipped: dict[str, int] = {}
+    """Documents that could not be used, by reason."""
+    skipped_examples: list[str] = []
+    """The first few of them, in the order of the text: "reason: name"."""
 
 
 class TokenStoreWriter:
@@ -274,8 +298,10 @@ class TokenStoreWriter:
         while self._pending_rows >= self._windows_per_shard:
             self._write_shard(self._windows_per_shard)
 
-    def finish(self, exhausted: bool) -> StoreInfo:
-        """Write the last shard and store.json; from here on the store opens."""
+    def finish(
+        self, exhausted: bool, skipped: Mapping[str, int] | None = None, skipped_examples: Sequence[str] = ()
+    ) -> StoreInfo:
+        """Write the last shard and store.json; from here on the store opens. The arguments are StoreInfo's."""
         if self._pending_rows:
             self._write_shard(self._pending_rows)
         info = StoreInfo(
@@ -289,6 +315,8 @@ class TokenStoreWriter:
             documents={s: len(np.unique(np.concatenate(d))) if d else 0 for s, d in self._documents.items()},
             shards=self._shards,
             exhausted=exhausted,
+            skipped=dict(skipped or {}),
+            skipped_examples=list(skipped_examples),
         )
         write_atomic(posixpath.join(self.url, STORE_FILE), info.model_dump_json(indent=1).encode())
         return info
@@ -457,7 +485,7 @@ def find_store(config: RunConfig, fingerprint: str) -> str | None:
 def tokens_wanted(config: RunConfig) -> dict[str, int]:
     """Trainable tokens of each split that a store must hold for this run, unless the text is shorter."""
     training = -(-config.data.num_tokens // config.data.max_epochs)
-    slack = 8 * config.data.unit_tokens + training // 50  # what `work_units` would like to spare
+    slack = 2 * config.data.context_length  # windows are taken whole
     return {
         "train": training + config.transcoder.calibration_tokens + slack,
         "heldout": max(config.analysis.num_tokens, config.analysis.loss_tokens),
@@ -483,6 +511,9 @@ def rows_wanted(
 
 
 # Private ------------------------------------------------------------------------------------------------------------
+
+# The longest text that may be a part, in order of preference: before a single space, before any whitespace.
+_PARTS = (re.compile(r".*\S(?= \S)", re.DOTALL), re.compile(r".+(?=\s)", re.DOTALL))
 
 
 @lru_cache(maxsize=2)  # asked for every document, and slow for vocabularies with thousands of added tokens

@@ -45,6 +45,10 @@ class StepMetrics(NamedTuple):
     """Learning rate of this step."""
     gradient_norm: float
     """Global gradient norm before clipping."""
+    skipped: int = 0
+    """Steps up to now whose gradient was not finite, so that they changed no weights."""
+    skipped_in_a_row: int = 0
+    """How many of them are the newest."""
 
 
 class StepResult(NamedTuple):
@@ -66,6 +70,8 @@ class StepResult(NamedTuple):
     """Scalar, features that have not fired for `dead_after_tokens`."""
     totals: TrainOutput
     """Sums over all ranks."""
+    skipped: Tensor
+    """[2]: steps without a finite gradient, in all and in a row."""
 
     def metrics(self) -> StepMetrics:
         totals = self.totals
@@ -73,7 +79,9 @@ class StepResult(NamedTuple):
         deviation = float(totals.target_square) - float(totals.target_sum.square().sum()) / self.batch
         fvu = tuple(error / max(deviation, 1e-30) for error in totals.errors.tolist())
         l0 = float(totals.num_active) / self.batch
-        return StepMetrics(self.step, self.tokens, loss, fvu, l0, int(self.dead), self.lr, float(self.gradient_norm))
+        norm = float(self.gradient_norm)
+        skipped, in_a_row = self.skipped.tolist()
+        return StepMetrics(self.step, self.tokens, loss, fvu, l0, int(self.dead), self.lr, norm, skipped, in_a_row)
 
 
 class Trainer:
@@ -97,6 +105,9 @@ class Trainer:
         self.dead = torch.zeros(self.transcoder.num_features, dtype=torch.bool, device=self.device)
         """[features]: what AuxK works on; looked up every DEAD_REFRESH steps, since that waits for the device."""
         self.dead_index = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
+        """Steps without a finite gradient, in all and in a row; on the device, so that looking for them waits for
+        nothing."""
         self.step_number = 0
         self.tokens = 0
 
@@ -123,7 +134,8 @@ class Trainer:
         norm = nn.utils.get_total_norm([p.grad for p in self.transcoder.parameters() if p.grad is not None])
         # Fused Adam divides gradients by this on the way, so that clipping costs no pass of its own.
         self.optimizer.grad_scale = (norm / self.config.optimizer.gradient_clip).clamp(min=1)
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # then Adam changes nothing
+        bad = ~norm.isfinite()  # then Adam changes nothing
+        self.optimizer.found_inf = bad.float()
         lr = self.learning_rate(self.step_number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -135,8 +147,13 @@ class Trainer:
         total = torch.cat(sums)
         all_reduce(total)
         totals = TrainOutput(*total.split([len(part) for part in sums]))
-        dead = self._count_silence(totals.fired > 0, tokens)
-        return StepResult(self.step_number, self.tokens, tokens, lr, world_size(), norm, dead, totals)
+        self.skipped = torch.stack((self.skipped[0] + bad, (self.skipped[1] + 1) * bad))
+        dead = self._count_silence((totals.fired > 0) & ~bad, tokens)
+        return StepResult(self.step_number, self.tokens, tokens, lr, world_size(), norm, dead, totals, self.skipped)
+
+    def healthy(self) -> bool:
+        """Whether the newest step changed the weights; waits for the device."""
+        return not int(self.skipped[1])
 
     def describe_compute(self) -> str:
         """How losses are computed, for the run's record: "sparse, compiled (auto: dense 80.1 ms, sparse 21.4 ms)"."""
@@ -215,7 +232,7 @@ class Trainer:
         return (since >= self.config.transcoder.dead_after_tokens).sum()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything stateful as flat named tensors."""
+        """Everything stateful as flat named tensors: a snapshot, which later steps do not change."""
         state = {f"transcoder.{name}": value for name, value in self.transcoder.state_dict().items()}
         for name, parameter in self.transcoder.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
@@ -224,9 +241,10 @@ class Trainer:
             state["compute"] = torch.tensor([BACKENDS.index(self.compute.backend), self.compute.bfloat16])
             state["compute_seconds"] = torch.tensor([self.compute_timings.get(b, 0.0) for b in BACKENDS])
         state["dead"] = self.dead
+        state["skipped"] = self.skipped
         state["step"] = torch.tensor(self.step_number)
         state["tokens"] = torch.tensor(self.tokens)
-        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         prefix = "transcoder."
@@ -244,9 +262,8 @@ class Trainer:
             self.compute = Compute(BACKENDS[backend], bool(bfloat16))
             seconds = zip(BACKENDS, state["compute_seconds"].tolist(), strict=True)
             self.compute_timings = {name: value for name, value in seconds if value}
-        since = self.transcoder.tokens_since_fired
-        dead = state.get("dead", since >= self.config.transcoder.dead_after_tokens)  # older states lack it
-        self._find_dead(dead.to(self.device))
+        self._find_dead(state["dead"].to(self.device))
+        self.skipped = state["skipped"].to(self.device)
         self.step_number, self.tokens = int(state["step"]), int(state["tokens"])
 
 

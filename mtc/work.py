@@ -46,27 +46,33 @@ def pack_windows(windows: Sequence[NDArray[np.int32]], special: Sequence[int]) -
     )
 
 
-def work_units(store: TokenStore, config: RunConfig, num_trainers: int) -> list[NDArray[np.int64]]:
-    """The training run as a list of work units, each an int64 array of the ids of as many windows as fit into
-    `data.unit_tokens` positions.
+class Work(NamedTuple):
+    """The training run as lists of work units, each an int64 array of the ids of as many windows as fit into
+    `data.unit_tokens` positions. Units are numbered through, those for calibration after those for training."""
 
-    First come units that hold `data.num_tokens` trainable tokens or a little more, from one permutation of the
-    windows per epoch. Then come reserved windows, which no epoch trains on: `transcoder.calibration_tokens` of them
-    and, if the text allows, spare ones (2 units per trainer and 2 % of the run), because trainers get units of
-    unequal length and the last few may be dropped. The order depends on `data.seed`, with several epochs also on
-    num_trainers. Only the part of the text that this configuration wants is used, so that a run does not change when a
-    larger store is found in the cache.
+    training: list[NDArray[np.int64]]
+    """Trained on, each token of them once."""
+    calibration: list[NDArray[np.int64]]
+    """Set the threshold; no epoch trains on them."""
+
+
+def work_units(store: TokenStore, config: RunConfig) -> Work:
+    """The windows to train on, from one permutation of the text per epoch, and fresh ones for calibration.
+
+    The training units hold a batch for each of `total_steps` steps, and less than a window more. The order depends on
+    `data.seed` alone. Only the part of the text that this configuration wants is used, so that a run does not change
+    when a larger store is found in the cache.
 
     Raises DataError if the text is too short.
     """
     data, calibration = config.data, config.transcoder.calibration_tokens
+    wanted = config.total_steps * config.optimizer.batch_tokens
     windows = _wanted_windows(store, config, "train")
     windows = windows[np.random.default_rng(data.seed).permutation(len(windows))]
     total = np.concatenate([[0], np.cumsum(store.trainable_tokens(windows))])  # total[n]: tokens of the first n windows
-    least = -(-data.num_tokens // data.max_epochs)
-    smallest_pool = int(np.searchsorted(total, least))
+    least = -(-wanted // data.max_epochs)
     border = int(np.searchsorted(total, total[-1] - calibration, side="right")) - 1  # the rest has the calibration
-    if smallest_pool > border:
+    if int(np.searchsorted(total, least)) > border:
         trained = max(int(total[max(border, 0)]), 0)
         repeats = f"raise data.max_epochs to {-(-data.num_tokens // trained)}, " if trained else ""
         raise DataError(
@@ -75,21 +81,17 @@ def work_units(store: TokenStore, config: RunConfig, num_trainers: int) -> list[
             f"has {total[-1]} in {len(windows)} windows: "
             f"lower data.num_tokens, {repeats}or give a longer text in data.name"
         )
-    spare = 2 * num_trainers * data.unit_tokens + data.num_tokens // 50
-    without_spare = int(np.searchsorted(total, total[border] - spare, side="right")) - 1
-    pool, reserved = np.split(windows, [max(smallest_pool, without_spare)])
+    pool, reserved = np.split(windows, [border])
     units: list[NDArray[np.int64]] = []
-    left, epoch = data.num_tokens, 0
+    left, epoch = wanted, 0
     while left > 0:
         order = np.random.default_rng([data.seed, epoch]).permutation(pool) if epoch else pool
-        # Whole units, as long as there are windows: tokens beyond num_tokens are spare ones.
-        for unit in _cut(store, order, data.unit_tokens):
-            units.append(unit)
-            left -= int(store.trainable_tokens(unit).sum())
-            if left <= 0:
-                break
+        tokens = np.cumsum(store.trainable_tokens(order))
+        order = order[: int(np.searchsorted(tokens, left)) + 1]
+        units += _cut(store, order, data.unit_tokens)
+        left -= int(tokens[len(order) - 1])
         epoch += 1
-    return units + _cut(store, reserved, data.unit_tokens)
+    return Work(units, _cut(store, reserved, data.unit_tokens))
 
 
 def heldout_units(store: TokenStore, config: RunConfig, num_tokens: int) -> list[NDArray[np.int64]]:

@@ -50,7 +50,10 @@ def test_overrides_win_over_the_preset():
         ({"transcoder": {"k": 65}}, ["transcoder.k=65", "transcoder.group_sizes=[16, 32, 16]", "64"]),
         ({"transcoder": {"group_sizes": [16, 0]}}, ["transcoder.group_sizes", "[16, 0]"]),
         ({"cluster": {"num_trainers": 512}}, ["optimizer.batch_tokens=256", "cluster.num_trainers=512"]),
-        ({"cluster": {"num_trainers": 3}}, ["optimizer.batch_tokens=256", "cluster.num_trainers=3"]),
+        (
+            {"cluster": {"num_trainers": 2, "min_trainers": 3}},
+            ["cluster.min_trainers=3 is more than cluster.num_trainers=2"],
+        ),
         ({"data": {"num_tokens": 100}}, ["data.num_tokens=100", "optimizer.batch_tokens=256"]),
         ({"optimizer": {"warmup_steps": 99}}, ["optimizer.warmup_steps=99", "32 steps"]),
         ({"model": {"layer": -1}}, ["model.layer", "-1"]),

@@ -110,7 +110,7 @@ def make_analysis(config: RunConfig | None = None, **parts: Any) -> Analysis:
         parts.get("statistics", make_statistics()),
         parts.get("examples", make_examples()),
         parts.get("history", make_history(50)),
-        make_facts(),
+        parts.get("facts", make_facts()),
     )
 
 
@@ -277,6 +277,41 @@ def test_markdown_and_json_agree() -> None:
     for recommendation in data["recommendations"]:
         assert recommendation["text"] in markdown
     assert {row[0].replace("\\", "") for row in found[-1][1:]} >= set(files)
+
+
+def test_skipped_input_and_events() -> None:
+    def render(facts: RunFacts) -> str:
+        analysis = make_analysis(facts=facts)
+        files = write_report(analysis, make_examples(), [])
+        assert Analysis.model_validate_json(files["layer1_analysis_report.json"]) == analysis
+        return files["layer1_analysis_report.md"].decode()
+
+    quiet = render(make_facts())
+    assert "### Skipped input\n\nnone\n" in quiet
+    assert "What happened" not in quiet
+    assert dict(tables(quiet)[0])["Dropped tokens (activations not finite)"] == "0"
+
+    events: list[dict[str, Any]] = [
+        {"time": f"2026-01-01T00:00:{i:02d}Z", "kind": "restart", "message": f"trainer {i}|gone", "step": i, "rank": 1}
+        for i in range(60)
+    ]
+    del events[1]["step"]
+    changes = {
+        "skipped_documents": {"not UTF-8": 1200, "corrupt Parquet": 2},
+        "skipped_examples": ("not UTF-8: /data/a|b_c.txt", "corrupt Parquet: /data/d.parquet, row group 1"),
+        "dropped_tokens": 1234,
+        "events": tuple(events),
+    }
+    markdown = render(make_facts().model_copy(update=changes))
+    found = tables(markdown)
+    assert dict(found[0])["Dropped tokens (activations not finite)"] == "1,234"
+    assert found[3] == [["Reason", "Documents"], ["not UTF-8", "1,200"], ["corrupt Parquet", "2"]]
+    assert "- not UTF-8: /data/a\\|b\\_c.txt\n- corrupt Parquet: /data/d.parquet, row group 1\n" in markdown
+    assert found[4][0] == ["Time", "Step", "Event"]
+    assert found[4][1] == ["2026-01-01T00:00:00Z", "0", "restart: trainer 0\\|gone"]
+    assert found[4][2][1] == "–"
+    assert len(found[4]) == 1 + 50
+    assert "\nAnd 10 more" in markdown
 
 
 def test_hostile_tokens_stay_text() -> None:

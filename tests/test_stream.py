@@ -14,7 +14,7 @@ import ray
 import torch
 from transformers import AutoConfig
 
-from cluster import activations, training
+from cluster import activations
 from cluster.activations import (
     ActorCosts,
     CaptureActor,
@@ -24,14 +24,15 @@ from cluster.activations import (
     map_on_model_actors,
     to_binary,
 )
-from cluster.batches import Batches, Ledger, stream_timing
+from cluster.batches import Batches, stream_timing
 from cluster.pipeline import run_pipeline
 from cluster.progress import balance, progress_line
 from cluster.resources import Node, Plan, make_plan
 from cluster.tokens import build_token_store
-from mtc.config import ConfigError, RunConfig, load_preset
+from mtc.config import RunConfig, load_preset
 from mtc.evaluation import evaluate
 from mtc.language_model import LanguageModel
+from mtc.ledger import Ledger, merge
 from mtc.model_files import _make_random
 from mtc.report.format import NOT_MEASURED
 from mtc.report.markdown import timing_section
@@ -79,7 +80,7 @@ class StoreWatch:
     def __enter__(self) -> "StoreWatch":
         from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-        state = get_state_from_address(None)
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)
         self.samples: list[Any] = [get_memory_info_reply(state).store_stats]
         self._stop = threading.Event()
 
@@ -186,7 +187,7 @@ def test_activations_arrive_as_views_of_shared_memory(
 
     plan = make_plan(config, [Node(2, 0)], WIDTH)
     store = TokenStore.open(build_token_store(config))
-    units = list(enumerate(work_units(store, config, 2)))[:6]
+    units = list(enumerate(work_units(store, config).training))[:6]
     # Units are captured in order, two in one task, and each comes as a block of its own.
     monkeypatch.setattr(activations, "TASKS_WANTED", 3)
     arrived = list(iterate_units(activation_dataset(config, plan, store.url, units)))
@@ -210,7 +211,7 @@ def test_activations_arrive_as_views_of_shared_memory(
 def test_a_unit_that_is_started_before_another_is_sent_changes_nothing(config: RunConfig) -> None:
     """As on a GPU, where it is computed meanwhile."""
     store = TokenStore.open(build_token_store(config))
-    units = work_units(store, config, 2)[:3]
+    units = work_units(store, config).training[:3]
     rows = pa.table({"unit": [7, 8, 9], "windows": pa.array([ids.tolist() for ids in units])})
     actor = CaptureActor(config, store.url, "cpu", 2)
     at_once = list(actor(rows))
@@ -254,22 +255,24 @@ def test_the_pool_grows_while_there_is_more_work_than_actors_take(ray_cluster: A
 def make_unit(number: int, rows: int = 100) -> Unit:
     columns = tuple(torch.full((rows, 4), float(number)) for _ in range(2))
     costs = dict.fromkeys(ActorCosts.FIELDS, 2.0) | {"device_flops": 10.0, "flops": 5.0}
-    return Unit(number, columns, costs)
+    return Unit(number, columns, np.arange(rows, dtype=np.int32), rows, costs=costs)
 
 
 @pytest.mark.parametrize("units", [1, 3])
 def test_the_account_of_a_short_stream(units: int) -> None:
     """The first unit is start-up; a run that needs no other knows nothing of the model actors."""
-    ledger, clock = Ledger(0), Clock()
+    ledger, clock = Ledger(), Clock()
     stream = (make_unit(number) for number in range(units))
-    batches = Batches(stream, ShuffleBuffer(100, 0), 50, ledger, clock)
+    batches = Batches(stream, ShuffleBuffer(100, [0]), 50, ledger, clock, units)
     taken = 0
-    while batches.all_ready():
-        source, target = batches.take()
+    while (share := batches.agree(last=False)) is not None:
+        source, target = batches.take(share)
         assert torch.equal(source, target)
         taken += len(source)
     assert taken == 100 * units
-    assert ledger.seen == set(range(units))
+    progress = merge([ledger.table()])
+    assert progress.finished().tolist() == list(range(units))
+    assert not len(progress.wrong_units())
     timing = stream_timing(batches)
     assert timing.tokens == taken
     assert timing.actor_seconds == 2.0 * (units - 1)
@@ -277,16 +280,6 @@ def test_the_account_of_a_short_stream(units: int) -> None:
     assert (NOT_MEASURED in timing_section(timing)) == (units == 1)
     assert ("model actors computed" in balance(timing)) == (units > 1)
     assert sum(timing.trainer_seconds.values()) == pytest.approx(timing.wall_seconds)
-
-
-def test_a_checkpoint_of_another_version_is_refused(ray_cluster: Any, tmp_path: Path) -> None:
-    import ray.train
-
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "units_0.json").write_text("[0]")
-    checkpoint = ray.train.Checkpoint(str(tmp_path / "checkpoint"))
-    with pytest.raises(ConfigError, match=r"output\.run_id=old: its checkpoint has format_version None, this version"):
-        training._check_format(checkpoint, RunDirectory(str(tmp_path / "old")))
 
 
 def make_timing(**changes: Any) -> StreamTiming:

