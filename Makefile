@@ -1,4 +1,4 @@
-# make quickstart | test | lint | serve RUN=... | stop | peers | bench
+# make quickstart | test | test-chaos | lint | serve RUN=... | stop | peers | bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ TEST_INSTALLED := $(VENV)/.installed-test
 PEERS_VENV := .venv-peers
 PEERS_INSTALLED := $(PEERS_VENV)/.installed
 
-.PHONY: quickstart test lint format serve stop clean peers bench
+.PHONY: quickstart test test-chaos lint format serve stop clean peers bench
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m jobs.quickstart run
@@ -21,6 +21,9 @@ stop: $(INSTALLED)
 
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest
+
+test-chaos: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest tests/chaos -m chaos -s
 
 lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .

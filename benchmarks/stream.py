@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+import ray
 import torch
 
 from cluster.activations import ActorCosts, CaptureActor, iterate_units, map_on_model_actors, to_binary

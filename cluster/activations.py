@@ -187,6 +187,7 @@ class CaptureActor:
             "start": pa.array([self.start]),
             "tokens": pa.array([tokens], pa.int64()),
             "dropped": pa.array([dropped], pa.list_(pa.int32())),
+            "widths": pa.array([[column.shape[1] for column in activations]], pa.list_(pa.int64())),
             "actor": pa.array([self.name]),
             "forward": pa.array([pending.watch.seconds()], pa.float64()),
             "sending": pa.array([self.sending], pa.float64()),
@@ -267,7 +268,8 @@ def iterate_units(shard: Any, start: str = "") -> Iterator[Unit]:
         costs = {name: table[name][0].as_py() for name in (*ActorCosts.FIELDS, "device_flops", "actor")}
         dropped = np.array(table["dropped"][0].as_py(), np.int32)
         rows = np.delete(np.arange(tokens, dtype=np.int32), dropped)
-        columns = tuple(from_binary(table[name], len(rows)) for name in names)
+        widths = table["widths"][0].as_py()
+        columns = tuple(from_binary(table[name], width) for name, width in zip(names, widths, strict=True))
         yield Unit(table["unit"][0].as_py(), columns, rows, tokens, dropped, costs)
 
 
@@ -281,8 +283,9 @@ def to_binary(activations: torch.Tensor) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(bits)])
 
 
-def from_binary(column: pa.ChunkedArray, tokens: int) -> torch.Tensor:
-    """The inverse of `to_binary` for a column of one value: a view of its memory, not to be written."""
+def from_binary(column: pa.ChunkedArray, width: int) -> torch.Tensor:
+    """The inverse of `to_binary` for a column of one value, [tokens, width]: a view of its memory, which is not to be
+    written."""
     import warnings
 
     import numpy as np
@@ -295,4 +298,4 @@ def from_binary(column: pa.ChunkedArray, tokens: int) -> torch.Tensor:
         # The buffer lies in read-only shared memory; it is copied into the shuffle buffer and never written.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         bits = torch.from_numpy(np.frombuffer(data, np.int16, (end - start) // 2, start))
-    return bits.view(torch.bfloat16).view(tokens, -1)
+    return bits.view(torch.bfloat16).view(-1, width)

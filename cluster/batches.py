@@ -186,7 +186,7 @@ class Journal:
         model = {name: round(sums[name] - self.costs_before[name], 4) for name in ("forward", "sending", "idle")}
         self.costs_before = dict(sums)
         shared = {"tokens_per_second": speed, "seconds": {part: round(value, 4) for part, value in spent.items()}}
-        shared["model_seconds"] = model
+        shared |= {"model_seconds": model, "time": time.time()}
         for layer, row, health in zip(self.layers, metrics, self.health, strict=True):
             self.log.append.remote(row._asdict() | {"layer": layer} | shared)
             for kind, message in health.look(row):

@@ -99,7 +99,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "tokenise"):
-        store_url = build_token_store(config)
+        store_url = build_token_store(config, plan.label_selector)
     store = TokenStore.open(store_url)
     info = store.info
     say(f"token store {store_url}: {info.windows} windows, {info.tokens} tokens, {info.documents} documents")

@@ -6,6 +6,7 @@ Imported where Ray Train is used anyway; its processes do without torch.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -46,25 +47,29 @@ class StreamConfig(DataConfig):
 
 
 def remaining_units(config: RunConfig, run_url: str, store_url: str, trainers: int) -> tuple[list[Row], str]:
-    """The units that are not finished, in the order in which they are dealt to the trainers, and the checkpoint's name.
+    """The units of which something is left, in the order in which trainers are dealt them, and the checkpoint's name.
 
     Unit u is for trainer u modulo `trainers`, now and after every restart; where one's list is shorter, units without
     windows hold its places.
     """
-    from cluster.training import read_progress
+    from cluster.training import unneeded_units
     from mtc.checkpoints import Checkpoints
     from mtc.tokens import TokenStore
     from mtc.work import work_units
 
     checkpoint = Checkpoints(run_url).latest()
-    finished = set(read_progress(checkpoint).finished().tolist()) if checkpoint else set()
+    unneeded = unneeded_units(checkpoint, trainers) if checkpoint else set()
     work = work_units(TokenStore.open(store_url), config)
-    left = [(number, unit) for number, unit in enumerate([*work.training, *work.calibration]) if number not in finished]
-    logger.info("stream of %d work units, %d trained before", len(left), len(finished))
-    mine = [[row for row in left if row[0] % trainers == rank] for rank in range(trainers)]
+    left = [(number, unit) for number, unit in enumerate([*work.training, *work.calibration]) if number not in unneeded]
+    logger.info("stream of %d work units, %d trained before", len(left), len(unneeded))
+    return deal(left, trainers), checkpoint.name if checkpoint else ""
+
+
+def deal(units: Sequence[Row], trainers: int) -> list[Row]:
+    """In an order that gives each trainer its own units when it is dealt to them in turn."""
+    mine = [[row for row in units if row[0] % trainers == rank] for rank in range(trainers)]
     nothing = (NO_UNIT, np.empty(0, np.int64))
-    dealt = [row for turn in zip_longest(*mine, fillvalue=nothing) for row in turn]
-    return dealt, checkpoint.name if checkpoint else ""
+    return [row for turn in zip_longest(*mine, fillvalue=nothing) for row in turn]
 
 
 class TellFailures(ray.train.UserCallback):

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from cluster.batches import Batches
     from mtc.checkpoints import Checkpoint, Checkpoints, CheckpointWriter
-    from mtc.ledger import Progress
+    from mtc.ledger import Ledger, Progress
+    from mtc.shuffle import ShuffleBuffer
     from mtc.timing import StreamTiming
     from mtc.training import Trainer
 
@@ -240,8 +241,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
     from cluster.batches import Batches, Journal
     from mtc.checkpoints import Checkpoints, CheckpointWriter
-    from mtc.ledger import Ledger
-    from mtc.shuffle import ShuffleBuffer, on_device
+    from mtc.shuffle import on_device
     from mtc.timing import Clock
     from mtc.tokens import TokenStore
     from mtc.training import Trainer
@@ -259,29 +259,23 @@ def _train_worker(settings: dict[str, Any]) -> None:
     if start.checkpoint is not None and start.checkpoint.is_result:
         return  # another trainer died after the last checkpoint was complete
     trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
-    generation, ledger, position = 0, Ledger(), None
-    filters: dict[int, np.ndarray] = {}
     if start.checkpoint is not None:
         for trainer in trainers:
             _load(trainer, start.checkpoint)
-        progress = read_progress(start.checkpoint)
-        generation, filters, position = _continue(start.checkpoint, rank, world, progress)
-        ledger = Ledger(progress if rank == 0 else None)
-    buffer = ShuffleBuffer(
-        config.data.shuffle_buffer_tokens // world, (config.data.seed, generation, world, rank), device
-    )
-    if position is not None:
-        buffer.restore(position.chunk, position.units, position.taken)
+    data = data_state(config, start.checkpoint, rank, world, device)
     lead, total = trainers[0], config.total_steps
     if rank == 0 and start.checkpoint is not None:
         tell(RESUMED, f"{world} trainers start after the checkpoint of step {lead.step_number:,}", lead.step_number)
     work = work_units(TokenStore.open(settings["store_url"]), config)
-    writer = CheckpointWriter(checkpoints, start.number, rank, world, config.cluster.keep_checkpoints, tell)
+    keep, patience = config.cluster.keep_checkpoints, config.cluster.storage_seconds
+    writer = CheckpointWriter(checkpoints, start.number, rank, world, keep, tell, patience)
     clock = Clock()
     due = _Due(config, lead.step_number)
     name = start.checkpoint.name if start.checkpoint else ""
     with on_device(iterate_units(ray.train.get_dataset_shard("train"), name), device) as units:
-        batches = Batches(units, buffer, config.optimizer.batch_tokens, ledger, clock, len(work.training), filters)
+        batches = Batches(
+            units, data.buffer, config.optimizer.batch_tokens, data.ledger, clock, len(work.training), data.filters
+        )
         journal = Journal(log, trainers, batches) if rank == 0 else None
         while lead.step_number < total:
             save = rank == 0 and due.now(lead.step_number) and not writer.busy
@@ -291,11 +285,11 @@ def _train_worker(settings: dict[str, Any]) -> None:
                 break  # tokens were dropped, so there are fewer steps
             if share.save:
                 with clock.part("checkpoint"):
-                    writer.save(lead.step_number, _files(trainers, batches, generation, rank))
+                    writer.save(lead.step_number, files_of(trainers, batches, data.generation, rank))
                     due.saved(lead.step_number)
             if lead.step_number == 0:
                 with clock.part("step"):
-                    rows = [column[:INITIAL_ROWS] for column in buffer.peek()]
+                    rows = [column[:INITIAL_ROWS] for column in data.buffer.peek()]
                     for trainer, source, target in zip(trainers, rows[::2], rows[1::2], strict=True):
                         trainer.initialise(source, target)
             columns = batches.take(share) or (torch.empty(0, d_model, device=device),) * (2 * len(trainers))
@@ -313,7 +307,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
                 _check_dropped(config, batches, tell)
         _check_dropped(config, batches, tell)
         calibrated = _calibrate(trainers, batches)
-    _finish(config, trainers, batches, writer, generation, rank, calibrated)
+    _finish(config, trainers, batches, writer, data.generation, rank, calibrated)
 
 
 def _agree_on_start(checkpoints: Checkpoints, rank: int, device: Any, tell: Callable[..., None]) -> _Start:
@@ -337,25 +331,49 @@ def _agree_on_start(checkpoints: Checkpoints, rank: int, device: Any, tell: Call
     return _Start(checkpoint, int.from_bytes(chosen[:4].tolist()))
 
 
-def _continue(
-    checkpoint: Checkpoint, rank: int, world: int, progress: Progress
-) -> tuple[int, dict[int, np.ndarray], Position | None]:
-    """Generation, filters and the rank's own position.
+class DataState(NamedTuple):
+    """Where one rank's data is."""
 
-    As many trainers as before go on within their chunks. Others share what is left of those chunks among them.
+    buffer: ShuffleBuffer
+    """Empty; it continues within a chunk."""
+    ledger: Ledger
+    """What is trained; rank 0's holds the earlier starts' too."""
+    filters: dict[int, np.ndarray]
+    """Of units that other numbers of trainers left in part, the rows to be trained."""
+    generation: int
+    """How often the number of trainers changed before."""
+
+
+def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, world: int, device: Any) -> DataState:
+    """What a rank starts with.
+
+    As many trainers as before go on within their chunks; other numbers of trainers share what is left of those.
     """
     import numpy as np
 
-    from mtc.ledger import rows_left
+    from mtc.ledger import Ledger, rows_left
+    from mtc.shuffle import ShuffleBuffer
 
-    positions = [read_position(checkpoint, r) for r in range(checkpoint.manifest.world_size)]
-    filters = {unit: np.array(rows, np.int32) for unit, rows in positions[0].filters.items()}
-    if world == len(positions):
-        return positions[0].generation, filters, positions[rank]
-    left = [{unit: np.array(rows, np.int32) for unit, rows in p.left.items()} for p in positions]
-    finished = set(progress.finished().tolist())
-    filters = {unit: rows for unit, rows in rows_left(filters, left).items() if unit not in finished}
-    return positions[0].generation + 1, filters, None
+    generation, filters = 0, {}
+    ledger, position = Ledger(), None
+    if checkpoint is not None:
+        positions = [read_position(checkpoint, r) for r in range(checkpoint.manifest.world_size)]
+        progress = read_progress(checkpoint)
+        generation = positions[0].generation
+        filters = {unit: np.array(rows, np.int32) for unit, rows in positions[0].filters.items()}
+        ledger = Ledger(progress if rank == 0 else None)
+        if world == len(positions):
+            position = positions[rank]
+        else:
+            generation += 1
+            left = [{unit: np.array(rows, np.int32) for unit, rows in p.left.items()} for p in positions]
+            finished = set(progress.finished().tolist())
+            filters = {unit: rows for unit, rows in rows_left(filters, left).items() if unit not in finished}
+    seed = (config.data.seed, generation, world, rank)
+    buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens // world, seed, device)
+    if position is not None:
+        buffer.restore(position.chunk, position.units, position.taken)
+    return DataState(buffer, ledger, filters, generation)
 
 
 class _Due:
@@ -432,7 +450,7 @@ def _calibrate(trainers: list[Trainer], batches: Batches) -> int:
     return int(calibrated)
 
 
-def _files(trainers: list[Trainer], batches: Batches, generation: int, rank: int) -> dict[str, Callable[[], bytes]]:
+def files_of(trainers: list[Trainer], batches: Batches, generation: int, rank: int) -> dict[str, Callable[[], bytes]]:
     """This rank's part of a checkpoint: a snapshot of now, turned into bytes when it is written."""
     from mtc.ledger import to_parquet
 
@@ -477,7 +495,7 @@ def _finish(
         )
         for sites, trainer in zip(config.model.sites, trainers, strict=True)
     ]
-    files = _files(trainers, batches, generation, rank)
+    files = files_of(trainers, batches, generation, rank)
     if rank == 0:
         for trainer in trainers:
             files[_weights("transcoder", trainer.config.model.layer)] = trainer.transcoder.to_bytes
@@ -495,6 +513,18 @@ def read_progress(checkpoint: Checkpoint) -> Progress:
         from_parquet(checkpoint.read(f"units-{rank}.parquet")) for rank in range(checkpoint.manifest.world_size)
     )
     return merge(tables)
+
+
+def unneeded_units(checkpoint: Checkpoint, world: int) -> set[int]:
+    """Units that need not be streamed again to `world` trainers: finished, and not of a chunk that is begun.
+
+    A chunk goes on in the order that it began in, for which all of its units must be there.
+    """
+    finished = set(read_progress(checkpoint).finished().tolist())
+    if world == checkpoint.manifest.world_size:
+        for rank in range(world):
+            finished -= set(read_position(checkpoint, rank).units)
+    return finished
 
 
 def read_position(checkpoint: Checkpoint, rank: int) -> Position:

@@ -17,7 +17,9 @@ from mtc.config import ConfigError, parse_command_line, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
+    from cluster.training import TrainingStopped
     from mtc.model_files import ModelError
+    from mtc.runs import RunError
     from mtc.tokens import DataError
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
@@ -30,9 +32,12 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
         with connected():
             run_pipeline(config)
-    except (ConfigError, ModelError, DataError) as error:
+    except (ConfigError, ModelError, DataError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TrainingStopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was published; the same output.run_id continues the run", file=sys.stderr)
         return 130

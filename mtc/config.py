@@ -257,6 +257,8 @@ class ClusterConfig(_Part):
     """Most seconds between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints that are kept, the newest ones."""
+    storage_seconds: float = Field(default=120, gt=0)
+    """How long storage that fails is asked again before a checkpoint is given up, and training goes on without it."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the trainers without a new checkpoint in between before the job fails."""
     stall_seconds: float = Field(default=600, gt=0)

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from mtc.language_model import LanguageModel
+from mtc.ledger import Progress
 from mtc.model_files import load_tokenizer
 from mtc.runs import RunError, load_transcoder, open_run
-from mtc.work import pack_windows
+from mtc.tokens import TokenStore
+from mtc.work import pack_windows, work_units
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,25 +118,28 @@ def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():
     assert time.monotonic() - start < 60
 
 
-def test_interrupted_run_leaves_nothing_behind_and_continues(tmp_path):
-    """Ctrl-C of a direct run with a Ray of its own: no process left, no run that a reader would pick up; the same
-    command then finishes the run from its last checkpoint."""
-    command = [sys.executable, "jobs/train.py", "--preset", "tiny", "--data.num_tokens", "150000"]
-    command += ["--cluster.checkpoint_every_steps", "50"]
-    command += ["--output.root", str(tmp_path / "runs"), "--output.run_id", "cut"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
+def test_interrupted_and_killed_run_ends_as_if_nothing_had_happened(tmp_path):
+    """Ctrl-C of a direct run with a Ray of its own: no process left, no run that a reader would pick up. The same
+    command then continues from the last checkpoint, loses a trainer and a model actor to SIGKILL, and ends with the
+    weights of a run that nobody disturbed, each token trained once."""
+    command = [sys.executable, "jobs/train.py", "--preset", "tiny", "--data.num_tokens", "250000"]
+    command += [
+        "--cluster.checkpoint_every_steps",
+        "50",
+        "--optimizer.backend",
+        "sparse",
+        "--analysis.loss_tokens",
+        "0",
+    ]
+    command += ["--output.root", str(tmp_path / "runs"), "--output.run_id"]
+    process, output = _start([*command, "cut"])
+    for line in output:
         if line.startswith("step") and int(line.split()[1].split("/")[0]) > 60:  # there is a checkpoint
             process.send_signal(signal.SIGINT)
             break
-    output = "".join(lines) + process.communicate(timeout=90)[0]
-    assert process.returncode == 130, output
-    assert "nothing was published" in output
+    text = "".join(output)
+    assert process.wait(90) == 130, text
+    assert "nothing was published" in text
     deadline = time.monotonic() + 30
     while left := _processes_of_session(process.pid):
         assert time.monotonic() < deadline, left
@@ -143,29 +149,73 @@ def test_interrupted_run_leaves_nothing_behind_and_continues(tmp_path):
     with pytest.raises(RunError, match="not finished"):
         open_run(str(tmp_path / "runs" / "cut"))
 
-    other = subprocess.run([*command, "--optimizer.lr", "0.1"], capture_output=True, text=True, check=False, cwd=ROOT)
+    other = subprocess.run(
+        [*command, "cut", "--optimizer.lr", "0.1"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert other.returncode == 2
     assert "unfinished run with other values of optimizer.lr" in other.stderr
-    before = [json.loads(line) for line in (tmp_path / "runs" / "cut" / "metrics.jsonl").read_text().splitlines()]
-    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert again.returncode == 0, again.stdout + again.stderr
+
+    process, output = _start([*command, "cut"])
+    for title in ("ray::RayTrainWorker", "ray::MapWorker(MapBatches(CaptureActor))"):
+        _wait_for_another_start(tmp_path / "runs" / "cut", process)
+        for pid, name in _processes_of_session(process.pid).items():
+            if name.startswith(title):
+                os.kill(pid, signal.SIGKILL)
+    text = "".join(output)
+    assert process.wait(120) == 0, text
+    assert "failure: trainer 0 died" in text
+    assert "each once" in text
     run = open_run(str(tmp_path / "runs" / "latest"))
     history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
-    steps = [row["step"] for row in history]
-    assert steps == sorted(set(steps))
-    assert steps[-1] == run.config().total_steps
-    kept = [row for row in before if row in history]
-    assert kept, "the second start did not continue the first"
+    assert [row["step"] for row in history] == sorted({row["step"] for row in history})
+    assert history[-1]["step"] == run.config().total_steps
+    progress = Progress(pq.read_table(f"{run.url}/ledger.parquet"))
+    assert not len(progress.wrong_units())
+    report = run.read("report/layer1_analysis_report.md").decode()
+    assert "What happened during the run" in report
+    assert "trainer 0 died" in report
+
+    subprocess.run([*command, "whole"], capture_output=True, check=True, cwd=ROOT)
+    whole = open_run(str(tmp_path / "runs" / "whole"))
+    mine, its = load_transcoder(run), load_transcoder(whole)
+    for name, value in its.state_dict().items():
+        torch.testing.assert_close(mine.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    work = work_units(TokenStore.open(json.loads(run.read("analysis.json"))["facts"]["token_store"]), run.config())
+    assert progress.finished().tolist() == list(range(len(work.training)))
 
 
-def _processes_of_session(session: int) -> list[str]:
+def _start(command):
+    """The process, and its lines as they come."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    return process, process.stdout
+
+
+def _wait_for_another_start(run, process, seconds=90.0):
+    """Until trainers that were started after this call have completed a checkpoint."""
+
+    def newest():
+        found = [path.parent.name.split("-") for path in run.glob("checkpoints/step-*/checkpoint.json")]
+        return max(((int(words[1]), words[2]) for words in found), default=(0, ""))[1]
+
+    before, deadline = newest(), time.monotonic() + seconds
+    while newest() == before:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _processes_of_session(session: int) -> dict[int, str]:
     """Command lines of the processes that the session leader started, itself not counted."""
-    found = []
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append((stat.parent / "cmdline").read_text().replace("\0", " "))
+            pid = int(stat.parent.name)
+            if int(fields[3]) == session and fields[0] != "Z" and pid != session:
+                found[pid] = (stat.parent / "cmdline").read_text().replace("\0", " ")
         except OSError:
             continue  # it ended while we looked
     return found

@@ -1,9 +1,11 @@
 """The stream from model actors to trainers on a real Ray: no copies, bounded memory, several layers, balance."""
 
 import json
+import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from cluster import activations
@@ -183,12 +186,13 @@ def test_activations_arrive_as_views_of_shared_memory(
     column = torch.randn(5, 8).to(torch.bfloat16)
     binary = to_binary(column)
     assert binary.buffers()[2].address == column.data_ptr()
-    assert from_binary(pa.chunked_array([binary]), 5).data_ptr() == column.data_ptr()
+    assert from_binary(pa.chunked_array([binary]), 8).data_ptr() == column.data_ptr()
 
     plan = make_plan(config, [Node(2, 0)], WIDTH)
     store = TokenStore.open(build_token_store(config))
     units = list(enumerate(work_units(store, config).training))[:6]
     # Units are captured in order, two in one task, and each comes as a block of its own.
+    activations.configure_data_context()
     monkeypatch.setattr(activations, "TASKS_WANTED", 3)
     arrived = list(iterate_units(activation_dataset(config, plan, store.url, units)))
     assert [unit.number for unit in arrived] == [number for number, _ in units]
@@ -220,6 +224,50 @@ def test_a_unit_that_is_started_before_another_is_sent_changes_nothing(config: R
     assert [table["unit"][0].as_py() for table in ahead] == [7, 8, 9]
     for a, b in zip(at_once, ahead, strict=True):
         assert a["activations_0"].equals(b["activations_0"])
+
+
+def test_tokens_whose_activations_are_not_finite_are_left_out_and_named(
+    config: RunConfig, wide_model: str, tmp_path: Path
+) -> None:
+    """The embedding of one token is not a number: neither is what follows it in a window, while other windows are
+    untouched."""
+    store = TokenStore.open(build_token_store(config))
+    unit_ids = work_units(store, config).training[0]
+    ids = unit_ids[np.argsort(-store.positions(unit_ids), kind="stable")]
+    windows = store.input_ids(ids)
+    found, counts = np.unique(np.concatenate(windows), return_counts=True)
+    rare = int(found[counts.argmin()])
+    shutil.copytree(wide_model, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.embed_tokens.weight"][rare] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    bad = config.model_copy(update={"model": config.model.model_copy(update={"name": str(tmp_path / "model")})})
+
+    rows = pa.table({"unit": [0, -1], "windows": pa.array([unit_ids.tolist(), []], activations.UNIT_TYPE)})
+    (unit,) = iterate_units(Shard(CaptureActor(bad, store.url, "cpu", 2)(rows)))  # the empty unit only holds a place
+    (whole,) = iterate_units(Shard(CaptureActor(config, store.url, "cpu", 2)(rows)))
+    after, clean = [], []
+    for window in windows:
+        seen, text = np.cumsum(window == rare) > 0, ~np.isin(window, store.info.special_ids)
+        after += seen[text].tolist()
+        clean += [not seen.any()] * int(text.sum())
+    assert set(np.flatnonzero(after)) <= set(unit.dropped.tolist())
+    assert set(np.flatnonzero(clean)) <= set(unit.rows.tolist())
+    assert 0 < len(unit.dropped) < unit.tokens == len(after)
+    assert sorted([*unit.rows, *unit.dropped]) == list(range(unit.tokens))
+    for column, good in zip(unit.columns, whole.columns, strict=True):
+        assert column.isfinite().all()
+        torch.testing.assert_close(column[np.isin(unit.rows, np.flatnonzero(clean))], good[np.array(clean)])
+
+
+class Shard:
+    """As if the tables had come through Ray Data."""
+
+    def __init__(self, tables: Iterator[pa.Table]):
+        self.tables = tables
+
+    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
+        return self.tables
 
 
 def plasma_regions() -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster import tokens as job
 from mtc.config import RunConfig, load_preset
+from mtc.documents import Document, Piece, _open_hub, read_piece, source_pieces
 from mtc.tokens import (
     DataError,
     TokenStore,
@@ -389,7 +390,7 @@ def test_check_data_reads_every_kind_of_source(tmp_path: Path) -> None:
         check(name)
     check("file://" + str(tmp_path / "*.jsonl"))
     data = make_config(data={"name": str(tmp_path)}).data
-    texts = [document.text or "" for piece in job._pieces(data) for document in job._documents(piece, data)]
+    texts = [document.text or "" for piece in source_pieces(data) for document in read_piece(piece, data)]
     assert sorted(texts) == ["five", "four", "one", "three ?", "two"]
 
 
@@ -435,11 +436,11 @@ def test_hub_datasets_are_read_by_shards(tmp_path: Path) -> None:
     for shard in range(3):
         (tmp_path / f"{shard}.jsonl").write_text(f'{{"text": "a{shard}"}}\n{{"text": "b{shard}"}}\n')
     data = make_config().data.model_copy(update={"name": str(tmp_path)})  # a directory opens like a hub id
-    texts = [[d.text or "" for d in job._documents(job._Piece("", shard, 3), data)] for shard in range(3)]
+    texts = [[d.text or "" for d in read_piece(Piece("", shard, 3), data)] for shard in range(3)]
     assert sorted(text for shard in texts for text in shard) == ["a0", "a1", "a2", "b0", "b1", "b2"]
     assert all(len(shard) == 2 for shard in texts)
     with pytest.raises(DataError, match=r"data\.split='nosuch'"):
-        job._open_hub(data.model_copy(update={"split": "nosuch"}))
+        _open_hub(data.model_copy(update={"split": "nosuch"}))
 
 
 # The Ray job --------------------------------------------------------------------------------------------------------
@@ -632,7 +633,7 @@ def test_a_document_that_breaks_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -
     config = make_config()
 
     def tokenize(*texts: str) -> tuple[list[str], list[tuple[str, str]]]:
-        batch = job._documents_table([job._Document(f"line {i}", text) for i, text in enumerate(texts)])
+        batch = job._documents_table([Document(f"line {i}", text) for i, text in enumerate(texts)])
         found: Any = [job._separate(table) for table in job._tokenize(batch, config.data, None)]  # type: ignore[arg-type]
         windows = [name for table, _ in found for name in table["document_id"].to_pylist()]
         return windows, [(d.name, d.reason) for _, documents in found for d in documents]
@@ -650,7 +651,7 @@ def test_files_that_cannot_be_reached_are_no_poison(tmp_path: Path, monkeypatch:
     data = make_config().data
     for suffix in ("txt", "jsonl", "parquet"):
         with pytest.raises(FileNotFoundError):
-            list(job._documents(job._Piece(str(tmp_path / f"gone.{suffix}"), 0, 1), data))
+            list(read_piece(Piece(str(tmp_path / f"gone.{suffix}"), 0, 1), data))
 
     class Unreliable(io.BytesIO):
         def read(self, *args: Any) -> bytes:
@@ -660,9 +661,9 @@ def test_files_that_cannot_be_reached_are_no_poison(tmp_path: Path, monkeypatch:
 
     buffer = io.BytesIO()
     pq.write_table(pa.table({"text": make_texts(200)}), buffer, compression="none")
-    monkeypatch.setattr(job.fsspec, "open", lambda url, mode: Unreliable(buffer.getvalue()))
+    monkeypatch.setattr("mtc.documents.fsspec.open", lambda url, mode: Unreliable(buffer.getvalue()))
     with pytest.raises(OSError, match="the network is gone"):
-        list(job._documents(job._Piece("a.parquet", 0, 1), data))
+        list(read_piece(Piece("a.parquet", 0, 1), data))
 
 
 def test_long_documents_are_tokenised_in_parts_to_the_ids_of_the_whole() -> None:

@@ -1,0 +1,196 @@
+"""Troubles that are not a process's death: a full disk, too little memory, a slow actor, bad numbers, SIGTERM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.faults import Job, ray_head, wait_for
+from mtc.config import load_preset
+from mtc.ledger import Progress
+from mtc.model_files import prepare_model
+from mtc.runs import open_run
+
+pytestmark = pytest.mark.chaos
+
+OPTIONS = [
+    "--preset",
+    "tiny",
+    "--optimizer.backend",
+    "sparse",
+    "--data.max_epochs",
+    "40",
+    "--analysis.loss_tokens",
+    "0",
+]
+OPTIONS += ["--cluster.checkpoint_every_seconds", "2", "--data.unit_tokens", "1024"]
+
+
+def finished(job):
+    job.finish()
+    run = open_run(str(job.run))
+    progress = Progress(pq.read_table(f"{run.url}/ledger.parquet"))
+    assert not len(progress.wrong_units())
+    assert progress.repeated_tokens() == 0
+    assert "each once" in job.output()
+    return run, progress
+
+
+@pytest.fixture(scope="module")
+def head():
+    with ray_head() as head:
+        yield head
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_loses_nothing_and_is_reported(head, small_disk):
+    job = Job(head, small_disk, "full", [*OPTIONS, "--data.num_tokens", "1500000", "--cluster.storage_seconds", "3"])
+    job.wait_for_checkpoint(0)
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096 if _room(small_disk) else b"") > 0:
+            pass
+    wait_for("the report", lambda: "checkpoint failed" in job.output(), 60)
+    assert "No space left on device" in job.output()
+    assert job.newest() > 0, "the checkpoint before must stay"
+    assert job.running
+    filler.unlink()
+    job.wait_for_checkpoint(job.newest())
+    run, _ = finished(job)
+    events = [json.loads(line) for line in run.read("events.jsonl").decode().splitlines()]
+    assert any(event["kind"] == "checkpoint_failed" for event in events)
+    assert not any(event["kind"] == "failure" for event in events), "training must go on"
+
+
+def _room(disk: Path) -> int:
+    return os.statvfs(disk).f_bavail
+
+
+def test_a_slow_model_actor_delays_and_nothing_else(head, tmp_path):
+    job = Job(head, tmp_path, "slow", [*OPTIONS, "--data.num_tokens", "600000"])
+    job.wait_for_checkpoint(0)
+    victim = wait_for("an actor", lambda: head.processes("model actor"))[0]
+    victim.send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    victim.send_signal(signal.SIGCONT)
+    run, _ = finished(job)
+    assert not [event for event in job.events() if event["kind"] == "failure"]
+    del run
+
+
+def test_sigterm_leaves_a_run_that_continues(head, tmp_path):
+    job = Job(head, tmp_path, "term", [*OPTIONS, "--data.num_tokens", "600000"])
+    job.wait_for_checkpoint(0)
+    job.process.terminate()
+    assert job.process.wait(60) == 130
+    assert "the same output.run_id continues the run" in job.output()
+    newest = job.newest()
+    job.start()
+    finished(job)
+    assert f"continues from the checkpoint of step {newest:,}" in job.output()
+
+
+def test_a_second_job_of_the_same_run_is_refused(head, tmp_path):
+    job = Job(head, tmp_path, "one", [*OPTIONS, "--data.num_tokens", "1500000"])
+    job.wait_for_checkpoint(0)
+    second = Job(head, tmp_path, "one", [*OPTIONS, "--data.num_tokens", "1500000"])
+    assert second.process.wait(120) == 2
+    assert "output.run_id=one: another job of this cluster is training it" in second.output()
+    finished(job)
+
+
+@pytest.fixture
+def bad_model(tmp_path):
+    """The tiny model, whose embedding of one byte is not a number."""
+
+    def make(byte: int) -> str:
+        directory = Path(prepare_model(load_preset("tiny").model))
+        copy = tmp_path / "model"
+        copy.mkdir()
+        for path in directory.iterdir():
+            (copy / path.name).write_bytes(path.read_bytes())
+        weights = load_file(copy / "model.safetensors")
+        weights["model.embed_tokens.weight"][byte] = torch.nan
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        return str(copy)
+
+    return make
+
+
+def test_activations_that_are_not_finite_are_dropped_counted_and_shown(head, tmp_path, bad_model):
+    rare = bad_model(ord("Q"))
+    job = Job(head, tmp_path, "some", [*OPTIONS, "--data.num_tokens", "100000", "--model.name", rare])
+    run, progress = finished(job)
+    dropped = progress.dropped_tokens()
+    assert 0 < dropped < 0.05 * 100_000
+    facts = json.loads(run.read("analysis.json"))["facts"]
+    assert facts["dropped_tokens"] == dropped
+    assert f"{dropped:,}" in run.read("report/layer1_analysis_report.md").decode()
+    assert progress.trained_tokens() == facts["trained_tokens"]
+
+
+def test_too_many_of_them_stop_the_run_with_that_reason(head, tmp_path, bad_model):
+    job = Job(head, tmp_path, "all", [*OPTIONS, "--data.num_tokens", "100000", "--model.name", bad_model(ord("e"))])
+    assert job.process.wait(240) == 1
+    assert "data.max_skipped_share=0.05" in job.output()
+    assert "not finite" in job.output()
+    assert not (job.run / "manifest.json").exists()
+
+
+def test_divergence_goes_back_and_then_ends_with_the_reason(head, tmp_path):
+    options = ["--optimizer.lr", "1e30", "--optimizer.warmup_steps", "0", "--cluster.max_failures", "1"]
+    job = Job(head, tmp_path, "far", [*OPTIONS, "--data.num_tokens", "100000", *options])
+    assert job.process.wait(300) == 1
+    assert "had no finite gradient" in job.output()
+    assert "lower optimizer.lr" in job.output()
+
+
+def test_workers_killed_for_memory_cost_time_only(tmp_path):
+    """Ray's monitor kills workers while another program takes the node's memory."""
+    total, used = psutil.virtual_memory().total, psutil.virtual_memory().total - psutil.virtual_memory().available
+    limit = used + 6e9
+    environment = {"RAY_memory_usage_threshold": f"{limit / total:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+    hog = """
+import sys, time
+block = bytearray(int(float(sys.argv[1])))
+for at in range(0, len(block), 4096):
+    block[at] = 1
+print("full", flush=True)
+time.sleep(60)
+"""
+    with ray_head(environment=environment) as head:
+        job = Job(head, tmp_path, "oom", [*OPTIONS, "--data.num_tokens", "1500000", "--cluster.max_failures", "20"])
+        job.wait_for_checkpoint(0)
+        before = {p.pid for kind in ("model actor", "trainer", "split coordinator") for p in head.processes(kind)}
+        free = psutil.virtual_memory().available - (total - limit)
+        process = subprocess.Popen([sys.executable, "-c", hog, str(free + 0.5e9)], stdout=subprocess.PIPE)
+        try:
+            wait_for("a kill", lambda: any(not psutil.pid_exists(pid) for pid in before), 60)
+        finally:
+            process.kill()
+            process.wait()
+        job.wait_for_checkpoint(job.newest())
+        finished(job)
+        print([event["message"][:200] for event in job.events() if event["kind"] in ("failure", "restart")])

@@ -1,0 +1,285 @@
+"""Checkpoints and what continues from them: no token lost or trained twice, whatever the moment and the trainers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fsspec.implementations.local import LocalFileSystem
+
+from cluster.activations import ActorCosts
+from cluster.batches import Batches
+from cluster.stream import deal
+from cluster.training import data_state, files_of, read_progress, unneeded_units
+from mtc.checkpoints import Checkpoints, CheckpointWriter
+from mtc.config import load_preset
+from mtc.runs import RunDirectory, RunError
+from mtc.shuffle import Unit
+from mtc.timing import Clock
+
+TRAINING, CALIBRATION, BATCH = 30, 4, 64
+CONFIG = load_preset("tiny", {"data": {"shuffle_buffer_tokens": 400}, "optimizer": {"batch_tokens": BATCH}})
+
+
+def make_unit(number):
+    """Rows that say what they are; some units lack tokens that were not finite."""
+    tokens = 30 + number * 7 % 23
+    dropped = np.array([1, 5] if number % 6 == 2 else [], np.int32)
+    rows = np.delete(np.arange(tokens, dtype=np.int32), dropped)
+    column = torch.from_numpy(number * 1000.0 + rows).unsqueeze(1)
+    costs = dict.fromkeys((*ActorCosts.FIELDS, "device_flops"), 1.0)
+    return Unit(number, (column, -column), rows, tokens, dropped, costs)
+
+
+def every_row():
+    return Counter(int(v) for n in range(TRAINING) for v in make_unit(n).columns[0])
+
+
+def train_some(rank, world, url, output, steps, lost):
+    """A trainer without a model: `steps` steps, a checkpoint, `lost` more steps, the end. All steps if it is None."""
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{output}/group", rank=rank, world_size=world)
+        dist.barrier()
+    checkpoints = Checkpoints(url)
+    checkpoint = checkpoints.latest()
+    state = data_state(CONFIG, checkpoint, rank, world, "cpu")
+    unneeded = unneeded_units(checkpoint, world) if checkpoint else set()
+    left = [(number, None) for number in range(TRAINING + CALIBRATION) if number not in unneeded]
+    units = (make_unit(number) for number, _ in deal(left, world)[rank::world] if number >= 0)
+    batches = Batches(units, state.buffer, BATCH, state.ledger, Clock(), TRAINING, state.filters)
+    done, shares = [], []
+    while steps is None or len(done) < steps + lost:
+        if len(done) == steps:
+            writer = CheckpointWriter(checkpoints, os.getpid() if rank else 7, rank, world, 2, lambda *news: None)
+            writer.start = 7
+            step = (checkpoint.manifest.step if checkpoint else 0) + steps
+            writer.save(step, files_of([], batches, state.generation, rank)).result()
+        share = batches.agree(last=False)
+        if share is None:
+            break
+        shares.append(share.tokens)
+        done.append(batches.take(share)[0].flatten().int().tolist() if share.rows else [])
+    held = sum(len(unit.rows) for unit in batches.calibration()) if steps is None else 0
+    wrong = [int(unit) for unit in state.ledger.table()["unit"].to_numpy() if unit >= TRAINING]
+    Path(output, f"{rank}.json").write_text(json.dumps([done, shares, held, wrong]))
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_start(directory, number, world, steps, lost):
+    """One start of `world` trainers; returns their rows by step, and the sizes of the global batches."""
+    output = directory / str(number)
+    output.mkdir()
+    arguments = (world, str(directory / "run"), str(output), steps, lost)
+    if world == 1:
+        train_some(0, *arguments)
+    else:
+        mp.spawn(train_some, args=arguments, nprocs=world)
+    found = [json.loads((output / f"{rank}.json").read_text()) for rank in range(world)]
+    assert all(f[1] == found[0][1] for f in found), "ranks disagree on the global batch"
+    assert not any(f[3] for f in found), "calibration units in the ledger"
+    by_step = [[row for f in found for row in f[0][step]] for step in range(len(found[0][0]))]
+    return by_step, found[0][1], sum(f[2] for f in found)
+
+
+@pytest.mark.parametrize(
+    "worlds", [(1, 1, 1), (2, 2, 2), (2, 3, 1), (1, 2, 2, 3)], ids=lambda worlds: "-".join(map(str, worlds))
+)
+def test_every_token_is_trained_once_whatever_the_number_of_trainers(tmp_path, worlds):
+    """Each start dies two steps after its checkpoint, the last one ends; what counts is what a checkpoint kept."""
+    lineage, sizes = [], []
+    for number, world in enumerate(worlds):
+        last = number == len(worlds) - 1
+        steps, tokens, held = run_start(tmp_path, number, world, None if last else 5 + number, 0 if last else 2)
+        kept = steps if last else steps[: 5 + number]
+        lineage += kept
+        sizes += tokens[: len(kept)]
+    assert Counter(row for step in lineage for row in step) == every_row()
+    assert sizes[:-1] == [BATCH] * (len(sizes) - 1), "the global batch depends on the trainers"
+    assert held == sum(len(make_unit(n).rows) for n in range(TRAINING, TRAINING + CALIBRATION))
+    if len(set(worlds)) == 1:
+        (tmp_path / "whole").mkdir()
+        whole, _, _ = run_start(tmp_path / "whole", 0, worlds[0], None, 0)
+        assert [sorted(step) for step in lineage] == [sorted(step) for step in whole]
+
+
+def test_the_ledger_tells_a_token_that_took_anothers_place(tmp_path):
+    run_start(tmp_path, 0, 1, 6, 1)
+    progress = read_progress(Checkpoints(str(tmp_path / "run")).latest())
+    assert not len(progress.wrong_units())
+    assert progress.repeated_tokens() == 0
+    assert progress.trained_tokens() == 6 * BATCH
+    table = progress.table.to_pydict()
+    done = next(at for at, n in enumerate(table["unit"]) if n in progress.finished())
+    table["trained_sum"][done] += 1
+    other = type(progress)(progress.table.from_pydict(table, schema=progress.table.schema))
+    assert other.wrong_units().tolist() == [table["unit"][done]]
+    table["trained"][done] += 3
+    other = type(progress)(progress.table.from_pydict(table, schema=progress.table.schema))
+    assert other.repeated_tokens() == 3
+
+
+# The files ----------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(url, step, start=1, rank=0, ranks=1, keep=2, files=None, **options):
+    news = []
+    writer = CheckpointWriter(Checkpoints(url), start, rank, ranks, keep, lambda *event: news.append(event), **options)
+    future = writer.save(step, files or {"weights": lambda: str(step).encode() * 1000})
+    writer.close()
+    return future, news
+
+
+def test_checkpoints_are_complete_kept_by_count_and_checked(tmp_path):
+    url = str(tmp_path)
+    checkpoints = Checkpoints(url)
+    assert checkpoints.latest() is None
+    for step in (900, 1000, 1100):
+        write_checkpoint(url, step)[0].result()
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step-00001000-00000001", "step-00001100-00000001",
+    ]  # fmt: skip
+    assert checkpoints.latest_intact(pytest.fail).read("weights") == b"1100" * 1000
+    path = tmp_path / "checkpoints" / "step-00001100-00000001" / "weights"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    news = []
+    assert checkpoints.latest_intact(news.append).manifest.step == 1000
+    assert "step-00001100-00000001 is not used" in news[0] and "sha256" in news[0]
+    assert checkpoints.latest().manifest.step == 1000, "all readers must agree"
+    (tmp_path / "checkpoints" / "step-00001000-00000001" / "weights").unlink()
+    with pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
+        checkpoints.latest_intact(news.append)
+
+
+def test_a_checkpoint_of_several_ranks_waits_for_all(tmp_path):
+    url = str(tmp_path)
+    threads = [
+        threading.Thread(
+            target=write_checkpoint,
+            args=(url, 5),
+            kwargs={"rank": rank, "ranks": 3, "files": {f"part-{rank}": lambda rank=rank: b"%d" % rank}},
+        )
+        for rank in (0, 2, 1)
+    ]
+    threads[0].start()
+    assert Checkpoints(url).latest() is None
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    checkpoint = Checkpoints(url).latest()
+    checkpoint.verify()
+    assert {checkpoint.read(f"part-{rank}") for rank in range(3)} == {b"0", b"1", b"2"}
+
+
+def test_unknown_formats_are_refused(tmp_path):
+    write_checkpoint(str(tmp_path), 5)[0].result()
+    manifest = tmp_path / "checkpoints" / "step-00000005-00000001" / "checkpoint.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 3', '"format_version": 99'))
+    with pytest.raises(
+        RunError, match=r"format_version 99 is not the one .* continues, 3; give another output\.run_id"
+    ):
+        Checkpoints(str(tmp_path)).latest()
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "checkpoint_manager_snapshot.json").write_text("{}")
+    with pytest.raises(RunError, match="format_version 2 is not"):
+        Checkpoints(str(tmp_path / "old")).latest()
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    code = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_resume import write_checkpoint
+from mtc.checkpoints import Checkpoints
+first = Checkpoints(sys.argv[1]).latest()
+for step in range(first.manifest.step + 1 if first else 1, 10**6):
+    files = {f"file{i}": (lambda i=i: bytes([step % 256]) * (300_000 + i)) for i in range(3)}
+    write_checkpoint(sys.argv[1], step, files=files)[0].result()
+    print(step, flush=True)
+"""
+    dice = random.Random(3)
+    newest = 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        for _ in range(2):
+            newest = int(process.stdout.readline())
+        time.sleep(dice.uniform(0, 0.05))  # into the writing of the next one
+        process.send_signal(signal.SIGKILL)
+        rest = process.communicate()[0].split()
+        newest = int(rest[-1]) if rest else newest
+        checkpoint = Checkpoints(str(tmp_path)).latest_intact(pytest.fail)
+        assert checkpoint is not None
+        assert checkpoint.manifest.step in (newest, newest + 1)
+        assert checkpoint.read("file2") == bytes([checkpoint.manifest.step % 256]) * 300_002
+
+
+class Flaky(LocalFileSystem):
+    """A disk that answers with errors while `failures` is positive."""
+
+    protocol = "flaky"
+    failures = 0
+
+    def _fail(self):
+        if Flaky.failures > 0:
+            Flaky.failures -= 1
+            raise OSError("503 Slow Down")
+
+    def pipe_file(self, *arguments, **options):
+        self._fail()
+        return super().pipe_file(*arguments, **options)
+
+    def exists(self, *arguments, **options):
+        self._fail()
+        return super().exists(*arguments, **options)
+
+    def cat_file(self, *arguments, **options):
+        self._fail()
+        return super().cat_file(*arguments, **options)
+
+
+def test_storage_that_fails_for_a_while_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("mtc.runs.time.sleep", lambda seconds: None)
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    url = f"flaky://{tmp_path}"
+    write_checkpoint(url, 5)[0].result()
+    Flaky.failures = 3
+    write_checkpoint(url, 6)[0].result()
+    Flaky.failures = 3
+    assert Checkpoints(url).latest_intact(pytest.fail).manifest.step == 6
+    Flaky.failures = 10**6
+    future, news = write_checkpoint(url, 7, patience=0.3)
+    Flaky.failures = 0
+    with pytest.raises(OSError, match="503"):
+        future.result()
+    assert news == [("checkpoint_failed", "the checkpoint was given up: OSError: 503 Slow Down", 7)]
+    assert Checkpoints(url).latest().manifest.step == 6
+
+
+def test_a_run_directory_asks_again_but_not_for_what_is_missing(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("mtc.runs.time.sleep", pauses.append)
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    run = RunDirectory(f"flaky://{tmp_path}")
+    Flaky.failures = 4
+    run.write("a", b"content")
+    assert pauses == [0.25, 0.5, 1.0, 2.0]
+    with pytest.raises(RunError, match="no file 'b'"):
+        run.read("b")
+    assert len(pauses) == 4
