@@ -40,6 +40,7 @@ bench: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python -m benchmarks.train_step --peers
 	$(BIN)/python -m benchmarks.quality --peers
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.recovery
 
 # dictionary-learning pins an old nnsight, which would replace torch; its trainers run without.
 $(PEERS_INSTALLED): benchmarks/peers-requirements.txt

@@ -82,5 +82,5 @@ class TellFailures(ray.train.UserCallback):
         for rank, error in sorted(worker_exceptions.items()):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             self.log.event.remote(
-                "failure", f"trainer {rank} died: {type(error).__name__}: {lines[-1][:300] if lines else ''}", None
+                "failure", f"trainer {rank} died: {type(error).__name__}: {lines[-1][:160] if lines else ''}", None
             )

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -112,9 +113,10 @@ def train(
             assert last is not None and last.is_result, "the trainers end with a checkpoint of the result"
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             last = checkpoints.latest()
-            failures = 1 if last and last.manifest.step > before else failures + 1
-            by_train = isinstance(error, ray.train.TrainingFailedError)
-            if failures > (1 if by_train else config.cluster.max_failures):
+            progress = last is not None and last.manifest.step > before
+            failures = 1 if progress else failures + 1
+            tried_by_train = isinstance(error, ray.train.TrainingFailedError)
+            if failures > config.cluster.max_failures or (tried_by_train and not progress):
                 raise
             pause = min(2.0**failures, LONGEST_PAUSE)
             tell("restart", f"training is started again in {pause:.0f} s: {_short(error)}")
@@ -144,8 +146,7 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
         datasets={"train": _no_dataset},  # type: ignore[dict-item]
         dataset_config=StreamConfig(config, plan, run.url, store_url, d_model),
         run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=run.url,
+            storage_path=os.path.join(tempfile.gettempdir(), "ray-train"),  # only a marker lies there
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             callbacks=[TellFailures(log)],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},  # type: ignore[call-arg]  # of Train v2
@@ -174,7 +175,7 @@ def _result(checkpoint: Checkpoint, run: RunDirectory) -> Trained:
 
 def _short(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"
+    return f"{type(error).__name__}: {lines[-1][:160] if lines else ''}"
 
 
 def _tell(log: Any, kind: str, message: str, step: int | None = None) -> Any:
@@ -265,7 +266,12 @@ def _train_worker(settings: dict[str, Any]) -> None:
     data = data_state(config, start.checkpoint, rank, world, device)
     lead, total = trainers[0], config.total_steps
     if rank == 0 and start.checkpoint is not None:
-        tell(RESUMED, f"{world} trainers start after the checkpoint of step {lead.step_number:,}", lead.step_number)
+        tell(
+            RESUMED,
+            f"{world} trainer{'s' * (world > 1)} go on after the checkpoint of step {lead.step_number:,}"
+            f" ({data.run_again:,} trained tokens run through the language model again)",
+            lead.step_number,
+        )
     work = work_units(TokenStore.open(settings["store_url"]), config)
     keep, patience = config.cluster.keep_checkpoints, config.cluster.storage_seconds
     writer = CheckpointWriter(checkpoints, start.number, rank, world, keep, tell, patience)
@@ -277,6 +283,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             units, data.buffer, config.optimizer.batch_tokens, data.ledger, clock, len(work.training), data.filters
         )
         journal = Journal(log, trainers, batches) if rank == 0 else None
+        nothing = (torch.empty(0, d_model, device=device),) * (2 * len(trainers))
         while lead.step_number < total:
             save = rank == 0 and due.now(lead.step_number) and not writer.busy
             save = save and all(trainer.healthy() for trainer in trainers)
@@ -289,10 +296,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
                     due.saved(lead.step_number)
             if lead.step_number == 0:
                 with clock.part("step"):
-                    rows = [column[:INITIAL_ROWS] for column in data.buffer.peek()]
+                    rows = [column[:INITIAL_ROWS] for column in data.buffer.peek() or nothing]
                     for trainer, source, target in zip(trainers, rows[::2], rows[1::2], strict=True):
                         trainer.initialise(source, target)
-            columns = batches.take(share) or (torch.empty(0, d_model, device=device),) * (2 * len(trainers))
+            columns = batches.take(share) or nothing
             with clock.part("step"):
                 done = [
                     trainer.step(source, target, share.tokens)
@@ -342,6 +349,8 @@ class DataState(NamedTuple):
     """Of units that other numbers of trainers left in part, the rows to be trained."""
     generation: int
     """How often the number of trainers changed before."""
+    run_again: int
+    """Tokens of all ranks' begun chunks that are trained already: the stream has them again, training has not."""
 
 
 def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, world: int, device: Any) -> DataState:
@@ -354,11 +363,12 @@ def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, worl
     from mtc.ledger import Ledger, rows_left
     from mtc.shuffle import ShuffleBuffer
 
-    generation, filters = 0, {}
+    generation, filters, run_again = 0, {}, 0
     ledger, position = Ledger(), None
     if checkpoint is not None:
         positions = [read_position(checkpoint, r) for r in range(checkpoint.manifest.world_size)]
         progress = read_progress(checkpoint)
+        run_again = sum(position.taken for position in positions)
         generation = positions[0].generation
         filters = {unit: np.array(rows, np.int32) for unit, rows in positions[0].filters.items()}
         ledger = Ledger(progress if rank == 0 else None)
@@ -373,7 +383,7 @@ def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, worl
     buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens // world, seed, device)
     if position is not None:
         buffer.restore(position.chunk, position.units, position.taken)
-    return DataState(buffer, ledger, filters, generation)
+    return DataState(buffer, ledger, filters, generation, run_again)
 
 
 class _Due:

@@ -10,8 +10,9 @@ import torch
 
 from mtc import native, training
 from mtc.config import load_preset
+from mtc.health import Health
 from mtc.shuffle import ShuffleBuffer, Unit
-from mtc.training import Calibrator, Trainer
+from mtc.training import Calibrator, StepMetrics, Trainer
 from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape
 
 D = 12
@@ -172,17 +173,43 @@ def test_auto_times_both_backends_and_keeps_its_choice_over_a_restart():
     assert resumed.compute == Compute("dense", False)
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight():
+def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight_and_is_counted():
     trainer = Trainer(small_config(), D, D)
-    (good, bad) = batches(2)
-    trainer.initialise(*good)
-    trainer.step(*good)
-    before = [p.detach().clone() for p in trainer.transcoder.parameters()]
-    bad[1][3, 2] = float("nan")
-    assert math.isnan(trainer.step(*bad).metrics().gradient_norm)
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.transcoder.parameters(), strict=True))
-    trainer.step(*good)
-    assert all(p.isfinite().all() for p in trainer.transcoder.parameters())
+    (x, y), (bad, _), (more, target) = batches(3)
+    trainer.initialise(x, y)
+    trainer.step(x, y)
+    bad[3, 2] = math.nan
+    before = trainer.state_dict()
+    first, second = trainer.step(bad, y).metrics(), trainer.step(bad, y).metrics()
+    assert (first.skipped, first.skipped_in_a_row) == (1, 1)
+    assert (second.skipped, second.skipped_in_a_row) == (2, 2)
+    assert not trainer.healthy()
+    after = trainer.state_dict()
+    for name in (n for n in before if n.startswith(("transcoder.W", "transcoder.b", "optimizer.exp"))):
+        assert torch.equal(before[name], after[name]), name
+    assert (after["transcoder.tokens_since_fired"] >= 2 * len(x)).all(), "a feature can't fire in a step that was none"
+    good = trainer.step(more, target).metrics()
+    assert (good.skipped, good.skipped_in_a_row) == (2, 0)
+    assert trainer.healthy()
+    again = Trainer(small_config(), D, D)
+    again.load_state_dict(trainer.state_dict())
+    assert again.skipped.tolist() == [2, 0]
+
+
+def test_health_tells_spikes_collapse_and_skipped_steps_once():
+    def row(step, loss=1.0, l0=8.0, skipped=0):
+        return StepMetrics(step, step * 64, loss, (0.5,), l0, 0, 1e-3, 1.0, skipped, 0)
+
+    health = Health(k=8)
+    assert not [event for step in range(20) for event in health.look(row(step))]
+    assert health.look(row(20, loss=2.9)) == []
+    assert [kind for kind, _ in health.look(row(21, loss=3.5))] == ["loss_spike"]
+    assert health.look(row(22, loss=5.0)) == []  # the same spike
+    assert health.look(row(23)) == []
+    assert [kind for kind, _ in health.look(row(24, loss=math.nan))] == ["loss_spike"]
+    assert [kind for kind, _ in health.look(row(25, l0=3.9, skipped=2))] == ["steps_skipped", "l0_collapse"]
+    assert health.look(row(26, l0=3.0, skipped=2)) == []
+    assert "1 steps had no finite gradient" in health.look(row(27, skipped=3))[0][1]
 
 
 def test_memory_is_written_again_at_every_step():

@@ -6,14 +6,12 @@ import random
 import time
 from collections import Counter
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from benchmarks.faults import TITLES, Job, ray_head
-from cluster.stream import NO_UNIT
 from mtc.ledger import Progress
 from mtc.runs import open_run
 from mtc.tokens import TokenStore
@@ -26,7 +24,7 @@ KILLS = int(os.environ.get("MTC_CHAOS_KILLS", "20"))
 HARMLESS = ("model actor", "metrics log")  # trainers go on
 OPTIONS = ["--preset", "tiny", "--data.max_epochs", "40", "--data.unit_tokens", "1024", "--optimizer.backend", "sparse"]
 OPTIONS += ["--cluster.checkpoint_every_seconds", "2", "--cluster.max_failures", "3", "--analysis.loss_tokens", "0"]
-TOKENS = int(os.environ.get("MTC_CHAOS_TOKENS", "5000000"))
+TOKENS = int(os.environ.get("MTC_CHAOS_TOKENS", "2000000"))
 
 
 def check_ledger(run, store):
@@ -39,10 +37,6 @@ def check_ledger(run, store):
     tokens = {number: int(store.trainable_tokens(unit).sum()) for number, unit in enumerate(work.training)}
     table = progress.table.to_pydict()
     assert dict(zip(table["unit"], table["trained"], strict=True)) == tokens
-    windows = Counter(np.concatenate(work.training).tolist())
-    wanted = set(np.concatenate(work.training).tolist())
-    assert set(windows) == wanted
-    assert NO_UNIT not in table["unit"]
 
 
 @pytest.fixture(scope="module")

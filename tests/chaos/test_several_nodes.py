@@ -181,4 +181,4 @@ def test_fewer_trainers_go_on_when_a_node_stays_away(tmp_path):
     assert progress.trained_tokens() == history[-1]["tokens"]
     events = [json.loads(line) for line in run.read("events.jsonl").decode().splitlines()]
     starts = [event["message"] for event in events if event["kind"] == "resume"]
-    assert any(message.startswith("1 trainers") for message in starts), starts
+    assert any(message.startswith("1 trainer ") for message in starts), starts
