@@ -9,9 +9,9 @@ Two parts, on one machine:
   per minute.
 - recovery: the job with real weights (SmolLM2-135M) on a `ray start --head` of its own; its model actors and trainers
   are killed with SIGKILL in turn. A row for each step says when it was trained. `actor_recovery_s` is the longest pause
-  of training in the minute after a model actor's death, `actor_reload_s` what starting one takes; `trainer_recovery_s`
-  the same after a trainer's death. `repeated_tokens` and `lost_windows` come from the run's ledger, `redone_steps`, the
-  work since the last checkpoint, from its events.
+  of training in the 45 seconds after a model actor's death, `actor_reload_s` what starting one takes;
+  `trainer_recovery_s` the same after a trainer's death. `repeated_tokens` and `lost_windows` come from the run's ledger,
+  `redone_steps`, the work since the last checkpoint, from its events.
 
 The last line is one JSON object; `--save` writes it to docs/benchmarks/recovery.json.
 """
@@ -38,6 +38,7 @@ from mtc.config import load_preset
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "recovery.json"
 KINDS = ("model actor", "trainer")
+APART = 45.0  # seconds between kills, more than a recovery takes
 
 
 def checkpoints(rounds: int) -> dict[str, Any]:
@@ -107,15 +108,15 @@ def recovery(tokens: int, rounds: int) -> dict[str, Any]:
         moments = []
         for turn in range(2 * rounds):
             job.wait_for_checkpoint(job.newest())
-            moments.append((KINDS[turn % 2], time.time()))
-            head.kill(KINDS[turn % 2], turn // 2)
-            job.wait_for_checkpoint(job.newest())
-            job.wait_for_checkpoint(job.newest())
+            kind = KINDS[turn // rounds]  # first all actors: a trainer's death has rows before it written again
+            moments.append((kind, time.time()))
+            head.kill(kind, turn)
+            time.sleep(APART)
         job.finish()
         reload = _reload(job)
         times = sorted(row["time"] for row in _rows(job))
         for kind, moment in moments:
-            after = [moment, *(at for at in times if moment < at < moment + 60)]
+            after = [moment, *(at for at in times if moment < at < moment + APART)]
             pauses[kind].append(max(b - a for a, b in pairwise(after)))
             print(f"{kind} killed: no new step for {pauses[kind][-1]:.1f} s", flush=True)
         return _account(job) | {

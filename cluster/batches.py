@@ -105,8 +105,10 @@ class Batches:
             return taken.columns
 
     def calibration(self) -> Iterator[Unit]:
-        """What comes after the training units; not the same number on all ranks."""
+        """What comes after the training units; not the same number on all ranks. Raises RuntimeError for another."""
         while self._held is not None:
+            if self._held.number < self.num_training:
+                raise RuntimeError(f"work unit {self._held.number} came after the end of the training units")
             self.calibrated += len(self._held.rows)
             yield self._held
             self._held = self._next()
@@ -167,7 +169,7 @@ class Journal:
         self.before = dict.fromkeys(self.clock.seconds, 0.0)  # the clock starts anew with the first activations
         self.costs_before = dict(batches.costs.sums)
         self.tokens = trainers[0].tokens
-        self.health = [Health(trainer.config.transcoder.k) for trainer in trainers]
+        self.health = [Health(t.config.transcoder.k, int(t.skipped[0])) for t in trainers]
 
     def write(self, done: list[StepResult]) -> None:
         """Send a row for each layer; waits for the device.

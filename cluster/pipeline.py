@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from cluster.analysis import HeldOutResults
     from cluster.training import Trained, TrainResult
     from mtc.analysis import Analysis, RunFacts
-    from mtc.ledger import Progress
     from mtc.tokens import StoreInfo
 
 logger = logging.getLogger(__name__)
@@ -103,15 +102,15 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     store = TokenStore.open(store_url)
     info = store.info
     say(f"token store {store_url}: {info.windows} windows, {info.tokens} tokens, {info.documents} documents")
-    work_units(store, config)  # a text that is too short is found here, not after the training
+    work = work_units(store, config)  # a text that is too short is found here, not after the training
     heldout_units(store, config, config.analysis.num_tokens)
 
     with _timed(seconds, "train"):
         histories = {alone.model.layer: own for alone, own in zip(layers, runs, strict=True)}
         with ProgressReader(log, histories, config.total_steps) as progress:
-            trained = train(config, plan, run, store_url, d_model, log, lambda: progress.stopped)
+            trained = train(config, plan, run, store_url, d_model, log, lambda: progress.stopped, work)
     say(f"trained {trained.layers[0].tokens:,} tokens in {trained.layers[0].steps:,} steps; " + _thresholds(trained))
-    say(_account(trained.progress))
+    say(_account(trained))
     say(balance(trained.timing))
 
     with _timed(seconds, "analyse"):
@@ -133,15 +132,15 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     return run
 
 
-def _account(progress: Progress) -> str:
-    """What the ledger says of the training tokens."""
-    wrong = progress.wrong_units()
-    line = f"ledger: {len(progress.finished())} work units, {progress.trained_tokens():,} tokens trained"
+def _account(trained: Trained) -> str:
+    """What the ledger, which was checked, says of the training tokens."""
+    progress = trained.progress
+    line = f"ledger: {len(progress.finished())} work units, {progress.trained_tokens():,} tokens trained, each once"
     if dropped := progress.dropped_tokens():
-        line += f", {dropped:,} dropped as not finite"
-    if len(wrong):
-        return f"{line}; {progress.repeated_tokens():,} tokens twice, in units {wrong[:10].tolist()}"
-    return f"{line}, each once"
+        line += f"; {dropped:,} dropped as not finite"
+    if skipped := max(layer.skipped_steps for layer in trained.layers):
+        line += f"; {skipped:,} steps had no finite gradient and changed nothing"
+    return line
 
 
 def _thresholds(trained: Trained) -> str:

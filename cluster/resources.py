@@ -242,6 +242,15 @@ def _total(nodes: Sequence[Node]) -> tuple[float, float]:
     return sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
 
 
+def beside(plan: Plan, running: Plan) -> Plan:
+    """`plan` with as many model actors as find room beside the trainers of `running`, which are there already; at least
+    one, which Ray may have to wait for."""
+    plan = plan._replace(trainer_cpus=running.trainer_cpus, trainer_gpus=running.trainer_gpus)
+    while not _fits(plan) and plan.num_model_actors > 1:
+        plan = plan._replace(num_model_actors=plan.num_model_actors - 1)
+    return plan._replace(max_model_actors=max(plan.num_model_actors, plan.max_model_actors))
+
+
 def _fits(plan: Plan) -> bool:
     """Whether all processes find a node, the largest requests placed first."""
     left = [[node.cpus, node.gpus] for node in plan.nodes]

@@ -16,8 +16,8 @@ import ray.train
 from ray.train import DataConfig
 
 from cluster.activations import activation_dataset, configure_data_context
-from cluster.resources import Plan, cluster_nodes, make_plan
-from mtc.config import RunConfig
+from cluster.resources import Plan, beside, cluster_nodes, make_plan
+from mtc.config import ConfigError, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,11 @@ class StreamConfig(DataConfig):
     def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         configure_data_context(self.config.cluster.stall_seconds)
         rows, start = remaining_units(self.config, self.run_url, self.store_url, world_size)
-        plan = make_plan(self.config, cluster_nodes(), self.d_model, num_trainers=world_size)
+        try:
+            plan = beside(make_plan(self.config, cluster_nodes(), self.d_model, num_trainers=world_size), self.plan)
+        except ConfigError as error:  # nodes are missing; stall_seconds bounds the waiting for them
+            logger.warning("%s; waiting for nodes", error)
+            plan = self.plan
         dataset = activation_dataset(self.config, plan, self.store_url, rows, start)
         # Whole units, dealt in turn: none is dropped to make the shares equal.
         splits = dataset.streaming_split(world_size, equal=False, locality_hints=None)

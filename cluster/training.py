@@ -22,7 +22,7 @@ from cluster.activations import iterate_units
 from cluster.progress import RESUMED, STOPPED
 from cluster.resources import WORKER_ENVIRONMENT, Plan
 from mtc.config import RunConfig
-from mtc.runs import RunDirectory
+from mtc.runs import RunDirectory, RunError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from mtc.shuffle import ShuffleBuffer
     from mtc.timing import StreamTiming
     from mtc.training import Trainer
+    from mtc.work import Work
 
 logger = logging.getLogger(__name__)
 
 INITIAL_ROWS = 16_384  # tokens per rank from which scales and biases are set
+DROPPED_OF = 100_000  # tokens, before a share of them says something
 CALIBRATION_ROWS = 4096  # at a time, so that memory stays small
 LONGEST_PAUSE = 60.0  # seconds before the job starts Ray Train again
 
@@ -85,25 +87,33 @@ def train(
     d_model: int,
     log: Any,
     stopped: Callable[[], str | None],
+    work: Work,
 ) -> Trained:
     """Train, calibrate and write each layer's `transcoder.safetensors`; `log` is a MetricsLog actor's handle, and
-    `stopped` says why a trainer wants the whole run to end, once one does.
+    `stopped` says why a trainer wants the whole run to end, once one does. `work` is what `work_units` gives.
 
     Continues from the run's last checkpoint if there is one. Ray Train starts dead trainers again, up to
     `cluster.max_failures` times; if it gives up although there was a new checkpoint in between, or if its controller
     dies, it is started again here. Raises ray.train.TrainingFailedError or ray.exceptions.RayActorError if that does
-    not help either, TrainingStopped, and RunError for checkpoints that cannot be used.
+    not help either, TrainingStopped, also if the ledger does not have every token once, and RunError for checkpoints
+    that cannot be used.
     """
     import ray.exceptions
     import ray.train
 
     from mtc.checkpoints import Checkpoints
+    from mtc.tokens import TokenStore
 
     checkpoints = Checkpoints(run.url)
     tell = partial(_tell, log)
-    failures = 0
+    failures, digest = 0, work.digest(TokenStore.open(store_url))
     last = checkpoints.latest_intact(lambda message: tell("checkpoint_damaged", message))
     while last is None or not last.is_result:
+        if last is not None and last.manifest.work != digest:
+            raise RunError(
+                f"output.run_id={run.run_id}: its checkpoint was trained on other text than "
+                f"data.name={config.data.name} gives now ({store_url}); give another output.run_id, or the old text"
+            )
         before = last.manifest.step if last else 0
         if before:
             tell("continue", f"continues from the checkpoint of step {before:,}", before)
@@ -121,7 +131,9 @@ def train(
             pause = min(2.0**failures, LONGEST_PAUSE)
             tell("restart", f"training is started again in {pause:.0f} s: {_short(error)}")
             time.sleep(pause)
-    return _result(last, run)
+    trained = _result(last, run)
+    check_ledger(trained.progress, len(work.training))
+    return trained
 
 
 def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_model: int, log: Any) -> Any:
@@ -173,6 +185,17 @@ def _result(checkpoint: Checkpoint, run: RunDirectory) -> Trained:
     return Trained(layers, StreamTiming(**result["timing"]), progress)
 
 
+def check_ledger(progress: Progress, units: int) -> None:
+    """Raises TrainingStopped unless every token of the training units 0 to `units` - 1 was trained exactly once."""
+    wrong = progress.wrong_units().tolist()
+    missing = sorted(set(range(units)) - set(progress.finished().tolist()))
+    if wrong or missing:
+        raise TrainingStopped(
+            f"the ledger of trained tokens is wrong, and so may be the transcoder: of {units} work units "
+            f"{len(missing)} are not finished ({missing[:5]}...) and {len(wrong)} have tokens more than once ({wrong[:5]}...)"
+        )
+
+
 def _short(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:160] if lines else ''}"
@@ -206,6 +229,10 @@ def _interruptible(call: Callable[[], Any], stopped: Callable[[], str | None]) -
             if (reason := stopped()) is not None:
                 raise TrainingStopped(reason) from None
     if error is not None:
+        for _ in range(3):  # a trainer that wants the run to end says so before it dies
+            if (reason := stopped()) is not None:
+                raise TrainingStopped(reason) from None
+            time.sleep(1.0)
         raise error
 
 
@@ -220,6 +247,8 @@ class Position(NamedTuple):
     """Its units."""
     taken: int
     """Rows that left it."""
+    size: int
+    """Rows that it has."""
     left: dict[int, list[int]]
     """The rows of these units that have not left."""
     filters: dict[int, list[int]]
@@ -272,9 +301,11 @@ def _train_worker(settings: dict[str, Any]) -> None:
             f" ({data.run_again:,} trained tokens run through the language model again)",
             lead.step_number,
         )
-    work = work_units(TokenStore.open(settings["store_url"]), config)
+    store = TokenStore.open(settings["store_url"])
+    work = work_units(store, config)
     keep, patience = config.cluster.keep_checkpoints, config.cluster.storage_seconds
-    writer = CheckpointWriter(checkpoints, start.number, rank, world, keep, tell, patience)
+    digest = work.digest(store)
+    writer = CheckpointWriter(checkpoints, start.number, rank, world, keep, tell, patience, digest)
     clock = Clock()
     due = _Due(config, lead.step_number)
     name = start.checkpoint.name if start.checkpoint else ""
@@ -311,8 +342,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
                 if journal:
                     journal.write(done)
                 _check_health(config, trainers)
-                _check_dropped(config, batches, tell)
-        _check_dropped(config, batches, tell)
+                _check_dropped(config, batches, tell, DROPPED_OF)
+        _check_dropped(config, batches, tell, 0)
         calibrated = _calibrate(trainers, batches)
     _finish(config, trainers, batches, writer, data.generation, rank, calibrated)
 
@@ -382,7 +413,7 @@ def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, worl
     seed = (config.data.seed, generation, world, rank)
     buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens // world, seed, device)
     if position is not None:
-        buffer.restore(position.chunk, position.units, position.taken)
+        buffer.restore(position.chunk, position.units, position.taken, position.size)
     return DataState(buffer, ledger, filters, generation, run_again)
 
 
@@ -415,8 +446,9 @@ def _check_health(config: RunConfig, trainers: list[Trainer]) -> None:
             )
 
 
-def _check_dropped(config: RunConfig, batches: Batches, tell: Callable[..., Any]) -> None:
-    """Stop when the language model gives too many activations that are not finite; called on all ranks at once."""
+def _check_dropped(config: RunConfig, batches: Batches, tell: Callable[..., Any], least: int) -> None:
+    """Stop when the language model gave too many activations that are not finite, of `least` tokens or more; called on
+    all ranks at once."""
     import ray
     import torch
 
@@ -427,7 +459,7 @@ def _check_dropped(config: RunConfig, batches: Batches, tell: Callable[..., Any]
         counts = torch.tensor([ledger.dropped_tokens, ledger.received_tokens], device=device)
         all_reduce(counts)
         dropped, received = counts.tolist()
-    if dropped > config.data.max_skipped_share * received:
+    if received >= least and dropped > config.data.max_skipped_share * received:
         reason = (
             f"data.max_skipped_share={config.data.max_skipped_share}: {dropped} of {received} tokens have activations "
             f"that are not finite ({dropped / received:.1%}), in {config.model.name} with "
@@ -464,10 +496,10 @@ def files_of(trainers: list[Trainer], batches: Batches, generation: int, rank: i
     """This rank's part of a checkpoint: a snapshot of now, turned into bytes when it is written."""
     from mtc.ledger import to_parquet
 
-    index, units, taken = batches.buffer.position()
+    chunk, units, taken, size = batches.buffer.position()
     left = {unit: rows.tolist() for unit, rows in batches.buffer.left().items()}
     filters = {unit: rows.tolist() for unit, rows in batches.filters.items()} if rank == 0 else {}
-    position = Position(generation, index, units, taken, left, filters)
+    position = Position(generation, chunk, units, taken, size, left, filters)
     table = batches.ledger.table()
     files: dict[str, Callable[[], bytes]] = {
         f"position-{rank}.json": lambda: json.dumps(position._asdict()).encode(),

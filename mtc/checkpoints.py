@@ -34,6 +34,10 @@ DAMAGED = "damaged.json"
 _NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}(-result)?")
 
 
+class DamagedError(RunError):
+    """A checkpoint's files are not those that were written."""
+
+
 class CheckpointManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,6 +47,8 @@ class CheckpointManifest(BaseModel):
     """Optimizer steps done."""
     world_size: int
     """Trainers that wrote it."""
+    work: str
+    """Digest of the run's work units: their numbers in the checkpoint mean these windows."""
     created: str
     """ISO time."""
     files: dict[str, FileEntry]
@@ -67,11 +73,11 @@ class Checkpoint(NamedTuple):
         return "result.json" in self.manifest.files
 
     def read(self, name: str) -> bytes:
-        """A file's bytes; raises RunError if they are not those that were written."""
+        """A file's bytes; raises DamagedError if they are not those that were written."""
         return _intact(self.directory, name, self.manifest.files[name])
 
     def verify(self) -> None:
-        """Raises RunError that names the first damaged file."""
+        """Raises DamagedError that names the first damaged file."""
         for name in self.manifest.files:
             self.read(name)
 
@@ -96,18 +102,22 @@ class Checkpoints:
 
         Damaged ones are set aside, so that `latest` agrees, and reported. Raises RunError if all are damaged.
         """
-        names = self._completed()
-        for name in reversed(names):
-            checkpoint = self.open(name)
+        for name in reversed(self._completed()):
             try:
+                checkpoint = self.open(name)
                 checkpoint.verify()
                 return checkpoint
-            except RunError as error:
+            except DamagedError as error:
                 report(f"checkpoint {name} is not used: {error}")
-                checkpoint.directory.write(DAMAGED, checkpoint.directory.read(MANIFEST))
-                checkpoint.directory.remove(MANIFEST)
-        if names:
-            raise RunError(f"all checkpoints in {self.url} are damaged: {', '.join(names)}; give another output.run_id")
+                directory = self.subdirectory(name)
+                directory.write(DAMAGED, str(error))
+                directory.remove(MANIFEST)
+        damaged = [name for name in self._names() if self.subdirectory(name).exists(DAMAGED)]
+        if damaged:
+            raise RunError(
+                f"all checkpoints in {self.url} are damaged: {', '.join(damaged)}; give another output.run_id, or "
+                "remove them to begin this run again"
+            )
         return None
 
     def sweep(self, keep: int) -> None:
@@ -130,12 +140,15 @@ class Checkpoints:
         return [name for name in self._names() if self.subdirectory(name).exists(MANIFEST)]
 
     def open(self, name: str) -> Checkpoint:
-        """A completed one; raises RunError if it is of another format."""
+        """A completed one; raises RunError if it is of another format, DamagedError if its manifest is damaged."""
         directory = self.subdirectory(name)
-        raw: dict[str, Any] = json.loads(directory.read(MANIFEST))
-        if raw.get("format_version") != FORMAT_VERSION:
-            raise _unknown(directory.location(MANIFEST), raw.get("format_version"))
-        return Checkpoint(directory, CheckpointManifest.model_validate(raw))
+        try:
+            raw = json.loads(directory.read(MANIFEST))
+            if isinstance(raw, dict) and raw.get("format_version") not in (None, FORMAT_VERSION):
+                raise _unknown(directory.location(MANIFEST), raw["format_version"])
+            return Checkpoint(directory, CheckpointManifest.model_validate(raw))
+        except ValueError as error:
+            raise DamagedError(f"{directory.location(MANIFEST)} is damaged: {error}") from None
 
     def subdirectory(self, name: str) -> RunDirectory:
         """Where a checkpoint's files are, or are to be."""
@@ -158,9 +171,10 @@ class CheckpointWriter:
         keep: int,
         report: Callable[..., None],
         patience: float = 120.0,
+        work: str = "",
     ):
         self.checkpoints, self.start, self.rank, self.ranks, self.keep = checkpoints, start, rank, ranks, keep
-        self.report, self.patience = report, patience
+        self.report, self.patience, self.work = report, patience, work
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
 
@@ -202,8 +216,17 @@ class CheckpointWriter:
         except Exception as error:
             self.report("checkpoint_failed", f"the checkpoint was given up: {type(error).__name__}: {error}", step)
             if self.rank == 0:
-                _remove_quietly(directory)
+                self._quietly(directory.remove)  # it has no manifest
             raise
+        if self.rank == 0:
+            self._quietly(lambda: self.checkpoints.sweep(self.keep))
+
+    def _quietly(self, clean: Callable[[], None]) -> None:
+        """Remove what nobody reads; what is left of it is swept away after the next checkpoint."""
+        try:
+            clean()
+        except Exception as error:  # of the storage
+            logger.warning("old checkpoints in %s could not be removed: %s", self.checkpoints.url, error)
 
     def _complete(self, step: int, directory: RunDirectory, entries: dict[str, FileEntry]) -> None:
         deadline = time.monotonic() + 2 * self.patience
@@ -220,11 +243,11 @@ class CheckpointWriter:
             format_version=FORMAT_VERSION,
             step=step,
             world_size=self.ranks,
+            work=self.work,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files=entries,
         )
         directory.write(MANIFEST, manifest.model_dump_json(indent=1), self.patience)
-        self.checkpoints.sweep(self.keep)
 
 
 def entry_of(data: bytes) -> FileEntry:
@@ -232,9 +255,12 @@ def entry_of(data: bytes) -> FileEntry:
 
 
 def _intact(directory: RunDirectory, name: str, entry: FileEntry) -> bytes:
-    data = directory.read(name)
+    try:
+        data = directory.read(name)
+    except RunError as error:  # it is not there
+        raise DamagedError(str(error)) from None
     if entry_of(data) != entry:
-        raise RunError(f"{directory.location(name)} is damaged: its size or sha256 is not the one that was written")
+        raise DamagedError(f"{directory.location(name)} is damaged: its size or sha256 is not the one that was written")
     return data
 
 
@@ -243,10 +269,3 @@ def _unknown(where: str, version: Any) -> RunError:
         f"{where}: format_version {version!r} is not the one that this version continues, {FORMAT_VERSION}; "
         "give another output.run_id, or continue the run with the version that began it"
     )
-
-
-def _remove_quietly(directory: RunDirectory) -> None:
-    try:
-        directory.remove()
-    except OSError as error:  # the storage that failed; what is left is swept away after the next checkpoint
-        logger.warning("could not remove %s: %s", directory.url, error)

@@ -148,7 +148,16 @@ class LossSums(NamedTuple):
 def reconstruction_sums(
     transcoder: MatryoshkaTranscoder, source: Tensor, target: Tensor
 ) -> tuple[ReconstructionSums, Tensor]:
-    """Sums of raw activations [tokens, d_source] and [tokens, d_target], and the feature activations they gave."""
+    """Sums of raw activations [tokens, d_source] and [tokens, d_target], and the feature activations they gave.
+
+    Tokens of which a number is not finite are not in the sums and activate no feature.
+    """
+    finite = source.isfinite().all(1) & target.isfinite().all(1)
+    if not bool(finite.all()):
+        sums, some = reconstruction_sums(transcoder, source[finite], target[finite])
+        activations = torch.zeros(len(source), some.shape[1], dtype=some.dtype, device=some.device)
+        activations[finite.to(some.device)] = some
+        return sums, activations
     activations = transcoder.encode(source)
     y = target.to(activations.device).double()
     errors = torch.stack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from typing import TYPE_CHECKING
@@ -20,12 +21,13 @@ LEAST_HISTORY = 5
 class Health:
     """Looks at one transcoder's logged steps, in order; says when a trouble begins, once."""
 
-    def __init__(self, k: int):
+    def __init__(self, k: int, skipped: int = 0):
+        """`skipped` steps are known already."""
         self.k = k
         self._losses: deque[float] = deque(maxlen=HISTORY)
         self._spiking = False
         self._collapsed = False
-        self._skipped = 0
+        self._skipped = skipped
 
     def look(self, row: StepMetrics) -> list[tuple[str, str]]:
         """(kind, message) of what has begun since the last row."""
@@ -43,7 +45,7 @@ class Health:
         spiking = usual is not None and not row.loss <= SPIKE * usual
         if spiking and not self._spiking:
             found.append(("loss_spike", f"loss {row.loss:.4g}, {SPIKE:g} times the usual {usual:.4g} or more"))
-        if not spiking:
+        if not spiking and math.isfinite(row.loss):
             self._losses.append(row.loss)
         collapsed = row.l0 < COLLAPSE * self.k
         if collapsed and not self._collapsed:

@@ -83,10 +83,11 @@ class Ledger:
 
     def __init__(self, earlier: Progress | None = None):
         self._settled = earlier.table if earlier else SCHEMA.empty_table()
+        carried = self._settled.to_pydict()
         self._open: dict[int, list[int]] = {}
-        self.received_tokens = 0
-        """Of the units that this rank received at this start."""
-        self.dropped_tokens = 0
+        self.received_tokens = sum(carried["tokens"])
+        """Of the units that this rank received, and of those that it carries."""
+        self.dropped_tokens = sum(carried["dropped"])
         """Of those, the ones that are not finite."""
 
     def receive(self, unit: Unit) -> None:
@@ -111,7 +112,7 @@ class Ledger:
         rows = [{"unit": unit, **dict(zip(names, row, strict=True))} for unit, row in self._open.items()]
         together = merge([self._settled, pa.Table.from_pylist(rows, schema=SCHEMA)])
         finished = set(together.finished().tolist()) & set(self._open)
-        if finished:  # so that a long run's checkpoints do not go through all of its units
+        if finished:  # so that a long run does not make Python objects of all its units at each checkpoint
             done = [row for row in rows if row["unit"] in finished]
             self._settled = merge([self._settled, pa.Table.from_pylist(done, schema=SCHEMA)]).table
             self._open = {unit: row for unit, row in self._open.items() if unit not in finished}

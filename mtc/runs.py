@@ -166,7 +166,7 @@ class RunDirectory:
         """Write the manifest of all files present, then let `latest` name this run unless it is told not to."""
         prefix = self.path.rstrip("/") + "/"
         files = {}
-        for found in sorted(self.fs.find(self.path)):
+        for found in sorted(patiently(lambda: self.fs.find(self.path))):
             name = found.removeprefix(prefix)
             if name == MANIFEST or name.startswith("checkpoints/") or name.endswith(".tmp"):
                 continue
@@ -180,7 +180,8 @@ class RunDirectory:
         )
         self.write(MANIFEST, manifest.model_dump_json(indent=1))
         if latest:
-            write_atomic(posixpath.join(posixpath.dirname(self.url.rstrip("/")), "latest"), self.run_id.encode())
+            latest_url = posixpath.join(posixpath.dirname(self.url.rstrip("/")), "latest")
+            patiently(lambda: write_atomic(latest_url, self.run_id.encode()))
         return manifest
 
 
@@ -230,16 +231,16 @@ def absolute(url: str) -> str:
 def patiently(call: Callable[[], Any], patience: float = PATIENCE) -> Any:
     """`call()`, again after growing pauses while it raises, until `patience` seconds are over; then its error.
 
-    That a file is missing or forbidden is an answer, not a failure.
+    That a file is missing or forbidden, or credentials are, is an answer, not a failure.
     """
     deadline, pause = time.monotonic() + patience, 0.25
     while True:
         try:
             return call()
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
+        except (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError, ImportError):
             raise
         except Exception as error:  # clients of object stores have errors of their own
-            if time.monotonic() + pause > deadline:
+            if "Credentials" in type(error).__name__ or time.monotonic() + pause > deadline:
                 raise
             logger.warning("storage: %s: %s; again in %.1f s", type(error).__name__, error, pause)
         time.sleep(pause)

@@ -63,14 +63,15 @@ class ShuffleBuffer:
         self.device = torch.device(device)
         self._complete: deque[_Chunk] = deque()
         self._free: list[tuple[Tensor, ...]] = []
-        self._resume: tuple[list[int], int] = ([], 0)
+        self._resume: tuple[list[int], int, int] = ([], 0, 0)
         self._collecting = _Chunk(0)
         self._no_rows: tuple[Tensor, ...] = ()
 
-    def restore(self, index: int, units: Sequence[int], taken: int) -> None:
-        """Continue with chunk `index`, of which `taken` rows left another buffer; `units` are added next, in order."""
+    def restore(self, index: int, units: Sequence[int], taken: int, size: int) -> None:
+        """Continue with chunk `index`, of whose `size` rows `taken` left another buffer; `units` are added next, in
+        order."""
         self._collecting = _Chunk(index)
-        self._resume = (list(units), taken)
+        self._resume = (list(units), taken, size)
 
     def add(self, unit: Unit) -> None:
         """Copy in the rows of a unit."""
@@ -88,12 +89,15 @@ class ShuffleBuffer:
         Raises RuntimeError if it should continue one that had other units.
         """
         chunk = self._collecting
-        units, taken = self._resume
-        if units and chunk.units != units:
-            raise RuntimeError(f"the stream began with the work units {chunk.units}, the checkpoint is within {units}")
+        units, taken, size = self._resume
+        if units and (chunk.units, chunk.size) != (units, size):
+            raise RuntimeError(
+                f"the stream began with the work units {chunk.units} of {chunk.size} tokens, the checkpoint is within "
+                f"{units} of {size}; another number of trainers can continue it"
+            )
         if not chunk.size and not units:
             return
-        self._resume = ([], 0)
+        self._resume = ([], 0, 0)
         self._collecting = _Chunk(chunk.index + 1)
         chunk.order = np.random.default_rng([*self.seed, chunk.index]).permutation(chunk.size)
         chunk.taken = taken
@@ -133,10 +137,11 @@ class ShuffleBuffer:
             columns, np.concatenate([part.units for part in parts]), np.concatenate([part.rows for part in parts])
         )
 
-    def position(self) -> tuple[int, list[int], int]:
-        """The chunk that rows leave at present, its units, and how many rows left it: what `restore` takes."""
+    def position(self) -> tuple[int, list[int], int, int]:
+        """The chunk that rows leave at present, its units, how many rows left it and how many it had: what `restore`
+        takes."""
         chunk = self._complete[0] if self._complete else self._collecting
-        return (chunk.index, chunk.units, chunk.taken) if chunk.taken else (chunk.index, [], 0)
+        return (chunk.index, chunk.units, chunk.taken, chunk.size) if chunk.taken else (chunk.index, [], 0, 0)
 
     def left(self) -> dict[int, NDArray[np.int32]]:
         """The rows that have not left yet of each unit in the chunk that rows leave at present."""
@@ -145,8 +150,9 @@ class ShuffleBuffer:
         chunk = self._complete[0]
         owner, rows = chunk.labels()
         assert chunk.order is not None
-        rest = chunk.order[chunk.taken :]
-        return {unit: np.sort(rows[rest[owner[rest] == at]]) for at, unit in enumerate(chunk.units)}
+        rest = np.sort(chunk.order[chunk.taken :])  # units lie one after another, their rows in order
+        ends = np.searchsorted(owner[rest], np.arange(len(chunk.units)), side="right")
+        return dict(zip(chunk.units, np.split(rows[rest], ends)[:-1], strict=True))
 
     def peek(self) -> tuple[Tensor, ...]:
         """The rows of the first chunk, unmixed and not removed."""

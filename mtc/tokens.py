@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from mtc.config import DataConfig, RunConfig
-from mtc.runs import absolute, cache_directory, write_atomic
+from mtc.runs import absolute, cache_directory, patiently, write_atomic
 
 FORMAT_VERSION = 2
 STORE_FILE = "store.json"
@@ -318,7 +318,8 @@ class TokenStoreWriter:
             skipped=dict(skipped or {}),
             skipped_examples=list(skipped_examples),
         )
-        write_atomic(posixpath.join(self.url, STORE_FILE), info.model_dump_json(indent=1).encode())
+        content = info.model_dump_json(indent=1).encode()
+        patiently(lambda: write_atomic(posixpath.join(self.url, STORE_FILE), content))
         return info
 
     def __enter__(self) -> TokenStoreWriter:
@@ -340,7 +341,7 @@ class TokenStoreWriter:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         shard = ShardInfo(name=f"tokens-{len(self._shards):05d}.parquet", rows=rows, bytes=buffer.tell())
-        write_atomic(posixpath.join(self.url, shard.name), buffer.getvalue())
+        patiently(lambda: write_atomic(posixpath.join(self.url, shard.name), buffer.getvalue()))
         self._shards.append(shard)
 
 
@@ -361,7 +362,7 @@ class TokenStore:
         url = absolute(url).rstrip("/")
         fs, path = fsspec.core.url_to_fs(url)
         try:
-            raw = json.loads(fs.cat_file(posixpath.join(path, STORE_FILE)))
+            raw = json.loads(patiently(lambda: fs.cat_file(posixpath.join(path, STORE_FILE))))
         except FileNotFoundError:
             problem = (
                 f"{url} has no {STORE_FILE}: it is not finished" if fs.exists(path) else f"no token store at {url}"

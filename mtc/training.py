@@ -283,6 +283,8 @@ class Calibrator:
     @torch.no_grad()
     def add(self, source: Tensor) -> None:
         """Take in raw source activations [tokens, d_source]."""
+        if not len(source):
+            return
         z = self.transcoder.pre_activations(source.to(self.transcoder.W_enc.device)).flatten()
         share = min(z.numel(), self.headroom * self.transcoder.shape.k * len(source))
         border = z.topk(share).values[-1]

@@ -6,6 +6,7 @@ of finished work counts.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,6 +55,15 @@ class Work(NamedTuple):
     """Trained on, each token of them once."""
     calibration: list[NDArray[np.int64]]
     """Set the threshold; no epoch trains on them."""
+
+    def digest(self, store: TokenStore) -> str:
+        """Hexadecimal, the same as long as the units hold the same windows of the same text."""
+        found = hashlib.sha256(store.info.fingerprint.encode())
+        for unit in (*self.training, *self.calibration):
+            # Lengths and counts tell a text that has changed behind the same name.
+            for numbers in (unit, store.positions(unit), store.trainable_tokens(unit)):
+                found.update(numbers.astype("<i8").tobytes())
+        return found.hexdigest()
 
 
 def work_units(store: TokenStore, config: RunConfig) -> Work:

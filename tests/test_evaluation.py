@@ -1,5 +1,7 @@
 """Held-out metrics against direct computations on whole tensors, through a real random language model."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,14 @@ def test_fvu_and_l0_equal_a_direct_computation_in_any_partition(transcoder):
         assert evaluation.l0[i] == pytest.approx((a[:, :m] > 0).sum(1).float().mean().item())
     assert evaluation.never_fired == int((a > 0).sum(0).eq(0).sum())
     np.testing.assert_allclose(total.target_mean(), y.mean(0), rtol=1e-5)
+
+    worse_x, worse_y = (torch.cat([rows, rows[:2]]) for rows in (x, y))
+    worse_x[500, 3], worse_y[501, 5] = math.inf, math.nan
+    without, activations = reconstruction_sums(transcoder, worse_x, worse_y)
+    assert without.evaluation(transcoder, None).fvu == pytest.approx(evaluation.fvu, rel=1e-9)
+    assert float(without.tokens) == 500
+    assert not activations[500:].any()
+    torch.testing.assert_close(activations[:500], a)
 
 
 @pytest.mark.parametrize("at_once", [1 << 26, 259 * 25])

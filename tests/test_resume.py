@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from cluster.activations import ActorCosts
 from cluster.batches import Batches
 from cluster.stream import deal
-from cluster.training import data_state, files_of, read_progress, unneeded_units
+from cluster.training import TrainingStopped, check_ledger, data_state, files_of, read_progress, unneeded_units
 from mtc.checkpoints import Checkpoints, CheckpointWriter
 from mtc.config import load_preset
 from mtc.runs import RunDirectory, RunError
@@ -212,9 +212,32 @@ def test_checkpoints_are_complete_kept_by_count_and_checked(tmp_path):
     assert checkpoints.latest_intact(news.append).manifest.step == 1000
     assert "step-00001100-00000001 is not used" in news[0] and "sha256" in news[0]
     assert checkpoints.latest().manifest.step == 1000, "all readers must agree"
-    (tmp_path / "checkpoints" / "step-00001000-00000001" / "weights").unlink()
-    with pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
-        checkpoints.latest_intact(news.append)
+    (tmp_path / "checkpoints" / "step-00001000-00000001" / "checkpoint.json").write_text('{"format_ver')
+    for _ in range(2):  # the second time too
+        with pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
+            checkpoints.latest_intact(news.append)
+    assert "checkpoint.json is damaged" in news[1]
+
+
+def test_a_checkpoint_stays_when_the_old_ones_cannot_be_removed(tmp_path, monkeypatch):
+    url = str(tmp_path)
+    write_checkpoint(url, 5, keep=1)[0].result()
+
+    def fail(*arguments, **options):
+        raise FileNotFoundError("removed by somebody else")
+
+    monkeypatch.setattr(RunDirectory, "remove", fail)
+    future, news = write_checkpoint(url, 6, keep=1)
+    assert future.exception() is None
+    assert [kind for kind, *_ in news] == ["checkpoint"]
+    assert Checkpoints(url).latest_intact(pytest.fail).manifest.step == 6
+
+
+def test_a_ledger_that_lacks_something_ends_the_run(tmp_path):
+    run_start(tmp_path, 0, 1, 6, 1)
+    progress = read_progress(Checkpoints(str(tmp_path / "run")).latest())
+    with pytest.raises(TrainingStopped, match=rf"of {TRAINING} work units \d+ are not finished"):
+        check_ledger(progress, TRAINING)
 
 
 def test_a_checkpoint_of_several_ranks_waits_for_all(tmp_path):

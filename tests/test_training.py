@@ -210,6 +210,10 @@ def test_health_tells_spikes_collapse_and_skipped_steps_once():
     assert [kind for kind, _ in health.look(row(25, l0=3.9, skipped=2))] == ["steps_skipped", "l0_collapse"]
     assert health.look(row(26, l0=3.0, skipped=2)) == []
     assert "1 steps had no finite gradient" in health.look(row(27, skipped=3))[0][1]
+    later = Health(k=8, skipped=3)  # after a restart
+    assert not [event for step in range(7) for event in later.look(row(step, loss=math.nan, skipped=3))]
+    assert not [event for step in range(7) for event in later.look(row(step, skipped=3))]
+    assert [kind for kind, _ in later.look(row(8, loss=4.0, skipped=3))] == ["loss_spike"]
 
 
 def test_memory_is_written_again_at_every_step():
@@ -348,23 +352,26 @@ def test_a_shuffle_buffer_goes_on_exactly_where_another_one_was(steps):
     whole = drain(ShuffleBuffer(80, [3, 0]), units, 14)
     first = ShuffleBuffer(80, [3, 0])
     before = drain(first, units, 14, stop_after=steps)
-    index, inside, taken = first.position()
+    index, inside, taken, size = first.position()
     gone = {row for batch in before for row in batch}
     for unit, rows in first.left().items():
         assert {unit * 1000 + row for row in rows} == {unit * 1000 + int(r) for r in units[unit].rows} - gone
     finished = {u.number for u in units if all(u.number * 1000 + int(row) in gone for row in u.rows)}
     again = ShuffleBuffer(80, [3, 0])
-    again.restore(index, inside, taken)
+    again.restore(index, inside, taken, size)
     rest = [u for u in units if u.number in inside or u.number not in finished]
     assert before + drain(again, rest, 14) == whole
 
 
 def test_a_shuffle_buffer_refuses_other_units_than_it_continues():
-    buffer = ShuffleBuffer(40, [0])
-    buffer.restore(2, [4, 5], 7)
-    buffer.add(make_unit(4, rows=10))
-    with pytest.raises(RuntimeError, match=r"began with the work units \[4, 6\], the checkpoint is within \[4, 5\]"):
-        buffer.add(make_unit(6, rows=10))
+    for second in (make_unit(6, rows=10), make_unit(5, rows=11)):
+        buffer = ShuffleBuffer(40, [0])
+        buffer.restore(2, [4, 5], 7, 20)
+        buffer.add(make_unit(4, rows=10))
+        with pytest.raises(
+            RuntimeError, match=rf"\[4, {second.number}\] of {9 + len(second.rows) + 1} .*\[4, 5\] of 20"
+        ):
+            buffer.add(second)
 
 
 def test_mtc_trains_without_ray():
