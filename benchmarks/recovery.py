@@ -10,8 +10,8 @@ Two parts, on one machine:
 - recovery: the job with real weights (SmolLM2-135M) on a `ray start --head` of its own; its model actors and trainers
   are killed with SIGKILL in turn. A row for each step says when it was trained. `actor_recovery_s` is the longest pause
   of training in the 45 seconds after a model actor's death, `actor_reload_s` what starting one takes;
-  `trainer_recovery_s` the same after a trainer's death. `repeated_tokens` and `lost_windows` come from the run's ledger,
-  `redone_steps`, the work since the last checkpoint, from its events.
+  `trainer_recovery_s` the same after a trainer's death. `repeated_tokens` and `lost_windows` come from the run's
+  ledger, `redone_steps`, the work since the last checkpoint, from its events.
 
 The last line is one JSON object; `--save` writes it to docs/benchmarks/recovery.json.
 """

@@ -197,7 +197,8 @@ def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -
     trainers = config.cluster.num_trainers or 1
     several = sum(min(int(node.cpus), SMALL_ACTORS_PER_NODE) for node in nodes) if _is_small(config, d_model) else 0
     actors = config.cluster.num_model_actors or max(len(nodes), int(cpus // CPUS_PER_ACTOR), several)
-    trainer_cpus = min(0.5, cpus / (2 * trainers))
+    # Two of several trainers may have to share a node of one CPU with a model actor when another node is gone.
+    trainer_cpus = min(0.5 if trainers == 1 else 0.45, cpus / (2 * trainers))
     left = cpus - trainers * trainer_cpus
     share = max(left / actors * (0.5 if left <= actors else 0.9), SMALLEST_SHARE)
     trainer_threads = max(1, int(min(largest, CPUS_PER_ACTOR) // trainers))
@@ -246,8 +247,13 @@ def beside(plan: Plan, running: Plan) -> Plan:
     """`plan` with as many model actors as find room beside the trainers of `running`, which are there already; at least
     one, which Ray may have to wait for."""
     plan = plan._replace(trainer_cpus=running.trainer_cpus, trainer_gpus=running.trainer_gpus)
-    while not _fits(plan) and plan.num_model_actors > 1:
-        plan = plan._replace(num_model_actors=plan.num_model_actors - 1)
+    while not _fits(plan):
+        if plan.num_model_actors > 1:
+            plan = plan._replace(num_model_actors=plan.num_model_actors - 1)
+        elif plan.actor_cpus > SMALLEST_SHARE:
+            plan = plan._replace(actor_cpus=max(round(0.8 * plan.actor_cpus, 2), SMALLEST_SHARE))
+        else:
+            break
     return plan._replace(max_model_actors=max(plan.num_model_actors, plan.max_model_actors))
 
 

@@ -192,7 +192,8 @@ def check_ledger(progress: Progress, units: int) -> None:
     if wrong or missing:
         raise TrainingStopped(
             f"the ledger of trained tokens is wrong, and so may be the transcoder: of {units} work units "
-            f"{len(missing)} are not finished ({missing[:5]}...) and {len(wrong)} have tokens more than once ({wrong[:5]}...)"
+            f"{len(missing)} are not finished ({missing[:5]}...) and {len(wrong)} have tokens more than once "
+            f"({wrong[:5]}...)"
         )
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.resources import Node, actors_per_trainer, make_plan
+from cluster.resources import Node, actors_per_trainer, beside, make_plan
 from mtc.config import ConfigError, load_preset
 
 GEMMA_2B, SMOLLM = 2304, 576  # d_model
@@ -95,6 +95,29 @@ def test_a_plan_explains_itself_in_a_table(nodes, lines):
     for word in ("processes", "CPUs each", "GPUs each", "threads each", "where"):
         column = header.index(word)
         assert all(row[column] != " " and row[column - 1] == " " for row in rows), text  # cells stand under their heads
+
+
+def test_work_stays_off_the_head_unless_it_is_needed_there():
+    head, worker = Node(2, 0, True, "head"), Node(2, 0, False, "worker")
+    tiny = load_preset("tiny")
+    plan = make_plan(tiny, [head, worker])
+    assert (plan.nodes, plan.label_selector) == ((worker,), {"ray.io/node-id": "!head"})
+    assert make_plan(tiny, [head]).label_selector is None
+    assert make_plan(load_preset("tiny", {"cluster": {"use_head": True}}), [head, worker]).label_selector is None
+    assert make_plan(tiny, [Node(2, 1, True, "head"), worker]).device == "cuda"  # the only GPU is there
+    with pytest.raises(ConfigError, match=r"cluster\.use_head is false, but the head is the only node"):
+        make_plan(load_preset("tiny", {"cluster": {"use_head": False}}), [head])
+
+
+@pytest.mark.parametrize("left", [2, 1])
+def test_a_plan_beside_running_trainers_leaves_room_for_an_actor(left):
+    """Two trainers of a cluster of three small nodes, of which one is gone: both may be on the same node now."""
+    config = load_preset("tiny", {"cluster": {"num_trainers": 2, "min_trainers": 1}})
+    running = make_plan(config, [Node(1, 0)] * 3)
+    plan = beside(make_plan(config, [Node(1, 0)] * left, num_trainers=2), running)
+    assert plan.trainer_cpus == running.trainer_cpus
+    assert plan.num_model_actors >= 1
+    assert plan.actor_cpus + 2 * running.trainer_cpus <= 1 or left > 1
 
 
 @pytest.mark.parametrize(
