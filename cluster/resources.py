@@ -258,11 +258,18 @@ def beside(plan: Plan, running: Plan) -> Plan:
 
 
 def _fits(plan: Plan) -> bool:
-    """Whether all processes find a node, the largest requests placed first."""
+    """Whether all processes find a node: trainers that are spread one on each, then the largest requests first."""
     left = [[node.cpus, node.gpus] for node in plan.nodes]
-    requests = [(plan.actor_cpus, plan.actor_gpus)] * plan.num_model_actors
-    requests += [(plan.trainer_cpus, plan.trainer_gpus)] * plan.num_trainers
-    for cpus, gpus in sorted(requests, key=lambda r: (-r[1], -r[0])):
+    trainers = [(plan.trainer_cpus, plan.trainer_gpus)] * plan.num_trainers
+    actors = [(plan.actor_cpus, plan.actor_gpus)] * plan.num_model_actors
+    if plan.spread:
+        for node, (cpus, gpus) in zip(sorted(left, key=lambda n: (-n[1], -n[0])), trainers, strict=False):
+            node[0] -= cpus
+            node[1] -= gpus
+        if any(cpus < -1e-6 or gpus < -1e-6 for cpus, gpus in left):
+            return False
+        trainers = []
+    for cpus, gpus in sorted(trainers + actors, key=lambda r: (-r[1], -r[0])):
         place = next((n for n in left if n[0] + 1e-6 >= cpus > 0 and n[1] + 1e-6 >= gpus), None)
         if place is None:
             return False

@@ -109,6 +109,13 @@ def test_work_stays_off_the_head_unless_it_is_needed_there():
         make_plan(load_preset("tiny", {"cluster": {"use_head": False}}), [head])
 
 
+def test_trainers_that_are_spread_leave_less_for_the_largest_model_actor():
+    config = load_preset("tiny", {"cluster": {"num_trainers": 2, "num_model_actors": 1}})
+    plan = make_plan(config, [Node(1, 0)] * 2)
+    assert plan.spread
+    assert plan.trainer_cpus + plan.actor_cpus <= 1
+
+
 @pytest.mark.parametrize("left", [2, 1])
 def test_a_plan_beside_running_trainers_leaves_room_for_an_actor(left):
     """Two trainers of a cluster of three small nodes, of which one is gone: both may be on the same node now."""
