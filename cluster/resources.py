@@ -197,8 +197,10 @@ def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -
     trainers = config.cluster.num_trainers or 1
     several = sum(min(int(node.cpus), SMALL_ACTORS_PER_NODE) for node in nodes) if _is_small(config, d_model) else 0
     actors = config.cluster.num_model_actors or max(len(nodes), int(cpus // CPUS_PER_ACTOR), several)
-    # Two of several trainers may have to share a node of one CPU with a model actor when another node is gone.
-    trainer_cpus = min(0.5 if trainers == 1 else 0.45, cpus / (2 * trainers))
+    # When a node of one CPU is gone, two trainers share another one with a model actor, or one trains on alone.
+    alone = config.cluster.min_trainers is not None and trainers <= len(nodes)
+    trainer_cpus = 0.5 if trainers == 1 else 0.55 if alone else 0.45
+    trainer_cpus = min(trainer_cpus, cpus / trainers if alone else cpus / (2 * trainers))
     left = cpus - trainers * trainer_cpus
     share = max(left / actors * (0.5 if left <= actors else 0.9), SMALLEST_SHARE)
     trainer_threads = max(1, int(min(largest, CPUS_PER_ACTOR) // trainers))

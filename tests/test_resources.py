@@ -114,12 +114,14 @@ def test_trainers_that_are_spread_leave_less_for_the_largest_model_actor():
     plan = make_plan(config, [Node(1, 0)] * 2)
     assert plan.spread
     assert plan.trainer_cpus + plan.actor_cpus <= 1
+    elastic = make_plan(load_preset("tiny", {"cluster": {"num_trainers": 2, "min_trainers": 1}}), [Node(1, 0)] * 2)
+    assert 1 // elastic.trainer_cpus == 1, "Ray Train would put both on the node that is left"
 
 
 @pytest.mark.parametrize("left", [2, 1])
 def test_a_plan_beside_running_trainers_leaves_room_for_an_actor(left):
     """Two trainers of a cluster of three small nodes, of which one is gone: both may be on the same node now."""
-    config = load_preset("tiny", {"cluster": {"num_trainers": 2, "min_trainers": 1}})
+    config = load_preset("tiny", {"cluster": {"num_trainers": 2}})
     running = make_plan(config, [Node(1, 0)] * 3)
     plan = beside(make_plan(config, [Node(1, 0)] * left, num_trainers=2), running)
     assert plan.trainer_cpus == running.trainer_cpus

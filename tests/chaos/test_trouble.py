@@ -112,6 +112,29 @@ def test_sigterm_leaves_a_run_that_continues(head, tmp_path):
     assert f"continues from the checkpoint of step {newest:,}" in job.output()
 
 
+def test_another_number_of_trainers_continues_a_run(head, tmp_path):
+    """And the global batch stays the same."""
+    options = [*OPTIONS, "--data.num_tokens", "600000"]
+    job = Job(head, tmp_path, "many", [*options, "--cluster.num_trainers", "2"])
+    job.wait_for_checkpoint(20)
+    job.kill()
+    start = job.trainers_start()
+    job.command = [*job.command[:-1], "1"]
+    job.start()
+    job.wait_for_restart(start)
+    job.kill()
+    start = job.trainers_start()
+    job.command = [*job.command[:-1], "3"]
+    job.start()
+    job.wait_for_restart(start)
+    run, progress = finished(job)
+    history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
+    assert [row["tokens"] for row in history[:-1]] == [256 * row["step"] for row in history[:-1]]
+    assert progress.trained_tokens() == history[-1]["tokens"]
+    starts = [event["message"] for event in job.events() if event["kind"] == "resume"]
+    assert [message.split(" go on")[0] for message in starts] == ["1 trainer", "3 trainers"]
+
+
 def test_a_second_job_of_the_same_run_is_refused(head, tmp_path):
     job = Job(head, tmp_path, "one", [*OPTIONS, "--data.num_tokens", "1500000"])
     job.wait_for_checkpoint(0)
