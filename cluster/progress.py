@@ -154,7 +154,7 @@ class ProgressReader:
         if event["kind"] == RESUMED and newest > event["step"]:
             event["message"] += f"; {newest - event['step']} steps or a few more are done again"
         self.events.append(event)
-        if event["kind"] not in QUIET:
+        if event["kind"] not in (*QUIET, STOPPED):  # the job ends with that
             self._say(f"{event['kind'].replace('_', ' ')}: {event['message']}")
 
     def _write(self) -> None:

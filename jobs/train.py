@@ -9,6 +9,7 @@ Exit codes: 0 finished, 1 failed while running, 2 unusable configuration, model 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         check(config)
         with connected():
+            signal.signal(signal.SIGTERM, _interrupt)  # again, since ray.init has taken it
             run_pipeline(config)
     except (ConfigError, ModelError, DataError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,4 +51,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code not in (0, 2):
+        os._exit(code)  # a thread still waits for Ray Train, and would abort the process in the middle of its end
+    sys.exit(code)
