@@ -122,7 +122,7 @@ def test_interrupted_and_killed_run_trains_every_token_once(tmp_path):
     """Ctrl-C of a direct run with a Ray of its own: no process left, no run that a reader would pick up. The same
     command then continues from the last checkpoint, loses its trainer to SIGKILL, and ends with each token trained
     once, and says what happened."""
-    command = [sys.executable, "jobs/train.py", "--preset", "tiny", "--data.num_tokens", "150000"]
+    command = [sys.executable, "jobs/train.py", "--preset", "tiny", "--data.num_tokens", "300000"]
     command += [
         "--cluster.checkpoint_every_steps",
         "50",
@@ -133,10 +133,8 @@ def test_interrupted_and_killed_run_trains_every_token_once(tmp_path):
     ]
     command += ["--output.root", str(tmp_path / "runs"), "--output.run_id"]
     process, output = _start([*command, "cut"])
-    for line in output:
-        if line.startswith("step") and int(line.split()[1].split("/")[0]) > 60:  # there is a checkpoint
-            process.send_signal(signal.SIGINT)
-            break
+    _wait_for_another_start(tmp_path / "runs" / "cut", process)
+    process.send_signal(signal.SIGINT)
     text = "".join(output)
     assert process.wait(90) == 130, text
     assert "nothing was published" in text
