@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -69,10 +70,10 @@ class Head:
 @contextmanager
 def ray_head(cpus: float = 2, environment: dict[str, str] | None = None) -> Iterator[Head]:
     """`ray start --head --block` in a session of its own, which is how its processes are told from others."""
-    port, directory = 20_000 + os.getpid() % 5_000 * 2, tempfile.mkdtemp(prefix="mtc-chaos-")
+    port, directory = _free_port(), tempfile.mkdtemp(prefix="mtc-chaos-")
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
     # With a dashboard: without its API, Ray Train does not notice that a controller is gone and keeps its CPUs.
-    command += ["--num-cpus", str(cpus), "--object-store-memory", "200000000", f"--dashboard-port={port + 1}"]
+    command += ["--num-cpus", str(cpus), "--object-store-memory", "200000000", f"--dashboard-port={_free_port()}"]
     command += ["--temp-dir", directory, "--node-ip-address", "127.0.0.1", "--disable-usage-stats"]
     with Path(directory, "head.log").open("w") as log:
         process = subprocess.Popen(
@@ -91,6 +92,12 @@ def ray_head(cpus: float = 2, environment: dict[str, str] | None = None) -> Iter
                 continue
         process.wait()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Job:

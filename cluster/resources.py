@@ -158,6 +158,11 @@ def make_plan(
         raise ConfigError("cluster.use_gpu is true, but the cluster has 0 GPUs")
     plan = _gpu_plan(config, tuple(nodes), d_model) if use_gpu else _cpu_plan(config, tuple(nodes), d_model)
     plan = plan._replace(not_on=not_on)
+    if not_on and (settings.min_trainers or plan.num_trainers) < plan.num_trainers:
+        raise ConfigError(
+            f"cluster.min_trainers={settings.min_trainers}: Ray Train would count on the head's CPUs; "
+            "start the head with --num-cpus=0, or set cluster.use_head"
+        )
     if use_gpu and plan.num_trainers > max(gpus, 1):
         raise ConfigError(
             f"cluster.num_trainers={plan.num_trainers} trainers need a GPU each, the cluster has {gpus:g} GPUs"

@@ -298,7 +298,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     if rank == 0 and start.checkpoint is not None:
         tell(
             RESUMED,
-            f"{world} trainer{'s' * (world > 1)} go on after the checkpoint of step {lead.step_number:,}"
+            f"on {world} trainer{'s' * (world > 1)} after the checkpoint of step {lead.step_number:,}"
             f" ({data.run_again:,} trained tokens run through the language model again)",
             lead.step_number,
         )

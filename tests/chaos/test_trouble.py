@@ -132,7 +132,7 @@ def test_another_number_of_trainers_continues_a_run(head, tmp_path):
     assert [row["tokens"] for row in history[:-1]] == [256 * row["step"] for row in history[:-1]]
     assert progress.trained_tokens() == history[-1]["tokens"]
     starts = [event["message"] for event in job.events() if event["kind"] == "resume"]
-    assert [message.split(" go on")[0] for message in starts] == ["1 trainer", "3 trainers"]
+    assert [message.split(" after")[0] for message in starts] == ["on 1 trainer", "on 3 trainers"]
 
 
 def test_a_second_job_of_the_same_run_is_refused(head, tmp_path):
