@@ -66,7 +66,9 @@ def start_metrics_log(run: RunDirectory) -> Any:
             log: Any = ray.remote(MetricsLog).options(name=name, namespace="mtc", **options).remote()
             ray.get(log.since.remote("", 0))
             return log
-        except ValueError:  # the name is taken
+        except ValueError as error:
+            if "is already" not in str(error):  # Ray has no error of its own for a name that is taken
+                raise
             if time.monotonic() > deadline:
                 raise ConfigError(f"output.run_id={run.run_id}: another job of this cluster is training it") from None
             time.sleep(1.0)
