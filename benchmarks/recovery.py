@@ -8,10 +8,12 @@ Two parts, on one machine:
   with one; the median difference is what a checkpoint costs training. `checkpoint_overhead` is that
   per minute.
 - recovery: the job with real weights (SmolLM2-135M) on a `ray start --head` of its own; its model actors and trainers
-  are killed with SIGKILL in turn. A row for each step says when it was trained. `actor_recovery_s` is the longest pause
-  of training in the 45 seconds after a model actor's death, `actor_reload_s` what starting one takes;
-  `trainer_recovery_s` the same after a trainer's death. `repeated_tokens` and `lost_windows` come from the run's
-  ledger, `redone_steps`, the work since the last checkpoint, from its events.
+  are killed with SIGKILL. A row for each step says when it was trained. `actor_recovery_s` is the longest pause of
+  training in the 45 seconds after a model actor's death, `actor_reload_s` the time from its death until its successor
+  has loaded the model and takes work, `actor_pause_beyond_reload_s` the difference of the two; `trainer_recovery_s` is
+  the longest pause after a trainer's death, `ordinary_pause_s` the longest of 45 seconds in which nothing dies, since
+  trainers wait for whole units anyway. `repeated_tokens` and `lost_windows` come from the run's ledger,
+  `redone_steps`, the work since the last checkpoint, from its events. All are medians over the rounds.
 
 The last line is one JSON object; `--save` writes it to docs/benchmarks/recovery.json.
 """
@@ -21,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,9 +31,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 
-from benchmarks.faults import Job, ray_head
+from benchmarks.faults import Head, Job, ray_head, wait_for
 from cluster.progress import RESUMED
 from mtc.config import load_preset
 
@@ -105,47 +107,59 @@ def recovery(tokens: int, rounds: int) -> dict[str, Any]:
         options += ["--cluster.checkpoint_every_seconds", "5", "--analysis.loss_tokens", "0"]
         options += ["--analysis.num_tokens", "4096", "--optimizer.backend", "sparse"]
         job = Job(head, Path(root), "killed", options)
-        moments = []
+        moments, reloads = [], []
+        job.wait_for_checkpoint(0)
+        quiet = time.time()
+        time.sleep(APART)
         for turn in range(2 * rounds):
             job.wait_for_checkpoint(job.newest())
             kind = KINDS[turn // rounds]  # first all actors: a trainer's death has rows before it written again
+            before = {process.pid for process in head.processes("model actor")}
             moments.append((kind, time.time()))
             head.kill(kind, turn)
-            time.sleep(APART)
+            if kind == "model actor":
+                wait_for("another model actor", lambda before=before: _ready(head, before))
+                reloads.append(time.time() - moments[-1][1])
+            time.sleep(max(0.0, moments[-1][1] + APART - time.time()))
         job.finish()
-        reload = _reload(job)
         times = sorted(row["time"] for row in _rows(job))
+        ordinary = _longest(times, quiet)
         for kind, moment in moments:
-            after = [moment, *(at for at in times if moment < at < moment + APART)]
-            pauses[kind].append(max(b - a for a, b in pairwise(after)))
+            pauses[kind].append(_longest(times, moment))
             print(f"{kind} killed: no new step for {pauses[kind][-1]:.1f} s", flush=True)
+        beyond = [pause - reload for pause, reload in zip(pauses["model actor"], reloads, strict=True)]
+        print(f"model actors took {[round(r, 1) for r in reloads]} s to come back; with nothing dead the longest pause "
+              f"was {ordinary:.1f} s", flush=True)  # fmt: skip
         return _account(job) | {
             "actor_recovery_s": statistics.median(pauses["model actor"]),
-            "actor_reload_s": reload,
+            "actor_reload_s": statistics.median(reloads),
+            "actor_pause_beyond_reload_s": statistics.median(beyond),
             "trainer_recovery_s": statistics.median(pauses["trainer"]),
+            "ordinary_pause_s": ordinary,
             "pauses_s": pauses,
+            "reloads_s": reloads,
         }
+
+
+def _longest(times: list[float], since: float) -> float:
+    """The longest pause between steps in the time after `since`."""
+    after = [since, *(at for at in times if since < at < since + APART)]
+    return max(b - a for a, b in pairwise(after))
+
+
+def _ready(head: Head, before: set[int]) -> bool:
+    """Whether a model actor that is not among `before` has loaded its model."""
+    for process in head.processes("model actor"):
+        try:
+            if process.pid not in before and "__init__" not in process.cmdline()[0]:
+                return True
+        except (psutil.Error, IndexError):
+            continue  # it ended while we looked
+    return False
 
 
 def _rows(job: Job) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
-
-
-def _reload(job: Job) -> float:
-    """Seconds that a fresh process takes to be a model actor, with nothing beside it."""
-    code = """
-import json, sys
-from cluster.activations import CaptureActor
-from mtc.runs import open_run
-run = open_run(sys.argv[1])
-CaptureActor(run.config(), json.loads(run.read("analysis.json"))["facts"]["token_store"], "cpu", 1)
-"""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code, str(job.run)], check=True)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def _account(job: Job) -> dict[str, Any]:
@@ -175,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print only the last line")
     parser.add_argument("--save", action="store_true", help="write the figures to docs/benchmarks/recovery.json")
-    parser.add_argument("--tokens", type=int, default=150_000, help="length of the run that is disturbed")
+    parser.add_argument("--tokens", type=int, default=360_000, help="length of the run that is disturbed")
     parser.add_argument("--rounds", type=int, default=3, help="kills of each kind")
     arguments = parser.parse_args()
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):

@@ -56,7 +56,7 @@ def remaining_units(config: RunConfig, run_url: str, store_url: str, trainers: i
     Unit u is for trainer u modulo `trainers`, now and after every restart; where one's list is shorter, units without
     windows hold its places.
     """
-    from cluster.training import unneeded_units
+    from cluster.resume import unneeded_units
     from mtc.checkpoints import Checkpoints
     from mtc.tokens import TokenStore
     from mtc.work import work_units

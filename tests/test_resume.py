@@ -23,8 +23,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cluster.activations import ActorCosts
 from cluster.batches import Batches
+from cluster.resume import data_state, read_progress, unneeded_units
 from cluster.stream import deal
-from cluster.training import TrainingStopped, check_ledger, data_state, files_of, read_progress, unneeded_units
+from cluster.training import TrainingStopped, check_ledger, files_of
 from mtc.checkpoints import Checkpoints, CheckpointWriter
 from mtc.config import load_preset
 from mtc.runs import RunDirectory, RunError
@@ -90,7 +91,7 @@ def run_start(directory, number, world, steps, lost):
     if world == 1:
         train_some(0, *arguments)
     else:
-        multiprocessing.set_forkserver_preload(["cluster.training", "cluster.batches", "test_resume"])
+        multiprocessing.set_forkserver_preload(["cluster.training", "cluster.resume", "cluster.batches", "test_resume"])
         mp.start_processes(train_some, args=arguments, nprocs=world, start_method="forkserver")
     found = [json.loads((output / f"{rank}.json").read_text()) for rank in range(world)]
     assert all(f[1] == found[0][1] for f in found), "ranks disagree on the global batch"

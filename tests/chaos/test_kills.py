@@ -6,33 +6,29 @@ import random
 import time
 from collections import Counter
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from benchmarks.faults import TITLES, Job, ray_head
-from mtc.ledger import Progress
 from mtc.runs import open_run
 from mtc.tokens import TokenStore
 from mtc.work import work_units
+from tests.chaos.runs import OPTIONS, each_once
 
 pytestmark = pytest.mark.chaos
 
 SEED = int(os.environ.get("MTC_CHAOS_SEED", "0"))
 KILLS = int(os.environ.get("MTC_CHAOS_KILLS", "20"))
 HARMLESS = ("model actor", "metrics log")  # trainers go on
-OPTIONS = ["--preset", "tiny", "--data.max_epochs", "40", "--data.unit_tokens", "1024", "--optimizer.backend", "sparse"]
-OPTIONS += ["--cluster.checkpoint_every_seconds", "2", "--cluster.max_failures", "3", "--analysis.loss_tokens", "0"]
+OPTIONS = [*OPTIONS, "--data.unit_tokens", "1024", "--cluster.max_failures", "3"]
 TOKENS = int(os.environ.get("MTC_CHAOS_TOKENS", "2000000"))
 
 
 def check_ledger(run, store):
     """Every window of the training units trained, each token once, by the counts that went through the kills."""
     work = work_units(store, run.config())
-    progress = Progress(pq.read_table(f"{run.url}/ledger.parquet"))
-    assert not len(progress.wrong_units())
-    assert progress.repeated_tokens() == 0
+    progress = each_once(run.url)
     assert progress.finished().tolist() == list(range(len(work.training)))
     tokens = {number: int(store.trainable_tokens(unit).sum()) for number, unit in enumerate(work.training)}
     table = progress.table.to_pydict()

@@ -6,28 +6,17 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.faults import ROOT, wait_for
-from mtc.ledger import Progress
 from mtc.runs import open_run
 from tests.chaos.nodes import available, real_cluster
+from tests.chaos.runs import OPTIONS, each_once
 
 pytestmark = pytest.mark.chaos
 
 TOKEN = "0123456789abcdef" * 4
-OPTIONS = [
-    "--preset",
-    "tiny",
-    "--optimizer.backend",
-    "sparse",
-    "--data.max_epochs",
-    "40",
-    "--analysis.loss_tokens",
-    "0",
-]
-OPTIONS += ["--cluster.checkpoint_every_seconds", "2", "--cluster.num_trainers", "2", "--cluster.num_model_actors", "2"]
+OPTIONS = [*OPTIONS, "--cluster.num_trainers", "2", "--cluster.num_model_actors", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +47,6 @@ def newest(run: Path) -> int:
     return max(
         (int(path.parent.name.split("-")[1]) for path in run.glob("checkpoints/step-*/checkpoint.json")), default=0
     )
-
-
-def whole(run_url):
-    progress = Progress(pq.read_table(f"{run_url}/ledger.parquet"))
-    assert not len(progress.wrong_units())
-    assert progress.repeated_tokens() == 0
-    return progress
 
 
 def test_a_disk_that_is_not_shared_is_refused(cluster):
@@ -100,7 +82,7 @@ def test_a_run_over_three_nodes_that_is_stopped_and_survives_the_death_of_one(cl
     assert "failure" in out, out
     assert "each once" in out
     finished = open_run(str(run))
-    progress = whole(str(run))
+    progress = each_once(str(run))
     assert progress.trained_tokens() >= 600_000 // 256 * 256
     events = [json.loads(line) for line in finished.read("events.jsonl").decode().splitlines()]
     assert sum(event["kind"] == "resume" for event in events) >= 2
@@ -173,7 +155,7 @@ def test_fewer_trainers_go_on_when_a_node_stays_away(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     run = open_run(str(tmp_path / "runs" / "elastic"))
-    progress = whole(run.url)
+    progress = each_once(run.url)
     history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
     steps = run.config().total_steps
     assert history[-1]["step"] == steps
