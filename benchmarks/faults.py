@@ -28,6 +28,7 @@ TITLES = {
     "train controller": "ray::TrainController",
     "metrics log": "ray::MetricsLog",
 }
+AFTER_TRAINING = {"analysis actor": "ray::MapWorker(MapBatches(FeatureActor))"}
 
 
 def wait_for(what: str, ready: Callable[[], Any], seconds: float = 180.0) -> Any:
@@ -48,12 +49,12 @@ class Head:
         self._session = session
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        """The living ones of a kind in TITLES."""
-        found = []
+        """The living ones of a kind in TITLES or AFTER_TRAINING."""
+        found, title = [], (TITLES | AFTER_TRAINING)[kind]
         for process in psutil.process_iter():
             try:
                 command = process.cmdline() if os.getsid(process.pid) == self._session else []
-                if command and command[0].startswith(TITLES[kind]) and process.status() != psutil.STATUS_ZOMBIE:
+                if command and command[0].startswith(title) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (psutil.Error, ProcessLookupError):
                 continue  # it ended while we looked

@@ -170,6 +170,17 @@ class Journal:
         self.costs_before = dict(batches.costs.sums)
         self.tokens = trainers[0].tokens
         self.health = [Health(t.config.transcoder.k, int(t.skipped[0])) for t in trainers]
+        self.extremes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """For each layer the highest [loss, l0] and the lowest since the last row, on the device."""
+
+    def look(self, done: list[StepResult]) -> None:
+        """Every step, whether it is written or not; waits for nothing."""
+        seen = [result.loss_and_l0() for result in done]
+        before = self.extremes or [(values, values) for values in seen]
+        self.extremes = [
+            (torch.maximum(high, values), torch.minimum(low, values))
+            for (high, low), values in zip(before, seen, strict=True)
+        ]
 
     def write(self, done: list[StepResult]) -> None:
         """Send a row for each layer; waits for the device.
@@ -179,6 +190,8 @@ class Journal:
         """
         with self.clock.part("step"):
             metrics = [result.metrics() for result in done]
+            extremes = [(float(high[0]), float(low[1])) for high, low in self.extremes]
+            self.extremes = []
         now = self.clock.read()
         spent = {part: now[part] - self.before[part] for part in now}
         wall = max(sum(spent.values()), 1e-9)
@@ -189,9 +202,9 @@ class Journal:
         self.costs_before = dict(sums)
         shared = {"tokens_per_second": speed, "seconds": {part: round(value, 4) for part, value in spent.items()}}
         shared |= {"model_seconds": model, "time": time.time()}
-        for layer, row, health in zip(self.layers, metrics, self.health, strict=True):
+        for layer, row, health, (loss, l0) in zip(self.layers, metrics, self.health, extremes, strict=True):
             self.log.append.remote(row._asdict() | {"layer": layer} | shared)
-            for kind, message in health.look(row):
+            for kind, message in health.look(row, loss, l0):
                 where = f"layer {layer}: " if len(self.layers) > 1 else ""
                 self.log.event.remote(kind, where + message, row.step)
 

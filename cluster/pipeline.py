@@ -80,9 +80,9 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     d_model = check_model(config.model).d_model
     plan = make_plan(config, cluster_nodes(), d_model)
     run = _run_directory(config)
+    log = start_metrics_log(run)  # first: nobody writes into a run that another job trains
     config = _shared_places(config, run)
     _check_same_run(config, run)
-    log = start_metrics_log(run)
     say(f"run {run.run_id} in {run.url}")
     say(plan.describe())
     if config.model.notice:

@@ -25,7 +25,8 @@ QUIET = ("checkpoint",)  # kinds that are written but not shown
 DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
 WAITING = 0.2
 """Share of its time beyond which a side counts as waiting for the other."""
-WRITE_SECONDS = 10.0  # between writes of the history, which is written whole
+WRITE_SECONDS = 10.0  # between writes of the history, which is written whole,
+WRITE_SHARE = 0.05  # and may take at most this share of the time
 
 
 class MetricsLog:
@@ -34,6 +35,8 @@ class MetricsLog:
     def __init__(self) -> None:
         self.name = uuid.uuid4().hex  # another one if Ray had to start this actor again
         self.rows: list[dict[str, Any]] = []
+        self.collected = 0  # rows that were dropped, since the driver has them
+        self.start: str | None = None
 
     def append(self, row: dict[str, Any]) -> None:
         """A row of the metrics history."""
@@ -45,8 +48,22 @@ class MetricsLog:
         self.rows.append({"time": now, "kind": kind, "message": message, "step": step})
 
     def since(self, name: str, position: int) -> tuple[str, list[dict[str, Any]]]:
-        """This actor's name, and its rows from `position` on, or all of them if the reader knows another name."""
-        return self.name, self.rows[position if name == self.name else 0 :]
+        """This actor's name, and its rows from `position` on, or all of them if the reader knows another name.
+
+        There is one reader: what lies before `position` has arrived.
+        """
+        if name == self.name:
+            del self.rows[: position - self.collected]
+            self.collected = position
+        return self.name, self.rows
+
+    def choose(self, checkpoint: str) -> None:
+        """The trainers continue this checkpoint, by its name, or none."""
+        self.start = checkpoint
+
+    def chosen(self) -> str | None:
+        """What `choose` was told last; None if this actor had to be started again since."""
+        return self.start
 
 
 def start_metrics_log(run: RunDirectory) -> Any:
@@ -92,6 +109,7 @@ class ProgressReader:
     ):
         self.log, self.runs, self.total_steps, self.stream, self.seconds = log, runs, total_steps, stream, seconds
         self.histories: dict[int, dict[int, dict[str, Any]]] = {}
+        """Of each layer, rows by step, in the order of steps."""
         self.events: list[dict[str, Any]] = []
         for layer, run in runs.items():
             self.histories[layer] = {row["step"]: row for row in _read_lines(run, "metrics.jsonl")}
@@ -100,7 +118,8 @@ class ProgressReader:
         """Why a trainer wants the whole run to end."""
         self._name, self._position = "", 0
         self._shown_at = 0.0
-        self._written_at = 0.0
+        self._changed = False
+        self._write_at = 0.0
         self._shown_step = -1
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -117,8 +136,7 @@ class ProgressReader:
             self._show(final=True)
 
     def rows(self, layer: int) -> list[dict[str, Any]]:
-        history = self.histories[layer]
-        return [history[step] for step in sorted(history)]
+        return list(self.histories[layer].values())
 
     def _follow(self) -> None:
         while not self._stop.wait(1.0):
@@ -135,24 +153,27 @@ class ProgressReader:
             return
         self._position = len(rows) + (self._position if name == self._name else 0)
         self._name = name
+        self._changed |= bool(rows)
+        # Trainers go on after a checkpoint: what led to it must not get lost with this process.
+        saved = any(row.get("kind") == "checkpoint" for row in rows)
         for row in rows:
             if "kind" in row:
                 self._take_event(row)
             else:
                 self._take_metrics(row)
-        if (rows and time.monotonic() - self._written_at > WRITE_SECONDS) or final or self.stopped:
+        if (self._changed and time.monotonic() > self._write_at) or saved or final or self.stopped:
             self._write()
 
     def _take_metrics(self, row: dict[str, Any]) -> None:
         history = self.histories[row["layer"]]
-        for step in [step for step in history if step >= row["step"]]:
-            del history[step]
+        while history and _newest(history) >= row["step"]:
+            history.popitem()
         history[row["step"]] = row
 
     def _take_event(self, event: dict[str, Any]) -> None:
         if event["kind"] == STOPPED:
             self.stopped = event["message"]
-        newest = max((max(history, default=0) for history in self.histories.values()), default=0)
+        newest = max(map(_newest, self.histories.values()), default=0)
         if event["kind"] == RESUMED and newest > event["step"]:
             event["message"] += f"; {newest - event['step']} steps or a few more are done again"
         self.events.append(event)
@@ -160,21 +181,24 @@ class ProgressReader:
             self._say(f"{event['kind'].replace('_', ' ')}: {event['message']}")
 
     def _write(self) -> None:
-        self._written_at = time.monotonic()
+        began = time.monotonic()
         events = "".join(json.dumps(event) + "\n" for event in self.events)
         try:
             for layer, run in self.runs.items():
                 run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows(layer)), WRITE_SECONDS)
                 run.write("events.jsonl", events, WRITE_SECONDS)
+            self._changed = False
         except Exception as error:  # of the storage; all rows are written again the next time
             self._say(f"metrics could not be written: {type(error).__name__}: {error}")
+        now = time.monotonic()
+        self._write_at = now + max(WRITE_SECONDS, (now - began) / WRITE_SHARE)
 
     def _say(self, line: str) -> None:
         self.stream.write(("\r\x1b[K" if self.stream.isatty() else "") + line + "\n")
         self.stream.flush()
 
     def _show(self, final: bool = False) -> None:
-        newest = [history[max(history)] for history in self.histories.values() if history]
+        newest = [history[_newest(history)] for history in self.histories.values() if history]
         if len(newest) < len(self.histories):
             return
         live = self.stream.isatty()
@@ -187,6 +211,11 @@ class ProgressReader:
         line = progress_line(newest, self.total_steps)
         self.stream.write(f"\r{line}\x1b[K" + ("\n" if final else "") if live else line + "\n")
         self.stream.flush()
+
+
+def _newest(history: Mapping[int, Any]) -> int:
+    """The last step; 0 before the first."""
+    return next(reversed(history), 0)
 
 
 def _read_lines(run: RunDirectory, name: str) -> list[dict[str, Any]]:

@@ -163,6 +163,14 @@ def make_plan(
             f"cluster.min_trainers={settings.min_trainers}: Ray Train would count on the head's CPUs; "
             "start the head with --num-cpus=0, or set cluster.use_head"
         )
+    if use_gpu and (settings.min_trainers or plan.num_trainers) < plan.num_trainers:
+        left = gpus - max(node.gpus for node in nodes)
+        if left < plan.num_trainers + 1:  # Ray Train would take all of them
+            raise ConfigError(
+                f"cluster.min_trainers={settings.min_trainers}: without the largest node {left:g} GPUs are left, and "
+                f"{plan.num_trainers} trainers and a model actor need {plan.num_trainers + 1}; "
+                "lower cluster.num_trainers"
+            )
     if use_gpu and plan.num_trainers > max(gpus, 1):
         raise ConfigError(
             f"cluster.num_trainers={plan.num_trainers} trainers need a GPU each, the cluster has {gpus:g} GPUs"

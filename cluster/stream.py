@@ -17,6 +17,7 @@ from ray.train import DataConfig
 
 from cluster.activations import activation_dataset, configure_data_context
 from cluster.resources import Plan, beside, cluster_nodes, make_plan
+from mtc.checkpoints import Checkpoints
 from mtc.config import ConfigError, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -28,17 +29,22 @@ Row = tuple[int, np.ndarray]
 class StreamConfig(DataConfig):
     """Makes the Dataset of what the last checkpoint leaves to do and deals it to the trainers, unit by unit.
 
-    Ray Train asks for it at every start, when it knows the number of trainers and after rank 0 chose the checkpoint.
+    Ray Train asks for it at every start, when it knows the number of trainers and after rank 0 chose the checkpoint and
+    told `log`, a MetricsLog actor.
     The model actors are planned again for the nodes that there are.
     """
 
-    def __init__(self, config: RunConfig, plan: Plan, run_url: str, store_url: str, d_model: int):
+    def __init__(self, config: RunConfig, plan: Plan, run_url: str, store_url: str, d_model: int, log: Any):
         super().__init__()
+        self.log = log
         self.config, self.plan, self.run_url, self.store_url, self.d_model = config, plan, run_url, store_url, d_model
 
     def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         configure_data_context(self.config.cluster.stall_seconds)
-        rows, start = remaining_units(self.config, self.run_url, self.store_url, world_size)
+        if (start := ray.get(self.log.chosen.remote())) is None:
+            newest = Checkpoints(self.run_url).latest()
+            start = newest.name if newest else ""
+        rows = remaining_units(self.config, self.run_url, self.store_url, world_size, start)
         try:
             plan = beside(make_plan(self.config, cluster_nodes(), self.d_model, num_trainers=world_size), self.plan)
         except ConfigError as error:  # nodes are missing; stall_seconds bounds the waiting for them
@@ -50,23 +56,22 @@ class StreamConfig(DataConfig):
         return [{"train": split} for split in splits]
 
 
-def remaining_units(config: RunConfig, run_url: str, store_url: str, trainers: int) -> tuple[list[Row], str]:
-    """The units of which something is left, in the order in which trainers are dealt them, and the checkpoint's name.
+def remaining_units(config: RunConfig, run_url: str, store_url: str, trainers: int, start: str) -> list[Row]:
+    """The units of which something is left after the checkpoint named `start`, in the order in which trainers are dealt
+    them.
 
     Unit u is for trainer u modulo `trainers`, now and after every restart; where one's list is shorter, units without
     windows hold its places.
     """
     from cluster.resume import unneeded_units
-    from mtc.checkpoints import Checkpoints
     from mtc.tokens import TokenStore
     from mtc.work import work_units
 
-    checkpoint = Checkpoints(run_url).latest()
-    unneeded = unneeded_units(checkpoint, trainers) if checkpoint else set()
+    unneeded = unneeded_units(Checkpoints(run_url).wait_for(start), trainers) if start else set()
     work = work_units(TokenStore.open(store_url), config)
     left = [(number, unit) for number, unit in enumerate([*work.training, *work.calibration]) if number not in unneeded]
     logger.info("stream of %d work units, %d trained before", len(left), len(unneeded))
-    return deal(left, trainers), checkpoint.name if checkpoint else ""
+    return deal(left, trainers)
 
 
 def deal(units: Sequence[Row], trainers: int) -> list[Row]:

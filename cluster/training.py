@@ -106,19 +106,18 @@ def train(
     tell = partial(_tell, log)
     failures, digest = 0, work.digest(TokenStore.open(store_url))
     last = checkpoints.latest_intact(lambda message: tell("checkpoint_damaged", message))
+    if last is not None and last.manifest.work != digest:
+        raise RunError(
+            f"output.run_id={run.run_id}: its checkpoint was trained on other text than "
+            f"data.name={config.data.name} gives now ({store_url}); give another output.run_id, or the old text"
+        )
     while last is None or not last.is_result:
-        if last is not None and last.manifest.work != digest:
-            raise RunError(
-                f"output.run_id={run.run_id}: its checkpoint was trained on other text than "
-                f"data.name={config.data.name} gives now ({store_url}); give another output.run_id, or the old text"
-            )
         before = last.manifest.step if last else 0
         if before:
             tell("continue", f"continues from the checkpoint of step {before:,}", before)
         try:
             _interruptible(_trainer(config, plan, run, store_url, d_model, log).fit, stopped)
-            last = checkpoints.latest()
-            assert last is not None and last.is_result, "the trainers end with a checkpoint of the result"
+            last = _wait_for_result(checkpoints)
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             last = checkpoints.latest()
             progress = last is not None and last.manifest.step > before
@@ -154,7 +153,7 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
             label_selector=plan.label_selector,  # type: ignore[call-arg]  # of Train v2, like what follows
         ),
         datasets={"train": _no_dataset},  # type: ignore[dict-item]
-        dataset_config=StreamConfig(config, plan, run.url, store_url, d_model),
+        dataset_config=StreamConfig(config, plan, run.url, store_url, d_model, log),
         run_config=ray.train.RunConfig(
             storage_path=os.path.join(tempfile.gettempdir(), "ray-train"),  # only a marker lies there
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
@@ -166,6 +165,21 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
 
 def _no_dataset() -> None:
     """StreamConfig makes the Dataset, since it knows how many trainers there are."""
+
+
+def _wait_for_result(checkpoints: Checkpoints) -> Checkpoint:
+    """What the trainers ended with; another node may have written it."""
+    from mtc.checkpoints import LISTING_SECONDS
+
+    deadline = time.monotonic() + LISTING_SECONDS
+    while (last := checkpoints.latest()) is None or not last.is_result:
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{checkpoints.url}: the trainers ended, but the checkpoint with their result is not visible here "
+                f"after {LISTING_SECONDS:.0f} s; submit the job again"
+            )
+        time.sleep(0.5)
+    return last
 
 
 def _result(checkpoint: Checkpoint, run: RunDirectory) -> Trained:
@@ -265,7 +279,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     d_model = settings["d_model"]
     tell = partial(_tell, log)
     checkpoints = Checkpoints(settings["run_url"])
-    start = _agree_on_start(checkpoints, rank, device, tell)
+    start = _agree_on_start(checkpoints, rank, device, log)
     if start.checkpoint is not None and start.checkpoint.is_result:
         return  # another trainer died after the last checkpoint was complete
     trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
@@ -316,6 +330,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
                     trainer.step(source, target, share.tokens)
                     for trainer, source, target in zip(trainers, columns[::2], columns[1::2], strict=True)
                 ]
+            if journal:
+                journal.look(done)
             last = lead.step_number == total
             if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number == 1 or last:
                 batches.settle_waits()  # on every rank, so that spans on a GPU don't pile up
@@ -328,8 +344,9 @@ def _train_worker(settings: dict[str, Any]) -> None:
     _finish(config, trainers, batches, writer, data.generation, rank, calibrated)
 
 
-def _agree_on_start(checkpoints: Checkpoints, rank: int, device: Any, tell: Callable[..., None]) -> _Start:
-    """Rank 0 chooses the checkpoint and a number for this start; the others follow."""
+def _agree_on_start(checkpoints: Checkpoints, rank: int, device: Any, log: Any) -> _Start:
+    """Rank 0 chooses the checkpoint and a number for this start; the others and the stream follow."""
+    import ray
     import torch
     import torch.distributed as dist
 
@@ -338,14 +355,15 @@ def _agree_on_start(checkpoints: Checkpoints, rank: int, device: Any, tell: Call
     chosen = torch.zeros(65, dtype=torch.uint8, device=device)
     checkpoint = None
     if rank == 0:
-        checkpoint = checkpoints.latest_intact(lambda message: tell("checkpoint_damaged", message))
+        checkpoint = checkpoints.latest_intact(lambda message: _tell(log, "checkpoint_damaged", message))
         name = checkpoint.name if checkpoint else ""
+        ray.get(log.choose.remote(name))
         chosen = torch.tensor([*os.urandom(4), *name.encode().ljust(61)], dtype=torch.uint8, device=device)
     if distributed():
         dist.broadcast(chosen, 0)
         name = bytes(chosen[4:].tolist()).decode().strip()
         if rank and name:
-            checkpoint = checkpoints.open(name)
+            checkpoint = checkpoints.wait_for(name)
     return _Start(checkpoint, int.from_bytes(chosen[:4].tolist()))
 
 

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 3
 MANIFEST = "checkpoint.json"
 DAMAGED = "damaged.json"
+LISTING_SECONDS = 90.0
+"""For so long an NFS client may show what a directory held before."""
 _NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}(-result)?")
 
 
@@ -121,14 +123,24 @@ class Checkpoints:
         return None
 
     def sweep(self, keep: int) -> None:
-        """Remove all but the last `keep` completed ones, and those that were never completed."""
-        kept = set(self._completed()[-keep:])
-        for name in self._names():
-            if name not in kept:
-                directory = self.subdirectory(name)
-                if directory.exists(MANIFEST):  # first, so that none is ever seen in part
+        """Remove all completed ones but the last `keep`, and those before the last that were never completed.
+
+        Later ones may be in work. Removes all that can be removed, then raises the first error.
+        """
+        completed, names = self._completed(), self._names()
+        errors = []
+        for name in names[: names.index(completed[-1])] if completed else []:
+            if name in completed[-keep:]:
+                continue
+            directory = self.subdirectory(name)
+            try:
+                if name in completed:  # first, so that none is ever seen in part
                     directory.remove(MANIFEST)
                 directory.remove()
+            except Exception as error:  # of the storage; the others must not stay for it
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _names(self) -> list[str]:
         found = [match for name in self.directory.names() if (match := _NAME.fullmatch(name))]
@@ -149,6 +161,15 @@ class Checkpoints:
             return Checkpoint(directory, CheckpointManifest.model_validate(raw))
         except ValueError as error:
             raise DamagedError(f"{directory.location(MANIFEST)} is damaged: {error}") from None
+
+    def wait_for(self, name: str, seconds: float = LISTING_SECONDS) -> Checkpoint:
+        """A completed one that another node may just have written; raises RunError if it does not appear."""
+        deadline = time.monotonic() + seconds
+        while not self.subdirectory(name).exists(MANIFEST):
+            if time.monotonic() > deadline:
+                raise RunError(f"{self.url}: checkpoint {name} is not visible here after {seconds:.0f} s")
+            time.sleep(0.5)
+        return self.open(name)
 
     def subdirectory(self, name: str) -> RunDirectory:
         """Where a checkpoint's files are, or are to be."""
@@ -177,10 +198,20 @@ class CheckpointWriter:
         self.report, self.patience, self.work = report, patience, work
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
+        self._began = time.monotonic()
+        self._told: set[str] = set()
 
     @property
     def busy(self) -> bool:
-        return self._last is not None and not self._last.done()
+        """Whether one is being written; reports it if that takes suspiciously long."""
+        if self._last is None or self._last.done():
+            return False
+        seconds = time.monotonic() - self._began
+        if seconds > 4 * self.patience and "slow" not in self._told:
+            self._told.add("slow")
+            message = f"a checkpoint is being written for {seconds:.0f} s, until it ends there is no other"
+            self.report("checkpoint_slow", message)
+        return True
 
     def save(self, step: int, files: Mapping[str, Callable[[], bytes]], result: bool = False) -> Future[None]:
         """Begin to write; `files` are called in the thread and must hold a snapshot. `result` marks the last one.
@@ -188,6 +219,8 @@ class CheckpointWriter:
         The future ends when this rank's part is written, on rank 0 when the checkpoint is complete; it raises what
         prevented that, which is reported too.
         """
+        self._began = time.monotonic()
+        self._told.discard("slow")
         self._last = self._thread.submit(self._save, step, files, result)
         return self._last
 
@@ -227,6 +260,10 @@ class CheckpointWriter:
             clean()
         except Exception as error:  # of the storage
             logger.warning("old checkpoints in %s could not be removed: %s", self.checkpoints.url, error)
+            if "stays" not in self._told:
+                self._told.add("stays")
+                message = f"old checkpoints could not be removed and take room: {type(error).__name__}: {error}"
+                self.report("checkpoint_not_removed", message)
 
     def _complete(self, step: int, directory: RunDirectory, entries: dict[str, FileEntry]) -> None:
         deadline = time.monotonic() + 2 * self.patience

@@ -19,7 +19,7 @@ LEAST_HISTORY = 5
 
 
 class Health:
-    """Looks at one transcoder's logged steps, in order; says when a trouble begins, once."""
+    """Looks at one transcoder's steps, in order; says when a trouble begins, once."""
 
     def __init__(self, k: int, skipped: int = 0):
         """`skipped` steps are known already."""
@@ -29,8 +29,9 @@ class Health:
         self._collapsed = False
         self._skipped = skipped
 
-    def look(self, row: StepMetrics) -> list[tuple[str, str]]:
-        """(kind, message) of what has begun since the last row."""
+    def look(self, row: StepMetrics, loss: float, l0: float) -> list[tuple[str, str]]:
+        """(kind, message) of what has begun since the last row; `loss` is the highest and `l0` the lowest since then,
+        this row's included."""
         found = []
         if row.skipped > self._skipped:
             found.append(
@@ -42,13 +43,13 @@ class Health:
             )
         self._skipped = row.skipped
         usual = statistics.median(self._losses) if len(self._losses) >= LEAST_HISTORY else None
-        spiking = usual is not None and not row.loss <= SPIKE * usual
+        spiking = usual is not None and not loss <= SPIKE * usual
         if spiking and not self._spiking:
-            found.append(("loss_spike", f"loss {row.loss:.4g}, {SPIKE:g} times the usual {usual:.4g} or more"))
-        if not spiking and math.isfinite(row.loss):
+            found.append(("loss_spike", f"loss {loss:.4g}, {SPIKE:g} times the usual {usual:.4g} or more"))
+        if math.isfinite(row.loss) and (usual is None or row.loss <= SPIKE * usual):
             self._losses.append(row.loss)
-        collapsed = row.l0 < COLLAPSE * self.k
+        collapsed = l0 < COLLAPSE * self.k
         if collapsed and not self._collapsed:
-            found.append(("l0_collapse", f"l0 {row.l0:.2f}, less than {COLLAPSE:g} of k {self.k}"))
+            found.append(("l0_collapse", f"l0 {l0:.2f}, less than {COLLAPSE:g} of k {self.k}"))
         self._spiking, self._collapsed = spiking, collapsed
         return found

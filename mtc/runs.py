@@ -92,9 +92,14 @@ class RunDirectory:
         return posixpath.join(self.url, name)
 
     def exists(self, name: str = "") -> bool:
+        """Whether a file, or the directory itself, is there; raises the storage's error if that cannot be known."""
         path = posixpath.join(self.path, name) if name else self.path
         self.fs.invalidate_cache()  # others write here too
-        return bool(patiently(lambda: self.fs.exists(path)))
+        try:
+            patiently(lambda: self.fs.info(path))  # `fs.exists` takes every error for a no
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def names(self) -> list[str]:
         """What lies directly here; nothing if there is no such directory."""
@@ -218,9 +223,11 @@ def require_one_layer(run: RunDirectory) -> None:
 
 def _latest(url: str) -> str:
     fs, path = fsspec.core.url_to_fs(url)
-    if not fs.exists(path):
-        raise RunError(f"no finished run in {posixpath.dirname(url)}")
-    return posixpath.join(posixpath.dirname(url), fs.cat_file(path).decode().strip())
+    try:
+        name = bytes(patiently(lambda: fs.cat_file(path))).decode().strip()
+    except FileNotFoundError:
+        raise RunError(f"no finished run in {posixpath.dirname(url)}") from None
+    return posixpath.join(posixpath.dirname(url), name)
 
 
 def absolute(url: str) -> str:

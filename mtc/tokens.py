@@ -441,9 +441,13 @@ class TokenStore:
     def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
         fs, path = fsspec.core.url_to_fs(self.url)
         for shard in self.info.shards:
+
+            def read(name: str = posixpath.join(path, shard.name)) -> pa.Table:
+                with fs.open(name, "rb") as file:
+                    return pq.read_table(file, columns=columns)
+
             try:
-                with fs.open(posixpath.join(path, shard.name), "rb") as file:
-                    table = pq.read_table(file, columns=columns)
+                table = patiently(read)
             except FileNotFoundError:
                 raise DataError(f"{self.url} has no {shard.name}") from None
             except pa.ArrowException as error:

@@ -73,6 +73,10 @@ class StepResult(NamedTuple):
     skipped: Tensor
     """[2]: steps without a finite gradient, in all and in a row."""
 
+    def loss_and_l0(self) -> Tensor:
+        """[2], on the device."""
+        return torch.stack((self.totals.loss.reshape(()) / self.ranks, self.totals.num_active.reshape(()) / self.batch))
+
     def metrics(self) -> StepMetrics:
         totals = self.totals
         loss = float(totals.loss) / self.ranks

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -134,6 +136,7 @@ def test_interrupted_and_killed_run_trains_every_token_once(tmp_path):
     command += ["--output.root", str(tmp_path / "runs"), "--output.run_id"]
     process, output = _start([*command, "cut"])
     _wait_for_another_start(tmp_path / "runs" / "cut", process)
+    assert _addresses_of_the_dashboard(process.pid) == {"127.0.0.1"}
     process.send_signal(signal.SIGINT)
     text = "".join(output)
     assert process.wait(90) == 130, text
@@ -197,6 +200,14 @@ def _wait_for_another_start(run, process, seconds=90.0):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def _addresses_of_the_dashboard(session: int) -> set[str]:
+    """What the dashboard's pages are served on."""
+    (pid, line), *_ = [item for item in _processes_of_session(session).items() if "dashboard/dashboard.py" in item[1]]
+    port = int(re.search(r"--port=(\d+)", line)[1])
+    sockets = psutil.Process(pid).net_connections("tcp")
+    return {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.port == port}
 
 
 def _processes_of_session(session: int) -> dict[int, str]:

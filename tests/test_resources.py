@@ -106,6 +106,9 @@ def test_work_stays_off_the_head_unless_it_is_needed_there():
     assert make_plan(load_preset("tiny", {"cluster": {"use_head": True}}), [head, worker]).label_selector is None
     assert make_plan(tiny, [Node(2, 1, True, "head"), worker]).device == "cuda"  # the only GPU is there
     fewer = load_preset("tiny", {"cluster": {"num_trainers": 2, "min_trainers": 1}})
+    with pytest.raises(ConfigError, match=r"min_trainers=1: without the largest node 2 GPUs are left, and 2 .* need 3"):
+        make_plan(fewer, [Node(8, 1)] * 3)
+    assert make_plan(fewer, [Node(8, 1)] * 4).num_trainers == 2
     with pytest.raises(ConfigError, match=r"cluster\.min_trainers=1: .*--num-cpus=0, or set cluster\.use_head"):
         make_plan(fewer, [head, worker])
     with pytest.raises(ConfigError, match=r"cluster\.use_head is false, but the head is the only node"):

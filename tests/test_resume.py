@@ -230,8 +230,59 @@ def test_a_checkpoint_stays_when_the_old_ones_cannot_be_removed(tmp_path, monkey
     monkeypatch.setattr(RunDirectory, "remove", fail)
     future, news = write_checkpoint(url, 6, keep=1)
     assert future.exception() is None
-    assert [kind for kind, *_ in news] == ["checkpoint"]
+    assert [kind for kind, *_ in news] == ["checkpoint", "checkpoint_not_removed"]
     assert Checkpoints(url).latest_intact(pytest.fail).manifest.step == 6
+
+
+def test_one_that_cannot_be_removed_does_not_keep_the_others(tmp_path, monkeypatch):
+    url = str(tmp_path)
+    for step in (5, 6):
+        write_checkpoint(url, step, keep=9)[0].result()
+    remove = RunDirectory.remove
+
+    def fail(self, name=""):
+        if "step-00000005" in self.url:
+            raise PermissionError("somebody else's")
+        remove(self, name)
+
+    monkeypatch.setattr(RunDirectory, "remove", fail)
+    for step in (7, 8):
+        write_checkpoint(url, step, keep=1)[0].result()
+    names = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
+    assert names == ["step-00000005-00000001", "step-00000008-00000001"]
+
+
+def test_sweeping_leaves_what_another_rank_has_begun(tmp_path):
+    """Rank 1 is through with its part of the result before rank 0 has completed the checkpoint before."""
+    checkpoints = Checkpoints(str(tmp_path))
+    write_checkpoint(str(tmp_path), 4, start=2, rank=1, ranks=2)[0].result()  # never completed
+    news = []
+    writers = [CheckpointWriter(checkpoints, 1, rank, 2, 1, lambda *event: news.append(event)) for rank in (0, 1)]
+    slow = threading.Event()
+    first = writers[0].save(5, {"weights": lambda: slow.wait(30) and b"5"})
+    writers[1].save(5, {"part": lambda: b"5"}).result()
+    writers[1].save(6, {"part": lambda: b"6"}, result=True).result()
+    last = writers[0].save(6, {"result.json": lambda: b"{}"}, result=True)
+    slow.set()
+    first.result()
+    last.result()
+    for writer in writers:
+        writer.close()
+    assert [kind for kind, *_ in news] == ["checkpoint", "checkpoint"]
+    assert checkpoints.latest_intact(pytest.fail).is_result
+    assert checkpoints.directory.names() == [checkpoints.latest().name]
+
+
+def test_a_checkpoint_that_hangs_is_reported_once(tmp_path):
+    news, hang = [], threading.Event()
+    writer = CheckpointWriter(Checkpoints(str(tmp_path)), 1, 0, 1, 2, lambda *event: news.append(event), patience=0.0)
+    writer.save(5, {"weights": lambda: hang.wait(30) and b"5"})
+    assert writer.busy
+    assert writer.busy
+    assert [kind for kind, *_ in news] == ["checkpoint_slow"]
+    hang.set()
+    writer.close()
+    assert not writer.busy
 
 
 def test_a_ledger_that_lacks_something_ends_the_run(tmp_path):
@@ -320,9 +371,9 @@ class Flaky(LocalFileSystem):
         self._fail()
         return super().pipe_file(*arguments, **options)
 
-    def exists(self, *arguments, **options):
+    def info(self, *arguments, **options):
         self._fail()
-        return super().exists(*arguments, **options)
+        return super().info(*arguments, **options)
 
     def cat_file(self, *arguments, **options):
         self._fail()
@@ -355,6 +406,11 @@ def test_a_run_directory_asks_again_but_not_for_what_is_missing(tmp_path, monkey
     Flaky.failures = 4
     run.write("a", b"content")
     assert pauses == [0.25, 0.5, 1.0, 2.0]
+    Flaky.failures = 2
+    assert run.exists("a"), "an error is not a no"
+    assert pauses[4:] == [0.25, 0.5]
+    assert not run.exists("b")
+    assert not run.exists("a/b")
     with pytest.raises(RunError, match="no file 'b'"):
         run.read("b")
-    assert len(pauses) == 4
+    assert len(pauses) == 6

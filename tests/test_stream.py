@@ -1,5 +1,6 @@
 """The stream from model actors to trainers on a real Ray: no copies, bounded memory, several layers, balance."""
 
+import io
 import json
 import shutil
 import sys
@@ -29,7 +30,7 @@ from cluster.activations import (
 )
 from cluster.batches import Batches, stream_timing
 from cluster.pipeline import run_pipeline
-from cluster.progress import balance, progress_line
+from cluster.progress import RESUMED, ProgressReader, balance, progress_line, start_metrics_log
 from cluster.resources import Node, Plan, make_plan
 from cluster.tokens import build_token_store
 from mtc.config import RunConfig, load_preset
@@ -359,6 +360,47 @@ def test_progress_line_of_one_and_of_several_layers() -> None:
     )
     several = progress_line([row, row | {"layer": 7, "fvu": [0.9, 0.8], "dead": 0}], 10)
     assert "fvu 0.400 (layer 3) 0.800 (layer 7)  dead 1 0" in several
+
+
+def test_the_history_goes_on_through_restarts_of_trainers_log_and_driver(ray_cluster: Any, tmp_path: Path) -> None:
+    """And the actor keeps nothing that has arrived, for a run may last for weeks."""
+    run = RunDirectory(str(tmp_path / "run"))
+    log = start_metrics_log(run)
+
+    def append(*steps: int, loss: float = 1.0) -> None:
+        for step in steps:
+            parts = {"tokens_per_second": 9.0, "seconds": dict.fromkeys(PARTS, 1.0), "loss": loss}
+            ray.get(
+                log.append.remote(
+                    {"layer": 3, "step": step, "tokens": step, "fvu": [1.0], "l0": 1.0, "dead": 0} | parts
+                )
+            )
+
+    def read(shown: io.StringIO) -> list[int]:
+        with ProgressReader(log, {3: run}, 100, shown) as reader:
+            pass  # it collects at the end too
+        steps = [row["step"] for row in reader.rows(3)]
+        assert [json.loads(line)["step"] for line in run.read("metrics.jsonl").decode().splitlines()] == steps
+        return steps
+
+    shown = io.StringIO()
+    append(1, 10, 20, 30)
+    assert read(shown) == [1, 10, 20, 30]
+    name, rows = ray.get(log.since.remote("", 0))
+    assert ray.get(log.since.remote(name, len(rows)))[1] == []
+    append(40)
+    assert [row["step"] for row in ray.get(log.since.remote(name, 4))[1]] == [40]
+    ray.get(log.event.remote(RESUMED, "on 1 trainer", 20))
+    append(30, 40, loss=2.0)
+    ray.kill(log, no_restart=False)
+    assert read(shown) == [1, 10, 20, 30], "what the dead actor had is lost, what was written stays"
+    ray.get(log.event.remote(RESUMED, "on 1 trainer", 10))
+    append(20, loss=3.0)
+    assert read(shown) == [1, 10, 20]
+    assert json.loads(run.read("metrics.jsonl").decode().splitlines()[-1])["loss"] == 3.0
+    (event,) = [json.loads(line) for line in run.read("events.jsonl").decode().splitlines()]
+    assert event["message"] == "on 1 trainer; 20 steps or a few more are done again"
+    assert event["message"] in shown.getvalue()
 
 
 def test_a_part_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,20 +200,27 @@ def test_health_tells_spikes_collapse_and_skipped_steps_once():
     def row(step, loss=1.0, l0=8.0, skipped=0):
         return StepMetrics(step, step * 64, loss, (0.5,), l0, 0, 1e-3, 1.0, skipped, 0)
 
+    def look(health, row):
+        return health.look(row, row.loss, row.l0)
+
     health = Health(k=8)
-    assert not [event for step in range(20) for event in health.look(row(step))]
-    assert health.look(row(20, loss=2.9)) == []
-    assert [kind for kind, _ in health.look(row(21, loss=3.5))] == ["loss_spike"]
-    assert health.look(row(22, loss=5.0)) == []  # the same spike
-    assert health.look(row(23)) == []
-    assert [kind for kind, _ in health.look(row(24, loss=math.nan))] == ["loss_spike"]
-    assert [kind for kind, _ in health.look(row(25, l0=3.9, skipped=2))] == ["steps_skipped", "l0_collapse"]
-    assert health.look(row(26, l0=3.0, skipped=2)) == []
-    assert "1 steps had no finite gradient" in health.look(row(27, skipped=3))[0][1]
+    assert not [event for step in range(20) for event in look(health, row(step))]
+    assert look(health, row(20, loss=2.9)) == []
+    assert [kind for kind, _ in look(health, row(21, loss=3.5))] == ["loss_spike"]
+    assert look(health, row(22, loss=5.0)) == []  # the same spike
+    assert look(health, row(23)) == []
+    assert [kind for kind, _ in look(health, row(24, loss=math.nan))] == ["loss_spike"]
+    assert [kind for kind, _ in look(health, row(25, l0=3.9, skipped=2))] == ["steps_skipped", "l0_collapse"]
+    assert look(health, row(26, l0=3.0, skipped=2)) == []
+    assert "1 steps had no finite gradient" in look(health, row(27, skipped=3))[0][1]
     later = Health(k=8, skipped=3)  # after a restart
-    assert not [event for step in range(7) for event in later.look(row(step, loss=math.nan, skipped=3))]
-    assert not [event for step in range(7) for event in later.look(row(step, skipped=3))]
-    assert [kind for kind, _ in later.look(row(8, loss=4.0, skipped=3))] == ["loss_spike"]
+    assert not [event for step in range(7) for event in look(later, row(step, loss=math.nan, skipped=3))]
+    assert not [event for step in range(7) for event in look(later, row(step, skipped=3))]
+    assert [kind for kind, _ in look(later, row(8, loss=4.0, skipped=3))] == ["loss_spike"]
+
+    between = Health(k=8)
+    assert not [event for step in range(7) for event in look(between, row(step))]
+    assert [kind for kind, _ in between.look(row(7), 4.0, 3.0)] == ["loss_spike", "l0_collapse"]  # not in a row
 
 
 def test_memory_is_written_again_at_every_step():

@@ -22,7 +22,7 @@ SEED = int(os.environ.get("MTC_CHAOS_SEED", "0"))
 KILLS = int(os.environ.get("MTC_CHAOS_KILLS", "20"))
 HARMLESS = ("model actor", "metrics log")  # trainers go on
 OPTIONS = [*OPTIONS, "--data.unit_tokens", "1024", "--cluster.max_failures", "3"]
-TOKENS = int(os.environ.get("MTC_CHAOS_TOKENS", "2000000"))
+TOKENS = int(os.environ.get("MTC_CHAOS_TOKENS", "3000000"))
 
 
 def check_ledger(run, store):

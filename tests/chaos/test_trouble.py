@@ -98,6 +98,24 @@ def test_sigterm_leaves_a_run_that_continues(head, tmp_path):
     assert f"continues from the checkpoint of step {newest:,}" in job.output()
 
 
+def test_an_actor_or_the_driver_that_dies_in_the_analysis_costs_time_only(head, tmp_path):
+    options = [*OPTIONS, "--data.num_tokens", "50000"]
+    first = Job(head, tmp_path, "actor", options)
+    head.kill("analysis actor")
+    run, _ = finished(first)
+    second = Job(head, tmp_path, "driver", options)
+    wait_for("the analysis", lambda: head.processes("analysis actor"))
+    second.kill()
+    assert not (second.run / "manifest.json").exists()
+    wait_for("the end of its actors", lambda: not head.processes("analysis actor"))
+    second.start()
+    again, _ = finished(second)
+    assert not [event for event in second.events() if event["kind"] == "resume"], "training is not done again"
+    mine, its = (json.loads(r.read("analysis.json"))["evaluation"] for r in (run, again))
+    assert mine == its
+    assert run.read("examples.parquet") == again.read("examples.parquet")
+
+
 def test_another_number_of_trainers_continues_a_run(head, tmp_path):
     """And the global batch stays the same."""
     options = [*OPTIONS, "--data.num_tokens", "600000"]
