@@ -28,7 +28,11 @@ TITLES = {
     "train controller": "ray::TrainController",
     "metrics log": "ray::MetricsLog",
 }
-AFTER_TRAINING = {"analysis actor": "ray::MapWorker(MapBatches(FeatureActor))"}
+OTHERS = {
+    "analysis actor": "ray::MapWorker(MapBatches(FeatureActor))",
+    "placement group cleaner": "ray::PlacementGroupCleaner",
+}
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}  # else Ray makes one up for the head
 
 
 def wait_for(what: str, ready: Callable[[], Any], seconds: float = 180.0) -> Any:
@@ -49,8 +53,8 @@ class Head:
         self._session = session
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        """The living ones of a kind in TITLES or AFTER_TRAINING."""
-        found, title = [], (TITLES | AFTER_TRAINING)[kind]
+        """The living ones of a kind in TITLES or OTHERS."""
+        found, title = [], (TITLES | OTHERS)[kind]
         for process in psutil.process_iter():
             try:
                 command = process.cmdline() if os.getsid(process.pid) == self._session else []
@@ -73,12 +77,11 @@ def ray_head(cpus: float = 2, environment: dict[str, str] | None = None) -> Iter
     """`ray start --head --block` in a session of its own, which is how its processes are told from others."""
     port, directory = _free_port(), tempfile.mkdtemp(prefix="mtc-chaos-")
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
-    # With a dashboard: without its API, Ray Train does not notice that a controller is gone and keeps its CPUs.
     command += ["--num-cpus", str(cpus), "--object-store-memory", "200000000", f"--dashboard-port={_free_port()}"]
     command += ["--temp-dir", directory, "--node-ip-address", "127.0.0.1", "--disable-usage-stats"]
     with Path(directory, "head.log").open("w") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, start_new_session=True, env=os.environ | (environment or {})
+            command, stdout=log, stderr=log, start_new_session=True, env=os.environ | NO_TOKEN | (environment or {})
         )
     try:
         started = Path(directory, "head.log")
@@ -108,7 +111,7 @@ class Job:
         self.run = root / run_id
         self.command = [sys.executable, "jobs/train.py", "--output.root", str(root), "--output.run_id", run_id]
         self.command += options
-        self.environment = os.environ | {"RAY_ADDRESS": head.address} | (environment or {})
+        self.environment = os.environ | NO_TOKEN | {"RAY_ADDRESS": head.address} | (environment or {})
         self.lines: list[str] = []
         self.starts = 0
         self.step = 0

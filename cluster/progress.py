@@ -213,6 +213,13 @@ class ProgressReader:
         self.stream.flush()
 
 
+def one_line(error: BaseException) -> str:
+    """What a person needs of an error that Ray may have wrapped in pages: its kind, and the line that says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    low = next((line for line in lines if "low on memory" in line), None)  # what follows is the whole node's account
+    return f"{type(error).__name__}: {low or (lines[-1] if lines else '')}"[:240]
+
+
 def _newest(history: Mapping[int, Any]) -> int:
     """The last step; 0 before the first."""
     return next(reversed(history), 0)

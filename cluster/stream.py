@@ -16,6 +16,7 @@ import ray.train
 from ray.train import DataConfig
 
 from cluster.activations import activation_dataset, configure_data_context
+from cluster.progress import one_line
 from cluster.resources import Plan, beside, cluster_nodes, make_plan
 from mtc.checkpoints import Checkpoints
 from mtc.config import ConfigError, RunConfig
@@ -89,7 +90,4 @@ class TellFailures(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for rank, error in sorted(worker_exceptions.items()):
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self.log.event.remote(
-                "failure", f"trainer {rank} died: {type(error).__name__}: {lines[-1][:160] if lines else ''}", None
-            )
+            self.log.event.remote("failure", f"trainer {rank} died: {one_line(error)}", None)

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.activations import iterate_units
-from cluster.progress import RESUMED, STOPPED
+from cluster.progress import RESUMED, STOPPED, one_line
 from cluster.resources import WORKER_ENVIRONMENT, Plan
 from cluster.resume import data_state, position_files, read_progress
 from mtc.config import RunConfig
@@ -111,6 +111,7 @@ def train(
             f"output.run_id={run.run_id}: its checkpoint was trained on other text than "
             f"data.name={config.data.name} gives now ({store_url}); give another output.run_id, or the old text"
         )
+    groups = _placement_groups()
     while last is None or not last.is_result:
         before = last.manifest.step if last else 0
         if before:
@@ -119,6 +120,7 @@ def train(
             _interruptible(_trainer(config, plan, run, store_url, d_model, log).fit, stopped)
             last = _wait_for_result(checkpoints)
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            _remove(_placement_groups() - groups)
             last = checkpoints.latest()
             progress = last is not None and last.manifest.step > before
             failures = 1 if progress else failures + 1
@@ -126,7 +128,7 @@ def train(
             if failures > config.cluster.max_failures or (tried_by_train and not progress):
                 raise
             pause = min(2.0**failures, LONGEST_PAUSE)
-            tell("restart", f"training is started again in {pause:.0f} s: {_short(error)}")
+            tell("restart", f"training is started again in {pause:.0f} s: {one_line(error)}")
             time.sleep(pause)
     trained = _result(last, run)
     check_ledger(trained.progress, len(work.training))
@@ -161,6 +163,27 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},  # type: ignore[call-arg]  # of Train v2
         ),
     )
+
+
+def _placement_groups() -> set[str]:
+    """Ids of this job's."""
+    import ray
+    from ray.util import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()  # ends the id
+    return {
+        name for name, group in placement_group_table().items() if group["state"] != "REMOVED" and name.endswith(job)
+    }
+
+
+def _remove(groups: set[str]) -> None:
+    """Give their CPUs and GPUs back. Where the Train controller dies together with its helper that should do this, they
+    would stay reserved until the job ends."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for name in groups:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def _no_dataset() -> None:
@@ -207,11 +230,6 @@ def check_ledger(progress: Progress, units: int) -> None:
             f"{len(missing)} are not finished ({missing[:5]}...) and {len(wrong)} have tokens more than once "
             f"({wrong[:5]}...)"
         )
-
-
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:160] if lines else ''}"
 
 
 def _tell(log: Any, kind: str, message: str, step: int | None = None) -> Any:
