@@ -175,7 +175,8 @@ class ProgressReader:
             self.stopped = event["message"]
         newest = max(map(_newest, self.histories.values()), default=0)
         if event["kind"] == RESUMED and newest > event["step"]:
-            event["message"] += f"; {newest - event['step']} steps or a few more are done again"
+            undone = newest - event["step"]
+            event["message"] += f"; {undone} step{'s' * (undone > 1)} or a few more are done again"
         self.events.append(event)
         if event["kind"] not in (*QUIET, STOPPED):  # the job ends with that
             self._say(f"{event['kind'].replace('_', ' ')}: {event['message']}")
