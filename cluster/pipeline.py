@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from cluster.activations import configure_data_context
-from cluster.progress import QUIET, ProgressReader, balance, start_metrics_log
+from cluster.progress import ProgressReader, balance, start_metrics_log
 from cluster.resources import WORKER_ENVIRONMENT, Plan, cluster_nodes, make_plan
 from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.runs import RunDirectory, absolute
@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     from cluster.analysis import HeldOutResults
     from cluster.training import Trained, TrainResult
     from mtc.analysis import Analysis, RunFacts
+    from mtc.lease import Lease
     from mtc.tokens import StoreInfo
 
 logger = logging.getLogger(__name__)
+
+
+class FinishedError(ConfigError):
+    """The run is finished already: there is nothing left to do."""
+
 
 LIMITS = ("data.max_skipped_share", "optimizer.max_skipped_steps")  # may be raised to continue a run
 
@@ -31,7 +37,7 @@ LIMITS = ("data.max_skipped_share", "optimizer.max_skipped_steps")  # may be rai
 def check(config: RunConfig) -> None:
     """Everything that can be known to fail, before any cluster work, within seconds.
 
-    Raises ConfigError, ModelError or DataError.
+    Raises ConfigError (FinishedError for a finished run), ModelError or DataError.
     """
     from cluster.tokens import check_data
     from mtc.model_files import check_model
@@ -40,8 +46,8 @@ def check(config: RunConfig) -> None:
         RunDirectory(_output_root(config))
     except ImportError as error:
         raise ConfigError(f"output.root={config.output.root}: {error}; pip install -e '.[s3]' or '.[gcs]'") from None
-    if config.output.run_id and RunDirectory(f"{_output_root(config)}/{config.output.run_id}").is_finished():
-        raise ConfigError(f"output.run_id={config.output.run_id} is a finished run in output.root={config.output.root}")
+    if config.output.run_id:
+        _check_unfinished(RunDirectory(f"{_output_root(config)}/{config.output.run_id}"))
     check_model(config.model)
     check_data(config)
 
@@ -68,21 +74,31 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
     An unfinished run of the same `output.run_id` continues from its last checkpoint.
     """
-    from cluster.analysis import analyse_heldout
-    from cluster.tokens import build_token_store
-    from cluster.training import train
-    from mtc.model_files import check_model, prepare_model
-    from mtc.report.layers import write_layers_report
-    from mtc.tokens import TokenStore
-    from mtc.work import heldout_units, work_units
+    from mtc.lease import Lease
+    from mtc.model_files import check_model
 
     configure_data_context()
     d_model = check_model(config.model).d_model
     plan = make_plan(config, cluster_nodes(), d_model)
     run = _run_directory(config)
-    log = start_metrics_log(run)  # first: nobody writes into a run that another job trains
-    config = _shared_places(config, run)
-    _check_same_run(config, run)
+    log = start_metrics_log(run)
+    with Lease(run) as lease:  # nobody writes into a run that another job writes
+        _check_unfinished(run)
+        config = _shared_places(config, run)
+        _check_same_run(config, run)
+        _run(config, plan, run, d_model, log, lease)
+    return run
+
+
+def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: Any, lease: Lease) -> None:
+    from cluster.analysis import analyse_heldout
+    from cluster.tokens import build_token_store
+    from cluster.training import TrainingStopped, train
+    from mtc.model_files import prepare_model
+    from mtc.report.layers import write_layers_report
+    from mtc.tokens import TokenStore
+    from mtc.work import heldout_units, work_units
+
     say(f"run {run.run_id} in {run.url}")
     say(plan.describe())
     if config.model.notice:
@@ -108,7 +124,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     with _timed(seconds, "train"):
         histories = {alone.model.layer: own for alone, own in zip(layers, runs, strict=True)}
         with ProgressReader(log, histories, config.total_steps) as progress:
-            trained = train(config, plan, run, store_url, d_model, log, lambda: progress.stopped, work)
+            trained = train(config, plan, run, store_url, d_model, log, lambda: progress.stopped or lease.lost, work)
     say(f"trained {trained.layers[0].tokens:,} tokens in {trained.layers[0].steps:,} steps; " + _thresholds(trained))
     say(_account(trained))
     say(balance(trained.timing))
@@ -122,6 +138,8 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
         fvu = " ".join(f"{value:.3f}" for value in found.evaluation.fvu)
         where = f"layer {layer.layer}: " if len(layers) > 1 else ""
         say(f"{where}held-out fvu {fvu}, l0 {found.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
+    if lease.lost:
+        raise TrainingStopped(lease.lost)
     if len(layers) > 1:
         for own in runs:
             own.publish(latest=False)
@@ -129,7 +147,6 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
             run.write(f"report/{name}", content)
     run.publish()
     say(f"finished {run.url} in " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
-    return run
 
 
 def _account(trained: Trained) -> str:
@@ -179,6 +196,11 @@ def _run_directory(config: RunConfig) -> RunDirectory:
         model = config.model.name.removeprefix("pip:").replace("random:", "random-").rstrip("/").split("/")[-1]
         run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{model}-{_layer_names(config)}"
     return RunDirectory(f"{_output_root(config)}/{run_id}")
+
+
+def _check_unfinished(run: RunDirectory) -> None:
+    if run.is_finished():
+        raise FinishedError(f"output.run_id={run.run_id} is a finished run: {run.url}")
 
 
 def _layer_names(config: RunConfig) -> str:
@@ -293,7 +315,7 @@ def _facts(
         dropped_tokens=whole.progress.dropped_tokens(),
         skipped_documents=info.skipped,
         skipped_examples=tuple(info.skipped_examples),
-        events=tuple(event for event in events if event["kind"] not in QUIET),
+        events=tuple(events),
         other_layers=tuple(s.layer for s in config.model.sites if s.layer != trained.layer),
         versions={name: version(name) for name in packages},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STOPPED, RESUMED = "stopped", "resume"  # kinds of events
-QUIET = ("checkpoint",)  # kinds that are written but not shown
+QUIET = ("checkpoint",)  # kinds that are neither kept nor shown: one a minute, for weeks
 DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
 WAITING = 0.2
 """Share of its time beyond which a side counts as waiting for the other."""
@@ -177,8 +178,10 @@ class ProgressReader:
         if event["kind"] == RESUMED and newest > event["step"]:
             undone = newest - event["step"]
             event["message"] += f"; {undone} step{'s' * (undone > 1)} or a few more are done again"
+        if event["kind"] in QUIET:
+            return
         self.events.append(event)
-        if event["kind"] not in (*QUIET, STOPPED):  # the job ends with that
+        if event["kind"] != STOPPED:  # the job ends with that
             self._say(f"{event['kind'].replace('_', ' ')}: {event['message']}")
 
     def _write(self) -> None:
@@ -218,7 +221,9 @@ def one_line(error: BaseException) -> str:
     """What a person needs of an error that Ray may have wrapped in pages: its kind, and the line that says why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     low = next((line for line in lines if "low on memory" in line), None)  # what follows is the whole node's account
-    return f"{type(error).__name__}: {low or (lines[-1] if lines else '')}"[:240]
+    reason = low or (lines[-1] if lines else "")
+    reason = re.split(r"\s*(?:Some common causes|There are some potential)", reason)[0]
+    return f"{type(error).__name__}: {reason}"[:400]
 
 
 def _newest(history: Mapping[int, Any]) -> int:

@@ -157,6 +157,7 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
         datasets={"train": _no_dataset},  # type: ignore[dict-item]
         dataset_config=StreamConfig(config, plan, run.url, store_url, d_model, log),
         run_config=ray.train.RunConfig(
+            name=run.run_id,
             storage_path=os.path.join(tempfile.gettempdir(), "ray-train"),  # only a marker lies there
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             callbacks=[TellFailures(log)],  # type: ignore[list-item]

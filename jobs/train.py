@@ -3,7 +3,8 @@
     python jobs/train.py --preset tiny
     ray job submit --working-dir . -- python jobs/train.py --preset smollm2-135m
 
-Exit codes: 0 finished, 1 failed while running, 2 unusable configuration, model or data, 130 interrupted.
+Exit codes: 0 finished, 1 failed while running, 2 unusable configuration, model or data, 3 the run was finished before,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import signal
 import sys
 
-from cluster.pipeline import check, connected, run_pipeline
+from cluster.pipeline import FinishedError, check, connected, run_pipeline
 from mtc.config import ConfigError, parse_command_line, to_yaml
 
 
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         with connected():
             signal.signal(signal.SIGTERM, _interrupt)  # again, since ray.init has taken it
             run_pipeline(config)
+    except FinishedError as error:
+        print(f"nothing to do: {error}", file=sys.stderr)
+        return 3
     except (ConfigError, ModelError, DataError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,6 +58,6 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code not in (0, 2):
+    if code in (1, 130):
         os._exit(code)  # a thread still waits for Ray Train, and would abort the process in the middle of its end
     sys.exit(code)

@@ -9,6 +9,7 @@
                    ledger.parquet          mtc.ledger.SCHEMA: what was trained of each work unit
                    events.jsonl            restarts, checkpoints that failed, spikes: one line each
                    checkpoints/...         mtc.checkpoints, until the run is deleted
+                   writer.json             mtc.lease, while a job writes the run
                    manifest.json           sizes and sha256 of all of the above, written last
     <root>/latest                          the id of the newest finished run
 
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+WRITER = "writer.json"
 PATIENCE = 60.0
 """Seconds for which storage that fails is asked again."""
 LONGEST_PAUSE = 15.0
@@ -173,7 +175,7 @@ class RunDirectory:
         files = {}
         for found in sorted(patiently(lambda: self.fs.find(self.path))):
             name = found.removeprefix(prefix)
-            if name == MANIFEST or name.startswith("checkpoints/") or name.endswith(".tmp"):
+            if name in (MANIFEST, WRITER) or name.startswith("checkpoints/") or name.endswith(".tmp"):
                 continue
             data = self.read(name)
             files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -1,10 +1,14 @@
 import json
 import os
+import subprocess
+import sys
+import time
 
 import fsspec
 import pytest
 
 from mtc.config import load_preset, to_yaml
+from mtc.lease import Lease
 from mtc.runs import RunDirectory, RunError, open_run, write_atomic
 
 
@@ -77,3 +81,45 @@ def test_a_failed_write_leaves_the_old_content_and_no_debris(tmp_path, monkeypat
         write_atomic(str(path), b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_one_job_writes_a_run_at_a_time(tmp_path):
+    run = RunDirectory(str(tmp_path / "run"))
+    fast = {"beat": 0.05, "stale": 0.6}
+    with Lease(run, **fast) as first:
+        with (
+            pytest.raises(RunError, match=rf"another job is writing this run, process {os.getpid()} on "),
+            Lease(run, **fast),
+        ):
+            pytest.fail("two at once")
+        assert first.lost is None
+        run.write("file", "content")
+        assert list(run.publish().files) == ["file"]
+    assert not run.exists("writer.json")
+    with Lease(run, **fast):
+        pass
+
+
+def test_a_killed_jobs_run_is_free_and_one_that_comes_back_stops(tmp_path):
+    run = RunDirectory(str(tmp_path / "run"))
+    code = f"""
+import os, signal
+from mtc.lease import Lease
+from mtc.runs import RunDirectory
+with Lease(RunDirectory({run.url!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert run.exists("writer.json")
+    start = time.monotonic()
+    with Lease(run, beat=0.05) as mine:
+        assert time.monotonic() - start < 20, "on the same machine nobody waits for it to become stale"
+        other = {"id": "x", "host": "elsewhere", "pid": 7, "beat": 1}
+        run.write("writer.json", json.dumps(other))
+        deadline = time.monotonic() + 10
+        while mine.lost is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "another job writes this run now, process 7 on elsewhere" in str(mine.lost)
+    assert json.loads(run.read("writer.json")) == other, "it is the other's now"
+    with Lease(run, beat=0.05, stale=0.3):
+        assert json.loads(run.read("writer.json"))["id"] != "x", "it was not alive"
