@@ -13,7 +13,7 @@ Two parts, on one machine:
   has loaded the model and takes work, `actor_pause_beyond_reload_s` the difference of the two; `trainer_recovery_s` is
   the longest pause after a trainer's death, `ordinary_pause_s` the longest of 45 seconds in which nothing dies, since
   trainers wait for whole units anyway. `repeated_tokens` and `lost_windows` come from the run's ledger,
-  `redone_steps`, the work since the last checkpoint, from its events. All are medians over the rounds.
+  `redone_steps`, the work since the last checkpoint, from its events. Times after kills are medians over the rounds.
 
 The last line is one JSON object; `--save` writes it to docs/benchmarks/recovery.json.
 """

@@ -56,6 +56,8 @@ class MetricsLog:
         if name == self.name:
             del self.rows[: position - self.collected]
             self.collected = position
+        else:  # a new reader counts from what is here
+            self.collected = 0
         return self.name, self.rows
 
     def choose(self, checkpoint: str) -> None:
