@@ -135,9 +135,9 @@ def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: An
     for alone, own, layer, found in zip(layers, runs, trained.layers, results, strict=True):
         facts = _facts(config, plan, own, store_url, info, layer, trained, found.dtype, seconds, progress.events)
         analyses.append(_write_report(alone, own, found, progress.rows(layer.layer), facts))
-        fvu = " ".join(f"{value:.3f}" for value in found.evaluation.fvu)
+        fvu = " ".join(f"{value:.3f}" for value in found.found.evaluation.fvu)
         where = f"layer {layer.layer}: " if len(layers) > 1 else ""
-        say(f"{where}held-out fvu {fvu}, l0 {found.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
+        say(f"{where}held-out fvu {fvu}, l0 {found.found.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
     if lease.lost:
         raise TrainingStopped(lease.lost)
     if len(layers) > 1:
@@ -169,19 +169,22 @@ def _thresholds(trained: Trained) -> str:
 def _write_report(
     config: RunConfig, run: RunDirectory, results: HeldOutResults, history: list[dict[str, Any]], facts: RunFacts
 ) -> Analysis:
-    """Examples, analysis and report of one layer, from the final weights."""
+    """Examples, features, analysis and report of one layer, from the final weights."""
     from mtc.analysis import analyse
-    from mtc.examples import to_parquet
+    from mtc.features import to_parquet
     from mtc.report import write_report
     from mtc.runs import load_transcoder
 
-    run.write("examples.parquet", to_parquet(results.examples))
-    analysis = analyse(
-        config, load_transcoder(run), results.evaluation, results.statistics, results.examples, history, facts
-    )
-    run.write("analysis.json", analysis.model_dump_json(indent=1))
-    for name, content in write_report(analysis, results.examples, history).items():
-        run.write(f"report/{name}", content)
+    analysis, features = analyse(config, load_transcoder(run), results.found, history, facts)
+    # All is computed before the first file is written, so that an older analysis stays whole for as long as can be.
+    files = {
+        "examples.parquet": results.found.examples.to_parquet(),
+        "features.parquet": to_parquet(features),
+        "analysis.json": analysis.model_dump_json(indent=1).encode(),
+    }
+    files |= {f"report/{name}": data for name, data in write_report(analysis, features, history).items()}
+    for name, data in files.items():
+        run.write(name, data)
     return analysis
 
 

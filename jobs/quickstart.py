@@ -71,7 +71,7 @@ def quickstart(preset: str, root: str, overrides: list[str]) -> None:
     submit_job(head, run_id, ["--preset", preset, "--output.root", root, "--output.run_id", run_id, *overrides])
     run = f"{root}/{run_id}"
     base = serve_run(head, run)
-    print_answer(ask(base, SENTENCE), json.loads(Path(run, "analysis.json").read_text()))
+    print_answer(ask(base, SENTENCE), top_tokens(run))
     print_usage(base, run)
 
 
@@ -164,11 +164,16 @@ def ask(base: str, text: str, top_k: int = 5) -> dict[str, Any]:
     return answer
 
 
-def print_answer(answer: dict[str, Any], analysis: dict[str, Any]) -> None:
+def top_tokens(run: str) -> dict[int, list[str]]:
+    """The tokens that each feature is strongest on, most frequent first."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(Path(run, "features.parquet"), columns=["feature", "top_tokens"]).to_pylist()
+    return {row["feature"]: [token["token"] for token in row["top_tokens"][:4]] for row in rows}
+
+
+def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]]) -> None:
     """Per token its strongest features; per feature the tokens it is strongest on."""
-    top_tokens = {
-        feature["feature"]: [token["token"] for token in feature["top_tokens"][:4]] for feature in analysis["features"]
-    }
     print(
         f'\nPOST /encode {{"inputs": "{SENTENCE}"}}\n\n{"token":>14}  strongest features (activation: its top tokens)'
     )

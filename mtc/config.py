@@ -233,8 +233,13 @@ class AnalysisConfig(_Part):
     """Tokens shown around an example's peak, half of them on each side."""
     min_activation: float = Field(default=0.1, ge=0)
     """Weaker activations are counted but do not become examples."""
+    coactivation_tokens: int = Field(default=131_072, ge=0)
+    """Held-out tokens on which it is looked at which features fire together: for parents, splitting and absorption in
+    the nested dictionary."""
     num_top_features: int = Field(default=20, ge=1)
     """Features listed in the report's tables."""
+    num_random_features: int = Field(default=5, ge=0)
+    """Features of each group that the report shows besides, drawn at random among those that fired."""
 
 
 class ClusterConfig(_Part):

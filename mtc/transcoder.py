@@ -131,12 +131,12 @@ class MatryoshkaTranscoder(nn.Module):
         A transcoder with a skip connection needs the raw `source` [tokens, d_source] too; raises ValueError without.
         """
         m = self._check_prefix(activations.shape[-1])
-        return (activations @ self.W_dec[:m] + self._base(source)) / self.target_scale
+        return (activations @ self.W_dec[:m] + self.base(source)) / self.target_scale
 
     def decode_prefixes(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
         """Raw reconstruction of every prefix: [tokens, features] -> [prefixes, tokens, d_target]; as `decode`."""
         parts = [(activations[:, a:b] @ self.W_dec[a:b]).float() for a, b in self.groups]
-        return (torch.stack(parts).cumsum(0) + self._base(source)) / self.target_scale
+        return (torch.stack(parts).cumsum(0) + self.base(source)) / self.target_scale
 
     def reconstruct(self, source: Tensor, prefix: int | None = None) -> Tensor:
         return self.decode(self.encode(source, prefix), source)
@@ -154,7 +154,7 @@ class MatryoshkaTranscoder(nn.Module):
             return x * torch.rsqrt(mean_square + RMS_EPS)
         return x * self.input_scale if self.shape.input_norm == "scalar" else x
 
-    def _base(self, source: Tensor | None) -> Tensor:
+    def base(self, source: Tensor | None) -> Tensor:
         """The part of a reconstruction that is no feature's, scaled: [d_target], with a skip [tokens, d_target]."""
         if self.W_skip is None:
             return self.b_dec

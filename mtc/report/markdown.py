@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from mtc.report import report_names
 from mtc.report.format import NOT_MEASURED, context, escape, number, numbers, percent, table, token
-from mtc.report.schema import Analysis, Distribution, Feature, RunFacts
+from mtc.report.schema import Analysis, Distribution, RunFacts, ShownFeature
 from mtc.timing import StreamTiming
 
-CONTEXTS = 3
 EVENTS = 50
 """Rows of the table of events; the JSON report has all of them."""
 
 
-def render_markdown(analysis: Analysis, examples: pa.Table) -> str:
+def render_markdown(analysis: Analysis) -> str:
     model = analysis.config.model
     _, _, overview, scatter = report_names(model.layer)
     parts = [
@@ -32,7 +26,7 @@ def render_markdown(analysis: Analysis, examples: pa.Table) -> str:
         _weights(analysis),
         _top_features(analysis),
         f"![Strongest activation against number of samples]({scatter})",
-        _features(analysis, examples),
+        _features(analysis),
         _insights(analysis),
         _recommendations(analysis),
         _files(analysis),
@@ -262,21 +256,21 @@ def _top_features(analysis: Analysis) -> str:
     return f"## 4. Top features by activation\n\n{body if rows else _none_fired(analysis)}"
 
 
-def _features(analysis: Analysis, examples: pa.Table) -> str:
+def _features(analysis: Analysis) -> str:
     parts = [
         "## 5. Feature analysis",
         "The features of section 4; the JSON file has all. Density is the share of the analysed held-out tokens on "
         "which a feature fires. Tokens are counted over the peaks of its samples; `␣` is a space, `⏎` a line break.",
     ]
-    shown = [analysis.features[f.feature] for f in analysis.top_features]
-    contexts = _contexts(examples, [f.feature for f in shown])
-    parts += [_feature(f, contexts.get(f.feature, [])) for f in shown]
+    shown = analysis.features
+    parts += [_feature(f) for f in shown]
     if not shown:
         parts.append(_none_fired(analysis))
     return "\n\n".join(parts)
 
 
-def _feature(f: Feature, rows: list[dict[str, Any]]) -> str:
+def _feature(shown: ShownFeature) -> str:
+    f = shown.figures
     figures = [
         number(f.max_activation), number(f.mean_activation), number(f.count), number(f.density), number(f.samples)
     ]  # fmt: skip
@@ -286,24 +280,10 @@ def _feature(f: Feature, rows: list[dict[str, Any]]) -> str:
         "Top tokens: " + (", ".join(f"{token(t.token)} ×{number(t.count)}" for t in f.top_tokens) or "no samples"),
     ]
     lines = [
-        f"{i}. {context(r['context_tokens'], r['peak_index'])} "
-        f"({number(r['activation'])}, document {escape(r['document_id'])})"
-        for i, r in enumerate(rows, 1)
+        f"{i}. {context(e.tokens, e.peak)} ({number(e.activation)}, document {escape(e.document_id)})"
+        for i, e in enumerate(shown.examples, 1)
     ]
     return "\n\n".join(parts + (["\n".join(lines)] if lines else []))
-
-
-def _contexts(examples: pa.Table, features: list[int]) -> dict[int, list[dict[str, Any]]]:
-    """The strongest examples of some features, strongest first."""
-    wanted = pc.and_(
-        pc.and_(pc.equal(examples["kind"], "top"), pc.less(examples["rank"], CONTEXTS)),
-        pc.is_in(examples["feature"], pa.array(features, pa.int32())),
-    )
-    columns = ["feature", "activation", "document_id", "context_tokens", "peak_index"]
-    found: dict[int, list[dict[str, Any]]] = {}
-    for row in examples.select(columns).filter(wanted).to_pylist():
-        found.setdefault(row["feature"], []).append(row)
-    return found
 
 
 def _none_fired(analysis: Analysis) -> str:

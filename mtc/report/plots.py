@@ -7,6 +7,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,7 +26,7 @@ _GREY = "#666666"
 _BINS = 40
 
 
-def overview(analysis: Analysis, history: list[dict[str, Any]]) -> bytes:
+def overview(analysis: Analysis, features: pa.Table, history: list[dict[str, Any]]) -> bytes:
     """Quality, training and features in a grid of 2 x 3, 1680 x 1008 pixels."""
     figure = Figure(figsize=(14, 8.4), dpi=DPI, layout=layout())
     axes = figure.subplots(2, 3)
@@ -35,38 +37,39 @@ def overview(analysis: Analysis, history: list[dict[str, Any]]) -> bytes:
     _prefix_fvu(axes[0, 0], analysis)
     _training_curves(axes[0, 1], analysis, history)
     _sparsity(axes[0, 2], analysis, history)
-    fired = [f for f in analysis.features if f.count]
-    groups = np.array([f.group for f in fired], np.int64)
+    fired = features.filter(pc.greater(features["count"], 0))
+    groups = fired["group"].to_numpy()
     n, s = len(analysis.weights.groups), analysis.summary
-    density = np.log10(np.array([f.density for f in fired]))
+    density = np.log10(fired["density"].to_numpy())
     _histogram(axes[1, 0], density, groups, n, f"Activation density; {number(s.silent_features)} silent left out")
     axes[1, 0].set_xlabel("log10 of the share of held-out tokens")
-    maximum = np.array([f.max_activation for f in fired])
+    maximum = fired["max_activation"].to_numpy()
     _histogram(axes[1, 1], maximum, groups, n, "Strongest activation of each feature that fired")
     axes[1, 1].set_xlabel("max activation (scaled units)")
-    samples = np.array([f.samples for f in fired])
+    samples = fired["samples"].to_numpy()
     limit = number(analysis.config.analysis.max_per_feature)
     _histogram(axes[1, 2], samples, groups, n, f"Samples of each feature that fired (at most {limit})")
     axes[1, 2].set_xlabel("samples")
     return png(figure)
 
 
-def activation_vs_samples(analysis: Analysis) -> bytes:
+def activation_vs_samples(analysis: Analysis, features: pa.Table) -> bytes:
     """Strongest activation against number of samples, a dot per feature that fired, 1400 x 960 pixels."""
     figure = Figure(figsize=(1400 / DPI, 8), dpi=DPI, layout=layout())
     axes = figure.subplots()
-    fired = [f for f in analysis.features if f.count]
+    fired = features.filter(pc.greater(features["count"], 0))
+    groups = fired["group"].to_numpy()
     colours = _colours(len(analysis.weights.groups))
     for g, colour in enumerate(colours):
-        size = sum(f.group == g for f in fired)
+        size = int((groups == g).sum())
         axes.scatter([], [], s=30, color=colour, linewidths=0, label=f"group {g} ({number(size)} features)")
-    if fired:
+    if len(groups):
         # Most features share the largest number of samples; in a mixed order no group hides the others.
-        fired = [fired[i] for i in np.random.default_rng(0).permutation(len(fired))]
-        strongest = [f.max_activation for f in fired]
-        of_group = [colours[f.group] for f in fired]
-        axes.scatter([f.samples for f in fired], strongest, s=18, alpha=0.6, c=of_group, linewidths=0)
-        if max(strongest) > 20 * min(strongest) > 0:
+        order = np.random.default_rng(0).permutation(len(groups))
+        strongest = fired["max_activation"].to_numpy()[order]
+        of_group = [colours[g] for g in groups[order]]
+        axes.scatter(fired["samples"].to_numpy()[order], strongest, s=18, alpha=0.6, c=of_group, linewidths=0)
+        if strongest.max() > 20 * strongest.min() > 0:
             axes.set_yscale("log")
         axes.legend(loc="best", fontsize=10)
         axes.xaxis.set_major_locator(_whole_numbers())
@@ -78,7 +81,7 @@ def activation_vs_samples(analysis: Analysis) -> bytes:
     axes.grid(alpha=0.25)
     s = analysis.summary
     figure.supxlabel(
-        f"{number(len(fired))} features that fired on {number(s.analysed_tokens)} held-out tokens. Not shown: "
+        f"{number(len(groups))} features that fired on {number(s.analysed_tokens)} held-out tokens. Not shown: "
         f"{number(s.silent_features)} silent features. Dead by the training counter: {number(s.dead_features)}.",
         fontsize=10, color=_GREY,
     )  # fmt: skip
