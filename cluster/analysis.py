@@ -40,6 +40,8 @@ class HeldOutResults(NamedTuple):
     """The figures."""
     dtype: str
     """Arithmetic that the language model ran in."""
+    machines: tuple[str, ...]
+    """What the model actors ran on."""
 
 
 def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str) -> list[HeldOutResults]:
@@ -71,11 +73,12 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     arguments: dict[str, Any] = {"config": config, "run_urls": run_urls, "store_url": store_url}
 
     passes = [HeldOutPass(config, transcoder, **about) for transcoder in transcoders]
-    dtype = ""
+    dtype, machines = "", set()
     rows = _feature_rows(store, config, units, document_of)
     for row in _results(map_on_model_actors(rows, FeatureActor, plan, **arguments, **about)):
         passes[row["at"]].merge(_arrays(row["found"]))
         dtype = row["dtype"]
+        machines.add(row["machine"])
 
     losses: list[list[dict[str, Any]]] = [[] for _ in passes]
     effects: list[list[dict[str, Any]]] = [[] for _ in passes]
@@ -86,7 +89,7 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
         for row in _results(map_on_model_actors(rows, WholeModelActor, plan, **arguments)):
             (effects if row["kind"] == "effects" else losses)[row["at"]].append(_arrays(row["found"]))
     return [
-        HeldOutResults(_findings(store, config, held, *whole), dtype)
+        HeldOutResults(_findings(store, config, held, *whole), dtype, tuple(sorted(machines)))
         for held, *whole in zip(passes, losses, effects, strict=True)
     ]
 
@@ -135,6 +138,7 @@ class _HeldOutActor:
         import torch
 
         from mtc.language_model import LanguageModel
+        from mtc.provenance import describe_machine
         from mtc.runs import load_transcoder
         from mtc.tokens import TokenStore
 
@@ -142,6 +146,7 @@ class _HeldOutActor:
         self.config = config
         self.store = TokenStore.open(store_url)
         self.model = LanguageModel(config.model, device, full=self.full_model)
+        self.machine = describe_machine()
         self.transcoders = [load_transcoder(RunDirectory(url), device) for url in run_urls]
 
 
@@ -168,7 +173,7 @@ class FeatureActor(_HeldOutActor):
                 held.add(ids, windows, pair, np.asarray(documents), row["sampled"])
         dtype = str(self.model.dtype).removeprefix("torch.")
         for at, held in enumerate(passes):
-            yield _found("sums", at, held.arrays()).append_column("dtype", pa.array([dtype]))
+            yield _found("sums", at, held.arrays(), dtype=dtype, machine=self.machine)
 
 
 class WholeModelActor(_HeldOutActor):
@@ -234,13 +239,14 @@ def _row(
     return pa.table(columns | {"sampled": [sampled], "first": [first], "end": [end]})
 
 
-def _found(kind: str, at: int, arrays: dict[str, Any]) -> pa.Table:
+def _found(kind: str, at: int, arrays: dict[str, Any], **more: str) -> pa.Table:
     """One row of results: arrays as a safetensors file, what they are, and which layer's."""
     import numpy as np
     from safetensors.numpy import save
 
     data = save({name: np.asarray(value, order="C") for name, value in arrays.items()})
-    return pa.table({"kind": [kind], "at": [at], "found": pa.array([data], pa.large_binary())})
+    columns = {"kind": [kind], "at": [at], "found": pa.array([data], pa.large_binary())}
+    return pa.table(columns | {name: [value] for name, value in more.items()})
 
 
 def _arrays(data: bytes) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mtc.provenance import git_revision
+
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".quickstart" / "head.json"
 SENTENCE = "The Congress of the United States shall have power to lay and collect taxes."
@@ -204,6 +206,8 @@ def _environment() -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
+    if revision := git_revision():
+        local["MTC_GIT_REVISION"] = revision  # jobs get a copy of the code without its repository
     local["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")

@@ -334,12 +334,13 @@ def _tree(transcoder: MatryoshkaTranscoder, nesting: nested.Nesting | None, feat
         num_absorptions=len(nesting.absorptions),
         tested_pairs=nesting.tested_pairs,
         limits={
-            "parent cosine at least": nested.MIN_COSINE,
+            "cosine above": nesting.min_cosine,
             "parent excess at least": nested.MIN_EXCESS,
             "sampled firings at least": nested.MIN_FIRED,
             "split coverage at least": nested.SPLIT_COVERAGE,
             "split overlap at most": nested.SPLIT_OVERLAP,
             "absorbed share at least": nested.ABSORBED_RATE,
+            "absorber's part of the reach at least": nested.ABSORBER_SHARE,
         },
     )
 

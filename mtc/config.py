@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource
 
 LR_AT_1152 = 6e-3
@@ -374,10 +374,7 @@ def parse_command_line(argv: Sequence[str], description: str) -> tuple[RunConfig
     start.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(preset_names())}")
     start.add_argument("--config", metavar="FILE", help="a YAML file with the same fields as a preset")
     parser.add_argument("--print-config", action="store_true", help="show the resulting configuration and exit")
-    settings = type("Settings", (BaseSettings, RunConfig), {"model_config": {"extra": "forbid"}})
-    source: CliSettingsSource[Any] = CliSettingsSource(settings, root_parser=parser)
-    arguments = parser.parse_args(list(argv))
-    overrides = source(parsed_args=arguments)()
+    arguments, overrides = parse_overrides(parser, argv, tuple(RunConfig.model_fields))
     if arguments.preset:
         return load_preset(arguments.preset, overrides), arguments
     base: dict[str, Any] = {}
@@ -389,6 +386,22 @@ def parse_command_line(argv: Sequence[str], description: str) -> tuple[RunConfig
         if not isinstance(base, dict):
             raise ConfigError(f"--config {arguments.config}: the top level must be a mapping")
     return make_config(base, overrides), arguments
+
+
+def parse_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str], parts: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parse `parser`'s own options and one option per field of some parts of RunConfig.
+
+    Returns the parsed arguments, and what was given of the fields as nested values, not validated. Exits for `--help`.
+    """
+    fields: dict[str, Any] = {
+        name: (RunConfig.model_fields[name].annotation, RunConfig.model_fields[name]) for name in parts
+    }
+    settings = create_model("Settings", __base__=BaseSettings, **fields)
+    source: CliSettingsSource[Any] = CliSettingsSource(settings, root_parser=parser)
+    arguments = parser.parse_args(list(argv))
+    return arguments, source(parsed_args=arguments)()
 
 
 def to_yaml(config: RunConfig) -> str:

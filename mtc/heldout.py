@@ -94,7 +94,8 @@ class HeldOutPass:
         device = self.transcoder.W_dec.device
         source, target = pair.source.to(device), pair.target.to(device)
         chosen = windows.trainable.nonzero().squeeze(1)
-        finite = (source.isfinite().all(1) & target.isfinite().all(1)).nonzero().squeeze(1)
+        largest = torch.stack([source.abs().amax(1), target.abs().amax(1)])  # not a number if one is not
+        finite = largest.isfinite().all(0).nonzero().squeeze(1)
         if len(finite) < len(source):
             source, target, chosen = source[finite], target[finite], chosen[finite.cpu()]
         window = np.repeat(np.arange(len(windows.lengths)), windows.lengths)[chosen.numpy()]
@@ -141,6 +142,7 @@ class HeldOutPass:
             tokens=len(source),
             token=keys[token.cpu().numpy()],
             feature=feature.int().cpu().numpy(),
+            activation=activations[token, feature].half().cpu().numpy(),
             projection=projections[token, feature].half().cpu().numpy(),
             candidate_projection=projections[token[:, None], candidates].half().cpu().numpy(),
             candidate_fired=(activations[token[:, None], candidates] > 0).cpu().numpy(),

@@ -8,7 +8,8 @@ the weights and from which features fire together on held-out tokens:
 - *Splitting.* A parent whose children together fire on most of its tokens, hardly ever two at a time.
 - *Absorption* (after Chanin et al. 2024, arXiv:2409.14507, where a probe tells what the parent stands for; here its own
   direction does). On a token where c fires, p *should* fire if the target, less b_dec, reaches at least as far along
-  W_dec[p] as it does in the median over the tokens where p fires. It is absorbed if p is silent all the same.
+  W_dec[p] as it does in the median over the tokens where p fires. It is absorbed if p is silent all the same, and c's
+  own part of that reach, a_c W_dec[c] . W_dec[p] / ||W_dec[p]||, is at least ABSORBER_SHARE of it.
 
 All of these are candidates to look at, not proofs.
 """
@@ -21,25 +22,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
+from scipy import sparse, stats
 
 from mtc.transcoder import MatryoshkaTranscoder
 
 Array = NDArray[Any]
 PARENT_CANDIDATES = 4
 """Earlier features, the nearest by decoder cosine, for which absorption is looked at."""
-MIN_COSINE = 0.1
-"""A parent's decoder is at least so near to its child's."""
 MIN_EXCESS = 0.1
-"""And it fires at least so much more often with the child than without regard to it."""
+"""A parent fires at least so much more often with the child than without regard to it."""
 MIN_FIRED = 10
 """Tokens on which a feature must fire in the sample before anything is said about it."""
 SPLIT_COVERAGE = 0.5
 """Share of a split feature's tokens on which at least one child fires."""
 SPLIT_OVERLAP = 0.1
 """Largest share of these on which two or more do."""
+ABSORBER_SHARE = 0.4
+"""Share of the reach along the parent's direction that is the child's own where it absorbs; the paper's limit."""
 ABSORBED_RATE = 0.5
-"""Share of the tokens on which a parent should fire that makes it an absorption candidate where it is silent."""
+"""Share of the tokens where the child fires and the parent should that makes a pair a candidate if absorbed."""
 _CHUNK = 1 << 25  # entries of dense [children, earlier features] held at a time
 
 
@@ -52,6 +53,8 @@ class CoactivationSample(NamedTuple):
     """[entries] int64, window id * 2^20 + position."""
     feature: Array
     """[entries] int32."""
+    activation: Array
+    """[entries] float16."""
     projection: Array
     """[entries] float16: (y - base) . W_dec[feature] / ||W_dec[feature]||, y the scaled target, base what is no
     feature's."""
@@ -63,7 +66,7 @@ class CoactivationSample(NamedTuple):
     @classmethod
     def empty(cls, candidates: int) -> CoactivationSample:
         return cls(
-            0, np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float16),
+            0, np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float16), np.empty(0, np.float16),
             np.empty((0, candidates), np.float16), np.empty((0, candidates), bool),
         )  # fmt: skip
 
@@ -114,7 +117,7 @@ class Absorption(NamedTuple):
     expected: int
     """Sampled tokens on which the child fires and the parent should."""
     absorbed: int
-    """Of these, tokens on which the parent is silent."""
+    """Of these, tokens on which the parent is silent and the child makes up ABSORBER_SHARE of the reach."""
 
 
 class Nesting(NamedTuple):
@@ -127,6 +130,8 @@ class Nesting(NamedTuple):
     """Features that meet both limits, those with most tokens first."""
     absorptions: list[Absorption]
     """Pairs that meet the limits, those with most absorbed tokens first."""
+    min_cosine: float
+    """What the decoders of a pair must exceed to be called near; see `chance_cosine`."""
     tested_pairs: int
     """Pairs for which absorption could be looked at: expected on at least MIN_FIRED tokens."""
 
@@ -157,12 +162,21 @@ def analyse_nesting(transcoder: MatryoshkaTranscoder, sample: CoactivationSample
     fired = sparse.csc_matrix((np.ones(len(row), np.float32), (row, sample.feature)), shape=shape)
     parents = _parents(transcoder, fired)
     absorptions, tested = _absorptions(transcoder, sample, candidates)
-    return Nesting(int(sample.tokens), parents, _splits(parents, fired), absorptions, tested)
+    near = chance_cosine(transcoder.num_features, transcoder.shape.d_target)
+    return Nesting(int(sample.tokens), parents, _splits(parents, fired), absorptions, near, tested)
+
+
+def chance_cosine(count: int, width: int) -> float:
+    """The median of the largest cosine that a direction has with `count` random ones of `width` dimensions, 2 or more:
+    what lies below says nothing. The square of a random cosine has a Beta(1/2, (width - 1)/2) distribution."""
+    tail = 1 - 0.5 ** (1 / count)
+    return float(stats.beta.isf(min(1.0, 2 * tail), 0.5, (width - 1) / 2) ** 0.5)
 
 
 @torch.no_grad()
 def _parents(transcoder: MatryoshkaTranscoder, fired: sparse.csc_matrix) -> Parents:
     features = transcoder.num_features
+    min_cosine = chance_cosine(features, transcoder.shape.d_target)
     unit = _unit(transcoder).cpu().numpy()
     count = np.diff(fired.indptr).astype(np.int64)
     rate = count / fired.shape[0]
@@ -176,7 +190,7 @@ def _parents(transcoder: MatryoshkaTranscoder, fired: sparse.csc_matrix) -> Pare
             near = (unit[a:b] @ unit[:first].T).astype(np.float64)
             together = (fired[:, a:b].T @ earlier).toarray() / np.maximum(count[a:b, None], 1)
             excess = (together - rate[:first]) / np.maximum(1 - rate[:first], 1e-12)
-            allowed = (near >= MIN_COSINE) & (excess >= MIN_EXCESS) & (count[a:b, None] >= MIN_FIRED)
+            allowed = (near > min_cosine) & (excess >= MIN_EXCESS) & (count[a:b, None] >= MIN_FIRED)
             score = np.where(allowed, near * excess, -1)
             best = score.argmax(1)
             at = np.flatnonzero(score[np.arange(b - a), best] > 0)
@@ -217,16 +231,21 @@ def _absorptions(
     pair = sample.feature[:, None] * candidates.shape[1] + np.arange(candidates.shape[1])
     size = candidates.size
     wanted = np.bincount(pair[expected], minlength=size)
-    absorbed = np.bincount(pair[expected & ~sample.candidate_fired], minlength=size)
+    unit, length = _unit(transcoder).cpu(), transcoder.W_dec.detach().norm(dim=1).cpu().numpy()
+    # [features, candidates]; -1 stands for no candidate, and takes no part below.
+    cosines = np.stack([(unit * unit[column]).sum(1).numpy() for column in candidates.T], 1)
+    own = (sample.activation.astype(np.float32) * length[sample.feature])[:, None] * cosines[sample.feature]
+    taken = own >= ABSORBER_SHARE * sample.candidate_projection.astype(np.float32)
+    absorbed = np.bincount(pair[expected & ~sample.candidate_fired & taken], minlength=size)
     tested = wanted >= MIN_FIRED
     chosen = np.flatnonzero(tested & (absorbed >= ABSORBED_RATE * wanted))
-    unit = _unit(transcoder).cpu()
     child, parent = chosen // candidates.shape[1], candidates.ravel()[chosen]
-    cosine = (unit[child] * unit[parent]).sum(1).tolist()
+    cosine = cosines.ravel()[chosen].tolist()
+    min_cosine = chance_cosine(transcoder.num_features, transcoder.shape.d_target)
     found = [
         Absorption(int(p), int(c), near, int(wanted[i]), int(absorbed[i]))
         for p, c, near, i in zip(parent, child, cosine, chosen, strict=True)
-        if near >= MIN_COSINE
+        if near > min_cosine
     ]
     return sorted(found, key=lambda x: (-x.absorbed, x.parent, x.child)), int(tested.sum())
 

@@ -29,7 +29,7 @@ import posixpath
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -158,10 +158,16 @@ class RunDirectory:
             )
         return Manifest.model_validate(raw)
 
-    def verify(self) -> Manifest:
-        """Check every file's size and sha256 against the manifest; raises RunError that names the damaged file."""
+    def verify(self, names: Sequence[str] | None = None) -> Manifest:
+        """Check the size and sha256 of all files, or of some, against the manifest.
+
+        Raises RunError that names the file which is damaged or not in the manifest.
+        """
         manifest = self.manifest()
-        for name, entry in manifest.files.items():
+        for name in manifest.files if names is None else names:
+            if name not in manifest.files:
+                raise RunError(f"{self.url}: {MANIFEST} names no {name}")
+            entry = manifest.files[name]
             data = self.read(name)
             if len(data) != entry.bytes:
                 raise RunError(f"{self.url}: {name} has {len(data)} bytes, the manifest says {entry.bytes}")

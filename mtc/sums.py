@@ -109,31 +109,43 @@ class TokenErrors(NamedTuple):
 
     @classmethod
     def of(cls, reconstructions: Tensor, target: Tensor, active: Tensor) -> TokenErrors:
-        """Of reconstructions [prefixes, tokens, d_target] and target [tokens, d_target], both raw."""
-        y = target.double()
-        length = y.norm(dim=1)
+        """Of reconstructions [prefixes, tokens, d_target] and target [tokens, d_target], both raw.
+
+        Products are float32, sums float64.
+        """
+        y = target.float()
+        length = _squares(y).sqrt()
         errors, cosines = [], []
-        for part in reconstructions:  # one at a time: float64 takes room
-            y_m = part.double()
-            errors.append((y_m - y).square().sum(1))
-            cosines.append((y_m * y).sum(1) / (length * y_m.norm(dim=1)).clamp(min=1e-300))
-        return cls(torch.stack(errors, 1), y, torch.stack(cosines, 1), active.double())
+        for y_m in reconstructions.float():
+            errors.append(_squares(y_m - y))
+            inner = (y_m * y).sum(1, dtype=torch.float64)
+            cosines.append(inner / (length * _squares(y_m).sqrt()).clamp(min=1e-300))
+        return cls(torch.stack(errors, 1), y.double(), torch.stack(cosines, 1), active.double())
 
     def sums(self, labels: Tensor, num_labels: int) -> TokenSums:
         """Summed over the tokens of each label; `labels` is [tokens] int64."""
+        present, which = labels.unique(return_inverse=True)
+        of_label = torch.nn.functional.one_hot(which, len(present)).T.double()  # few: a product beats index_add
+        rows = present.cpu().numpy()
 
         def by_label(values: Tensor) -> Array:
-            sums = torch.zeros(num_labels, *values.shape[1:], dtype=torch.float64, device=values.device)
-            return sums.index_add_(0, labels, values).cpu().numpy()
+            sums = np.zeros((num_labels, *values.shape[1:]))
+            sums[rows] = (of_label @ values).cpu().numpy()
+            return sums
 
         return TokenSums(
             tokens=by_label(torch.ones_like(self.errors[:, 0])),
             errors=by_label(self.errors),
             target=by_label(self.target),
-            target_square=by_label(self.target.square().sum(1)),
+            target_square=by_label(_squares(self.target)),
             cosine=by_label(self.cosine),
             active=by_label(self.active),
         )
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """[rows] float64, squared lengths of [rows, d]."""
+    return rows.square().sum(1, dtype=torch.float64)
 
 
 class LossSums(NamedTuple):
