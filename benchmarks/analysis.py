@@ -60,14 +60,15 @@ class CaptureOnlyActor(FeatureActor):
         yield pa.table({"done": [1]})
 
 
-def make_config(root: str, groups: tuple[int, ...], tokens: int, **analysis: Any) -> RunConfig:
+def make_config(root: str, groups: tuple[int, ...], tokens: int) -> RunConfig:
     return load_preset(
         "smollm2-135m",
         {
             "data": {"heldout_fraction": 0.6, "num_tokens": 8192, "unit_tokens": 4096},
             "optimizer": {"warmup_steps": 1},
             "transcoder": {"group_sizes": list(groups), "k": K, "calibration_tokens": 4096},
-            "analysis": {"num_tokens": tokens, "loss_tokens": 2048} | analysis,
+            # As many of the tokens are sampled for co-activations as of a million by default.
+            "analysis": {"num_tokens": tokens, "loss_tokens": 2048, "coactivation_tokens": int(tokens * 0.131072)},
             "output": {"root": root, "run_id": "run"},
         },
     )

@@ -18,9 +18,10 @@ from torch import Tensor
 from mtc.bootstrap import MAX_BLOCKS
 from mtc.config import RunConfig
 from mtc.examples import ExampleCollector
+from mtc.kernels import entry_dots
 from mtc.nesting import CoactivationSample, parent_candidates
 from mtc.sums import MAX_ENTRIES, Array, SparseActivations, TokenErrors, TokenSums
-from mtc.transcoder import MatryoshkaTranscoder
+from mtc.transcoder import Codes, MatryoshkaTranscoder
 
 if TYPE_CHECKING:
     from mtc.language_model import SitePair
@@ -107,20 +108,19 @@ class HeldOutPass:
         for start in range(0, len(source), step):
             some = slice(start, start + step)
             labels = [part[some].to(device) for part in (block % self._num_blocks, position, token)]
-            activations = self._add_part(source[some], target[some], *labels)
-            sparse = _sparse(activations, start, finite)
-            parts.append(sparse)
+            codes = self._add_part(source[some], target[some], *labels)
+            parts.append(_by_feature(codes, start, finite))
             if sampled:
                 keys = window_ids[window[some]] * (1 << 20) + windows.position_ids[chosen[some]].numpy()
-                self.sample += self._sample(source[some], target[some], activations, keys)
+                self.sample += self._sample(source[some], target[some], codes, keys)
         self.examples.add(window_ids, windows, _in_order(parts))
 
-    def _add_part(self, source: Tensor, target: Tensor, block: Tensor, position: Tensor, token: Tensor) -> Tensor:
-        """Sums of a few tokens; returns their activations [tokens, features]."""
-        activations = self.transcoder.encode(source)
-        groups = [(activations[:, a:b] > 0).sum(1) for a, b in self.transcoder.groups]
-        active = torch.stack(groups, 1).cumsum(1)
-        found = TokenErrors.of(self.transcoder.decode_prefixes(activations, source), target, active)
+    def _add_part(self, source: Tensor, target: Tensor, block: Tensor, position: Tensor, token: Tensor) -> Codes:
+        """Sums of a few tokens; returns their feature activations."""
+        codes = self.transcoder.encode_sparse(source)
+        ends = [codes.feature < prefix for prefix in self.prefixes]
+        active = torch.stack([torch.bincount(codes.token[inside], minlength=codes.tokens) for inside in ends], 1)
+        found = TokenErrors.of(self.transcoder.decode_codes(codes, source), target, active)
         self.blocks += found.sums(block, self._num_blocks)
         self.positions += found.sums(position, POSITION_BINS)
         self.frequencies += found.sums(self._decade[token], FREQUENCY_BINS)
@@ -129,23 +129,27 @@ class HeldOutPass:
         ids, which = np.unique(token.cpu().numpy(), return_inverse=True)
         for column in range(errors.shape[1]):
             self.token_errors[ids, column] += np.bincount(which, weights=errors[:, column])
-        return activations
+        return codes
 
-    def _sample(self, source: Tensor, target: Tensor, activations: Tensor, keys: Array) -> CoactivationSample:
+    def _sample(self, source: Tensor, target: Tensor, codes: Codes, keys: Array) -> CoactivationSample:
         transcoder = self.transcoder
         residual = target.float() * transcoder.target_scale - transcoder.base(source)
         unit = transcoder.W_dec / transcoder.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        projections = residual @ unit.T  # [tokens, features]
-        token, feature = activations.nonzero(as_tuple=True)
-        candidates = torch.from_numpy(self.candidates).to(token.device)[feature].clamp(min=0)
+        candidates = torch.from_numpy(self.candidates).to(residual.device)[codes.feature].clamp(min=0)
+
+        def reach(feature: Tensor) -> Array:
+            return entry_dots(residual, codes.token, unit, feature).half().cpu().numpy()
+
+        fires = torch.zeros(codes.tokens, transcoder.num_features, dtype=torch.bool, device=residual.device)
+        fires[codes.token, codes.feature] = True
         return CoactivationSample(
-            tokens=len(source),
-            token=keys[token.cpu().numpy()],
-            feature=feature.int().cpu().numpy(),
-            activation=activations[token, feature].half().cpu().numpy(),
-            projection=projections[token, feature].half().cpu().numpy(),
-            candidate_projection=projections[token[:, None], candidates].half().cpu().numpy(),
-            candidate_fired=(activations[token[:, None], candidates] > 0).cpu().numpy(),
+            tokens=codes.tokens,
+            token=keys[codes.token.cpu().numpy()],
+            feature=codes.feature.int().cpu().numpy(),
+            activation=codes.value.half().cpu().numpy(),
+            projection=reach(codes.feature),
+            candidate_projection=np.stack([reach(column.contiguous()) for column in candidates.T], 1),
+            candidate_fired=fires[codes.token[:, None], candidates].cpu().numpy(),
         )
 
     def arrays(self) -> dict[str, Array]:
@@ -187,10 +191,11 @@ def _bits(positions: Tensor) -> Tensor:
     return torch.frexp(positions.double()).exponent.long().clamp(min=0, max=POSITION_BINS - 1)
 
 
-def _sparse(activations: Tensor, start: int, finite: Tensor) -> SparseActivations:
-    feature, token = activations.T.nonzero(as_tuple=True)
-    value = activations[token, feature]
-    return SparseActivations(feature.cpu().numpy(), finite[token + start].cpu().numpy(), value.float().cpu().numpy())
+def _by_feature(codes: Codes, start: int, finite: Tensor) -> SparseActivations:
+    """Codes of the tokens from `start` on among those that are `finite`, ordered by feature."""
+    feature, token = codes.feature.cpu().numpy(), finite[codes.token + start].cpu().numpy()
+    order = np.argsort(feature, kind="stable")
+    return SparseActivations(feature[order], token[order], codes.value.cpu().numpy()[order])
 
 
 def _in_order(parts: list[SparseActivations]) -> SparseActivations:
