@@ -150,6 +150,7 @@ class MatryoshkaTranscoder(nn.Module):
         parts = [(activations[:, a:b] @ self.W_dec[a:b]).float() for a, b in self.groups]
         return (torch.stack(parts).cumsum(0) + self.base(source)) / self.target_scale
 
+    @torch.no_grad()
     def encode_sparse(self, source: Tensor) -> Codes:
         """What is not zero in `encode(source)`; raises ValueError if the threshold was never calibrated."""
         self._check_calibrated()
@@ -157,6 +158,7 @@ class MatryoshkaTranscoder(nn.Module):
         token, feature = (z > self.threshold.clamp(min=0)).nonzero(as_tuple=True)
         return Codes(len(source), token, feature, z[token, feature])
 
+    @torch.no_grad()
     def decode_codes(self, codes: Codes, source: Tensor | None = None) -> Tensor:
         """Raw reconstruction of every prefix, [prefixes, tokens, d_target]; as `decode_prefixes`, but only active
         features cost anything."""
@@ -165,7 +167,7 @@ class MatryoshkaTranscoder(nn.Module):
         bag = codes.token * groups + torch.bucketize(codes.feature, ends, right=True)
         counts = torch.bincount(bag, minlength=codes.tokens * groups)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        parts = bag_sums(self.W_dec, codes.feature, codes.value, offsets).view(codes.tokens, groups, -1)
+        parts = bag_sums(self.W_dec, codes.feature, codes.value, offsets).view(codes.tokens, groups, self.shape.d_target)
         return (parts.transpose(0, 1).cumsum(0) + self.base(source)) / self.target_scale
 
     def reconstruct(self, source: Tensor, prefix: int | None = None) -> Tensor:
