@@ -130,9 +130,8 @@ def compare_passes(tokens: int, rounds: int) -> dict[str, Any]:
         def time_pass(actor: type) -> float:
             first = end = 0.0
             found = HeldOutPass(config, load_transcoder(run), **about)
-            dataset = map_on_model_actors(
-                work, actor, plan, config=config, run_urls=[run.url], store_url=store_url, **about
-            )
+            arguments = about | {"config": config, "run_urls": [run.url], "store_url": store_url}
+            dataset = map_on_model_actors(work, actor, plan, **arguments, candidates=[found.candidates])
             for row in _results(dataset):
                 if "found" in row:
                     found.merge(_arrays(row["found"]))

@@ -75,6 +75,7 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     passes = [HeldOutPass(config, transcoder, **about) for transcoder in transcoders]
     dtype, machines = "", set()
     rows = _feature_rows(store, config, units, document_of)
+    about |= {"candidates": [held.candidates for held in passes]}
     for row in _results(map_on_model_actors(rows, FeatureActor, plan, **arguments, **about)):
         passes[row["at"]].merge(_arrays(row["found"]))
         dtype = row["dtype"]
@@ -153,9 +154,10 @@ class _HeldOutActor:
 class FeatureActor(_HeldOutActor):
     """Several units -> for each layer one row with all that a HeldOutPass finds in them."""
 
-    def __init__(self, occurrences: np.ndarray, num_documents: int, **arguments: Any):
+    def __init__(self, occurrences: np.ndarray, num_documents: int, candidates: list[np.ndarray], **arguments: Any):
         super().__init__(**arguments)
-        self.about: dict[str, Any] = {"occurrences": occurrences, "num_documents": num_documents}
+        self.about = (occurrences, num_documents)
+        self.candidates = candidates
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         import numpy as np
@@ -163,7 +165,10 @@ class FeatureActor(_HeldOutActor):
         from mtc.heldout import HeldOutPass
         from mtc.work import pack_windows
 
-        passes = [HeldOutPass(self.config, transcoder, **self.about) for transcoder in self.transcoders]
+        passes = [
+            HeldOutPass(self.config, transcoder, *self.about, candidates)
+            for transcoder, candidates in zip(self.transcoders, self.candidates, strict=True)
+        ]
         (row,) = batch.to_pylist()
         for unit, documents in zip(row["units"], row["documents"], strict=True):
             ids = np.asarray(unit)

@@ -35,11 +35,18 @@ class HeldOutPass:
     """Sums of the windows that were added; two passes merge into the pass over both.
 
     `occurrences` [vocabulary] int64 tells how often each token id occurs in all of the text, and `num_documents` how
-    many documents that is. Everything but float64 sums is the same whatever the order of windows and merges;
+    many documents that is; `candidates` is `parent_candidates(transcoder)`, computed here if it is not given. Everything but float64 sums is the same whatever the order of windows and merges;
     those are, to the last bit, if the order is.
     """
 
-    def __init__(self, config: RunConfig, transcoder: MatryoshkaTranscoder, occurrences: Array, num_documents: int = 1):
+    def __init__(
+        self,
+        config: RunConfig,
+        transcoder: MatryoshkaTranscoder,
+        occurrences: Array,
+        num_documents: int = 1,
+        candidates: Array | None = None,
+    ):
         settings, shape = config.analysis, transcoder.shape
         self.transcoder = transcoder
         self.prefixes = transcoder.prefixes
@@ -72,7 +79,7 @@ class HeldOutPass:
             settings.context_tokens,
             settings.min_activation,
         )
-        self.candidates = parent_candidates(transcoder)
+        self.candidates = parent_candidates(transcoder) if candidates is None else candidates
         """[features, PARENT_CANDIDATES] int64: where absorption is looked for."""
         self.sample = CoactivationSample.empty(self.candidates.shape[1])
         """Which features fired together on some of the tokens."""

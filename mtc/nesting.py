@@ -41,7 +41,7 @@ ABSORBER_SHARE = 0.4
 """Share of the reach along the parent's direction that is the child's own where it absorbs; the paper's limit."""
 ABSORBED_RATE = 0.5
 """Share of the tokens where the child fires and the parent should that makes a pair a candidate if absorbed."""
-_CHUNK = 1 << 25  # entries of dense [children, earlier features] held at a time
+_CHUNK = 1 << 22  # entries of dense [children, earlier features] held at a time
 
 
 class CoactivationSample(NamedTuple):

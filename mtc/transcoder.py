@@ -167,7 +167,9 @@ class MatryoshkaTranscoder(nn.Module):
         bag = codes.token * groups + torch.bucketize(codes.feature, ends, right=True)
         counts = torch.bincount(bag, minlength=codes.tokens * groups)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        parts = bag_sums(self.W_dec, codes.feature, codes.value, offsets).view(codes.tokens, groups, self.shape.d_target)
+        parts = bag_sums(self.W_dec, codes.feature, codes.value, offsets).view(
+            codes.tokens, groups, self.shape.d_target
+        )
         return (parts.transpose(0, 1).cumsum(0) + self.base(source)) / self.target_scale
 
     def reconstruct(self, source: Tensor, prefix: int | None = None) -> Tensor:
