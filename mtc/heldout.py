@@ -35,8 +35,9 @@ class HeldOutPass:
     """Sums of the windows that were added; two passes merge into the pass over both.
 
     `occurrences` [vocabulary] int64 tells how often each token id occurs in all of the text, and `num_documents` how
-    many documents that is; `candidates` is `parent_candidates(transcoder)`, computed here if it is not given. Everything but float64 sums is the same whatever the order of windows and merges;
-    those are, to the last bit, if the order is.
+    many documents that is; `candidates` is `parent_candidates(transcoder)`, computed here if it is not given.
+    Everything but float64 sums is the same whatever the order of windows and merges; those are, to the last bit, if the
+    order is.
     """
 
     def __init__(
