@@ -359,10 +359,13 @@ def make_config(*layers: dict[str, Any]) -> RunConfig:
         raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
 
 
-def parse_command_line(argv: Sequence[str], description: str) -> tuple[RunConfig, argparse.Namespace]:
+def parse_command_line(
+    argv: Sequence[str], description: str, known: dict[str, Any] | None = None
+) -> tuple[RunConfig, argparse.Namespace]:
     """Read `--preset`, `--config`, `--print-config` and one option per field.
 
-    Returns the validated configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
+    `known` are nested values that the preset or the file cannot change but an option can. Returns the validated
+    configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
     """
     parser = argparse.ArgumentParser(description=description)
     start = parser.add_mutually_exclusive_group()
@@ -372,7 +375,7 @@ def parse_command_line(argv: Sequence[str], description: str) -> tuple[RunConfig
     settings = type("Settings", (BaseSettings, RunConfig), {"model_config": {"extra": "forbid"}})
     source: CliSettingsSource[Any] = CliSettingsSource(settings, root_parser=parser)
     arguments = parser.parse_args(list(argv))
-    overrides = source(parsed_args=arguments)()
+    overrides = _merge(known or {}, source(parsed_args=arguments)())
     if arguments.preset:
         return load_preset(arguments.preset, overrides), arguments
     base: dict[str, Any] = {}
