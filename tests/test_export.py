@@ -187,6 +187,7 @@ def test_gemma_scope_npz_is_the_same_function(tmp_path: Path, norm: str) -> None
 
 
 def test_thresholds_of_their_own_are_exported(tmp_path: Path) -> None:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_relu_transcoder
     from sae_lens import SAE
 
     run = make_run(tmp_path, "none")
@@ -196,9 +197,12 @@ def test_thresholds_of_their_own_are_exported(tmp_path: Path) -> None:
     run.publish()
     x = torch.from_numpy(sources())
     z = torch.relu(x @ transcoder.W_enc.T + transcoder.b_enc).detach()
-    expected = z * (z > torch.linspace(-1, 2, F))[:]
+    expected = z * (z > torch.linspace(-1, 2, F))
+    file, cpu = str(export(run, "circuit-tracer") / "layer_1.safetensors"), torch.device("cpu")
+    traced = load_relu_transcoder(file, 1, device=cpu, lazy_encoder=False, lazy_decoder=False)
     with torch.no_grad():
         torch.testing.assert_close(SAE.load_from_disk(export(run, "saelens")).encode(x), expected, **CLOSE)
+        torch.testing.assert_close(traced.encode(x), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "llama", "gpt2"])
