@@ -107,6 +107,7 @@ def test_saelens_loads_the_same_function(tmp_path: Path, norm: str, skip: bool, 
     reads_normalised = norm == "rms" and skip
     hook = "blocks.1.ln2.hook_normalized" if reads_normalised else "blocks.1.hook_resid_mid"
     assert (sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out) == (hook, "blocks.1.hook_mlp_out")
+    assert sae.cfg.normalize_activations == ("constant_norm_rescale" if norm == "rms" and not skip else "none")
     assert sae.cfg.metadata.mtc["group_sizes"] == ([16] if prefix else list(GROUPS))
     x = sources()
     fed = torch.from_numpy(normalised(x) if reads_normalised else x)
