@@ -364,10 +364,13 @@ def make_config(*layers: dict[str, Any]) -> RunConfig:
         raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
 
 
-def parse_command_line(argv: Sequence[str], description: str) -> tuple[RunConfig, argparse.Namespace]:
+def parse_command_line(
+    argv: Sequence[str], description: str, known: dict[str, Any] | None = None
+) -> tuple[RunConfig, argparse.Namespace]:
     """Read `--preset`, `--config`, `--print-config` and one option per field.
 
-    Returns the validated configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
+    `known` are nested values that the preset or the file cannot change but an option can. Returns the validated
+    configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
     """
     parser = argparse.ArgumentParser(description=description)
     start = parser.add_mutually_exclusive_group()
@@ -375,6 +378,7 @@ def parse_command_line(argv: Sequence[str], description: str) -> tuple[RunConfig
     start.add_argument("--config", metavar="FILE", help="a YAML file with the same fields as a preset")
     parser.add_argument("--print-config", action="store_true", help="show the resulting configuration and exit")
     arguments, overrides = parse_overrides(parser, argv, tuple(RunConfig.model_fields))
+    overrides = _merge(known or {}, overrides)
     if arguments.preset:
         return load_preset(arguments.preset, overrides), arguments
     base: dict[str, Any] = {}

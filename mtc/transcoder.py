@@ -85,7 +85,8 @@ class MatryoshkaTranscoder(nn.Module):
     with `shape.skip` W_skip [d_target, d_source] (Paulo et al. 2025, arXiv:2501.18823).
 
     Buffers: `input_scale` and `target_scale` (scalars that multiply sources and targets), `threshold` (scalar, NaN
-    until calibrated) and `tokens_since_fired` [features], int64.
+    until calibrated; [features] in dictionaries that were imported with one for each) and `tokens_since_fired`
+    [features], int64.
     """
 
     input_scale: Tensor
@@ -135,7 +136,7 @@ class MatryoshkaTranscoder(nn.Module):
         """
         self._check_calibrated()
         z = self.pre_activations(source, self._check_prefix(prefix))
-        return z * (z > self.threshold)
+        return z * (z > (self.threshold[:prefix] if self.threshold.dim() else self.threshold))
 
     def decode(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
         """Raw reconstruction from activations of all features or of one prefix: [tokens, m] -> [tokens, d_target].
@@ -237,7 +238,7 @@ class MatryoshkaTranscoder(nn.Module):
         self.b_enc.copy_(-(self.W_enc @ mean))
 
     def _check_calibrated(self) -> None:
-        if bool(self.threshold.isnan()):
+        if bool(self.threshold.isnan().any()):
             raise ValueError("the transcoder's threshold is not calibrated; train it, or set it, before encoding")
 
     def _check_prefix(self, prefix: int | None) -> int:
@@ -269,7 +270,10 @@ class MatryoshkaTranscoder(nn.Module):
                     )
                 shape = json.loads(metadata["shape"])
                 transcoder = cls(TranscoderShape(**shape | {"group_sizes": tuple(shape["group_sizes"])}))
-                transcoder.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if "threshold" in tensors and tensors["threshold"].shape == (transcoder.num_features,):
+                    transcoder.threshold = torch.empty(transcoder.num_features)
+                transcoder.load_state_dict(tensors)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
         return transcoder.to(device)

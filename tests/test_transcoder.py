@@ -174,3 +174,24 @@ def test_sparse_codes_are_the_dense_activations(input_norm, skip):
     assert t.decode_codes(none, x[:0]).shape == (3, 0, D_TARGET)
     t.threshold.fill_(1e9)
     torch.testing.assert_close(t.decode_codes(t.encode_sparse(x), x)[2], t.decode(torch.zeros_like(dense), x))
+
+
+def test_each_feature_may_have_a_threshold_of_its_own(tmp_path):
+    t = random_transcoder("rms")
+    x, _ = data()
+    t.threshold = torch.linspace(0.1, 1.5, F)
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(t.to_bytes())
+    again = MatryoshkaTranscoder.load(str(path))
+    with torch.no_grad():
+        z = torch.relu(x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() @ t.W_enc.T + t.b_enc)
+        expected = torch.stack([torch.where(z[:, j] > 0.1 + 1.4 * j / (F - 1), z[:, j], 0.0) for j in range(F)], dim=1)
+        torch.testing.assert_close(again.encode(x), expected)
+        torch.testing.assert_close(again.encode(x, 16), expected[:, :16])
+        codes = again.encode_sparse(x)
+        filled = torch.zeros_like(expected).index_put((codes.token, codes.feature), codes.value)
+        torch.testing.assert_close(filled, expected)
+    t.threshold = torch.ones(F - 1)
+    path.write_bytes(t.to_bytes())
+    with pytest.raises(RuntimeError, match="threshold"):
+        MatryoshkaTranscoder.load(str(path))

@@ -178,7 +178,7 @@ class Training(_Part):
     target_scale: float
     """Factor on targets."""
     threshold: float
-    """Pre-activation above which a feature is active at inference."""
+    """Pre-activation above which a feature is active at inference; the mean if each feature has its own."""
     planned_steps: int
     """Steps that the configuration asks for."""
     fingerprint: str

@@ -1,0 +1,112 @@
+"""Write a finished run in another library's format, or make a run of another library's transcoder.
+
+    python jobs/export.py --run runs/latest --format saelens --output exported/saelens
+    python jobs/export.py --import layer_5/width_16k/average_l0_59 --from gemma-scope-npz \\
+        --preset gemma-2-2b-layer17 --output.root runs --output.run_id gemma-scope-5
+
+An import takes the options of jobs/train.py. Formats, and what is exact in them: docs/export.md. Exit codes: 0 done,
+2 unusable run, files or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from mtc.config import ConfigError, parse_command_line
+
+if TYPE_CHECKING:
+    from mtc.exports.subject import Subject
+    from mtc.runs import RunDirectory
+
+FORMATS = ("saelens", "circuit-tracer", "gemma-scope-npz", "neuronpedia")
+IMPORTS = ("saelens", "gemma-scope-npz")
+
+
+def main(argv: list[str] | None = None) -> int:
+    from mtc.exports.importing import ImportFailure
+    from mtc.exports.subject import ExportError
+    from mtc.model_files import ModelError
+    from mtc.runs import RunError
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if any(a == "--import" or a.startswith("--import=") for a in arguments):
+            print(f"imported {import_run(arguments).url}")
+        else:
+            export_run(_export_parser().parse_args(arguments))
+    except (ConfigError, ExportError, ImportFailure, ModelError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export_run(options: argparse.Namespace) -> None:
+    """Write the run in `options.format` to `options.output`. Raises what `main` turns into exit code 2."""
+    from mtc.exports.circuit_tracer import write_circuit_tracer
+    from mtc.exports.gemma_scope import write_gemma_scope
+    from mtc.exports.neuronpedia import write_neuronpedia
+    from mtc.exports.saelens import write_saelens
+    from mtc.exports.subject import load_subject, new_directory
+    from mtc.runs import open_run
+
+    def subject(run: RunDirectory) -> Subject:
+        return load_subject(run, options.prefix, options.model_type, options.license)
+
+    run = open_run(options.run)
+    with new_directory(options.output) as directory:
+        if options.format == "circuit-tracer":  # the only one that several layers share
+            sites = run.config().model.sites
+            write_circuit_tracer([subject(run.for_layer(part.layer)) for part in sites], directory)
+        elif options.format == "saelens":
+            write_saelens(subject(run), directory)
+        elif options.format == "gemma-scope-npz":
+            write_gemma_scope(subject(run), directory)
+        else:
+            write_neuronpedia(subject(run), run, directory, options.neuronpedia_model, options.neuronpedia_set)
+    print(f"wrote {options.output} ({options.format}) from {run.url}; its README.md is a model card")
+
+
+def import_run(arguments: list[str]) -> RunDirectory:
+    """Make a finished run as the arguments say. Raises what `main` turns into exit code 2."""
+    from mtc.exports.importing import read_gemma_scope, read_saelens, write_run
+    from mtc.model_files import check_model
+    from mtc.runs import RunDirectory
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="path", required=True)
+    parser.add_argument("--from", dest="format", choices=IMPORTS, required=True)
+    options, rest = parser.parse_known_args(arguments)
+    imported = (read_saelens if options.format == "saelens" else read_gemma_scope)(options.path)
+    config, _ = parse_command_line(rest, __doc__ or "", imported.known)
+    info = check_model(config.model)
+    name = config.model.name.rstrip("/").split("/")[-1].split(":")[-1]
+    run_id = config.output.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-layer{config.model.layer}-imported"
+    run = RunDirectory(f"{config.output.root}/{run_id}")
+    write_run(imported, config, info, run)
+    return run
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--output", required=True, metavar="DIR", help="local directory that is made")
+    parser.add_argument(
+        "--prefix", type=int, metavar="M", help="one of the nested dictionaries; by default all features"
+    )
+    parser.add_argument("--license", metavar="ID", help="licence of the weights, for the model card")
+    parser.add_argument(
+        "--model-type", metavar="NAME", help="the model's architecture (gemma2), where the model is out of reach"
+    )
+    parser.add_argument("--neuronpedia-model", metavar="ID", help="Neuronpedia's id of the model")
+    parser.add_argument("--neuronpedia-set", metavar="ID", help="Neuronpedia's id of the set of dictionaries")
+    parser.add_argument("--import", metavar="PATH", help="make a run of these files instead; with --from, no --run")
+    parser.add_argument("--from", choices=IMPORTS, help="format of the files to import")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""Exports against formulas in NumPy and the libraries that read them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from jobs.export import main
+from mtc.analysis import RunFacts, analyse
+from mtc.config import RunConfig, load_preset, to_yaml
+from mtc.evaluation import Evaluation
+from mtc.examples import ExampleCollector, to_parquet
+from mtc.language_model import LanguageModel
+from mtc.model_files import load_tokenizer, prepare_model
+from mtc.runs import RunDirectory
+from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from mtc.work import pack_windows
+
+GROUPS, D = (16, 32, 16), 32  # of the tiny preset
+F = sum(GROUPS)
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+KINDS = [(norm, skip) for norm in ("rms", "scalar", "none") for skip in (False, True)]
+
+
+def make_transcoder(config: RunConfig, seed: int = 0) -> MatryoshkaTranscoder:
+    """Random weights, scales that are not 1, about a third of the features active."""
+    shape = TranscoderShape(D, D, GROUPS, config.transcoder.k, config.input_norm, config.transcoder.skip)
+    transcoder = MatryoshkaTranscoder(shape, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, size in (("W_dec", 0.2), ("b_enc", 1), ("b_dec", 1), ("W_skip", 0.1)):
+            if getattr(transcoder, name) is not None:
+                getattr(transcoder, name).normal_(generator=generator).mul_(size)
+        transcoder.input_scale.fill_(0.37 if config.input_norm == "scalar" else 1)
+        transcoder.target_scale.fill_(1.9)
+        transcoder.threshold.fill_(0.5)
+    return transcoder
+
+
+def make_run(root: Path, norm: str = "rms", skip: bool = False, name: str = "one", **overrides: Any) -> RunDirectory:
+    transcoder = {"input_norm": norm, "skip": skip} | overrides.pop("transcoder", {})
+    config = load_preset("tiny", {"transcoder": transcoder, **overrides})
+    run = RunDirectory(str(root / name))
+    run.write("config.yaml", to_yaml(config))
+    if len(config.model.sites) == 1:
+        run.write("transcoder.safetensors", make_transcoder(config).to_bytes())
+    for alone in config.for_layers() if len(config.model.sites) > 1 else ():
+        layer = run.for_layer(alone.model.layer)
+        layer.write("config.yaml", to_yaml(alone))
+        layer.write("transcoder.safetensors", make_transcoder(alone, alone.model.layer).to_bytes())
+        layer.publish(latest=False)
+    run.publish()
+    return run
+
+
+def formula(t: MatryoshkaTranscoder, x: np.ndarray, m: int = F) -> tuple[np.ndarray, np.ndarray]:
+    """Activations and reconstruction of raw sources, in float64, from the transcoder's definition."""
+    w = {name: value.double().numpy() for name, value in t.state_dict().items()}
+    x = x.astype(np.float64)
+    if t.shape.input_norm == "rms":
+        x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
+    elif t.shape.input_norm == "scalar":
+        x = x * w["input_scale"]
+    z = x @ w["W_enc"].T + w["b_enc"]
+    assert np.abs(z - w["threshold"]).min() > 1e-5  # no feature is on the edge, where rounding would decide
+    a = np.where(z > w["threshold"], z, 0)[:, :m]
+    y = a @ w["W_dec"][:m] + w["b_dec"] + (x @ w["W_skip"].T if "W_skip" in w else 0)
+    return a, y / w["target_scale"]
+
+
+def sources(seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=(40, D))
+    x[:, 5] *= 9  # as in residual streams
+    return x.astype(np.float32)
+
+
+def normalised(x: np.ndarray) -> np.ndarray:
+    """What Gemma's norm makes of a residual stream, before its gain."""
+    return (x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-6)).astype(np.float32)
+
+
+def export(run: RunDirectory, format: str, *options: str) -> Path:
+    directory = Path(run.path).parent / f"{run.run_id}-{format}{''.join(options)}"
+    assert main(["--run", run.url, "--format", format, "--output", str(directory), *options]) == 0
+    assert [p for p in directory.parent.iterdir() if p.name.endswith(".tmp")] == []
+    return directory
+
+
+def card_of(directory: Path) -> Any:
+    from huggingface_hub import ModelCard
+
+    return ModelCard.load(directory / "README.md")
+
+
+@pytest.mark.parametrize("prefix", [None, 16])
+@pytest.mark.parametrize(("norm", "skip"), KINDS)
+def test_saelens_loads_the_same_function(tmp_path: Path, norm: str, skip: bool, prefix: int | None) -> None:
+    from sae_lens import SAE
+
+    run = make_run(tmp_path, norm, skip)
+    directory = export(run, "saelens", *(["--prefix", str(prefix)] if prefix else []))
+    sae = SAE.load_from_disk(directory)
+    reads_normalised = norm == "rms" and skip
+    hook = "blocks.1.ln2.hook_normalized" if reads_normalised else "blocks.1.hook_resid_mid"
+    assert (sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out) == (hook, "blocks.1.hook_mlp_out")
+    assert sae.cfg.normalize_activations == ("constant_norm_rescale" if norm == "rms" and not skip else "none")
+    assert sae.cfg.metadata.mtc["group_sizes"] == ([16] if prefix else list(GROUPS))
+    x = sources()
+    fed = torch.from_numpy(normalised(x) if reads_normalised else x)
+    features, y = formula(MatryoshkaTranscoder.load(run.location("transcoder.safetensors")), x, prefix or F)
+    with torch.no_grad():
+        np.testing.assert_allclose(sae.encode(fed), features, **CLOSE)
+        np.testing.assert_allclose(sae(fed), y, **CLOSE)
+    assert 0.1 < (features > 0).mean() < 0.6
+    assert hook in card_of(directory).text
+    assert card_of(directory).data.library_name == "saelens"
+
+
+@pytest.mark.parametrize("prefix", [None, 48])
+@pytest.mark.parametrize(("norm", "skip"), KINDS)
+def test_circuit_tracer_loads_the_same_function(tmp_path: Path, norm: str, skip: bool, prefix: int | None) -> None:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_relu_transcoder
+
+    run = make_run(tmp_path, norm, skip)
+    directory = export(run, "circuit-tracer", *(["--prefix", str(prefix)] if prefix else []))
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    hook = "ln2.hook_normalized" if norm == "rms" else "hook_resid_mid"
+    assert (config["feature_input_hook"], config["feature_output_hook"]) == (hook, "hook_mlp_out")
+    file = str(directory / "layer_1.safetensors")
+    cpu = torch.device("cpu")
+    transcoder = load_relu_transcoder(file, 1, device=cpu, lazy_encoder=False, lazy_decoder=False)
+    x = sources()
+    fed = torch.from_numpy(normalised(x) if norm == "rms" else x)
+    features, y = formula(MatryoshkaTranscoder.load(run.location("transcoder.safetensors")), x, prefix or F)
+    with torch.no_grad():
+        np.testing.assert_allclose(transcoder.encode(fed), features, **CLOSE)
+        np.testing.assert_allclose(transcoder(fed), y, **CLOSE)
+    assert "needs every layer" in card_of(directory).text
+
+
+def test_circuit_tracer_loads_all_layers_of_a_run_as_one_set(tmp_path: Path) -> None:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+
+    run = make_run(tmp_path, model={"layers": [0, 1]})
+    directory = export(run, "circuit-tracer")
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    assert config["model_kind"] == "transcoder_set"
+    paths = {layer: str(directory / f"layer_{layer}.safetensors") for layer in (0, 1)}
+    hooks = {name: config[name] for name in ("scan", "feature_input_hook", "feature_output_hook")}
+    loaded = load_transcoder_set(paths, device=torch.device("cpu"), **hooks)
+    x = sources()
+    fed = torch.from_numpy(np.stack([normalised(x)] * 2))
+    with torch.no_grad():
+        features = loaded.encode(fed)
+        y = loaded.decode(features, fed)
+    for layer in (0, 1):
+        file = run.for_layer(layer).location("transcoder.safetensors")
+        expected, target = formula(MatryoshkaTranscoder.load(file), x)
+        np.testing.assert_allclose(features[layer], expected, **CLOSE)
+        np.testing.assert_allclose(y[layer], target, **CLOSE)
+
+
+@pytest.mark.parametrize("norm", ["rms", "scalar", "none"])
+def test_gemma_scope_npz_is_the_same_function(tmp_path: Path, norm: str) -> None:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_gemma_scope_transcoder
+
+    run = make_run(tmp_path, norm)
+    directory = export(run, "gemma-scope-npz", "--prefix", "48")
+    p = np.load(directory / "params.npz", allow_pickle=False)
+    assert {name: (p[name].shape, p[name].dtype) for name in p.files} == {
+        "W_enc": ((D, 48), np.float32), "W_dec": ((48, D), np.float32), "b_enc": ((48,), np.float32),
+        "b_dec": ((D,), np.float32), "threshold": ((48,), np.float32),
+    }  # fmt: skip
+    x = sources()
+    fed = normalised(x) if norm == "rms" else x
+    features, y = formula(MatryoshkaTranscoder.load(run.location("transcoder.safetensors")), x, 48)
+    z = fed @ p["W_enc"] + p["b_enc"]
+    a = np.where(z > p["threshold"], z, 0)
+    np.testing.assert_allclose(a, features, **CLOSE)
+    np.testing.assert_allclose(a @ p["W_dec"] + p["b_dec"], y, **CLOSE)
+    loaded = load_gemma_scope_transcoder(str(directory / "params.npz"), 1, device=torch.device("cpu"))
+    with torch.no_grad():
+        np.testing.assert_allclose(loaded(torch.from_numpy(fed)), y, **CLOSE)
+
+
+def test_thresholds_of_their_own_are_exported(tmp_path: Path) -> None:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_relu_transcoder
+    from sae_lens import SAE
+
+    run = make_run(tmp_path, "none")
+    transcoder = MatryoshkaTranscoder.load(run.location("transcoder.safetensors"))
+    transcoder.threshold = torch.linspace(-1, 2, F)  # one below 0 lets every positive pre-activation through
+    run.write("transcoder.safetensors", transcoder.to_bytes())
+    run.publish()
+    x = torch.from_numpy(sources())
+    z = torch.relu(x @ transcoder.W_enc.T + transcoder.b_enc).detach()
+    expected = z * (z > torch.linspace(-1, 2, F))
+    file, cpu = str(export(run, "circuit-tracer") / "layer_1.safetensors"), torch.device("cpu")
+    traced = load_relu_transcoder(file, 1, device=cpu, lazy_encoder=False, lazy_decoder=False)
+    with torch.no_grad():
+        torch.testing.assert_close(SAE.load_from_disk(export(run, "saelens")).encode(x), expected, **CLOSE)
+        torch.testing.assert_close(traced.encode(x), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "llama", "gpt2"])
+@pytest.mark.parametrize(("source", "norm", "skip"), [
+    ("resid_mid", "rms", False), ("resid_mid", "rms", True), ("resid_mid", "scalar", True), ("mlp_in", "scalar", False),
+])  # fmt: skip
+def test_hooks_hold_what_the_transcoder_reads(
+    tmp_path: Path, architecture: str, source: str, norm: str, skip: bool
+) -> None:
+    """What TransformerLens has at the exported hooks, through the exported SAE, is ours through our transcoder."""
+    from sae_lens import SAE
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    model = {"name": f"random:{architecture}", "source": source, "dtype": "float32"}
+    run = make_run(tmp_path, norm, skip, model=model)
+    if architecture == "gpt2" and norm == "rms" and skip:  # LayerNorm subtracts the mean: no hook holds what we read
+        assert main(["--run", run.url, "--format", "saelens", "--output", str(tmp_path / "x")]) == 2
+        assert not (tmp_path / "x").exists()
+        return
+    sae = SAE.load_from_disk(export(run, "saelens"))
+    config = run.config()
+    path, tokenizer = prepare_model(config.model), load_tokenizer(config.model)
+    hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    bridge = TransformerBridge.boot_transformers(path, hf_model=hf, tokenizer=tokenizer, device="cpu")
+    ids = [tokenizer.bos_token_id or 0, *range(40, 60)]
+    metadata, seen = sae.cfg.metadata, {}
+    for name in (metadata.hf_hook_name, metadata.hf_hook_name_out):
+        if name:
+            module, _, side = name.rpartition(".")
+            hf.get_submodule(module).register_forward_hook(
+                lambda _, a, out, name=name, side=side: seen.update({name: (a[0] if side == "input" else out)[0]})
+            )
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(torch.tensor([ids]))
+        hf(torch.tensor([ids]))
+        (pair,) = LanguageModel(config.model).capture(pack_windows([np.array(ids, np.int32)], []))
+        torch.testing.assert_close(cache[metadata.hook_name_out][0], pair.target, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen[metadata.hf_hook_name_out], pair.target, rtol=1e-4, atol=1e-4)
+        if metadata.hf_hook_name:
+            torch.testing.assert_close(seen[metadata.hf_hook_name], pair.source, rtol=1e-4, atol=1e-4)
+        features, y = formula(MatryoshkaTranscoder.load(run.location("transcoder.safetensors")), pair.source.numpy())
+        np.testing.assert_allclose(sae.encode(cache[metadata.hook_name][0]), features, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(sae(cache[metadata.hook_name][0]), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def analysed(tmp_path: Path) -> RunDirectory:
+    """A run with examples of real collector output: 3 windows of 8 tokens; feature 7 never fires."""
+    run = make_run(tmp_path, model={"name": "random:gemma2"}, data={"name": "OWNER/texts"})
+    config, transcoder = run.config(), MatryoshkaTranscoder.load(run.location("transcoder.safetensors"))
+    activations = np.random.default_rng(0).exponential(size=(3, 8, F)).astype(np.float32)
+    activations[np.random.default_rng(1).random(activations.shape) < 0.6] = 0
+    activations[:, :, 7] = 0
+    ids, counted = np.arange(24).reshape(3, 8) + 60, np.ones((3, 8), bool)
+    counted[:, 0] = False
+    collector = ExampleCollector(F, 2, 1, 4, 0.0)
+    collector.add(np.arange(3), ids, counted, activations)
+    examples = collector.table(lambda windows: [f"doc{w}" for w in windows], lambda token: f"<{chr(token)}>")
+    evaluation = Evaluation(
+        tokens=21, prefixes=[16, 48, 64], fvu=[0.5, 0.4, 0.25], l0=[1.0, 2, 3], never_fired=1, loss=None
+    )
+    facts = RunFacts(
+        run_id="one", steps=1, trained_tokens=100, data_name="texts", language_model_dtype="float32", devices=("cpu",),
+        num_trainers=1, num_model_actors=1,
+    )  # fmt: skip
+    analysis = analyse(config, transcoder, evaluation, collector.statistics, examples, [], facts)
+    run.write("examples.parquet", to_parquet(examples))
+    run.write("analysis.json", analysis.model_dump_json())
+    run.publish()
+    np.savez(tmp_path / "truth.npz", activations=activations, ids=ids)
+    return run
+
+
+def test_neuronpedia_batches_are_saedashboards(analysed: RunDirectory, tmp_path: Path) -> None:
+    from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardBatch
+
+    directory = export(analysed, "neuronpedia", "--prefix", "48", "--neuronpedia-set", "mine")
+    (file,) = directory.glob("batch-*.json")
+    batch = json.loads(file.read_text())
+    assert NeuronpediaDashboardBatch(**batch).to_dict() == batch  # no field is unknown there, none is missing here
+    assert (batch["model_id"], batch["layer"], batch["sae_set"]) == ("gemma2", 1, "mine")
+    assert [f["feature_index"] for f in batch["features"]] == [j for j in range(48) if j != 7]
+    assert json.loads((directory / "skipped_indexes.json").read_text())["skipped_indexes"] == [7]
+    truth = np.load(tmp_path / "truth.npz")
+    activations, ids = truth["activations"], truth["ids"]
+    activations[:, 0] = 0
+    for feature in batch["features"]:
+        values = activations[:, :, feature["feature_index"]]
+        assert feature["frac_nonzero"] == pytest.approx((values > 0).sum() / 21)
+        peaks = sorted(((w.max(), i, int(w.argmax())) for i, w in enumerate(values) if w.max() > 0), reverse=True)[:2]
+        assert len(feature["activations"]) == len(peaks)
+        for shown, (peak, window, at) in zip(feature["activations"], peaks, strict=True):
+            reach = [p for p in range(at - 2, at + 3) if 1 <= p < 8]
+            assert shown["tokens"] == [f"<{chr(ids[window, p])}>" for p in reach]
+            assert shown["values"] == pytest.approx([values[window, p] for p in reach], abs=1e-4)
+            assert shown["values"][shown["qualifying_token_index"]] == pytest.approx(peak, abs=1e-4)
+            assert shown["bin_max"] == pytest.approx(values.max(), abs=1e-4)
+
+
+def test_model_card_says_what_the_run_says(analysed: RunDirectory) -> None:
+    card = card_of(export(analysed, "saelens", "--prefix", "48", "--license", "apache-2.0"))
+    assert card.data.to_dict() == {
+        "license": "apache-2.0", "library_name": "saelens", "datasets": ["OWNER/texts"],
+        "tags": ["transcoder", "matryoshka", "sparse-autoencoder", "interpretability", "mtc", "saelens"],
+    }  # fmt: skip
+    assert "| 16 | 0.5000 | 1.00 |\n| 48 | 0.4000 | 2.00 |\n\nOn 21 held-out tokens of `OWNER/texts`" in card.text
+    assert "the first 48 of 64, in nested groups [16, 32]" in card.text
+
+
+def test_base_model_is_named_if_it_is_on_a_hub(tmp_path: Path) -> None:
+    run = make_run(tmp_path, model={"name": "google/gemma-2-2b", "notice": "Gemma's terms apply."})
+    card = card_of(export(run, "gemma-scope-npz", "--model-type", "gemma2"))
+    assert card.data.base_model == "google/gemma-2-2b"
+    assert card.text.rstrip().endswith("Gemma's terms apply.")
+
+
+def test_examples_are_readable_with_datasets(analysed: RunDirectory, tmp_path: Path) -> None:
+    import datasets
+
+    file = analysed.location("examples.parquet")
+    rows = datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
+    truth = np.load(tmp_path / "truth.npz")["activations"]
+    truth[:, 0] = 0
+    top = rows.filter(lambda row: row["kind"] == "top" and row["feature"] == 5)
+    peaks = sorted((w.max() for w in truth[:, :, 5] if w.max() > 0), reverse=True)[:2]
+    assert top["activation"][:] == pytest.approx(peaks)
+    for row in top:
+        assert len(row["context_ids"]) == len(row["context_tokens"]) == len(row["context_activations"])
+        assert row["context_tokens"][row["peak_index"]] == row["token"] == f"<{chr(row['token_id'])}>"
+        assert row["context_activations"][row["peak_index"]] == row["activation"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--format", "gemma-scope-npz"], "no place for a skip connection"),
+    (["--format", "saelens", "--prefix", "17"], "--prefix 17 is not one of the nested dictionaries [16, 48, 64]"),
+    (["--format", "neuronpedia"], "never analysed"),
+    (["--format", "saelens", "--model-type", "gemma9"], "gemma9 is unknown"),
+    (["--format", "saelens", "--model-type", "gpt_neox"], "no other library has a hook"),
+])  # fmt: skip
+def test_what_a_format_cannot_say_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    run = make_run(tmp_path, skip=True)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(["--run", run.url, "--output", str(tmp_path / "x"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_places_and_runs_that_cannot_be_used_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    (tmp_path / "taken").mkdir()
+    several = make_run(tmp_path, name="several", model={"layers": [0, 1]})
+    RunDirectory(str(tmp_path / "half")).write("config.yaml", "")
+    for url, output, message in [
+        (run.url, str(tmp_path / "taken"), "exists already"),
+        (run.url, "s3://bucket/x", "local directories"),
+        (several.url, str(tmp_path / "x"), "several/layer0"),
+        (str(tmp_path / "half"), str(tmp_path / "x"), "not finished"),
+    ]:
+        assert main(["--run", url, "--format", "saelens", "--output", output]) == 2
+        assert message in capsys.readouterr().err
+    assert list((tmp_path / "taken").iterdir()) == []
+    assert not (tmp_path / "x").exists()
