@@ -15,8 +15,9 @@ from mtc.evaluation import Evaluation
 from mtc.examples import EDGES, Examples, FeatureStatistics
 from mtc.features import alignment, features_table, read_feature, top_token
 from mtc.logits import LogitEffects
+from mtc.report.evidence import Evidence
 from mtc.report.names import report_files
-from mtc.report.rules import Evidence, judge
+from mtc.report.rules import judge
 from mtc.report.schema import (
     RUN_FILES,
     AbsorbedFeature,

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,7 +26,7 @@ INK, PAPER, GREY = "#1b1f24", "#fffffe", "#66686c"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 MARKERS = "os^DvP"
 _FONTS = "'DejaVu Sans', Verdana, sans-serif"
-_STYLE = {
+_STYLE: Any = {
     "font.family": ["DejaVu Sans"], "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.titlecolor": INK, "figure.facecolor": PAPER, "axes.facecolor": PAPER,
     "legend.facecolor": PAPER, "grid.color": GREY, "grid.alpha": 0.3, "grid.linewidth": 0.5, "axes.spines.top": False,

@@ -32,13 +32,13 @@ def percent(fraction: float | None) -> str:
     return f"{number(100 * fraction)} %"
 
 
-def interval(ends: Sequence[float] | None) -> str:
-    """The two ends of an interval."""
-    return NOT_MEASURED if ends is None else f"{number(ends[0])} to {number(ends[1])}"
+def interval(intervals: Sequence[tuple[float, float]] | None, i: int) -> str:
+    """The two ends of one of several intervals."""
+    return NOT_MEASURED if intervals is None else " to ".join(map(number, intervals[i]))
 
 
-def percent_interval(ends: Sequence[float] | None) -> str:
-    return NOT_MEASURED if ends is None else f"{percent(ends[0])} to {percent(ends[1])}"
+def percent_interval(intervals: Sequence[tuple[float, float]] | None, i: int) -> str:
+    return NOT_MEASURED if intervals is None else " to ".join(map(percent, intervals[i]))
 
 
 def whole_range(low: int, high: int) -> str:

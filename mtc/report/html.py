@@ -25,25 +25,22 @@ from mtc.report.markdown import bars_in_words, context_note
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( %)?( to [-+]?[\d,.]+(e[-+]?\d+)?( %)?)?|–|undefined")
 STRENGTHS = 5
 """Steps of the marks in a context."""
-_BAR_WIDTH, _BAR_HEIGHT, _BAR_FOOT = 14, 60, 16
+_BAR_WIDTH, _BAR_HEIGHT = 14, 60
 
 
 def render_html(document: blocks.Document, pictures: Mapping[str, str]) -> str:
     """Args: `pictures` are the plots' SVG texts by name."""
-    cards = {block.feature for section in document.sections for block in section.blocks if _is_card(block)}
+    parts = [block for section in document.sections for block in section.blocks]
+    cards = {block.feature for block in parts if isinstance(block, blocks.Card)}
     environment = _environment()
     page = environment.get_template("page.html")
-    style = Markup(_asset("report.css") + _print_foot(document.stamp))  # noqa: S704
-    script = Markup(_asset("report.js"))  # noqa: S704
+    style = Markup(_asset("report.css") + _print_foot(document.stamp))
+    script = Markup(_asset("report.js"))
     renderer = _Renderer(environment, pictures, cards)
     return page.render(
         document=document, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script),
         render=renderer.block, text=renderer.text,
     )  # fmt: skip
-
-
-def _is_card(block: blocks.Block) -> bool:
-    return isinstance(block, blocks.Card)
 
 
 @cache
@@ -77,14 +74,15 @@ class _Renderer:
 
     def __init__(self, environment: Environment, pictures: Mapping[str, str], cards: set[int]):
         self._macros: Any = environment.get_template("blocks.html").make_module(
-            {"text": self.text, "render": self.block, "plot": self._plot, "places": self._places, "marked": self._marked,
-             "in_words": bars_in_words, "note": context_note, "numeric": _numeric, "advice": _advice}
+            {"text": self.text, "render": self.block, "plot": self._plot, "places": self._places,
+             "marked": self._marked, "in_words": bars_in_words, "note": context_note, "numeric": _numeric,
+             "advice": _advice}
         )  # fmt: skip
         self._pictures, self._cards = pictures, cards
 
     def block(self, block: blocks.Block) -> Markup:
         """By the macro that bears the block's name."""
-        return Markup(getattr(self._macros, type(block).__name__.lower())(block))  # noqa: S704
+        return Markup(getattr(self._macros, type(block).__name__.lower())(block))
 
     def text(self, text: blocks.Text) -> Markup:
         if isinstance(text, tuple):
@@ -104,7 +102,7 @@ class _Renderer:
                 return Markup("{}").format(visible(text))
 
     def _plot(self, name: str, alternative: str) -> Markup:
-        return Markup(inline_svg(self._pictures[name], f"plot-{name}", alternative))  # noqa: S704
+        return Markup(inline_svg(self._pictures[name], f"plot-{name}", alternative))
 
     def _places(self, block: blocks.Bars) -> dict[str, Any]:
         """Places of the bars: one empty bin on either side of those that are filled."""
@@ -134,18 +132,21 @@ class _Renderer:
                 continue
             step = min(STRENGTHS, max(1, round(STRENGTHS * value / strongest))) if strongest > 0 else 1
             shown = visible(token) if token.strip() else spaced(token)
-            template = '<b class="a{}" title="{}">{}</b>' if i == example.peak else '<span class="a{}" title="{}">{}</span>'
-            parts.append(Markup(template).format(step, f"activation {number(value)}", shown))
+            template = Markup('<{0} class="a{1}" title="activation {2}">{3}</{0}>')
+            parts.append(template.format("b" if i == example.peak else "span", step, number(value), shown))
         return Markup("").join(parts)
 
 
 def _numeric(table: blocks.Table) -> list[bool]:
     """Which columns hold numbers, and go to the right."""
+
     def is_number(cell: blocks.Text) -> bool:
         return isinstance(cell, str) and (cell == NOT_MEASURED or _NUMBER.fullmatch(cell) is not None)
 
     return [
-        bool(table.rows) and all(is_number(row[i]) for row in table.rows) and any(row[i] != NOT_MEASURED for row in table.rows)
+        bool(table.rows)
+        and all(is_number(row[i]) for row in table.rows)
+        and any(row[i] != NOT_MEASURED for row in table.rows)
         for i in range(len(table.headers))
     ]
 
@@ -172,7 +173,5 @@ def inline_svg(svg: str, name: str, alternative: str) -> str:
     assert opening
     box = re.search(r'viewBox="([^"]+)"', opening[0])
     assert box
-    head = (
-        Markup('<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{}" role="img" aria-label="{}">')
-    ).format(box[1], visible(alternative))  # fmt: skip
-    return head + re.sub(r">\s+<", "><", body[opening.end() :]).strip()
+    head = Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(box[1], visible(alternative))
+    return str(head) + re.sub(r">\s+<", "><", body[opening.end() :]).strip()

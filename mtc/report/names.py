@@ -7,7 +7,8 @@ from typing import NamedTuple
 OVERVIEW = "overview"
 PLOTS = {
     OVERVIEW: "quality, training, density, activations and samples at a glance",
-    "prefix_steps": "held-out FVU and loss recovered of each nested prefix, with 95 % intervals",
+    "prefix_fvu": "held-out FVU of each nested prefix, with 95 % intervals",
+    "prefix_recovered": "loss recovered against zero ablation of each nested prefix, with 95 % intervals",
     "training": "training loss and batch FVU per prefix",
     "sparsity": "active features per token and dead features during training",
     "l0": "held-out tokens by their number of active features",

@@ -1,4 +1,4 @@
-"""The report's plots: each draws on axes that it is given; `render_plot` makes the files, `overview` shows six of them."""
+"""The report's plots: each draws on axes that it is given; `render_plot` makes files, `overview` shows six in one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ from numpy.typing import NDArray
 
 from mtc.bootstrap import Intervals
 from mtc.evaluation import Slice
-from mtc.report.drawing import COLOURS, GREY, INK, MARKERS, PAPER, Picture, colours, new_figure, picture, say, short
-from mtc.report.drawing import style, whole_numbers
+from mtc.report.drawing import (
+    COLOURS,
+    GREY,
+    INK,
+    MARKERS,
+    PAPER,
+    Picture,
+    colours,
+    new_figure,
+    picture,
+    say,
+    short,
+    style,
+    whole_numbers,
+)
 from mtc.report.format import number
 from mtc.report.names import OVERVIEW
 from mtc.report.schema import Analysis
@@ -41,7 +54,7 @@ class PlotData(NamedTuple):
 
 
 def render_plot(name: str, data: PlotData) -> Picture:
-    """The plot `name` of mtc.report.names.PLOTS; 960 x 680 pixels unless it says otherwise."""
+    """The plot `name` of mtc.report.names.PLOTS; 960 x 680 pixels but for the overview."""
     with style():
         return picture(overview(data) if name == OVERVIEW else _alone(name, data))
 
@@ -61,14 +74,8 @@ def overview(data: PlotData) -> Figure:
 
 
 def _alone(name: str, data: PlotData) -> Figure:
-    if name == "prefix_steps":  # 960 x 1040 pixels
-        figure = new_figure(4.8, 5.2, 200)
-        top, bottom = figure.subplots(2, 1)
-        prefix_fvu(top, data)
-        prefix_recovered(bottom, data)
-    else:
-        figure = new_figure(4.8, 3.4, 200)
-        _DRAW[name](figure.subplots(), data)
+    figure = new_figure(4.8, 3.4, 200)
+    _DRAW[name](figure.subplots(), data)
     return figure
 
 
@@ -211,8 +218,9 @@ def _slices(axes: Axes, slices: list[Slice], prefixes: tuple[int, ...]) -> None:
     axes.set_ylabel("FVU (share of variance)")
     if not slices:
         return say(axes, "not measured")
-    names = [short(s.low) if s.low == s.high else f"{short(s.low)}–{short(s.high)}" for s in slices]
-    axes.set_xticks(range(len(slices)), names, rotation=30 if len(slices) > 5 else 0)
+    names = [number(s.low) if s.low == s.high else f"{number(s.low)}–{number(s.high)}" for s in slices]
+    tight = len(slices) * max(map(len, names)) > 30
+    axes.set_xticks(range(len(slices)), names, rotation=30 if tight else 0)
     for i, colour in enumerate(colours(len(prefixes))):
         values = [s.fvu[i] for s in slices]
         label = f"{number(prefixes[i])} features"
@@ -263,7 +271,8 @@ def activation_vs_samples(axes: Axes, data: PlotData) -> None:
     fired, s = data.fired, data.analysis.summary
     groups, n = fired["group"].to_numpy(), len(data.analysis.weights.groups)
     axes.set_title("Strongest activation against number of samples")
-    axes.set_xlabel(f"samples (at most {number(data.analysis.config.analysis.max_per_feature)})")
+    limit = number(data.analysis.config.analysis.max_per_feature)
+    axes.set_xlabel(f"samples (at most {limit})\nnot shown: {number(s.silent_features)} silent features")
     axes.set_ylabel("max activation (scaled units)")
     axes.grid()
     if not len(groups):
@@ -271,8 +280,8 @@ def activation_vs_samples(axes: Axes, data: PlotData) -> None:
     palette = colours(n)
     for g, colour in enumerate(palette):
         size = int((groups == g).sum())
-        mark = {"marker": MARKERS[g % len(MARKERS)], "color": colour}
-        axes.plot([], [], linestyle="", label=f"group {g} ({number(size)} features)", **mark)
+        label = f"group {g} ({number(size)} features)"
+        axes.plot([], [], linestyle="", marker=MARKERS[g % len(MARKERS)], color=colour, label=label)
     # Most features share the largest number of samples; a little to the side no dot hides the others.
     generator = np.random.default_rng(0)
     strongest, count = fired["max_activation"].to_numpy(), fired["samples"].to_numpy().astype(np.float64)
@@ -291,16 +300,12 @@ def activation_vs_samples(axes: Axes, data: PlotData) -> None:
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(whole_numbers())
     axes.legend(loc="best", fontsize=9)
-    axes.text(
-        1, 1, f"not shown: {number(s.silent_features)} silent features", transform=axes.transAxes, ha="right",
-        va="bottom", fontsize=8, color=GREY,
-    )  # fmt: skip
 
 
 _DRAW: dict[str, Callable[[Axes, PlotData], None]] = {
     draw.__name__: draw
     for draw in (
-        training, sparsity, l0, density, fvu_by_position, fvu_by_frequency, max_activation, samples,
-        activation_vs_samples,
+        prefix_fvu, prefix_recovered, training, sparsity, l0, density, fvu_by_position, fvu_by_frequency,
+        max_activation, samples, activation_vs_samples,
     )
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Section 3: held-out metrics in detail: sparsity, density, error by position and frequency, the language model's loss."""
+"""Section 3: held-out metrics in detail: sparsity, density, error by position and frequency, loss."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _sparsity(analysis: Analysis) -> list[Block]:
         ("Largest number", number(len(counts) - 1)),
         ("Tokens with no active feature", percent(float(counts[0] / counts.sum()))),
         ("Mean (L0)", number(e.l0[-1])),
-        ("Mean, 95 % interval", interval(e.l0_interval and e.l0_interval[-1])),
+        ("Mean, 95 % interval", interval(e.l0_interval, -1)),
         ("k, asked for", number(analysis.summary.k)),
     ]
     return [
@@ -103,7 +103,7 @@ def _loss(analysis: Analysis) -> list[Block]:
     loss = analysis.summary.loss
     if loss is None:
         return [Paragraph(f"The language model with the transcoder in the MLP's place was {NOT_MEASURED}.")]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (name, number(ce), number(ce - loss.ce_clean), *("–",) * 6)
         for name, ce in (
             ("The model as it is", loss.ce_clean),
@@ -112,13 +112,13 @@ def _loss(analysis: Analysis) -> list[Block]:
         )
     ]
     rows += [_spliced(analysis, loss, i) for i in range(len(analysis.summary.prefixes))]
-    headers = ("MLP output", "Cross-entropy (nats per token)", "More than the model as it is", "KL (nats)")
-    headers += ("KL, 95 % interval", "Loss recovered (zero ablation)", "95 % interval")
-    headers += ("Loss recovered (mean ablation)", "95 % interval")
+    headers = ["MLP output", "Cross-entropy (nats per token)", "More than the model as it is", "KL (nats)"]
+    headers += ["KL, 95 % interval", "Loss recovered (zero ablation)", "95 % interval"]
+    headers += ["Loss recovered (mean ablation)", "95 % interval"]
     blocks: list[Block] = [
         Table(
-            f"Next-token loss on {number(loss.tokens)} tokens of {number(loss.documents)} documents", headers,
-            tuple(rows),
+            f"Next-token loss on {number(loss.tokens)} tokens of {number(loss.documents)} documents",
+            tuple(headers), tuple(rows),
         ),
     ]  # fmt: skip
     harmless = [
@@ -135,11 +135,10 @@ def _loss(analysis: Analysis) -> list[Block]:
 
 
 def _spliced(analysis: Analysis, loss: LossRecovered, i: int) -> tuple[str, ...]:
-    kl, zero, mean = loss.kl_interval, loss.recovered_zero_interval, loss.recovered_mean_interval
     return (
         f"Reconstruction, {number(analysis.summary.prefixes[i])} features",
         number(loss.ce_spliced[i]), number(loss.ce_spliced[i] - loss.ce_clean),
-        number(loss.kl[i]), interval(kl and kl[i]),
-        percent(loss.recovered_zero[i]), percent_interval(zero and zero[i]),
-        percent(loss.recovered_mean[i]), percent_interval(mean and mean[i]),
+        number(loss.kl[i]), interval(loss.kl_interval, i),
+        percent(loss.recovered_zero[i]), percent_interval(loss.recovered_zero_interval, i),
+        percent(loss.recovered_mean[i]), percent_interval(loss.recovered_mean_interval, i),
     )  # fmt: skip

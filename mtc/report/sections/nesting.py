@@ -46,13 +46,13 @@ def _steps(analysis: Analysis) -> list[Block]:
             number(s.group), whole_range(groups[s.group].first, groups[s.group].end - 1), number(s.prefix),
             number(s.fvu_before), number(s.fvu_after), number(s.fvu_before - s.fvu_after),
             number((s.fvu_before - s.fvu_after) / (groups[s.group].end - groups[s.group].first) * 1000),
-            percent(s.recovered_before), percent(s.recovered_after),
+            percent(s.recovered_before) if s.group else "–", percent(s.recovered_after),
         )
         for s in analysis.prefix_steps
     )  # fmt: skip
-    headers = ("Group", "Features", "Prefix", "FVU before", "FVU after", "Fall in FVU", "Fall per 1,000 features")
-    headers += ("Loss recovered before (zero ablation)", "Loss recovered after")
-    blocks: list[Block] = [Table("What each group adds to the groups before it", headers, rows)]
+    headers = ["Group", "Features", "Prefix", "FVU before", "FVU after", "Fall in FVU", "Fall per 1,000 features"]
+    headers += ["Loss recovered before (zero ablation)", "Loss recovered after"]
+    blocks: list[Block] = [Table("What each group adds to the groups before it", tuple(headers), rows)]
     for step in analysis.prefix_steps[1:]:
         blocks += _gains(step)
     return blocks
@@ -92,7 +92,12 @@ def _tree(tree: Tree) -> list[Block]:
             "Features with a parent", ("Group", "Features that fired often enough to tell", "Features with a parent"),
             rows,
         ),
-        Paragraph("The parents with most children, and their strongest bonds:" if tree.families else "No parents."),
+        Paragraph(
+            "The parents with most children, and of each the children with the strongest bonds (decoder cosine times "
+            "co-activation, the share of the child's tokens on which the parent fires too):"
+            if tree.families
+            else "No feature has a parent."
+        ),
         *([Branches(tuple(_family(f) for f in tree.families))] if tree.families else []),
     ]  # fmt: skip
 
@@ -102,17 +107,17 @@ def _family(family: Family) -> Branch:
     twigs: list[Text] = [
         (
             FeatureLink(c.feature), f" (group {number(c.group)}) ", maybe_token(c.top_token),
-            f": decoder cosine {number(c.cosine)}; parent fires on {percent(c.coactivation)} of its tokens, on "
-            f"{percent(c.base_rate)} of all",
+            f": cosine {number(c.cosine)}, co-activation {percent(c.coactivation)}",
         )
         for c in family.children
     ]  # fmt: skip
     if more:
         twigs.append(f"and {number(more)} more")
     head: tuple[Piece, ...] = (FeatureLink(family.feature), f" (group {number(family.group)}) ")
-    return Branch(
-        (*head, maybe_token(family.top_token), f", children: {number(family.num_children)}"), tuple(twigs)
-    )  # fmt: skip
+    # Every child tells the same rate: it is the parent's.
+    rate = family.children[0].base_rate if family.children else None
+    tail = f"; fires on {percent(rate)} of the tokens; children: {number(family.num_children)}"
+    return Branch((*head, maybe_token(family.top_token), tail), tuple(twigs))
 
 
 def _shown(shown: int, total: int) -> str:
@@ -145,9 +150,10 @@ def _absorptions(tree: Tree) -> list[Block]:
     share = percent(tree.num_absorptions / tree.tested_pairs) if tree.tested_pairs else NOT_MEASURED
     blocks: list[Block] = [
         Paragraph(
-            "Where a later feature fires, an earlier one should fire too if the target reaches as far along its decoder "
-            "row as in the median over the tokens where it does fire. It is an absorption candidate if it is silent on too "
-            f"large a share of these tokens (thresholds above). Found: {number(tree.num_absorptions)} of {number(tree.tested_pairs)} pairs "
+            "Where a later feature fires, an earlier one should fire too if the target reaches as far along its "
+            "decoder row as in the median over the tokens where it does fire. It is an absorption candidate if it is "
+            "silent on too large a share of these tokens (thresholds above). Found: "
+            f"{number(tree.num_absorptions)} of {number(tree.tested_pairs)} pairs "
             f"that could be tested ({share})."
         ),
         Items((
@@ -164,8 +170,8 @@ def _absorptions(tree: Tree) -> list[Block]:
             )
             for a in tree.absorptions
         )  # fmt: skip
-        headers = ("Earlier feature", "Its top token", "Later feature", "Its top token", "Decoder cosine")
-        headers += ("Tokens where both should fire", "Earlier one silent", "Share")
+        headers = ["Earlier feature", "Its top token", "Later feature", "Its top token", "Decoder cosine"]
+        headers += ["Tokens where both should fire", "Earlier one silent", "Share"]
         caption = f"Absorption candidates, {_shown(len(tree.absorptions), tree.num_absorptions)}"
-        blocks.append(Table(caption, headers, rows))
+        blocks.append(Table(caption, tuple(headers), rows))
     return blocks

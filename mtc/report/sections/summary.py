@@ -24,7 +24,8 @@ def summary(analysis: Analysis) -> Section:
         ),
         Plots(
             (
-                ("prefix_steps", "Held-out FVU and loss recovered of each nested prefix; values in the table."),
+                ("prefix_fvu", "Held-out FVU of each nested prefix, with intervals; values in the table."),
+                ("prefix_recovered", "Loss recovered of each nested prefix, with intervals; values in the table."),
                 ("training", "Training loss and batch FVU of each prefix against trained tokens."),
                 ("sparsity", "Active features per token and number of dead features against trained tokens."),
             )
@@ -37,20 +38,20 @@ def summary(analysis: Analysis) -> Section:
 def _key_figures(analysis: Analysis) -> KeyFigures:
     s = analysis.summary
     loss, dead_after = s.loss, analysis.config.transcoder.dead_after_tokens
-    kl = loss.kl_interval[-1] if loss and loss.kl_interval else None
-    recovered = loss.recovered_zero_interval[-1] if loss and loss.recovered_zero_interval else None
-    l0 = analysis.evaluation.l0_interval[-1] if analysis.evaluation.l0_interval else None
+    l0 = interval(analysis.evaluation.l0_interval, -1)
+    recovered = percent_interval(loss.recovered_zero_interval if loss else None, -1)
+    kl = interval(loss.kl_interval if loss else None, -1)
     figures = (
-        KeyFigure("FVU", number(s.fvu[-1]), f"95 %: {interval(s.fvu_interval and s.fvu_interval[-1])}"),
+        KeyFigure("FVU", number(s.fvu[-1]), f"95 %: {interval(s.fvu_interval, -1)}"),
         KeyFigure("Explained variance", percent(s.explained_variance[-1]), "1 less FVU"),
         KeyFigure("Cosine", number(s.cosine[-1] if s.cosine else None), "target and reconstruction, mean"),
-        KeyFigure("L0, active features per token", number(s.l0), f"k = {number(s.k)}; 95 %: {interval(l0)}"),
+        KeyFigure("L0, active features per token", number(s.l0), f"k = {number(s.k)}; 95 %: {l0}"),
         KeyFigure(
             "Loss recovered (zero ablation)",
             percent(loss.recovered_zero[-1] if loss else None),
-            f"95 %: {percent_interval(recovered)}",
+            f"95 %: {recovered}",
         ),
-        KeyFigure("KL (nats per token)", number(loss.kl[-1] if loss else None), f"95 %: {interval(kl)}"),
+        KeyFigure("KL (nats per token)", number(loss.kl[-1] if loss else None), f"95 %: {kl}"),
         KeyFigure(
             "Silent features", number(s.silent_features), f"{percent(s.silent_fraction)} of {number(s.total_features)}"
         ),
@@ -88,22 +89,21 @@ def _prefixes(analysis: Analysis) -> Table:
     rows = []
     for i, prefix in enumerate(s.prefixes):
         row = [
-            number(prefix), number(s.fvu[i]), interval(s.fvu_interval and s.fvu_interval[i]),
+            number(prefix), number(s.fvu[i]), interval(s.fvu_interval, i),
             percent(s.explained_variance[i]), number(s.cosine[i] if s.cosine else None),
             number(analysis.evaluation.l0[i]),
         ]  # fmt: skip
         if s.loss:
-            zero, mean = s.loss.recovered_zero_interval, s.loss.recovered_mean_interval
-            row += [percent(s.loss.recovered_zero[i]), percent_interval(zero and zero[i])]
-            row += [percent(s.loss.recovered_mean[i]), percent_interval(mean and mean[i])]
+            row += [percent(s.loss.recovered_zero[i]), percent_interval(s.loss.recovered_zero_interval, i)]
+            row += [percent(s.loss.recovered_mean[i]), percent_interval(s.loss.recovered_mean_interval, i)]
             row += [number(s.loss.kl[i]), number(s.loss.ce_spliced[i])]
         else:
             row += [NOT_MEASURED] * 6
         rows.append(tuple(row))
-    headers = ("Prefix (features)", "FVU", "FVU, 95 % interval", "Explained variance", "Cosine", "L0")
-    headers += ("Loss recovered (zero ablation)", "95 % interval", "Loss recovered (mean ablation)", "95 % interval")
-    headers += ("KL (nats)", "Cross-entropy, spliced (nats)")
-    return Table("Held-out quality of each nested prefix of the dictionary", headers, tuple(rows))
+    headers = ["Prefix (features)", "FVU", "FVU, 95 % interval", "Explained variance", "Cosine", "L0"]
+    headers += ["Loss recovered (zero ablation)", "95 % interval", "Loss recovered (mean ablation)", "95 % interval"]
+    headers += ["KL (nats)", "Cross-entropy, spliced (nats)"]
+    return Table("Held-out quality of each nested prefix of the dictionary", tuple(headers), tuple(rows))
 
 
 def _figures(analysis: Analysis) -> Table:
