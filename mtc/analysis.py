@@ -15,7 +15,8 @@ from mtc.evaluation import Evaluation
 from mtc.examples import EDGES, Examples, FeatureStatistics
 from mtc.features import alignment, features_table, read_feature, top_token
 from mtc.logits import LogitEffects
-from mtc.report import report_names
+from mtc.report.evidence import Evidence
+from mtc.report.names import report_files
 from mtc.report.rules import judge
 from mtc.report.schema import (
     RUN_FILES,
@@ -93,7 +94,8 @@ def analyse(
         raise ValueError(f"evaluation of prefixes {evaluation.prefixes}, the dictionary's are {transcoder.prefixes}")
     features = features_table(transcoder, found.statistics, found.examples, found.effects, found.nesting)
     summary = _summary(config, transcoder, found, features, history, facts)
-    insights, recommendations = judge(summary, config)
+    tree = _tree(transcoder, found.nesting, features)
+    insights, recommendations = judge(Evidence(summary, config, evaluation, tree))
     top = _top_features(features, config.analysis.num_top_features)
     analysis = Analysis(
         summary=summary,
@@ -117,7 +119,7 @@ def analyse(
         top_features=top,
         features=_shown(config, features, found.examples, [f.feature for f in top]),
         prefix_steps=_prefix_steps(transcoder, found),
-        tree=_tree(transcoder, found.nesting, features),
+        tree=tree,
         insights=tuple(insights),
         recommendations=tuple(recommendations),
         files=_files(config.model.layer, facts),
@@ -410,11 +412,5 @@ def _trend(history: list[dict[str, Any]]) -> Trend | None:
 
 
 def _files(layer: int, facts: RunFacts) -> tuple[File, ...]:
-    described = (
-        "this report",
-        "the same figures, of all features, for programs",
-        "quality, training, density, activations and samples at a glance",
-        "strongest activation of each feature against its number of samples",
-    )
-    report = [File(name=n, description=d) for n, d in zip(report_names(layer), described, strict=True)]
+    report = [File(name=n, description=d) for n, d in report_files(layer).items()]
     return (*report, *(File(name=n, description=RUN_FILES.get(n, "")) for n in facts.files))
