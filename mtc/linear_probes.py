@@ -82,22 +82,24 @@ def fit_probe(
     `x` is [rows, dimensions], `positive` [rows] bool. The strength with the smallest log loss over `folds`, of which
     each part is judged by a probe of the rest, is used to fit all rows; with `balanced`, both classes weigh the same.
     """
-    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.linear_model import LogisticRegression
 
     x = np.asarray(x, np.float64)
     mean, scale = x.mean(0), x.std(0)
     scale[scale <= 1e-12 * np.abs(mean)] = 1  # a constant: nothing to scale
-    fitted = LogisticRegressionCV(
-        Cs=list(strengths),
-        cv=folds,
-        scoring="neg_log_loss",
-        l1_ratios=(0,),
-        class_weight="balanced" if balanced else None,
-        max_iter=1000,
-        use_legacy_attributes=False,
-    ).fit((x - mean) / scale, positive)
-    weights = fitted.coef_[0] / scale
-    return LinearProbe(weights, float(fitted.intercept_[0] - mean @ weights), float(fitted.C_))
+    x = (x - mean) / scale
+    weight = np.where(positive, 0.5 / positive.mean(), 0.5 / (~positive).mean()) if balanced else np.ones(len(x))
+    losses = np.zeros(len(strengths))
+    for rest, part in folds:
+        model = LogisticRegression(max_iter=1000, warm_start=True)
+        for i, strength in enumerate(strengths):
+            model.set_params(C=strength).fit(x[rest], positive[rest], sample_weight=weight[rest])
+            odds = model.decision_function(x[part])
+            losses[i] += weight[part] @ np.logaddexp(0, np.where(positive[part], -odds, odds))
+    best = strengths[int(losses.argmin())]
+    model = LogisticRegression(C=best, max_iter=1000).fit(x, positive, sample_weight=weight)
+    weights = model.coef_[0] / scale
+    return LinearProbe(weights, float(model.intercept_[0] - mean @ weights), best)
 
 
 def rank_dimensions(x: Array, positive: Array) -> Array:
