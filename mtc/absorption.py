@@ -207,21 +207,28 @@ def main_features(train: Array, positive: Array, test: Array) -> tuple[list[int]
     """
     from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     scale = np.maximum(train.max(0), 1e-30)
-    rank = LogisticRegression(
-        l1_ratio=1, solver="liblinear", C=1 / (L1 * len(train)), class_weight="balanced", random_state=0, max_iter=200
-    ).fit(csr_matrix(train / scale), positive)
-    order = np.argsort(-rank.coef_[0], kind="stable")[:MAX_MAIN]
-    best, f1, scores = 0, -np.inf, np.empty(0)
-    for k in range(1, len(order) + 1):
-        chosen = order[:k]
-        probe = LogisticRegression(class_weight="balanced", max_iter=1000)
-        probe.fit(train[:, chosen] / scale[chosen], positive)
-        new = f1_score(probe.decision_function(train[:, chosen] / scale[chosen]) > 0, positive)
-        if new <= f1 + F1_JUMP:
-            break
-        best, f1, scores = k, new, probe.decision_function(test[:, chosen] / scale[chosen])
+    with threadpool_limits(1):  # threads cost more than they save on such small products
+        rank = LogisticRegression(
+            l1_ratio=1,
+            solver="liblinear",
+            C=1 / (L1 * len(train)),
+            class_weight="balanced",
+            random_state=0,
+            max_iter=200,
+        ).fit(csr_matrix(train / scale), positive)
+        order = np.argsort(-rank.coef_[0], kind="stable")[:MAX_MAIN]
+        best, f1, scores = 0, -np.inf, np.empty(0)
+        for k in range(1, len(order) + 1):
+            chosen = order[:k]
+            probe = LogisticRegression(class_weight="balanced", max_iter=1000)
+            probe.fit(train[:, chosen] / scale[chosen], positive)
+            new = f1_score(probe.decision_function(train[:, chosen] / scale[chosen]) > 0, positive)
+            if new <= f1 + F1_JUMP:
+                break
+            best, f1, scores = k, new, probe.decision_function(test[:, chosen] / scale[chosen])
     return order[:best].tolist(), scores
 
 

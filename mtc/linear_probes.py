@@ -83,6 +83,7 @@ def fit_probe(
     each part is judged by a probe of the rest, is used to fit all rows; with `balanced`, both classes weigh the same.
     """
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     x = np.asarray(x, np.float64)
     mean, scale = x.mean(0), x.std(0)
@@ -90,14 +91,15 @@ def fit_probe(
     x = (x - mean) / scale
     weight = np.where(positive, 0.5 / positive.mean(), 0.5 / (~positive).mean()) if balanced else np.ones(len(x))
     losses = np.zeros(len(strengths))
-    for rest, part in folds:
-        model = LogisticRegression(max_iter=1000, warm_start=True)
-        for i, strength in enumerate(strengths):
-            model.set_params(C=strength).fit(x[rest], positive[rest], sample_weight=weight[rest])
-            odds = model.decision_function(x[part])
-            losses[i] += weight[part] @ np.logaddexp(0, np.where(positive[part], -odds, odds))
-    best = strengths[int(losses.argmin())]
-    model = LogisticRegression(C=best, max_iter=1000).fit(x, positive, sample_weight=weight)
+    with threadpool_limits(1):  # threads cost more than they save on such small products
+        for rest, part in folds:
+            model = LogisticRegression(max_iter=1000, warm_start=True)
+            for i, strength in enumerate(strengths):
+                model.set_params(C=strength).fit(x[rest], positive[rest], sample_weight=weight[rest])
+                odds = model.decision_function(x[part])
+                losses[i] += weight[part] @ np.logaddexp(0, np.where(positive[part], -odds, odds))
+        best = strengths[int(losses.argmin())]
+        model = LogisticRegression(C=best, max_iter=1000).fit(x, positive, sample_weight=weight)
     weights = model.coef_[0] / scale
     return LinearProbe(weights, float(model.intercept_[0] - mean @ weights), best)
 

@@ -146,7 +146,7 @@ def probe(
     ks: Sequence[int] = KS,
     pooling: Pooling = "mean",
     context_length: int = 128,
-    max_texts: int = 1500,
+    max_texts: int = 1000,
     unit_tokens: int = 4096,
     seed: int = 0,
 ) -> Probing:
@@ -302,7 +302,7 @@ def _pool_rows(values: torch.Tensor, owner: torch.Tensor, count: int, pooling: P
         return values[tokens.cumsum(0) - 1]
     if pooling == "max":
         empty = values.new_full((count, values.shape[1]), -torch.inf)
-        return empty.index_reduce(0, owner, values, "amax")
+        return empty.scatter_reduce(0, owner.unsqueeze(1).expand_as(values), values, "amax")
     return values.new_zeros(count, values.shape[1]).index_add(0, owner, values) / tokens.unsqueeze(1)
 
 

@@ -132,8 +132,9 @@ def vocabulary_words(tokenizer: Any, per_letter: int, seed: int = 0) -> Words:
     for letter in string.ascii_lowercase:
         same = sorted(word for word in token if word[0] == letter)
         same = [same[i] for i in rng.permutation(len(same))[:per_letter]]
-        train += same[: len(same) // 2]
-        test += same[len(same) // 2 :]
+        half = len(same) // 2
+        train += same[:half]
+        test += same[half : 2 * half]
     return Words(train, test, token)
 
 
