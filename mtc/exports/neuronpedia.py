@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from mtc.exports.card import model_card
 from mtc.exports.subject import ExportError, Subject, describe_norm
+from mtc.features import read_feature
 from mtc.report.schema import Analysis, Feature
 from mtc.runs import RunDirectory
 
@@ -34,20 +35,20 @@ def write_neuronpedia(
     analysis = subject.analysis
     if analysis is None:
         raise ExportError("this run was never analysed, so there is nothing to show of its features")
-    examples = run.read("examples.parquet")
+    examples, table = run.read("examples.parquet"), pq.read_table(io.BytesIO(run.read("features.parquet")))
     model_id = model_id or subject.config.model.name.split("/")[-1].split(":")[-1].lower()
     set_name = set_name or f"mtc-{subject.run_id.replace('/', '-')}".lower()
-    features = [feature for feature in analysis.features if feature.feature < subject.prefix]
-    fired = [feature for feature in features if feature.count]
+    counts = table["count"].to_pylist()[: subject.prefix]
+    fired = [feature for feature, count in enumerate(counts) if count]
     for number, start in enumerate(range(0, len(fired), BATCH)):
         some = fired[start : start + BATCH]
-        shown = _top_examples(examples, some[0].feature, some[-1].feature)
+        shown = _top_examples(examples, some[0], some[-1])
         batch = {
             "model_id": model_id,
             "layer": subject.layer,
             "sae_set": set_name,
             "sae_id_suffix": None,
-            "features": [_feature(feature, shown.get(feature.feature, []), analysis) for feature in some],
+            "features": [_feature(read_feature(table, j), shown.get(j, []), analysis) for j in some],
         }
         (directory / f"batch-{number}.json").write_text(json.dumps(batch, allow_nan=False))
     skipped = {
@@ -55,7 +56,7 @@ def write_neuronpedia(
         "layer": str(subject.layer),
         "sae_set": set_name,
         "log_sparsity": None,
-        "skipped_indexes": [feature.feature for feature in features if not feature.count],
+        "skipped_indexes": [feature for feature, count in enumerate(counts) if not count],
     }
     (directory / "skipped_indexes.json").write_text(json.dumps(skipped))
     use = f"""import json
@@ -86,7 +87,7 @@ def _feature(feature: Feature, examples: list[dict[str, Any]], analysis: Analysi
         "correlated_features_indices": [],
         "correlated_features_l1": [],
         "correlated_features_pearson": [],
-        **_logits_and_histogram(feature),
+        **_logits_and_histogram(feature, analysis.activation_edges),
         "n_prompts_total": analysis.summary.analysed_tokens // tokens,
         "n_tokens_in_prompt": tokens,
         "dataset": analysis.config.data.name,
@@ -96,17 +97,19 @@ def _feature(feature: Feature, examples: list[dict[str, Any]], analysis: Analysi
     }
 
 
-def _logits_and_histogram(feature: Feature) -> dict[str, Any]:
-    """The tokens that the feature promotes and suppresses, and how its activations are distributed; empty where
-    `Feature` does not say."""
+def _logits_and_histogram(feature: Feature, edges: tuple[float, ...]) -> dict[str, Any]:
+    """The tokens that the feature promotes and suppresses, strongest first, and how often its activations lie in each
+    bin that has some: bars stand at the geometric middle of their bin."""
+    down, up = feature.negative_logits or (), feature.positive_logits or ()
+    filled = [i for i, count in enumerate(feature.histogram) if count]
     return {
-        "neg_str": [],
-        "neg_values": [],
-        "pos_str": [],
-        "pos_values": [],
+        "neg_str": [effect.token for effect in down],
+        "neg_values": [round(effect.value, DECIMALS) for effect in down],
+        "pos_str": [effect.token for effect in up],
+        "pos_values": [round(effect.value, DECIMALS) for effect in up],
         "frac_nonzero": feature.density,
-        "freq_hist_data_bar_values": [],
-        "freq_hist_data_bar_heights": [],
+        "freq_hist_data_bar_values": [round((edges[i] * edges[i + 1]) ** 0.5, DECIMALS) for i in filled],
+        "freq_hist_data_bar_heights": [feature.histogram[i] for i in filled],
         "logits_hist_data_bar_heights": [],
         "logits_hist_data_bar_values": [],
     }
