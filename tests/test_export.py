@@ -314,8 +314,10 @@ def test_model_card_says_what_the_run_says(analysed: RunDirectory) -> None:
     assert "the first 48 of 64, in nested groups [16, 32]" in card.text
 
 
-def test_base_model_is_named_if_it_is_on_a_hub(tmp_path: Path) -> None:
+def test_base_model_is_named_if_it_is_on_a_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path, model={"name": "google/gemma-2-2b", "notice": "Gemma's terms apply."})
+    assert main(["--run", run.url, "--format", "saelens", "--output", str(tmp_path / "x")]) == 2
+    assert "--model-type" in capsys.readouterr().err  # tests have no hub
     card = card_of(export(run, "gemma-scope-npz", "--model-type", "gemma2"))
     assert card.data.base_model == "google/gemma-2-2b"
     assert card.text.rstrip().endswith("Gemma's terms apply.")

@@ -104,10 +104,10 @@ def load_subject(
     """The transcoder of a finished run, or of one of its layers.
 
     `model_type` is found from the model's configuration where it is None, which needs the model or a hub. Raises
-    ExportError for an unknown prefix or a threshold that was never set, RunError for a run of several layers,
-    ModelError if the model is needed and can't be had.
+    ExportError for an unknown prefix, a threshold that was never set or a model that is needed and can't be had,
+    RunError for a run of several layers.
     """
-    from mtc.model_files import MODULES, check_model
+    from mtc.model_files import MODULES, ModelError, check_model
 
     require_one_layer(run)
     config, transcoder = run.config(), load_transcoder(run)
@@ -117,12 +117,16 @@ def load_subject(
         raise ExportError(f"--prefix {prefix} is not one of the nested dictionaries {list(transcoder.prefixes)}")
     if model_type is not None and model_type not in MODULES:
         raise ExportError(f"--model-type {model_type} is unknown; known: {', '.join(sorted(MODULES))}")
+    try:
+        model_type = model_type or check_model(config.model).model_type
+    except ModelError as error:
+        raise ExportError(f"{error}\nor name the model's architecture with --model-type") from None
     analysis = Analysis.model_validate_json(run.read("analysis.json")) if run.exists("analysis.json") else None
     return Subject(
         run_id=run.run_id,
         config=config,
         transcoder=transcoder,
-        model_type=model_type or check_model(config.model).model_type,
+        model_type=model_type,
         prefix=prefix or transcoder.num_features,
         analysis=analysis,
         license=license,
