@@ -10,16 +10,20 @@ import torch
 import yaml
 
 from jobs.export import main
-from mtc.analysis import RunFacts, analyse
+from mtc.analysis import Findings, RunFacts, analyse
 from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.evaluation import Evaluation
-from mtc.examples import ExampleCollector, to_parquet
+from mtc.examples import EDGES, ExampleCollector
+from mtc.features import to_parquet
 from mtc.language_model import LanguageModel
+from mtc.logits import LogitEffects
 from mtc.model_files import load_tokenizer, prepare_model
 from mtc.runs import RunDirectory
+from mtc.sums import SparseActivations
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 from mtc.work import pack_windows
 
+BOS = 1
 GROUPS, D = (16, 32, 16), 32  # of the tiny preset
 F = sum(GROUPS)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -258,11 +262,15 @@ def analysed(tmp_path: Path) -> RunDirectory:
     activations = np.random.default_rng(0).exponential(size=(3, 8, F)).astype(np.float32)
     activations[np.random.default_rng(1).random(activations.shape) < 0.6] = 0
     activations[:, :, 7] = 0
-    ids, counted = np.arange(24).reshape(3, 8) + 60, np.ones((3, 8), bool)
-    counted[:, 0] = False
+    ids = (np.arange(24).reshape(3, 8) + 60).astype(np.int32)
+    ids[:, 0] = BOS
     collector = ExampleCollector(F, 2, 1, 4, 0.0)
-    collector.add(np.arange(3), ids, counted, activations)
-    examples = collector.table(lambda windows: [f"doc{w}" for w in windows], lambda token: f"<{chr(token)}>")
+    flat = activations[:, 1:].reshape(-1, F)
+    feature, token = np.nonzero(flat.T)
+    collector.add(np.arange(3), pack_windows(list(ids), [BOS]), SparseActivations(feature, token, flat[token, feature]))
+    examples = collector.examples(
+        lambda windows: ids[windows], [BOS], lambda windows: [f"doc{w}" for w in windows], lambda t: f"<{chr(t)}>"
+    )
     evaluation = Evaluation(
         tokens=21, prefixes=[16, 48, 64], fvu=[0.5, 0.4, 0.25], l0=[1.0, 2, 3], never_fired=1, loss=None
     )
@@ -270,8 +278,11 @@ def analysed(tmp_path: Path) -> RunDirectory:
         run_id="one", steps=1, trained_tokens=100, data_name="texts", language_model_dtype="float32", devices=("cpu",),
         num_trainers=1, num_model_actors=1,
     )  # fmt: skip
-    analysis = analyse(config, transcoder, evaluation, collector.statistics, examples, [], facts)
-    run.write("examples.parquet", to_parquet(examples))
+    effects = LogitEffects(*(np.tile(np.arange(60, 70, dtype=kind), (F, 1)) for kind in ("i8", "f4") * 2))
+    found = Findings(evaluation, collector.statistics, examples, np.zeros((100, 4)), 1.0, None, effects)
+    analysis, features = analyse(config, transcoder, found, [], facts)
+    run.write("examples.parquet", examples.to_parquet())
+    run.write("features.parquet", to_parquet(features))
     run.write("analysis.json", analysis.model_dump_json())
     run.publish()
     np.savez(tmp_path / "truth.npz", activations=activations, ids=ids)
@@ -302,6 +313,10 @@ def test_neuronpedia_batches_are_saedashboards(analysed: RunDirectory, tmp_path:
             assert shown["values"] == pytest.approx([values[window, p] for p in reach], abs=1e-4)
             assert shown["values"][shown["qualifying_token_index"]] == pytest.approx(peak, abs=1e-4)
             assert shown["bin_max"] == pytest.approx(values.max(), abs=1e-4)
+        assert feature["pos_str"] == feature["neg_str"] == [f"<{chr(t)}>" for t in range(60, 70)]
+        assert feature["pos_values"] == list(range(60, 70))
+        heights = np.histogram(values[values > 0], EDGES)[0]
+        assert feature["freq_hist_data_bar_heights"] == heights[heights > 0].tolist()
 
 
 def test_model_card_says_what_the_run_says(analysed: RunDirectory) -> None:
