@@ -8,6 +8,8 @@ features fire on a token: the cost does not depend on what is learnt.
 - `pass_ratio`: the same rows of work through the same model actors, in turn with all that the analysis finds in them
   (4,608 features, merged in the driver) and with the activations thrown away at once. Time between the first and the
   last result, so without loading; median of the rounds' ratios.
+- `unit_ratio`: in one process, unit by unit, (capture + analysis + the driver's merge of each row) / capture, medians;
+  steadier than the above on a machine that is shared, and without Ray on either side.
 - `finish_s`: what the driver does after the pass: intervals, nested tree, tables, files, report.
 - `driver_peak_gb`: largest resident memory of the driver process over a whole analysis of `--memory-tokens` held-out
   tokens (with fewer, more memory may be needed for a million), in a process of its own; `driver_peak_tokens` says how
@@ -156,6 +158,56 @@ def compare_passes(tokens: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def compare_units(tokens: int) -> dict[str, Any]:
+    """Units one after another in this process: each captured, then analysed; each row of units then merged."""
+    import numpy as np
+    import torch
+
+    from cluster.activations import configure_data_context
+    from cluster.pipeline import connected
+    from cluster.tokens import build_token_store
+    from mtc.heldout import HeldOutPass, count_tokens
+    from mtc.language_model import LanguageModel
+    from mtc.runs import load_transcoder
+    from mtc.tokens import TokenStore
+    from mtc.work import heldout_units, pack_windows
+
+    with tempfile.TemporaryDirectory() as root:
+        config = make_config(root, GROUPS, tokens)
+        with connected():
+            configure_data_context()
+            store_url = build_token_store(config)
+        store, transcoder = TokenStore.open(store_url), load_transcoder(make_run(config, store_url))
+    torch.set_num_threads(1)  # as an actor of a small model on a CPU
+    model = LanguageModel(config.model)
+    units = heldout_units(store, config, tokens)
+    occurrences = count_tokens(store.input_ids(np.concatenate(units)), store.info.special_ids, 1 << 16)
+    total = HeldOutPass(config, transcoder, occurrences)
+    capture, analysis, merge, sampled = [], [], [], 0
+    for row in _feature_rows(store, config, units, {int(w): 0 for unit in units for w in unit}):
+        (work,) = row.to_pylist()
+        found = HeldOutPass(config, transcoder, occurrences, 1, total.candidates)
+        for unit in work["units"]:
+            ids = np.asarray(unit)
+            windows = pack_windows(store.input_ids(ids), store.info.special_ids)
+            start = time.perf_counter()
+            (pair,) = model.capture(windows, windows.trainable.nonzero().squeeze(1))
+            middle = time.perf_counter()
+            found.add(ids, windows, pair, None, work["sampled"])
+            capture.append(middle - start)
+            analysis.append(time.perf_counter() - middle)
+            sampled += work["sampled"]
+        start = time.perf_counter()
+        total.merge(found.arrays())
+        merge.append((time.perf_counter() - start) / len(work["units"]))
+    parts = {n: statistics.median(v) for n, v in (("capture", capture), ("analysis", analysis), ("merge", merge))}
+    print(f"seconds a unit: {parts}; {sampled} of {len(capture)} units sampled for co-activations", flush=True)
+    return {
+        "unit_ratio": sum(parts.values()) / parts["capture"],
+        **{f"unit_{name}_s": value for name, value in parts.items()},
+    }
+
+
 def whole_analysis(groups: tuple[int, ...], tokens: int) -> dict[str, Any]:
     """One analysis, in this process, which should be fresh: times and largest resident memories."""
     import threading
@@ -232,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.whole:
         print(json.dumps(whole_analysis(tuple(arguments.groups), arguments.whole)))
         return 0
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = compare_units(arguments.tokens)
     if arguments.rounds:
         results |= compare_passes(arguments.tokens, arguments.rounds)
     if arguments.memory_tokens:

@@ -21,6 +21,7 @@ from mtc.examples import ExampleCollector
 from mtc.kernels import entry_dots
 from mtc.nesting import CoactivationSample, parent_candidates
 from mtc.sums import MAX_ENTRIES, Array, SparseActivations, TokenErrors, TokenSums
+from mtc.training import choose_bfloat16
 from mtc.transcoder import Codes, MatryoshkaTranscoder
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class HeldOutPass:
         self.prefixes = transcoder.prefixes
         self.coactivation_tokens = settings.coactivation_tokens
         device = transcoder.W_dec.device
+        # A GPU's product is too short to gain from it.
+        self._bfloat16_search = device.type == "cpu" and choose_bfloat16("auto", device)
         decades = np.floor(np.log10(np.maximum(occurrences, 1))).astype(np.int64)
         self._decade = torch.from_numpy(np.minimum(decades, FREQUENCY_BINS - 1)).to(device)
         self._num_blocks = min(num_documents, MAX_BLOCKS)
@@ -125,7 +128,7 @@ class HeldOutPass:
 
     def _add_part(self, source: Tensor, target: Tensor, block: Tensor, position: Tensor, token: Tensor) -> Codes:
         """Sums of a few tokens; returns their feature activations."""
-        codes = self.transcoder.encode_sparse(source)
+        codes = self.transcoder.encode_sparse(source, self._bfloat16_search)
         ends = [codes.feature < prefix for prefix in self.prefixes]
         active = torch.stack([torch.bincount(codes.token[inside], minlength=codes.tokens) for inside in ends], 1)
         found = TokenErrors.of(self.transcoder.decode_codes(codes, source), target, active)

@@ -22,7 +22,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from mtc.distributed import all_gather, all_reduce, distributed
-from mtc.kernels import Objective, Weights, Workspace, bag_sums, dense_loss, sparse_loss
+from mtc.kernels import Objective, Weights, Workspace, bag_sums, dense_loss, entry_dots, sparse_loss
 
 FORMAT_VERSION = 1
 RMS_EPS = 1e-6
@@ -152,12 +152,27 @@ class MatryoshkaTranscoder(nn.Module):
         return (torch.stack(parts).cumsum(0) + self.base(source)) / self.target_scale
 
     @torch.no_grad()
-    def encode_sparse(self, source: Tensor) -> Codes:
-        """What is not zero in `encode(source)`; raises ValueError if the threshold was never calibrated."""
+    def encode_sparse(self, source: Tensor, bfloat16_search: bool = False) -> Codes:
+        """What is not zero in `encode(source)`; raises ValueError if the threshold was never calibrated.
+
+        `bfloat16_search` proposes entries by a product in bfloat16, which some CPUs multiply many times faster, with as
+        much room below the threshold as rounding can take; their float32 values decide.
+        """
         self._check_calibrated()
-        z = torch.nn.functional.linear(self.normalise(source), self.W_enc, self.b_enc).float()
-        token, feature = (z > self.threshold.clamp(min=0)).nonzero(as_tuple=True)
-        return Codes(len(source), token, feature, z[token, feature])
+        x, threshold = self.normalise(source), self.threshold.clamp(min=0)
+        if not bfloat16_search:
+            z = torch.nn.functional.linear(x, self.W_enc, self.b_enc).float()
+            token, feature = (z > threshold).nonzero(as_tuple=True)
+            return Codes(len(source), token, feature, z[token, feature])
+        z = torch.nn.functional.linear(x.bfloat16(), self.W_enc.bfloat16())
+        # Both factors and the result are rounded by at most 2^-9 of themselves, and |x . w| <= ||x|| ||w||; so is the
+        # border.
+        largest = x.norm(dim=1).amax() if len(x) else x.new_zeros(())
+        border = threshold - self.b_enc - 2**-7 * largest * self.W_enc.norm(dim=1)
+        token, feature = (z > (border - 2**-8 * border.abs()).bfloat16()).nonzero(as_tuple=True)
+        value = entry_dots(x, token, self.W_enc, feature) + self.b_enc[feature]
+        fires = value > (threshold[feature] if threshold.dim() else threshold)
+        return Codes(len(source), token[fires], feature[fires], value[fires])
 
     @torch.no_grad()
     def decode_codes(self, codes: Codes, source: Tensor | None = None) -> Tensor:

@@ -176,6 +176,27 @@ def test_sparse_codes_are_the_dense_activations(input_norm, skip):
     torch.testing.assert_close(t.decode_codes(t.encode_sparse(x), x)[2], t.decode(torch.zeros_like(dense), x))
 
 
+def test_a_search_in_bfloat16_finds_every_entry():
+    """Thousands of entries lie within bfloat16's rounding of the threshold."""
+    generator = torch.Generator().manual_seed(0)
+    t = MatryoshkaTranscoder(TranscoderShape(64, 5, (300, 212), 3, "rms"), seed=1)
+    with torch.no_grad():
+        t.b_enc.normal_(std=3, generator=generator)
+        t.W_enc.mul_(torch.rand(512, 1, generator=generator) * 3)
+    x = torch.randn(3000, 64, generator=generator)
+    for threshold in (torch.tensor(0.7), torch.rand(512, generator=generator) * 3):
+        t.threshold = threshold
+        exact, searched = t.encode_sparse(x), t.encode_sparse(x, bfloat16_search=True)
+        z = t.pre_activations(x)
+        near = (z - threshold).abs() < 1e-5  # float32 sums in another order
+        assert ((z - threshold).abs() < 2**-8 * z).sum() > 3000
+        for codes in (exact, searched):
+            found = torch.zeros_like(z, dtype=torch.bool)
+            found[codes.token, codes.feature] = True
+            assert torch.equal(found | near, (z > threshold) | near)
+        torch.testing.assert_close(searched.value.sum(), exact.value.sum(), rtol=1e-5, atol=0)
+
+
 def test_each_feature_may_have_a_threshold_of_its_own(tmp_path):
     t = random_transcoder("rms")
     x, _ = data()
