@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -238,10 +239,10 @@ def test_features_agree_with_json(page: Page, data: Any, files: Files) -> None:
     assert top[0][6] == "no samples"
     text = files[HTML].decode()
     keys = ("max_activation", "mean_activation", "count", "density", "samples", "tokens_since_fired")
-    for i, shown in enumerate(data["features"]):
+    for shown in data["features"]:
         f = shown["figures"]
         names = (*keys, "decoder_norm", "alignment")
-        assert page.table("Figures", i)[1] == [number(f[k]) for k in names]
+        assert page.table(f"Figures of feature {f['feature']}")[1] == [number(f[k]) for k in names]
         start = text.index(f'id="feature-{f["feature"]}"')
         card, _, _ = read_html(text[start : text.find("<h4>", start)])
         tokens = ", ".join(f"{plain_token(t['token'])} ×{t['count']}" for t in f["top_tokens"])
@@ -320,6 +321,24 @@ def test_page_needs_nothing_outside(files: Files) -> None:
     colours = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", html))
     assert colours
     assert all(max(int(c[i : i + 2], 16) for i in (1, 3, 5)) > 0x90 for c in colours)  # ink and paper are the page's
+
+
+def test_colours_can_be_read() -> None:
+    """WCAG 2.2, level AA: contrast of at least 4.5 for text, in both colour schemes."""
+    css = (resources.files("mtc.report") / "templates" / "report.css").read_text()
+    pairs = dict(re.findall(r"--(\w+): light-dark\((.*?)\);", css))
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for scheme in (0, 1):
+        light = {name: luminance(both.split(", ")[scheme]) for name, both in pairs.items()}
+        for text in ("ink", "muted", "link", "alarm"):
+            for ground in ("paper", "raised"):
+                a, b = sorted((light[text], light[ground]))
+                assert (b + 0.05) / (a + 0.05) >= 4.5, (scheme, text, ground)
 
 
 def test_plots(files: Files) -> None:
