@@ -130,7 +130,7 @@ def make_nesting() -> Nesting:
     cosine, coactivation, base = (np.where(parent >= 0, v, np.nan) for v in (0.4321, 0.8765, 0.25))
     return Nesting(
         800, Parents(parent, cosine, coactivation, base, fired), [Split(1, (6, 7), 32, 0.75, 0.0625)],
-        [Absorption(0, 8, 0.4, 20, 15)], 10,
+        [Absorption(0, 8, 0.4, 20, 15)], 0.1, 10,
     )  # fmt: skip
 
 
