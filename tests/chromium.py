@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+TIMEOUT_S = 60
 
 
 def find() -> str | None:
@@ -54,6 +57,10 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._load("about:blank")  # a change of the part after # alone would not load the page again
+        self._load(url)
+
+    def _load(self, url: str) -> None:
         self.events.clear()
         self.call("Page.navigate", url=url)
         while not any(method == "Page.loadEventFired" for method, _ in self.events):
@@ -75,6 +82,9 @@ class Page:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._answers], [], [], TIMEOUT_S)
+            if not ready:
+                raise RuntimeError(f"the browser has not answered for {TIMEOUT_S} s")
             part = os.read(self._answers, 1 << 20)
             if not part:
                 raise RuntimeError("the browser is gone")
@@ -86,15 +96,21 @@ class Page:
         return answer
 
 
+def _away(end: int) -> int:
+    """The same pipe's end under a number that is not 3 or 4."""
+    moved = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(end)
+    return moved
+
+
 @contextmanager
 def browser(path: str) -> Iterator[Page]:
     """A browser with one tab, which ends with the block."""
-    command_end, commands = os.pipe()
-    answers, answer_end = os.pipe()
+    command_end, commands, answers, answer_end = (_away(end) for end in (*os.pipe(), *os.pipe()))
     with tempfile.TemporaryDirectory() as profile:
         process = subprocess.Popen(
-            # The shell gives the pipes the numbers 3 and 4, which the browser expects.
-            ["sh", "-c", f'exec 3<&{command_end} 4>&{answer_end}; exec "$@"', "sh", path, "--headless=new",
+            # The shell gives the pipes the numbers 3 and 4, which the browser expects; sh knows no numbers above 9.
+            ["bash", "-c", f'exec 3<&{command_end} 4>&{answer_end}; exec "$@"', "bash", path, "--headless=new",
              "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
              "--hide-scrollbars", f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(command_end, answer_end), stderr=subprocess.DEVNULL,

@@ -54,8 +54,8 @@ def test_job_trains_analyses_and_publishes(served):
     assert [row["step"] for row in history] == sorted({row["step"] for row in history})
     assert history[-1]["loss"] < history[0]["loss"]
     names = set(run.manifest().files)
-    report = {"layer1_analysis_report.md", "layer1_analysis_report.json", "layer1_analysis_overview.png"}
-    report |= {"activation_vs_samples.png"}
+    report = {"layer1_analysis_report.md", "layer1_analysis_report.html", "layer1_analysis_report.json"}
+    report |= {"layer1_analysis_overview.png", "activation_vs_samples.png", "activation_vs_samples.svg"}
     assert {"config.yaml", "transcoder.safetensors", "examples.parquet", "analysis.json"} <= names
     assert {f"report/{name}" for name in report} <= names
 
@@ -95,6 +95,8 @@ def test_report_over_http(served):
     markdown = httpx.get(f"{base}/report", timeout=30)
     assert markdown.status_code == 200
     assert markdown.content == run.read("report/layer1_analysis_report.md")
+    browser = httpx.get(f"{base}/report", headers={"Accept": "text/html,*/*;q=0.8"}, timeout=30)
+    assert browser.content == run.read("report/layer1_analysis_report.html")
     as_json = httpx.get(f"{base}/report", headers={"Accept": "application/json"}, timeout=30).json()
     assert as_json["evaluation"]["fvu"] == json.loads(run.read("analysis.json"))["evaluation"]["fvu"]
     picture = httpx.get(f"{base}/report/files/layer1_analysis_overview.png", timeout=30)

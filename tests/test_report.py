@@ -1,141 +1,76 @@
-"""The analysis against figures worked out by hand, and the report against the analysis."""
+"""The analysis against figures worked out by hand, and the report's three forms against the analysis."""
 
 import io
 import json
 import re
+import subprocess
+import sys
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import jsonschema
 import matplotlib.image
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
-from mtc.analysis import Analysis, RunFacts, analyse
-from mtc.config import RunConfig, load_preset
-from mtc.evaluation import Evaluation, LossRecovered
-from mtc.examples import FeatureStatistics
-from mtc.report import report_names, write_report
+from mtc.analysis import Analysis, RunFacts
+from mtc.report import report_files, report_names, write_report
 from mtc.report.format import context, escape, number, percent, token
-from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from mtc.report.html import render_html
+from mtc.report.layers import write_layers_report
+from mtc.report.markdown import render_markdown
+from mtc.report.names import PLOTS
+from mtc.report.sections import document
+from tests.report_example import (
+    COUNTS,
+    HOSTILE,
+    NONE,
+    SAMPLES,
+    TOKENS,
+    bare_analysis,
+    make_analysis,
+    make_config,
+    make_evaluation,
+    make_examples,
+    make_facts,
+    make_findings,
+    make_history,
+    make_statistics,
+    make_transcoder,
+)
+from tests.report_pages import Page, read_html, read_markdown, squeeze
 
-GROUPS = (4, 6)
-TOKENS = 1000
-HOSTILE = ["|", "`code`", "\n", "<script>alert(1)</script>", "**", "a|b\n| c |", "$x$", "\u202eevil", " "]
-COUNTS = [500, 40, 0, 7, 1, 0, 99, 100, 101, 3]  # features 2 and 5 are silent, 0 and 8 are dense
-SAMPLES = [10, 10, 0, 7, 1, 0, 10, 10, 10, 0]  # feature 9 is weaker than min_activation
-
-
-def make_config(**overrides: Any) -> RunConfig:
-    transcoder = {"group_sizes": list(GROUPS), "k": 4, "dead_after_tokens": 500} | overrides.pop("transcoder", {})
-    analysis = {"num_tokens": 1000, "max_per_feature": 10, "num_top_features": 9} | overrides.pop("analysis", {})
-    return load_preset("tiny", {"transcoder": transcoder, "analysis": analysis, **overrides})
-
-
-def make_transcoder(groups: tuple[int, ...] = GROUPS) -> MatryoshkaTranscoder:
-    transcoder = MatryoshkaTranscoder(TranscoderShape(8, 6, groups, 4, "rms"))
-    rows = torch.arange(1, sum(groups) + 1).float()
-    transcoder.W_dec.data[:, 0] = rows  # row j has norm j + 1
-    transcoder.threshold.fill_(0.25)
-    transcoder.tokens_since_fired[:3] = torch.tensor([499, 500, 501])
-    return transcoder
-
-
-def make_statistics(counts: list[int] = COUNTS) -> FeatureStatistics:
-    count = np.array(counts, np.int64)
-    maximum = np.where(count > 0, 1 + np.arange(len(count)) / 2, 0).astype(np.float32)
-    return FeatureStatistics(count, maximum, count * 0.5, TOKENS)
-
-
-def make_examples(samples: list[int] = SAMPLES, tokens: list[str] = HOSTILE) -> pa.Table:
-    """Sample r of a feature peaks on token 0, except that r = 1 peaks on token `feature % len(tokens)`; r = 2 too."""
-    rows = []
-    for feature, n in enumerate(samples):
-        for kind, many in (("top", n), ("sample", min(n, 2))):
-            for rank in range(many):
-                i = feature % len(tokens) if rank in (1, 2) else 0
-                rows.append({
-                    "feature": feature, "kind": kind, "rank": rank, "activation": 1 + feature / 2 - rank / 50,
-                    "quantile": None if kind == "top" else 0.5, "window_id": rank, "document_id": f"doc|{rank}",
-                    "position": 3, "token_id": i, "token": tokens[i], "context_ids": [7, i, 8],
-                    "context_tokens": ["the", tokens[i], " of|"], "context_activations": [0.0, 1.0, 0.0],
-                    "peak_index": 1,
-                })  # fmt: skip
-    types = {
-        "feature": pa.int32(), "kind": pa.string(), "rank": pa.int32(), "activation": pa.float32(),
-        "quantile": pa.float32(), "window_id": pa.int64(), "document_id": pa.string(), "position": pa.int32(),
-        "token_id": pa.int32(), "token": pa.string(), "context_ids": pa.list_(pa.int32()),
-        "context_tokens": pa.list_(pa.string()), "context_activations": pa.list_(pa.float32()),
-        "peak_index": pa.int32(),
-    }  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=pa.schema(list(types.items())))
+SCHEMA = Path(__file__).parent.parent / "docs" / "analysis.schema.json"
+MARKDOWN, HTML, JSON = report_names(1)
+Files = dict[str, bytes]
 
 
-def make_evaluation(prefixes: list[int], loss: bool = True) -> Evaluation:
-    n = len(prefixes)
-    measured = LossRecovered(
-        tokens=400, ce_clean=3.0, ce_zero=5.0, ce_mean=4.0, ce_spliced=[3.5] * n, kl=[0.321] * n,
-        recovered_zero=[0.75] * n, recovered_mean=[0.5] * n,
-    )  # fmt: skip
-    fvu = [0.6, 0.4512345, 0.449][:n]
-    return Evaluation(
-        tokens=TOKENS, prefixes=prefixes, fvu=fvu, l0=[4.4] * n, never_fired=2, loss=measured if loss else None
-    )
+@pytest.fixture(scope="module")
+def analysed() -> tuple[Analysis, pa.Table]:
+    return make_analysis()
 
 
-def make_history(rows: int, slope: float = -1e-5, prefixes: int = 2) -> list[dict[str, Any]]:
-    return [
-        {
-            "step": i + 1, "tokens": (i + 1) * 256, "loss": 1.0, "fvu": [0.9 + slope * i * 256] * prefixes, "l0": 4.0,
-            "dead": i // 10, "lr": 1e-3, "tokens_per_second": 1e4, "gradient_norm": 0.5,
-        }
-        for i in range(rows)
-    ]  # fmt: skip
+@pytest.fixture(scope="module")
+def files(analysed: tuple[Analysis, pa.Table]) -> Files:
+    return write_report(*analysed, make_history(50))
 
 
-def make_facts() -> RunFacts:
-    return RunFacts(
-        run_id="run_1", steps=32, trained_tokens=8192, data_name="addresses", documents={"train": 200, "heldout": 49},
-        windows={"train": 900, "heldout": 50}, language_model_dtype="float32", devices=("cpu",), num_trainers=2,
-        num_model_actors=1, seconds={"train": 12.5}, versions={"torch": "2.13.0"},
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def page(files: Files) -> Page:
+    return read_html(files[HTML].decode())[0]
 
 
-def make_analysis(config: RunConfig | None = None, **parts: Any) -> Analysis:
-    transcoder = parts.get("transcoder", make_transcoder())
-    return analyse(
-        config or make_config(),
-        transcoder,
-        parts.get("evaluation", make_evaluation(list(transcoder.prefixes))),
-        parts.get("statistics", make_statistics()),
-        parts.get("examples", make_examples()),
-        parts.get("history", make_history(50)),
-        parts.get("facts", make_facts()),
-    )
-
-
-def cells(line: str) -> list[str]:
-    return [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
-
-
-def tables(markdown: str) -> list[list[list[str]]]:
-    """Every table as rows of cells, its header first; fails if a row has another number of cells than the header."""
-    found: list[list[list[str]]] = []
-    previous = ""
-    for line in markdown.split("\n"):
-        if line.startswith("|"):
-            if not previous.startswith("|"):
-                found.append([])
-            if not set(line) <= set("|- "):
-                found[-1].append(cells(line))
-        previous = line
-    for rows in found:
-        assert {len(r) for r in rows} == {len(rows[0])}
-    return found
+@pytest.fixture(scope="module")
+def data(files: Files) -> Any:
+    return json.loads(files[JSON])
 
 
 def test_summary_counts() -> None:
-    s = make_analysis().summary
+    s = make_analysis()[0].summary
     assert (s.total_features, s.silent_features, s.silent_fraction) == (10, 2, 0.2)
     assert (s.dead_features, s.dead_fraction) == (2, 0.2)  # counters 500 and 501 of 500
     assert (s.features_with_samples, s.total_samples, s.uniform_examples) == (7, 58, 13)
@@ -147,19 +82,24 @@ def test_summary_counts() -> None:
 
 
 def test_features_and_weights() -> None:
-    analysis = make_analysis()
     transcoder = make_transcoder()
-    assert [f.count for f in analysis.features] == COUNTS
-    assert [f.samples for f in analysis.features] == SAMPLES
-    assert [f.group for f in analysis.features] == [0] * 4 + [1] * 6
-    assert [f.mean_activation for f in analysis.features] == [0.5 if c else 0 for c in COUNTS]
-    assert [f.density for f in analysis.features] == [c / TOKENS for c in COUNTS]
-    assert [t.model_dump() for t in analysis.features[3].top_tokens] == [
+    analysis, table = make_analysis(transcoder=transcoder)
+    assert table["count"].to_pylist() == COUNTS
+    assert table["samples"].to_pylist() == SAMPLES
+    assert table["group"].to_pylist() == [0] * 4 + [1] * 6
+    assert table["density"].to_pylist() == [c / TOKENS for c in COUNTS]
+    assert table["top_tokens"][3].as_py() == [
         {"token_id": 0, "token": "|", "count": 5},
         {"token_id": 3, "token": HOSTILE[3], "count": 2},
     ]
-    assert [f.feature for f in analysis.top_features] == [9, 8, 7, 6, 4, 3, 1, 0]
+    assert [f.feature for f in analysis.top_features] == [9, 8, 7, 6, 4, 3]
     assert analysis.top_features[0].top_token is None
+    shown = {f.figures.feature: f for f in analysis.features}
+    assert [f.reason for f in analysis.features] == ["strongest"] * 6 + ["drawn"]
+    assert list(shown)[:6] == [9, 8, 7, 6, 4, 3]
+    assert shown[8].figures.parent
+    assert shown[8].figures.parent.feature == 0
+    assert [e.kind for e in shown[8].examples] == ["top"] * 5 + ["sample"] * 2
     w = analysis.weights
     assert w.decoder_norm.mean == pytest.approx(5.5)
     assert w.decoder_norm.std == pytest.approx(np.arange(1, 11).std())
@@ -167,130 +107,280 @@ def test_features_and_weights() -> None:
     assert [g.decoder_norm for g in w.groups] == pytest.approx([2.5, 7.5])
     assert [g.silent_features for g in w.groups] == [1, 1]
     assert w.encoder.std == pytest.approx(float(transcoder.W_enc.detach().double().std(correction=0)), rel=1e-5)
-    assert w.encoder_norm.mean == pytest.approx(1)
-
-
-def test_equal_token_counts_come_in_order_of_strength() -> None:
-    examples = make_examples([0, 3], ["weak", "strong"])
-    rows = examples.to_pylist()
-    rows[1]["token_id"], rows[1]["token"] = 5, "middle"
-    top = make_analysis(examples=pa.Table.from_pylist(rows, schema=examples.schema)).features[1].top_tokens
-    assert [t.token for t in top] == ["weak", "middle", "strong"]
+    (gain,) = analysis.prefix_steps[1].tokens
+    assert (gain.token, gain.count, gain.before, gain.after) == (HOSTILE[3], 20, 1.0, 0.5)
 
 
 def test_another_dictionary_is_refused() -> None:
     with pytest.raises(ValueError, match="statistics of 3 features"):
         make_analysis(statistics=make_statistics([1, 2, 3]))
     with pytest.raises(ValueError, match="prefixes"):
-        make_analysis(evaluation=make_evaluation([3, 10]))
+        make_analysis(evaluation=make_findings(make_transcoder()).evaluation.model_copy(update={"prefixes": [3, 10]}))
 
 
-def findings(analysis: Analysis) -> dict[str, bool]:
-    return {i.rule: i.met for i in analysis.insights}
+def texts(analysis: Analysis) -> tuple[str, str]:
+    """Markdown and HTML, with empty plots."""
+    content = document(analysis)
+    empty = dict.fromkeys(PLOTS, '<svg viewBox="0 0 1 1"></svg>')
+    return render_markdown(content, dict.fromkeys(PLOTS, "plot.png")), render_html(content, empty)
 
 
-def test_rules() -> None:
-    analysis = make_analysis()
-    assert findings(analysis) == {
-        "nested prefixes": False, "reconstruction": False, "sparsity": True, "dead features": True,
-        "dead counter": False, "dense features": True, "loss recovered": True, "loss measured": False,
-        "still improving": True, "few samples": False, "held-out text": False,
-    }  # fmt: skip
-    assert [r.rule for r in analysis.recommendations] == [i.rule for i in analysis.insights if i.met]
-    fields = {r.rule: r.field for r in analysis.recommendations}
-    assert fields["dead features"] == "transcoder.aux_coefficient"
-    assert all(r.field in r.text for r in analysis.recommendations if r.field)
-    for finding in (*analysis.insights, *analysis.recommendations):
-        assert re.search(r"\d", finding.text)
-    values = {i.rule: i.value for i in analysis.insights}
-    assert values["nested prefixes"] == pytest.approx(0.6 - 0.4512345)
-    assert values["sparsity"] == pytest.approx(0.1)
-    assert values["loss recovered"] == 0.75
+def test_files(files: Files, data: Any, analysed: tuple[Analysis, pa.Table]) -> None:
+    assert list(files) == list(report_files(1))
+    assert len(files) == 3 + 2 * len(PLOTS)
+    assert {f["name"] for f in data["files"]} > set(files)
+    assert all(f["description"] for f in data["files"])
+    assert write_report(*analysed, make_history(50)) == files
 
 
-def test_rules_follow_the_measurement() -> None:
-    few = make_config(analysis={"num_tokens": 2000}, transcoder={"dead_after_tokens": 8193})
-    met = findings(make_analysis(few, history=make_history(50, slope=1e-5), evaluation=make_evaluation([4, 10], False)))
-    assert met["held-out text"]
-    assert met["dead counter"]
-    assert met["getting worse"]
-    assert met["loss measured"]
-    assert "still improving" not in met
-    assert "loss recovered" not in met
+def test_markdown_and_html_show_the_same(files: Files, page: Page) -> None:
+    markdown = read_markdown(files[MARKDOWN].decode())
+    key, *tables = markdown.tables
+    assert tables == page.tables
+    assert len(tables) > 25
+    for label, value, note in key[1][1:]:
+        assert f"{label}{value} {note}" in page.text or f"{label} {value} {note}" in page.text
+    lists = {i for i in page.items if not re.match("…|.*Rule: ", i)}
+    met = {i for i in markdown.items if " Rule " not in i and not i.startswith("…")}
+    assert met < lists
+    contexts = [squeeze(i.replace("␣", "")) for i in page.items if i.startswith("…")]
+    assert len(contexts) == sum(i.startswith("…") for i in markdown.items) == 5 * 7 - 4 - 5 + 2 * 6 - 1
+    titles = [t for level, t in markdown.headings if level == 2]
+    assert titles == [t for level, t in page.headings if level == 2]
+    assert titles == [
+        "1. Executive summary", "2. Training configuration", "3. Evaluation", "4. Model weight analysis",
+        "5. Top features by activation", "6. Feature analysis", "7. Nested dictionary", "8. Probing", "9. Insights",
+        "10. Recommendations", "11. Files generated", "Provenance",
+    ]  # fmt: skip
+    levels = [level for level, _ in page.headings]
+    assert levels[0] == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
 
 
-def test_trend_is_the_fitted_line() -> None:
-    history = make_history(100)
-    noise = np.random.default_rng(0).normal(0, 0.002, 100)
-    for row, e in zip(history, noise, strict=True):
-        row["fvu"] = [0.0, row["fvu"][-1] + e]
-    trend = make_analysis(history=history).summary.trend
-    x = np.array([r["tokens"] for r in history[80:]])
-    y = np.array([r["fvu"][1] for r in history[80:]])
-    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
-    span = (x[-1] - x[0]) / y.mean()
-    assert trend is not None
-    assert trend.rows == 20
-    assert trend.fall == pytest.approx(-slope * span)
-    assert trend.standard_error == pytest.approx(np.sqrt(covariance[0, 0]) * span)
-    assert make_analysis(history=make_history(24)).summary.trend is None
+def pair(ends: list[float]) -> str:
+    return f"{number(ends[0])} to {number(ends[1])}"
 
 
-def test_markdown_and_json_agree() -> None:
-    analysis = make_analysis()
-    files = write_report(analysis, make_examples(), make_history(50))
-    assert tuple(files) == report_names(1)
-    data = json.loads(files["layer1_analysis_report.json"])
-    assert Analysis.model_validate(data) == analysis
-    markdown = files["layer1_analysis_report.md"].decode()
-    for i, title in enumerate(
-        ["Executive summary", "Training configuration", "Model weight analysis", "Top features by activation",
-         "Feature analysis", "Key insights", "Recommendations", "Files generated"], 1,
-    ):  # fmt: skip
-        assert f"\n## {i}. {title}\n" in markdown
-    for name in files:
-        if name.endswith(".png"):
-            assert f"]({name})" in markdown
-    found = tables(markdown)
-    summary, s = dict(found[0][1:]), data["summary"]
-    assert summary["Total features"] == number(s["total_features"]) == "10"
-    assert summary["Silent features (did not fire on the analysed held-out tokens)"] == number(s["silent_features"])
-    assert summary["Dead fraction"] == percent(s["dead_fraction"]) == "20 %"
-    assert summary["Average samples per feature (of those with samples)"] == number(s["average_samples"]) == "8.286"
-    assert [row[1] for row in found[1][1:]] == [number(v) for v in s["fvu"]] == ["0.6", "0.4512"]
-    assert [row[6] for row in found[1][1:]] == [number(v) for v in s["loss"]["kl"]]
-    setting = dict(found[2][1:])
-    assert setting["Configuration fingerprint"] == data["training"]["fingerprint"] == analysis.config.fingerprint()
+def percents(ends: list[float]) -> str:
+    return f"{percent(ends[0])} to {percent(ends[1])}"
+
+
+def test_summary_agrees_with_json(page: Page, data: Any) -> None:
+    s, loss = data["summary"], data["summary"]["loss"]
+    for i, row in enumerate(page.table("Held-out quality")[1:]):
+        assert row == [
+            number(s["prefixes"][i]), number(s["fvu"][i]), pair(s["fvu_interval"][i]),
+            percent(s["explained_variance"][i]), number(s["cosine"][i]), number(data["evaluation"]["l0"][i]),
+            percent(loss["recovered_zero"][i]), percents(loss["recovered_zero_interval"][i]),
+            percent(loss["recovered_mean"][i]), percents(loss["recovered_mean_interval"][i]), number(loss["kl"][i]),
+            number(loss["ce_spliced"][i]),
+        ]  # fmt: skip
+    figures = dict(page.table("All figures")[1:])
+    assert figures["Total features"] == number(s["total_features"]) == "10"
+    assert figures["Dead fraction"] == percent(s["dead_fraction"]) == "20 %"
+    assert figures["Average samples per feature (of those with samples)"] == number(s["average_samples"]) == "8.286"
+    assert figures["Documents that they are of"] == number(s["documents"]) == "9"
+    assert "FVU0.4512 95 %: 0.4278 to 0.4825" in page.text.replace("FVU 0", "FVU0")
+    assert "from 9 documents, the loss is of 400 tokens from 7 documents" in page.text
+    for insight in data["insights"]:
+        assert (squeeze(insight["text"]) in page.items) == insight["met"]
+
+
+def test_configuration_and_provenance_agree_with_json(page: Page, data: Any) -> None:
+    setting, facts = dict(page.table("Settings")[1:]), data["facts"]
     assert setting["Learning rate"] == number(data["config"]["optimizer"]["lr"])
-    assert setting["Inference threshold"] == "0.25"
-    assert found[3][4][1:] == [number(data["weights"]["decoder_norm"][k]) for k in ("mean", "std", "min", "max")]
-    top = found[5][1:]
+    assert setting["Inference threshold"] == number(data["training"]["threshold"]) == "0.25"
+    fields = dict(page.table("Configuration")[1:])
+    assert fields["transcoder.group_sizes"] == "4, 6"
+    assert fields["analysis.num_tokens"] == str(data["config"]["analysis"]["num_tokens"])
+    assert len(fields) == sum(len(part) for part in data["config"].values())
+    origin = dict(page.table("Where the figures come from")[1:])
+    assert origin["Configuration fingerprint"] == data["training"]["fingerprint"]
+    assert origin["Data fingerprint"] == facts["data_fingerprint"] == "feed" * 4
+    assert origin["Git revision"] == facts["git_revision"]
+    assert origin["Version of torch"] == facts["versions"]["torch"]
+    assert origin["Wall time (s)"] == number(sum(facts["seconds"].values())) == "15.75"
+    assert origin["Hardware"] == "a processor, 2 CPUs"
+    assert origin["Seeds"] == "data 0, transcoder 0"
+
+
+def test_evaluation_and_weights_agree_with_json(page: Page, data: Any) -> None:
+    e, loss, w = data["evaluation"], data["evaluation"]["loss"], data["weights"]
+    active = dict(page.table("Active features")[1:])
+    # Of 1,000 tokens 20 have none, 80 two, 200 three, 300 four, 250 five, 100 six, 50 eight.
+    quantiles = {"5 %": "2", "25 %": "3", "50 %": "4", "75 %": "5", "95 %": "6"}
+    assert {k: active[f"{k} of the tokens have at most"] for k in quantiles} == quantiles
+    assert active["Largest number"] == "8"
+    assert active["Tokens with no active feature"] == "2 %"
+    assert active["Mean, 95 % interval"] == pair(e["l0_interval"][-1])
+    for name, slices in (("Tokens by position", e["by_position"]), ("Tokens by frequency", e["by_frequency"])):
+        for row, part in zip(page.table(name)[1:], slices, strict=True):
+            ends = f"{number(part['low'])} to {number(part['high'])}"
+            figures = [number(v) for v in (part["tokens"], *part["fvu"], part["cosine"][-1], part["l0"])]
+            assert row == [ends, *figures]
+    rows = page.table("Next-token loss")[1:]
+    assert [row[1] for row in rows[:3]] == [number(loss[k]) for k in ("ce_clean", "ce_zero", "ce_mean")]
+    assert [row[2] for row in rows] == ["0", "2", "1", "0.5123", "0.5123"]
+    assert rows[4][3:5] == [number(loss["kl"][1]), pair(loss["kl_interval"][1])]
+    density = page.table("Features by density")
+    counted = [[int(c) for c in column] for column in zip(*(row[1:] for row in density[1:]), strict=True)]
+    assert [sum(c) for c in counted] == [sum(c) for c in data["density"]["counts"]] == [3, 5]
+    distributions = page.table("Distribution of the weights")
+    assert distributions[4][1:] == [number(w["decoder_norm"][k]) for k in ("mean", "std", "min", "max")]
+    assert distributions[5][1] == number(w["alignment"]["mean"])
+    for row, g in zip(page.table("Groups of")[1:], w["groups"], strict=True):
+        assert row[2:] == [number(g[k]) for k in ("decoder_norm", "alignment", "silent_features", "mean_density")]
+
+
+def test_features_agree_with_json(page: Page, data: Any, files: Files) -> None:
+    top = page.table("The strongest features")[1:]
     assert [int(row[1]) for row in top] == [f["feature"] for f in data["top_features"]]
     assert [row[3] for row in top] == [number(f["max_activation"]) for f in data["top_features"]]
-    for shown, rows in zip(data["top_features"], found[6:], strict=False):
-        f = data["features"][shown["feature"]]
-        keys = ("max_activation", "mean_activation", "count", "density", "samples")
-        assert rows[1] == [number(f[k]) for k in keys]
+    assert top[0][6] == "no samples"
+    text = files[HTML].decode()
+    keys = ("max_activation", "mean_activation", "count", "density", "samples", "tokens_since_fired")
+    for shown in data["features"]:
+        f = shown["figures"]
+        names = (*keys, "decoder_norm", "alignment")
+        assert page.table(f"Figures of feature {f['feature']}")[1] == [number(f[k]) for k in names]
+        start = text.index(f'id="feature-{f["feature"]}"')
+        card, _, _ = read_html(text[start : text.find("<h4>", start)])
+        tokens = ", ".join(f"{plain_token(t['token'])} ×{t['count']}" for t in f["top_tokens"])
+        assert f"Top tokens: {tokens or 'no samples'}" in card.items
+        assert "Raises the logits of: | 0.5" in card.text
+        assert "Lowers the logits of: " in card.text
+        near = ", ".join(f"{n['feature']} ({number(n['cosine'])})" for n in f["neighbours"])
+        assert f"Nearest features (decoder cosine): {near}" in card.items
+        if f["parent"]:
+            line = next(item for item in card.items if item.startswith("Parent: "))
+            assert line.startswith(f"Parent: {f['parent']['feature']} (decoder cosine 0.4321; fires on 87.65 %")
+        bins = [(a, b, n) for a, b, n in zip(*edges(data), f["histogram"], strict=True) if n]
+        assert "; ".join(f"{number(a)} to {number(b)}: {number(n)}" for a, b, n in bins) in card.text
+        titles = re.findall(r'<b class="a\d" title="activation ([^"]+)"', text[start : text.find("<h4>", start)])
+        assert titles == [number(e["activation"]) for e in shown["examples"]]
+        for e in shown["examples"]:
+            quantile = "" if e["quantile"] is None else f", quantile {number(e['quantile'])}"
+            assert f"{number(e['activation'])}{quantile}, document {e['document_id']}" in card.text
+
+
+def edges(data: Any) -> tuple[list[float], list[float]]:
+    return data["activation_edges"][:-1], data["activation_edges"][1:]
+
+
+def plain_token(text: str) -> str:
+    return squeeze(text.replace("\n", "⏎").replace("\u202e", "U+202E").replace(" ", "␣"))
+
+
+def test_nesting_and_findings_agree_with_json(page: Page, data: Any, files: Files) -> None:
+    tree = data["tree"]
+    steps = page.table("What each group adds")[1:]
+    assert [row[3:6] for row in steps] == [["1", "0.6", "0.4"], ["0.6", "0.4512", "0.1488"]]
+    assert steps[0][7:] == ["–", percent(data["prefix_steps"][0]["recovered_after"])]
+    assert page.table("Tokens that gain most by group 1")[1:] == [[HOSTILE[3], "20", "1", "0.5", "0.5"]]
+    assert dict(page.table("Thresholds")[1:]) == {k: number(v) for k, v in tree["limits"].items()}
+    assert page.table("Features with a parent")[1:] == [["0", "2", "0"], ["1", "3", "3"]]
+    assert "1 (group 0) `code`" not in page.items
+    assert any(re.match(r"1 \(group 0\) .*; fires on 25 % of the tokens; children: 2$", i) for i in page.items)
+    assert any(re.match(r"6 \(group 1\) .*: cosine 0.4321, co-activation 87.65 %$", i) for i in page.items)
+    assert page.table("Splitting candidates")[1][3:] == ["32", "75 %", "6.25 %"]
+    assert page.table("Absorption candidates")[1][4:] == ["0.4", "20", "15", "75 %"]
+    assert "Found: 1 of 10 pairs that could be tested (10 %)" in page.text
+    markdown = files[MARKDOWN].decode()
     for finding in data["insights"]:
-        assert f"{finding['text']} Rule *{finding['rule']}*" in markdown
-        assert f"measured {number(finding['value'])}" in markdown
-    for recommendation in data["recommendations"]:
-        assert recommendation["text"] in markdown
-    assert {row[0].replace("\\", "") for row in found[-1][1:]} >= set(files)
+        state = "met" if finding["met"] else "not met"
+        value, threshold = number(finding["value"]), number(finding["threshold"])
+        rule = f"{finding['rule']}: {state}. {finding['text']} Rule: {finding['condition']}; "
+        assert squeeze(f"{rule}measured {value}, threshold {threshold}.") in page.items
+        assert (
+            f"{finding['text']} Rule *{finding['rule']}*: {escape(finding['condition'])}; measured {value}" in markdown
+        )
+    for finding in data["recommendations"]:
+        assert any(
+            i.startswith(f"{finding['rule']}. {finding['text'].replace('`', '')} Change {finding['field']}.")
+            for i in page.items
+        )
+        assert finding["text"] in markdown
+    assert [row[0] for row in page.table("Files")[1:]] == [f["name"] for f in data["files"]]
+
+
+def test_page_needs_nothing_outside(files: Files) -> None:
+    html = files[HTML].decode()
+    _, ids, targets = read_html(html)
+    assert len(set(ids)) == len(ids)
+    assert {t[0] for t in targets} == {"#"}  # links lead to places in the page
+    assert {t[1:] for t in targets} <= set(ids)
+    assert "#feature-8" in targets
+    assert not re.search(r"https?:(?!//www\.w3\.org)", html)
+    assert not re.search(r"url\((?!#)|@import|<link|<img|<iframe| src=", html)
+    assert "default-src 'none'" in html
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ElementTree.fromstring(svg.replace("<svg", '<svg xmlns:xlink="x"', 1))
+        assert 'role="img"' in svg
+        assert re.search('aria-label="[^"]{20,}"', svg)
+        assert "<style" not in svg
+    colours = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", html))
+    assert colours
+    assert all(max(int(c[i : i + 2], 16) for i in (1, 3, 5)) > 0x90 for c in colours)  # ink and paper are the page's
+
+
+def test_colours_can_be_read() -> None:
+    """WCAG 2.2, level AA: contrast of at least 4.5 for text, in both colour schemes."""
+    css = (resources.files("mtc.report") / "templates" / "report.css").read_text()
+    pairs = dict(re.findall(r"--(\w+): light-dark\((.*?)\);", css))
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for scheme in (0, 1):
+        light = {name: luminance(both.split(", ")[scheme]) for name, both in pairs.items()}
+        for text in ("ink", "muted", "link", "alarm"):
+            for ground in ("paper", "raised"):
+                a, b = sorted((light[text], light[ground]))
+                assert (b + 0.05) / (a + 0.05) >= 4.5, (scheme, text, ground)
+
+
+def test_plots(files: Files) -> None:
+    sizes = {"layer1_analysis_overview": (1008, 1680)}
+    for name, content in files.items():
+        stem, kind = name.rsplit(".", 1)
+        if kind == "png":
+            assert pixels(content) == sizes.get(stem, (680, 960))
+            assert f"]({name})" in files[MARKDOWN].decode() or stem in sizes
+        elif kind == "svg":
+            root = ElementTree.fromstring(content)
+            text = " ".join(root.itertext())
+            assert not re.search(r"20\d\d-\d\d|Matplotlib", content.decode())
+            assert len(text.split()) > 10  # titles, axes and ticks are text
+    axes = {
+        "plots/prefix_fvu": ["prefix (features)", "FVU (1 - explained variance)", "0.4512"],
+        "plots/prefix_recovered": ["loss recovered (share)", "95 % interval"],
+        "plots/l0": ["active features (L0 of a token)", "tokens", "mean 4.4"],
+        "plots/density": ["log10 of the share of held-out tokens", "features", "group 1"],
+        "plots/fvu_by_position": ["position (tokens)", "FVU (share of variance)", "2–3"],
+        "plots/fvu_by_frequency": ["occurrences in the held-out text (tokens)", "100–999"],
+        "activation_vs_samples": ["samples (at most 10)", "max activation (scaled units)", "2 silent"],
+    }
+    for name, labels in axes.items():
+        text = " ".join(" ".join(ElementTree.fromstring(files[f"{name}.svg"]).itertext()).split())
+        assert all(label in text for label in labels), (name, text)
+
+
+def pixels(png: bytes) -> tuple[int, ...]:
+    image = matplotlib.image.imread(io.BytesIO(png))
+    assert image.std() > 0.01  # something is drawn
+    return image.shape[:2]
 
 
 def test_skipped_input_and_events() -> None:
-    def render(facts: RunFacts) -> str:
-        analysis = make_analysis(facts=facts)
-        files = write_report(analysis, make_examples(), [])
-        assert Analysis.model_validate_json(files["layer1_analysis_report.json"]) == analysis
-        return files["layer1_analysis_report.md"].decode()
+    def render(facts: RunFacts) -> tuple[Page, Page]:
+        markdown, html = texts(make_analysis(facts=facts)[0])
+        return read_markdown(markdown), read_html(html)[0]
 
-    quiet = render(make_facts())
-    assert "### Skipped input\n\nnone\n" in quiet
-    assert "What happened" not in quiet
-    assert dict(tables(quiet)[0])["Dropped tokens (activations not finite)"] == "0"
-
+    for quiet in render(make_facts()):
+        assert (3, "What happened during the run") not in quiet.headings
+        assert dict(quiet.table("All figures")[1:])["Dropped tokens (activations not finite)"] == "0"
     events: list[dict[str, Any]] = [
         {"time": f"2026-01-01T00:00:{i:02d}Z", "kind": "restart", "message": f"trainer {i}|gone", "step": i, "rank": 1}
         for i in range(60)
@@ -302,24 +392,30 @@ def test_skipped_input_and_events() -> None:
         "dropped_tokens": 1234,
         "events": tuple(events),
     }
-    markdown = render(make_facts().model_copy(update=changes))
-    found = tables(markdown)
-    assert dict(found[0])["Dropped tokens (activations not finite)"] == "1,234"
-    assert found[3] == [["Reason", "Documents"], ["not UTF-8", "1,200"], ["corrupt Parquet", "2"]]
-    assert "- not UTF-8: /data/a\\|b\\_c.txt\n- corrupt Parquet: /data/d.parquet, row group 1\n" in markdown
-    assert found[4][0] == ["Time", "Step", "Event"]
-    assert found[4][1] == ["2026-01-01T00:00:00Z", "0", "restart: trainer 0\\|gone"]
-    assert found[4][2][1] == "–"
-    assert len(found[4]) == 1 + 50
-    assert "\nAnd 10 more" in markdown
+    for page in render(make_facts(**changes)):
+        assert dict(page.table("All figures")[1:])["Dropped tokens (activations not finite)"] == "1,234"
+        assert page.table("Documents that")[1:] == [["not UTF-8", "1,200"], ["corrupt Parquet", "2"]]
+        assert set(changes["skipped_examples"]) < set(page.items)
+        found = page.table("Events")
+        assert found[:2] == [["Time", "Step", "Event"], ["2026-01-01T00:00:00Z", "0", "restart: trainer 0|gone"]]
+        assert found[2][1] == "–"
+        assert len(found) == 1 + 50
+        assert "And 10 more" in page.text
 
 
-def test_hostile_tokens_stay_text() -> None:
-    examples = make_examples()
-    markdown = write_report(make_analysis(), examples, [])["layer1_analysis_report.md"].decode()
-    tables(markdown)
-    assert "<script" not in markdown
-    assert "\u202e" not in markdown
+def test_hostile_text_stays_text() -> None:
+    facts = make_facts(
+        run_id='"><script>alert(1)</script>', data_name="</style><img src=x>`|", hardware=("\u202e</p>",)
+    )
+    markdown, html = texts(make_analysis(facts=facts)[0])
+    read_markdown(markdown)
+    for text in (markdown, html):
+        assert "\u202e" not in text
+        assert "<img" not in text
+        assert len(re.findall("<script", text)) == (text is html)  # its own
+        assert len(re.findall("</style", text)) == (text is html)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert not re.search(r"<[^>]*\sonload", html)
     # Every backtick is escaped or is a pair that the report itself writes.
     assert len(re.findall(r"(?<!\\)`", markdown)) % 2 == 0
     for text in HOSTILE:
@@ -341,51 +437,86 @@ def test_numbers() -> None:
     assert percent(0.0223) == "2.23 %"
 
 
-def pixels(png: bytes) -> tuple[int, ...]:
-    image = matplotlib.image.imread(io.BytesIO(png))
-    assert image.std() > 0.01  # something is drawn
-    return image.shape[:2]
-
-
-@pytest.mark.parametrize("case", ["full", "no history", "no samples", "no loss", "one group", "all silent"])
+@pytest.mark.parametrize("case", ["no history", "no samples", "no loss", "one group", "all silent", "bare"])
 def test_degenerate_runs(case: str) -> None:
-    groups = (10,) if case == "one group" else GROUPS
-    transcoder = make_transcoder(groups)
-    config = make_config(transcoder={"group_sizes": list(groups)})
-    none = [0] * 10
-    examples = make_examples(none if case in ("no samples", "all silent") else SAMPLES)
-    history = [] if case == "no history" else make_history(50, prefixes=len(groups))
-    analysis = make_analysis(
-        config,
-        transcoder=transcoder,
-        examples=examples,
-        history=history,
-        statistics=make_statistics(none if case == "all silent" else COUNTS),
-        evaluation=make_evaluation(list(transcoder.prefixes), loss=case != "no loss"),
-    )
-    files = write_report(analysis, examples, history)
-    markdown, as_json, overview, scatter = files.values()
-    tables(markdown.decode())
-    assert Analysis.model_validate_json(as_json) == analysis
-    assert pixels(overview) == (1008, 1680)
-    assert pixels(scatter) == (960, 1400)
-    text = markdown.decode()
-    assert ("not measured" in text.split("## 2.")[0]) == (case == "no loss")
-    if case == "all silent":
-        assert "None of the 10 features fired" in text
-        assert analysis.top_features == ()
-        assert analysis.summary.few_samples_fraction is None
+    history = [] if case in ("no history", "bare") else make_history(50, prefixes=1 if case == "one group" else 2)
+    parts: dict[str, Any] = {
+        "no samples": {"examples": make_examples(NONE)},
+        "no loss": {"evaluation": make_evaluation([4, 10], loss=False), "effects": None},
+        "one group": {"transcoder": make_transcoder((10,))},
+        "all silent": {"statistics": make_statistics(NONE), "examples": make_examples(NONE)},
+    }.get(case, {})
+    config = make_config(transcoder={"group_sizes": [10]}) if case == "one group" else None
+    analysis, features = bare_analysis() if case == "bare" else make_analysis(config, history=history, **parts)
+    files = write_report(analysis, features, history)
+    markdown, (page, ids, targets) = read_markdown(files[MARKDOWN].decode()), read_html(files[HTML].decode())
+    assert markdown.tables[1:] == page.tables
+    assert {t[1:] for t in targets} <= set(ids)
+    assert Analysis.model_validate_json(files[JSON]) == analysis
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(json.loads(files[JSON]))
+    for name, content in files.items():
+        if name.endswith(".png"):
+            pixels(content)
+    summary = page.text[page.text.index("1. Executive") : page.text.index("2. Training")]
+    assert ("not measured" in summary) == (case in ("no loss", "all silent", "bare"))
+    assert ("The tree was not measured" in page.text) == (case in ("one group", "bare"))
+    assert ("None of the 10 features fired" in page.text) == (case in ("all silent", "bare"))
+    if case == "bare":
+        for text in (
+            "The number of active features by token was not measured", "Tokens by position in the window: not measured",
+            "Tokens by frequency in the held-out text: not measured", "with fewer than 5 documents there are none",
+            "with the transcoder in the MLP's place was not measured", "The time of training was not measured",
+        ):  # fmt: skip
+            assert text in page.text, text
+        assert dict(page.table("Where")[1:])["Git revision"] == "not known"
+        assert page.table("Distribution")[5][1:] == ["not measured"] * 4
 
 
 def test_json_keeps_undefined_numbers() -> None:
     evaluation = make_evaluation([4, 10])
     assert evaluation.loss
     loss = evaluation.loss.model_copy(update={"recovered_zero": [float("nan"), float("inf")]})
-    analysis = make_analysis(evaluation=evaluation.model_copy(update={"loss": loss}))
-    files = write_report(analysis, make_examples(), [])
-    data = json.loads(files["layer1_analysis_report.json"], parse_constant=lambda name: pytest.fail(name))
+    analysis, features = make_analysis(evaluation=evaluation.model_copy(update={"loss": loss}))
+    files = write_report(analysis, features, [])  # the plots too
+    data = json.loads(files[JSON], parse_constant=lambda name: pytest.fail(name))
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(data)
     again = Analysis.model_validate(data)
     assert again.summary.loss
     assert again.summary.loss.recovered_zero[1] == float("inf")
-    assert "undefined" in files["layer1_analysis_report.md"].decode()
-    assert "loss recovered" not in findings(analysis)
+    assert "undefined" in files[MARKDOWN].decode()
+    assert "loss recovered" not in {i.rule for i in analysis.insights}
+
+
+def test_published_schema_is_current_and_holds(data: Any) -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "mtc.report.json_schema"], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert SCHEMA.read_text() == printed.stdout, "run: python -m mtc.report.json_schema > docs/analysis.schema.json"
+    validator = jsonschema.Draft202012Validator(json.loads(printed.stdout))
+    validator.check_schema(validator.schema)
+    validator.validate(data)
+    wrong = (
+        {"format_version": 1}, {"summary": data["summary"] | {"l0": "4.4"}}, {"surprise": 1},
+        {"evaluation": data["evaluation"] | {"fvu_interval": [[0.1]]}},
+    )  # fmt: skip
+    for change in wrong:
+        assert not validator.is_valid(data | change), change
+
+
+def test_layers_side_by_side() -> None:
+    analyses = []
+    for layer in (2, 1):
+        model = make_config().model.model_copy(update={"layer": layer})
+        analyses.append(make_analysis(make_config().model_copy(update={"model": model}))[0])
+    files = write_layers_report(analyses)
+    markdown, (page, _, targets) = (
+        read_markdown(files["layers_report.md"].decode()), read_html(files["layers_report.html"].decode()),
+    )  # fmt: skip
+    assert markdown.tables == page.tables
+    rows = page.table("Held-out figures of every layer")[1:]
+    assert [row[0].startswith("layer") for row in rows] == [True, True]
+    assert rows[0][2:6] == ["0.6", "0.4512", "0.4278 to 0.4825", "4.4"]
+    assert "../layer2/report/layer2_analysis_report.html" in targets
+    assert "(../layer2/report/layer2_analysis_report.md)" in markdown.text
+    assert [entry["layer"] for entry in json.loads(files["layers_report.json"])] == [1, 2]
+    assert pixels(files["layers_overview.png"]) == (680, 1080)

@@ -60,6 +60,7 @@ def picture(figure: Figure) -> Picture:
     """Both files."""
     bitmap, text = io.BytesIO(), io.StringIO()
     FigureCanvasAgg(figure).print_png(bitmap, metadata={"Software": None})
+    figure.set_layout_engine("none")  # it has been laid out; once more would take as long as drawing
     no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     FigureCanvasSVG(figure).print_svg(text, metadata=no_metadata)
     return Picture(bitmap.getvalue(), re.sub(r"'DejaVu Sans'", _FONTS, text.getvalue()))

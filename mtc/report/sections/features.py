@@ -88,7 +88,7 @@ def _card(shown: ShownFeature, analysis: Analysis) -> Card:
     f = shown.figures
     top: list[Piece] = [Token(f.top_tokens[0].token)] if f.top_tokens else ["no samples"]
     figures = Table(
-        "Figures",
+        f"Figures of feature {f.feature}",
         (
             "Max activation", "Mean activation", "Count", "Density", "Samples", "Training tokens since it fired",
             "Decoder norm", "Alignment",

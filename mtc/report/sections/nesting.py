@@ -151,8 +151,9 @@ def _absorptions(tree: Tree) -> list[Block]:
     blocks: list[Block] = [
         Paragraph(
             "Where a later feature fires, an earlier one should fire too if the target reaches as far along its "
-            "decoder row as in the median over the tokens where it does fire. It is an absorption candidate if it is "
-            "silent on too large a share of these tokens (thresholds above). Found: "
+            "decoder row as in the median over the tokens where it does fire. It is absorbed if it is silent all the "
+            "same and the later feature makes up much of that reach; the pair is a candidate if that is so on a large "
+            "share of these tokens (thresholds above). Found: "
             f"{number(tree.num_absorptions)} of {number(tree.tested_pairs)} pairs "
             f"that could be tested ({share})."
         ),
@@ -171,7 +172,7 @@ def _absorptions(tree: Tree) -> list[Block]:
             for a in tree.absorptions
         )  # fmt: skip
         headers = ["Earlier feature", "Its top token", "Later feature", "Its top token", "Decoder cosine"]
-        headers += ["Tokens where both should fire", "Earlier one silent", "Share"]
+        headers += ["Tokens where both should fire", "Absorbed", "Share"]
         caption = f"Absorption candidates, {_shown(len(tree.absorptions), tree.num_absorptions)}"
         blocks.append(Table(caption, tuple(headers), rows))
     return blocks
