@@ -1,12 +1,16 @@
-"""The Ray Data pass over held-out text, with the final weights: metrics, examples, and the language model's loss.
+"""The Ray Data pass over held-out text, with the final weights: metrics, examples, co-activations, and what needs the
+whole language model.
 
-Model actors encode on the spot; only sums and candidate examples travel, and they merge to the same result whatever
-the number of actors.
+Model actors encode on the spot; only sums, candidate examples and sparse co-activations travel. What one row of work
+finds does not depend on who does it, and rows are merged in their order, so the result is the same whatever the number
+of actors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -20,32 +24,34 @@ if TYPE_CHECKING:
     import numpy as np
     import ray.data
 
-    from mtc.evaluation import Evaluation, ReconstructionSums
-    from mtc.examples import ExampleCollector, FeatureStatistics
+    from mtc.analysis import Findings
+    from mtc.heldout import HeldOutPass
+    from mtc.tokens import TokenStore
 
 UNITS_PER_ROW = 8
 ROWS_WANTED = 16  # of a short text, so that all actors have work; not their number, which must not change results
+FEATURES_PER_ROW = 1024
 
 
 class HeldOutResults(NamedTuple):
-    """What the pass finds."""
+    """What the pass finds about the transcoder of one layer."""
 
-    evaluation: Evaluation
-    """Metrics at the calibrated threshold."""
-    statistics: FeatureStatistics
-    """Counts and maxima per feature."""
-    examples: pa.Table
-    """Activating examples ordered by feature."""
+    found: Findings
+    """The figures."""
     dtype: str
     """Arithmetic that the language model ran in."""
+    machines: tuple[str, ...]
+    """What the model actors ran on."""
 
 
 def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str) -> list[HeldOutResults]:
-    """Run the pass on `analysis.num_tokens` held-out tokens and the spliced model on `analysis.loss_tokens`.
+    """Run the pass on `analysis.num_tokens` held-out tokens and the whole model on `analysis.loss_tokens`.
 
     Returns one result for each entry of `model.sites`; all come from the same forward passes.
     """
-    from mtc.evaluation import LossSums, ReconstructionSums
+    import numpy as np
+
+    from mtc.heldout import HeldOutPass, count_tokens, number_documents
     from mtc.model_files import load_tokenizer
     from mtc.runs import load_transcoder
     from mtc.tokens import TokenStore
@@ -54,49 +60,73 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     configure_data_context()
     store = TokenStore.open(store_url)
     run_urls = [run.for_layer(sites.layer).url for sites in config.model.sites]
-    units = heldout_units(store, config, config.analysis.num_tokens)
-    per_row = max(1, min(UNITS_PER_ROW, len(units) // ROWS_WANTED))
-    groups = [units[i : i + per_row] for i in range(0, len(units), per_row)]
-    arguments = {"config": config, "run_urls": run_urls, "store_url": store_url}
-    dataset = map_on_model_actors([_row(g) for g in groups], FeatureActor, plan, **arguments)
-    sums: dict[int, ReconstructionSums] = {}
-    collectors = [make_collector(config) for _ in run_urls]
-    dtype = ""
-    for row in _rows(dataset):
-        at = row["at"]
-        part = ReconstructionSums(**_sums(row, ReconstructionSums._fields))
-        sums[at] = sums[at] + part if at in sums else part
-        collectors[at].merge_bytes(row["examples"])
-        dtype = row["dtype"]
+    transcoders = [load_transcoder(RunDirectory(url)) for url in run_urls]
+    settings = config.analysis
+    units = heldout_units(store, config, settings.num_tokens)
+    loss_units = heldout_units(store, config, settings.loss_tokens) if settings.loss_tokens else []
+    windows = np.unique(np.concatenate(units + loss_units))
+    numbers, num_documents = number_documents(store.document_ids(windows))
+    document_of = dict(zip(windows.tolist(), numbers.tolist(), strict=True))
+    vocabulary = len(load_tokenizer(config.model))
+    occurrences = count_tokens(store.input_ids(np.concatenate(units)), store.info.special_ids, vocabulary)
+    about: dict[str, Any] = {"occurrences": occurrences, "num_documents": num_documents}
+    arguments: dict[str, Any] = {"config": config, "run_urls": run_urls, "store_url": store_url}
 
-    losses: dict[int, LossSums] = {}
-    if config.analysis.loss_tokens:
-        rows = [_row([unit]) for unit in heldout_units(store, config, config.analysis.loss_tokens)]
-        arguments["target_means"] = [sums[at].target_mean() for at in range(len(run_urls))]
-        for row in _rows(map_on_model_actors(rows, LossActor, plan, **arguments)):
-            loss = LossSums(**_sums(row, LossSums._fields))
-            losses[row["at"]] = losses[row["at"]] + loss if row["at"] in losses else loss
+    passes = [HeldOutPass(config, transcoder, **about) for transcoder in transcoders]
+    dtype, machines = "", set()
+    rows = _feature_rows(store, config, units, document_of)
+    about |= {"candidates": [held.candidates for held in passes]}
+    for row in _results(map_on_model_actors(rows, FeatureActor, plan, **arguments, **about)):
+        passes[row["at"]].merge(_arrays(row["found"]))
+        dtype = row["dtype"]
+        machines.add(row["machine"])
+
+    losses: list[list[dict[str, Any]]] = [[] for _ in passes]
+    effects: list[list[dict[str, Any]]] = [[] for _ in passes]
+    if loss_units:
+        rows = [_row([unit], document_of) for unit in loss_units] + _logit_rows(config.transcoder.num_features)
+        means = [held.blocks.mean() for held in passes]
+        arguments |= {"target_means": means, "num_documents": num_documents}
+        for row in _results(map_on_model_actors(rows, WholeModelActor, plan, **arguments)):
+            (effects if row["kind"] == "effects" else losses)[row["at"]].append(_arrays(row["found"]))
+    return [
+        HeldOutResults(_findings(store, config, held, *whole), dtype, tuple(sorted(machines)))
+        for held, *whole in zip(passes, losses, effects, strict=True)
+    ]
+
+
+def _findings(
+    store: TokenStore,
+    config: RunConfig,
+    held: HeldOutPass,
+    losses: list[dict[str, Any]],
+    effects: list[dict[str, Any]],
+) -> Findings:
+    import numpy as np
+
+    from mtc.analysis import Findings
+    from mtc.evaluation import evaluation, loss_recovered
+    from mtc.logits import LogitEffects
+    from mtc.model_files import load_tokenizer
+    from mtc.nesting import analyse_nesting
+    from mtc.sums import LossSums
 
     tokenizer = load_tokenizer(config.model)
-    results = []
-    for at, url in enumerate(run_urls):
-        examples = collectors[at].table(store.document_ids, lambda token: str(tokenizer.decode([token])))
-        loss_recovered = losses[at].loss_recovered() if at in losses else None
-        evaluation = sums[at].evaluation(load_transcoder(RunDirectory(url)), loss_recovered)
-        results.append(HeldOutResults(evaluation, collectors[at].statistics, examples, dtype))
-    return results
-
-
-def make_collector(config: RunConfig) -> ExampleCollector:
-    from mtc.examples import ExampleCollector
-
-    settings = config.analysis
-    return ExampleCollector(
-        config.transcoder.num_features,
-        settings.max_per_feature,
-        settings.samples_per_feature,
-        settings.context_tokens,
-        settings.min_activation,
+    loss = reduce(add, [LossSums(**part) for part in losses]) if losses else None
+    on_logits = None
+    if loss:
+        whole = {name: np.concatenate([part[name] for part in effects]) for name in LogitEffects._fields}
+        on_logits = LogitEffects(**whole).scaled(float(loss.norm_scale.sum() / loss.tokens.sum()))
+    return Findings(
+        evaluation=evaluation(held, loss_recovered(loss) if loss else None),
+        statistics=held.examples.statistics,
+        examples=held.examples.examples(
+            store.input_ids, store.info.special_ids, store.document_ids, lambda token: str(tokenizer.decode([token]))
+        ),
+        token_errors=held.token_errors,
+        deviation=held.blocks.mean_deviation(),
+        nesting=analyse_nesting(held.transcoder, held.sample, held.candidates),
+        effects=on_logits,
     )
 
 
@@ -109,6 +139,7 @@ class _HeldOutActor:
         import torch
 
         from mtc.language_model import LanguageModel
+        from mtc.provenance import describe_machine
         from mtc.runs import load_transcoder
         from mtc.tokens import TokenStore
 
@@ -116,89 +147,121 @@ class _HeldOutActor:
         self.config = config
         self.store = TokenStore.open(store_url)
         self.model = LanguageModel(config.model, device, full=self.full_model)
+        self.machine = describe_machine()
         self.transcoders = [load_transcoder(RunDirectory(url), device) for url in run_urls]
 
 
 class FeatureActor(_HeldOutActor):
-    """Several units -> for each layer one row of reconstruction sums and candidate examples."""
+    """Several units -> for each layer one row with all that a HeldOutPass finds in them."""
+
+    def __init__(self, occurrences: np.ndarray, num_documents: int, candidates: list[np.ndarray], **arguments: Any):
+        super().__init__(**arguments)
+        self.about = (occurrences, num_documents)
+        self.candidates = candidates
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         import numpy as np
 
-        from mtc.evaluation import reconstruction_sums
+        from mtc.heldout import HeldOutPass
         from mtc.work import pack_windows
 
-        collectors = [make_collector(self.config) for _ in self.transcoders]
-        sums: dict[int, ReconstructionSums] = {}
-        for unit in batch["units"][0].as_py():
+        passes = [
+            HeldOutPass(self.config, transcoder, *self.about, candidates)
+            for transcoder, candidates in zip(self.transcoders, self.candidates, strict=True)
+        ]
+        (row,) = batch.to_pylist()
+        for unit, documents in zip(row["units"], row["documents"], strict=True):
             ids = np.asarray(unit)
             windows = pack_windows(self.store.input_ids(ids), self.store.info.special_ids)
             pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
-            for at, (transcoder, pair) in enumerate(zip(self.transcoders, pairs, strict=True)):
-                part, sparse = reconstruction_sums(transcoder, *pair)
-                sums[at] = sums[at] + part if at in sums else part
-                collectors[at].add_packed(ids, windows, sparse.cpu().numpy())
+            for held, pair in zip(passes, pairs, strict=True):
+                held.add(ids, windows, pair, np.asarray(documents), row["sampled"])
         dtype = str(self.model.dtype).removeprefix("torch.")
-        for at, collector in enumerate(collectors):
-            examples = pa.array([collector.to_bytes()], pa.large_binary())
-            yield (
-                _sums_table(sums[at], at).append_column("examples", examples).append_column("dtype", pa.array([dtype]))
-            )
+        for at, held in enumerate(passes):
+            yield _found("sums", at, held.arrays(), dtype=dtype, machine=self.machine)
 
 
-class LossActor(_HeldOutActor):
-    """One unit -> for each layer one row of cross-entropy and KL sums, from the whole language model."""
+class WholeModelActor(_HeldOutActor):
+    """One unit -> for each layer one row of losses by document; a range of features -> their effects on the logits."""
 
     full_model = True
 
-    def __init__(
-        self,
-        config: RunConfig,
-        run_urls: list[str],
-        store_url: str,
-        target_means: list[np.ndarray],
-        device: str,
-        threads: int,
-    ):
+    def __init__(self, target_means: list[np.ndarray], num_documents: int, **arguments: Any):
         import torch
 
-        super().__init__(config, run_urls, store_url, device, threads)
+        from mtc.bootstrap import MAX_BLOCKS
+
+        super().__init__(**arguments)
         self.target_means = [torch.tensor(mean) for mean in target_means]
+        self.num_blocks = min(num_documents, MAX_BLOCKS)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         import numpy as np
+        import torch
 
-        from mtc.evaluation import loss_sums
+        from mtc.logits import logit_effects
+        from mtc.sums import loss_sums
         from mtc.work import pack_windows
 
-        (unit,) = batch["units"][0].as_py()
+        (row,) = batch.to_pylist()
+        if row["end"]:
+            for at, transcoder in enumerate(self.transcoders):
+                yield _found("effects", at, logit_effects(self.model, transcoder, row["first"], row["end"])._asdict())
+            return
+        (unit,), (documents,) = row["units"], row["documents"]
         windows = pack_windows(self.store.input_ids(np.asarray(unit)), self.store.info.special_ids)
-        for at, sums in enumerate(loss_sums(self.model, self.transcoders, windows, self.target_means)):
-            yield _sums_table(sums, at)
+        labels = torch.from_numpy(np.repeat(np.asarray(documents), windows.lengths) % self.num_blocks)
+        sums = loss_sums(self.model, self.transcoders, windows, self.target_means, labels, self.num_blocks)
+        for at, of_layer in enumerate(sums):
+            yield _found("losses", at, of_layer._asdict())
 
 
-def _row(units: list[np.ndarray]) -> pa.Table:
-    return pa.table({"units": pa.array([[u.tolist() for u in units]], pa.list_(UNIT_TYPE))})
+def _feature_rows(
+    store: TokenStore, config: RunConfig, units: list[np.ndarray], document_of: dict[int, int]
+) -> list[pa.Table]:
+    """Units by rows; the first rows, until they hold analysis.coactivation_tokens, are sampled for co-activations."""
+    per_row = max(1, min(UNITS_PER_ROW, len(units) // ROWS_WANTED))
+    rows, sampled = [], 0
+    for i in range(0, len(units), per_row):
+        some = units[i : i + per_row]
+        rows.append(_row(some, document_of, sampled=sampled < config.analysis.coactivation_tokens))
+        sampled += int(sum(store.trainable_tokens(unit).sum() for unit in some))
+    return rows
 
 
-def _sums_table(sums: NamedTuple, at: int) -> pa.Table:
-    """One row with a list of float64 per field, and which layer's they are."""
+def _logit_rows(features: int) -> list[pa.Table]:
+    starts = range(0, features, FEATURES_PER_ROW)
+    return [_row([], {}, first=first, end=min(first + FEATURES_PER_ROW, features)) for first in starts]
+
+
+def _row(
+    units: list[np.ndarray], document_of: dict[int, int], sampled: bool = False, first: int = 0, end: int = 0
+) -> pa.Table:
+    """One row of work: window ids by unit and the number of each one's document, or a range of features."""
+    ids = [unit.tolist() for unit in units]
+    documents = [[document_of[window] for window in unit] for unit in ids]
+    columns = {"units": pa.array([ids], pa.list_(UNIT_TYPE)), "documents": pa.array([documents], pa.list_(UNIT_TYPE))}
+    return pa.table(columns | {"sampled": [sampled], "first": [first], "end": [end]})
+
+
+def _found(kind: str, at: int, arrays: dict[str, Any], **more: str) -> pa.Table:
+    """One row of results: arrays as a safetensors file, what they are, and which layer's."""
     import numpy as np
+    from safetensors.numpy import save
 
-    values = {name: np.atleast_1d(np.asarray(v, np.float64)) for name, v in sums._asdict().items()}
-    columns = {name: pa.array([v], pa.list_(pa.float64())) for name, v in values.items()}
-    return pa.table(columns | {"at": pa.array([at])})
+    data = save({name: np.asarray(value, order="C") for name, value in arrays.items()})
+    columns = {"kind": [kind], "at": [at], "found": pa.array([data], pa.large_binary())}
+    return pa.table(columns | {name: [value] for name, value in more.items()})
 
 
-def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+def _arrays(data: bytes) -> dict[str, Any]:
+    from safetensors.numpy import load
+
+    return load(data)
+
+
+def _results(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Rows in the order of the work."""
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(table, pa.Table)
         yield from table.to_pylist()
-
-
-def _sums(row: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """The named lists as float64 arrays; token counts and the total square are scalars."""
-    import numpy as np
-
-    values = {name: np.asarray(row[name]) for name in fields}
-    return {name: v[0] if name in ("tokens", "target_square") else v for name, v in values.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.activations import configure_data_context
 from cluster.progress import ProgressReader, balance, start_metrics_log
+from cluster.reporting import analyse_and_write, publish, say, timed
 from cluster.resources import WORKER_ENVIRONMENT, Plan, cluster_nodes, make_plan
 from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.runs import RunDirectory, absolute
 
 if TYPE_CHECKING:
-    from cluster.analysis import HeldOutResults
     from cluster.training import Trained, TrainResult
-    from mtc.analysis import Analysis, RunFacts
+    from mtc.analysis import RunFacts
     from mtc.lease import Lease
     from mtc.tokens import StoreInfo
 
@@ -91,11 +90,9 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
 
 def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: Any, lease: Lease) -> None:
-    from cluster.analysis import analyse_heldout
     from cluster.tokens import build_token_store
     from cluster.training import TrainingStopped, train
     from mtc.model_files import prepare_model
-    from mtc.report.layers import write_layers_report
     from mtc.tokens import TokenStore
     from mtc.work import heldout_units, work_units
 
@@ -113,7 +110,7 @@ def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: An
             own.write("config.yaml", to_yaml(alone))
     seconds: dict[str, float] = {}
 
-    with _timed(seconds, "tokenise"):
+    with timed(seconds, "tokenise"):
         store_url = build_token_store(config, plan.label_selector)
     store = TokenStore.open(store_url)
     info = store.info
@@ -121,7 +118,7 @@ def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: An
     work = work_units(store, config)  # a text that is too short is found here, not after the training
     heldout_units(store, config, config.analysis.num_tokens)
 
-    with _timed(seconds, "train"):
+    with timed(seconds, "train"):
         histories = {alone.model.layer: own for alone, own in zip(layers, runs, strict=True)}
         with ProgressReader(log, histories, config.total_steps) as progress:
             trained = train(config, plan, run, store_url, d_model, log, lambda: progress.stopped or lease.lost, work)
@@ -129,23 +126,16 @@ def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: An
     say(_account(trained))
     say(balance(trained.timing))
 
-    with _timed(seconds, "analyse"):
-        results = analyse_heldout(config, plan, run, store_url)
-    analyses = []
-    for alone, own, layer, found in zip(layers, runs, trained.layers, results, strict=True):
-        facts = _facts(config, plan, own, store_url, info, layer, trained, found.dtype, seconds, progress.events)
-        analyses.append(_write_report(alone, own, found, progress.rows(layer.layer), facts))
-        fvu = " ".join(f"{value:.3f}" for value in found.evaluation.fvu)
-        where = f"layer {layer.layer}: " if len(layers) > 1 else ""
-        say(f"{where}held-out fvu {fvu}, l0 {found.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
+    facts = [
+        _facts(config, plan, own, store_url, info, layer, trained, seconds, progress.events)
+        for own, layer in zip(runs, trained.layers, strict=True)
+    ]
+    rows = [progress.rows(layer.layer) for layer in trained.layers]
+    analyses = analyse_and_write(config, plan, run, store_url, facts, rows)
     if lease.lost:
         raise TrainingStopped(lease.lost)
-    if len(layers) > 1:
-        for own in runs:
-            own.publish(latest=False)
-        for name, content in write_layers_report(analyses).items():
-            run.write(f"report/{name}", content)
-    run.publish()
+    publish(run, latest=True)
+    seconds = analyses[0].facts.seconds
     say(f"finished {run.url} in " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
 
 
@@ -164,30 +154,6 @@ def _thresholds(trained: Trained) -> str:
     if len(trained.layers) == 1:
         return f"threshold {trained.layers[0].threshold:.4f}"
     return "thresholds " + ", ".join(f"{layer.threshold:.4f} (layer {layer.layer})" for layer in trained.layers)
-
-
-def _write_report(
-    config: RunConfig, run: RunDirectory, results: HeldOutResults, history: list[dict[str, Any]], facts: RunFacts
-) -> Analysis:
-    """Examples, analysis and report of one layer, from the final weights."""
-    from mtc.analysis import analyse
-    from mtc.examples import to_parquet
-    from mtc.report import write_report
-    from mtc.runs import load_transcoder
-
-    run.write("examples.parquet", to_parquet(results.examples))
-    analysis = analyse(
-        config, load_transcoder(run), results.evaluation, results.statistics, results.examples, history, facts
-    )
-    run.write("analysis.json", analysis.model_dump_json(indent=1))
-    for name, content in write_report(analysis, results.examples, history).items():
-        run.write(f"report/{name}", content)
-    return analysis
-
-
-def say(message: str) -> None:
-    """One line of progress for the person who watches the job."""
-    print(message, flush=True)
 
 
 def _run_directory(config: RunConfig) -> RunDirectory:
@@ -271,13 +237,6 @@ def _check_same_run(config: RunConfig, run: RunDirectory) -> None:
         )
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
-
-
 def _facts(
     config: RunConfig,
     plan: Plan,
@@ -286,15 +245,11 @@ def _facts(
     info: StoreInfo,
     trained: TrainResult,
     whole: Trained,
-    dtype: str,
     seconds: dict[str, float],
     events: list[dict[str, Any]],
 ) -> RunFacts:
-    from importlib.metadata import version
-
     from mtc.analysis import RunFacts
 
-    packages = ("torch", "transformers", "ray", "numpy", "pyarrow", "mtc")
     return RunFacts(
         run_id=run.run_id,
         steps=trained.steps,
@@ -304,7 +259,7 @@ def _facts(
         data_name=config.data.name,
         windows=dict(info.windows),
         documents=dict(info.documents),
-        language_model_dtype=dtype,
+        language_model_dtype="",  # the analysis tells
         precision=trained.precision,
         compute=trained.compute,
         devices=(plan.device,),
@@ -317,5 +272,5 @@ def _facts(
         skipped_examples=tuple(info.skipped_examples),
         events=tuple(events),
         other_layers=tuple(s.layer for s in config.model.sites if s.layer != trained.layer),
-        versions={name: version(name) for name in packages},
+        data_fingerprint=info.fingerprint,
     )

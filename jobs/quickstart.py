@@ -27,6 +27,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mtc.provenance import git_revision
+
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".quickstart" / "head.json"
 SENTENCE = "The Congress of the United States shall have power to lay and collect taxes."
@@ -71,7 +73,7 @@ def quickstart(preset: str, root: str, overrides: list[str]) -> None:
     submit_job(head, run_id, ["--preset", preset, "--output.root", root, "--output.run_id", run_id, *overrides])
     run = f"{root}/{run_id}"
     base = serve_run(head, run)
-    print_answer(ask(base, SENTENCE), json.loads(Path(run, "analysis.json").read_text()))
+    print_answer(ask(base, SENTENCE), top_tokens(run))
     print_usage(base, run)
 
 
@@ -164,11 +166,16 @@ def ask(base: str, text: str, top_k: int = 5) -> dict[str, Any]:
     return answer
 
 
-def print_answer(answer: dict[str, Any], analysis: dict[str, Any]) -> None:
+def top_tokens(run: str) -> dict[int, list[str]]:
+    """The tokens that each feature is strongest on, most frequent first."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(Path(run, "features.parquet"), columns=["feature", "top_tokens"]).to_pylist()
+    return {row["feature"]: [token["token"] for token in row["top_tokens"][:4]] for row in rows}
+
+
+def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]]) -> None:
     """Per token its strongest features; per feature the tokens it is strongest on."""
-    top_tokens = {
-        feature["feature"]: [token["token"] for token in feature["top_tokens"][:4]] for feature in analysis["features"]
-    }
     print(
         f'\nPOST /encode {{"inputs": "{SENTENCE}"}}\n\n{"token":>14}  strongest features (activation: its top tokens)'
     )
@@ -199,6 +206,8 @@ def _environment() -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
+    if revision := git_revision():
+        local["MTC_GIT_REVISION"] = revision  # jobs get a copy of the code without its repository
     local["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")

@@ -2,68 +2,102 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mtc import nesting as nested
 from mtc.config import RunConfig
 from mtc.evaluation import Evaluation
-from mtc.examples import FeatureStatistics
-from mtc.report import report_names
+from mtc.examples import EDGES, Examples, FeatureStatistics
+from mtc.features import alignment, features_table, read_feature, top_token
+from mtc.logits import LogitEffects
+from mtc.report.evidence import Evidence
+from mtc.report.names import report_files
 from mtc.report.rules import judge
 from mtc.report.schema import (
     RUN_FILES,
+    AbsorbedFeature,
     Analysis,
+    Child,
     Distribution,
-    Feature,
+    Example,
+    Family,
     File,
     Group,
+    Histogram,
+    PrefixStep,
     RunFacts,
+    ShownFeature,
+    SplitFeature,
     Summary,
-    TokenCount,
+    TokenGain,
     TopFeature,
     Training,
+    Tree,
     Trend,
     Weights,
 )  # fmt: skip
 from mtc.transcoder import MatryoshkaTranscoder
 
-__all__ = ["Analysis", "RunFacts", "analyse"]
+__all__ = ["Analysis", "Findings", "RunFacts", "analyse"]
 
+Array = NDArray[Any]
 DENSE = 0.1
 """A feature that fires on a larger share of the tokens is called dense."""
-TOP_TOKENS = 10
+TOP_CONTEXTS = 5
+QUANTILE_PARTS = 5
+"""Uniformly drawn activations are shown by fifths of their size."""
+CONTEXTS_PER_PART = 2
+GAIN_TOKENS = 10
+MIN_GAIN_COUNT = 10
+FAMILIES, CHILDREN, CANDIDATES = 20, 8, 20
 MIN_TREND_ROWS = 5
+
+
+class Findings(NamedTuple):
+    """What the held-out pass found about one transcoder."""
+
+    evaluation: Evaluation
+    """Metrics at the calibrated threshold."""
+    statistics: FeatureStatistics
+    """Counts and maxima per feature."""
+    examples: Examples
+    """Activating examples ordered by feature."""
+    token_errors: Array
+    """[vocabulary, 1 + prefixes]: tokens with each id, and the sum of their squared errors."""
+    deviation: float
+    """Mean squared deviation of the targets from their mean, the unit of token gains."""
+    nesting: nested.Nesting | None
+    """The nested tree; None with one group, or without sampled tokens."""
+    effects: LogitEffects | None
+    """On the output logits; None if the whole model was not run."""
 
 
 def analyse(
     config: RunConfig,
     transcoder: MatryoshkaTranscoder,
-    evaluation: Evaluation,
-    statistics: FeatureStatistics,
-    examples: pa.Table,
+    found: Findings,
     history: list[dict[str, Any]],
     facts: RunFacts,
-) -> Analysis:
-    """Compute the report's figures.
+) -> tuple[Analysis, pa.Table]:
+    """Compute the report's figures, and the table of all features (mtc.features).
 
-    Args: `statistics` and `examples` from one pass over held-out tokens; `history` has a dict per logged step.
+    Args: `found` by one pass over held-out tokens; `history` has a dict per logged step, or none.
     Raises ValueError if statistics or evaluation belong to another dictionary.
     """
-    if len(statistics.count) != transcoder.num_features:
-        raise ValueError(
-            f"statistics of {len(statistics.count)} features, but the dictionary has {transcoder.num_features}"
-        )
+    evaluation = found.evaluation
     if tuple(evaluation.prefixes) != transcoder.prefixes:
         raise ValueError(f"evaluation of prefixes {evaluation.prefixes}, the dictionary's are {transcoder.prefixes}")
-    features = _features(transcoder, statistics, examples)
-    summary = _summary(config, transcoder, evaluation, statistics, examples, history, facts)
-    insights, recommendations = judge(summary, config)
-    return Analysis(
+    features = features_table(transcoder, found.statistics, found.examples, found.effects, found.nesting)
+    summary = _summary(config, transcoder, found, features, history, facts)
+    tree = _tree(transcoder, found.nesting, features)
+    insights, recommendations = judge(Evidence(summary, config, evaluation, tree))
+    top = _top_features(features, config.analysis.num_top_features)
+    analysis = Analysis(
         summary=summary,
         config=config,
         training=Training(
@@ -77,28 +111,33 @@ def analyse(
             planned_steps=config.total_steps,
             fingerprint=config.fingerprint(),
         ),
-        facts=facts,
+        facts=facts.model_copy(update={"analysed": datetime.now(UTC).isoformat(timespec="seconds")}),
         evaluation=evaluation,
-        weights=_weights(transcoder, statistics),
-        top_features=_top_features(features, config.analysis.num_top_features),
-        features=features,
+        weights=_weights(transcoder, found.statistics),
+        density=_density(transcoder, found.statistics),
+        activation_edges=tuple(EDGES.tolist()),
+        top_features=top,
+        features=_shown(config, features, found.examples, [f.feature for f in top]),
+        prefix_steps=_prefix_steps(transcoder, found),
+        tree=tree,
         insights=tuple(insights),
         recommendations=tuple(recommendations),
         files=_files(config.model.layer, facts),
     )
+    return analysis, features
 
 
 def _summary(
     config: RunConfig,
     transcoder: MatryoshkaTranscoder,
-    evaluation: Evaluation,
-    statistics: FeatureStatistics,
-    examples: pa.Table,
+    found: Findings,
+    features: pa.Table,
     history: list[dict[str, Any]],
     facts: RunFacts,
 ) -> Summary:
+    statistics, evaluation = found.statistics, found.evaluation
     total = transcoder.num_features
-    samples = _sample_counts(examples, total)
+    samples = features["samples"].to_numpy()
     with_samples = int((samples > 0).sum())
     fired = statistics.count > 0
     silent = total - int(fired.sum())
@@ -116,15 +155,18 @@ def _summary(
         features_with_samples=with_samples,
         total_samples=int(samples.sum()),
         average_samples=int(samples.sum()) / max(1, with_samples),
-        uniform_examples=examples.num_rows - int(samples.sum()),
+        uniform_examples=len(found.examples) - int(samples.sum()),
         few_samples_fraction=float(few.mean()) if fired.any() else None,
         dense_features=int(dense.sum()),
         dense_fraction=int(dense.sum()) / total,
         dense_activation_share=int(statistics.count[dense].sum()) / max(1, int(statistics.count.sum())),
         evaluated_tokens=evaluation.tokens,
+        documents=evaluation.documents,
         prefixes=tuple(evaluation.prefixes),
         fvu=tuple(evaluation.fvu),
+        fvu_interval=evaluation.fvu_interval,
         explained_variance=tuple(1 - v for v in evaluation.fvu),
+        cosine=tuple(evaluation.cosine),
         l0=evaluation.l0[-1],
         k=transcoder.shape.k,
         loss=evaluation.loss,
@@ -132,52 +174,188 @@ def _summary(
     )
 
 
-def _features(
-    transcoder: MatryoshkaTranscoder, statistics: FeatureStatistics, examples: pa.Table
-) -> tuple[Feature, ...]:
-    total = transcoder.num_features
-    group = np.repeat(np.arange(len(transcoder.groups)), transcoder.shape.group_sizes)
-    samples = _sample_counts(examples, total)
-    ends = samples.cumsum()
-    columns = _top_rows(examples, ["token_id", "token"]).to_pydict()
-    peaks = list(zip(columns["token_id"], columns["token"], strict=True))
-    since = transcoder.tokens_since_fired.tolist()
-    norms = transcoder.W_dec.detach().double().norm(dim=1).tolist()
-    features = []
-    for j in range(total):
-        count = int(statistics.count[j])
-        # Counter keeps the order of first occurrence, which is that of strength, among equal counts.
-        tokens = Counter(peaks[ends[j] - samples[j] : ends[j]]).most_common(TOP_TOKENS)
-        features.append(
-            Feature(
-                feature=j,
-                group=int(group[j]),
-                max_activation=float(statistics.maximum[j]),
-                mean_activation=float(statistics.total[j]) / max(1, count),
-                count=count,
-                density=count / max(1, statistics.tokens),
-                samples=int(samples[j]),
-                tokens_since_fired=since[j],
-                decoder_norm=norms[j],
-                top_tokens=tuple(TokenCount(token_id=i, token=t, count=n) for (i, t), n in tokens),
-            )
-        )
-    return tuple(features)
-
-
-def _top_features(features: tuple[Feature, ...], limit: int) -> tuple[TopFeature, ...]:
-    strongest = sorted((f for f in features if f.count), key=lambda f: (-f.max_activation, f.feature))[:limit]
+def _top_features(features: pa.Table, limit: int) -> tuple[TopFeature, ...]:
+    strength, count = features["max_activation"].to_numpy(), features["count"].to_numpy()
+    order = np.argsort(-strength, kind="stable")
+    chosen = order[count[order] > 0][:limit].tolist()
     return tuple(
         TopFeature(
             rank=rank,
-            feature=f.feature,
-            group=f.group,
-            max_activation=f.max_activation,
-            samples=f.samples,
-            top_token=f.top_tokens[0].token if f.top_tokens else None,
+            feature=j,
+            group=features["group"][j].as_py(),
+            max_activation=float(strength[j]),
+            samples=features["samples"][j].as_py(),
+            top_token=top_token(features, j),
         )
-        for rank, f in enumerate(strongest, 1)
+        for rank, j in enumerate(chosen, 1)
     )
+
+
+def _shown(config: RunConfig, features: pa.Table, examples: Examples, strongest: list[int]) -> tuple[ShownFeature, ...]:
+    """The strongest features, and some of each group drawn by the run's seed."""
+    group, count = features["group"].to_numpy(), features["count"].to_numpy()
+    generator = np.random.default_rng(config.data.seed)
+    drawn: list[int] = []
+    for g in range(int(group.max()) + 1):
+        fired = np.flatnonzero((group == g) & (count > 0))
+        fired = fired[~np.isin(fired, strongest)]
+        some = generator.permutation(fired)[: config.analysis.num_random_features]
+        drawn += sorted(some.tolist())
+    contexts: dict[int, list[dict[str, Any]]] = {j: [] for j in strongest + drawn}
+    for row in examples.table(list(contexts)).to_pylist():
+        contexts[row["feature"]].append(row)
+    return tuple(
+        ShownFeature(
+            reason="drawn" if some is drawn else "strongest",
+            figures=read_feature(features, j),
+            examples=_contexts(contexts[j]),
+        )
+        for some in (strongest, drawn)
+        for j in some
+    )
+
+
+def _contexts(rows: list[dict[str, Any]]) -> tuple[Example, ...]:
+    """The strongest, then of each fifth of the sample, from the strongest fifth down, the first ones."""
+    chosen = [row for row in rows if row["kind"] == "top"][:TOP_CONTEXTS]
+    sample = [row for row in rows if row["kind"] == "sample"]
+    for part in reversed(range(QUANTILE_PARTS)):
+        inside = [r for r in sample if min(int(r["quantile"] * QUANTILE_PARTS), QUANTILE_PARTS - 1) == part]
+        chosen += inside[:CONTEXTS_PER_PART]
+    return tuple(
+        Example(
+            kind=row["kind"],
+            activation=row["activation"],
+            quantile=row["quantile"],
+            document_id=row["document_id"],
+            tokens=tuple(row["context_tokens"]),
+            activations=tuple(row["context_activations"]),
+            peak=row["peak_index"],
+        )
+        for row in chosen
+    )
+
+
+def _prefix_steps(transcoder: MatryoshkaTranscoder, found: Findings) -> tuple[PrefixStep, ...]:
+    fvu = found.evaluation.fvu
+    recovered = found.evaluation.loss.recovered_zero if found.evaluation.loss else None
+    count, errors = found.token_errors[:, 0], found.token_errors[:, 1:]
+    often = np.flatnonzero(count >= MIN_GAIN_COUNT)
+    per_token = errors[often] / count[often, None] / found.deviation
+    steps = []
+    for g, prefix in enumerate(transcoder.prefixes):
+        tokens: tuple[TokenGain, ...] = ()
+        if g:
+            gain = per_token[:, g - 1] - per_token[:, g]
+            tokens = tuple(
+                TokenGain(
+                    token_id=int(often[i]),
+                    token=found.examples.token(int(often[i])),
+                    count=int(count[often[i]]),
+                    before=float(per_token[i, g - 1]),
+                    after=float(per_token[i, g]),
+                )
+                for i in np.argsort(-gain, kind="stable")[:GAIN_TOKENS]
+                if gain[i] > 0
+            )
+        steps.append(
+            PrefixStep(
+                group=g,
+                prefix=prefix,
+                fvu_before=fvu[g - 1] if g else 1.0,
+                fvu_after=fvu[g],
+                recovered_before=recovered[g - 1] if g and recovered else None,
+                recovered_after=recovered[g] if recovered else None,
+                tokens=tokens,
+                min_count=MIN_GAIN_COUNT,
+            )
+        )
+    return tuple(steps)
+
+
+def _tree(transcoder: MatryoshkaTranscoder, nesting: nested.Nesting | None, features: pa.Table) -> Tree | None:
+    if nesting is None:
+        return None
+    parents = nesting.parents
+    group = features["group"].to_numpy()
+
+    def name(feature: int) -> str | None:
+        return top_token(features, feature)
+
+    def family(p: int) -> Family:
+        own = np.flatnonzero(parents.parent == p)
+        bond = parents.cosine[own] * parents.coactivation[own]
+        children = [
+            Child(
+                feature=int(c),
+                group=int(group[c]),
+                top_token=name(int(c)),
+                cosine=float(parents.cosine[c]),
+                coactivation=float(parents.coactivation[c]),
+                base_rate=float(parents.base_rate[c]),
+            )
+            for c in own[np.argsort(-bond, kind="stable")][:CHILDREN]
+        ]
+        return Family(
+            feature=p, group=int(group[p]), top_token=name(p), num_children=len(own), children=tuple(children)
+        )
+
+    sizes = np.bincount(parents.parent[parents.parent >= 0], minlength=len(group))
+    largest = np.argsort(-sizes, kind="stable")[:FAMILIES]
+    spans = transcoder.groups
+    return Tree(
+        tokens=nesting.tokens,
+        with_parent=tuple(int((parents.parent[a:b] >= 0).sum()) for a, b in spans),
+        judged=tuple(int((parents.fired[a:b] >= nested.MIN_FIRED).sum()) for a, b in spans),
+        families=tuple(family(int(p)) for p in largest if sizes[p]),
+        splits=tuple(
+            SplitFeature(
+                feature=s.feature,
+                top_token=name(s.feature),
+                children=s.children,
+                child_tokens=tuple(name(c) for c in s.children),
+                fired=s.fired,
+                coverage=s.coverage,
+                overlap=s.overlap,
+            )
+            for s in nesting.splits[:CANDIDATES]
+        ),
+        num_splits=len(nesting.splits),
+        absorptions=tuple(
+            AbsorbedFeature(
+                parent=a.parent,
+                parent_token=name(a.parent),
+                child=a.child,
+                child_token=name(a.child),
+                cosine=a.cosine,
+                expected=a.expected,
+                absorbed=a.absorbed,
+            )
+            for a in nesting.absorptions[:CANDIDATES]
+        ),
+        num_absorptions=len(nesting.absorptions),
+        tested_pairs=nesting.tested_pairs,
+        limits={
+            "cosine above": nesting.min_cosine,
+            "parent excess at least": nested.MIN_EXCESS,
+            "sampled firings at least": nested.MIN_FIRED,
+            "split coverage at least": nested.SPLIT_COVERAGE,
+            "split overlap at most": nested.SPLIT_OVERLAP,
+            "absorbed share at least": nested.ABSORBED_RATE,
+            "absorber's part of the reach at least": nested.ABSORBER_SHARE,
+        },
+    )
+
+
+def _density(transcoder: MatryoshkaTranscoder, statistics: FeatureStatistics) -> Histogram:
+    """Half decades from 10^-8 to 1."""
+    edges = np.arange(-8, 0.25, 0.5)
+    counts = []
+    for a, b in transcoder.groups:
+        density = statistics.count[a:b] / max(1, statistics.tokens)
+        logs = np.log10(density[density > 0]).clip(edges[0], edges[-1])
+        counts.append(tuple(np.histogram(logs, edges)[0].tolist()))
+    return Histogram(edges=tuple(edges.tolist()), counts=tuple(counts))
 
 
 def _weights(transcoder: MatryoshkaTranscoder, statistics: FeatureStatistics) -> Weights:
@@ -185,6 +363,7 @@ def _weights(transcoder: MatryoshkaTranscoder, statistics: FeatureStatistics) ->
     encoder_norm = np.linalg.norm(encoder.astype(np.float64), axis=1)
     decoder_norm = np.linalg.norm(decoder.astype(np.float64), axis=1)
     density = statistics.count / max(1, statistics.tokens)
+    aligned = alignment(transcoder)
     groups = tuple(
         Group(
             group=g,
@@ -193,6 +372,7 @@ def _weights(transcoder: MatryoshkaTranscoder, statistics: FeatureStatistics) ->
             silent_features=int((statistics.count[a:b] == 0).sum()),
             mean_density=float(density[a:b].mean()),
             decoder_norm=float(decoder_norm[a:b].mean()),
+            alignment=None if aligned is None else float(aligned[a:b].mean()),
         )
         for g, (a, b) in enumerate(transcoder.groups)
     )
@@ -201,6 +381,7 @@ def _weights(transcoder: MatryoshkaTranscoder, statistics: FeatureStatistics) ->
         decoder=_distribution(decoder),
         encoder_norm=_distribution(encoder_norm),
         decoder_norm=_distribution(decoder_norm),
+        alignment=None if aligned is None else _distribution(aligned),
         groups=groups,
     )
 
@@ -230,22 +411,6 @@ def _trend(history: list[dict[str, Any]]) -> Trend | None:
     return Trend(rows=len(tail), fall=-slope * span / mean, standard_error=float(error) * span / mean)
 
 
-def _sample_counts(examples: pa.Table, num_features: int) -> NDArray[np.int64]:
-    """Stored top examples per feature, [features]."""
-    return np.bincount(_top_rows(examples, ["feature"])["feature"].to_numpy(), minlength=num_features)
-
-
-def _top_rows(examples: pa.Table, columns: list[str]) -> pa.Table:
-    """Some columns of the samples, ordered by feature and strength as in the whole table."""
-    return examples.select(columns).filter(pc.equal(examples["kind"], "top"))
-
-
 def _files(layer: int, facts: RunFacts) -> tuple[File, ...]:
-    described = (
-        "this report",
-        "the same figures, of all features, for programs",
-        "quality, training, density, activations and samples at a glance",
-        "strongest activation of each feature against its number of samples",
-    )
-    report = [File(name=n, description=d) for n, d in zip(report_names(layer), described, strict=True)]
+    report = [File(name=n, description=d) for n, d in report_files(layer).items()]
     return (*report, *(File(name=n, description=RUN_FILES.get(n, "")) for n in facts.files))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource
 
 LR_AT_1152 = 6e-3
@@ -233,8 +233,13 @@ class AnalysisConfig(_Part):
     """Tokens shown around an example's peak, half of them on each side."""
     min_activation: float = Field(default=0.1, ge=0)
     """Weaker activations are counted but do not become examples."""
+    coactivation_tokens: int = Field(default=131_072, ge=0)
+    """Held-out tokens on which it is looked at which features fire together: for parents, splitting and absorption in
+    the nested dictionary."""
     num_top_features: int = Field(default=20, ge=1)
     """Features listed in the report's tables."""
+    num_random_features: int = Field(default=5, ge=0)
+    """Features of each group that the report shows besides, drawn at random among those that fired."""
 
 
 class ClusterConfig(_Part):
@@ -372,10 +377,8 @@ def parse_command_line(
     start.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(preset_names())}")
     start.add_argument("--config", metavar="FILE", help="a YAML file with the same fields as a preset")
     parser.add_argument("--print-config", action="store_true", help="show the resulting configuration and exit")
-    settings = type("Settings", (BaseSettings, RunConfig), {"model_config": {"extra": "forbid"}})
-    source: CliSettingsSource[Any] = CliSettingsSource(settings, root_parser=parser)
-    arguments = parser.parse_args(list(argv))
-    overrides = _merge(known or {}, source(parsed_args=arguments)())
+    arguments, overrides = parse_overrides(parser, argv, tuple(RunConfig.model_fields))
+    overrides = _merge(known or {}, overrides)
     if arguments.preset:
         return load_preset(arguments.preset, overrides), arguments
     base: dict[str, Any] = {}
@@ -387,6 +390,22 @@ def parse_command_line(
         if not isinstance(base, dict):
             raise ConfigError(f"--config {arguments.config}: the top level must be a mapping")
     return make_config(base, overrides), arguments
+
+
+def parse_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str], parts: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parse `parser`'s own options and one option per field of some parts of RunConfig.
+
+    Returns the parsed arguments, and what was given of the fields as nested values, not validated. Exits for `--help`.
+    """
+    fields: dict[str, Any] = {
+        name: (RunConfig.model_fields[name].annotation, RunConfig.model_fields[name]) for name in parts
+    }
+    settings = create_model("Settings", __base__=BaseSettings, **fields)
+    source: CliSettingsSource[Any] = CliSettingsSource(settings, root_parser=parser)
+    arguments = parser.parse_args(list(argv))
+    return arguments, source(parsed_args=arguments)()
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -1,36 +1,39 @@
 """How well a transcoder stands in for its MLP, on held-out tokens. `python -m mtc.evaluation RUN` recomputes a run's.
 
-Accumulators are float64 and mergeable: sums over millions of tokens lose digits in float32, and parts of the text are
-evaluated by different processes.
+What is measured, with y the MLP's output, y_m the reconstruction of prefix m, sums over held-out tokens in float64:
+
+    FVU_m       = sum ||y - y_m||^2 / sum ||y - mean(y)||^2         explained variance = 1 - FVU
+    cosine_m    = mean of y . y_m / (||y|| ||y_m||)
+    L0_m        = mean number of active features within prefix m
+    recovered_m = (CE_ablated - CE_spliced,m) / (CE_ablated - CE_clean), ablated to zero or to mean(y)
+    KL_m        = mean of KL(next-token distribution, clean || spliced with y_m)
+
+Intervals are 95 % bootstraps over documents (mtc.bootstrap).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
-from operator import add
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
+from mtc.bootstrap import Intervals, intervals
 from mtc.config import RunConfig
+from mtc.sums import Array, LossSums, TokenSums, loss_sums
 from mtc.transcoder import MatryoshkaTranscoder
 
 if TYPE_CHECKING:
-    from mtc.language_model import LanguageModel
+    from mtc.heldout import HeldOutPass
     from mtc.work import PackedWindows
 
 
-MAX_LOGITS = 1 << 26  # held at a time, a few copies of them: the vocabulary is what fills the memory
-
-
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
 
 class LossRecovered(_Part):
@@ -38,6 +41,8 @@ class LossRecovered(_Part):
 
     tokens: int
     """Predicted tokens."""
+    documents: int = 0
+    """Documents that they are of, at most 1,024: more are counted, and resampled, in blocks of whole documents."""
     ce_clean: float
     """The model as it is."""
     ce_zero: float
@@ -52,6 +57,29 @@ class LossRecovered(_Part):
     """(ce_zero - ce_spliced) / (ce_zero - ce_clean), per prefix."""
     recovered_mean: list[float]
     """(ce_mean - ce_spliced) / (ce_mean - ce_clean), per prefix."""
+    kl_interval: Intervals | None = None
+    """95 % interval of `kl`; None with too few documents."""
+    recovered_zero_interval: Intervals | None = None
+    """95 % interval of `recovered_zero`; None with too few documents."""
+    recovered_mean_interval: Intervals | None = None
+    """95 % interval of `recovered_mean`; None with too few documents."""
+
+
+class Slice(_Part):
+    """Reconstruction of the tokens that share something."""
+
+    low: int
+    """Smallest value of what they share."""
+    high: int
+    """Largest value."""
+    tokens: int
+    """How many there are."""
+    fvu: list[float]
+    """Per prefix: their squared error over their squared deviation from the mean of *all* held-out targets."""
+    cosine: list[float]
+    """Per prefix, mean."""
+    l0: float
+    """Active features per token, full dictionary."""
 
 
 class Evaluation(_Part):
@@ -59,14 +87,28 @@ class Evaluation(_Part):
 
     tokens: int
     """Held-out tokens."""
+    documents: int = 0
+    """Documents that they are of, at most 1,024: more are counted, and resampled, in blocks of whole documents."""
     prefixes: list[int]
     """Sizes of the nested dictionaries."""
     fvu: list[float]
     """Fraction of variance unexplained, per prefix."""
+    fvu_interval: Intervals | None = None
+    """95 % interval of `fvu`, from resampled documents; None with too few of them."""
+    cosine: list[float] = []
+    """Mean cosine between target and reconstruction, per prefix."""
     l0: list[float]
     """Active features per token within each prefix; the last is the whole dictionary's."""
+    l0_interval: Intervals | None = None
+    """95 % interval of `l0`; None with too few documents."""
+    l0_counts: list[int] = []
+    """Tokens with 0, 1, 2, ... active features of the whole dictionary, up to the largest number found."""
     never_fired: int
     """Features that fired on none of these tokens."""
+    by_position: list[Slice] = []
+    """Tokens by their position in the window, from 0."""
+    by_frequency: list[Slice] = []
+    """Tokens by how often their id occurs among all held-out tokens of the pass."""
     loss: LossRecovered | None
     """None if not measured."""
 
@@ -75,175 +117,71 @@ class Evaluation(_Part):
         return [1 - value for value in self.fvu]
 
 
-class ReconstructionSums(NamedTuple):
-    """Additive sums behind FVU, all float64.
+def loss_recovered(sums: LossSums) -> LossRecovered:
+    """The figures of sums whose labels are documents, or blocks of them."""
+    sums = sums.nonempty()
+    documents = len(sums.tokens)
+    total = sums.weighted(np.ones((1, len(sums.tokens))))
+    tokens = float(total.tokens[0])
+    clean, zero, mean, *spliced = (total.ce[0] / tokens).tolist()
+    return LossRecovered(
+        tokens=int(tokens),
+        documents=documents,
+        ce_clean=clean,
+        ce_zero=zero,
+        ce_mean=mean,
+        ce_spliced=spliced,
+        kl=(total.kl[0] / tokens).tolist(),
+        recovered_zero=total.recovered(1)[0].tolist(),
+        recovered_mean=total.recovered(2)[0].tolist(),
+        kl_interval=intervals(lambda w: _kl(sums.weighted(w)), documents),
+        recovered_zero_interval=intervals(lambda w: sums.weighted(w).recovered(1), documents),
+        recovered_mean_interval=intervals(lambda w: sums.weighted(w).recovered(2), documents),
+    )
 
-    FVU_m = sum ||y - y_m||^2 / (sum ||y||^2 - ||sum y||^2 / n), the denominator being the squared deviation from the
-    per-dimension mean: one scalar variance over all elements would hide the mean and flatter.
-    """
 
-    tokens: np.ndarray
-    """Scalar, number of tokens."""
-    errors: np.ndarray
-    """[prefixes], squared error in raw units."""
-    target: np.ndarray
-    """[d_target], sum of targets."""
-    target_square: np.ndarray
-    """Scalar, sum of squared targets."""
-    fired: np.ndarray
-    """[features], activations per feature."""
+def _kl(sums: LossSums) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sums.kl / sums.tokens[:, None]
 
-    def __add__(self, other: object) -> ReconstructionSums:
-        assert isinstance(other, ReconstructionSums)
-        return ReconstructionSums(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def fvu(self) -> list[float]:
-        deviation = self.target_square - np.square(self.target).sum() / self.tokens
-        return [float(e / deviation) for e in self.errors]
+def evaluation(heldout: HeldOutPass, loss: LossRecovered | None) -> Evaluation:
+    """The figures of a pass over held-out text."""
+    blocks = heldout.blocks.nonempty()
+    documents = len(blocks.tokens)
+    total = blocks.total()
+    counts = np.trim_zeros(heldout.l0_counts, "b")
+    return Evaluation(
+        tokens=int(total.tokens[0]),
+        documents=documents,
+        prefixes=list(heldout.prefixes),
+        fvu=total.fvu()[0].tolist(),
+        fvu_interval=intervals(lambda w: blocks.weighted(w).fvu(), documents),
+        cosine=total.per_token(total.cosine)[0].tolist(),
+        l0=total.per_token(total.active)[0].tolist(),
+        l0_interval=intervals(lambda w: _l0(blocks.weighted(w)), documents),
+        l0_counts=counts.tolist(),
+        never_fired=int((heldout.examples.statistics.count == 0).sum()),
+        by_position=_slices(heldout.positions, blocks.mean(), lambda i: (2 ** (i - 1), 2**i - 1) if i else (0, 0)),
+        by_frequency=_slices(heldout.frequencies, blocks.mean(), lambda i: (10**i, 10 ** (i + 1) - 1)),
+        loss=loss,
+    )
 
-    def target_mean(self) -> np.ndarray:
-        """[d_target], mean of raw targets."""
-        return self.target / self.tokens
 
-    def evaluation(self, transcoder: MatryoshkaTranscoder, loss: LossRecovered | None) -> Evaluation:
-        return Evaluation(
-            tokens=int(self.tokens),
-            prefixes=list(transcoder.prefixes),
-            fvu=self.fvu(),
-            l0=[float(self.fired[:m].sum() / self.tokens) for m in transcoder.prefixes],
-            never_fired=int((self.fired == 0).sum()),
-            loss=loss,
+def _l0(sums: TokenSums) -> Array:
+    return sums.per_token(sums.active)
+
+
+def _slices(sums: TokenSums, mean: Array, limits: Callable[[int], tuple[int, int]]) -> list[Slice]:
+    fvu, cosine, l0 = sums.fvu(mean), sums.per_token(sums.cosine), sums.per_token(sums.active)[:, -1]
+    return [
+        Slice(
+            low=limits(i)[0], high=limits(i)[1], tokens=int(tokens), fvu=fvu[i].tolist(), cosine=cosine[i].tolist(),
+            l0=float(l0[i]),
         )
-
-
-class LossSums(NamedTuple):
-    """Additive sums of cross-entropies and KL over predicted tokens, float64."""
-
-    tokens: np.ndarray
-    """Scalar, predicted tokens."""
-    ce: np.ndarray
-    """[3 + prefixes]: clean, zero-ablated, mean-ablated, spliced per prefix."""
-    kl: np.ndarray
-    """[prefixes], KL(clean || spliced)."""
-
-    def __add__(self, other: object) -> LossSums:
-        assert isinstance(other, LossSums)
-        return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
-
-    def loss_recovered(self) -> LossRecovered:
-        clean, zero, mean, *spliced = (self.ce / self.tokens).tolist()
-        return LossRecovered(
-            tokens=int(self.tokens),
-            ce_clean=clean,
-            ce_zero=zero,
-            ce_mean=mean,
-            ce_spliced=spliced,
-            kl=(self.kl / self.tokens).tolist(),
-            recovered_zero=[(zero - s) / (zero - clean) for s in spliced],
-            recovered_mean=[(mean - s) / (mean - clean) for s in spliced],
-        )
-
-
-@torch.inference_mode()
-def reconstruction_sums(
-    transcoder: MatryoshkaTranscoder, source: Tensor, target: Tensor
-) -> tuple[ReconstructionSums, Tensor]:
-    """Sums of raw activations [tokens, d_source] and [tokens, d_target], and the feature activations they gave.
-
-    Tokens of which a number is not finite are not in the sums and activate no feature.
-    """
-    finite = source.isfinite().all(1) & target.isfinite().all(1)
-    if not bool(finite.all()):
-        sums, some = reconstruction_sums(transcoder, source[finite], target[finite])
-        activations = torch.zeros(len(source), some.shape[1], dtype=some.dtype, device=some.device)
-        activations[finite.to(some.device)] = some
-        return sums, activations
-    activations = transcoder.encode(source)
-    y = target.to(activations.device).double()
-    errors = torch.stack(
-        [(part.double() - y).square().sum() for part in transcoder.decode_prefixes(activations, source)]
-    )
-    sums = ReconstructionSums(
-        tokens=np.array(float(len(source))),
-        errors=errors.cpu().numpy(),
-        target=y.sum(0).cpu().numpy(),
-        target_square=y.square().sum().cpu().numpy(),
-        fired=(activations > 0).sum(0).double().cpu().numpy(),
-    )
-    return sums, activations
-
-
-@torch.inference_mode()
-def loss_sums(
-    model: LanguageModel,
-    transcoders: Sequence[MatryoshkaTranscoder],
-    windows: PackedWindows,
-    target_means: Sequence[Tensor],
-) -> list[LossSums]:
-    """Cross-entropies of a few windows, for the transcoder of each entry of the model's `config.sites` in turn.
-
-    `model` has its upper layers and head, `target_means` are [d_target]. Only trainable positions are replaced: BOS is
-    never trained on, so its MLP output stays the model's own.
-    """
-    parts = list(_split(windows, max(1, MAX_LOGITS // model.vocab_size)))
-    if len(parts) > 1:
-        sums = (loss_sums(model, transcoders, part, target_means) for part in parts)
-        return [reduce(add, same) for same in zip(*sums, strict=True)]
-    trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
-    # A token is predicted from the one before it in its window, which position 0 does not have.
-    labelled = (windows.trainable & (windows.position_ids > 0)).nonzero().squeeze(1)
-    labels = windows.input_ids[labelled].to(model.device)
-
-    def run(replacement: Callable[[Tensor], Tensor] | None, at: int = 0) -> Tensor:
-        def replace(source: Tensor, target: Tensor) -> Tensor:
-            assert replacement is not None
-            changed = target.clone()
-            changed[trainable] = replacement(source[trainable]).to(target.dtype)
-            return changed
-
-        logits = model.logits(windows, None if replacement is None else replace, labelled - 1, at)
-        return logits.float().log_softmax(-1)
-
-    def cross_entropy(log_probabilities: Tensor) -> Tensor:
-        return -log_probabilities.gather(1, labels.unsqueeze(1)).double().sum()
-
-    clean = run(None)
-    results = []
-    for at, (transcoder, mean) in enumerate(zip(transcoders, target_means, strict=True)):
-        d_target = transcoder.shape.d_target
-        ce = [cross_entropy(clean)]
-        ce.append(cross_entropy(run(lambda s, d=d_target: torch.zeros(len(s), d, device=s.device), at)))  # type: ignore[misc]
-        ce.append(cross_entropy(run(lambda s, y=mean: y.to(s.device).float().expand(len(s), -1), at)))  # type: ignore[misc]
-        kl = []
-        for m in transcoder.prefixes:
-            spliced = run(lambda s, m=m, t=transcoder: t.reconstruct(s, m), at)  # type: ignore[misc]
-            ce.append(cross_entropy(spliced))
-            kl.append((clean.exp() * (clean - spliced)).sum(dtype=torch.float64))
-            del spliced
-        tokens = np.array(float(len(labels)))
-        results.append(LossSums(tokens, torch.stack(ce).cpu().numpy(), torch.stack(kl).cpu().numpy()))
-    return results
-
-
-def _split(windows: PackedWindows, tokens: int) -> Iterator[PackedWindows]:
-    """Parts of whole windows with at most this many tokens each, or one window."""
-    start, end = 0, 0
-    first = 0
-    for i, length in enumerate(windows.lengths):
-        if end > start and end + length - start > tokens:
-            yield _part(windows, start, end, first, i)
-            start, first = end, i
-        end += length
-    yield _part(windows, start, end, first, len(windows.lengths))
-
-
-def _part(windows: PackedWindows, start: int, end: int, first: int, last: int) -> PackedWindows:
-    return windows._replace(
-        input_ids=windows.input_ids[start:end],
-        position_ids=windows.position_ids[start:end],
-        trainable=windows.trainable[start:end],
-        lengths=windows.lengths[first:last],
-    )
+        for i, tokens in enumerate(sums.tokens.tolist())
+        if tokens
+    ]  # fmt: skip
 
 
 def evaluate(
@@ -253,25 +191,25 @@ def evaluate(
     loss_units: Iterable[PackedWindows],
     device: str = "cpu",
 ) -> Evaluation:
-    """Evaluate in this process: metrics on `units`, losses on `loss_units` (possibly none)."""
+    """Evaluate in this process: metrics on `units`, losses on `loss_units` (possibly none); without intervals."""
+    from mtc.heldout import HeldOutPass
     from mtc.language_model import LanguageModel
 
     transcoder = transcoder.to(device)
     model = LanguageModel(config.model, device)
-    total: ReconstructionSums | None = None
+    total = HeldOutPass(config, transcoder, np.zeros(model.vocab_size, np.int64))
     for windows in units:
         (pair,) = model.capture(windows, windows.trainable.nonzero().squeeze(1))
-        sums, _ = reconstruction_sums(transcoder, pair.source, pair.target)
-        total = sums if total is None else total + sums
-    if total is None:
+        total.add(np.zeros(len(windows.lengths), np.int64), windows, pair)
+    if not total.blocks.tokens.sum():
         raise ValueError("there are no held-out windows to evaluate on")
     losses: LossSums | None = None
     full: LanguageModel | None = None
     for windows in loss_units:
         full = full or LanguageModel(config.model, device, full=True)
-        (part,) = loss_sums(full, [transcoder], windows, [torch.from_numpy(total.target_mean())])
+        (part,) = loss_sums(full, [transcoder], windows, [torch.from_numpy(total.blocks.mean())])
         losses = part if losses is None else losses + part
-    return total.evaluation(transcoder, losses.loss_recovered() if losses else None)
+    return evaluation(total, loss_recovered(losses) if losses else None)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -90,6 +90,7 @@ class LanguageModel:
         self._norms = [layer.get_submodule(modules.norm) for layer in layers]
         self._mlps = [layer.get_submodule(modules.mlp_out) for layer in layers]
         self._attentions = [layer.get_submodule(modules.attention) for layer in layers]
+        self._final_norm = self._base.get_submodule(modules.final_norm) if full else None
         self._parallel = bool(getattr(model_config, "use_parallel_residual", False))
         self.compiled = self.device.type == "cuda" if config.compile is None else config.compile
         if self.compiled:
@@ -138,6 +139,47 @@ class LanguageModel:
         with self._watch(replace, at):
             return self.model(**inputs).logits[0]
 
+    @contextmanager
+    def watch_final_norm(self) -> Iterator[list[Tensor]]:
+        """Collect, for each forward pass that runs inside, the factor by which the final norm scales each token.
+
+        Each is [tokens] float32: 1 / root mean square of the residual stream, for a LayerNorm around its mean. Raises
+        ValueError if the model was not loaded with `full=True`.
+        """
+        norm = self._require_final_norm()
+        scales: list[Tensor] = []
+
+        def before(module: nn.Module, args: Any) -> None:
+            x = args[0][0].float()
+            scales.append(_centred(norm, x).square().mean(-1).rsqrt())
+
+        hook = norm.register_forward_pre_hook(before)
+        try:
+            yield scales
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def direct_effect(self, directions: Tensor) -> Tensor:
+        """Logits that residual directions add on their direct way out: [n, d_model] -> [n, vocabulary], float32.
+
+        The final norm is taken as linear, its factor as 1 (`watch_final_norm` tells the real one) and its gain as it
+        is; a soft cap on the logits is left out. Raises ValueError if the model was not loaded with `full=True`.
+        """
+        norm = self._require_final_norm()
+        x = _centred(norm, directions.to(self.device).float())
+        if isinstance(norm, nn.LayerNorm):
+            gain = norm.weight.float()
+        else:  # gains are stored as they are or less 1; a vector of ones has a root mean square of 1
+            gain = norm(torch.ones(1, self.d_model, dtype=self.dtype, device=self.device))[0].float()
+        unembedding: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        return (x * gain) @ unembedding.weight.float().T
+
+    def _require_final_norm(self) -> nn.Module:
+        if self._final_norm is None:
+            raise ValueError("the final norm needs the whole model: LanguageModel(config, full=True)")
+        return self._final_norm
+
     def flops(self, lengths: Sequence[int]) -> float:
         """Floating-point operations of the matrix products in one forward pass over windows of these lengths.
 
@@ -174,6 +216,11 @@ class LanguageModel:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _centred(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm scales: a LayerNorm removes the mean first."""
+    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
 
 
 def _after_attention(seen: dict[str, Tensor]) -> Callable[..., None]:

@@ -66,19 +66,22 @@ class Modules(NamedTuple):
     mlp_out: str = "mlp"
     """The module whose output is added to the residual stream."""
     attention: str = "self_attn"
+    final_norm: str = "norm"
+    """The norm before the unembedding; from the base model."""
 
 
 _GEMMA = Modules("layers", norm="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm")
 MODULES = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gemma3": _GEMMA._replace(layers="language_model.layers"),  # with a vision tower, which text does not run
+    # With a vision tower, which text does not run.
+    "gemma3": _GEMMA._replace(layers="language_model.layers", final_norm="language_model.norm"),
     "llama": Modules("layers"),
     "mistral": Modules("layers"),
     "qwen2": Modules("layers"),
     "qwen3": Modules("layers"),
-    "gpt2": Modules("h", norm="ln_2", attention="attn"),
-    "gpt_neox": Modules("layers", attention="attention"),
+    "gpt2": Modules("h", norm="ln_2", attention="attn", final_norm="ln_f"),
+    "gpt_neox": Modules("layers", attention="attention", final_norm="final_layer_norm"),
 }
 _GGUF_NAMES = {"gemma3": "gemma3_text"}  # where GGUF's architecture is called otherwise than transformers' model type
 _RANDOM = {"gemma2": "gemma2", "gemma3": "gemma3_text", "llama": "llama", "gpt2": "gpt2", "gpt_neox": "gpt_neox"}

@@ -29,7 +29,7 @@ import posixpath
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ from pydantic import BaseModel, ConfigDict
 from mtc.config import RunConfig, make_config
 
 if TYPE_CHECKING:
+    from mtc.report.schema import Analysis
     from mtc.transcoder import MatryoshkaTranscoder
 
 logger = logging.getLogger(__name__)
@@ -158,10 +159,16 @@ class RunDirectory:
             )
         return Manifest.model_validate(raw)
 
-    def verify(self) -> Manifest:
-        """Check every file's size and sha256 against the manifest; raises RunError that names the damaged file."""
+    def verify(self, names: Sequence[str] | None = None) -> Manifest:
+        """Check the size and sha256 of all files, or of some, against the manifest.
+
+        Raises RunError that names the file which is damaged or not in the manifest.
+        """
         manifest = self.manifest()
-        for name, entry in manifest.files.items():
+        for name in manifest.files if names is None else names:
+            if name not in manifest.files:
+                raise RunError(f"{self.url}: {MANIFEST} names no {name}")
+            entry = manifest.files[name]
             data = self.read(name)
             if len(data) != entry.bytes:
                 raise RunError(f"{self.url}: {name} has {len(data)} bytes, the manifest says {entry.bytes}")
@@ -285,6 +292,20 @@ def cache_directory() -> str:
     """`$MTC_CACHE`, or `mtc` in the user's cache directory: converted models and token stores."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("MTC_CACHE") or os.path.join(base, "mtc")
+
+
+def load_analysis(run: RunDirectory) -> Analysis:
+    """The run's analysis; raises RunError if there is none, or one of another version."""
+    from mtc.report.schema import FORMAT_VERSION as ANALYSIS_VERSION
+    from mtc.report.schema import Analysis
+
+    raw: dict[str, Any] = json.loads(run.read("analysis.json"))
+    if raw.get("format_version") != ANALYSIS_VERSION:
+        raise RunError(
+            f"{run.url}/analysis.json: format_version {raw.get('format_version')!r} is unknown; this version reads "
+            f"{ANALYSIS_VERSION}: analyse the run again (jobs/analyze.py --run {run.url})"
+        )
+    return Analysis.model_validate(raw)
 
 
 def load_transcoder(run: RunDirectory, device: str = "cpu") -> MatryoshkaTranscoder:

@@ -22,7 +22,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from mtc.distributed import all_gather, all_reduce, distributed
-from mtc.kernels import Objective, Weights, Workspace, dense_loss, sparse_loss
+from mtc.kernels import Objective, Weights, Workspace, bag_sums, dense_loss, sparse_loss
 
 FORMAT_VERSION = 1
 RMS_EPS = 1e-6
@@ -38,6 +38,19 @@ class TranscoderShape(NamedTuple):
     input_norm: str
     skip: bool = False
     """Whether an affine map of the source is added to every reconstruction."""
+
+
+class Codes(NamedTuple):
+    """Sparse feature activations, token by token, features ascending within each."""
+
+    tokens: int
+    """Tokens that were encoded."""
+    token: Tensor
+    """[entries] int64, non-decreasing."""
+    feature: Tensor
+    """[entries] int64."""
+    value: Tensor
+    """[entries] float32, above 0."""
 
 
 class Compute(NamedTuple):
@@ -121,8 +134,7 @@ class MatryoshkaTranscoder(nn.Module):
 
         Raises ValueError if the threshold was never calibrated or `prefix` is not one of `prefixes`.
         """
-        if bool(self.threshold.isnan().any()):
-            raise ValueError("the transcoder's threshold is not calibrated; train it, or set it, before encoding")
+        self._check_calibrated()
         z = self.pre_activations(source, self._check_prefix(prefix))
         return z * (z > (self.threshold[:prefix] if self.threshold.dim() else self.threshold))
 
@@ -132,12 +144,34 @@ class MatryoshkaTranscoder(nn.Module):
         A transcoder with a skip connection needs the raw `source` [tokens, d_source] too; raises ValueError without.
         """
         m = self._check_prefix(activations.shape[-1])
-        return (activations @ self.W_dec[:m] + self._base(source)) / self.target_scale
+        return (activations @ self.W_dec[:m] + self.base(source)) / self.target_scale
 
     def decode_prefixes(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
         """Raw reconstruction of every prefix: [tokens, features] -> [prefixes, tokens, d_target]; as `decode`."""
         parts = [(activations[:, a:b] @ self.W_dec[a:b]).float() for a, b in self.groups]
-        return (torch.stack(parts).cumsum(0) + self._base(source)) / self.target_scale
+        return (torch.stack(parts).cumsum(0) + self.base(source)) / self.target_scale
+
+    @torch.no_grad()
+    def encode_sparse(self, source: Tensor) -> Codes:
+        """What is not zero in `encode(source)`; raises ValueError if the threshold was never calibrated."""
+        self._check_calibrated()
+        z = torch.nn.functional.linear(self.normalise(source), self.W_enc, self.b_enc).float()
+        token, feature = (z > self.threshold.clamp(min=0)).nonzero(as_tuple=True)
+        return Codes(len(source), token, feature, z[token, feature])
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Codes, source: Tensor | None = None) -> Tensor:
+        """Raw reconstruction of every prefix, [prefixes, tokens, d_target]; as `decode_prefixes`, but only active
+        features cost anything."""
+        groups = len(self.groups)
+        ends = torch.tensor(self.prefixes, device=codes.feature.device)
+        bag = codes.token * groups + torch.bucketize(codes.feature, ends, right=True)
+        counts = torch.bincount(bag, minlength=codes.tokens * groups)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        parts = bag_sums(self.W_dec, codes.feature, codes.value, offsets).view(
+            codes.tokens, groups, self.shape.d_target
+        )
+        return (parts.transpose(0, 1).cumsum(0) + self.base(source)) / self.target_scale
 
     def reconstruct(self, source: Tensor, prefix: int | None = None) -> Tensor:
         return self.decode(self.encode(source, prefix), source)
@@ -155,7 +189,7 @@ class MatryoshkaTranscoder(nn.Module):
             return x * torch.rsqrt(mean_square + RMS_EPS)
         return x * self.input_scale if self.shape.input_norm == "scalar" else x
 
-    def _base(self, source: Tensor | None) -> Tensor:
+    def base(self, source: Tensor | None) -> Tensor:
         """The part of a reconstruction that is no feature's, scaled: [d_target], with a skip [tokens, d_target]."""
         if self.W_skip is None:
             return self.b_dec
@@ -202,6 +236,10 @@ class MatryoshkaTranscoder(nn.Module):
         rows = _draw_over_ranks(x - mean, self.num_features, seed)
         self.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True).clamp(min=RMS_EPS))
         self.b_enc.copy_(-(self.W_enc @ mean))
+
+    def _check_calibrated(self) -> None:
+        if bool(self.threshold.isnan().any()):
+            raise ValueError("the transcoder's threshold is not calibrated; train it, or set it, before encoding")
 
     def _check_prefix(self, prefix: int | None) -> int:
         if prefix is None:

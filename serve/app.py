@@ -28,7 +28,7 @@ from mtc.report import report_names
 from mtc.runs import RunError, open_layer_run, open_run
 from serve.encoder import Encoder, TextTooLongError
 from serve.errors import BodyLimit, ServiceError, install_error_handlers
-from serve.media_types import JSON, MARKDOWN, media_type_of, negotiate
+from serve.media_types import HTML, JSON, MARKDOWN, media_type_of, negotiate
 from serve.schemas import EncodeRequest, EncodeResponse, ErrorResponse, TextResult
 
 MAX_BODY_BYTES = 1 << 20
@@ -100,15 +100,16 @@ class Ingress:
 
     @app.get("/report", response_class=Response)
     def report(self, request: Request) -> Response:
-        """The run's report: Markdown, or JSON if the Accept header prefers it."""
+        """The run's report: Markdown, or HTML or JSON if the Accept header prefers it."""
+        names = report_names(self._config.model.layer)
+        forms = {MARKDOWN: names.markdown, HTML: names.html, JSON: names.json}
         accept = request.headers.get("accept") or "*/*"
-        media_type = negotiate(accept, [MARKDOWN, JSON])
+        media_type = negotiate(accept, list(forms))
         if media_type is None:
-            offered = {"offered": [MARKDOWN, JSON]}
-            raise ServiceError(406, "not_acceptable", f"the report is {MARKDOWN} or {JSON}, not {accept}", offered)
-        markdown, as_json, *_ = report_names(self._config.model.layer)
-        name = markdown if media_type == MARKDOWN else as_json
-        return self._file(f"report/{name}", media_type, {"Vary": "Accept"})
+            offered = {"offered": list(forms)}
+            message = f"the report is {', '.join(forms)}, not {accept}"
+            raise ServiceError(406, "not_acceptable", message, offered)
+        return self._file(f"report/{forms[media_type]}", media_type, {"Vary": "Accept"})
 
     @app.get("/report/files/{name:path}", response_class=Response)
     def report_file(self, name: str) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mimetypes
 import posixpath
 
-MARKDOWN, JSON = "text/markdown", "application/json"
+MARKDOWN, HTML, JSON = "text/markdown", "text/html", "application/json"
 
 
 def negotiate(accept: str, offered: list[str]) -> str | None:

@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from mtc.config import load_preset
-from mtc.evaluation import evaluate, loss_sums, reconstruction_sums
-from mtc.language_model import LanguageModel
+from mtc.evaluation import evaluate, evaluation, loss_recovered
+from mtc.heldout import HeldOutPass, count_tokens
+from mtc.language_model import LanguageModel, SitePair
 from mtc.model_files import prepare_model
+from mtc.sums import loss_sums
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 from mtc.work import PackedWindows, pack_windows
 
@@ -35,41 +38,128 @@ def windows() -> PackedWindows:
     return pack_windows([np.r_[BOS, rng.integers(0, 256, n - 1)].astype(np.int32) for n in LENGTHS], [BOS])
 
 
-def test_fvu_and_l0_equal_a_direct_computation_in_any_partition(transcoder):
+def held_out(transcoder, windows, pair, documents, parts):
+    """The passes over parts of the windows, merged."""
+    config = load_preset("tiny", {"transcoder": {"group_sizes": [16, 32, 16], "k": 8}})
+    occurrences = count_tokens([windows.input_ids.numpy()], [BOS], 259)
+    starts = np.r_[0, np.cumsum(windows.lengths)]
+    before = np.r_[0, np.cumsum(windows.trainable.numpy())]
+    first = None
+    for part in parts:
+        found = HeldOutPass(config, transcoder, occurrences, int(documents.max()) + 1)
+        for w in part:
+            one = slice(starts[w], starts[w + 1])
+            alone = PackedWindows(
+                windows.input_ids[one], windows.position_ids[one], windows.trainable[one], windows.lengths[w : w + 1]
+            )
+            rows = slice(before[one.start], before[one.stop])
+            of_one = SitePair(pair.source[rows], pair.target[rows])
+            found.add(np.array([w]), alone, of_one, documents[[w]])
+        if first is None:
+            first = found
+        else:
+            first.merge(found.arrays())
+    return first
+
+
+@pytest.fixture(scope="module")
+def many():
+    """60 windows of 1 to 20 tokens in 12 documents, with activations that have a large mean."""
+    rng = np.random.default_rng(5)
+    windows = pack_windows(
+        [np.r_[BOS, rng.integers(0, 40, rng.integers(0, 20))].astype(np.int32) for _ in range(60)], [BOS]
+    )
     generator = torch.Generator().manual_seed(7)
-    x, y = torch.randn(500, 32, generator=generator), torch.randn(500, 32, generator=generator) + 30
-    parts = [reconstruction_sums(transcoder, x[i : i + 90], y[i : i + 90])[0] for i in range(0, 500, 90)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    evaluation = total.evaluation(transcoder, None)
+    n = int(windows.trainable.sum())
+    x, y = torch.randn(n, 32, generator=generator), torch.randn(n, 32, generator=generator) + 30
+    return windows, SitePair(x, y), rng.integers(0, 12, 60)
+
+
+def test_metrics_equal_a_direct_computation_in_any_partition(transcoder, many):
+    windows, pair, documents = many
+    x, y = pair.source, pair.target.double()
+    found = evaluation(held_out(transcoder, windows, pair, documents, np.array_split(np.arange(60), 5)), None)
     a = transcoder.encode(x).detach()
+    deviation = (y - y.mean(0)).square().sum(1)
+    position = windows.position_ids[windows.trainable].numpy()
+    token = windows.input_ids[windows.trainable].numpy()
+    occurrences = np.bincount(token)[token]
     for i, m in enumerate(transcoder.prefixes):
         y_m = transcoder.decode(a[:, :m]).detach().double()
-        expected = (y.double() - y_m).square().sum() / (y.double() - y.double().mean(0)).square().sum()
-        assert evaluation.fvu[i] == pytest.approx(expected.item(), rel=1e-6)
-        assert evaluation.l0[i] == pytest.approx((a[:, :m] > 0).sum(1).float().mean().item())
-    assert evaluation.never_fired == int((a > 0).sum(0).eq(0).sum())
-    np.testing.assert_allclose(total.target_mean(), y.mean(0), rtol=1e-5)
+        error = (y - y_m).square().sum(1)
+        assert found.fvu[i] == pytest.approx((error.sum() / deviation.sum()).item(), rel=1e-6)
+        assert found.l0[i] == pytest.approx((a[:, :m] > 0).sum(1).float().mean().item())
+        cosine = torch.nn.functional.cosine_similarity(y, y_m, dim=1)
+        assert found.cosine[i] == pytest.approx(cosine.mean().item(), rel=1e-6)
+        for slices, value in ((found.by_position, position), (found.by_frequency, occurrences)):
+            assert sum(part.tokens for part in slices) == len(x)
+            for part in slices:
+                inside = torch.from_numpy((value >= part.low) & (value <= part.high))
+                assert part.tokens == int(inside.sum())
+                assert part.fvu[i] == pytest.approx((error[inside].sum() / deviation[inside].sum()).item(), rel=1e-6)
+                assert part.cosine[i] == pytest.approx(cosine[inside].mean().item(), rel=1e-6)
+                assert part.l0 == pytest.approx((a[inside] > 0).sum(1).float().mean().item())
+    assert found.l0_counts == np.bincount((a > 0).sum(1).numpy()).tolist()
+    assert found.never_fired == int((a > 0).sum(0).eq(0).sum())
+    assert found.tokens == len(x)
+    assert found.documents == len(set(documents[np.array(windows.lengths) > 1].tolist()))
 
-    worse_x, worse_y = (torch.cat([rows, rows[:2]]) for rows in (x, y))
-    worse_x[500, 3], worse_y[501, 5] = math.inf, math.nan
-    without, activations = reconstruction_sums(transcoder, worse_x, worse_y)
-    assert without.evaluation(transcoder, None).fvu == pytest.approx(evaluation.fvu, rel=1e-9)
-    assert float(without.tokens) == 500
-    assert not activations[500:].any()
-    torch.testing.assert_close(activations[:500], a)
+
+def test_merged_passes_are_one_pass_and_tokens_that_are_not_finite_are_left_out(transcoder, many):
+    windows, pair, documents = many
+    whole = held_out(transcoder, windows, pair, documents, [np.arange(60)])
+    parts = held_out(transcoder, windows, pair, documents, np.array_split(np.random.default_rng(0).permutation(60), 7))
+    for name, value in whole.arrays().items():
+        np.testing.assert_allclose(parts.arrays()[name], value, rtol=1e-12, err_msg=name)
+    x, y = (rows.clone() for rows in pair)
+    x[3, 3], y[-1, 5] = math.inf, math.nan
+    without = held_out(transcoder, windows, SitePair(x, y), documents, [np.arange(60)])
+    kept = np.r_[0:3, 4 : len(x) - 1]
+    a = transcoder.encode(pair.source[kept]).detach()
+    y_m = transcoder.decode(a).detach().double()
+    rest = pair.target[kept].double()
+    expected = (rest - y_m).square().sum() / (rest - rest.mean(0)).square().sum()
+    assert evaluation(without, None).fvu[-1] == pytest.approx(expected.item(), rel=1e-6)
+    assert evaluation(without, None).tokens == len(x) - 2
+    assert without.examples.statistics.count.tolist() == (a > 0).sum(0).tolist()
+
+
+def test_intervals_equal_scipys_bootstrap_over_documents(transcoder, many):
+    windows, pair, documents = many
+    found = evaluation(held_out(transcoder, windows, pair, documents, [np.arange(60)]), None)
+    document = np.repeat(documents, windows.lengths)[windows.trainable.numpy()]
+    a = transcoder.encode(pair.source).detach()
+    error = (pair.target.double() - transcoder.decode(a).detach().double()).square().sum(1).numpy()
+    y = pair.target.double().numpy()
+    rows = [np.flatnonzero(document == d) for d in np.unique(document)]
+
+    def fvu(*drawn):
+        chosen = np.concatenate([rows[int(d)] for d in drawn[0]])
+        return error[chosen].sum() / np.square(y[chosen] - y[chosen].mean(0)).sum()
+
+    ids = np.arange(len(rows))
+    expected = stats.bootstrap(
+        (ids,), fvu, vectorized=False, method="percentile", n_resamples=1000, rng=np.random.default_rng(1)
+    ).confidence_interval
+    low, high = found.fvu_interval[-1]
+    width = expected.high - expected.low
+    assert low < found.fvu[-1] < high
+    assert abs(low - expected.low) < 0.2 * width
+    assert abs(high - expected.high) < 0.2 * width
+    few = evaluation(held_out(transcoder, windows, pair, documents % 4, [np.arange(60)]), None)
+    assert few.documents == 4
+    assert few.fvu_interval is None
 
 
 @pytest.mark.parametrize("at_once", [1 << 26, 259 * 25])
 def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, windows, at_once, monkeypatch):
     """Two layers at once, the second one by plain transformers with hooks; also cut into parts of few logits."""
-    monkeypatch.setattr("mtc.evaluation.MAX_LOGITS", at_once)
-    config = load_preset("tiny", {"model": {"layers": [2, 1]}}).model
+    monkeypatch.setattr("mtc.sums.MAX_LOGITS", at_once)
+    config = load_preset("tiny", {"model": {"layers": [2, 1], "dtype": "float32"}}).model
     model = LanguageModel(config, full=True)
     mean = torch.randn(32, generator=torch.Generator().manual_seed(1))
     other, found = loss_sums(model, [transcoder, transcoder], windows, [mean, mean])
-    losses = found.loss_recovered()
+    losses = loss_recovered(found)
     hf = AutoModelForCausalLM.from_pretrained(prepare_model(config), dtype=torch.float32).eval()
     layer = hf.model.layers[1]
 
@@ -110,12 +200,12 @@ def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, windows,
         assert losses.kl[i] == pytest.approx(kl, rel=1e-3, abs=1e-7)
         expected = (ce(zero) - ce(spliced)) / (ce(zero) - ce(clean))
         assert losses.recovered_zero[i] == pytest.approx(expected, rel=1e-2, abs=1e-3)
-    assert other.loss_recovered().ce_clean == losses.ce_clean
-    assert abs(other.loss_recovered().ce_zero - losses.ce_zero) > 1e-3
+    assert loss_recovered(other).ce_clean == losses.ce_clean
+    assert abs(loss_recovered(other).ce_zero - losses.ce_zero) > 1e-3
 
 
 def test_evaluate_joins_both_and_refuses_nothing(transcoder, windows):
-    config = load_preset("tiny")
+    config = load_preset("tiny", {"model": {"dtype": "float32"}})
     evaluation = evaluate(config, transcoder, [windows], [windows])
     (pair,) = LanguageModel(config.model).capture(windows)
     x, y = pair.source[windows.trainable], pair.target[windows.trainable]

@@ -41,6 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> RunDirec
     run.write("analysis.json", json.dumps({"run_id": "one"}))
     run.write("report/layer1_analysis_report.md", "# Report\n")
     run.write("report/layer1_analysis_report.json", json.dumps({"run_id": "one"}))
+    run.write("report/layer1_analysis_report.html", "<!doctype html><title>é</title>")
     run.write("report/plots/loss.png", b"\x89PNG")
     run.publish()
     return run
@@ -178,10 +179,15 @@ def test_other_errors_have_the_same_shape(client: httpx.Client) -> None:
 
 
 def test_report(client: httpx.Client) -> None:
-    for accept in ("*/*", "text/markdown", "text/*", "text/html, */*;q=0.8"):
+    for accept in ("*/*", "text/markdown", "text/*", "text/html;q=0.1, */*;q=0.8"):
         response = client.get("/report", headers={"accept": accept})
         assert response.text == "# Report\n"
         assert response.headers["content-type"].startswith("text/markdown")
+    for accept in ("text/html", "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8"):
+        response = client.get("/report", headers={"accept": accept})
+        assert response.content == "<!doctype html><title>é</title>".encode()
+        assert response.headers["content-type"] == "text/html; charset=utf-8"
+        assert response.headers["vary"] == "Accept"
     for accept in ("application/json", "text/markdown;q=0.5, application/json"):
         response = client.get("/report", headers={"accept": accept})
         assert response.json() == {"run_id": "one"}

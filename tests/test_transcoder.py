@@ -158,6 +158,24 @@ def test_weights_file_round_trip_and_refusals(tmp_path):
         MatryoshkaTranscoder.load(str(path))
 
 
+@pytest.mark.parametrize(("input_norm", "skip"), [("rms", False), ("scalar", True), ("none", False)])
+def test_sparse_codes_are_the_dense_activations(input_norm, skip):
+    t = random_transcoder(input_norm, skip)
+    x, _ = data(tokens=50)
+    t.threshold.fill_(0.4)
+    codes, dense = t.encode_sparse(x), t.encode(x).detach()
+    filled = torch.zeros_like(dense).index_put((codes.token, codes.feature), codes.value.detach())
+    torch.testing.assert_close(filled, dense)
+    assert len(codes.value) == int((dense > 0).sum()) > 50
+    torch.testing.assert_close(t.decode_codes(codes, x).detach(), t.decode_prefixes(dense, x).detach())
+    t.threshold.fill_(-1.0)  # nothing below 0 ever fires
+    assert len(t.encode_sparse(x).value) == int((t.encode(x) > 0).sum())
+    none = t.encode_sparse(x[:0])
+    assert t.decode_codes(none, x[:0]).shape == (3, 0, D_TARGET)
+    t.threshold.fill_(1e9)
+    torch.testing.assert_close(t.decode_codes(t.encode_sparse(x), x)[2], t.decode(torch.zeros_like(dense), x))
+
+
 def test_each_feature_may_have_a_threshold_of_its_own(tmp_path):
     t = random_transcoder("rms")
     x, _ = data()
@@ -170,6 +188,9 @@ def test_each_feature_may_have_a_threshold_of_its_own(tmp_path):
         expected = torch.stack([torch.where(z[:, j] > 0.1 + 1.4 * j / (F - 1), z[:, j], 0.0) for j in range(F)], dim=1)
         torch.testing.assert_close(again.encode(x), expected)
         torch.testing.assert_close(again.encode(x, 16), expected[:, :16])
+        codes = again.encode_sparse(x)
+        filled = torch.zeros_like(expected).index_put((codes.token, codes.feature), codes.value)
+        torch.testing.assert_close(filled, expected)
     t.threshold = torch.ones(F - 1)
     path.write_bytes(t.to_bytes())
     with pytest.raises(RuntimeError, match="threshold"):

@@ -11,10 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from mtc.exports.card import model_card
 from mtc.exports.subject import ExportError, Subject, describe_norm
+from mtc.features import read_feature
 from mtc.report.schema import Analysis, Feature
 from mtc.runs import RunDirectory
 
@@ -26,7 +28,7 @@ DECIMALS = 4
 def write_neuronpedia(
     subject: Subject, run: RunDirectory, directory: Path, model_id: str | None = None, set_name: str | None = None
 ) -> None:
-    """Write batches of all features of the prefix that fired, from the run's analysis and its examples.parquet.
+    """Write batches of all features of the prefix that fired, from the run's features.parquet and examples.parquet.
 
     `model_id` and `set_name` are Neuronpedia's; by default the model's last name and `mtc-<run id>`. Raises ExportError
     if the run was never analysed.
@@ -37,10 +39,11 @@ def write_neuronpedia(
     examples = run.read("examples.parquet")
     model_id = model_id or subject.config.model.name.split("/")[-1].split(":")[-1].lower()
     set_name = set_name or f"mtc-{subject.run_id.replace('/', '-')}".lower()
-    features = [feature for feature in analysis.features if feature.feature < subject.prefix]
-    fired = [feature for feature in features if feature.count]
+    table = pq.read_table(io.BytesIO(run.read("features.parquet"))).slice(0, subject.prefix)
+    counts = table["count"].to_numpy()
+    fired = np.flatnonzero(counts > 0)
     for number, start in enumerate(range(0, len(fired), BATCH)):
-        some = fired[start : start + BATCH]
+        some = [read_feature(table, int(index)) for index in fired[start : start + BATCH]]
         shown = _top_examples(examples, some[0].feature, some[-1].feature)
         batch = {
             "model_id": model_id,
@@ -55,7 +58,7 @@ def write_neuronpedia(
         "layer": str(subject.layer),
         "sae_set": set_name,
         "log_sparsity": None,
-        "skipped_indexes": [feature.feature for feature in features if not feature.count],
+        "skipped_indexes": np.flatnonzero(counts == 0).tolist(),
     }
     (directory / "skipped_indexes.json").write_text(json.dumps(skipped))
     use = f"""import json
@@ -86,7 +89,14 @@ def _feature(feature: Feature, examples: list[dict[str, Any]], analysis: Analysi
         "correlated_features_indices": [],
         "correlated_features_l1": [],
         "correlated_features_pearson": [],
-        **_logits_and_histogram(feature),
+        "neg_str": [effect.token for effect in feature.negative_logits or ()],
+        "neg_values": [round(effect.value, DECIMALS) for effect in feature.negative_logits or ()],
+        "pos_str": [effect.token for effect in feature.positive_logits or ()],
+        "pos_values": [round(effect.value, DECIMALS) for effect in feature.positive_logits or ()],
+        "frac_nonzero": feature.density,
+        **_histogram(feature, analysis.activation_edges),
+        "logits_hist_data_bar_heights": [],
+        "logits_hist_data_bar_values": [],
         "n_prompts_total": analysis.summary.analysed_tokens // tokens,
         "n_tokens_in_prompt": tokens,
         "dataset": analysis.config.data.name,
@@ -96,19 +106,16 @@ def _feature(feature: Feature, examples: list[dict[str, Any]], analysis: Analysi
     }
 
 
-def _logits_and_histogram(feature: Feature) -> dict[str, Any]:
-    """The tokens that the feature promotes and suppresses, and how its activations are distributed; empty where
-    `Feature` does not say."""
+def _histogram(feature: Feature, edges: tuple[float, ...]) -> dict[str, list[float]]:
+    """Counts of activations by size, and the middle of each bin; empty bins at both ends are left out.
+
+    The bins widen with the size, two per octave, unlike SAEDashboard's.
+    """
+    filled = [index for index, count in enumerate(feature.histogram) if count]
+    bins = range(filled[0], filled[-1] + 1) if filled else range(0)
     return {
-        "neg_str": [],
-        "neg_values": [],
-        "pos_str": [],
-        "pos_values": [],
-        "frac_nonzero": feature.density,
-        "freq_hist_data_bar_values": [],
-        "freq_hist_data_bar_heights": [],
-        "logits_hist_data_bar_heights": [],
-        "logits_hist_data_bar_values": [],
+        "freq_hist_data_bar_values": [round((edges[i] + edges[i + 1]) / 2, DECIMALS) for i in bins],
+        "freq_hist_data_bar_heights": [feature.histogram[i] for i in bins],
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 NOT_MEASURED = "not measured"
 _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: "\\" + c for c in "\\`*_[]#|~$"}
 
 
 def number(value: float | None) -> str:
@@ -32,20 +32,29 @@ def percent(fraction: float | None) -> str:
     return f"{number(100 * fraction)} %"
 
 
-def escape(text: str) -> str:
-    """Text that Markdown shows literally, on one line, inside a table cell or outside.
+def interval(intervals: Sequence[tuple[float, float]] | None, i: int) -> str:
+    """The two ends of one of several intervals."""
+    return NOT_MEASURED if intervals is None else " to ".join(map(number, intervals[i]))
 
-    Line breaks and tabs become visible signs; other control and format characters (which could reorder or hide what
-    follows) become their code point.
+
+def percent_interval(intervals: Sequence[tuple[float, float]] | None, i: int) -> str:
+    return NOT_MEASURED if intervals is None else " to ".join(map(percent, intervals[i]))
+
+
+def whole_range(low: int, high: int) -> str:
+    """Whole numbers from `low` to `high`."""
+    return number(low) if low == high else f"{number(low)} to {number(high)}"
+
+
+def visible(text: str) -> str:
+    """Text on one line: line breaks and tabs become signs, other control and format characters their code point.
+
+    Those could reorder or hide what follows.
     """
     parts = []
     for character in text:
-        if character in _ENTITIES:
-            parts.append(_ENTITIES[character])
-        elif character in _VISIBLE and character != " ":
+        if character in _VISIBLE and character != " ":
             parts.append(_VISIBLE[character])
-        elif character in "\\`*_[]#|~$":
-            parts.append("\\" + character)
         elif unicodedata.category(character)[0] == "C" or unicodedata.category(character) in ("Zl", "Zp"):
             parts.append(f"U+{ord(character):04X}")
         else:
@@ -53,9 +62,19 @@ def escape(text: str) -> str:
     return "".join(parts)
 
 
+def spaced(text: str) -> str:
+    """One decoded token for a list or table: visible, its spaces too, so that `the` and ` the` differ."""
+    return visible(text).replace(" ", _VISIBLE[" "]) if text else "(empty)"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows literally, on one line, inside a table cell or outside."""
+    return "".join(_ENTITIES.get(character, character) for character in visible(text))
+
+
 def token(text: str) -> str:
-    """One decoded token for a list or table: its spaces shown, so that `the` and ` the` differ."""
-    return escape(text).replace(" ", _VISIBLE[" "]) if text else "(empty)"
+    """One decoded token in Markdown."""
+    return escape(spaced(text))
 
 
 def context(tokens: Sequence[str], peak: int) -> str:

@@ -9,12 +9,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mtc.report import report_names
-from mtc.report.format import NOT_MEASURED, escape, number, percent, table
-from mtc.report.markdown import timing_section
-from mtc.report.plots import DPI, layout, png
+from mtc.report.blocks import Block, Document, Link, Paragraph, Plots, Section, Table, Text
+from mtc.report.drawing import MARKERS, colours, new_figure, picture, style
+from mtc.report.format import NOT_MEASURED, interval, number, percent
+from mtc.report.html import render_html
+from mtc.report.markdown import render_markdown
 from mtc.report.schema import Analysis
+from mtc.report.sections.configuration import timing_blocks
+from mtc.report.sections.provenance import provenance, stamp
 
-MARKDOWN, JSON, PLOT = "layers_report.md", "layers_report.json", "layers_overview.png"
+MARKDOWN, HTML, JSON = "layers_report.md", "layers_report.html", "layers_report.json"
+PLOT = "layers_overview"
 
 
 def write_layers_report(analyses: Sequence[Analysis]) -> dict[str, bytes]:
@@ -24,10 +29,14 @@ def write_layers_report(analyses: Sequence[Analysis]) -> dict[str, bytes]:
         {"layer": a.config.model.layer, "directory": _directory(a), "summary": a.summary.model_dump(mode="json")}
         for a in analyses
     ]
+    with style():
+        plot = picture(_plot(analyses))
     return {
-        MARKDOWN: _markdown(analyses).encode(),
+        MARKDOWN: render_markdown(_document(analyses, 0), {PLOT: f"{PLOT}.png"}).encode(),
+        HTML: render_html(_document(analyses, 1), {PLOT: plot.svg}).encode(),
         JSON: json.dumps(summaries, indent=1).encode(),
-        PLOT: _plot(analyses),
+        f"{PLOT}.png": plot.png,
+        f"{PLOT}.svg": plot.svg.encode(),
     }
 
 
@@ -35,45 +44,56 @@ def _directory(analysis: Analysis) -> str:
     return f"layer{analysis.config.model.layer}"
 
 
-def _markdown(analyses: Sequence[Analysis]) -> str:
+def _document(analyses: Sequence[Analysis], form: int) -> Document:
+    """Args: `form` says to which form of the layers' own reports it leads, an index into ReportNames."""
     first = analyses[0]
-    prefixes = first.summary.prefixes
-    rows = []
+    model, f = first.config.model, first.facts
+    blocks: list[Block] = [
+        _table(analyses, form),
+        Paragraph("FVU is the fraction of held-out variance left unexplained."),
+        Plots(((PLOT, "Held-out FVU of every prefix against the layer; values in the table."),)),
+    ]
+    return Document(
+        title=f"Matryoshka transcoders, {model.name}, {number(len(analyses))} layers",
+        subtitle=f"One run, one forward pass of the language model for all layers: {number(f.trained_tokens)} tokens "
+        f"trained, {number(first.summary.analysed_tokens)} held-out tokens analysed.",
+        sections=(Section("Layers", tuple(blocks)), Section("Timing", tuple(timing_blocks(f.timing)))),
+        provenance=provenance(first),
+        stamp=stamp(first),
+    )
+
+
+def _table(analyses: Sequence[Analysis], form: int) -> Table:
+    rows: list[tuple[Text, ...]] = []
     for a in analyses:
         model, s = a.config.model, a.summary
-        link = f"[layer {model.layer}](../{_directory(a)}/report/{report_names(model.layer)[0]})"
+        link = Link(f"layer {model.layer}", f"../{_directory(a)}/report/{report_names(model.layer)[form]}")
         loss = (
             [percent(s.loss.recovered_zero[-1]), percent(s.loss.recovered_mean[-1])] if s.loss else [NOT_MEASURED] * 2
         )
         silent = f"{number(s.silent_features)} of {number(s.total_features)}"
-        rows.append([link, escape(model.source), *(number(v) for v in s.fvu), number(s.l0), silent, *loss])
-    headers = ["Layer", "Source", *(f"FVU, {number(m)} features" for m in prefixes), "L0", "Silent features"]
-    headers += ["Loss recovered (zero ablation)", "Loss recovered (mean ablation)"]
-    f = first.facts
-    parts = [
-        f"# Matryoshka transcoders, {escape(first.config.model.name)}, {number(len(analyses))} layers",
-        f"One run, one forward pass of the language model for all layers: {number(f.trained_tokens)} tokens trained, "
-        f"{number(first.summary.analysed_tokens)} held-out tokens analysed. FVU is the fraction of held-out variance "
-        "left unexplained.",
-        table(headers, rows),
-        f"![Held-out FVU of every layer and prefix]({PLOT})",
-        timing_section(f.timing),
-    ]
-    return "\n\n".join(parts) + "\n"
+        ends = interval(s.fvu_interval, -1)
+        rows.append((link, model.source, *(number(v) for v in s.fvu), ends, number(s.l0), silent, *loss))
+    headers = ["Layer", "Source", *(f"FVU, {number(m)} features" for m in analyses[0].summary.prefixes)]
+    headers += ["95 % interval", "L0", "Silent features", "Loss recovered (zero ablation)"]
+    headers += ["Loss recovered (mean ablation)"]
+    return Table("Held-out figures of every layer", tuple(headers), tuple(rows))
 
 
-def _plot(analyses: Sequence[Analysis]) -> bytes:
-    """Held-out FVU against the layer, a line per prefix, 1080 x 600 pixels."""
-    figure = Figure(figsize=(1080 / DPI, 5), dpi=DPI, layout=layout())
+def _plot(analyses: Sequence[Analysis]) -> Figure:
+    """Held-out FVU against the layer, a line per prefix, 1080 x 680 pixels."""
+    figure = new_figure(5.4, 3.4, 200)
     axes = figure.subplots()
     layers = [a.config.model.layer for a in analyses]
-    for i, prefix in enumerate(analyses[0].summary.prefixes):
-        axes.plot(layers, [a.summary.fvu[i] for a in analyses], marker="o", label=f"{number(prefix)} features")
+    prefixes = analyses[0].summary.prefixes
+    for i, (prefix, colour) in enumerate(zip(prefixes, colours(len(prefixes)), strict=True)):
+        values = [a.summary.fvu[i] for a in analyses]
+        axes.plot(layers, values, color=colour, marker=MARKERS[i % len(MARKERS)], label=f"{number(prefix)} features")
     axes.set_xlabel("layer")
-    axes.set_ylabel("held-out FVU")
+    axes.set_ylabel("held-out FVU (share of variance)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.legend()
-    axes.set_title(f"{analyses[0].config.model.name}: held-out FVU by layer and prefix", parse_math=False)
-    return png(figure)
+    axes.grid()
+    axes.legend(fontsize=9)
+    axes.set_title("Held-out FVU by layer and prefix")
+    return figure

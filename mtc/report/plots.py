@@ -1,195 +1,311 @@
-"""The report's plots, as PNG bytes. Each function draws on a Figure of its own: no global pyplot state, no display."""
+"""The report's plots: each draws on axes that it is given; `render_plot` makes files, `overview` shows six in one."""
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
+from mtc.bootstrap import Intervals
+from mtc.evaluation import Slice
+from mtc.report.drawing import (
+    COLOURS,
+    GREY,
+    INK,
+    MARKERS,
+    PAPER,
+    Picture,
+    colours,
+    new_figure,
+    picture,
+    say,
+    short,
+    style,
+    whole_numbers,
+)
 from mtc.report.format import number
+from mtc.report.names import OVERVIEW
 from mtc.report.schema import Analysis
 
-DPI = 120
-# Okabe and Ito's colours, told apart with any kind of colour vision; yellow is too pale on white.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_GREY = "#666666"
 _BINS = 40
+MANY_DOTS = 2000
+"""More dots than that are a bitmap inside the SVG."""
 
 
-def overview(analysis: Analysis, history: list[dict[str, Any]]) -> bytes:
+class PlotData(NamedTuple):
+    """What plots show."""
+
+    analysis: Analysis
+    features: pa.Table
+    """All features, as in features.parquet."""
+    history: list[dict[str, Any]]
+    """A dict per logged training step."""
+
+    @property
+    def fired(self) -> pa.Table:
+        return self.features.filter(pc.greater(self.features["count"], 0))
+
+
+def render_plot(name: str, data: PlotData) -> Picture:
+    """The plot `name` of mtc.report.names.PLOTS; 960 x 680 pixels but for the overview."""
+    with style():
+        return picture(overview(data) if name == OVERVIEW else _alone(name, data))
+
+
+def overview(data: PlotData) -> Figure:
     """Quality, training and features in a grid of 2 x 3, 1680 x 1008 pixels."""
-    figure = Figure(figsize=(14, 8.4), dpi=DPI, layout=layout())
+    figure = new_figure(14, 8.4, 120)
     axes = figure.subplots(2, 3)
-    model = analysis.config.model
-    title = f"{model.name}, layer {model.layer}: {number(analysis.summary.total_features)} features, "
-    title += f"{number(analysis.summary.trained_tokens)} trained tokens"
+    model, s = data.analysis.config.model, data.analysis.summary
+    title = f"{model.name}, layer {model.layer}: {number(s.total_features)} features, "
+    title += f"{number(s.trained_tokens)} trained tokens"
     figure.suptitle(title, fontsize=13, parse_math=False)
-    _prefix_fvu(axes[0, 0], analysis)
-    _training_curves(axes[0, 1], analysis, history)
-    _sparsity(axes[0, 2], analysis, history)
-    fired = [f for f in analysis.features if f.count]
-    groups = np.array([f.group for f in fired], np.int64)
-    n, s = len(analysis.weights.groups), analysis.summary
-    density = np.log10(np.array([f.density for f in fired]))
-    _histogram(axes[1, 0], density, groups, n, f"Activation density; {number(s.silent_features)} silent left out")
-    axes[1, 0].set_xlabel("log10 of the share of held-out tokens")
-    maximum = np.array([f.max_activation for f in fired])
-    _histogram(axes[1, 1], maximum, groups, n, "Strongest activation of each feature that fired")
-    axes[1, 1].set_xlabel("max activation (scaled units)")
-    samples = np.array([f.samples for f in fired])
-    limit = number(analysis.config.analysis.max_per_feature)
-    _histogram(axes[1, 2], samples, groups, n, f"Samples of each feature that fired (at most {limit})")
-    axes[1, 2].set_xlabel("samples")
-    return png(figure)
+    parts = (prefix_fvu, training, sparsity, density, max_activation, samples)
+    for draw, ax in zip(parts, axes.flat, strict=True):
+        draw(ax, data)
+    return figure
 
 
-def activation_vs_samples(analysis: Analysis) -> bytes:
-    """Strongest activation against number of samples, a dot per feature that fired, 1400 x 960 pixels."""
-    figure = Figure(figsize=(1400 / DPI, 8), dpi=DPI, layout=layout())
-    axes = figure.subplots()
-    fired = [f for f in analysis.features if f.count]
-    colours = _colours(len(analysis.weights.groups))
-    for g, colour in enumerate(colours):
-        size = sum(f.group == g for f in fired)
-        axes.scatter([], [], s=30, color=colour, linewidths=0, label=f"group {g} ({number(size)} features)")
-    if fired:
-        # Most features share the largest number of samples; in a mixed order no group hides the others.
-        fired = [fired[i] for i in np.random.default_rng(0).permutation(len(fired))]
-        strongest = [f.max_activation for f in fired]
-        of_group = [colours[f.group] for f in fired]
-        axes.scatter([f.samples for f in fired], strongest, s=18, alpha=0.6, c=of_group, linewidths=0)
-        if max(strongest) > 20 * min(strongest) > 0:
-            axes.set_yscale("log")
-        axes.legend(loc="best", fontsize=10)
-        axes.xaxis.set_major_locator(_whole_numbers())
-    else:
-        _say(axes, "no feature fired")
-    axes.set_title("Strongest activation against number of samples")
-    axes.set_xlabel(f"samples (stored top examples, at most {number(analysis.config.analysis.max_per_feature)})")
-    axes.set_ylabel("max activation (scaled units)")
-    axes.grid(alpha=0.25)
-    s = analysis.summary
-    figure.supxlabel(
-        f"{number(len(fired))} features that fired on {number(s.analysed_tokens)} held-out tokens. Not shown: "
-        f"{number(s.silent_features)} silent features. Dead by the training counter: {number(s.dead_features)}.",
-        fontsize=10, color=_GREY,
-    )  # fmt: skip
-    return png(figure)
+def _alone(name: str, data: PlotData) -> Figure:
+    figure = new_figure(4.8, 3.4, 200)
+    _DRAW[name](figure.subplots(), data)
+    return figure
 
 
-def _prefix_fvu(axes: Axes, analysis: Analysis) -> None:
-    s = analysis.summary
-    values = [v if np.isfinite(v) else 0.0 for v in s.fvu]
-    bars = axes.bar(range(len(values)), values, color=_colours(len(values)), width=0.6)
-    axes.bar_label(bars, [number(v) for v in s.fvu], padding=2, fontsize=10)
-    axes.set_xticks(range(len(values)), [number(m) for m in s.prefixes], rotation=45 if len(values) > 6 else 0)
-    axes.margins(y=0.12)
+def prefix_fvu(axes: Axes, data: PlotData) -> None:
+    s = data.analysis.summary
     axes.set_title("Held-out FVU of each nested prefix")
-    axes.set_xlabel("prefix (features)")
     axes.set_ylabel("FVU (1 - explained variance)")
+    _prefix_bars(axes, s.prefixes, s.fvu, s.fvu_interval)
 
 
-def _training_curves(axes: Axes, analysis: Analysis, history: list[dict[str, Any]]) -> None:
+def prefix_recovered(axes: Axes, data: PlotData) -> None:
+    s = data.analysis.summary
+    axes.set_title("Loss recovered against zero ablation")
+    if s.loss is None:
+        axes.set_xlabel("prefix (features)")
+        axes.set_ylabel("loss recovered (share)")
+        return say(axes, "not measured")
+    axes.set_ylabel("loss recovered (share)")
+    _prefix_bars(axes, s.prefixes, s.loss.recovered_zero, s.loss.recovered_zero_interval)
+
+
+def _prefix_bars(axes: Axes, prefixes: Any, values: Any, ends: Intervals | None) -> None:
+    at = range(len(prefixes))
+    axes.set_xticks(at, [number(m) for m in prefixes], rotation=45 if len(prefixes) > 6 else 0)
+    axes.set_xlabel("prefix (features)" + ("; whiskers: 95 % interval" if ends else ""))
+    finite = [v if np.isfinite(v) else 0.0 for v in values]
+    bars = axes.bar(at, finite, color=colours(len(finite)), width=0.6)
+    labels = [number(v) for v in values]
+    if ends:
+        known = [(i, v, low, high) for i, (v, (low, high)) in enumerate(zip(values, ends, strict=True))]
+        for i, value, low, high in known:
+            if np.isfinite([value, low, high]).all():
+                # Percentile intervals need not hold the value.
+                spread = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                axes.errorbar([i], [value], yerr=spread, color=INK, capsize=4, linewidth=1.2)
+        for (i, value, low, high), text in zip(known, labels, strict=True):
+            peak = max([v for v in (value, low, high) if np.isfinite(v)], default=0.0)
+            axes.annotate(text, (i, max(0.0, peak)), (0, 4), textcoords="offset points", ha="center", va="bottom")
+    else:
+        axes.bar_label(bars, labels, padding=2)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.margins(y=0.15)
+
+
+def training(axes: Axes, data: PlotData) -> None:
     axes.set_title("Training loss and batch FVU per prefix")
     axes.set_xlabel("trained tokens")
     axes.set_ylabel("loss, FVU (share of variance)")
-    if not history:
-        _say(axes, "no training history")
-        return
-    tokens = [row["tokens"] for row in history]
-    axes.plot(tokens, [row["loss"] for row in history], color=_GREY, linestyle="--", label="loss")
-    for i, colour in enumerate(_colours(len(analysis.summary.prefixes))):
-        label = f"FVU, {number(analysis.summary.prefixes[i])} features"
-        axes.plot(tokens, [row["fvu"][i] for row in history], color=colour, label=label)
+    if not data.history:
+        return say(axes, "no training history")
+    tokens = [row["tokens"] for row in data.history]
+    axes.plot(tokens, [row["loss"] for row in data.history], color=GREY, linestyle="--", label="loss")
+    prefixes = data.analysis.summary.prefixes
+    for i, colour in enumerate(colours(len(prefixes))):
+        label = f"FVU, {number(prefixes[i])} features"
+        axes.plot(tokens, [row["fvu"][i] for row in data.history], color=colour, label=label)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
     axes.legend(fontsize=9)
-    axes.grid(alpha=0.25)
+    axes.grid()
 
 
-def _sparsity(axes: Axes, analysis: Analysis, history: list[dict[str, Any]]) -> None:
+def sparsity(axes: Axes, data: PlotData) -> None:
     axes.set_title("L0 and dead features during training")
     axes.set_xlabel("trained tokens")
-    axes.set_ylabel("L0 (active features per token)", color=_COLOURS[0])
-    if not history:
-        _say(axes, "no training history")
-        return
+    axes.set_ylabel("L0 (active features per token)")
+    if not data.history:
+        return say(axes, "no training history")
+    history, k = data.history, data.analysis.summary.k
     tokens = [row["tokens"] for row in history]
     l0, dead = [row["l0"] for row in history], [row["dead"] for row in history]
-    axes.plot(tokens, l0, color=_COLOURS[0])
-    axes.axhline(analysis.summary.k, color=_COLOURS[0], linestyle=":", label=f"k = {analysis.summary.k}")
-    axes.set_ylim(0, 1.3 * max(analysis.summary.k, *l0))
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
-    axes.legend(loc="upper left", fontsize=9)
+    (line,) = axes.plot(tokens, l0, color=COLOURS[0], label="L0 (left axis)")
+    goal = axes.axhline(k, color=COLOURS[0], linestyle=":", label=f"k = {k}")
+    axes.set_ylim(0, 1.7 * max(k, *l0))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
     right = axes.twinx()
-    right.plot(tokens, dead, color=_COLOURS[5])
+    right.spines["right"].set_visible(True)
+    (other,) = right.plot(tokens, dead, color=COLOURS[5], linestyle="--", label="dead features (right axis)")
     right.set_ylim(0, max(1, 2 * max(dead)))  # below the line of L0
-    right.yaxis.set_major_locator(_whole_numbers())
-    after = number(analysis.config.transcoder.dead_after_tokens)
-    right.set_ylabel(f"dead features (silent for {after} tokens)", color=_COLOURS[5])
+    right.yaxis.set_major_locator(whole_numbers())
+    after = number(data.analysis.config.transcoder.dead_after_tokens)
+    right.set_ylabel(f"dead (silent for {after} tokens)")
+    axes.legend(handles=[line, goal, other], loc="upper left", fontsize=9)
 
 
-def _histogram(axes: Axes, values: NDArray[Any], groups: NDArray[np.int64], num_groups: int, title: str) -> None:
+def l0(axes: Axes, data: PlotData) -> None:
+    axes.set_title("Active features per held-out token")
+    axes.set_xlabel("active features (L0 of a token)")
+    axes.set_ylabel("tokens")
+    counts = data.analysis.evaluation.l0_counts
+    if not sum(counts):
+        return say(axes, "not measured")
+    # Bins of whole numbers, at most a few dozen.
+    step = -(-len(counts) // 60)
+    padded = np.pad(np.array(counts, np.int64), (0, -len(counts) % step)).reshape(-1, step).sum(1)
+    axes.bar(np.arange(len(padded)) * step - 0.5, padded, width=step, align="edge", color=COLOURS[0], edgecolor=PAPER)
+    mean, k = data.analysis.summary.l0, data.analysis.summary.k
+    axes.axvline(mean, color=INK, linewidth=1.2, label=f"mean {number(mean)}")
+    axes.axvline(k, color=INK, linewidth=1.2, linestyle=":", label=f"k = {number(k)}")
+    axes.yaxis.set_major_formatter(FuncFormatter(short))
+    axes.legend(fontsize=9)
+
+
+def density(axes: Axes, data: PlotData) -> None:
+    histogram, s = data.analysis.density, data.analysis.summary
+    axes.set_title(f"Density of features; {number(s.silent_features)} silent left out")
+    axes.set_xlabel("log10 of the share of held-out tokens")
+    axes.set_ylabel("features")
+    total = np.array(histogram.counts, np.int64).sum(0)
+    used = np.flatnonzero(total)
+    if not len(used):
+        return say(axes, "no feature fired")
+    bins = slice(int(used[0]), int(used[-1]) + 1)
+    edges = np.array(histogram.edges)
+    base = np.zeros(len(total), np.int64)
+    for g, (counts, colour) in enumerate(zip(histogram.counts, colours(len(histogram.counts)), strict=True)):
+        axes.bar(
+            edges[:-1][bins], np.array(counts)[bins], np.diff(edges)[bins], base[bins], align="edge", color=colour,
+            edgecolor=PAPER, label=f"group {g}",
+        )  # fmt: skip
+        base += np.array(counts)
+    axes.yaxis.set_major_locator(whole_numbers())
+    axes.margins(y=0.2)
+    axes.legend(fontsize=9)
+
+
+def fvu_by_position(axes: Axes, data: PlotData) -> None:
+    axes.set_title("Held-out FVU by position in the window")
+    axes.set_xlabel("position (tokens)")
+    _slices(axes, data.analysis.evaluation.by_position, data.analysis.summary.prefixes)
+
+
+def fvu_by_frequency(axes: Axes, data: PlotData) -> None:
+    axes.set_title("Held-out FVU by frequency of the token")
+    axes.set_xlabel("occurrences in the held-out text (tokens)")
+    _slices(axes, data.analysis.evaluation.by_frequency, data.analysis.summary.prefixes)
+
+
+def _slices(axes: Axes, slices: list[Slice], prefixes: tuple[int, ...]) -> None:
+    axes.set_ylabel("FVU (share of variance)")
+    if not slices:
+        return say(axes, "not measured")
+    names = [number(s.low) if s.low == s.high else f"{number(s.low)}–{number(s.high)}" for s in slices]
+    tight = len(slices) * max(map(len, names)) > 30
+    axes.set_xticks(range(len(slices)), names, rotation=30 if tight else 0)
+    for i, colour in enumerate(colours(len(prefixes))):
+        values = [s.fvu[i] for s in slices]
+        label = f"{number(prefixes[i])} features"
+        axes.plot(range(len(slices)), values, color=colour, marker=MARKERS[i % len(MARKERS)], label=label)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
+    axes.legend(fontsize=9)
+
+
+def max_activation(axes: Axes, data: PlotData) -> None:
+    axes.set_title("Strongest activation of each feature that fired")
+    axes.set_xlabel("max activation (scaled units)")
+    _histogram(axes, data, data.fired["max_activation"].to_numpy())
+
+
+def samples(axes: Axes, data: PlotData) -> None:
+    limit = number(data.analysis.config.analysis.max_per_feature)
+    axes.set_title("Samples of each feature that fired")
+    axes.set_xlabel(f"samples (stored top examples, at most {limit})")
+    _histogram(axes, data, data.fired["samples"].to_numpy())
+
+
+def _histogram(axes: Axes, data: PlotData, values: NDArray[Any]) -> None:
     """Counts per bin, one colour per group on top of each other."""
-    axes.set_title(title)
     axes.set_ylabel("features")
     if len(values) == 0:
-        _say(axes, "no feature fired")
-        return
+        return say(axes, "no feature fired")
     low, high = float(values.min()), float(values.max())
     if np.issubdtype(values.dtype, np.integer):
         # Bins of whole numbers, so that no bin holds more of them than its neighbour.
         step = max(1, -(-int(high - low + 1) // _BINS))
         edges = np.arange(low - 0.5, high + step + 0.5, step)
+        axes.xaxis.set_major_locator(whole_numbers())
     else:
         bins = min(_BINS, max(8, int(2 * len(values) ** 0.5)))
         edges = np.linspace(low, high, bins + 1) if high > low else np.array([low - 0.5, high + 0.5])
-    parts = [values[groups == g] for g in range(num_groups)]
-    labels = [f"group {g}" for g in range(num_groups)]
-    axes.hist(parts, bins=edges.tolist(), stacked=True, color=_colours(num_groups), label=labels)
-    axes.yaxis.set_major_locator(_whole_numbers())
+    groups, n = data.fired["group"].to_numpy(), len(data.analysis.weights.groups)
+    parts = [values[groups == g] for g in range(n)]
+    labels = [f"group {g}" for g in range(n)]
+    axes.hist(parts, bins=edges.tolist(), stacked=True, color=colours(n), label=labels, edgecolor=PAPER, linewidth=0.3)
+    axes.yaxis.set_major_locator(whole_numbers())
     axes.margins(y=0.2)  # room for the legend
     axes.legend(fontsize=9)
 
 
-def _whole_numbers() -> MaxNLocator:
-    return MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True)
+def activation_vs_samples(axes: Axes, data: PlotData) -> None:
+    """A dot per feature that fired."""
+    fired, s = data.fired, data.analysis.summary
+    groups, n = fired["group"].to_numpy(), len(data.analysis.weights.groups)
+    axes.set_title("Strongest activation against number of samples")
+    limit = number(data.analysis.config.analysis.max_per_feature)
+    axes.set_xlabel(f"samples (at most {limit})\nnot shown: {number(s.silent_features)} silent features")
+    axes.set_ylabel("max activation (scaled units)")
+    axes.grid()
+    if not len(groups):
+        return say(axes, "no feature fired")
+    palette = colours(n)
+    for g, colour in enumerate(palette):
+        size = int((groups == g).sum())
+        label = f"group {g} ({number(size)} features)"
+        axes.plot([], [], linestyle="", marker=MARKERS[g % len(MARKERS)], color=colour, label=label)
+    # Most features share the largest number of samples; a little to the side no dot hides the others.
+    generator = np.random.default_rng(0)
+    strongest, count = fired["max_activation"].to_numpy(), fired["samples"].to_numpy().astype(np.float64)
+    spread = 0.01 * max(1.0, count.max() - count.min())
+    count += generator.uniform(-spread, spread, len(count))
+    many = len(groups) > MANY_DOTS
+    # Few dots bear their group's mark; many are one set in mixed order, so that no group hides the others.
+    for part in [generator.permutation(len(groups))] if many else [np.flatnonzero(groups == g) for g in range(n)]:
+        if len(part):
+            marker = "o" if many else MARKERS[groups[part[0]] % len(MARKERS)]
+            axes.scatter(
+                count[part], strongest[part], s=10, alpha=0.6, c=[palette[g] for g in groups[part]], linewidths=0,
+                marker=marker, rasterized=many,
+            )  # fmt: skip
+    if strongest.max() > 20 * strongest.min() > 0:
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(whole_numbers())
+    axes.legend(loc="best", fontsize=9)
 
 
-def _colours(count: int) -> list[str]:
-    if count <= len(_COLOURS):
-        return list(_COLOURS[:count])
-    sampled = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))
-    return [matplotlib.colors.to_hex(c) for c in sampled]
-
-
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _short(value: float, position: object = None) -> str:
-    """Token counts as 500k, 1.5M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
-
-
-def layout() -> ConstrainedLayoutEngine:
-    return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
-
-
-def png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
-    return stream.getvalue()
+_DRAW: dict[str, Callable[[Axes, PlotData], None]] = {
+    draw.__name__: draw
+    for draw in (
+        prefix_fvu, prefix_recovered, training, sparsity, l0, density, fvu_by_position, fvu_by_frequency,
+        max_activation, samples, activation_vs_samples,
+    )
+}  # fmt: skip

@@ -7,20 +7,22 @@ if the training counter says that it had not fired for `transcoder.dead_after_to
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
+from mtc.bootstrap import Intervals
 from mtc.config import RunConfig
 from mtc.evaluation import Evaluation, LossRecovered
 from mtc.timing import StreamTiming
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 RUN_FILES = {
     "config.yaml": "the configuration that reproduces the run",
     "transcoder.safetensors": "weights, scales and the inference threshold",
     "metrics.jsonl": "training history, one line per logged step",
+    "features.parquet": "every figure of every feature, one row each",
     "examples.parquet": "activating examples of every feature, ordered by feature",
     "analysis.json": "every figure of this report",
     "manifest.json": "sizes and sha256 of all files",
@@ -90,6 +92,14 @@ class RunFacts(_Part):
     """What happened, in order: at least `time` (ISO 8601), `kind` and `message`, and `step` where there is one."""
     versions: dict[str, str] = {}
     """Versions of the packages that matter."""
+    data_fingerprint: str = ""
+    """Of the token store: text, tokenizer and window settings."""
+    git_revision: str | None = None
+    """Commit of the code that wrote the report, with `-dirty` behind it if files differed; None if it is not known."""
+    hardware: tuple[str, ...] = ()
+    """Kinds of nodes: processor, CPUs, memory, GPUs."""
+    analysed: str = ""
+    """When the analysis was made, ISO 8601, UTC."""
     files: tuple[str, ...] = tuple(RUN_FILES)
     """Files of the run, the report's own left out."""
 
@@ -107,6 +117,15 @@ class Distribution(_Part):
     """Largest."""
 
 
+class Histogram(_Part):
+    """Counts of features between borders, by group."""
+
+    edges: tuple[float, ...]
+    """Borders of the bins, ascending, one more than there are bins."""
+    counts: tuple[tuple[int, ...], ...]
+    """[groups][bins]."""
+
+
 class Group(_Part):
     """The features that one nested prefix adds."""
 
@@ -122,6 +141,8 @@ class Group(_Part):
     """Mean over features of the share of tokens on which they fire."""
     decoder_norm: float
     """Mean Euclidean norm of the decoder rows, in scaled target units."""
+    alignment: float | None
+    """Mean cosine between a feature's encoder and decoder row; None if source and target differ in width."""
 
 
 class Weights(_Part):
@@ -135,6 +156,8 @@ class Weights(_Part):
     """Euclidean norms of W_enc's rows."""
     decoder_norm: Distribution
     """Euclidean norms of W_dec's rows, in scaled target units."""
+    alignment: Distribution | None
+    """Cosines between encoder and decoder rows; None if source and target differ in width."""
     groups: tuple[Group, ...]
     """Per group of the nested dictionary."""
 
@@ -208,12 +231,18 @@ class Summary(_Part):
     """Share of all activations (counted, not summed) that are theirs."""
     evaluated_tokens: int
     """Held-out tokens on which FVU and L0 were measured."""
+    documents: int
+    """Documents that they are of: intervals come from resampling these."""
     prefixes: tuple[int, ...]
     """Sizes of the nested dictionaries."""
     fvu: tuple[float, ...]
     """Held-out fraction of variance unexplained, per prefix."""
+    fvu_interval: Intervals | None
+    """95 % interval of `fvu`, from resampled documents; None with too few of them."""
     explained_variance: tuple[float, ...]
     """1 - FVU, per prefix."""
+    cosine: tuple[float, ...]
+    """Mean cosine between target and reconstruction, per prefix."""
     l0: float
     """Active features per held-out token, full dictionary."""
     k: int
@@ -235,8 +264,41 @@ class TokenCount(_Part):
     """Samples of the feature that peak on it."""
 
 
+class LogitEffect(_Part):
+    """What one unit of a feature's activation adds to a token's logit on the direct way out."""
+
+    token_id: int
+    """Id in the language model's vocabulary."""
+    token: str
+    """Decoded."""
+    value: float
+    """Logits per unit of activation, less the mean over the vocabulary."""
+
+
+class Neighbour(_Part):
+    """Another feature whose decoder row is near."""
+
+    feature: int
+    """Index in the dictionary."""
+    cosine: float
+    """Between the two decoder rows."""
+
+
+class Parent(_Part):
+    """The earlier feature that a feature refines."""
+
+    feature: int
+    """Index in the dictionary."""
+    cosine: float
+    """Between the two decoder rows."""
+    coactivation: float
+    """P(parent fires | this feature fires) on the sampled tokens."""
+    base_rate: float
+    """P(parent fires) on the sampled tokens."""
+
+
 class Feature(_Part):
-    """One feature on the analysed held-out tokens."""
+    """One feature on the analysed held-out tokens: a row of features.parquet."""
 
     feature: int
     """Index in the dictionary."""
@@ -256,8 +318,183 @@ class Feature(_Part):
     """Training tokens since it last fired, when training ended."""
     decoder_norm: float
     """Euclidean norm of its decoder row, in scaled target units."""
+    alignment: float | None
+    """Cosine between its encoder and decoder row; None if source and target differ in width."""
+    histogram: tuple[int, ...]
+    """Activations by size: counts between the borders `Analysis.activation_edges`."""
     top_tokens: tuple[TokenCount, ...]
     """Up to ten most frequent peak tokens of its samples; equal counts in order of strength."""
+    positive_logits: tuple[LogitEffect, ...] | None
+    """The ten tokens whose logits it raises most; None if it was not measured."""
+    negative_logits: tuple[LogitEffect, ...] | None
+    """The ten whose logits it lowers most."""
+    neighbours: tuple[Neighbour, ...]
+    """Up to five nearest features by decoder cosine."""
+    parent: Parent | None
+    """Of a nested dictionary's later groups; None without one, or if it fired too rarely to tell."""
+    children: tuple[int, ...]
+    """Features whose parent it is."""
+
+
+class Example(_Part):
+    """A place in the held-out text where a feature fires."""
+
+    kind: Literal["top", "sample"]
+    """One of the strongest, or drawn uniformly."""
+    activation: float
+    """At the peak, in scaled units."""
+    quantile: float | None
+    """Share of the uniformly drawn activations that are weaker; None for the strongest."""
+    document_id: str
+    """The document."""
+    tokens: tuple[str, ...]
+    """Decoded tokens around the peak."""
+    activations: tuple[float, ...]
+    """The feature's activation on each of them."""
+    peak: int
+    """Index of the peak among them."""
+
+
+class ShownFeature(_Part):
+    """A feature that the report shows in full."""
+
+    reason: Literal["strongest", "drawn"]
+    """Why it is shown: among the strongest, or drawn at random from its group's features that fired."""
+    figures: Feature
+    """Its row of features.parquet."""
+    examples: tuple[Example, ...]
+    """Contexts: the strongest, then one of each fifth of the uniformly drawn activations, strongest fifth first."""
+
+
+class TokenGain(_Part):
+    """A token that is reconstructed better with a group of features than without."""
+
+    token_id: int
+    """Id in the language model's vocabulary."""
+    token: str
+    """Decoded."""
+    count: int
+    """How often it occurs in the evaluated text."""
+    before: float
+    """Mean squared error without the group, over the mean squared deviation of all targets."""
+    after: float
+    """The same with it."""
+
+
+class PrefixStep(_Part):
+    """What a group of features adds to those before it."""
+
+    group: int
+    """Index from 0."""
+    prefix: int
+    """Features up to and with this group."""
+    fvu_before: float
+    """FVU without the group; for the first group 1, that of the mean."""
+    fvu_after: float
+    """FVU with it."""
+    recovered_before: float | None
+    """Loss recovered against zero ablation without the group; None for the first group and if it was not measured."""
+    recovered_after: float | None
+    """The same with it."""
+    tokens: tuple[TokenGain, ...]
+    """Of the tokens that occur at least `min_count` times, those whose error falls most."""
+    min_count: int
+    """Least occurrences of a token in `tokens`."""
+
+
+class SplitFeature(_Part):
+    """A feature that several later ones divide among themselves; see mtc.nesting."""
+
+    feature: int
+    """The parent."""
+    top_token: str | None
+    """Its most frequent peak token."""
+    children: tuple[int, ...]
+    """Features whose parent it is."""
+    child_tokens: tuple[str | None, ...]
+    """Their most frequent peak tokens."""
+    fired: int
+    """Sampled tokens on which the parent fires."""
+    coverage: float
+    """Share of these on which a child fires."""
+    overlap: float
+    """Share of those on which two or more children fire."""
+
+
+class AbsorbedFeature(_Part):
+    """An earlier feature that is silent where a later one fires, though it should fire; see mtc.nesting."""
+
+    parent: int
+    """The earlier feature."""
+    parent_token: str | None
+    """Its most frequent peak token."""
+    child: int
+    """The later one."""
+    child_token: str | None
+    """Its most frequent peak token."""
+    cosine: float
+    """Between the two decoder rows."""
+    expected: int
+    """Sampled tokens on which the child fires and the parent should."""
+    absorbed: int
+    """Of these, tokens on which the parent is silent."""
+
+
+class Child(_Part):
+    """A branch of the tree."""
+
+    feature: int
+    """The later feature."""
+    group: int
+    """Its group."""
+    top_token: str | None
+    """Its most frequent peak token."""
+    cosine: float
+    """Between its decoder row and its parent's."""
+    coactivation: float
+    """P(parent fires | it fires)."""
+    base_rate: float
+    """P(parent fires)."""
+
+
+class Family(_Part):
+    """A parent and its children in the nested tree."""
+
+    feature: int
+    """The parent."""
+    group: int
+    """Its group."""
+    top_token: str | None
+    """Its most frequent peak token."""
+    num_children: int
+    """How many features have it as their parent."""
+    children: tuple[Child, ...]
+    """Some of them, the strongest bonds (cosine times co-activation) first."""
+
+
+class Tree(_Part):
+    """The nested dictionary as a tree, on a sample of the held-out tokens; see mtc.nesting for how it is found."""
+
+    tokens: int
+    """Sampled tokens."""
+    with_parent: tuple[int, ...]
+    """Features of each group that have a parent; 0 for the first."""
+    judged: tuple[int, ...]
+    """Features of each group that fired often enough to tell."""
+    families: tuple[Family, ...]
+    """The parents with most children."""
+    splits: tuple[SplitFeature, ...]
+    """Splitting candidates, those with most tokens first."""
+    num_splits: int
+    """How many there are in all."""
+    absorptions: tuple[AbsorbedFeature, ...]
+    """Absorption candidates, those with most absorbed tokens first."""
+    num_absorptions: int
+    """How many there are in all."""
+    tested_pairs: int
+    """Pairs for which absorption could be looked at."""
+    limits: dict[str, float]
+    """The thresholds of mtc.nesting by name."""
 
 
 class TopFeature(_Part):
@@ -319,16 +556,24 @@ class Analysis(_Part):
     facts: RunFacts
     """and what happened."""
     evaluation: Annotated[Evaluation, _AsDict]
-    """Held-out metrics as they were measured."""
+    """Section 3: held-out metrics as they were measured."""
     weights: Weights
-    """Section 3: the trained matrices."""
+    """Section 4: the trained matrices."""
+    density: Histogram
+    """log10 of the share of tokens on which features fire; silent features are left out."""
+    activation_edges: tuple[float, ...]
+    """Borders of the bins of Feature.histogram; the outer bins take what lies beyond."""
     top_features: tuple[TopFeature, ...]
-    """Section 4: the strongest features that fired."""
-    features: tuple[Feature, ...]
-    """Section 5: all features, by index."""
+    """Section 5: the strongest features that fired."""
+    features: tuple[ShownFeature, ...]
+    """Section 6: the features that are shown in full; features.parquet has all."""
+    prefix_steps: tuple[PrefixStep, ...]
+    """Section 7: what each group adds,"""
+    tree: Tree | None
+    """and the nested tree; None with a single group, or if no tokens were sampled."""
     insights: tuple[Finding, ...]
-    """Section 6: every rule that could be measured."""
+    """Section 8: every rule that could be measured."""
     recommendations: tuple[Finding, ...]
-    """Section 7: the rules that are met."""
+    """Section 9: the rules that are met."""
     files: tuple[File, ...]
-    """Section 8: files generated."""
+    """Section 10: files generated."""

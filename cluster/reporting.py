@@ -1,0 +1,183 @@
+"""From finished weights to a published analysis: after training, and again whenever somebody asks for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from cluster.activations import configure_data_context
+from cluster.resources import Plan, cluster_nodes, make_plan
+from mtc.config import ConfigError, RunConfig, to_yaml
+from mtc.runs import RunDirectory, RunError, open_run
+
+if TYPE_CHECKING:
+    from cluster.analysis import HeldOutResults
+    from mtc.analysis import Analysis, RunFacts
+    from mtc.tokens import StoreInfo
+
+
+def analyse_and_write(
+    config: RunConfig,
+    plan: Plan,
+    run: RunDirectory,
+    store_url: str,
+    facts: Sequence[RunFacts],
+    histories: Sequence[list[dict[str, Any]]],
+) -> list[Analysis]:
+    """Run the held-out pass and write examples, features, analysis and report of every layer; nothing is published.
+
+    `facts` and `histories` are of each entry of `model.sites`; facts of the analysis itself are filled in here.
+    """
+    from cluster.analysis import analyse_heldout
+    from mtc.provenance import describe_machine, git_revision, package_versions
+    from mtc.report.layers import write_layers_report
+
+    seconds: dict[str, float] = {}
+    with timed(seconds, "analyse"):
+        results = analyse_heldout(config, plan, run, store_url)
+    analyses, files = [], []
+    for alone, found, of_layer, history in zip(config.for_layers(), results, facts, histories, strict=True):
+        about = {
+            "language_model_dtype": found.dtype,
+            "token_store": store_url,
+            "devices": (plan.device,),
+            "seconds": of_layer.seconds | seconds,
+            "versions": package_versions(),
+            "git_revision": git_revision(),
+            "hardware": tuple(dict.fromkeys([describe_machine(), *found.machines])),
+        }
+        own = run.for_layer(alone.model.layer)
+        analysis, content = _files(alone, own, found, history, of_layer.model_copy(update=about))
+        analyses.append(analysis)
+        files += [(own, name, data) for name, data in content.items()]
+        fvu = " ".join(f"{value:.3f}" for value in analysis.evaluation.fvu)
+        where = f"layer {alone.model.layer}: " if len(results) > 1 else ""
+        say(f"{where}held-out fvu {fvu}, l0 {analysis.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
+    if len(analyses) > 1:
+        files += [(run, f"report/{name}", data) for name, data in write_layers_report(analyses).items()]
+    # All is computed before the first file is written, so that an older analysis stays whole for as long as can be.
+    for place, name, data in files:
+        place.write(name, data)
+    return analyses
+
+
+def publish(run: RunDirectory, latest: bool) -> None:
+    """Let readers see the run; a run of several layers after its layers."""
+    layers = run.config().model.sites
+    if len(layers) > 1:
+        for sites in layers:
+            run.for_layer(sites.layer).publish(latest=False)
+    run.publish(latest)
+
+
+def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
+    """Analyse a finished run again, without training; returns the run.
+
+    `overrides` are nested values of the parts `analysis` and `cluster`. Readers see the old analysis until the new one
+    is written, which takes seconds; a reader that checks digests in between is told that the run is damaged.
+
+    Raises RunError for a run that is not there or not finished, ConfigError for other overrides.
+    """
+    from cluster.tokens import build_token_store
+    from mtc.lease import Lease
+    from mtc.model_files import check_model
+    from mtc.tokens import TokenStore
+
+    run = open_run(url, verify=False)
+    if "/" in run.run_id:
+        whole = run.url.rstrip("/").rsplit("/", 1)[0]
+        raise RunError(f"{run.url} is one layer of a run of several, which are analysed together: name {whole}")
+    config = changed_config(run, overrides)
+    info = check_model(config.model)
+    configure_data_context()
+    plan = make_plan(config, cluster_nodes(), info.d_model)
+    with Lease(run) as lease:
+        for layer in config.model.sites:
+            run.for_layer(layer.layer).verify(("transcoder.safetensors",))
+        say(f"run {run.run_id} in {run.url}")
+        store_url = build_token_store(config, plan.label_selector)
+        store = TokenStore.open(store_url).info
+        facts = [_earlier_facts(config, run.for_layer(s.layer), store, plan) for s in config.model.sites]
+        histories = [_history(run.for_layer(s.layer)) for s in config.model.sites]
+        analyses = analyse_and_write(config, plan, run, store_url, facts, histories)
+        if lease.lost:
+            raise RunError(lease.lost)
+        run.write("config.yaml", to_yaml(config))
+        if len(analyses) > 1:
+            for alone in config.for_layers():
+                run.for_layer(alone.model.layer).write("config.yaml", to_yaml(alone))
+        publish(run, latest=False)
+    say(f"analysed {run.url} in {analyses[0].facts.seconds['analyse']:.0f} s")
+    return run
+
+
+def changed_config(run: RunDirectory, overrides: dict[str, Any]) -> RunConfig:
+    """The run's configuration with other values in `analysis` and `cluster`; raises ConfigError for other parts."""
+    from mtc.config import make_config
+
+    if other := [f"{part}.{f}" for part in overrides if part not in ("analysis", "cluster") for f in overrides[part]]:
+        raise ConfigError(
+            f"{', '.join(other)}: the run is trained already; only analysis.* and cluster.* can be changed"
+        )
+    return make_config(run.config().model_dump(), overrides)
+
+
+def _files(
+    config: RunConfig, run: RunDirectory, results: HeldOutResults, history: list[dict[str, Any]], facts: RunFacts
+) -> tuple[Analysis, dict[str, bytes]]:
+    """One layer's analysis and the files that hold it, by name."""
+    from mtc.analysis import analyse
+    from mtc.features import to_parquet
+    from mtc.report import write_report
+    from mtc.runs import load_transcoder
+
+    analysis, features = analyse(config, load_transcoder(run), results.found, history, facts)
+    files = {
+        "examples.parquet": results.found.examples.to_parquet(),
+        "features.parquet": to_parquet(features),
+        "analysis.json": analysis.model_dump_json(indent=1).encode(),
+    }
+    return analysis, files | {f"report/{n}": data for n, data in write_report(analysis, features, history).items()}
+
+
+def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan: Plan) -> RunFacts:
+    """What an earlier analysis knew of the training; of an imported run, that nothing is known."""
+    from mtc.analysis import RunFacts
+
+    if run.exists("analysis.json"):
+        return RunFacts.model_validate(json.loads(run.read("analysis.json"))["facts"])
+    return RunFacts(
+        run_id=run.run_id,
+        steps=0,
+        trained_tokens=0,
+        data_name=config.data.name,
+        data_fingerprint=store.fingerprint,
+        windows=dict(store.windows),
+        documents=dict(store.documents),
+        language_model_dtype="",
+        devices=(plan.device,),
+        num_trainers=0,
+        num_model_actors=plan.num_model_actors,
+    )
+
+
+def _history(run: RunDirectory) -> list[dict[str, Any]]:
+    if not run.exists("metrics.jsonl"):
+        return []
+    return [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
+
+
+def say(message: str) -> None:
+    """One line of progress for the person who watches the job."""
+    print(message, flush=True)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note the wall time of what runs inside."""
+    start = perf_counter()
+    yield
+    seconds[stage] = perf_counter() - start

@@ -1,0 +1,71 @@
+"""Analyse a finished run again without training it, or put two runs side by side.
+
+    python jobs/analyze.py --run runs/latest                                 with the run's own settings
+    python jobs/analyze.py --run runs/ID --analysis.num_tokens 1_000_000     or with others
+    python jobs/analyze.py --compare runs/A runs/B --output comparison
+
+`--run` replaces the run's examples, features, analysis and report. `--compare` reads two runs and needs no cluster.
+Exit codes: 0 done, 1 failed while running, 2 unusable run or option, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+
+from cluster.pipeline import connected
+from cluster.reporting import analyse_run, changed_config
+from mtc.config import ConfigError, parse_overrides
+
+
+def main(argv: list[str] | None = None) -> int:
+    from mtc.model_files import ModelError
+    from mtc.runs import RunError, open_run
+    from mtc.tokens import DataError
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", help="a run directory or URL, or ROOT/latest")
+    what.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs; each of one layer")
+    parser.add_argument("--output", help="directory for the comparison (default: comparison)")
+    try:
+        arguments, overrides = parse_overrides(parser, sys.argv[1:] if argv is None else argv, ("analysis", "cluster"))
+        if arguments.compare:
+            first, second = arguments.compare
+            return compare(first, second, arguments.output or "comparison", overrides)
+        if arguments.output:
+            raise ConfigError("--output belongs to --compare; --run writes into the run")
+        changed_config(open_run(arguments.run, verify=False), overrides)  # a mistake costs no start of a cluster
+        with connected():
+            signal.signal(signal.SIGTERM, _interrupt)
+            analyse_run(arguments.run, overrides)
+    except (ConfigError, ModelError, DataError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def compare(first: str, second: str, output: str, overrides: dict[str, object]) -> int:
+    from mtc.compare import compare_runs, write_comparison
+    from mtc.runs import open_layer_run
+
+    if overrides:
+        raise ConfigError(f"{', '.join(overrides)}: --compare takes no such options")
+    comparison, pairs = compare_runs(open_layer_run(first), open_layer_run(second))
+    for path in write_comparison(comparison, pairs, output):
+        print(path)
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

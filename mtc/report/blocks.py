@@ -1,0 +1,188 @@
+"""What a report is made of, before it is Markdown or HTML: sections of blocks of text.
+
+Both forms are rendered from the same blocks, so that they show the same figures. A text is a piece or a tuple of
+pieces; plain strings and tokens may hold anything (they come from other people's documents) and are escaped by
+whoever renders them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mtc.report.schema import Example, Finding
+
+
+@dataclass(frozen=True)
+class Token:
+    """A decoded token, its spaces shown."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class FeatureLink:
+    """A feature's number, which leads to its card if there is one."""
+
+    feature: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """A name from the configuration or the code."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """Leads to a file beside the report, or with `#` in front to a place in it."""
+
+    text: str
+    target: str
+
+
+Piece = str | Token | FeatureLink | Code | Link
+Text = Piece | tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Of a part of a section."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text."""
+
+    text: Text
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list."""
+
+    items: tuple[Text, ...]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A line of a tree and what hangs on it."""
+
+    text: Text
+    twigs: tuple[Text, ...]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """A tree of two levels."""
+
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under headers; the first cell of a row names it."""
+
+    caption: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[Text, ...], ...]
+    folded: bool = False
+    """Shown on demand, where that is possible."""
+    searchable: bool = False
+    """Sorted and filtered on demand, where that is possible."""
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """A number to be seen first."""
+
+    label: str
+    value: str
+    note: str
+    """Its interval, or what it is held against."""
+
+
+@dataclass(frozen=True)
+class KeyFigures:
+    """The numbers to be seen first."""
+
+    caption: str
+    figures: tuple[KeyFigure, ...]
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Pictures side by side, by their names in mtc.report.names.PLOTS, with a text for those who do not see them."""
+
+    plots: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A small histogram with borders on a logarithmic scale."""
+
+    caption: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Places in the text where a feature fires."""
+
+    examples: tuple[Example, ...]
+    strongest: float
+    """The feature's strongest activation, for which the marks are darkest."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What rules say."""
+
+    findings: tuple[Finding, ...]
+    advice: bool
+    """They are recommendations."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """All about one feature."""
+
+    feature: int
+    title: str
+    summary: Text
+    """In one line."""
+    blocks: tuple[Block, ...]
+
+
+Block = (
+    Heading | Paragraph | Items | Branches | Table | KeyFigures | Plots | Bars | Contexts | Findings | Card
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Section:
+    """A numbered part of the report."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def anchor(self) -> str:
+        """Its name in links."""
+        return self.title.lower().replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Document:
+    """The whole report."""
+
+    title: str
+    subtitle: str
+    sections: tuple[Section, ...]
+    provenance: Section
+    """Where the figures come from, at the end."""
+    stamp: str
+    """The same in one line, for the foot of printed pages."""

@@ -1,0 +1,43 @@
+"""The report's content: one function per section, each from the Analysis alone, as blocks (mtc.report.blocks)."""
+
+from __future__ import annotations
+
+from mtc.report.blocks import Document
+from mtc.report.format import number
+from mtc.report.schema import Analysis
+from mtc.report.sections.configuration import configuration
+from mtc.report.sections.evaluation import evaluation
+from mtc.report.sections.features import feature_cards, top_features
+from mtc.report.sections.findings import files, insights, recommendations
+from mtc.report.sections.nesting import nesting
+from mtc.report.sections.provenance import provenance, stamp
+from mtc.report.sections.summary import summary
+from mtc.report.sections.weights import weights
+
+SECTIONS = (
+    summary,
+    configuration,
+    evaluation,
+    weights,
+    top_features,
+    feature_cards,
+    nesting,
+    # A further measurement gets its section here; one that was not made says so in it.
+    insights,
+    recommendations,
+    files,
+)
+
+
+def document(analysis: Analysis) -> Document:
+    """The report of one run."""
+    model = analysis.config.model
+    return Document(
+        title=f"Matryoshka transcoder, {model.name}, layer {model.layer}",
+        subtitle=f"Run {analysis.facts.run_id}: {number(analysis.summary.total_features)} features on layer "
+        f"{model.layer} ({model.source} to {model.target}), {number(analysis.facts.trained_tokens)} trained tokens. "
+        "Numbers have four significant digits; the JSON file has all of them.",
+        sections=tuple(section(analysis) for section in SECTIONS),
+        provenance=provenance(analysis),
+        stamp=stamp(analysis),
+    )

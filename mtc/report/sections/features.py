@@ -1,0 +1,146 @@
+"""Sections 5 and 6: the strongest features, and some features in full."""
+
+from __future__ import annotations
+
+from mtc.report.blocks import (
+    Bars,
+    Block,
+    Card,
+    Contexts,
+    FeatureLink,
+    Heading,
+    Items,
+    Paragraph,
+    Piece,
+    Plots,
+    Section,
+    Table,
+    Text,
+    Token,
+)
+from mtc.report.format import NOT_MEASURED, number, percent
+from mtc.report.schema import Analysis, LogitEffect, ShownFeature
+
+
+def listed(parts: list[tuple[Piece, ...]]) -> tuple[Piece, ...]:
+    """Texts in a row, with commas between them."""
+    pieces: list[Piece] = []
+    for part in parts:
+        pieces += [", ", *part] if pieces else part
+    return tuple(pieces)
+
+
+def maybe_token(text: str | None) -> Piece:
+    return "no samples" if text is None else Token(text)
+
+
+def top_features(analysis: Analysis) -> Section:
+    """The strongest features that fired."""
+    density = {f.figures.feature: f.figures.density for f in analysis.features}
+    rows: tuple[tuple[Text, ...], ...] = tuple(
+        (
+            number(f.rank), FeatureLink(f.feature), number(f.group), number(f.max_activation),
+            number(density.get(f.feature)), number(f.samples), maybe_token(f.top_token),
+        )
+        for f in analysis.top_features
+    )  # fmt: skip
+    headers = ("Rank", "Feature", "Group", "Max activation", "Density", "Samples", "Top token")
+    caption = "The strongest features (activations in scaled units)"
+    body: Block = Table(caption, headers, rows, searchable=True) if rows else _none_fired(analysis)
+    plots = (
+        ("max_activation", "Histogram of features by strongest activation, per group."),
+        ("samples", "Histogram of features by number of stored top examples, per group."),
+        ("activation_vs_samples", "Strongest activation against number of samples, a dot per feature that fired."),
+    )
+    return Section("Top features by activation", (body, Plots(plots)))
+
+
+def feature_cards(analysis: Analysis) -> Section:
+    """The strongest, then those drawn from each group."""
+    blocks: list[Block] = [
+        Paragraph(
+            "The features of section 5, and some drawn at random from each group's features that fired; "
+            "features.parquet has all. Density is the share of the analysed held-out tokens on which a feature fires; "
+            "activations are in scaled units. Tokens are counted over the peaks of its samples; ␣ is a space, ⏎ a line "
+            "break. Logit effects are what one unit of activation adds to a token's logit on the direct way out, less "
+            "the mean over the vocabulary. Of the contexts, the strongest come first, then some of each fifth of the "
+            "uniformly drawn activations; the quantile is the share of those that are weaker."
+        )
+    ]
+    strongest = [f for f in analysis.features if f.reason == "strongest"]
+    parts = [("Strongest features", strongest)]
+    parts += [
+        (
+            f"Drawn from group {group.group}",
+            [f for f in analysis.features if f.reason == "drawn" and f.figures.group == group.group],
+        )
+        for group in analysis.weights.groups
+    ]
+    for title, shown in parts:
+        if shown:
+            blocks += [Heading(title), *(_card(f, analysis) for f in shown)]
+    if not analysis.features:
+        blocks.append(_none_fired(analysis))
+    return Section("Feature analysis", tuple(blocks))
+
+
+def _card(shown: ShownFeature, analysis: Analysis) -> Card:
+    f = shown.figures
+    top: list[Piece] = [Token(f.top_tokens[0].token)] if f.top_tokens else ["no samples"]
+    figures = Table(
+        "Figures",
+        (
+            "Max activation", "Mean activation", "Count", "Density", "Samples", "Training tokens since it fired",
+            "Decoder norm", "Alignment",
+        ),
+        (
+            (
+                number(f.max_activation), number(f.mean_activation), number(f.count), number(f.density),
+                number(f.samples), number(f.tokens_since_fired), number(f.decoder_norm), number(f.alignment),
+            ),
+        ),
+    )  # fmt: skip
+    tokens = listed([(Token(t.token), f" ×{number(t.count)}") for t in f.top_tokens]) or ("no samples",)
+    near = listed([(FeatureLink(n.feature), f" ({number(n.cosine)})") for n in f.neighbours]) or ("none",)
+    blocks: list[Block] = [
+        figures,
+        Items(
+            (
+                ("Top tokens: ", *tokens),
+                ("Raises the logits of: ", *_effects(f.positive_logits)),
+                ("Lowers the logits of: ", *_effects(f.negative_logits)),
+                ("Nearest features (decoder cosine): ", *near),
+                ("Parent: ", *_parent(shown, analysis)),
+                ("Children: ", *(listed([(FeatureLink(c),) for c in f.children]) or ("none",))),
+            )
+        ),
+        Bars("Activations by size (scaled units)", analysis.activation_edges, f.histogram),
+    ]
+    if shown.examples:
+        blocks.append(Contexts(shown.examples, f.max_activation))
+    summary = (*top, f", max activation {number(f.max_activation)}, density {number(f.density)}")
+    return Card(f.feature, f"Feature {f.feature} (group {f.group})", summary, tuple(blocks))
+
+
+def _effects(effects: tuple[LogitEffect, ...] | None) -> tuple[Piece, ...]:
+    if effects is None:
+        return (NOT_MEASURED,)
+    return listed([(Token(e.token), f" {number(e.value)}") for e in effects])
+
+
+def _parent(shown: ShownFeature, analysis: Analysis) -> tuple[Piece, ...]:
+    p = shown.figures.parent
+    if p:
+        return (
+            FeatureLink(p.feature),
+            f" (decoder cosine {number(p.cosine)}; fires on {percent(p.coactivation)} of this feature's tokens, on "
+            f"{percent(p.base_rate)} of all)",
+        )
+    return ("none" if analysis.tree else NOT_MEASURED,)
+
+
+def _none_fired(analysis: Analysis) -> Paragraph:
+    s = analysis.summary
+    return Paragraph(
+        f"None of the {number(s.total_features)} features fired on {number(s.analysed_tokens)} held-out tokens."
+    )

@@ -1,0 +1,49 @@
+"""Where the figures come from: what it takes to make them again."""
+
+from __future__ import annotations
+
+from mtc.report.blocks import Paragraph, Section, Table
+from mtc.report.format import number
+from mtc.report.schema import Analysis
+
+NOT_KNOWN = "not known"
+
+
+def provenance(analysis: Analysis) -> Section:
+    """Configuration, data, code, seeds, tokens, hardware and time."""
+    f, t, c, s = analysis.facts, analysis.training, analysis.config, analysis.summary
+    rows = [
+        ("Run", f.run_id),
+        ("Analysed (UTC)", f.analysed or NOT_KNOWN),
+        ("Git revision", f.git_revision or NOT_KNOWN),
+        ("Configuration fingerprint", t.fingerprint),
+        ("Data", f.data_name),
+        ("Data fingerprint", f.data_fingerprint or NOT_KNOWN),
+        ("Seeds", f"data {c.data.seed}, transcoder {c.transcoder.seed}"),
+        ("Trained tokens", number(f.trained_tokens)),
+        ("Calibration tokens", number(f.calibration_tokens)),
+        ("Held-out tokens, evaluated", number(s.evaluated_tokens)),
+        ("Held-out tokens, loss", number(s.loss.tokens if s.loss else None)),
+        ("Hardware", "; ".join(f.hardware) or NOT_KNOWN),
+        ("Devices", ", ".join(f.devices)),
+        ("Wall time (s)", number(sum(f.seconds.values())) if f.seconds else number(None)),
+        *((f"Wall time, {stage} (s)", number(seconds)) for stage, seconds in f.seconds.items()),
+        *((f"Version of {name}", version) for name, version in f.versions.items()),
+        ("Report format", number(analysis.format_version)),
+    ]
+    return Section(
+        "Provenance",
+        (
+            Table("Where the figures come from", ("What", "Value"), tuple(rows)),
+            Paragraph("config.yaml in the run directory reproduces the run; the same fields stand in section 2."),
+        ),
+    )
+
+
+def stamp(analysis: Analysis) -> str:
+    """The run in one line."""
+    f = analysis.facts
+    parts = [f"run {f.run_id}", f"configuration {analysis.training.fingerprint}"]
+    parts += [f"data {f.data_fingerprint or NOT_KNOWN}", f"git {f.git_revision or NOT_KNOWN}"]
+    parts += [f"{number(f.trained_tokens)} trained tokens", f"analysed {f.analysed or NOT_KNOWN}"]
+    return ", ".join(parts)

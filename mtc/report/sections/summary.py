@@ -1,0 +1,135 @@
+"""Section 1: the run in figures."""
+
+from __future__ import annotations
+
+from mtc.bootstrap import MIN_DOCUMENTS
+from mtc.report.blocks import Block, Heading, Items, KeyFigure, KeyFigures, Link, Paragraph, Plots, Section, Table
+from mtc.report.format import NOT_MEASURED, interval, number, percent, percent_interval
+from mtc.report.schema import Analysis
+
+
+def summary(analysis: Analysis) -> Section:
+    """Key figures with their intervals, what the rules found, the quality of each prefix, and all other figures."""
+    blocks: list[Block] = [
+        _key_figures(analysis),
+        Paragraph(_intervals(analysis)),
+        Heading("Key insights"),
+        *_key_insights(analysis),
+        Heading("Nested prefixes"),
+        _prefixes(analysis),
+        Paragraph(
+            "FVU is the fraction of held-out variance left unexplained; explained variance is 1 less FVU. Loss "
+            "recovered is the share of the loss between an ablated and the real MLP that the transcoder keeps in the "
+            "MLP's place; KL is between the language model's next-token distributions with either."
+        ),
+        Plots(
+            (
+                ("prefix_fvu", "Held-out FVU of each nested prefix, with intervals; values in the table."),
+                ("prefix_recovered", "Loss recovered of each nested prefix, with intervals; values in the table."),
+                ("training", "Training loss and batch FVU of each prefix against trained tokens."),
+                ("sparsity", "Active features per token and number of dead features against trained tokens."),
+            )
+        ),
+        _figures(analysis),
+    ]
+    return Section("Executive summary", tuple(blocks))
+
+
+def _key_figures(analysis: Analysis) -> KeyFigures:
+    s = analysis.summary
+    loss, dead_after = s.loss, analysis.config.transcoder.dead_after_tokens
+    l0 = interval(analysis.evaluation.l0_interval, -1)
+    recovered = percent_interval(loss.recovered_zero_interval if loss else None, -1)
+    kl = interval(loss.kl_interval if loss else None, -1)
+    figures = (
+        KeyFigure("FVU", number(s.fvu[-1]), f"95 %: {interval(s.fvu_interval, -1)}"),
+        KeyFigure("Explained variance", percent(s.explained_variance[-1]), "1 less FVU"),
+        KeyFigure("Cosine", number(s.cosine[-1] if s.cosine else None), "target and reconstruction, mean"),
+        KeyFigure("L0, active features per token", number(s.l0), f"k = {number(s.k)}; 95 %: {l0}"),
+        KeyFigure(
+            "Loss recovered (zero ablation)",
+            percent(loss.recovered_zero[-1] if loss else None),
+            f"95 %: {recovered}",
+        ),
+        KeyFigure("KL (nats per token)", number(loss.kl[-1] if loss else None), f"95 %: {kl}"),
+        KeyFigure(
+            "Silent features", number(s.silent_features), f"{percent(s.silent_fraction)} of {number(s.total_features)}"
+        ),
+        KeyFigure(
+            "Dead features", number(s.dead_features),
+            f"{percent(s.dead_fraction)}; silent for {number(dead_after)} training tokens",
+        ),
+    )  # fmt: skip
+    return KeyFigures("Held-out figures of the full dictionary", figures)
+
+
+def _intervals(analysis: Analysis) -> str:
+    s = analysis.summary
+    text = (
+        f"FVU, cosine and L0 are of {number(s.evaluated_tokens)} held-out tokens from {number(s.documents)} documents"
+    )
+    if s.loss:
+        text += f", the loss is of {number(s.loss.tokens)} tokens from {number(s.loss.documents)} documents"
+    text += ". Intervals (95 %) come from resampling documents"
+    few = f"; with fewer than {MIN_DOCUMENTS} documents there are none" if s.documents < MIN_DOCUMENTS else ""
+    return f"{text}{few}."
+
+
+def _key_insights(analysis: Analysis) -> list[Block]:
+    met = [i for i in analysis.insights if i.met]
+    count = f"{number(len(met))} of {number(len(analysis.insights))} rules"
+    more: Block = Paragraph(
+        (f"{count} that could be measured are met; all of them, with thresholds: ", Link("Insights", "#insights"), ".")
+    )
+    return [Items(tuple(i.text for i in met)), more] if met else [more]
+
+
+def _prefixes(analysis: Analysis) -> Table:
+    s = analysis.summary
+    rows = []
+    for i, prefix in enumerate(s.prefixes):
+        row = [
+            number(prefix), number(s.fvu[i]), interval(s.fvu_interval, i),
+            percent(s.explained_variance[i]), number(s.cosine[i] if s.cosine else None),
+            number(analysis.evaluation.l0[i]),
+        ]  # fmt: skip
+        if s.loss:
+            row += [percent(s.loss.recovered_zero[i]), percent_interval(s.loss.recovered_zero_interval, i)]
+            row += [percent(s.loss.recovered_mean[i]), percent_interval(s.loss.recovered_mean_interval, i)]
+            row += [number(s.loss.kl[i]), number(s.loss.ce_spliced[i])]
+        else:
+            row += [NOT_MEASURED] * 6
+        rows.append(tuple(row))
+    headers = ["Prefix (features)", "FVU", "FVU, 95 % interval", "Explained variance", "Cosine", "L0"]
+    headers += ["Loss recovered (zero ablation)", "95 % interval", "Loss recovered (mean ablation)", "95 % interval"]
+    headers += ["KL (nats)", "Cross-entropy, spliced (nats)"]
+    return Table("Held-out quality of each nested prefix of the dictionary", tuple(headers), tuple(rows))
+
+
+def _figures(analysis: Analysis) -> Table:
+    s, dead_after = analysis.summary, analysis.config.transcoder.dead_after_tokens
+    few = f"Features that fired, with fewer than {number(analysis.config.analysis.max_per_feature)} samples"
+    rows = (
+        ("Total features", number(s.total_features)),
+        ("Silent features (did not fire on the analysed held-out tokens)", number(s.silent_features)),
+        ("Silent fraction", percent(s.silent_fraction)),
+        (f"Dead features (training counter: silent for {number(dead_after)} tokens or more)", number(s.dead_features)),
+        ("Dead fraction", percent(s.dead_fraction)),
+        ("Dense features (fire on more than 10 % of the tokens)", number(s.dense_features)),
+        ("Dense fraction", percent(s.dense_fraction)),
+        ("Share of all activations that are theirs", percent(s.dense_activation_share)),
+        ("Features with samples (stored top examples, at most one per window)", number(s.features_with_samples)),
+        ("Total samples", number(s.total_samples)),
+        ("Average samples per feature (of those with samples)", number(s.average_samples)),
+        (few, percent(s.few_samples_fraction)),
+        ("Uniformly drawn examples", number(s.uniform_examples)),
+        ("Trained tokens", number(s.trained_tokens)),
+        ("Dropped tokens (activations not finite)", number(analysis.facts.dropped_tokens)),
+        ("Analysed held-out tokens (examples, counts)", number(s.analysed_tokens)),
+        ("Evaluated held-out tokens (FVU, L0)", number(s.evaluated_tokens)),
+        ("Documents that they are of", number(s.documents)),
+        ("L0, active features per token", number(s.l0)),
+        ("k, asked for", number(s.k)),
+        ("Tokens for loss recovered", number(s.loss.tokens if s.loss else None)),
+    )
+    return Table("All figures", ("Figure", "Value"), rows)

@@ -1,0 +1,265 @@
+"""Additive sums behind the held-out metrics, all float64, so that parts of the text can be evaluated by different
+processes and no digits are lost over millions of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtc.transcoder import MatryoshkaTranscoder
+
+if TYPE_CHECKING:
+    from mtc.language_model import LanguageModel
+    from mtc.work import PackedWindows
+
+Array = NDArray[Any]
+MAX_LOGITS = 1 << 26  # held at a time, a few copies of them: the vocabulary is what fills the memory
+MAX_ENTRIES = 1 << 26  # of dense [tokens, features] held at a time, a few copies of them
+
+
+class SparseActivations(NamedTuple):
+    """The entries of feature activations that are not zero, ordered by feature, then token."""
+
+    feature: Array
+    """[entries] int64."""
+    token: Array
+    """[entries] int64, row of the activations that were encoded."""
+    value: Array
+    """[entries] float32, above 0."""
+
+
+class TokenSums(NamedTuple):
+    """Sums over the tokens that share a label, for each label; total() is over all of them."""
+
+    tokens: Array
+    """[labels], number of tokens."""
+    errors: Array
+    """[labels, prefixes], sum of ||y - y_m||^2 in raw units."""
+    target: Array
+    """[labels, d_target], sum of targets y."""
+    target_square: Array
+    """[labels], sum of ||y||^2."""
+    cosine: Array
+    """[labels, prefixes], sum of the cosine between y and y_m, both as they are, the mean not removed."""
+    active: Array
+    """[labels, prefixes], active features within each prefix."""
+
+    def __add__(self, other: object) -> TokenSums:
+        assert isinstance(other, TokenSums)
+        return TokenSums(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def total(self) -> TokenSums:
+        """One label for all."""
+        return TokenSums(*(column.sum(0, keepdims=True) for column in self))
+
+    def weighted(self, weights: Array) -> TokenSums:
+        """Labels combined with `weights` [results, labels]: one label per result."""
+        return TokenSums(*(np.tensordot(weights, column, 1) for column in self))
+
+    def mean(self) -> Array:
+        """[d_target], mean of all targets."""
+        return self.target.sum(0) / self.tokens.sum()
+
+    def mean_deviation(self) -> float:
+        """Mean over all tokens of the squared deviation of targets from their mean."""
+        tokens = self.tokens.sum()
+        return float((self.target_square.sum() - np.square(self.target.sum(0)).sum() / tokens) / tokens)
+
+    def nonempty(self) -> TokenSums:
+        """The labels that have tokens."""
+        return TokenSums(*(column[self.tokens > 0] for column in self))
+
+    def fvu(self, mean: Array | None = None) -> Array:
+        """[labels, prefixes]: sum ||y - y_m||^2 / sum ||y - mean||^2 over each label's tokens.
+
+        `mean` [d_target] is by default each label's own, per dimension: one scalar variance over all elements would
+        hide the mean and flatter. NaN for labels without tokens.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if mean is None:
+                deviation = self.target_square - np.square(self.target).sum(1) / self.tokens
+            else:
+                deviation = self.target_square - 2 * self.target @ mean + self.tokens * (mean @ mean)
+            return self.errors / deviation[:, None]
+
+    def per_token(self, column: Array) -> Array:
+        """`column` [labels, prefixes] as a mean over each label's tokens; NaN without any."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return column / self.tokens[:, None]
+
+
+class TokenErrors(NamedTuple):
+    """How well each token is reconstructed, float64."""
+
+    errors: Tensor
+    """[tokens, prefixes], ||y - y_m||^2 in raw units."""
+    target: Tensor
+    """[tokens, d_target], y."""
+    cosine: Tensor
+    """[tokens, prefixes], between y and y_m."""
+    active: Tensor
+    """[tokens, prefixes], active features within each prefix."""
+
+    @classmethod
+    def of(cls, reconstructions: Tensor, target: Tensor, active: Tensor) -> TokenErrors:
+        """Of reconstructions [prefixes, tokens, d_target] and target [tokens, d_target], both raw.
+
+        Products are float32, sums float64.
+        """
+        y = target.float()
+        length = _squares(y).sqrt()
+        errors, cosines = [], []
+        for y_m in reconstructions.float():
+            errors.append(_squares(y_m - y))
+            inner = (y_m * y).sum(1, dtype=torch.float64)
+            cosines.append(inner / (length * _squares(y_m).sqrt()).clamp(min=1e-300))
+        return cls(torch.stack(errors, 1), y.double(), torch.stack(cosines, 1), active.double())
+
+    def sums(self, labels: Tensor, num_labels: int) -> TokenSums:
+        """Summed over the tokens of each label; `labels` is [tokens] int64."""
+        present, which = labels.unique(return_inverse=True)
+        of_label = torch.nn.functional.one_hot(which, len(present)).T.double()  # few: a product beats index_add
+        rows = present.cpu().numpy()
+
+        def by_label(values: Tensor) -> Array:
+            sums = np.zeros((num_labels, *values.shape[1:]))
+            sums[rows] = (of_label @ values).cpu().numpy()
+            return sums
+
+        return TokenSums(
+            tokens=by_label(torch.ones_like(self.errors[:, 0])),
+            errors=by_label(self.errors),
+            target=by_label(self.target),
+            target_square=by_label(_squares(self.target)),
+            cosine=by_label(self.cosine),
+            active=by_label(self.active),
+        )
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """[rows] float64, squared lengths of [rows, d]."""
+    return rows.square().sum(1, dtype=torch.float64)
+
+
+class LossSums(NamedTuple):
+    """Sums of cross-entropies and KL over predicted tokens by label, float64."""
+
+    tokens: Array
+    """[labels], predicted tokens."""
+    ce: Array
+    """[labels, 3 + prefixes]: clean, zero-ablated, mean-ablated, spliced per prefix."""
+    kl: Array
+    """[labels, prefixes], KL(clean || spliced)."""
+    norm_scale: Array
+    """[labels], sum of 1 / rms of what the final norm read in the clean run (around its mean for a LayerNorm)."""
+
+    def __add__(self, other: object) -> LossSums:
+        assert isinstance(other, LossSums)
+        return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def weighted(self, weights: Array) -> LossSums:
+        """Labels combined with `weights` [results, labels]: one label per result."""
+        return LossSums(*(np.tensordot(weights, column, 1) for column in self))
+
+    def nonempty(self) -> LossSums:
+        """The labels that have tokens."""
+        return LossSums(*(column[self.tokens > 0] for column in self))
+
+    def recovered(self, ablation: int) -> Array:
+        """[labels, prefixes]: (CE_ablated - CE_spliced) / (CE_ablated - CE_clean); `ablation` 1 is to zero, 2 to the
+        mean."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ablated = self.ce[:, ablation, None]
+            return (ablated - self.ce[:, 3:]) / (ablated - self.ce[:, :1])
+
+
+@torch.inference_mode()
+def loss_sums(
+    model: LanguageModel,
+    transcoders: Sequence[MatryoshkaTranscoder],
+    windows: PackedWindows,
+    target_means: Sequence[Tensor],
+    labels: Tensor | None = None,
+    num_labels: int = 1,
+) -> list[LossSums]:
+    """Cross-entropies of a few windows, for the transcoder of each entry of the model's `config.sites` in turn.
+
+    `model` has its upper layers and head, `target_means` are [d_target], `labels` [tokens] int64 say what each token
+    is counted under. Only trainable positions are replaced: BOS is never trained on, so its MLP output stays the
+    model's own.
+    """
+    if labels is None:
+        labels = torch.zeros(len(windows.input_ids), dtype=torch.int64)
+    parts = list(_split(windows, labels, max(1, MAX_LOGITS // model.vocab_size)))
+    if len(parts) > 1:
+        sums = (loss_sums(model, transcoders, part, target_means, own, num_labels) for part, own in parts)
+        return [reduce(add, same) for same in zip(*sums, strict=True)]
+    trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
+    # A token is predicted from the one before it in its window, which position 0 does not have.
+    labelled = (windows.trainable & (windows.position_ids > 0)).nonzero().squeeze(1)
+    next_ids = windows.input_ids[labelled].to(model.device)
+    of_label = labels[labelled].to(model.device)
+
+    def run(replacement: Callable[[Tensor], Tensor] | None, at: int = 0) -> Tensor:
+        def replace(source: Tensor, target: Tensor) -> Tensor:
+            assert replacement is not None
+            changed = target.clone()
+            changed[trainable] = replacement(source[trainable]).to(target.dtype)
+            return changed
+
+        logits = model.logits(windows, None if replacement is None else replace, labelled - 1, at)
+        return logits.float().log_softmax(-1)
+
+    def by_label(values: Tensor) -> Tensor:
+        sums = torch.zeros(num_labels, dtype=torch.float64, device=values.device)
+        return sums.index_add_(0, of_label, values.double())
+
+    def cross_entropy(log_probabilities: Tensor) -> Tensor:
+        return by_label(-log_probabilities.gather(1, next_ids.unsqueeze(1)).squeeze(1))
+
+    with model.watch_final_norm() as scales:
+        clean = run(None)
+    tokens = by_label(torch.ones(len(next_ids), device=model.device)).cpu().numpy()
+    scale = by_label(scales[0][(labelled - 1).to(model.device)]).cpu().numpy()
+    results = []
+    for at, (transcoder, mean) in enumerate(zip(transcoders, target_means, strict=True)):
+        d_target = transcoder.shape.d_target
+        ce = [cross_entropy(clean)]
+        ce.append(cross_entropy(run(lambda s, d=d_target: torch.zeros(len(s), d, device=s.device), at)))  # type: ignore[misc]
+        ce.append(cross_entropy(run(lambda s, y=mean: y.to(s.device).float().expand(len(s), -1), at)))  # type: ignore[misc]
+        kl = []
+        for m in transcoder.prefixes:
+            spliced = run(lambda s, m=m, t=transcoder: t.reconstruct(s, m), at)  # type: ignore[misc]
+            ce.append(cross_entropy(spliced))
+            kl.append(by_label((clean.exp() * (clean - spliced)).sum(1, dtype=torch.float64)))
+            del spliced
+        results.append(LossSums(tokens, torch.stack(ce, 1).cpu().numpy(), torch.stack(kl, 1).cpu().numpy(), scale))
+    return results
+
+
+def _split(windows: PackedWindows, labels: Tensor, tokens: int) -> Iterator[tuple[PackedWindows, Tensor]]:
+    """Parts of whole windows with at most this many tokens each, or one window; and their labels."""
+    start, end = 0, 0
+    first = 0
+    for i, length in enumerate(windows.lengths):
+        if end > start and end + length - start > tokens:
+            yield _part(windows, start, end, first, i), labels[start:end]
+            start, first = end, i
+        end += length
+    yield _part(windows, start, end, first, len(windows.lengths)), labels[start:end]
+
+
+def _part(windows: PackedWindows, start: int, end: int, first: int, last: int) -> PackedWindows:
+    return windows._replace(
+        input_ids=windows.input_ids[start:end],
+        position_ids=windows.position_ids[start:end],
+        trainable=windows.trainable[start:end],
+        lengths=windows.lengths[first:last],
+    )

@@ -1,0 +1,151 @@
+"""The analysis job: on a run that was never trained here, again with other settings, with any number of actors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cluster.reporting import analyse_run
+from jobs import analyze
+from mtc.compare import Comparison
+from mtc.config import ConfigError, load_preset, to_yaml
+from mtc.language_model import LanguageModel
+from mtc.report.schema import Analysis
+from mtc.runs import RunDirectory, RunError, open_run
+from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+
+WORDS = "the people of this union shall have power to lay and collect taxes for peace war trade and general welfare"
+
+
+def make_run(root: Path, run_id: str, seed: int, text: Path) -> RunDirectory:
+    """A published run of weights that came from elsewhere: no history, no analysis."""
+    config = load_preset(
+        "tiny",
+        {
+            "data": {"name": str(text), "num_tokens": 2048, "heldout_fraction": 0.4},
+            "transcoder": {"calibration_tokens": 256},
+            "analysis": {"num_tokens": 3000, "loss_tokens": 400, "coactivation_tokens": 2000},
+            "output": {"root": str(root), "run_id": run_id, "token_store": str(root / "tokens")},
+        },
+    )
+    width = LanguageModel(config.model).d_model
+    transcoder = MatryoshkaTranscoder(TranscoderShape(width, width, (16, 32, 16), 8, "rms"), seed)
+    with torch.no_grad():
+        transcoder.W_dec.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+        transcoder.threshold.fill_(1.2)
+    run = RunDirectory(str(root / run_id))
+    run.write("config.yaml", to_yaml(config))
+    run.write("transcoder.safetensors", transcoder.to_bytes())
+    run.publish()
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        (directory / f"{i}.txt").write_text(f"Address {i}. " + " ".join(rng.choice(WORDS.split(), 60)))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def analysed(ray_cluster: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
+    """The same weights analysed by one model actor and by three, and other weights."""
+    root = tmp_path_factory.mktemp("runs")
+    runs = [make_run(root, name, seed, text) for name, seed in (("one", 0), ("three", 0), ("other", 1))]
+    for run, actors in zip(runs, (1, 3, 1), strict=True):
+        analyse_run(run.url, {"cluster": {"num_model_actors": actors}})
+    return runs
+
+
+def test_any_number_of_actors_writes_the_same_files(analysed: list[RunDirectory]) -> None:
+    one, three, other = (open_run(run.url) for run in analysed)  # verifies every digest
+    for name in ("examples.parquet", "features.parquet"):
+        assert one.read(name) == three.read(name)
+        assert one.read(name) != other.read(name)
+
+    def figures(run: RunDirectory) -> dict[str, Any]:
+        found = json.loads(run.read("analysis.json"))
+        for field in ("seconds", "analysed", "run_id", "num_model_actors"):
+            del found["facts"][field]
+        del found["config"]["cluster"], found["config"]["output"]
+        return found
+
+    assert figures(one) == figures(three)
+
+
+def test_every_figure_is_filled(analysed: list[RunDirectory]) -> None:
+    analysis = Analysis.model_validate_json(analysed[0].read("analysis.json"))
+    found = analysis.evaluation
+    assert found.documents > 5
+    assert found.loss is not None
+    for intervals, values in (
+        (found.fvu_interval, found.fvu), (found.loss.recovered_zero_interval, found.loss.recovered_zero),
+        (found.loss.kl_interval, found.loss.kl), (found.l0_interval, found.l0),
+    ):  # fmt: skip
+        assert intervals is not None
+        assert all(low <= value <= high for (low, high), value in zip(intervals, values, strict=True))
+    assert analysis.tree is not None
+    assert analysis.tree.tokens >= 2000
+    assert analysis.facts.hardware
+    assert analysis.facts.versions["torch"] == torch.__version__
+    assert analysis.facts.data_fingerprint
+    table = pq.read_table(Path(analysed[0].url, "features.parquet"))
+    assert table.num_rows == 64
+    assert all(len(row) == 10 for row in table["positive_logits"].to_pylist())
+    assert {f.reason for f in analysis.features} == {"strongest", "drawn"}
+
+
+def test_again_with_other_settings(analysed: list[RunDirectory]) -> None:
+    run = analysed[2]
+    weights = run.read("transcoder.safetensors")
+    before = Analysis.model_validate_json(run.read("analysis.json"))
+    analyse_run(run.url, {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0}})
+    after = Analysis.model_validate_json(open_run(run.url).read("analysis.json"))
+    assert after.summary.analysed_tokens < before.summary.analysed_tokens
+    assert after.evaluation.loss is None
+    assert after.tree is None
+    assert after.features[0].figures.positive_logits is None
+    assert run.config().analysis.num_tokens == 1000
+    assert run.read("transcoder.safetensors") == weights
+    assert not open_run(run.url).exists("writer.json")
+
+
+def test_what_cannot_be_analysed_is_refused(
+    analysed: list[RunDirectory], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"transcoder\.k: the run is trained already"):
+        analyse_run(analysed[0].url, {"transcoder": {"k": 3}})
+    with pytest.raises(RunError, match="no run at"):
+        analyse_run(str(tmp_path / "nowhere"), {})
+    assert analyze.main(["--run", analysed[0].url, "--analysis.num_tokens", "0"]) == 2
+    assert "analysis.num_tokens" in capsys.readouterr().err
+    damaged = make_run(tmp_path, "damaged", 0, Path(analysed[0].config().data.name))
+    Path(damaged.url, "transcoder.safetensors").write_bytes(b"x")
+    with pytest.raises(RunError, match="transcoder"):
+        analyse_run(damaged.url, {})
+
+
+def test_two_runs_side_by_side(analysed: list[RunDirectory], tmp_path: Path) -> None:
+    one, three, other = (run.url for run in analysed)
+    assert analyze.main(["--compare", one, three, "--output", str(tmp_path / "same")]) == 0
+    same = Comparison.model_validate_json((tmp_path / "same" / "comparison.json").read_bytes())
+    pairs = pq.read_table(tmp_path / "same" / "matches.parquet")
+    assert pairs["feature_a"].to_pylist() == pairs["feature_b"].to_pylist() == list(range(64))
+    assert same.matching.median == pytest.approx(1)
+    assert same.matching.same_token == 1
+    assert same.differences == ()
+    assert analyze.main(["--compare", one, other, "--output", str(tmp_path / "other")]) == 0
+    text = (tmp_path / "other" / "comparison.md").read_text()
+    found = Comparison.model_validate_json((tmp_path / "other" / "comparison.json").read_bytes())
+    assert found.matching.median < 0.7
+    for side, url in ((found.a, one), (found.b, other)):
+        analysis = Analysis.model_validate_json(Path(url, "analysis.json").read_bytes())
+        assert side.figures["FVU, 64 features"] == analysis.evaluation.fvu[-1]
+        assert f"{analysis.evaluation.fvu[-1]:.4g}" in text
+    assert f"{found.matching.median:.4g}" in text
