@@ -45,6 +45,8 @@ class Subject(NamedTuple):
     """What was measured on held-out text; None if the run was never analysed."""
     license: str | None = None
     """Licence identifier for the model card."""
+    imported: bool = False
+    """The weights were trained elsewhere, on a text that the configuration does not name."""
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -130,6 +132,7 @@ def load_subject(
         prefix=prefix or transcoder.num_features,
         analysis=analysis,
         license=license,
+        imported=run.exists("import.json"),
     )
 
 
