@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from cluster.activations import UNIT_TYPE, configure_data_context, map_on_model_actors
+from cluster.probing import measure_optional
 from cluster.resources import Plan
 from mtc.config import RunConfig
 from mtc.runs import RunDirectory
@@ -89,9 +90,10 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
         arguments |= {"target_means": means, "num_documents": num_documents}
         for row in _results(map_on_model_actors(rows, WholeModelActor, plan, **arguments)):
             (effects if row["kind"] == "effects" else losses)[row["at"]].append(_arrays(row["found"]))
+    optional = measure_optional(config, plan, run_urls, store_url)
     return [
-        HeldOutResults(_findings(store, config, held, *whole), dtype, tuple(sorted(machines)))
-        for held, *whole in zip(passes, losses, effects, strict=True)
+        HeldOutResults(_findings(store, config, held, *whole)._replace(**more), dtype, tuple(sorted(machines)))
+        for held, *whole, more in zip(passes, losses, effects, optional, strict=True)
     ]
 
 

@@ -38,6 +38,7 @@ def check(config: RunConfig) -> None:
 
     Raises ConfigError (FinishedError for a finished run), ModelError or DataError.
     """
+    from cluster.probing import check_optional
     from cluster.tokens import check_data
     from mtc.model_files import check_model
 
@@ -49,6 +50,7 @@ def check(config: RunConfig) -> None:
         _check_unfinished(RunDirectory(f"{_output_root(config)}/{config.output.run_id}"))
     check_model(config.model)
     check_data(config)
+    check_optional(config)
 
 
 @contextmanager

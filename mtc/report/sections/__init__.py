@@ -10,6 +10,7 @@ from mtc.report.sections.evaluation import evaluation
 from mtc.report.sections.features import feature_cards, top_features
 from mtc.report.sections.findings import files, insights, recommendations
 from mtc.report.sections.nesting import nesting
+from mtc.report.sections.probing import probing
 from mtc.report.sections.provenance import provenance, stamp
 from mtc.report.sections.summary import summary
 from mtc.report.sections.weights import weights
@@ -22,7 +23,7 @@ SECTIONS = (
     top_features,
     feature_cards,
     nesting,
-    # A further measurement gets its section here; one that was not made says so in it.
+    probing,
     insights,
     recommendations,
     files,

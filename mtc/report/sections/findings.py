@@ -1,4 +1,4 @@
-"""Sections 8 to 10: what the rules say, what to change, and the files."""
+"""Sections 9 to 11: what the rules say, what to change, and the files."""
 
 from __future__ import annotations
 

@@ -1,0 +1,90 @@
+"""What the analysis measures only if it is asked for: sparse probes and first-letter spelling, one Ray task a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cluster.resources import WORKER_ENVIRONMENT, Plan
+from mtc.config import RunConfig
+from mtc.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from mtc.labelled import ProbeTask
+
+
+def check_optional(config: RunConfig) -> None:
+    """Raises ConfigError or DataError, in seconds, if what `analysis` asks for besides cannot be measured here."""
+    from mtc.labelled import load_task
+    from mtc.linear_probes import require_sklearn
+
+    if config.analysis.probe_tasks or config.analysis.spelling:
+        require_sklearn()
+    for task in _tasks(config):
+        load_task(task)
+
+
+def measure_optional(config: RunConfig, plan: Plan, run_urls: list[str], store_url: str) -> list[dict[str, Any]]:
+    """Of each layer what was asked for besides, as fields of Findings; one Ray task each, where model actors run."""
+    import ray
+
+    from mtc.probing import Probing
+    from mtc.spelling import Spelling
+
+    options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
+    options |= {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
+    options |= {"label_selector": plan.label_selector} if plan.label_selector else {}
+    waiting: list[tuple[int, str, Any]] = []
+    for at, url in enumerate(run_urls):
+        for field, wanted, task in (
+            ("probing", config.analysis.probe_tasks, _probe), ("spelling", config.analysis.spelling, _spell),
+        ):  # fmt: skip
+            if wanted:
+                work = ray.remote(task).options(**options)
+                waiting.append((at, field, work.remote(config, url, at, store_url, plan.device, plan.actor_threads)))
+    found: list[dict[str, Any]] = [{} for _ in run_urls]
+    for at, field, answer in waiting:
+        kind = Probing if field == "probing" else Spelling
+        found[at][field] = kind.model_validate_json(ray.get(answer))
+    return found
+
+
+def _tasks(config: RunConfig) -> list[ProbeTask]:
+    from mtc.labelled import available_tasks, task_named
+
+    names = config.analysis.probe_tasks
+    return list(available_tasks()) if names == ("all",) else [task_named(name) for name in names]
+
+
+def _probe(config: RunConfig, run_url: str, at: int, store_url: str, device: str, threads: int) -> str:
+    import torch
+
+    from mtc.language_model import LanguageModel
+    from mtc.model_files import load_tokenizer
+    from mtc.probing import probe, trained_documents
+    from mtc.runs import load_transcoder
+    from mtc.tokens import TokenStore
+
+    torch.set_num_threads(threads)
+    return probe(
+        LanguageModel(config.model, device),
+        load_transcoder(RunDirectory(run_url), device),
+        _tasks(config),
+        load_tokenizer(config.model),
+        trained=trained_documents(TokenStore.open(store_url)),
+        at=at,
+        context_length=config.data.context_length,
+        unit_tokens=config.data.unit_tokens,
+    ).model_dump_json()
+
+
+def _spell(config: RunConfig, run_url: str, at: int, store_url: str, device: str, threads: int) -> str:
+    import torch
+
+    from mtc.runs import load_transcoder
+    from mtc.spelling import measure_spelling
+
+    torch.set_num_threads(threads)
+    transcoder = load_transcoder(RunDirectory(run_url), device)
+    return measure_spelling(
+        config.model, transcoder, device=device, at=at, unit_tokens=config.data.unit_tokens
+    ).model_dump_json()
