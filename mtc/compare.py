@@ -7,7 +7,6 @@ larger dictionary that are left over have no partner.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from scipy.optimize import linear_sum_assignment
 
 from mtc.report.format import NOT_MEASURED, escape, number, percent, table, token
-from mtc.report.schema import FORMAT_VERSION, Analysis
-from mtc.runs import RunDirectory, RunError, load_transcoder, write_atomic
+from mtc.report.schema import Analysis
+from mtc.runs import RunDirectory, load_analysis, load_transcoder, write_atomic
 
 MAX_FEATURES = 16_384
 """Larger dictionaries are not matched: the method needs the whole matrix of cosines and its third power in time."""
@@ -112,7 +111,7 @@ def compare_runs(a: RunDirectory, b: RunDirectory) -> tuple[Comparison, pa.Table
 
     Raises RunError for a run without an analysis, or with one of another format.
     """
-    first, second = _analysis(a), _analysis(b)
+    first, second = load_analysis(a), load_analysis(b)
     reason = _cannot_match(first, second)
     pairs, matching = None, None
     if reason is None:
@@ -212,16 +211,6 @@ def render(comparison: Comparison) -> str:
 
 def _token(text: str | None) -> str:
     return "no samples" if text is None else token(text)
-
-
-def _analysis(run: RunDirectory) -> Analysis:
-    raw: dict[str, Any] = json.loads(run.read("analysis.json"))
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise RunError(
-            f"{run.url}/analysis.json: format_version {raw.get('format_version')!r} is unknown; this version reads "
-            f"{FORMAT_VERSION}: analyse the run again (jobs/analyze.py --run {run.url})"
-        )
-    return Analysis.model_validate(raw)
 
 
 def _cannot_match(a: Analysis, b: Analysis) -> str | None:

@@ -40,6 +40,7 @@ from pydantic import BaseModel, ConfigDict
 from mtc.config import RunConfig, make_config
 
 if TYPE_CHECKING:
+    from mtc.report.schema import Analysis
     from mtc.transcoder import MatryoshkaTranscoder
 
 logger = logging.getLogger(__name__)
@@ -291,6 +292,20 @@ def cache_directory() -> str:
     """`$MTC_CACHE`, or `mtc` in the user's cache directory: converted models and token stores."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("MTC_CACHE") or os.path.join(base, "mtc")
+
+
+def load_analysis(run: RunDirectory) -> Analysis:
+    """The run's analysis; raises RunError if there is none, or one of another version."""
+    from mtc.report.schema import FORMAT_VERSION as ANALYSIS_VERSION
+    from mtc.report.schema import Analysis
+
+    raw: dict[str, Any] = json.loads(run.read("analysis.json"))
+    if raw.get("format_version") != ANALYSIS_VERSION:
+        raise RunError(
+            f"{run.url}/analysis.json: format_version {raw.get('format_version')!r} is unknown; this version reads "
+            f"{ANALYSIS_VERSION}: analyse the run again (jobs/analyze.py --run {run.url})"
+        )
+    return Analysis.model_validate(raw)
 
 
 def load_transcoder(run: RunDirectory, device: str = "cpu") -> MatryoshkaTranscoder:

@@ -319,6 +319,13 @@ def test_neuronpedia_batches_are_saedashboards(analysed: RunDirectory, tmp_path:
         assert feature["freq_hist_data_bar_heights"] == heights[heights > 0].tolist()
 
 
+def test_analysis_of_another_version_is_refused(analysed: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    analysed.write("analysis.json", json.dumps(json.loads(analysed.read("analysis.json")) | {"format_version": 1}))
+    analysed.publish()
+    assert main(["--run", analysed.url, "--format", "saelens", "--output", analysed.url + "-x"]) == 2
+    assert "format_version 1 is unknown" in capsys.readouterr().err
+
+
 def test_model_card_says_what_the_run_says(analysed: RunDirectory) -> None:
     card = card_of(export(analysed, "saelens", "--prefix", "48", "--license", "apache-2.0"))
     assert card.data.to_dict() == {

@@ -126,6 +126,8 @@ def test_an_export_comes_back_with_its_groups(tmp_path: Path) -> None:
 
     run = make_run(tmp_path, "scalar", skip=True)
     assert run_import(export(run, "saelens"), "saelens", tmp_path) == 0
+    cfg = json.loads((export(RunDirectory(str(tmp_path / "got")), "saelens") / "cfg.json").read_text())
+    assert cfg["metadata"]["dataset_path"] is None  # the preset's text is not what it was trained on
     again, transcoder = load_transcoder(RunDirectory(str(tmp_path / "got"))), load_transcoder(run)
     assert again.shape.group_sizes == GROUPS
     assert again.shape.k == transcoder.shape.k

@@ -27,7 +27,7 @@ def model_card(
         "license": subject.license,
         "library_name": library,
         "base_model": config.model.name if on_hub(config.model.name) else None,
-        "datasets": [config.data.name] if on_hub(config.data.name) else None,
+        "datasets": [config.data.name] if on_hub(config.data.name) and not subject.imported else None,
         "tags": ["transcoder", "matryoshka", "sparse-autoencoder", "interpretability", "mtc", *tags],
     }
     front = yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False)
@@ -45,7 +45,7 @@ def model_card(
         ("Active features", f"about {config.transcoder.k} per token"),
         ("Activation function", "JumpReLU: a pre-activation counts where it is above its feature's threshold"),
         ("Skip connection", "an affine map of the source is added" if transcoder.W_skip is not None else "none"),
-        ("Run", f"`{subject.run_id}`"),
+        ("Run", f"`{subject.run_id}`" + ", of weights that were imported, not trained in it" * subject.imported),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
     notice = f"\n{config.model.notice}\n" if config.model.notice else ""
@@ -69,8 +69,8 @@ read. Written by mtc in the format of {format}.
 
 {norm}
 
-A pre-activation that lies within rounding of its threshold can fall on either side of it. The first token of a text
-(BOS) was never trained on; leave it and other special tokens out.
+A pre-activation that lies within rounding of its threshold can fall on either side of it. mtc leaves special tokens,
+such as the first one of a text (BOS), out of training and of all figures.
 
 ## Held-out quality
 
@@ -95,7 +95,7 @@ def _quality(subject: Subject) -> str:
     if summary.loss is not None:
         recovered = summary.loss.recovered_zero[evaluation.prefixes.index(subject.prefix)]
         text += (
-            f" With the transcoder in the MLP's place the language model keeps {recovered:.1%} of the loss that "
-            "replacing the MLP's output by zero costs."
+            f" With the transcoder in the MLP's place the language model recovers {recovered:.1%} of the loss "
+            "that replacing the MLP's output by zero costs."
         )
     return text

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 
 from mtc.exports.card import model_card
 from mtc.exports.subject import ExportError, Subject, describe_norm, find_hooks, plain_weights
@@ -41,7 +41,7 @@ def write_circuit_tracer(subjects: Sequence[Subject], directory: Path) -> None:
             "b_dec": weights.b_dec,
             "activation_function.threshold": weights.threshold,
         } | ({} if weights.W_skip is None else {"W_skip": weights.W_skip})
-        save_file(tensors, directory / f"layer_{subject.layer}.safetensors")
+        (directory / f"layer_{subject.layer}.safetensors").write_bytes(save_safetensors(tensors))
     config = {
         "model_name": first.config.model.name,
         "model_kind": "transcoder_set",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 
 from mtc.exports.card import model_card
 from mtc.exports.subject import Subject, describe_norm, find_hooks, plain_weights
@@ -36,7 +36,7 @@ def write_saelens(subject: Subject, directory: Path) -> None:
         "b_dec": weights.b_dec,
         "threshold": weights.threshold,
     } | ({} if weights.W_skip is None else {"W_skip": weights.W_skip})
-    save_file(tensors, directory / "sae_weights.safetensors")
+    (directory / "sae_weights.safetensors").write_bytes(save_safetensors(tensors))
     config = subject.config
     cfg = {
         "architecture": "jumprelu_skip_transcoder" if skip else "jumprelu_transcoder",
@@ -56,7 +56,7 @@ def write_saelens(subject: Subject, directory: Path) -> None:
             "hook_name_out": hook_name_out,
             "hf_hook_name": hooks.source_module,
             "hf_hook_name_out": hooks.target_module,
-            "dataset_path": config.data.name,
+            "dataset_path": None if subject.imported else config.data.name,
             "context_size": config.data.context_length,
             "prepend_bos": True,
             "exclude_special_tokens": True,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mtc.config import RunConfig
 from mtc.report.schema import Analysis
-from mtc.runs import RunDirectory, load_transcoder, require_one_layer
+from mtc.runs import RunDirectory, load_analysis, load_transcoder, require_one_layer
 from mtc.transcoder import RMS_EPS, MatryoshkaTranscoder
 
 
@@ -45,6 +45,8 @@ class Subject(NamedTuple):
     """What was measured on held-out text; None if the run was never analysed."""
     license: str | None = None
     """Licence identifier for the model card."""
+    imported: bool = False
+    """The weights were trained elsewhere, on a text that the configuration does not name."""
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -105,7 +107,7 @@ def load_subject(
 
     `model_type` is found from the model's configuration where it is None, which needs the model or a hub. Raises
     ExportError for an unknown prefix, a threshold that was never set or a model that is needed and can't be had,
-    RunError for a run of several layers.
+    RunError for a run of several layers or an analysis of another version.
     """
     from mtc.model_files import MODULES, ModelError, check_model
 
@@ -121,7 +123,7 @@ def load_subject(
         model_type = model_type or check_model(config.model).model_type
     except ModelError as error:
         raise ExportError(f"{error}\nor name the model's architecture with --model-type") from None
-    analysis = Analysis.model_validate_json(run.read("analysis.json")) if run.exists("analysis.json") else None
+    analysis = load_analysis(run) if run.exists("analysis.json") else None
     return Subject(
         run_id=run.run_id,
         config=config,
@@ -130,6 +132,7 @@ def load_subject(
         prefix=prefix or transcoder.num_features,
         analysis=analysis,
         license=license,
+        imported=run.exists("import.json"),
     )
 
 
