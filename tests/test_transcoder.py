@@ -177,7 +177,7 @@ def test_sparse_codes_are_the_dense_activations(input_norm, skip):
 
 
 def test_a_search_in_bfloat16_finds_every_entry():
-    """Thousands of entries lie within bfloat16's rounding of the threshold."""
+    """Hundreds of entries lie within bfloat16's rounding of the threshold."""
     generator = torch.Generator().manual_seed(0)
     t = MatryoshkaTranscoder(TranscoderShape(64, 5, (300, 212), 3, "rms"), seed=1)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_a_search_in_bfloat16_finds_every_entry():
         exact, searched = t.encode_sparse(x), t.encode_sparse(x, bfloat16_search=True)
         z = t.pre_activations(x)
         near = (z - threshold).abs() < 1e-5  # float32 sums in another order
-        assert ((z - threshold).abs() < 2**-8 * z).sum() > 3000
+        assert ((z - threshold).abs() < 2**-8 * z).sum() > 500
         for codes in (exact, searched):
             found = torch.zeros_like(z, dtype=torch.bool)
             found[codes.token, codes.feature] = True
