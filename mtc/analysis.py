@@ -99,6 +99,9 @@ def analyse(
     if tuple(evaluation.prefixes) != transcoder.prefixes:
         raise ValueError(f"evaluation of prefixes {evaluation.prefixes}, the dictionary's are {transcoder.prefixes}")
     features = features_table(transcoder, found.statistics, found.examples, found.effects, found.nesting)
+    if not facts.trained_tokens:
+        at = features.schema.get_field_index("tokens_since_fired")
+        features = features.set_column(at, features.schema.field(at), pa.nulls(len(features), pa.int64()))
     summary = _summary(config, transcoder, found, features, history, facts)
     tree = _tree(transcoder, found.nesting, features)
     insights, recommendations = judge(Evidence(summary, config, evaluation, tree))
@@ -149,7 +152,9 @@ def _summary(
     with_samples = int((samples > 0).sum())
     fired = statistics.count > 0
     silent = total - int(fired.sum())
-    dead = int((transcoder.tokens_since_fired >= config.transcoder.dead_after_tokens).sum())
+    # Weights from elsewhere come without the counter.
+    idle = transcoder.tokens_since_fired >= config.transcoder.dead_after_tokens
+    dead = int(idle.sum()) if facts.trained_tokens else None
     dense = statistics.count > DENSE * statistics.tokens
     few = samples[fired] < config.analysis.max_per_feature
     return Summary(
@@ -159,7 +164,7 @@ def _summary(
         silent_features=silent,
         silent_fraction=silent / total,
         dead_features=dead,
-        dead_fraction=dead / total,
+        dead_fraction=None if dead is None else dead / total,
         features_with_samples=with_samples,
         total_samples=int(samples.sum()),
         average_samples=int(samples.sum()) / max(1, with_samples),

@@ -78,7 +78,7 @@ def found(planted):
         nesting, None,
     )  # fmt: skip
     facts = RunFacts(
-        run_id="planted", steps=0, trained_tokens=0, data_name="planted", language_model_dtype="float32",
+        run_id="planted", steps=0, trained_tokens=5000, data_name="planted", language_model_dtype="float32",
         devices=("cpu",), num_trainers=1, num_model_actors=1,
     )  # fmt: skip
     analysis, features = analyse(config, transcoder, findings, [], facts)

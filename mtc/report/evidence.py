@@ -38,10 +38,15 @@ def prefix_sentence(e: Evidence) -> str:
 
 
 def dead_sentence(e: Evidence) -> str:
+    counter = (
+        f"; by the training counter {number(e.s.dead_features)} had not fired for "
+        f"{number(e.c.transcoder.dead_after_tokens)} tokens"
+        if e.s.dead_features is not None
+        else ""
+    )
     return (
         f"{number(e.s.silent_features)} of {number(e.s.total_features)} features ({percent(e.s.silent_fraction)}) did "
-        f"not fire on {number(e.s.analysed_tokens)} held-out tokens; by the training counter "
-        f"{number(e.s.dead_features)} had not fired for {number(e.c.transcoder.dead_after_tokens)} tokens."
+        f"not fire on {number(e.s.analysed_tokens)} held-out tokens{counter}."
     )
 
 

@@ -211,9 +211,9 @@ class Summary(_Part):
     """Features that did not fire on the analysed held-out tokens."""
     silent_fraction: float
     """Their share of all features."""
-    dead_features: int
-    """Features whose training counter reached transcoder.dead_after_tokens."""
-    dead_fraction: float
+    dead_features: int | None
+    """Features whose training counter reached transcoder.dead_after_tokens; None if the training is not known."""
+    dead_fraction: float | None
     """Their share of all features."""
     features_with_samples: int
     """Features with at least one sample."""
@@ -316,8 +316,8 @@ class Feature(_Part):
     """Share of tokens on which it fired."""
     samples: int
     """Stored top examples."""
-    tokens_since_fired: int
-    """Training tokens since it last fired, when training ended."""
+    tokens_since_fired: int | None
+    """Training tokens since it last fired, when training ended; None if the training is not known."""
     decoder_norm: float
     """Euclidean norm of its decoder row, in scaled target units."""
     alignment: float | None
