@@ -41,6 +41,7 @@ bench: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python -m benchmarks.quality --peers
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.recovery
+	$(BIN)/python -m benchmarks.analysis --large
 
 # dictionary-learning pins an old nnsight, which would replace torch; its trainers run without.
 $(PEERS_INSTALLED): benchmarks/peers-requirements.txt
