@@ -16,6 +16,7 @@ import signal
 import sys
 
 from cluster.pipeline import connected
+from cluster.probing import check_optional
 from cluster.reporting import analyse_run, changed_config
 from mtc.config import ConfigError, parse_overrides
 
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             return compare(first, second, arguments.output or "comparison", overrides)
         if arguments.output:
             raise ConfigError("--output belongs to --compare; --run writes into the run")
-        changed_config(open_run(arguments.run, verify=False), overrides)  # a mistake costs no start of a cluster
+        # A mistake costs no start of a cluster.
+        check_optional(changed_config(open_run(arguments.run, verify=False), overrides))
         with connected():
             signal.signal(signal.SIGTERM, _interrupt)
             analyse_run(arguments.run, overrides)

@@ -106,12 +106,23 @@ def test_again_with_other_settings(analysed: list[RunDirectory]) -> None:
     run = analysed[2]
     weights = run.read("transcoder.safetensors")
     before = Analysis.model_validate_json(run.read("analysis.json"))
-    analyse_run(run.url, {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0}})
+    optional = {"probe_tasks": ["sotu/spoken"], "spelling": True}
+    analyse_run(run.url, {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0} | optional})
     after = Analysis.model_validate_json(open_run(run.url).read("analysis.json"))
     assert after.summary.analysed_tokens < before.summary.analysed_tokens
     assert after.evaluation.loss is None
     assert after.tree is None
     assert after.features[0].figures.positive_logits is None
+    assert after.spelling is not None
+    assert after.spelling.not_measured  # bytes are no words
+    assert after.probing is not None
+    (task,) = after.probing.tasks
+    assert task.used_texts > 100
+    assert task.dense is not None
+    assert len(task.sparse) == 3 * len(after.probing.ks)
+    page = run.read("report/layer1_analysis_report.md").decode()
+    assert f"{task.dense.auc.value:.4g} ({task.dense.auc.low:.4g} to {task.dense.auc.high:.4g})" in page
+    assert after.spelling.not_measured in page
     assert run.config().analysis.num_tokens == 1000
     assert run.read("transcoder.safetensors") == weights
     assert not open_run(run.url).exists("writer.json")
@@ -124,8 +135,11 @@ def test_what_cannot_be_analysed_is_refused(
         analyse_run(analysed[0].url, {"transcoder": {"k": 3}})
     with pytest.raises(RunError, match="no run at"):
         analyse_run(str(tmp_path / "nowhere"), {})
-    assert analyze.main(["--run", analysed[0].url, "--analysis.num_tokens", "0"]) == 2
-    assert "analysis.num_tokens" in capsys.readouterr().err
+    for option, value in (("num_tokens", "0"), ("probe_tasks", '["sotu/weather"]')):
+        assert analyze.main(["--run", analysed[0].url, f"--analysis.{option}", value]) == 2
+    said = capsys.readouterr().err
+    assert "analysis.num_tokens" in said
+    assert "sotu/weather" in said
     damaged = make_run(tmp_path, "damaged", 0, Path(analysed[0].config().data.name))
     Path(damaged.url, "transcoder.safetensors").write_bytes(b"x")
     with pytest.raises(RunError, match="transcoder"):
