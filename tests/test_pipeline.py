@@ -209,7 +209,8 @@ def _addresses_of_the_dashboard(session: int) -> set[str]:
     (pid, line), *_ = [item for item in _processes_of_session(session).items() if "dashboard/dashboard.py" in item[1]]
     port = int(re.search(r"--port=(\d+)", line)[1])
     sockets = psutil.Process(pid).net_connections("tcp")
-    return {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.port == port}
+    ports = range(port, port + 50)  # where another Ray has the first one, the next that is free
+    return {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.port in ports}
 
 
 def _processes_of_session(session: int) -> dict[int, str]:

@@ -211,7 +211,7 @@ def test_activations_arrive_as_views_of_shared_memory(
     windows = pack_windows(store.input_ids(ids), store.info.special_ids)
     pairs = LanguageModel(config.model).capture(windows)
     for got, expected in zip(arrived[3].columns, [c for pair in pairs for c in pair], strict=True):
-        torch.testing.assert_close(got.float(), expected[windows.trainable], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(got.float(), expected[windows.trainable].float(), rtol=1e-2, atol=1e-2)
 
 
 def test_a_unit_that_is_started_before_another_is_sent_changes_nothing(config: RunConfig) -> None:
