@@ -58,8 +58,9 @@ def analysed(ray_cluster: Any, text: Path, tmp_path_factory: pytest.TempPathFact
     """The same weights analysed by one model actor and by three, and other weights."""
     root = tmp_path_factory.mktemp("runs")
     runs = [make_run(root, name, seed, text) for name, seed in (("one", 0), ("three", 0), ("other", 1))]
-    for run, actors in zip(runs, (1, 3, 1), strict=True):
-        analyse_run(run.url, {"cluster": {"num_model_actors": actors}})
+    for run, actors, loss_tokens in zip(runs, (1, 3, 1), (400, 400, 0), strict=True):
+        settings = {"cluster": {"num_model_actors": actors}, "analysis": {"loss_tokens": loss_tokens}}
+        analyse_run(run.url, settings)
     return runs
 
 
