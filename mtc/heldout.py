@@ -85,8 +85,7 @@ class HeldOutPass:
         )
         self.candidates = parent_candidates(transcoder) if candidates is None else candidates
         """[features, PARENT_CANDIDATES] int64: where absorption is looked for."""
-        self.sample = CoactivationSample.empty(self.candidates.shape[1])
-        """Which features fired together on some of the tokens."""
+        self._samples = [CoactivationSample.empty(self.candidates.shape[1])]
 
     @torch.inference_mode()
     def add(
@@ -123,7 +122,7 @@ class HeldOutPass:
             parts.append(_by_feature(codes, start, finite))
             if sampled:
                 keys = window_ids[window[some]] * (1 << 20) + windows.position_ids[chosen[some]].numpy()
-                self.sample += self._sample(source[some], target[some], codes, keys)
+                self._samples.append(self._sample(source[some], target[some], codes, keys))
         self.examples.add(window_ids, windows, _in_order(parts))
 
     def _add_part(self, source: Tensor, target: Tensor, block: Tensor, position: Tensor, token: Tensor) -> Codes:
@@ -163,6 +162,13 @@ class HeldOutPass:
             candidate_fired=fires[codes.token[:, None], candidates].cpu().numpy(),
         )
 
+    @property
+    def sample(self) -> CoactivationSample:
+        """Which features fired together on some of the tokens."""
+        if len(self._samples) > 1:  # put together once: it is the largest thing here
+            self._samples = [CoactivationSample.join(self._samples)]
+        return self._samples[0]
+
     def arrays(self) -> dict[str, Array]:
         """Everything that was found, to travel between processes."""
         found = {"l0_counts": self.l0_counts, "token_errors": self.token_errors}
@@ -177,7 +183,7 @@ class HeldOutPass:
         for name in ("blocks", "positions", "frequencies"):
             other = TokenSums(*(arrays[f"{name}.{n}"] for n in TokenSums._fields))
             setattr(self, name, getattr(self, name) + other)
-        self.sample += CoactivationSample(**{n: arrays[f"sample.{n}"] for n in CoactivationSample._fields})
+        self._samples.append(CoactivationSample(**{n: arrays[f"sample.{n}"] for n in CoactivationSample._fields}))
         prefix = "examples."
         self.examples.merge_arrays({n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)})
 

@@ -17,6 +17,7 @@ All of these are candidates to look at, not proofs.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,12 +71,11 @@ class CoactivationSample(NamedTuple):
             np.empty((0, candidates), np.float16), np.empty((0, candidates), bool),
         )  # fmt: skip
 
-    def __add__(self, other: object) -> CoactivationSample:
-        assert isinstance(other, CoactivationSample)
-        return CoactivationSample(
-            int(self.tokens) + int(other.tokens),
-            *(np.concatenate([a, b]) for a, b in zip(self[1:], other[1:], strict=True)),
-        )
+    @classmethod
+    def join(cls, parts: Sequence[CoactivationSample]) -> CoactivationSample:
+        """Samples of several parts of the text as one."""
+        columns = list(zip(*parts, strict=True))
+        return cls(sum(map(int, columns[0])), *(np.concatenate(column) for column in columns[1:]))
 
 
 class Parents(NamedTuple):
