@@ -90,9 +90,10 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
         arguments |= {"target_means": means, "num_documents": num_documents}
         for row in _results(map_on_model_actors(rows, WholeModelActor, plan, **arguments)):
             (effects if row["kind"] == "effects" else losses)[row["at"]].append(_arrays(row["found"]))
+    counts = (_documents(units, document_of), _documents(loss_units, document_of))
     optional = measure_optional(config, plan, run_urls, store_url)
     return [
-        HeldOutResults(_findings(store, config, held, *whole)._replace(**more), dtype, tuple(sorted(machines)))
+        HeldOutResults(_findings(store, config, held, counts, *whole)._replace(**more), dtype, tuple(sorted(machines)))
         for held, *whole, more in zip(passes, losses, effects, optional, strict=True)
     ]
 
@@ -101,6 +102,7 @@ def _findings(
     store: TokenStore,
     config: RunConfig,
     held: HeldOutPass,
+    documents: tuple[int, int],
     losses: list[dict[str, Any]],
     effects: list[dict[str, Any]],
 ) -> Findings:
@@ -120,7 +122,7 @@ def _findings(
         whole = {name: np.concatenate([part[name] for part in effects]) for name in LogitEffects._fields}
         on_logits = LogitEffects(**whole).scaled(float(loss.norm_scale.sum() / loss.tokens.sum()))
     return Findings(
-        evaluation=evaluation(held, loss_recovered(loss) if loss else None),
+        evaluation=evaluation(held, loss_recovered(loss, documents[1]) if loss else None, documents[0]),
         statistics=held.examples.statistics,
         examples=held.examples.examples(
             store.input_ids, store.info.special_ids, store.document_ids, lambda token: str(tokenizer.decode([token]))
@@ -229,6 +231,10 @@ def _feature_rows(
         rows.append(_row(some, document_of, sampled=sampled < config.analysis.coactivation_tokens))
         sampled += int(sum(store.trainable_tokens(unit).sum() for unit in some))
     return rows
+
+
+def _documents(units: list[np.ndarray], document_of: dict[int, int]) -> int:
+    return len({document_of[window] for unit in units for window in unit.tolist()})
 
 
 def _logit_rows(features: int) -> list[pa.Table]:

@@ -133,7 +133,7 @@ def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: An
         for own, layer in zip(runs, trained.layers, strict=True)
     ]
     rows = [progress.rows(layer.layer) for layer in trained.layers]
-    analyses = analyse_and_write(config, plan, run, store_url, facts, rows)
+    analyses = analyse_and_write(config, plan, run, store_url, facts, rows, lease)
     if lease.lost:
         raise TrainingStopped(lease.lost)
     publish(run, latest=True)

@@ -65,12 +65,13 @@ def _probe(config: RunConfig, run_url: str, at: int, store_url: str, device: str
     from mtc.tokens import TokenStore
 
     torch.set_num_threads(threads)
+    imported = RunDirectory(run_url).exists("import.json")  # nobody knows what it was trained on
     return probe(
         LanguageModel(config.model, device),
         load_transcoder(RunDirectory(run_url), device),
         _tasks(config),
         load_tokenizer(config.model),
-        trained=trained_documents(TokenStore.open(store_url)),
+        trained=() if imported else trained_documents(TokenStore.open(store_url)),
         at=at,
         context_length=config.data.context_length,
         unit_tokens=config.data.unit_tokens,

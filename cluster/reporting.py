@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.activations import configure_data_context
 from cluster.resources import Plan, cluster_nodes, make_plan
-from mtc.config import ConfigError, RunConfig, to_yaml
+from mtc.config import ConfigError, RunConfig
 from mtc.runs import RunDirectory, RunError, open_run
 
 if TYPE_CHECKING:
     from cluster.analysis import HeldOutResults
     from mtc.analysis import Analysis, RunFacts
+    from mtc.lease import Lease
     from mtc.tokens import StoreInfo
+
+NEW_FILES = ("features.parquet", "examples.parquet", "analysis.json", "manifest.json")  # there when the analysis is
 
 
 def analyse_and_write(
@@ -26,10 +29,12 @@ def analyse_and_write(
     store_url: str,
     facts: Sequence[RunFacts],
     histories: Sequence[list[dict[str, Any]]],
+    lease: Lease,
 ) -> list[Analysis]:
     """Run the held-out pass and write examples, features, analysis and report of every layer; nothing is published.
 
-    `facts` and `histories` are of each entry of `model.sites`; facts of the analysis itself are filled in here.
+    `facts` and `histories` are of each entry of `model.sites`; facts of the analysis itself are filled in here. Raises
+    RunError, before anything is written, if another job has taken the run meanwhile.
     """
     from cluster.analysis import analyse_heldout
     from mtc.provenance import describe_machine, git_revision, package_versions
@@ -60,6 +65,8 @@ def analyse_and_write(
         files += [(run, f"report/{name}", data) for name, data in write_layers_report(analyses).items()]
     # All is computed before the first file is written, so that an older analysis stays whole for as long as can be.
     for place, name, data in files:
+        if lease.lost:
+            raise RunError(lease.lost)
         place.write(name, data)
     return analyses
 
@@ -76,8 +83,10 @@ def publish(run: RunDirectory, latest: bool) -> None:
 def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     """Analyse a finished run again, without training; returns the run.
 
-    `overrides` are nested values of the parts `analysis` and `cluster`. Readers see the old analysis until the new one
-    is written, which takes seconds; a reader that checks digests in between is told that the run is damaged.
+    `overrides` are nested values of the parts `analysis` and `cluster`; they are noted in the analysis, while config.yaml
+    stays what the run was trained with (how much held-out text is wanted decides what else of the text is read).
+    Readers see the old analysis until the new one is written, which takes seconds; a reader that checks digests in
+    between is told that the run is damaged.
 
     Raises RunError for a run that is not there or not finished, ConfigError for other overrides.
     """
@@ -104,13 +113,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         store = TokenStore.open(store_url).info
         facts = [_earlier_facts(config, run.for_layer(s.layer), store, plan) for s in config.model.sites]
         histories = [_history(run.for_layer(s.layer)) for s in config.model.sites]
-        analyses = analyse_and_write(config, plan, run, store_url, facts, histories)
-        if lease.lost:
-            raise RunError(lease.lost)
-        run.write("config.yaml", to_yaml(config))
-        if len(analyses) > 1:
-            for alone in config.for_layers():
-                run.for_layer(alone.model.layer).write("config.yaml", to_yaml(alone))
+        analyses = analyse_and_write(config, plan, run, store_url, facts, histories, lease)
         publish(run, latest=False)
     say(f"analysed {run.url} in {analyses[0].facts.seconds['analyse']:.0f} s")
     return run
@@ -148,21 +151,28 @@ def _files(
 def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan: Plan) -> RunFacts:
     """What an earlier analysis knew of the training; of an imported run, that nothing is known."""
     from mtc.analysis import RunFacts
+    from mtc.report.schema import RUN_FILES
 
+    names = tuple(name for name in RUN_FILES | {"import.json": ""} if name in NEW_FILES or run.exists(name))
+    about: dict[str, Any] = {
+        "files": names,
+        "data_fingerprint": store.fingerprint,
+        "windows": dict(store.windows),
+        "documents": dict(store.documents),
+    }
     if run.exists("analysis.json"):
-        return RunFacts.model_validate(json.loads(run.read("analysis.json"))["facts"])
+        earlier = RunFacts.model_validate(json.loads(run.read("analysis.json"))["facts"])
+        return earlier.model_copy(update=about)
     return RunFacts(
         run_id=run.run_id,
         steps=0,
         trained_tokens=0,
         data_name=config.data.name,
-        data_fingerprint=store.fingerprint,
-        windows=dict(store.windows),
-        documents=dict(store.documents),
         language_model_dtype="",
         devices=(plan.device,),
         num_trainers=0,
         num_model_actors=plan.num_model_actors,
+        **about,
     )
 
 

@@ -15,7 +15,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from mtc.config import ConfigError, parse_command_line
+from mtc.config import ConfigError, parse_command_line, to_yaml
 
 if TYPE_CHECKING:
     from mtc.exports.subject import Subject
@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if any(a == "--import" or a.startswith("--import=") for a in arguments):
-            print(f"imported {import_run(arguments).url}")
+            if run := import_run(arguments):
+                print(f"imported {run.url}")
         else:
             export_run(_export_parser().parse_args(arguments))
     except (ConfigError, ExportError, ImportFailure, ModelError, RunError) as error:
@@ -69,8 +70,8 @@ def export_run(options: argparse.Namespace) -> None:
     print(f"wrote {options.output} ({options.format}) from {run.url}; its README.md is a model card")
 
 
-def import_run(arguments: list[str]) -> RunDirectory:
-    """Make a finished run as the arguments say. Raises what `main` turns into exit code 2."""
+def import_run(arguments: list[str]) -> RunDirectory | None:
+    """Make a finished run as the arguments say, or print its configuration; raises what gives exit code 2."""
     from mtc.exports.importing import read_gemma_scope, read_saelens, write_run
     from mtc.model_files import check_model
     from mtc.runs import RunDirectory
@@ -80,7 +81,10 @@ def import_run(arguments: list[str]) -> RunDirectory:
     parser.add_argument("--from", dest="format", choices=IMPORTS, required=True)
     options, rest = parser.parse_known_args(arguments)
     imported = (read_saelens if options.format == "saelens" else read_gemma_scope)(options.path)
-    config, _ = parse_command_line(rest, __doc__ or "", imported.known)
+    config, parsed = parse_command_line(rest, __doc__ or "", imported.known)
+    if parsed.print_config:
+        print(to_yaml(config), end="")
+        return None
     info = check_model(config.model)
     name = config.model.name.rstrip("/").split("/")[-1].split(":")[-1]
     run_id = config.output.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-layer{config.model.layer}-imported"

@@ -42,7 +42,7 @@ class LossRecovered(_Part):
     tokens: int
     """Predicted tokens."""
     documents: int = 0
-    """Documents that they are of, at most 1,024: more are counted, and resampled, in blocks of whole documents."""
+    """Documents that they are of; more than 1,024 are resampled in as many blocks of whole documents."""
     ce_clean: float
     """The model as it is."""
     ce_zero: float
@@ -88,7 +88,7 @@ class Evaluation(_Part):
     tokens: int
     """Held-out tokens."""
     documents: int = 0
-    """Documents that they are of, at most 1,024: more are counted, and resampled, in blocks of whole documents."""
+    """Documents that they are of; more than 1,024 are resampled in as many blocks of whole documents."""
     prefixes: list[int]
     """Sizes of the nested dictionaries."""
     fvu: list[float]
@@ -117,16 +117,16 @@ class Evaluation(_Part):
         return [1 - value for value in self.fvu]
 
 
-def loss_recovered(sums: LossSums) -> LossRecovered:
-    """The figures of sums whose labels are documents, or blocks of them."""
+def loss_recovered(sums: LossSums, documents: int | None = None) -> LossRecovered:
+    """The figures of sums whose labels are documents, or blocks of so many."""
     sums = sums.nonempty()
-    documents = len(sums.tokens)
+    blocks = len(sums.tokens)
     total = sums.weighted(np.ones((1, len(sums.tokens))))
     tokens = float(total.tokens[0])
     clean, zero, mean, *spliced = (total.ce[0] / tokens).tolist()
     return LossRecovered(
         tokens=int(tokens),
-        documents=documents,
+        documents=blocks if documents is None else documents,
         ce_clean=clean,
         ce_zero=zero,
         ce_mean=mean,
@@ -134,9 +134,9 @@ def loss_recovered(sums: LossSums) -> LossRecovered:
         kl=(total.kl[0] / tokens).tolist(),
         recovered_zero=total.recovered(1)[0].tolist(),
         recovered_mean=total.recovered(2)[0].tolist(),
-        kl_interval=intervals(lambda w: _kl(sums.weighted(w)), documents),
-        recovered_zero_interval=intervals(lambda w: sums.weighted(w).recovered(1), documents),
-        recovered_mean_interval=intervals(lambda w: sums.weighted(w).recovered(2), documents),
+        kl_interval=intervals(lambda w: _kl(sums.weighted(w)), blocks),
+        recovered_zero_interval=intervals(lambda w: sums.weighted(w).recovered(1), blocks),
+        recovered_mean_interval=intervals(lambda w: sums.weighted(w).recovered(2), blocks),
     )
 
 
@@ -145,21 +145,21 @@ def _kl(sums: LossSums) -> Array:
         return sums.kl / sums.tokens[:, None]
 
 
-def evaluation(heldout: HeldOutPass, loss: LossRecovered | None) -> Evaluation:
-    """The figures of a pass over held-out text."""
+def evaluation(heldout: HeldOutPass, loss: LossRecovered | None, documents: int | None = None) -> Evaluation:
+    """The figures of a pass over held-out text, of as many documents as its blocks if their number is not given."""
     blocks = heldout.blocks.nonempty()
-    documents = len(blocks.tokens)
+    size = len(blocks.tokens)
     total = blocks.total()
     counts = np.trim_zeros(heldout.l0_counts, "b")
     return Evaluation(
         tokens=int(total.tokens[0]),
-        documents=documents,
+        documents=size if documents is None else documents,
         prefixes=list(heldout.prefixes),
         fvu=total.fvu()[0].tolist(),
-        fvu_interval=intervals(lambda w: blocks.weighted(w).fvu(), documents),
+        fvu_interval=intervals(lambda w: blocks.weighted(w).fvu(), size),
         cosine=total.per_token(total.cosine)[0].tolist(),
         l0=total.per_token(total.active)[0].tolist(),
-        l0_interval=intervals(lambda w: _l0(blocks.weighted(w)), documents),
+        l0_interval=intervals(lambda w: _l0(blocks.weighted(w)), size),
         l0_counts=counts.tolist(),
         never_fired=int((heldout.examples.statistics.count == 0).sum()),
         by_position=_slices(heldout.positions, blocks.mean(), lambda i: (2 ** (i - 1), 2**i - 1) if i else (0, 0)),
@@ -214,8 +214,7 @@ def evaluate(
 
 def main(argv: list[str] | None = None) -> int:
     """Recompute a finished run's held-out metrics from its directory and compare; 0 if they agree, 1 if not."""
-    from mtc.analysis import Analysis
-    from mtc.runs import RunError, load_transcoder, open_layer_run
+    from mtc.runs import RunError, load_analysis, load_transcoder, open_layer_run
     from mtc.tokens import DataError, TokenStore
     from mtc.work import heldout_units, pack_windows
 
@@ -226,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run = open_layer_run(arguments.run)
-        config, analysis = run.config(), Analysis.model_validate_json(run.read("analysis.json"))
+        analysis = load_analysis(run)
+        config = analysis.config
         store = TokenStore.open(analysis.facts.token_store)
     except (RunError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

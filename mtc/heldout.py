@@ -19,7 +19,7 @@ from mtc.bootstrap import MAX_BLOCKS
 from mtc.config import RunConfig
 from mtc.examples import ExampleCollector
 from mtc.kernels import entry_dots
-from mtc.nesting import CoactivationSample, parent_candidates
+from mtc.nesting import CoactivationSample, parent_candidates, to_bfloat16
 from mtc.sums import MAX_ENTRIES, Array, SparseActivations, TokenErrors, TokenSums
 from mtc.training import choose_bfloat16
 from mtc.transcoder import Codes, MatryoshkaTranscoder
@@ -148,7 +148,7 @@ class HeldOutPass:
         candidates = torch.from_numpy(self.candidates).to(residual.device)[codes.feature].clamp(min=0)
 
         def reach(feature: Tensor) -> Array:
-            return entry_dots(residual, codes.token, unit, feature).half().cpu().numpy()
+            return to_bfloat16(entry_dots(residual, codes.token, unit, feature))
 
         fires = torch.zeros(codes.tokens, transcoder.num_features, dtype=torch.bool, device=residual.device)
         fires[codes.token, codes.feature] = True
@@ -156,7 +156,7 @@ class HeldOutPass:
             tokens=codes.tokens,
             token=keys[codes.token.cpu().numpy()],
             feature=codes.feature.int().cpu().numpy(),
-            activation=codes.value.half().cpu().numpy(),
+            activation=to_bfloat16(codes.value),
             projection=reach(codes.feature),
             candidate_projection=np.stack([reach(column.contiguous()) for column in candidates.T], 1),
             candidate_fired=fires[codes.token[:, None], candidates].cpu().numpy(),

@@ -42,6 +42,7 @@ ABSORBER_SHARE = 0.4
 """Share of the reach along the parent's direction that is the child's own where it absorbs; the paper's limit."""
 ABSORBED_RATE = 0.5
 """Share of the tokens where the child fires and the parent should that makes a pair a candidate if absorbed."""
+_ENTRIES = 1 << 19  # of the sample looked at at a time
 _CHUNK = 1 << 22  # entries of dense [children, earlier features] held at a time
 
 
@@ -55,20 +56,20 @@ class CoactivationSample(NamedTuple):
     feature: Array
     """[entries] int32."""
     activation: Array
-    """[entries] float16."""
+    """[entries] uint16, a bfloat16: half the room, and weights from elsewhere may have any scale; see `to_bfloat16`."""
     projection: Array
-    """[entries] float16: (y - base) . W_dec[feature] / ||W_dec[feature]||, y the scaled target, base what is no
+    """[entries] the same: (y - base) . W_dec[feature] / ||W_dec[feature]||, y the scaled target, base what is no
     feature's."""
     candidate_projection: Array
-    """[entries, candidates] float16: the same along the feature's parent candidates."""
+    """[entries, candidates] the same along the feature's parent candidates."""
     candidate_fired: Array
     """[entries, candidates] bool."""
 
     @classmethod
     def empty(cls, candidates: int) -> CoactivationSample:
         return cls(
-            0, np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float16), np.empty(0, np.float16),
-            np.empty((0, candidates), np.float16), np.empty((0, candidates), bool),
+            0, np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint16), np.empty(0, np.uint16),
+            np.empty((0, candidates), np.uint16), np.empty((0, candidates), bool),
         )  # fmt: skip
 
     @classmethod
@@ -224,19 +225,22 @@ def _splits(parents: Parents, fired: sparse.csc_matrix) -> list[Split]:
 def _absorptions(
     transcoder: MatryoshkaTranscoder, sample: CoactivationSample, candidates: Array
 ) -> tuple[list[Absorption], int]:
-    usual = _medians(sample.feature, sample.projection.astype(np.float32), transcoder.num_features)
-    possible = candidates[sample.feature]  # [entries, candidates]
-    # NaN, of parents that fire too rarely to know, is never reached.
-    expected = (possible >= 0) & (sample.candidate_projection.astype(np.float32) >= usual[possible])
-    pair = sample.feature[:, None] * candidates.shape[1] + np.arange(candidates.shape[1])
-    size = candidates.size
-    wanted = np.bincount(pair[expected], minlength=size)
+    usual = _medians(sample.feature, from_bfloat16(sample.projection), transcoder.num_features)
     unit, length = _unit(transcoder).cpu(), transcoder.W_dec.detach().norm(dim=1).cpu().numpy()
     # [features, candidates]; -1 stands for no candidate, and takes no part below.
     cosines = np.stack([(unit * unit[column]).sum(1).numpy() for column in candidates.T], 1)
-    own = (sample.activation.astype(np.float32) * length[sample.feature])[:, None] * cosines[sample.feature]
-    taken = own >= ABSORBER_SHARE * sample.candidate_projection.astype(np.float32)
-    absorbed = np.bincount(pair[expected & ~sample.candidate_fired & taken], minlength=size)
+    wanted, absorbed = np.zeros(candidates.size, np.int64), np.zeros(candidates.size, np.int64)
+    for start in range(0, len(sample.feature), _ENTRIES):
+        some = slice(start, start + _ENTRIES)
+        feature = sample.feature[some].astype(np.int64)
+        possible, reach = candidates[feature], from_bfloat16(sample.candidate_projection[some])
+        # NaN, of parents that fire too rarely to know, is never reached.
+        expected = (possible >= 0) & (reach >= usual[possible])
+        own = (from_bfloat16(sample.activation[some]) * length[feature])[:, None] * cosines[feature]
+        taken = expected & ~sample.candidate_fired[some] & (own >= ABSORBER_SHARE * reach)
+        pair = feature[:, None] * candidates.shape[1] + np.arange(candidates.shape[1])
+        wanted += np.bincount(pair[expected], minlength=candidates.size)
+        absorbed += np.bincount(pair[taken], minlength=candidates.size)
     tested = wanted >= MIN_FIRED
     chosen = np.flatnonzero(tested & (absorbed >= ABSORBED_RATE * wanted))
     child, parent = chosen // candidates.shape[1], candidates.ravel()[chosen]
@@ -248,6 +252,16 @@ def _absorptions(
         if near > min_cosine
     ]
     return sorted(found, key=lambda x: (-x.absorbed, x.parent, x.child)), int(tested.sum())
+
+
+def to_bfloat16(values: torch.Tensor) -> Array:
+    """Rounded, as uint16, which numpy and safetensors know."""
+    return values.bfloat16().view(torch.uint16).cpu().numpy()
+
+
+def from_bfloat16(bits: Array) -> Array:
+    """The float32 numbers behind `to_bfloat16`."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _medians(feature: Array, value: Array, num_features: int) -> Array:

@@ -43,7 +43,11 @@ KS = (1, 2, 4, 8, 16)
 SIDES = 3
 """One part in three is the test part."""
 MIN_GROUPS = 15
-"""Groups that each class must have: five on the test side, as many as there are folds on the other, and some."""
+"""Groups that each class must have before they are split."""
+
+
+MIN_TEST_GROUPS = 5
+"""Groups that each class must have on the test side: groups may be of very different size, and whole ones are moved."""
 
 
 class _Part(BaseModel):
@@ -179,7 +183,10 @@ def probe(
             for i in chosen
             for ids in text_windows(labelled.texts[i], tokenizer, context_length, task.windows_per_text)
         ]
-        texts = np.array([i for _, i in windows])
+        texts = np.array([i for _, i in windows], np.int64)
+        if reason := too_few(labelled.positive[texts], np.array(labelled.groups)[texts]):
+            results.append(TaskResult(**counts, not_measured=reason))
+            continue
         pooled = pool(
             language_model, transcoder, [w for w, _ in windows], special_ids(tokenizer), pooling, unit_tokens, at
         )
@@ -213,6 +220,10 @@ def measure_task(
 ) -> dict[str, Any]:
     """The measured fields of a TaskResult, from examples with `positive` [examples] bool and `groups` [examples]."""
     train, test = grouped_folds(positive, groups, SIDES, seed)[0]
+    for rows, least, where in ((train, FOLDS, "training"), (test, MIN_TEST_GROUPS, "test")):
+        found = min(len(np.unique(groups[rows][positive[rows] == side])) for side in (True, False))
+        if found < least:
+            return {"not_measured": f"a class has {found} groups in the {where} part, at least {least} are needed"}
     folds = grouped_folds(positive[train], groups[train], FOLDS, seed)
     weights = resample(groups[test], seed=seed)
     baseline: tuple[float, Array] | None = None

@@ -199,11 +199,27 @@ def loss_sums(
         labels = torch.zeros(len(windows.input_ids), dtype=torch.int64)
     parts = list(_split(windows, labels, max(1, MAX_LOGITS // model.vocab_size)))
     if len(parts) > 1:
-        sums = (loss_sums(model, transcoders, part, target_means, own, num_labels) for part, own in parts)
-        return [reduce(add, same) for same in zip(*sums, strict=True)]
-    trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
+        every = (loss_sums(model, transcoders, part, target_means, own, num_labels) for part, own in parts)
+        return [reduce(add, same) for same in zip(*every, strict=True)]
     # A token is predicted from the one before it in its window, which position 0 does not have.
-    labelled = (windows.trainable & (windows.position_ids > 0)).nonzero().squeeze(1)
+    predicted = (windows.trainable & (windows.position_ids > 0)).nonzero().squeeze(1)
+    # Of a window that is longer than the limit a part at a time: the passes are run again for each.
+    pieces = predicted.split(max(1, MAX_LOGITS // model.vocab_size))
+    sums = [_loss_sums(model, transcoders, windows, target_means, labels, num_labels, piece) for piece in pieces]
+    return [reduce(add, same) for same in zip(*sums, strict=True)]
+
+
+def _loss_sums(
+    model: LanguageModel,
+    transcoders: Sequence[MatryoshkaTranscoder],
+    windows: PackedWindows,
+    target_means: Sequence[Tensor],
+    labels: Tensor,
+    num_labels: int,
+    labelled: Tensor,
+) -> list[LossSums]:
+    """Of the predictions of the tokens with the indices `labelled`."""
+    trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
     next_ids = windows.input_ids[labelled].to(model.device)
     of_label = labels[labelled].to(model.device)
 

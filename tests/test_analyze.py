@@ -124,7 +124,9 @@ def test_again_with_other_settings(analysed: list[RunDirectory]) -> None:
     page = run.read("report/layer1_analysis_report.md").decode()
     assert f"{task.dense.auc.value:.4g} ({task.dense.auc.low:.4g} to {task.dense.auc.high:.4g})" in page
     assert after.spelling.not_measured in page
-    assert run.config().analysis.num_tokens == 1000
+    assert after.config.analysis.num_tokens == 1000
+    assert run.config() == before.config
+    assert "import.json" not in page
     assert run.read("transcoder.safetensors") == weights
     assert not open_run(run.url).exists("writer.json")
 

@@ -151,7 +151,7 @@ def test_intervals_equal_scipys_bootstrap_over_documents(transcoder, many):
     assert few.fvu_interval is None
 
 
-@pytest.mark.parametrize("at_once", [1 << 26, 259 * 25])
+@pytest.mark.parametrize("at_once", [1 << 26, 259 * 25, 259 * 6])
 def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, windows, at_once, monkeypatch):
     """Two layers at once, the second one by plain transformers with hooks; also cut into parts of few logits."""
     monkeypatch.setattr("mtc.sums.MAX_LOGITS", at_once)

@@ -12,6 +12,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -67,8 +68,10 @@ def read_gemma_scope(path: str) -> Imported:
     file = file / "params.npz" if file.is_dir() else file
     try:
         with np.load(file, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise TypeError("it is a single array")
             tensors = {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise ImportFailure(f"{file} is not a readable npz file: {error}") from None
     known: dict[str, Any] = {
         "model": {"source": "resid_mid"} | _in_path(file, "layer", r"layer_(\d+)"),
@@ -85,7 +88,10 @@ def read_saelens(path: str) -> Imported:
     try:
         cfg = json.loads(config_file.read_text())
         tensors = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
-    except (OSError, ValueError, SafetensorError) as error:
+        parts = (cfg, cfg.get("metadata") or {}) if isinstance(cfg, dict) else (cfg,)
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("cfg.json is not made of mappings")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ImportFailure(f"{folder} is not a readable SAELens folder: {error}") from None
     architecture = cfg.get("architecture")
     if architecture not in SAELENS_ARCHITECTURES:
@@ -219,6 +225,8 @@ def _saelens_sites(file: Path, cfg: dict[str, Any], metadata: dict[str, Any], sk
     if norm not in ("none", "constant_norm_rescale"):
         raise ImportFailure(f"{file}: normalize_activations={norm!r} can't be used, only none or constant_norm_rescale")
     norms = {m.norm for m in MODULES.values()}
+    if "gemma" in str(metadata.get("model_name", "")).lower():
+        norms = {MODULES["gemma2"].norm}  # what Llama calls the MLP's norm belongs to the attention there
     rescaled = "rms" if norm == "constant_norm_rescale" else "none"
     # The names of modules decide first: `hook_mlp_in` stands for the norm's input and, in some folders, its output.
     if module.endswith(tuple(f"{name}.input" for name in norms)) or hook.endswith(".hook_resid_mid"):

@@ -26,7 +26,7 @@ def write_layers_report(analyses: Sequence[Analysis]) -> dict[str, bytes]:
     """The files of the report by name, from the analyses of all layers of one run, in any order."""
     analyses = sorted(analyses, key=lambda a: a.config.model.layer)
     summaries = [
-        {"layer": a.config.model.layer, "directory": _directory(a), "summary": a.summary.model_dump(mode="json")}
+        {"layer": a.config.model.layer, "directory": _directory(a), "summary": json.loads(a.summary.model_dump_json())}
         for a in analyses
     ]
     with style():

@@ -121,7 +121,7 @@ RULES = (
     ),
     Rule(
         "dead counter", "trained tokens / dead_after_tokens < 1", "<", 1,
-        lambda e: e.s.trained_tokens / e.c.transcoder.dead_after_tokens,
+        lambda e: e.s.trained_tokens / e.c.transcoder.dead_after_tokens if e.s.trained_tokens else None,
         lambda e: f"Training saw {number(e.s.trained_tokens)} tokens; a feature counts as dead after "
         f"{number(e.c.transcoder.dead_after_tokens)}, so with fewer trained tokens none can and AuxK never acts.",
         "transcoder.dead_after_tokens", "Lower it below the length of training",

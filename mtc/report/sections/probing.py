@@ -14,10 +14,12 @@ from mtc.spelling import Spelling
 
 def probing(analysis: Analysis) -> Section:
     """Sparse probes beside the dense baseline, by task; spelling and absorption."""
-    return Section("Probing", (*_probes(analysis.probing), *_spelling(analysis.spelling)))
+    return Section(
+        "Probing", (*_probes(analysis.probing, analysis.facts.trained_tokens > 0), *_spelling(analysis.spelling))
+    )
 
 
-def _probes(found: Probing | None) -> list[Block]:
+def _probes(found: Probing | None, known: bool) -> list[Block]:
     title = Heading("Sparse probing")
     if found is None:
         return [title, Paragraph((f"Sparse probing was {NOT_MEASURED}: set ", Code("analysis.probe_tasks"), "."))]
@@ -25,9 +27,13 @@ def _probes(found: Probing | None) -> list[Block]:
         title,
         Paragraph(
             f"How well a label of a text can be read from a few features ({found.pooling} over the tokens of a window "
-            f"of at most {number(found.context_length)}), as area under the ROC curve on texts that neither the probe "
-            "nor the transcoder was trained on, with 95 % intervals over groups of texts. The baseline reads all "
-            f"activations at {found.source}."
+            f"of at most {number(found.context_length)}), as area under the ROC curve on texts that "
+            + (
+                "neither the probe nor the transcoder was trained on"
+                if known
+                else "the probe was not trained on; what the transcoder was trained on is not known"
+            )
+            + f", with 95 % intervals over groups of texts. The baseline reads all activations at {found.source}."
         ),
     ]
     for result in found.tasks:
