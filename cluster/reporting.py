@@ -83,7 +83,7 @@ def publish(run: RunDirectory, latest: bool) -> None:
 def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     """Analyse a finished run again, without training; returns the run.
 
-    `overrides` are nested values of the parts `analysis` and `cluster`; they are noted in the analysis, while config.yaml
+    `overrides` are nested values of `analysis` and `cluster`; they are noted in the analysis, while config.yaml
     stays what the run was trained with (how much held-out text is wanted decides what else of the text is read).
     Readers see the old analysis until the new one is written, which takes seconds; a reader that checks digests in
     between is told that the run is damaged.

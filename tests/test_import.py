@@ -1,5 +1,6 @@
 """Imports against the library that wrote the files, and against formulas in NumPy."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from jobs.export import main
+from mtc.exports.importing import ImportFailure, read_gemma_scope, read_saelens
 from mtc.language_model import LanguageModel
 from mtc.runs import RunDirectory, load_transcoder, open_layer_run
 from mtc.work import pack_windows
@@ -196,3 +199,21 @@ def test_damaged_npz_is_refused(
     assert run_import(tmp_path, "gemma-scope-npz", tmp_path / "runs") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_files_that_are_no_files_of_that_kind_are_refused(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    np.savez(whole, W_enc=np.ones((4, 8), np.float32))
+    single = io.BytesIO()
+    np.save(single, np.ones(3))
+    words = io.BytesIO()
+    np.savez(words, W_enc=np.array(["a", "b"]))
+    for content in (b"", whole.getvalue()[:-30], single.getvalue(), words.getvalue()):
+        (tmp_path / "params.npz").write_bytes(content)
+        with pytest.raises(ImportFailure, match="is not a readable npz file"):
+            read_gemma_scope(str(tmp_path))
+    (tmp_path / "sae_weights.safetensors").write_bytes(save({"W_enc": torch.ones(2, 3)}))
+    for cfg in ("[]", '{"architecture": "jumprelu_transcoder", "metadata": [1]}', "{"):
+        (tmp_path / "cfg.json").write_text(cfg)
+        with pytest.raises(ImportFailure, match="is not a readable SAELens folder"):
+            read_saelens(str(tmp_path))
