@@ -123,6 +123,8 @@ def stop_head() -> bool:
             if time.monotonic() > deadline:
                 os.killpg(head["pid"], signal.SIGKILL)
             time.sleep(0.2)
+        with contextlib.suppress(ChildProcessError):  # it has let go of its memory, but may not have ended yet
+            os.waitpid(head["pid"], 0)
     shutil.rmtree(head["temporary"], ignore_errors=True)
     STATE.unlink()
     return was_alive

@@ -394,6 +394,12 @@ def test_the_history_goes_on_through_restarts_of_trainers_log_and_driver(ray_clu
     ray.get(log.event.remote(RESUMED, "on 1 trainer", 20))
     append(30, 40, loss=2.0)
     ray.kill(log, no_restart=False)
+    while True:  # it answers for a moment yet
+        try:
+            if ray.get(log.since.remote("", 0))[0] != name:
+                break
+        except ray.exceptions.RayActorError:
+            continue
     assert read(shown) == [1, 10, 20, 30], "what the dead actor had is lost, what was written stays"
     ray.get(log.event.remote(RESUMED, "on 1 trainer", 10))
     append(20, loss=3.0)
