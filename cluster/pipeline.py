@@ -133,9 +133,13 @@ def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: An
         for own, layer in zip(runs, trained.layers, strict=True)
     ]
     rows = [progress.rows(layer.layer) for layer in trained.layers]
-    analyses = analyse_and_write(config, plan, run, store_url, facts, rows, lease)
-    if lease.lost:
-        raise TrainingStopped(lease.lost)
+
+    def still_ours() -> None:
+        if lease.lost:
+            raise TrainingStopped(lease.lost)
+
+    analyses = analyse_and_write(config, plan, run, store_url, facts, rows, still_ours)
+    still_ours()
     publish(run, latest=True)
     seconds = analyses[0].facts.seconds
     say(f"finished {run.url} in " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))

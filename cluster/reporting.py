@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from mtc.runs import RunDirectory, RunError, open_run
 if TYPE_CHECKING:
     from cluster.analysis import HeldOutResults
     from mtc.analysis import Analysis, RunFacts
-    from mtc.lease import Lease
     from mtc.tokens import StoreInfo
 
 NEW_FILES = ("features.parquet", "examples.parquet", "analysis.json", "manifest.json")  # there when the analysis is
@@ -29,12 +28,12 @@ def analyse_and_write(
     store_url: str,
     facts: Sequence[RunFacts],
     histories: Sequence[list[dict[str, Any]]],
-    lease: Lease,
+    still_ours: Callable[[], None],
 ) -> list[Analysis]:
     """Run the held-out pass and write examples, features, analysis and report of every layer; nothing is published.
 
-    `facts` and `histories` are of each entry of `model.sites`; facts of the analysis itself are filled in here. Raises
-    RunError, before anything is written, if another job has taken the run meanwhile.
+    `facts` and `histories` are of each entry of `model.sites`; facts of the analysis itself are filled in here.
+    `still_ours` raises if another job has taken the run meanwhile; it is asked before every write.
     """
     from cluster.analysis import analyse_heldout
     from mtc.provenance import describe_machine, git_revision, package_versions
@@ -65,8 +64,7 @@ def analyse_and_write(
         files += [(run, f"report/{name}", data) for name, data in write_layers_report(analyses).items()]
     # All is computed before the first file is written, so that an older analysis stays whole for as long as can be.
     for place, name, data in files:
-        if lease.lost:
-            raise RunError(lease.lost)
+        still_ours()
         place.write(name, data)
     return analyses
 
@@ -113,7 +111,13 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         store = TokenStore.open(store_url).info
         facts = [_earlier_facts(config, run.for_layer(s.layer), store, plan) for s in config.model.sites]
         histories = [_history(run.for_layer(s.layer)) for s in config.model.sites]
-        analyses = analyse_and_write(config, plan, run, store_url, facts, histories, lease)
+
+        def still_ours() -> None:
+            if lease.lost:
+                raise RunError(lease.lost)
+
+        analyses = analyse_and_write(config, plan, run, store_url, facts, histories, still_ours)
+        still_ours()
         publish(run, latest=False)
     say(f"analysed {run.url} in {analyses[0].facts.seconds['analyse']:.0f} s")
     return run

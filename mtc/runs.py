@@ -3,10 +3,12 @@
     <root>/<run id>/config.yaml            the RunConfig
                    transcoder.safetensors  weights, scalars and threshold
                    metrics.jsonl           one line per logged step
+                   features.parquet        every figure of every feature, one row each
                    examples.parquet        activating examples, ordered by feature
                    analysis.json           mtc.analysis.Analysis
-                   report/...              Markdown, JSON, plots
+                   report/...              HTML, Markdown, JSON, plots
                    ledger.parquet          mtc.ledger.SCHEMA: what was trained of each work unit
+                   import.json             of imported weights: where they come from
                    events.jsonl            restarts, checkpoints that failed, spikes: one line each
                    checkpoints/...         mtc.checkpoints, until the run is deleted
                    writer.json             mtc.lease, while a job writes the run
