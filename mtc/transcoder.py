@@ -152,25 +152,28 @@ class MatryoshkaTranscoder(nn.Module):
         return (torch.stack(parts).cumsum(0) + self.base(source)) / self.target_scale
 
     @torch.no_grad()
-    def encode_sparse(self, source: Tensor, bfloat16_search: bool = False) -> Codes:
-        """What is not zero in `encode(source)`; raises ValueError if the threshold was never calibrated.
+    def encode_sparse(self, source: Tensor, bfloat16_search: bool = False, prefix: int | None = None) -> Codes:
+        """What is not zero in `encode(source, prefix)`; raises ValueError as that does.
 
         `bfloat16_search` proposes entries by a product in bfloat16, which some CPUs multiply many times faster, with as
         much room below the threshold as rounding can take; their float32 values decide.
         """
         self._check_calibrated()
-        x, threshold = self.normalise(source), self.threshold.clamp(min=0)
+        m = self._check_prefix(prefix)
+        x, threshold, W_enc, b_enc = self.normalise(source), self.threshold.clamp(min=0), self.W_enc[:m], self.b_enc[:m]
+        if threshold.dim():
+            threshold = threshold[:m]
         if not bfloat16_search:
-            z = torch.nn.functional.linear(x, self.W_enc, self.b_enc).float()
+            z = torch.nn.functional.linear(x, W_enc, b_enc).float()
             token, feature = (z > threshold).nonzero(as_tuple=True)
             return Codes(len(source), token, feature, z[token, feature])
-        z = torch.nn.functional.linear(x.bfloat16(), self.W_enc.bfloat16())
+        z = torch.nn.functional.linear(x.bfloat16(), W_enc.bfloat16())
         # Both factors and the result are rounded by at most 2^-9 of themselves, and |x . w| <= ||x|| ||w||; so is the
         # border.
         largest = x.norm(dim=1).amax() if len(x) else x.new_zeros(())
-        border = threshold - self.b_enc - 2**-7 * largest * self.W_enc.norm(dim=1)
+        border = threshold - b_enc - 2**-7 * largest * W_enc.norm(dim=1)
         token, feature = (z > (border - 2**-8 * border.abs()).bfloat16()).nonzero(as_tuple=True)
-        value = entry_dots(x, token, self.W_enc, feature) + self.b_enc[feature]
+        value = entry_dots(x, token, W_enc, feature) + b_enc[feature]
         fires = value > (threshold[feature] if threshold.dim() else threshold)
         return Codes(len(source), token[fires], feature[fires], value[fires])
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+import orjson
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.schemas import ErrorResponse
 
@@ -22,32 +22,12 @@ class ServiceError(Exception):
     def __init__(
         self, status: int, error_type: str, message: str, detail: Any = None, headers: dict[str, str] | None = None
     ):
-        super().__init__(message)
+        super().__init__(status, error_type, message, detail, headers)  # all arguments: it must survive pickling
         self.status, self.error_type, self.message = status, error_type, message
         self.detail, self.headers = detail, headers
 
-
-class BodyLimit:
-    """ASGI middleware that refuses to read more than `limit` bytes of a body, announced or not."""
-
-    def __init__(self, app: ASGIApp, limit: int):
-        self.app, self.limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        seen = 0
-
-        async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.limit:
-                # FastAPI turns any other exception that reading a body raises into a 400.
-                raise HTTPException(413, f"the body has more than {self.limit} bytes")
-            return message
-
-        await self.app(scope, limited, send)
+    def __str__(self) -> str:
+        return self.message
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -57,39 +37,47 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected_error)
 
 
-def _answer(
-    request: Request,
-    status: int,
-    error_type: str,
-    message: str,
-    detail: Any = None,
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
-    # Serve's proxy gives every request an id and returns it in this header.
-    request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-    body = ErrorResponse(error=message, error_type=error_type, request_id=request_id, detail=detail)
-    return JSONResponse(body.model_dump(mode="json"), status, headers)
+def request_id(headers: Any) -> str:
+    """The id that the proxy gave the request, or a new one."""
+    return headers.get("x-request-id") or uuid.uuid4().hex
 
 
-async def _service_error(request: Request, error: Exception) -> JSONResponse:
+def error_body(error: ServiceError, request_id: str) -> bytes:
+    """The error as JSON."""
+    body = ErrorResponse(error=error.message, error_type=error.error_type, request_id=request_id, detail=error.detail)
+    return orjson.dumps(body.model_dump(mode="json"))
+
+
+def invalid(error: ValidationError | RequestValidationError) -> ServiceError:
+    """422 with the fields that are wrong. What was sent is not repeated: it may be private."""
+    fields = [{"field": ".".join(str(p) for p in e["loc"]), "message": e["msg"]} for e in error.errors()]
+    message = "; ".join(f"{f['field']}: {f['message']}" if f["field"] else f["message"] for f in fields)
+    return ServiceError(422, "validation", message, fields)
+
+
+def _answer(request: Request, error: ServiceError) -> Response:
+    body = error_body(error, request.scope["state"].get("request_id") or request_id(request.headers))
+    return Response(body, error.status, error.headers, media_type="application/json")
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    return _answer(request, error.status, error.error_type, error.message, error.detail, error.headers)
+    return _answer(request, error)
 
 
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    message = f"{error.detail}: {request.method} {request.url.path}"
     kind = _TYPES.get(error.status_code, "http_error")
     headers = dict(error.headers) if error.headers else None
-    return _answer(request, error.status_code, kind, message, headers=headers)
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    return _answer(request, ServiceError(error.status_code, kind, message, headers=headers))
 
 
-async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    fields = [{"field": ".".join(str(p) for p in e["loc"]), "message": e["msg"]} for e in error.errors()]
-    message = "; ".join(f"{f['field']}: {f['message']}" for f in fields)
-    return _answer(request, 422, "validation", message, fields)
+    return _answer(request, invalid(error))
 
 
-async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    return _answer(request, 500, "internal", "the service failed; its log has the details under this request id")
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    message = "the service failed; its log has the details under this request id"
+    return _answer(request, ServiceError(500, "internal", message))

@@ -1,80 +1,285 @@
-"""What the service takes and answers, as JSON."""
+"""What the service takes and answers, as JSON. `docs/serving.md` describes the other formats."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_TOP_K = 1024
+MAX_LIST = 1 << 20  # beyond any body's limit; the service's own limits are in Settings
+
+Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+FeatureIndex = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-class EncodeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), strict=True, populate_by_name=True
+    )
 
-    inputs: str | list[str]
+
+class _Input(_Model):
+    """Texts, or token ids; exactly one of the two."""
+
+    inputs: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """One text or several."""
-    top_k: int = Field(default=16, ge=1, le=1024)
-    """Strongest active features returned for each token; at most the dictionary's size."""
-    prefix: int | None = None
-    """Use only the first `prefix` features, one of the nested dictionaries; by default all."""
+    input_ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1)] | None = None
+    """One window of token ids or several, read as they are: BOS is not added."""
+    model: str | None = Field(default=None, min_length=1, max_length=200)
+    """Id of the run that answers, one of `GET /runs`; by default the current one."""
+    truncate: bool = False
+    """Cut inputs that are too long, at the end, instead of refusing them."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> _Input:
+        if (self.inputs is None) == (self.input_ids is None):
+            raise ValueError("give either `inputs` or `input_ids`")
+        return self
 
     @property
-    def texts(self) -> list[str]:
+    def texts(self) -> list[str] | None:
         return [self.inputs] if isinstance(self.inputs, str) else self.inputs
 
+    @property
+    def windows(self) -> list[list[int]] | None:
+        ids = self.input_ids
+        if ids is None or isinstance(ids[0], list):
+            return ids  # type: ignore[return-value]  # the first tells them apart: the schema allows no mixture
+        return [ids]  # type: ignore[list-item]
 
-class FeatureActivation(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
-    feature_index: int
+class EncodeRequest(_Input):
+    top_k: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
+    """Strongest active features returned for each token; by default 16, in CSR form all."""
+    features: Annotated[list[FeatureIndex], Field(min_length=1, max_length=4096)] | None = None
+    """Only these features."""
+    min_activation: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Only activations of at least this size."""
+    prefix: int | None = Field(default=None, ge=1, lt=1 << 31)
+    """Use only the first `prefix` features, one of the nested dictionaries: cheaper and coarser. By default all."""
+    form: Literal["topk", "csr"] = Field(default="topk", alias="return")
+    """Features token by token, strongest first, or all inputs' tokens as one sparse matrix (CSR)."""
+    include: list[Literal["l0", "fvu"]] = Field(default=[], max_length=8)
+    """Figures for each token: `l0`, the number of active features, and `fvu`, see there. Both are those of the whole
+    prefix, whatever `top_k`, `features` and `min_activation` leave out."""
+
+
+class TokenizeRequest(_Input):
+    pass
+
+
+class FeatureActivation(_Model):
+    feature_index: FeatureIndex
     """Row of the transcoder's encoder."""
     activation_value: float
     """The float32 activation, not rounded."""
 
 
-class TokenFeatures(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
+class Csr(_Model):
+    """Activations as a sparse matrix, [tokens, features]: row t has the entries indptr[t] to indptr[t + 1]."""
 
-    token_id: int
-    """Id in the model's vocabulary."""
-    token: str
-    """The id decoded on its own."""
-    is_special: bool
-    """BOS or another token that stands for no text; such tokens were never trained on and have no features."""
-    features: list[FeatureActivation]
-    """Active features, strongest first, equal ones by index."""
+    indptr: list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+    """Where each row starts, and the end: [tokens + 1]."""
+    indices: list[FeatureIndex]
+    """Features, ascending in each row: [entries]."""
+    values: list[float]
+    """float32 activations, not rounded: [entries]."""
 
 
-class TextResult(BaseModel):
-    tokens: list[TokenFeatures]
-
-
-class EncodeResponse(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
+class ModelIdentity(_Model):
+    """Which transcoder answered."""
 
     run_id: str
-    """The run whose transcoder answered."""
+    """The run."""
+    sha256: str
+    """Digest of its weights file."""
+    base_model: str
+    """The language model."""
     layer: int
-    """Layer of the language model that is read."""
+    """Its layer that is read."""
     source: str
     """Site that the transcoder reads."""
     target: str
     """Site that it reconstructs."""
+    d_source: int
+    """Width of the source site."""
+    d_target: int
+    """Width of the target site."""
     num_features: int
     """Size of the whole dictionary."""
     k: int
     """Active features per token on average, as trained."""
     prefixes: list[int]
     """Sizes of the nested dictionaries."""
+
+
+class Tokens(_Model):
+    """An input as the model reads it; all lists have one entry for each token."""
+
+    tokens: list[str]
+    """Each id decoded on its own; a character of several tokens cannot be read in any of them."""
+    token_ids: list[int]
+    """Ids in the model's vocabulary."""
+    offsets: list[tuple[int, int]] | None
+    """First and one-past-last character of the text; BOS has an empty range. None for `input_ids`."""
+    is_special: list[bool]
+    """BOS or another token that stands for no text; such tokens were never trained on and have no features."""
+    truncated: bool
+    """Whether the input was cut."""
+
+
+class InputResult(Tokens):
+    features: list[list[FeatureActivation]] | None = None
+    """With `return: topk`: each token's active features, strongest first, equal ones by index."""
+    csr: Csr | None = None
+    """With `return: csr`: the same as a sparse matrix."""
+    l0: list[int] | None = None
+    """Active features of each token."""
+    fvu: list[float | None] | None = None
+    """Of each token, ||y - y_m||^2 / ||y - b_dec||^2 for the MLP output y, its reconstruction y_m by the prefix m, and
+    the decoder's bias in the units of y: 0 is perfect, 1 no better than the bias. None for special tokens."""
+
+
+class Usage(_Model):
+    inputs: int
+    """Texts or windows."""
+    tokens: int
+    """Tokens that were read, BOS included."""
+
+
+class EncodeResponse(_Model):
+    model: ModelIdentity
     prefix: int
     """The nested dictionary used."""
-    results: list[TextResult]
+    results: list[InputResult]
     """One for each input, in the order of the request."""
+    usage: Usage
+    request_id: str
+    """Equal to the X-Request-ID header."""
 
 
-class ErrorResponse(BaseModel):
+class TokenizeResponse(_Model):
+    model: ModelIdentity
+    results: list[Tokens]
+    """One for each input, in the order of the request."""
+    usage: Usage
+    request_id: str
+    """Equal to the X-Request-ID header."""
+
+
+class DecodeRequest(_Model):
+    """Sparse features to a reconstruction; exactly one of `features` and `csr`."""
+
+    features: Annotated[list[list[FeatureActivation]], Field(min_length=1)] | None = None
+    """Token by token."""
+    csr: Csr | None = None
+    """As a sparse matrix; features may come in any order, repeated ones add up."""
+    model: str | None = Field(default=None, min_length=1, max_length=200)
+    """Id of the run that answers; by default the current one."""
+    prefix: int | None = Field(default=None, ge=1, lt=1 << 31)
+    """Leave out features beyond the first `prefix`, one of the nested dictionaries."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> DecodeRequest:
+        if (self.features is None) == (self.csr is None):
+            raise ValueError("give either `features` or `csr`")
+        return self
+
+
+class DecodeResponse(_Model):
+    model: ModelIdentity
+    prefix: int
+    """The nested dictionary used."""
+    reconstruction: list[list[float]]
+    """At the target site, raw (not scaled): [tokens, d_target], float32, not rounded."""
+    usage: Usage
+    request_id: str
+    """Equal to the X-Request-ID header."""
+
+
+class RunSummary(_Model):
+    """A finished run that can be asked for as `model`."""
+
+    run_id: str
+    """Its id, for one layer of several `<run id>/layer<N>`."""
+    created: str
+    """When it was finished, ISO 8601, UTC."""
+    base_model: str
+    """The language model."""
+    layer: int
+    """Its layer that is read."""
+    num_features: int
+    """Size of the whole dictionary."""
+    prefixes: list[int]
+    """Sizes of the nested dictionaries."""
+    k: int
+    """Active features per token on average, as trained."""
+    state: Literal["current", "loaded", "loading", "not_loaded", "failed"]
+    """`current` answers where no `model` is named; `loaded` answers at once; the first request for any other loads it;
+    `failed` could not be loaded."""
+    reason: str | None = None
+    """Why it failed."""
+
+
+class RunsResponse(_Model):
+    runs: list[RunSummary]
+    """Newest first."""
+
+
+class LoadRequest(_Model):
+    model: str = Field(min_length=1, max_length=200)
+    """Id of the run that is to answer from now on, one of `GET /runs`, or `latest`."""
+
+
+class LoadResponse(_Model):
+    model: ModelIdentity
+    """The run that answers now."""
+    previous: str
+    """Id of the run that answered before."""
+    seconds: float
+    """Time that verifying, loading and warming up took."""
+
+
+class Limits(_Model):
+    """What a request may ask for; more is answered with 413."""
+
+    max_body_bytes: int
+    """Length of a request's body."""
+    max_inputs: int
+    """Texts or windows in a request."""
+    max_input_tokens: int
+    """Tokens of each, BOS included."""
+    max_request_tokens: int
+    """Tokens of all together."""
+    max_json_depth: int
+    """Nested lists and objects in a body."""
+
+
+class InfoResponse(_Model):
+    model: ModelIdentity
+    """The run that answers where no `model` is named."""
+    created: str
+    """When it was finished, ISO 8601, UTC."""
+    fingerprint: str
+    """Changes with every setting that changes the run's numbers."""
+    data: str
+    """The text it was trained on."""
+    input_norm: str
+    """How the transcoder scales its source."""
+    limits: Limits
+    versions: dict[str, str]
+    """Of the packages that matter."""
+
+
+class Status(_Model):
+    status: Literal["ok", "ready"]
+
+
+class ErrorResponse(_Model):
     """The body of every answer with a status of 400 or more."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     error: str
     """What was wrong, for a person."""

@@ -1,0 +1,7 @@
+"""operations"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+router = APIRouter(tags=["operations"])

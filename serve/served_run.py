@@ -1,0 +1,57 @@
+"""What the HTTP side knows of a run: everything but its models."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from mtc.config import RunConfig
+from mtc.runs import RunDirectory
+from serve.results import RunKey
+from serve.schemas import ModelIdentity
+from serve.tokenising import Tokeniser
+
+WEIGHTS = "transcoder.safetensors"
+
+
+class ServedRun:
+    """A finished run of one layer, opened for answers. Raises RunError if it can't be read."""
+
+    def __init__(self, key: RunKey):
+        self.key = key
+        self.run = RunDirectory(key.url, key.run_id)
+        self.manifest = self.run.manifest()
+        self.config: RunConfig = self.run.config()
+        self.tokeniser = Tokeniser(self.config.model)
+        self.identity = identity_of(self.run, self.config, key.sha256)
+
+    @cached_property
+    def prefixes(self) -> tuple[int, ...]:
+        return self.config.transcoder.prefixes
+
+    @property
+    def num_features(self) -> int:
+        return self.config.transcoder.num_features
+
+
+def identity_of(run: RunDirectory, config: RunConfig, sha256: str) -> ModelIdentity:
+    """Who a run's transcoder is, from its configuration and the header of its weights."""
+    d_source, d_target = _widths(run)
+    model, transcoder = config.model, config.transcoder
+    return ModelIdentity(
+        run_id=run.run_id, sha256=sha256, base_model=model.name, layer=model.layer, source=model.source,
+        target=model.target, d_source=d_source, d_target=d_target, num_features=transcoder.num_features,
+        k=transcoder.k, prefixes=list(transcoder.prefixes),
+    )  # fmt: skip
+
+
+def _widths(run: RunDirectory) -> tuple[int, int]:
+    import json
+
+    # The header of a safetensors file: its length in 8 bytes, then JSON. The weights themselves stay where they are.
+    path = run.location(WEIGHTS)
+    import fsspec
+
+    with fsspec.open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        shape = json.loads(json.loads(file.read(size))["__metadata__"]["shape"])
+    return int(shape["d_source"]), int(shape["d_target"])

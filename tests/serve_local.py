@@ -1,0 +1,127 @@
+"""The service without Ray, in the test's own process: the real routes and models, behind a real HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+
+from mtc.config import RunConfig, load_preset, to_yaml
+from mtc.runs import RunDirectory
+from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from serve.errors import ServiceError
+from serve.http_app import create_app
+from serve.results import Encoded, Options, RunKey
+from serve.run_encoder import RunEncoder
+from serve.schemas import LoadResponse, RunSummary
+from serve.served_run import ServedRun
+from serve.service import Service, State
+from serve.settings import Settings
+
+
+def make_config() -> RunConfig:
+    return load_preset("tiny", {"model": {"dtype": "float32"}})
+
+
+def make_run(directory: Path, seed: int = 3, config: RunConfig | None = None) -> RunDirectory:
+    """A finished run of random weights: no training, a report of three small files. Feature 9 always equals 5."""
+    config = config or make_config()
+    run = RunDirectory(str(directory))
+    shape = TranscoderShape(32, 32, config.transcoder.group_sizes, config.transcoder.k, config.input_norm)
+    transcoder = MatryoshkaTranscoder(shape, seed=seed)
+    with torch.no_grad():
+        transcoder.W_dec.normal_(generator=torch.Generator().manual_seed(seed + 1))
+        transcoder.b_enc.fill_(0.1)
+        transcoder.W_enc[9] = transcoder.W_enc[5]  # equal activations, to see ties broken
+        transcoder.threshold.fill_(0.8)
+    run.write("config.yaml", to_yaml(config))
+    run.write("transcoder.safetensors", transcoder.to_bytes())
+    run.write("analysis.json", json.dumps({"run_id": run.run_id}))
+    run.write("report/layer1_analysis_report.md", "# Report\n")
+    run.write("report/layer1_analysis_report.json", json.dumps({"run_id": run.run_id}))
+    run.write("report/layer1_analysis_report.html", "<!doctype html><title>é</title>")
+    run.write("report/plots/loss.png", b"\x89PNG")
+    run.publish()
+    return run
+
+
+def key_of(run: RunDirectory) -> RunKey:
+    return RunKey(run.run_id, run.url, run.manifest().files["transcoder.safetensors"].sha256)
+
+
+class LocalBackend:
+    """Models in this process; every run of the root is loaded at once."""
+
+    def __init__(self, *runs: RunDirectory):
+        self.keys = [key_of(run) for run in runs]
+        self.encoders = {key: RunEncoder(run) for key, run in zip(self.keys, runs, strict=True)}
+        self._state = State(1, self.keys[0], tuple(self.keys))
+
+    async def state(self) -> State:
+        return self._state
+
+    async def want(self, run_id: str) -> RunKey:
+        raise ServiceError(404, "unknown_model", f"there is no run {run_id!r}", {"models": [k.run_id for k in self.keys]})
+
+    async def encode(self, key: RunKey, windows: Sequence[Any], options: Options) -> list[Encoded]:
+        return await asyncio.to_thread(self.encoders[key].encode, windows, [options] * len(windows))
+
+    async def decode(self, key: RunKey, tokens: int, token: Any, feature: Any, value: Any, prefix: int | None) -> Any:
+        return await asyncio.to_thread(self.encoders[key].decode, tokens, token, feature, value, prefix)
+
+    async def runs(self) -> list[RunSummary]:
+        found = []
+        for key in self.keys:
+            run = ServedRun(key)
+            found.append(
+                RunSummary(
+                    run_id=key.run_id, created=run.manifest.created, base_model=run.identity.base_model, layer=1,
+                    num_features=run.num_features, prefixes=list(run.prefixes), k=run.identity.k,
+                    state="current" if key == self._state.current else "loaded",
+                )
+            )  # fmt: skip
+        return found
+
+    async def load(self, run_id: str) -> LoadResponse:
+        key = next((k for k in self.keys if k.run_id == run_id), None) or await self.want(run_id)
+        previous, self._state = self._state.current, State(self._state.version + 1, key, tuple(self.keys))
+        return LoadResponse(model=ServedRun(key).identity, previous=previous.run_id, seconds=0.0)
+
+    async def metrics(self) -> bytes:
+        return b"# EOF\n"
+
+
+@contextmanager
+def served(*runs: RunDirectory, **settings: Any) -> Iterator[str]:
+    """The base URL of a server for the runs, the first one current."""
+    backend = LocalBackend(*runs)
+    service = Service(Settings(run=runs[0].url, **settings), backend, asyncio.run(backend.state()))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=port, log_level="warning"))
+    started = threading.Event()
+    server_startup = server.startup
+
+    async def startup(*arguments: Any, **options: Any) -> None:
+        await server_startup(*arguments, **options)
+        started.set()
+
+    server.startup = startup  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert started.wait(60)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
