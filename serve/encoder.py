@@ -1,178 +1,147 @@
-"""Text to features: a finished run's language model and transcoder, alone (`RunEncoder`) and as a Serve deployment."""
+"""The deployment that holds the models: batches of several requests' tokens, for one or several runs."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, NamedTuple
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
 
 from ray import serve as ray_serve
+from ray.serve.handle import DeploymentHandle
 
-from mtc.runs import RunDirectory, load_transcoder, open_run
-from serve.schemas import FeatureActivation, TextResult, TokenFeatures
+from mtc.runs import RunDirectory, RunError
+from serve.batching import QueueFullError, TokenBatcher
+from serve.errors import ServiceError
+from serve.metrics import EncoderMetrics, Snapshot, snapshot
+from serve.results import Encoded, Options, RunKey
+from serve.served_run import WEIGHTS
+from serve.settings import Settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from serve.run_encoder import RunEncoder
+
+    Windows = list[NDArray[np.int32]]
+
+logger = logging.getLogger("ray.serve")
 
 
-MAX_BATCH_TEXTS = 16
-MAX_BATCH_TOKENS = 4096
+# Calls wait in the batcher, which knows their tokens, and not in Serve's own queues, which count requests.
+@ray_serve.deployment(max_ongoing_requests=1024, max_queued_requests=256, health_check_timeout_s=60)
+class Encoder:
+    """A replica. What a client is to be told is returned as a ServiceError: Serve logs what is raised as its fault."""
 
+    async def __init__(self, settings: Settings, control: DeploymentHandle):
+        self._settings, self._control = settings, control
+        self._metrics = EncoderMetrics()
+        self._runs: dict[RunKey, asyncio.Task[RunEncoder]] = {}
+        self._batcher: TokenBatcher[tuple[Windows, Options], list[Encoded]] = TokenBatcher(
+            self._forward, settings.max_batch_tokens, settings.max_queue_tokens
+        )
+        self._metrics.queued.set_function(lambda: self._batcher.queued_tokens)
+        self._metrics.loaded.set_function(lambda: len(self._runs))
+        self.replica_id = ray_serve.get_replica_context().replica_id.unique_id
+        self._use_threads()
+        state = await control.state.remote()
+        for key in (state.current, *state.loaded):  # a replica that can't answer must not become healthy
+            await self._run(key)
+        await control.encoder_is_ready.remote()
+        self._reporter = asyncio.create_task(self._report())
 
-class TextTooLongError(ValueError):
-    """An input has more tokens than the service takes."""
+    async def encode(self, key: RunKey, windows: Windows, options: Options) -> list[Encoded] | ServiceError:
+        """Features of windows of token ids, each [tokens] int32."""
+        await self._run(key)  # loaded already, unless this replica missed that
+        try:
+            return await self._batcher.submit(key, sum(map(len, windows)), (windows, options))
+        except QueueFullError as error:
+            detail = {"limit": error.limit, "value": error.queued + error.tokens}
+            return ServiceError(429, "overloaded", str(error), detail, {"Retry-After": "1"})
 
-    def __init__(self, index: int, tokens: int, limit: int):
-        super().__init__(index, tokens, limit)  # all arguments, so that the error survives pickling
-        self.index, self.tokens, self.limit = index, tokens, limit
+    async def decode(
+        self, key: RunKey, tokens: int, token: NDArray[np.int64], feature: NDArray[np.int64],
+        value: NDArray[np.float32], prefix: int | None,
+    ) -> Any:  # fmt: skip
+        """Raw reconstruction, [tokens, d_target] float32."""
+        encoder = await self._run(key)
+        return await self._batcher.call(encoder.decode, tokens, token, feature, value, prefix)  # type: ignore[arg-type]
 
-    def __str__(self) -> str:
-        return f"inputs[{self.index}] has {self.tokens} tokens, more than max_input_tokens={self.limit}"
+    async def load(self, key: RunKey) -> str | None:
+        """Have a run ready; what is wrong with it, or None."""
+        try:
+            await self._run(key)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
 
+    async def unload(self, key: RunKey) -> None:
+        """Let go of a run; batches that wait for it load it again."""
+        self._runs.pop(key, None)
 
-class Window(NamedTuple):
-    """One text, ready for the forward pass."""
+    async def totals(self) -> tuple[str, Snapshot]:
+        """This replica's id and counts."""
+        return self.replica_id, snapshot(self._metrics.registry)
 
-    token_ids: list[int]
-    """BOS first where the tokenizer has one, as in training."""
-    top_k: int
-    """Features wanted for each token."""
-    prefix: int | None
-    """Nested dictionary to use, or all features."""
+    async def _run(self, key: RunKey) -> RunEncoder:
+        task = self._runs.get(key)
+        if task is None:
+            task = self._runs[key] = asyncio.create_task(asyncio.to_thread(self._load, key))
+            task.add_done_callback(lambda done: self._loaded(key, done))
+        return await asyncio.shield(task)
 
+    def _loaded(self, key: RunKey, task: asyncio.Task[RunEncoder]) -> None:
+        failed = task.cancelled() or task.exception() is not None
+        self._metrics.loads.labels("failed" if failed else "loaded").inc()
+        if failed and self._runs.get(key) is task:
+            del self._runs[key]  # so that it can be tried again
 
-class RunEncoder:
-    """The language model, cut off after the run's layer, with the run's transcoder behind it.
-
-    `max_input_tokens` is a wish: the model's own number of positions is a limit too.
-    """
-
-    def __init__(self, run: RunDirectory, max_input_tokens: int = 1024, device: str = "cpu"):
-        from mtc.language_model import LanguageModel
-        from mtc.model_files import load_tokenizer
-        from mtc.tokens import special_ids
-
-        config = run.config()
-        self._tokenizer = load_tokenizer(config.model)
-        self._special = set(special_ids(self._tokenizer))
-        self._model = LanguageModel(config.model, device=device)
-        self._transcoder = load_transcoder(run, device)
-        model_config: Any = self._model.model.config
-        positions = getattr(model_config.get_text_config(), "max_position_embeddings", max_input_tokens)
-        self.max_input_tokens = min(max_input_tokens, positions)
-
-    def tokenise(self, texts: list[str]) -> list[list[int]]:
-        """Token ids as in training: text never becomes a special token. Raises TextTooLongError."""
-        bos = self._tokenizer.bos_token_id
-        start = [] if bos is None else [bos]
-        windows = []
-        for index, text in enumerate(texts):
-            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-            window = start + ids
-            if len(window) > self.max_input_tokens:
-                raise TextTooLongError(index, len(window), self.max_input_tokens)
-            windows.append(window)
-        return windows
-
-    def encode(self, texts: list[str], top_k: int = 16, prefix: int | None = None) -> list[TextResult]:
-        """The strongest `top_k` active features of every token of every text."""
-        return self.encode_windows([Window(ids, top_k, prefix) for ids in self.tokenise(texts)])
-
-    def encode_windows(self, windows: list[Window]) -> list[TextResult]:
-        """Encode windows of any lengths in as few forward passes of at most MAX_BATCH_TOKENS tokens as fit."""
-        results: dict[int, TextResult] = {}
-        for chunk in _chunks([len(w.token_ids) for w in windows]):
-            chosen = [windows[i] for i in chunk]
-            results.update(zip(chunk, self._forward(chosen), strict=True))
-        return [results.get(i, TextResult(tokens=[])) for i in range(len(windows))]
-
-    def _forward(self, windows: list[Window]) -> list[TextResult]:
+    def _load(self, key: RunKey) -> RunEncoder:
+        """Read, check and warm up; in a thread, while other runs answer."""
         import numpy as np
+
+        from serve.run_encoder import RunEncoder
+
+        run = RunDirectory(key.url, key.run_id)
+        manifest = run.verify(["config.yaml", WEIGHTS])
+        if (found := manifest.files[WEIGHTS].sha256) != key.sha256:
+            raise RunError(f"{run.url}: {WEIGHTS} has the sha256 {found}, {key.sha256} was asked for")
+        encoder = RunEncoder(run, self._settings.device)
+        for length in (1, 16):  # lengths differ in what they set up
+            encoder.encode([np.zeros(length, np.int32)], [Options(top_k=1, fvu=True)])
+        return encoder
+
+    def _forward(self, key: Any, requests: list[tuple[Windows, Options]]) -> list[list[Encoded]]:
+        """One batch; in the batcher's thread."""
+        encoder = self._runs[key].result()
+        windows = [window for many, _ in requests for window in many]
+        options = [each for many, each in requests for _ in many]
+        start = time.perf_counter()
+        found = iter(encoder.encode(windows, options))
+        answers = [[next(found) for _ in many] for many, _ in requests]
+        self._metrics.forward.observe(time.perf_counter() - start)
+        self._metrics.batch_tokens.observe(sum(map(len, windows)))
+        return answers
+
+    def _use_threads(self) -> None:
         import torch
 
-        from mtc.work import pack_windows
+        if self._settings.device == "cpu":
+            # Ray sets one thread for an actor that reserves less than two CPUs.
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(self._settings.num_threads_encoder or max(1, cores // self._settings.num_replicas))
 
-        packed = pack_windows([np.array(w.token_ids, np.int32) for w in windows], sorted(self._special))
-        with torch.inference_mode():
-            (pair,) = self._model.capture(packed)
-            sources = pair.source.split(list(packed.lengths))
-            return [
-                self._text_result(window, self._transcoder.encode(source, window.prefix))
-                for window, source in zip(windows, sources, strict=True)
-            ]
-
-    def _text_result(self, window: Window, activations: Tensor) -> TextResult:
-        """One text's answer from its activations [tokens, features]."""
-        strongest = _strongest(activations.cpu(), window.top_k)
-        tokens = []
-        for token_id, features in zip(window.token_ids, strongest, strict=True):
-            special = token_id in self._special
-            tokens.append(
-                TokenFeatures(
-                    token_id=token_id,
-                    token=str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)),
-                    is_special=special,
-                    features=[] if special else features,
-                )
-            )
-        return TextResult(tokens=tokens)
-
-
-@ray_serve.deployment(
-    # More than two full batches in flight, so that one collects while another runs; the rest waits where it can be
-    # refused: Serve's own default queue has no end.
-    max_ongoing_requests=32,
-    max_queued_requests=64,
-    health_check_timeout_s=60,
-)
-class Encoder:
-    """A replica: texts of concurrent requests share forward passes."""
-
-    def __init__(self, run: str, max_input_tokens: int, device: str):
-        self._encoder = RunEncoder(open_run(run, verify=False), max_input_tokens, device)
-        self._encoder.encode(["a"], top_k=1)  # a replica that can't answer must not become healthy
-
-    async def encode(self, texts: list[str], top_k: int, prefix: int | None) -> list[TextResult] | TextTooLongError:
-        """As RunEncoder.encode, but an overlong text is a value: Serve logs what is raised as the service's fault."""
-        try:
-            windows = await asyncio.to_thread(self._encoder.tokenise, texts)
-        except TextTooLongError as error:
-            return error
-        return list(await asyncio.gather(*(self._encode_window(Window(ids, top_k, prefix)) for ids in windows)))
-
-    @ray_serve.batch(max_batch_size=MAX_BATCH_TEXTS, batch_wait_timeout_s=0.005)
-    async def _encode_window(self, windows: list[Window]) -> list[TextResult]:
-        # In a thread, so that the next batch collects and health checks are answered meanwhile.
-        return await asyncio.to_thread(self._encoder.encode_windows, windows)
-
-
-def _chunks(lengths: list[int]) -> list[list[int]]:
-    """Indices of non-empty windows, in groups of at most MAX_BATCH_TOKENS tokens, or one window."""
-    chunks: list[list[int]] = []
-    tokens = 0
-    for index, length in enumerate(lengths):
-        if not length:
-            continue
-        if not chunks or tokens + length > MAX_BATCH_TOKENS or len(chunks[-1]) == MAX_BATCH_TEXTS:
-            chunks.append([])
-            tokens = 0
-        chunks[-1].append(index)
-        tokens += length
-    return chunks
-
-
-def _strongest(activations: Tensor, top_k: int) -> list[list[FeatureActivation]]:
-    """Each token's active features [tokens, features], strongest first, equal ones by index.
-
-    Sorts only the active entries, about one in a hundred: two stable sorts keep the order of indices among equals,
-    which topk does not promise.
-    """
-    rows, columns = activations.nonzero(as_tuple=True)
-    values = activations[rows, columns]
-    order = values.argsort(descending=True, stable=True)
-    order = order[rows[order].argsort(stable=True)]
-    features: list[list[FeatureActivation]] = [[] for _ in range(activations.shape[0])]
-    triples = zip(rows[order].tolist(), columns[order].tolist(), values[order].tolist(), strict=True)
-    for row, column, value in triples:
-        if len(features[row]) < top_k:
-            features[row].append(FeatureActivation(feature_index=column, activation_value=value))
-    return features
+    async def _report(self) -> None:
+        """Leave the counts where they outlive this replica."""
+        last: Snapshot = ()
+        while True:
+            await asyncio.sleep(1)
+            found = snapshot(self._metrics.registry)
+            if found != last:
+                try:
+                    await self._control.keep_totals.remote(self.replica_id, found)
+                    last = found
+                except Exception as error:
+                    logger.warning("counts were not handed over: %s", type(error).__name__)

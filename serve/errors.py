@@ -56,6 +56,7 @@ def invalid(error: ValidationError | RequestValidationError) -> ServiceError:
 
 
 def _answer(request: Request, error: ServiceError) -> Response:
+    request.scope["state"]["error_type"] = error.error_type  # for what is counted
     body = error_body(error, request.scope["state"].get("request_id") or request_id(request.headers))
     return Response(body, error.status, error.headers, media_type="application/json")
 

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.errors import install_error_handlers, request_id
+from serve.observe import Observe
 from serve.routes import encode, features, operations, pages, report
 from serve.service import Service
 
@@ -31,4 +32,5 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(each.router)
     install_error_handlers(app)
     app.add_middleware(RequestIds)
+    app.add_middleware(Observe, metrics=service.metrics)
     return app

@@ -9,14 +9,16 @@ from numpy.typing import NDArray
 
 
 class RunKey(NamedTuple):
-    """One set of weights. Every request is answered by exactly one."""
+    """One state of one run. Every request is answered by exactly one."""
 
     run_id: str
     """Name of the run."""
     url: str
     """Its directory."""
     sha256: str
-    """Digest of its weights file: a run that is written anew is another key."""
+    """Digest of its weights file."""
+    created: str = ""
+    """When it was published, ISO 8601: a run that is published anew, such as after another analysis, is another key."""
 
 
 class Options(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.errors import ServiceError
+from serve.metrics import IngressMetrics
 from serve.results import Encoded, Options, RunKey, Tokenised
 from serve.schemas import DecodeRequest, EncodeRequest, LoadResponse, RunSummary, TokenizeRequest
 from serve.served_run import ServedRun
@@ -19,6 +21,7 @@ T = TypeVar("T")
 
 DEFAULT_TOP_K = 16
 READY_TIMEOUT_S = 5.0
+READY_FOR_S = 2.0
 
 
 class State(NamedTuple):
@@ -29,7 +32,9 @@ class State(NamedTuple):
     current: RunKey
     """Answers where no run is named."""
     loaded: tuple[RunKey, ...]
-    """In memory, the current one among them."""
+    """In memory, the current one among them, the last that was loaded first."""
+    ready: bool
+    """Whether the models of the current run were ever ready."""
 
 
 class Backend(Protocol):
@@ -41,9 +46,7 @@ class Backend(Protocol):
     async def want(self, run_id: str) -> RunKey:
         """A run that was asked for by name: 404 if there is none, 503 while it is loaded, 409 if it can't be."""
 
-    async def encode(
-        self, key: RunKey, windows: Sequence[NDArray[np.int32]], options: Options
-    ) -> list[Encoded]:
+    async def encode(self, key: RunKey, windows: Sequence[NDArray[np.int32]], options: Options) -> list[Encoded]:
         """Features of windows by the weights of `key` and no others: 429 if too many tokens wait."""
 
     async def decode(
@@ -65,12 +68,16 @@ class Backend(Protocol):
 class Service:
     """One replica's view of the service."""
 
-    def __init__(self, settings: Settings, backend: Backend, state: State):
+    def __init__(self, settings: Settings, backend: Backend, state: State, metrics: IngressMetrics | None = None):
         self.settings, self.backend, self.state = settings, backend, state
+        self.metrics = metrics or IngressMetrics()
+        self._ready: tuple[RunKey, float] | None = None
         self._opened: dict[RunKey, asyncio.Task[ServedRun]] = {}
 
     async def run(self, model: str | None) -> ServedRun:
         """The run that answers a request; the whole answer is to come from it. Raises ServiceError as Backend.want."""
+        if not self.state.ready:
+            raise ServiceError(503, "loading", "the models are being loaded", headers={"Retry-After": "1"})
         if model is None or model == self.state.current.run_id:
             key = self.state.current
         else:
@@ -98,6 +105,10 @@ class Service:
 
     async def tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
         """The request's inputs as the model reads them. Raises ServiceError: 413 beyond the limits, 422 unknown ids."""
+        with self.metrics.duration.labels("tokenise").time():
+            return await self._tokenise(run, request)
+
+    async def _tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
         settings, tokeniser = self.settings, run.tokeniser
         inputs: Sequence[object] = request.texts or request.windows or []
         if len(inputs) > settings.max_inputs:
@@ -149,6 +160,7 @@ class Service:
         self, run: ServedRun, inputs: Sequence[Tokenised], options: Options
     ) -> AsyncIterator[tuple[int, Encoded]]:
         """Index and features of each input, in order, as batches are done."""
+        start = time.perf_counter()
         parts = _parts([len(each.ids) for each in inputs], self.settings.max_batch_tokens)
         tasks = [
             asyncio.create_task(self.backend.encode(run.key, [inputs[i].ids for i in part], options))
@@ -159,6 +171,8 @@ class Service:
                 found = await self._in_time(task)
                 for index, encoded in zip(part, found, strict=True):
                     yield index, encoded
+            self.metrics.duration.labels("models").observe(time.perf_counter() - start)
+            self.metrics.tokens.inc(sum(len(each.ids) for each in inputs))
         finally:
             for task in tasks:
                 task.cancel()
@@ -187,14 +201,22 @@ class Service:
             raise ServiceError(504, "timeout", f"no answer within {limit:g} s", {"limit": limit}) from None
 
     async def check_ready(self) -> None:
-        """One real token through the current run's models. Raises ServiceError 503 if that fails or takes too long."""
-        key = self.state.current
+        """One real token through the current run's models; a success is believed for READY_FOR_S.
+
+        Raises ServiceError 503 if that fails or takes too long.
+        """
+        key, now = self.state.current, time.monotonic()
+        if self._ready is not None and self._ready[0] == key and now < self._ready[1] + READY_FOR_S:
+            return
         try:
+            if not self.state.ready:
+                raise ServiceError(503, "loading", "the models are being loaded")
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await self.backend.encode(key, [np.zeros(1, np.int32)], Options(top_k=1))
         except (ServiceError, TimeoutError) as error:
             what = str(error) or f"no answer within {READY_TIMEOUT_S:g} s"
             raise ServiceError(503, "not_ready", f"not ready: {what}", headers={"Retry-After": "1"}) from error
+        self._ready = (key, now)
 
 
 def _matrix(request: DecodeRequest) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:

@@ -2,6 +2,8 @@
 
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` as a class, not as a string.
 
+import socket
+from contextlib import ExitStack
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,6 +23,20 @@ ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
 """For every node of a Ray cluster that serves, before Ray starts there. Without it the service works, but slower."""
+
+_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)  # fmt: skip
+
+
+def free_ports() -> dict[str, str]:
+    """Environment that gives a second Ray cluster on one machine ports of its own beside the one that it serves on."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in _PORTS]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return {name: str(probe.getsockname()[1]) for name, probe in zip(_PORTS, probes, strict=True)}
 
 
 class Settings(BaseModel):

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
+from serve.settings import ENVIRONMENT, free_ports
+
 os.environ.update(RAY_AUTH_MODE="disabled", OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0", HF_HUB_OFFLINE="1")
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
 os.environ.pop("RAY_ADDRESS", None)
+os.environ.update(ENVIRONMENT)
+os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+os.environ.update(free_ports())  # another Ray on this machine may have the usual ones
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -55,7 +55,8 @@ def make_run(directory: Path, seed: int = 3, config: RunConfig | None = None) ->
 
 
 def key_of(run: RunDirectory) -> RunKey:
-    return RunKey(run.run_id, run.url, run.manifest().files["transcoder.safetensors"].sha256)
+    manifest = run.manifest()
+    return RunKey(run.run_id, run.url, manifest.files["transcoder.safetensors"].sha256, manifest.created)
 
 
 class LocalBackend:
@@ -64,7 +65,7 @@ class LocalBackend:
     def __init__(self, *runs: RunDirectory):
         self.keys = [key_of(run) for run in runs]
         self.encoders = {key: RunEncoder(run) for key, run in zip(self.keys, runs, strict=True)}
-        self._state = State(1, self.keys[0], tuple(self.keys))
+        self._state = State(1, self.keys[0], tuple(self.keys), True)
 
     async def state(self) -> State:
         return self._state
@@ -93,7 +94,7 @@ class LocalBackend:
 
     async def load(self, run_id: str) -> LoadResponse:
         key = next((k for k in self.keys if k.run_id == run_id), None) or await self.want(run_id)
-        previous, self._state = self._state.current, State(self._state.version + 1, key, tuple(self.keys))
+        previous, self._state = self._state.current, State(self._state.version + 1, key, tuple(self.keys), True)
         return LoadResponse(model=ServedRun(key).identity, previous=previous.run_id, seconds=0.0)
 
     async def metrics(self) -> bytes:
