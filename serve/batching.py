@@ -9,7 +9,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -26,7 +27,8 @@ class QueueFullError(RuntimeError):
         return f"{self.tokens} tokens beside {self.queued} that wait are more than max_queue_tokens={self.limit}"
 
 
-class _Item(NamedTuple):
+@dataclass(eq=False, frozen=True)  # two are never equal: payloads may be arrays
+class _Item:
     key: Hashable
     tokens: int
     payload: object

@@ -39,7 +39,7 @@ class Encoder:
         self._settings, self._control = settings, control
         self._metrics = EncoderMetrics()
         self._runs: dict[RunKey, asyncio.Task[RunEncoder]] = {}
-        self._batcher: TokenBatcher[tuple[Windows, Options], list[Encoded]] = TokenBatcher(
+        self._batcher: TokenBatcher[tuple[RunEncoder, Windows, Options], list[Encoded]] = TokenBatcher(
             self._forward, settings.max_batch_tokens, settings.max_queue_tokens
         )
         self._metrics.queued.set_function(lambda: self._batcher.queued_tokens)
@@ -54,9 +54,9 @@ class Encoder:
 
     async def encode(self, key: RunKey, windows: Windows, options: Options) -> list[Encoded] | ServiceError:
         """Features of windows of token ids, each [tokens] int32."""
-        await self._run(key)  # loaded already, unless this replica missed that
+        encoder = await self._run(key)  # loaded already, unless this replica missed that
         try:
-            return await self._batcher.submit(key, sum(map(len, windows)), (windows, options))
+            return await self._batcher.submit(key, sum(map(len, windows)), (encoder, windows, options))
         except QueueFullError as error:
             detail = {"limit": error.limit, "value": error.queued + error.tokens}
             return ServiceError(429, "overloaded", str(error), detail, {"Retry-After": "1"})
@@ -78,7 +78,7 @@ class Encoder:
         return None
 
     async def unload(self, key: RunKey) -> None:
-        """Let go of a run; batches that wait for it load it again."""
+        """Let go of a run; batches that wait for it still hold it."""
         self._runs.pop(key, None)
 
     async def totals(self) -> tuple[str, Snapshot]:
@@ -113,14 +113,14 @@ class Encoder:
             encoder.encode([np.zeros(length, np.int32)], [Options(top_k=1, fvu=True)])
         return encoder
 
-    def _forward(self, key: Any, requests: list[tuple[Windows, Options]]) -> list[list[Encoded]]:
+    def _forward(self, key: Any, requests: list[tuple[RunEncoder, Windows, Options]]) -> list[list[Encoded]]:
         """One batch; in the batcher's thread."""
-        encoder = self._runs[key].result()
-        windows = [window for many, _ in requests for window in many]
-        options = [each for many, each in requests for _ in many]
+        encoder = requests[0][0]
+        windows = [window for _, many, _ in requests for window in many]
+        options = [each for _, many, each in requests for _ in many]
         start = time.perf_counter()
         found = iter(encoder.encode(windows, options))
-        answers = [[next(found) for _ in many] for many, _ in requests]
+        answers = [[next(found) for _ in many] for _, many, _ in requests]
         self._metrics.forward.observe(time.perf_counter() - start)
         self._metrics.batch_tokens.observe(sum(map(len, windows)))
         return answers

@@ -1,8 +1,12 @@
-"""The HTTP service against an independent offline forward, through a real Serve proxy."""
+"""The deployed service through its real HTTP front, against an independent offline forward: three replicas of the
+models, two that speak HTTP, killed and swapped under load."""
 
 import asyncio
-import json
+import os
+import signal
 import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,224 +14,287 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
+from serve_local import make_config, make_run
 
-from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.language_model import LanguageModel
 from mtc.model_files import load_tokenizer
 from mtc.runs import RunDirectory, RunError
-from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from mtc.transcoder import MatryoshkaTranscoder
 from mtc.work import pack_windows
 
 TEXTS = ["a", "Hello, world", "<bos> is spelled out", "naïve – ünïcode", "x" * 200, "two\nlines"]
+RETRYABLE = {429, 503}
 
 
 @pytest.fixture(scope="module")
-def config() -> RunConfig:
-    return load_preset("tiny", {"model": {"dtype": "float32"}})
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> RunDirectory:
-    run = RunDirectory(str(tmp_path_factory.mktemp("runs") / "one"))
-    shape = TranscoderShape(32, 32, config.transcoder.group_sizes, config.transcoder.k, config.input_norm)
-    transcoder = MatryoshkaTranscoder(shape, seed=3)
-    with torch.no_grad():
-        transcoder.W_dec.normal_(generator=torch.Generator().manual_seed(4))
-        transcoder.b_enc.fill_(0.1)
-        transcoder.W_enc[9] = transcoder.W_enc[5]  # equal activations, to see ties broken
-        transcoder.threshold.fill_(0.8)
-    run.write("config.yaml", to_yaml(config))
-    run.write("transcoder.safetensors", transcoder.to_bytes())
-    run.write("analysis.json", json.dumps({"run_id": "one"}))
-    run.write("report/layer1_analysis_report.md", "# Report\n")
-    run.write("report/layer1_analysis_report.json", json.dumps({"run_id": "one"}))
-    run.write("report/layer1_analysis_report.html", "<!doctype html><title>é</title>")
-    run.write("report/plots/loss.png", b"\x89PNG")
-    run.publish()
-    return run
-
-
-@pytest.fixture(scope="module")
-def url(ray_cluster: object, run: RunDirectory) -> Any:
+def url(ray_cluster: object, root: Path) -> Iterator[str]:
     from ray import serve
 
-    from serve.app import AppArgs, build
+    from serve.app import build
+    from serve.settings import Settings
 
+    for name, seed in (("other", 5), ("third", 6), ("one", 3)):
+        make_run(root / name, seed)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    latest = str(Path(run.path).parent / "latest")
-    args = AppArgs(run=latest, max_input_tokens=256, num_cpus_encoder=0.5)
-    serve.run(build(args), name="mtc", route_prefix="/")
+    settings = Settings(
+        run=str(root / "latest"), max_input_tokens=256, num_replicas=3, num_cpus_encoder=0.2, num_ingress_replicas=2,
+        watch_seconds=0.2, max_loaded_runs=2,
+    )  # fmt: skip
+    serve.run(build(settings), name="mtc", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
+    serve.delete("mtc")
     serve.shutdown()
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> Any:
+def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def offline(run: RunDirectory, config: RunConfig) -> Any:
-    """The same answer without serve/: one text at a time, with topk."""
+def offline() -> Callable[[Path, str], list[tuple[int, dict[int, float]]]]:
+    """The same answer without serve/: one text at a time, with a dense encoder."""
+    config = make_config()
     tokenizer, model = load_tokenizer(config.model), LanguageModel(config.model)
-    transcoder = MatryoshkaTranscoder.load(run.location("transcoder.safetensors"))
 
-    def encode(text: str, top_k: int, prefix: int | None = None) -> list[tuple[int, dict[int, float]]]:
+    def encode(run: Path, text: str) -> list[tuple[int, dict[int, float]]]:
+        transcoder = MatryoshkaTranscoder.load(str(run / "transcoder.safetensors"))
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = [tokenizer.bos_token_id, *ids]
         with torch.no_grad():
             (pair,) = model.capture(pack_windows([np.array(ids, np.int32)], []))
-            activations = transcoder.encode(pair.source, prefix)
-        answer = []
-        for position, row in enumerate(activations):
-            top = row.topk(min(top_k, len(row)))
-            active = {int(i): float(v) for i, v in zip(top.indices, top.values, strict=True) if v > 0}
-            answer.append((ids[position], {} if position == 0 else active))
-        return answer
+            activations = transcoder.encode(pair.source)
+        rows = [{int(i): float(row[i]) for i in row.nonzero()} for row in activations]
+        return list(zip(ids, [{}, *rows[1:]], strict=True))
 
     return encode
 
 
-def check(result: dict[str, Any], expected: list[tuple[int, dict[int, float]]]) -> None:
-    assert [t["token_id"] for t in result["tokens"]] == [i for i, _ in expected]
-    for token, (_, features) in zip(result["tokens"], expected, strict=True):
-        got = {f["feature_index"]: f["activation_value"] for f in token["features"]}
-        assert got == pytest.approx(features, rel=1e-4, abs=1e-5)
-        order = [(-f["activation_value"], f["feature_index"]) for f in token["features"]]
-        assert order == sorted(order)
+def check(body: dict[str, Any], expected: list[list[tuple[int, dict[int, float]]]]) -> None:
+    for result, rows in zip(body["results"], expected, strict=True):
+        assert result["token_ids"] == [token for token, _ in rows]
+        for features, (_, wanted) in zip(result["features"], rows, strict=True):
+            found = {f["feature_index"]: f["activation_value"] for f in features}
+            assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
-def check_error(response: httpx.Response, status: int, error_type: str) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert set(body) == {"error", "error_type", "request_id", "detail"}
-    assert body["error_type"] == error_type
-    assert body["request_id"] == response.headers["x-request-id"]
-    return body
+def metric(client: httpx.Client, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have the labels; 0 without one."""
+    response = client.get("/metrics")
+    assert response.status_code == 200, response.text
+    families = text_string_to_metric_families(response.text)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
 
-def test_encode_equals_offline_forward(client: httpx.Client, offline: Any, config: RunConfig) -> None:
+async def load(url: str, requests: int, workers: int, answered: Callable[[int, httpx.Response], Any]) -> None:
+    """`requests` of one text each, some at a time; `answered` gets each one's number and response."""
+    numbers = iter(range(requests))
+
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+
+        async def work() -> None:
+            for number in numbers:
+                body = {"inputs": TEXTS[number % len(TEXTS)], "top_k": 64}
+                answered(number, await client.post("/encode", json=body))
+
+        await asyncio.gather(*(work() for _ in range(workers)))
+
+
+def replicas(deployment: str) -> list[int]:
+    """Process ids of a deployment's live replicas."""
+    from ray.util.state import list_actors
+
+    actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+    return [actor.pid for actor in actors if (actor.name or "").startswith(f"SERVE_REPLICA::mtc#{deployment}#")]
+
+
+def test_encode_equals_offline_forward(client: httpx.Client, offline: Any, root: Path) -> None:
     response = client.post("/encode", json={"inputs": TEXTS, "top_k": 64})
     assert response.status_code == 200, response.text
     body = response.json()
-    assert (body["run_id"], body["layer"], body["source"], body["target"]) == ("one", 1, "resid_mid", "mlp_out")
-    assert (body["num_features"], body["k"], body["prefixes"], body["prefix"]) == (64, 8, [16, 48, 64], 64)
-    for text, result in zip(TEXTS, body["results"], strict=True):
-        check(result, offline(text, 64))
-    bos, *rest = body["results"][1]["tokens"]
-    assert bos["is_special"]
-    assert bos["features"] == []
-    assert "".join(t["token"] for t in rest) == TEXTS[1]
-    assert not any(t["is_special"] for t in body["results"][2]["tokens"][1:])
-    pairs = [[f["feature_index"] for f in t["features"]] for r in body["results"] for t in r["tokens"]]
-    tied = [p for p in pairs if 5 in p]
-    assert tied
-    assert all(p[p.index(5) + 1] == 9 for p in tied)
-
-
-def test_concurrent_requests_of_different_lengths(url: str, offline: Any) -> None:
-    async def all_at_once() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            return await asyncio.gather(*(client.post("/encode", json={"inputs": t, "top_k": 64}) for t in TEXTS * 3))
-
-    for text, response in zip(TEXTS * 3, asyncio.run(all_at_once()), strict=True):
-        check(response.json()["results"][0], offline(text, 64))
-
-
-def test_top_k_and_prefix(client: httpx.Client, offline: Any) -> None:
-    full = client.post("/encode", json={"inputs": "Hello", "top_k": 64}).json()["results"][0]["tokens"]
-    few = client.post("/encode", json={"inputs": "Hello", "top_k": 2}).json()["results"][0]["tokens"]
-    assert [t["features"] for t in few] == [t["features"][:2] for t in full]
-    body = client.post("/encode", json={"inputs": "Hello", "top_k": 64, "prefix": 16}).json()
-    assert body["prefix"] == 16
-    check(body["results"][0], offline("Hello", 64, 16))
-    assert all(f["feature_index"] < 16 for t in body["results"][0]["tokens"] for f in t["features"])
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "error_type"),
-    [
-        ({"inputs": []}, 400, "empty_inputs"),
-        ({"inputs": ["a", ""]}, 400, "empty_inputs"),
-        ({"inputs": ["a"] * 65}, 413, "too_many_inputs"),
-        ({"inputs": "x" * 256}, 413, "text_too_long"),
-        ({"inputs": "x" * (1 << 20)}, 413, "too_large"),
-        ({"inputs": "a", "top_k": 0}, 422, "validation"),
-        ({"inputs": "a", "top_k": 65}, 422, "validation"),
-        ({"inputs": "a", "prefix": 17}, 422, "validation"),
-        ({"inputs": "a", "topk": 5}, 422, "validation"),
-        ({"inputs": 5}, 422, "validation"),
-        ({}, 422, "validation"),
-    ],
-)
-def test_refused_requests(client: httpx.Client, body: dict[str, Any], status: int, error_type: str) -> None:
-    error = check_error(client.post("/encode", json=body), status, error_type)
-    if error_type == "text_too_long":
-        assert error["detail"] == {"limit": 256, "value": 257, "index": 0}
-        assert "256" in error["error"]
-
-
-def test_other_errors_have_the_same_shape(client: httpx.Client) -> None:
-    check_error(client.get("/nothing"), 404, "not_found")
-    check_error(client.get("/encode"), 405, "method_not_allowed")
-    check_error(client.post("/encode", content=b"{"), 422, "validation")
-    check_error(client.get("/report", headers={"accept": "image/png"}), 406, "not_acceptable")
-
-
-def test_report(client: httpx.Client) -> None:
-    for accept in ("*/*", "text/markdown", "text/*", "text/html;q=0.1, */*;q=0.8"):
-        response = client.get("/report", headers={"accept": accept})
-        assert response.text == "# Report\n"
-        assert response.headers["content-type"].startswith("text/markdown")
-    for accept in ("text/html", "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8"):
-        response = client.get("/report", headers={"accept": accept})
-        assert response.content == "<!doctype html><title>é</title>".encode()
-        assert response.headers["content-type"] == "text/html; charset=utf-8"
-        assert response.headers["vary"] == "Accept"
-    for accept in ("application/json", "text/markdown;q=0.5, application/json"):
-        response = client.get("/report", headers={"accept": accept})
-        assert response.json() == {"run_id": "one"}
-        assert response.headers["content-type"] == "application/json"
-
-
-def test_report_files(client: httpx.Client) -> None:
-    response = client.get("/report/files/plots/loss.png")
-    assert response.content == b"\x89PNG"
-    assert response.headers["content-type"] == "image/png"
-    for name in ("..%2fconfig.yaml", "%2fetc%2fpasswd", "plots/..%2f..%2fconfig.yaml", "plots", "nothing.png"):
-        check_error(client.get(f"/report/files/{name}"), 404, "not_found")
+    model = body["model"]
+    assert (model["run_id"], model["layer"], model["source"], model["target"]) == ("one", 1, "resid_mid", "mlp_out")
+    assert (model["num_features"], model["k"], model["prefixes"], body["prefix"]) == (64, 8, [16, 48, 64], 64)
+    assert model["sha256"] == RunDirectory(str(root / "one")).manifest().files["transcoder.safetensors"].sha256
+    check(body, [offline(root / "one", text) for text in TEXTS])
+    assert body["results"][1]["is_special"] == [True] + [False] * len(TEXTS[1])
+    assert body["usage"] == {"inputs": len(TEXTS), "tokens": sum(len(r["token_ids"]) for r in body["results"])}
 
 
 def test_probes_and_info(client: httpx.Client) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready"}
     info = client.get("/info").json()
-    assert info["run_id"] == "one"
-    assert info["transcoder"]["prefixes"] == [16, 48, 64]
-    assert set(info["versions"]) == {"python", "mtc", "ray", "torch", "transformers"}
+    assert info["model"]["run_id"] == "one"
+    assert info["limits"]["max_input_tokens"] == 256
+    assert {"python", "mtc", "ray", "torch", "transformers"} <= set(info["versions"])
+    assert client.post("/encode", json={"inputs": "x" * 256}).json()["detail"] == {"limit": 256, "value": 257, "index": 0}
 
 
-def test_killed_replica_is_replaced(client: httpx.Client, offline: Any) -> None:
-    import ray
+def test_totals_of_all_replicas_are_exact(client: httpx.Client, url: str) -> None:
+    names = ("mtc_encode_requests_total", "mtc_encode_tokens_total", "mtc_encode_batch_tokens_sum")
+    before = [metric(client, name) for name in names]
+    codes, tokens = [], []
 
-    named = ray.util.list_named_actors(all_namespaces=True)
-    actors = [a for a in named if a["name"].startswith("SERVE_REPLICA::mtc#Encoder#")]
-    for actor in actors:
-        ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
-    assert actors
-    response = client.post("/encode", json={"inputs": "after", "top_k": 64})
-    check(response.json()["results"][0], offline("after", 64))
+    def answered(number: int, response: httpx.Response) -> None:
+        codes.append(response.status_code)
+        tokens.append(response.json()["usage"]["tokens"])
+
+    asyncio.run(load(url, 150, 8, answered))
+    after = [metric(client, name) for name in names]
+    assert codes == [200] * 150
+    assert [b - a for a, b in zip(before, after, strict=True)] == [150, sum(tokens), sum(tokens)]
+    assert metric(client, "mtc_encode_requests_total", code="200") >= 150
+    assert metric(client, "mtc_encode_queue_tokens") == 0
+    assert metric(client, "mtc_runs_loaded") == 3
+    assert metric(client, "mtc_model_info", run_id="one") == 1
+    assert metric(client, "mtc_http_requests_total", route="/encode", code="200") >= 150
+    # More than one of each kind has worked: else the sum would prove nothing.
+    assert len(replicas("Encoder")) == 3
+    assert len(replicas("Ingress")) == 2
+
+
+def test_replica_killed_under_load(client: httpx.Client, url: str, offline: Any, root: Path) -> None:
+    expected = [offline(root / "one", text) for text in TEXTS]
+    victim, counted = replicas("Encoder")[0], metric(client, "mtc_encode_batch_tokens_sum")
+    failed: list[str] = []
+
+    def answered(number: int, response: httpx.Response) -> None:
+        if number == 60:
+            os.kill(victim, signal.SIGKILL)
+        if response.status_code == 200:
+            check(response.json(), [expected[number % len(TEXTS)]])
+        elif response.status_code in RETRYABLE:
+            assert set(response.json()) == {"error", "error_type", "request_id", "detail"}
+            failed.append(response.text)
+        else:
+            raise AssertionError(f"{response.status_code}: {response.text}")
+
+    asyncio.run(load(url, 300, 8, answered))
+    assert len(failed) < 30, failed
+    assert metric(client, "mtc_encode_batch_tokens_sum") > counted
+    deadline = time.monotonic() + 60
+    while len(found := replicas("Encoder")) < 3 or victim in found:
+        assert time.monotonic() < deadline
+    check(client.post("/encode", json={"inputs": "Hello, world", "top_k": 64}).json(), [expected[1]])
+
+
+def test_new_runs_take_over_under_load(client: httpx.Client, url: str, offline: Any, root: Path) -> None:
+    """1,000 requests; meanwhile one run is published, another loaded by name, and a damaged one refused."""
+    runs = {"one": root / "one", "published": root / "published", "other": root / "other", "damaged": root / "damaged"}
+    make_run(root / "aside" / "published", seed=11)
+    damaged = make_run(root / "aside" / "damaged", seed=12)
+    weights = Path(damaged.path, "transcoder.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    expected: dict[str, list[Any]] = {}
+    answers: list[tuple[int, dict[str, Any]]] = []
+    events: dict[str, Any] = {}
+    threads: list[asyncio.Task[Any]] = []
+
+    def publish() -> None:
+        (root / "aside" / "published").rename(runs["published"])
+        (root / "latest").write_text("published")
+
+    async def swap() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as admin:
+            while (await admin.get("/info")).json()["model"]["run_id"] != "published":
+                pass
+            events["published"] = len(answers)
+            (root / "aside" / "damaged").rename(runs["damaged"])
+            events["refused"] = await admin.post("/admin/load", json={"model": "damaged"})
+            events["loaded"] = await admin.post("/admin/load", json={"model": "other"})
+
+    def answered(number: int, response: httpx.Response) -> None:
+        assert response.status_code == 200, response.text
+        answers.append((number, response.json()))
+        if number == 100:
+            publish()
+            threads.append(asyncio.ensure_future(swap()))
+
+    async def scenario() -> None:
+        await load(url, 1000, 6, answered)
+        await asyncio.gather(*threads)
+
+    asyncio.run(scenario())
+    assert len(answers) == 1000
+    for name in ("one", "published", "other"):
+        expected[name] = [offline(runs[name], text) for text in TEXTS]
+    names = [body["model"]["run_id"] for _, body in answers]
+    for number, body in answers:
+        check(body, [expected[body["model"]["run_id"]][number % len(TEXTS)]])  # every value from the run it names
+    assert {"one", "published"} <= set(names) <= {"one", "published", "other"}
+    assert events["refused"].status_code == 409
+    assert "sha256" in events["refused"].json()["error"] and "damaged" in events["refused"].json()["error"]
+    assert events["loaded"].json()["previous"] == "published"
+    body = client.post("/encode", json={"inputs": TEXTS, "top_k": 64}).json()
+    assert body["model"]["run_id"] == "other"
+    check(body, expected["other"])
+
+
+def test_runs_by_name_are_loaded_when_asked_for(client: httpx.Client, offline: Any, root: Path) -> None:
+    def states() -> dict[str, str]:
+        return {run["run_id"]: run["state"] for run in client.get("/runs").json()["runs"]}
+
+    before = states()
+    assert before["other"] == "current"
+    assert before["third"] == "not_loaded"
+    assert before["damaged"] == "failed"
+    request = {"inputs": "Hello, world", "top_k": 64, "model": "third"}
+    first = client.post("/encode", json=request)
+    assert (first.status_code, first.json()["error_type"], first.headers["retry-after"]) == (503, "loading", "1")
+    deadline = time.monotonic() + 60
+    while (response := client.post("/encode", json=request)).status_code == 503:
+        assert time.monotonic() < deadline
+    check(response.json(), [offline(root / "third", "Hello, world")])
+    assert response.json()["model"]["run_id"] == "third"
+    after = states()
+    assert after["third"] == "loaded"
+    assert after["other"] == "current"
+    assert sum(state in ("current", "loaded") for state in after.values()) == 2  # the others made room
+    assert client.post("/encode", json={"inputs": "a"}).json()["model"]["run_id"] == "other"
+    assert client.post("/encode", json=request | {"model": "damaged"}).status_code == 409
+    for unknown in ("nothing", "../one", "latest", "one/../third", "one\0", "aside"):
+        response = client.post("/encode", json=request | {"model": unknown})
+        assert (response.status_code, response.json()["error_type"]) == (404, "unknown_model"), unknown
+
+
+def test_clients_that_leave_cost_no_forward_pass(client: httpx.Client, url: str) -> None:
+    async def leave() -> None:
+        host, port = url.removeprefix("http://").split(":")
+        body = b'{"inputs": [' + b", ".join([b'"' + b"y" * 250 + b'"'] * 60) + b"]}"
+        head = f"POST /encode HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        for _ in range(40):
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(head.encode() + b"\r\n\r\n" + body)
+            await writer.drain()
+            writer.close()
+
+    before = metric(client, "mtc_encode_batch_tokens_sum")
+    asyncio.run(leave())
+    deadline = time.monotonic() + 60
+    while metric(client, "mtc_encode_queue_tokens") or metric(client, "mtc_http_requests_in_flight") > 1:
+        assert time.monotonic() < deadline
+    assert metric(client, "mtc_encode_batch_tokens_sum") - before < 40 * 60 * 251
+    assert client.post("/encode", json={"inputs": "a"}).status_code == 200
 
 
 def test_run_that_can_not_be_served_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from serve.app import AppArgs, build, main
+    from serve.app import build, main
+    from serve.settings import Settings
 
     RunDirectory(str(tmp_path / "half")).write("config.yaml", "")
     with pytest.raises(RunError, match="not finished"):
-        build(AppArgs(run=str(tmp_path / "half")))
+        build(Settings(run=str(tmp_path / "half")))
     assert main(["--run", str(tmp_path / "latest")]) == 2
     assert "no finished run" in capsys.readouterr().err
