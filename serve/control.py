@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 from ray import serve as ray_serve
@@ -92,7 +91,7 @@ class Control:
 
     async def load(self, run_id: str) -> LoadResponse | ServiceError:
         """See `serve.service.Backend.load`; a run that failed before is tried again."""
-        entry = await self._find(run_id)
+        entry = await self._find(run_id, latest=True)
         if isinstance(entry, ServiceError):
             return entry
         previous, start = self._state.current.run_id, time.monotonic()
@@ -116,10 +115,11 @@ class Control:
         gone = [totals for replica, totals in self._totals.items() if replica not in live]
         return await asyncio.to_thread(render, live.values(), gone, [self._info()])
 
-    async def _find(self, run_id: str) -> Entry | ServiceError:
-        find: Callable[[], Entry] = lambda: self._catalogue.find(run_id)  # noqa: E731
+    async def _find(self, run_id: str, latest: bool = False) -> Entry | ServiceError:
         try:
-            return await asyncio.to_thread(self._catalogue.served if run_id == "latest" else find)
+            if latest and run_id == "latest":
+                return await asyncio.to_thread(self._catalogue.served)
+            return await asyncio.to_thread(self._catalogue.find, run_id)
         except RunError:
             return ServiceError(404, "unknown_model", f"there is no finished run {run_id!r}; see GET /runs")
 

@@ -231,7 +231,7 @@ class RunsResponse(_Model):
 
 class LoadRequest(_Model):
     model: str = Field(min_length=1, max_length=200)
-    """Id of the run that is to answer from now on, one of `GET /runs`, or `latest`."""
+    """Id of the run that is to answer from now on, one of `GET /runs`; or `latest`, what the service was started with."""
 
 
 class LoadResponse(_Model):

@@ -97,8 +97,12 @@ def metric(client: httpx.Client, name: str, **labels: str) -> float:
     return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
 
-async def load(url: str, requests: int, workers: int, answered: Callable[[int, httpx.Response], Any]) -> None:
-    """`requests` of one text each, some at a time; `answered` gets each one's number and response."""
+async def load(
+    url: str, requests: int, workers: int, answered: Callable[[int, httpx.Response], Any],
+    broken: Callable[[str], Any] | None = None,
+) -> None:  # fmt: skip
+    """`requests` of one text each, some at a time; `answered` gets each one's number and response, `broken` what was
+    wrong with a connection that ended without one."""
     numbers = iter(range(requests))
 
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
@@ -106,7 +110,14 @@ async def load(url: str, requests: int, workers: int, answered: Callable[[int, h
         async def work() -> None:
             for number in numbers:
                 body = {"inputs": TEXTS[number % len(TEXTS)], "top_k": 64}
-                answered(number, await client.post("/encode", json=body))
+                try:
+                    response = await client.post("/encode", json=body)
+                except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+                    if broken is None:
+                        raise
+                    broken(str(error))
+                else:
+                    answered(number, response)
 
         await asyncio.gather(*(work() for _ in range(workers)))
 
@@ -267,6 +278,38 @@ def test_runs_by_name_are_loaded_when_asked_for(client: httpx.Client, offline: A
     for unknown in ("nothing", "../one", "latest", "one/../third", "one\0", "aside"):
         response = client.post("/encode", json=request | {"model": unknown})
         assert (response.status_code, response.json()["error_type"]) == (404, "unknown_model"), unknown
+
+
+@pytest.mark.parametrize("deployment", ["Control", "Ingress"])
+def test_other_processes_killed_under_load(
+    deployment: str, client: httpx.Client, url: str, offline: Any, root: Path
+) -> None:
+    """Nobody sees the loss of the control, and what it knew holds; a lost HTTP process costs what may be repeated."""
+    expected = [offline(root / "other", text) for text in TEXTS]
+    count = len(replicas(deployment))
+    victim = replicas(deployment)[0]
+    failed: list[str] = []
+
+    def answered(number: int, response: httpx.Response) -> None:
+        if number == 60:
+            os.kill(victim, signal.SIGKILL)
+        if response.status_code == 200:
+            assert response.json()["model"]["run_id"] == "other"
+            check(response.json(), [expected[number % len(TEXTS)]])
+        else:
+            # The proxy's own answer to a connection that broke: a client can tell it from the service's by its shape.
+            assert response.status_code in RETRYABLE or "error_type" not in response.text, response.text
+            failed.append(response.text)
+
+    asyncio.run(load(url, 300, 8, answered, failed.append))
+    assert len(failed) <= (16 if deployment == "Ingress" else 0), failed
+    deadline = time.monotonic() + 60
+    while len(found := replicas(deployment)) < count or victim in found:
+        assert time.monotonic() < deadline
+    while (response := client.get("/runs")).status_code != 200:
+        assert time.monotonic() < deadline
+    assert {run["run_id"]: run["state"] for run in response.json()["runs"]}["other"] == "current"
+    assert client.get("/info").json()["model"]["run_id"] == "other"
 
 
 def test_clients_that_leave_cost_no_forward_pass(client: httpx.Client, url: str) -> None:
