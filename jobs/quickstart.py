@@ -28,11 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from mtc.provenance import git_revision
+from serve.settings import ENVIRONMENT, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".quickstart" / "head.json"
 SENTENCE = "The Congress of the United States shall have power to lay and collect taxes."
 OBJECT_STORE_BYTES = 1_000_000_000
+MARK = "MTC_QUICKSTART_HEAD"
+"""In the environment of all processes of a head: the head's temporary directory."""
 
 
 class QuickstartError(RuntimeError):
@@ -94,9 +97,10 @@ def start_head() -> dict[str, Any]:
     command += [f"--metrics-export-port={metrics}", f"--temp-dir={temporary}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     print(f"starting a local Ray head (log: {log})", flush=True)
+    environment = _environment() | free_ports() | {MARK: temporary}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=STATE.parent, env=_environment(), stdout=output, stderr=output, start_new_session=True
+            command, cwd=STATE.parent, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     head = {"pid": process.pid, "address": f"127.0.0.1:{port}", "dashboard": f"http://127.0.0.1:{dashboard}"}
     head |= {"temporary": temporary, "http_port": _free_ports(1, first=8000)[0]}
@@ -125,6 +129,7 @@ def stop_head() -> bool:
             time.sleep(0.2)
         with contextlib.suppress(ChildProcessError):  # it has let go of its memory, but may not have ended yet
             os.waitpid(head["pid"], 0)
+    _stop_proxies(head["temporary"])
     shutil.rmtree(head["temporary"], ignore_errors=True)
     STATE.unlink()
     return was_alive
@@ -181,18 +186,19 @@ def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]]) -> No
     print(
         f'\nPOST /encode {{"inputs": "{SENTENCE}"}}\n\n{"token":>14}  strongest features (activation: its top tokens)'
     )
-    for token in answer["results"][0]["tokens"]:
-        if token["is_special"]:
+    result = answer["results"][0]
+    for token, special, strongest in zip(result["tokens"], result["is_special"], result["features"], strict=True):
+        if special:
             continue
         features = []
-        for feature in token["features"][:2]:
+        for feature in strongest[:2]:
             tokens = " ".join(map(repr, top_tokens[feature["feature_index"]]))
             features.append(f"#{feature['feature_index']} ({feature['activation_value']:.2f}: {tokens})")
-        print(f"{token['token']!r:>14}  " + "; ".join(features))
+        print(f"{token!r:>14}  " + "; ".join(features))
 
 
 def print_usage(base: str, run: str) -> None:
-    print(f"\nserved at  {base}   (open {base}/docs, stop with: make stop)")
+    print(f"\nserved at  {base}/ui   (the API: {base}/docs, stop with: make stop)")
     example = f'{base}/encode -H "Content-Type: application/json" -d \'{{"inputs": "We the people"}}\''
     print(f"try        curl {example}\n           curl {base}/report")
     report = Path(run, "report")
@@ -210,11 +216,20 @@ def _environment() -> dict[str, str]:
     }
     if revision := git_revision():
         local["MTC_GIT_REVISION"] = revision  # jobs get a copy of the code without its repository
+    local |= ENVIRONMENT
     local["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     }
     return inherited | local
+
+
+def _stop_proxies(temporary: str) -> None:
+    """HAProxy goes on, on the service's port, if the process that started it was killed."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it ended, or is somebody else's
+            if f"{MARK}={temporary}".encode() in environment.read_bytes().split(b"\0"):
+                os.kill(int(environment.parent.name), signal.SIGTERM)
 
 
 def _tool(name: str) -> str:

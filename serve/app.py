@@ -10,14 +10,17 @@ Three deployments: `Ingress` speaks HTTP and tokenises, `Encoder` holds the mode
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import ray
+import yaml
 from ray import serve as ray_serve
 
 from mtc.runs import RunError
+from serve.access import check_binding
 from serve.catalogue import Catalogue
 from serve.control import Control
 from serve.encoder import Encoder
@@ -51,25 +54,25 @@ def build(args: Settings) -> ray_serve.Application:
     return ingress.bind(args, encoder.bind(args, control), control)
 
 
-def _deployment(decorated: Any) -> ray_serve.Deployment:
-    """What Serve's decorator returns; its type annotations say the class."""
-    assert isinstance(decorated, ray_serve.Deployment)
-    return decorated
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Deploy to a running Ray cluster; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m serve.app", description="Serve a finished run over HTTP.")
+    parser = argparse.ArgumentParser(prog="python -m serve.app", description="Serve finished runs over HTTP.")
     parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this need --keys")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     parser.add_argument("--address", default="auto", help="the Ray cluster (%(default)s)")
-    parser.add_argument("--replicas", type=int, default=1, help="processes that hold the model (%(default)s)")
+    parser.add_argument("--keys", metavar="FILE", help="API keys, made by python -m serve.keys")
+    parser.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of serve/settings.py; repeatable"
+    )
     parser.add_argument("--block", action="store_true", help="stay until interrupted, then stop the service")
     options = parser.parse_args(argv)
     try:
         # Before Ray starts anything, so that a wrong run costs a second and not a failed deployment.
-        application = build(Settings(run=options.run, num_replicas=options.replicas))
+        keys = os.path.abspath(options.keys) if options.keys else None
+        check_binding(options.host, keys)
+        settings = Settings.model_validate({"run": options.run, "api_keys_file": keys} | _settings(options.set))
+        application = build(settings)
         ray.init(address=options.address)
     except (RunError, ConnectionError, ValueError) as error:
         print(f"serve.app: {error}", file=sys.stderr)
@@ -84,6 +87,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             ray_serve.shutdown()
     return 0
+
+
+def _settings(assignments: list[str]) -> dict[str, Any]:
+    """NAME=VALUE, the value as in YAML."""
+    found = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment}: NAME=VALUE is wanted")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def _deployment(decorated: Any) -> ray_serve.Deployment:
+    """What Serve's decorator returns; its type annotations say the class."""
+    assert isinstance(decorated, ray_serve.Deployment)
+    return decorated
 
 
 if __name__ == "__main__":

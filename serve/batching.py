@@ -44,9 +44,7 @@ class TokenBatcher(Generic[P, R]):
         max_queue_tokens: most tokens that wait, those in the running batch left out.
     """
 
-    def __init__(
-        self, run: Callable[[Hashable, list[P]], Sequence[R]], max_batch_tokens: int, max_queue_tokens: int
-    ):
+    def __init__(self, run: Callable[[Hashable, list[P]], Sequence[R]], max_batch_tokens: int, max_queue_tokens: int):
         self._run, self._max_batch, self._max_queue = run, max_batch_tokens, max_queue_tokens
         self._waiting: deque[_Item] = deque()
         self._worker: asyncio.Task[None] | None = None

@@ -35,7 +35,7 @@ BROADCAST_TIMEOUT_S = 10.0
 class Control:
     """What a client is to be told is returned as a ServiceError, not raised."""
 
-    async def __init__(self, settings: Settings):
+    async def __init__(self, settings: Settings):  # type: ignore[misc]
         self._settings = settings
         self._catalogue = Catalogue(settings.run)
         entry = await asyncio.to_thread(self._catalogue.served)
@@ -176,7 +176,9 @@ class Control:
         self._state = state
         await self._everywhere("Ingress", "use", state)
 
-    async def _everywhere(self, deployment: str, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+    async def _everywhere(
+        self, deployment: str, method: str, *arguments: Any, timeout_s: float | None = None
+    ) -> list[Any]:
         """Call a method of all replicas of a deployment; their answers or errors."""
         app_name = ray_serve.get_replica_context().app_name
         handle: DeploymentHandle = ray_serve.get_deployment_handle(deployment, app_name)

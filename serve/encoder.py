@@ -35,7 +35,7 @@ logger = logging.getLogger("ray.serve")
 class Encoder:
     """A replica. What a client is to be told is returned as a ServiceError: Serve logs what is raised as its fault."""
 
-    async def __init__(self, settings: Settings, control: DeploymentHandle):
+    async def __init__(self, settings: Settings, control: DeploymentHandle):  # type: ignore[misc]
         self._settings, self._control = settings, control
         self._metrics = EncoderMetrics()
         self._runs: dict[RunKey, asyncio.Task[RunEncoder]] = {}

@@ -7,11 +7,14 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from serve.access import check_binding
 from serve.errors import ServiceError
 from serve.metrics import IngressMetrics, Snapshot, snapshot
 from serve.results import Encoded, Options, RunKey
@@ -87,7 +90,8 @@ class RayBackend:
 class Ingress:
     """A replica."""
 
-    async def __init__(self, settings: Settings, encoder: DeploymentHandle, control: DeploymentHandle):
+    async def __init__(self, settings: Settings, encoder: DeploymentHandle, control: DeploymentHandle):  # type: ignore[misc]
+        await _check_binding(settings)
         self._control = control
         metrics = IngressMetrics()
         self._backend = RayBackend(encoder, control, metrics)
@@ -127,6 +131,15 @@ class Ingress:
                 self._service.use(await self._control.report.remote(self.replica_id, totals, self._service.state, used))
             except Exception as error:
                 logger.warning("no word from the control: %s", type(error).__name__)
+
+
+async def _check_binding(settings: Settings) -> None:
+    """Refuse to start without keys where others can connect. Raises ValueError, and what Serve raises: then nobody
+    knows who could."""
+    if settings.api_keys_file is None:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        options = await controller.get_http_config.remote()
+        check_binding(options.host or "0.0.0.0", None)
 
 
 def _value(answer: T | ServiceError) -> T:

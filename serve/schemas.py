@@ -231,7 +231,8 @@ class RunsResponse(_Model):
 
 class LoadRequest(_Model):
     model: str = Field(min_length=1, max_length=200)
-    """Id of the run that is to answer from now on, one of `GET /runs`; or `latest`, what the service was started with."""
+    """Id of the run that is to answer from now on, one of `GET /runs`; `latest` is what the service was started with,
+    as it is now."""
 
 
 class LoadResponse(_Model):

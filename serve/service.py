@@ -163,8 +163,7 @@ class Service:
         start = time.perf_counter()
         parts = _parts([len(each.ids) for each in inputs], self.settings.max_batch_tokens)
         tasks = [
-            asyncio.create_task(self.backend.encode(run.key, [inputs[i].ids for i in part], options))
-            for part in parts
+            asyncio.create_task(self.backend.encode(run.key, [inputs[i].ids for i in part], options)) for part in parts
         ]
         try:
             for part, task in zip(parts, tasks, strict=True):

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import uvicorn
 
@@ -71,7 +70,9 @@ class LocalBackend:
         return self._state
 
     async def want(self, run_id: str) -> RunKey:
-        raise ServiceError(404, "unknown_model", f"there is no run {run_id!r}", {"models": [k.run_id for k in self.keys]})
+        raise ServiceError(
+            404, "unknown_model", f"there is no run {run_id!r}", {"models": [k.run_id for k in self.keys]}
+        )
 
     async def encode(self, key: RunKey, windows: Sequence[Any], options: Options) -> list[Encoded]:
         return await asyncio.to_thread(self.encoders[key].encode, windows, [options] * len(windows))

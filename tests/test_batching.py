@@ -97,7 +97,9 @@ def test_full_queue_refuses_at_once_with_the_numbers() -> None:
 
 def test_cancelled_item_is_not_run_and_frees_its_room() -> None:
     async def scenario(batcher: TokenBatcher[str, str], recorder: Recorder) -> None:
-        tasks = await first(batcher, recorder, ("m", 4, Array("stays")), ("m", 9, Array("gone")), ("m", 4, Array("too")))
+        tasks = await first(
+            batcher, recorder, ("m", 4, Array("stays")), ("m", 9, Array("gone")), ("m", 4, Array("too"))
+        )
         tasks[2].cancel()
         await asyncio.gather(tasks[2], return_exceptions=True)
         assert batcher.queued_tokens == 8

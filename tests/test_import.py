@@ -91,7 +91,9 @@ def test_what_saelens_saved_is_the_same_function(
 
 
 def test_gemma_scope_npz_is_the_formula_and_can_be_served(tmp_path: Path) -> None:
-    from serve.encoder import RunEncoder
+    from serve.results import Options
+    from serve.run_encoder import RunEncoder
+    from serve.tokenising import Tokeniser
 
     folder, p = tmp_path / "layer_1" / "width_48" / "average_l0_21", parameters()
     folder.mkdir(parents=True)
@@ -115,12 +117,12 @@ def test_gemma_scope_npz_is_the_formula_and_can_be_served(tmp_path: Path) -> Non
         np.testing.assert_allclose(transcoder.encode(x), expected, **CLOSE)
         np.testing.assert_allclose(transcoder.reconstruct(x), expected @ p["W_dec"] + p["b_dec"], **CLOSE)
 
-    encoder = RunEncoder(run)
-    ids = encoder.tokenise(["We the people"])[0]
-    (pair,) = LanguageModel(config.model).capture(pack_windows([np.array(ids, np.int32)], []))
-    (result,) = encoder.encode(["We the people"], top_k=F)
-    for token, row in list(zip(result.tokens, formula(pair.source.numpy()), strict=True))[1:]:
-        got = {f.feature_index: f.activation_value for f in token.features}
+    ids = Tokeniser(config.model).text("We the people").ids
+    (pair,) = LanguageModel(config.model).capture(pack_windows([ids], []))
+    (found,) = RunEncoder(run).encode([ids], [Options()])
+    for token, row in list(enumerate(formula(pair.source.numpy())))[1:]:
+        entries = slice(found.indptr[token], found.indptr[token + 1])
+        got = dict(zip(found.indices[entries].tolist(), found.values[entries].tolist(), strict=True))
         assert got == pytest.approx({j: v for j, v in enumerate(row) if v}, rel=1e-4, abs=1e-5)
 
 

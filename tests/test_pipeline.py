@@ -79,14 +79,14 @@ def test_encode_equals_an_offline_forward(served):
     (pair,) = LanguageModel(config.model).capture(pack_windows([np.array(ids, np.int32)], []))
     with torch.no_grad():
         activations = transcoder.encode(pair.source)
-    tokens = answer["results"][0]["tokens"]
-    assert [t["token_id"] for t in tokens] == ids
-    assert tokens[0]["is_special"]
-    for token, row in zip(tokens[1:], activations[1:], strict=True):
+    (result,) = answer["results"]
+    assert result["token_ids"] == ids
+    assert result["is_special"][0]
+    for features, row in zip(result["features"][1:], activations[1:], strict=True):
         expected = row.topk(4)
         values = [v for v in expected.values.tolist() if v > 0]
-        assert [f["activation_value"] for f in token["features"]] == pytest.approx(values, rel=1e-4)
-        chosen = [f["feature_index"] for f in token["features"]]
+        assert [f["activation_value"] for f in features] == pytest.approx(values, rel=1e-4)
+        chosen = [f["feature_index"] for f in features]
         assert row[chosen].tolist() == pytest.approx(values, rel=1e-4)
 
 

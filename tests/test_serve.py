@@ -150,7 +150,11 @@ def test_probes_and_info(client: httpx.Client) -> None:
     assert info["model"]["run_id"] == "one"
     assert info["limits"]["max_input_tokens"] == 256
     assert {"python", "mtc", "ray", "torch", "transformers"} <= set(info["versions"])
-    assert client.post("/encode", json={"inputs": "x" * 256}).json()["detail"] == {"limit": 256, "value": 257, "index": 0}
+    assert client.post("/encode", json={"inputs": "x" * 256}).json()["detail"] == {
+        "limit": 256,
+        "value": 257,
+        "index": 0,
+    }
 
 
 def test_totals_of_all_replicas_are_exact(client: httpx.Client, url: str) -> None:

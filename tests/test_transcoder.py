@@ -167,6 +167,10 @@ def test_sparse_codes_are_the_dense_activations(input_norm, skip):
     filled = torch.zeros_like(dense).index_put((codes.token, codes.feature), codes.value.detach())
     torch.testing.assert_close(filled, dense)
     assert len(codes.value) == int((dense > 0).sum()) > 50
+    for prefix in t.prefixes:
+        part = t.encode_sparse(x, prefix=prefix)
+        torch.testing.assert_close(part.value, codes.value[codes.feature < prefix])
+        assert part.feature.tolist() == codes.feature[codes.feature < prefix].tolist()
     torch.testing.assert_close(t.decode_codes(codes, x).detach(), t.decode_prefixes(dense, x).detach())
     t.threshold.fill_(-1.0)  # nothing below 0 ever fires
     assert len(t.encode_sparse(x).value) == int((t.encode(x) > 0).sum())
