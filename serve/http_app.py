@@ -1,36 +1,49 @@
-"""The ASGI application of one replica: routes, limits, keys, errors. Needs no Ray."""
+"""The ASGI application of one replica: routes behind limits, keys and counters. Needs no Ray."""
 
 from __future__ import annotations
 
-from fastapi import FastAPI
-from starlette.types import ASGIApp, Receive, Scope, Send
+import asyncio
+from typing import Any
 
-from serve.errors import install_error_handlers, request_id
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from serve.access import Access, check_routes
+from serve.errors import install_error_handlers
+from serve.keys import Keys
+from serve.middleware import Admission, Headers
 from serve.observe import Observe
+from serve.openapi import document
 from serve.routes import encode, features, operations, pages, report
+from serve.routes.common import TheService
 from serve.service import Service
 
 
-class RequestIds:
-    """ASGI middleware: each request has an id, in its scope and in its answer."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            scope.setdefault("state", {})["request_id"] = request_id(headers)
-        await self.app(scope, receive, send)
-
 
 def create_app(service: Service) -> FastAPI:
-    """The application for a service."""
-    app = FastAPI(title="Matryoshka transcoder")
+    """The application for a service. Raises ValueError for keys that can't be read, or a route that nobody listed."""
+    settings = service.settings
+    app = FastAPI(title="Matryoshka transcoder", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
+    app.state.keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
     for each in (encode, features, report, operations, pages):
         app.include_router(each.router)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi(service: TheService) -> JSONResponse:
+        """This API, with the limits of the current run."""
+        run = await service.open(service.state.current)
+        return JSONResponse(await asyncio.to_thread(_document, app, service, run))
+
     install_error_handlers(app)
-    app.add_middleware(RequestIds)
+    check_routes(app)
+    # The last one added is the outermost.
+    app.add_middleware(Admission, limit=settings.max_concurrent_requests)
+    app.add_middleware(Access, keys=app.state.keys)
+    app.add_middleware(Headers)
     app.add_middleware(Observe, metrics=service.metrics)
     return app
+
+
+def _document(app: FastAPI, service: Service, run: Any) -> dict[str, Any]:
+    return document(app, service.settings, run)

@@ -135,13 +135,15 @@ class Service:
             raise _too_many("too_many_tokens", "tokens", settings.max_request_tokens, total)
         return tokenised
 
-    def options(self, run: ServedRun, request: EncodeRequest) -> Options:
-        """What the request wants of each token. Raises ServiceError 422 for features or a prefix that the run lacks."""
+    def options(self, run: ServedRun, request: EncodeRequest, csr: bool) -> Options:
+        """What the request wants of each token, for a sparse matrix or token by token.
+
+        Raises ServiceError 422 for features or a prefix that the run lacks.
+        """
         total = run.num_features
         self.check_prefix(run, request.prefix)
         if request.features is not None and max(request.features) >= total:
             raise _beyond("features", max(request.features), total)
-        csr = request.form == "csr"
         top_k = request.top_k if request.top_k is not None or csr else DEFAULT_TOP_K
         features = None if request.features is None else tuple(request.features)
         return Options(

@@ -11,6 +11,8 @@ from serve.media_types import negotiate
 from serve.schemas import ErrorResponse
 from serve.service import Service
 
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+
 
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
@@ -18,6 +20,11 @@ def _service(request: Request) -> Service:
 
 
 TheService = Annotated[Service, Depends(_service)]
+
+
+def request_id_of(request: Request) -> str:
+    found: str = request.scope["state"]["request_id"]
+    return found
 
 
 def wanted(request: Request, offered: tuple[str, ...]) -> str:
@@ -31,14 +38,21 @@ def wanted(request: Request, offered: tuple[str, ...]) -> str:
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses`: the errors that it may answer."""
-    return {status: {"model": ErrorResponse, "description": _MEANING[status]} for status in sorted({*statuses, 401})}
+    """For a route's `responses`: the errors that it may answer, beside those of every route."""
+    return {
+        status: {"model": ErrorResponse, "description": _MEANING[status]} for status in sorted({*statuses, 401, 403, 500})
+    }
+
+
+def media_types(*offered: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: what else than JSON it answers."""
+    return {200: {"content": {name: BINARY for name in offered if name != "application/json"}}}
 
 
 _MEANING = {
     400: "The body is no JSON, or an input is empty.",
     401: "An API key is missing or unknown.",
-    403: "The API key may not do this.",
+    403: "The API key may not do this; or none are configured, and the request came from another machine.",
     404: "There is no such thing.",
     406: "None of the media types in Accept can be had.",
     408: "The body came too slowly.",

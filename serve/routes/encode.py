@@ -2,25 +2,116 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
 
 from serve import formats
 from serve.bodies import read_json
-from serve.routes.common import TheService, errors, wanted
-from serve.schemas import EncodeRequest, EncodeResponse
+from serve.errors import ServiceError, error_line
+from serve.openapi import json_body
+from serve.results import Encoded, Tokenised
+from serve.routes.common import TheService, errors, media_types, request_id_of, wanted
+from serve.schemas import (
+    DecodeRequest,
+    DecodeResponse,
+    EncodeRequest,
+    EncodeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from serve.service import Service
 
 router = APIRouter(tags=["activations"])
-WORK = (400, 404, 406, 408, 409, 413, 415, 422, 429, 503, 504)
+BODY = (400, 404, 406, 408, 409, 413, 415, 422, 429, 503)
+IN_THREAD = 4096
+"""Entries from which an answer is written in a thread, so that the probes are answered meanwhile."""
 
 
-@router.post("/encode", response_model=EncodeResponse, responses=errors(*WORK))
+@router.post(
+    "/encode",
+    response_model=EncodeResponse,
+    openapi_extra=json_body(EncodeRequest),
+    responses=errors(*BODY, 504) | media_types(*formats.ENCODE_FORMATS),
+)
 async def encode(request: Request, service: TheService) -> Response:
     """Features of every token of one or several inputs."""
     media_type = wanted(request, formats.ENCODE_FORMATS)
     asked = await read_json(request, EncodeRequest, service.settings)
     run = await service.run(asked.model)
-    options = service.options(run, asked)
+    csr = asked.form == "csr"
+    options = service.options(run, asked, csr or media_type == formats.SAFETENSORS)
     inputs = await service.tokenise(run, asked)
-    found = [encoded async for _, encoded in service.encode(run, inputs, options)]
-    body = formats.encode_answer(media_type, run, asked, inputs, found, request.scope["state"]["request_id"])
-    return Response(body, media_type=media_type)
+    envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
+    found = service.encode(run, inputs, options)
+    if media_type == formats.NDJSON:
+        return await _stream(envelope, csr, inputs, found)
+    encoded = [each async for _, each in found]
+    body = await _written(
+        service, formats.entries(encoded), lambda: formats.encode_answer(media_type, envelope, csr, inputs, encoded)
+    )
+    return Response(body, media_type=media_type, headers={"Vary": "Accept"})
+
+
+@router.post(
+    "/tokenize",
+    response_model=TokenizeResponse,
+    openapi_extra=json_body(TokenizeRequest),
+    responses=errors(*BODY) | media_types(*formats.TOKENIZE_FORMATS),
+)
+async def tokenize(request: Request, service: TheService) -> Response:
+    """Inputs as the model reads them, without running it."""
+    media_type = wanted(request, formats.TOKENIZE_FORMATS)
+    asked = await read_json(request, TokenizeRequest, service.settings)
+    run = await service.run(asked.model)
+    inputs = await service.tokenise(run, asked)
+    envelope = formats.Envelope(run, None, request_id_of(request))
+    body = formats.tokenize_answer(media_type, envelope, inputs)
+    return Response(body, media_type=media_type, headers={"Vary": "Accept"})
+
+
+@router.post(
+    "/decode",
+    response_model=DecodeResponse,
+    openapi_extra=json_body(DecodeRequest),
+    responses=errors(*BODY, 504) | media_types(*formats.DECODE_FORMATS),
+)
+async def decode(request: Request, service: TheService) -> Response:
+    """Sparse features to the reconstruction of the target site."""
+    media_type = wanted(request, formats.DECODE_FORMATS)
+    asked = await read_json(request, DecodeRequest, service.settings)
+    run = await service.run(asked.model)
+    reconstruction = await service.decode(run, asked)
+    envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
+    body = await _written(
+        service, reconstruction.size, lambda: formats.decode_answer(media_type, envelope, reconstruction)
+    )
+    return Response(body, media_type=media_type, headers={"Vary": "Accept"})
+
+
+async def _written(service: Service, entries: int, write: Callable[[], bytes]) -> bytes:
+    with service.metrics.duration.labels("serialise").time():
+        return await asyncio.to_thread(write) if entries > IN_THREAD else write()
+
+
+async def _stream(
+    envelope: formats.Envelope, csr: bool, inputs: Sequence[Tokenised], found: AsyncIterator[tuple[int, Encoded]]
+) -> Response:
+    """Starts with the first result, so that what fails before has a status of its own."""
+    first = await anext(found)
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield formats.first_line(envelope)
+        index, encoded = first
+        yield formats.result_line(envelope, index, inputs[index], encoded, csr)
+        try:
+            async for index, encoded in found:
+                yield await asyncio.to_thread(formats.result_line, envelope, index, inputs[index], encoded, csr)
+        except ServiceError as error:
+            yield error_line(error, envelope.request_id)
+        else:
+            yield formats.last_line(inputs)
+
+    return StreamingResponse(lines(), media_type=formats.NDJSON, headers={"Vary": "Accept"})
