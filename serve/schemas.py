@@ -279,6 +279,87 @@ class Status(_Model):
     status: Literal["ok", "ready"]
 
 
+class FeatureRow(_Model):
+    """One feature on the analysed held-out tokens, in short."""
+
+    feature: int
+    """Index in the dictionary."""
+    group: int
+    """Group of the nested dictionary, from 0."""
+    density: float
+    """Share of tokens on which it fired."""
+    count: int
+    """Tokens on which it fired."""
+    max_activation: float
+    """Strongest activation, in scaled units."""
+    mean_activation: float
+    """Mean over the tokens on which it fired; 0 if it never fired."""
+    decoder_norm: float
+    """Euclidean norm of its decoder row, in scaled target units."""
+    top_tokens: list[str]
+    """Most frequent peak tokens of its samples."""
+    parent: int | None
+    """The earlier feature that it refines, if one is known."""
+    children: int
+    """How many features refine it."""
+
+
+class FeaturesResponse(_Model):
+    run_id: str
+    """The run."""
+    total: int
+    """Features that pass the filters."""
+    features: list[FeatureRow]
+    cursor: str | None
+    """Where the next page begins, for the same filters and order; null after the last one."""
+
+
+class FeatureResponse(_Model):
+    run_id: str
+    """The run."""
+    feature: dict[str, Any]
+    """The feature's row of the run's features.parquet: figures, histogram, top tokens, logit effects, neighbours,
+    parent and children; see docs/analysis.md."""
+    histogram_edges: list[float]
+    """Borders of the histogram's bins."""
+    splits: list[dict[str, Any]]
+    """Splits of which it is parent or child."""
+    absorption: list[dict[str, Any]]
+    """Pairs that may be absorption, of which it is a part."""
+
+
+class ExampleRow(_Model):
+    """A place in held-out text where the feature fires."""
+
+    kind: Literal["top", "sample"]
+    """One of the strongest, or drawn uniformly."""
+    rank: int
+    """Place among those of its kind, from 0."""
+    activation: float
+    """At the peak, in scaled units."""
+    quantile: float | None
+    """Share of the uniformly drawn activations that are weaker; null for the strongest."""
+    document_id: str
+    """The document."""
+    tokens: list[str]
+    """Decoded tokens around the peak."""
+    activations: list[float]
+    """The feature's activation on each of them."""
+    peak: int
+    """Index of the peak among them."""
+
+
+class ExamplesResponse(_Model):
+    run_id: str
+    """The run."""
+    feature: int
+    """The feature."""
+    total: int
+    """Stored examples of the kinds that were asked for."""
+    examples: list[ExampleRow]
+    """The strongest first, then the uniformly drawn ones."""
+
+
 class ErrorResponse(_Model):
     """The body of every answer with a status of 400 or more."""
 

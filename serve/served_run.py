@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cached_property
 
+import fsspec
+
 from mtc.config import RunConfig
-from mtc.runs import RunDirectory
+from mtc.runs import RunDirectory, RunError
+from serve.feature_table import FeatureTable
 from serve.results import RunKey
 from serve.schemas import ModelIdentity
 from serve.tokenising import Tokeniser
@@ -23,6 +28,19 @@ class ServedRun:
         self.config: RunConfig = self.run.config()
         self.tokeniser = Tokeniser(self.config.model)
         self.identity = identity_of(self.run, self.config, key.sha256)
+
+    @cached_property
+    def analysed(self) -> FeatureTable:
+        """The analysis of its features, read when it is first asked for. Raises ServiceError 404 if there is none."""
+        return FeatureTable(self)
+
+    def read(self, name: str) -> bytes:
+        """A file of the manifest, checked against it. Raises KeyError for another name, RunError for a damaged file."""
+        entry = self.manifest.files[name]
+        data = self.run.read(name)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise RunError(f"{self.key.run_id}: {name} is not what the manifest says")
+        return data
 
     @cached_property
     def prefixes(self) -> tuple[int, ...]:
@@ -45,13 +63,8 @@ def identity_of(run: RunDirectory, config: RunConfig, sha256: str) -> ModelIdent
 
 
 def _widths(run: RunDirectory) -> tuple[int, int]:
-    import json
-
     # The header of a safetensors file: its length in 8 bytes, then JSON. The weights themselves stay where they are.
-    path = run.location(WEIGHTS)
-    import fsspec
-
-    with fsspec.open(path, "rb") as file:
+    with fsspec.open(run.location(WEIGHTS), "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         shape = json.loads(json.loads(file.read(size))["__metadata__"]["shape"])
     return int(shape["d_source"]), int(shape["d_target"])
