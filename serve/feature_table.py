@@ -52,7 +52,9 @@ class FeatureTable:
         self.edges: list[float] = list(analysis.get("activation_edges") or [])
         nesting = analysis.get("nesting") or {}
         self._splits, self._absorptions = nesting.get("splits") or [], nesting.get("absorptions") or []
-        statistics = [self._examples.metadata.row_group(i).column(0).statistics for i in range(self._examples.num_row_groups)]
+        statistics = [
+            self._examples.metadata.row_group(i).column(0).statistics for i in range(self._examples.num_row_groups)
+        ]
         self._borders = [(s.min, s.max) for s in statistics]
         """First and last feature of each row group of the examples."""
 
@@ -91,7 +93,9 @@ class FeatureTable:
         if not groups:
             return [], 0
         columns = ["feature", "kind", "rank", "activation", "quantile", "document_id", "context_tokens"]
-        table = self._examples.read_row_groups(groups, [*columns, "context_activations", "peak_index"], use_threads=False)
+        table = self._examples.read_row_groups(
+            groups, [*columns, "context_activations", "peak_index"], use_threads=False
+        )
         table = table.filter(pc.equal(table["feature"], index))
         if kind is not None:
             table = table.filter(pc.equal(table["kind"], kind))
@@ -138,7 +142,9 @@ class FeatureTable:
     def _contexts(self) -> tuple[pa.Array, pa.Array]:
         table = self._examples.read(["feature", "context_tokens"], use_threads=False).combine_chunks()
         joined = pc.binary_join(table["context_tokens"].combine_chunks(), "")
-        return table["feature"].combine_chunks(), pa.array([text.casefold() for text in joined.to_pylist()], pa.string())
+        return table["feature"].combine_chunks(), pa.array(
+            [text.casefold() for text in joined.to_pylist()], pa.string()
+        )
 
     @cached_property
     def _tokens(self) -> list[list[str]]:
@@ -149,7 +155,16 @@ class FeatureTable:
         return column
 
     def _short(self, index: int) -> dict[str, Any]:
-        columns = ["feature", "group", "density", "count", "max_activation", "mean_activation", "decoder_norm", "parent"]
+        columns = [
+            "feature",
+            "group",
+            "density",
+            "count",
+            "max_activation",
+            "mean_activation",
+            "decoder_norm",
+            "parent",
+        ]
         row = self._table.select([*columns, "children"]).slice(index, 1).to_pylist()[0]
         parent = row.pop("parent")
         row |= {"top_tokens": self._tokens[index], "children": len(row["children"] or ())}

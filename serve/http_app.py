@@ -19,7 +19,6 @@ from serve.routes.common import TheService
 from serve.service import Service
 
 
-
 def create_app(service: Service) -> FastAPI:
     """The application for a service. Raises ValueError for keys that can't be read, or a route that nobody listed."""
     settings = service.settings

@@ -47,7 +47,9 @@ def document(app: FastAPI, settings: Settings, run: ServedRun) -> dict[str, Any]
     for path, methods in found["paths"].items():
         for method, operation in methods.items():
             schemas.update(operation.pop(_MODELS, {}))
-            level = ROUTES.get((method.upper(), path)) or ROUTES.get((method.upper(), path.replace("{name}", "{name:path}")))
+            level = ROUTES.get((method.upper(), path)) or ROUTES.get(
+                (method.upper(), path.replace("{name}", "{name:path}"))
+            )
             operation["security"] = [] if level == "public" else [{"key": []}]
             _complete(operation, public=level == "public")
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is never answered

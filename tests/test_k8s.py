@@ -239,9 +239,9 @@ def test_job_and_service_agree_with_the_code(
     assert config.output.root == storage
     assert config.output.run_id
 
-    from serve.app import AppArgs
+    from serve.settings import Settings
 
     deployed = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = deployed.applications
     assert application.import_path == "serve.app:build"
-    assert AppArgs.model_validate(application.args).run == f"{storage}/latest"
+    assert Settings.model_validate(application.args).run == f"{storage}/latest"

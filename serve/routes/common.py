@@ -40,7 +40,8 @@ def wanted(request: Request, offered: tuple[str, ...]) -> str:
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For a route's `responses`: the errors that it may answer, beside those of every route."""
     return {
-        status: {"model": ErrorResponse, "description": _MEANING[status]} for status in sorted({*statuses, 401, 403, 500})
+        status: {"model": ErrorResponse, "description": _MEANING[status]}
+        for status in sorted({*statuses, 401, 403, 500})
     }
 
 

@@ -30,7 +30,9 @@ async def features(
     group: Annotated[int | None, Query(ge=0, lt=1 << 31, description="Only of this group.")] = None,
     min_density: Density = None,
     max_density: Density = None,
-    token: Annotated[Word, Query(description="Only with this among the top tokens; case and space do not count.")] = None,
+    token: Annotated[
+        Word, Query(description="Only with this among the top tokens; case and space do not count.")
+    ] = None,
     text: Annotated[Word, Query(description="Only with this in a stored context; case does not count.")] = None,
     sort: Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"] = "feature",
     order: Literal["ascending", "descending"] = "ascending",

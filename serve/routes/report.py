@@ -29,7 +29,9 @@ _FORMS = {200: {"content": {HTML: {"schema": {"type": "string"}}, MARKDOWN: {"sc
 
 
 @router.get(
-    "/report", response_class=Response, responses=errors(404, 406, 409, 422, 503) | _FORMS | {304: {"description": "It is the same."}}
+    "/report",
+    response_class=Response,
+    responses=errors(404, 406, 409, 422, 503) | _FORMS | {304: {"description": "It is the same."}},
 )
 async def report(request: Request, service: TheService, model: Model = None) -> Response:
     """The report: Markdown, or HTML or JSON if the Accept header prefers it."""
