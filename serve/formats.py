@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ def input_result(run: ServedRun, tokenised: Tokenised, encoded: Encoded, csr: bo
             for i, v in zip(encoded.indices.tolist(), encoded.values.tolist(), strict=True)
         ]
         bounds = encoded.indptr.tolist()
-        result["features"] = [pairs[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        result["features"] = [pairs[a:b] for a, b in itertools.pairwise(bounds)]
     if encoded.l0 is not None:
         result["l0"] = encoded.l0.tolist()
     if encoded.fvu is not None:

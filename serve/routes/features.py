@@ -31,7 +31,7 @@ async def features(
     min_density: Density = None,
     max_density: Density = None,
     token: Annotated[
-        Word, Query(description="Only with this among the top tokens; case and space do not count.")
+        Word, Query(description="Only with this top token; case and space around it do not count.")
     ] = None,
     text: Annotated[Word, Query(description="Only with this in a stored context; case does not count.")] = None,
     sort: Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"] = "feature",
