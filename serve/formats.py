@@ -89,7 +89,11 @@ def input_result(run: ServedRun, tokenised: Tokenised, encoded: Encoded, csr: bo
     """`serve.schemas.InputResult`; `packed` keeps the matrix's arrays as bytes."""
     result = _tokens(run, tokenised)
     if csr:
-        arrays = {"indptr": encoded.indptr, "indices": encoded.indices, "values": encoded.values}
+        arrays: dict[str, NDArray[Any]] = {
+            "indptr": encoded.indptr,
+            "indices": encoded.indices,
+            "values": encoded.values,
+        }
         result["csr"] = {name: _array(array) if packed else array.tolist() for name, array in arrays.items()}
     else:
         pairs = [

@@ -47,8 +47,8 @@ class _Input(_Model):
     def windows(self) -> list[list[int]] | None:
         ids = self.input_ids
         if ids is None or isinstance(ids[0], list):
-            return ids  # type: ignore[return-value]  # the first tells them apart: the schema allows no mixture
-        return [ids]  # type: ignore[list-item]
+            return ids
+        return [ids]
 
 
 class EncodeRequest(_Input):
