@@ -198,7 +198,7 @@ def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]]) -> No
 
 
 def print_usage(base: str, run: str) -> None:
-    print(f"\nserved at  {base}/ui   (the API: {base}/docs, stop with: make stop)")
+    print(f"\nserved at  {base}   (stop with: make stop)")
     example = f'{base}/encode -H "Content-Type: application/json" -d \'{{"inputs": "We the people"}}\''
     print(f"try        curl {example}\n           curl {base}/report")
     report = Path(run, "report")
