@@ -213,6 +213,9 @@ def test_pods(documents: list[dict[str, Any]]) -> None:
             for volume in pod["volumes"]:
                 if "configMap" in volume:
                     assert ("ConfigMap", volume["configMap"]["name"]) in names
+                elif "secret" in volume:  # made by whoever deploys, never by these files
+                    assert volume["secret"]["secretName"] == "mtc-api-keys"
+                    assert ("Secret", "mtc-api-keys") not in names
                 else:
                     assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
             for container in pod["containers"]:
@@ -244,4 +247,11 @@ def test_job_and_service_agree_with_the_code(
     deployed = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = deployed.applications
     assert application.import_path == "serve.app:build"
-    assert Settings.model_validate(application.args).run == f"{storage}/latest"
+    settings = Settings.model_validate(application.args)
+    assert settings.run == f"{storage}/latest"
+    assert settings.api_keys_file is not None  # the service refuses to listen to others without
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        mounts = group["template"]["spec"]["containers"][0]["volumeMounts"]
+        (keys,) = [mount["mountPath"] for mount in mounts if mount["name"] == "keys"]
+        assert Path(settings.api_keys_file).parent == Path(keys)
