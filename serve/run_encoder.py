@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -21,6 +22,9 @@ SEARCH_TOKENS = 256
 any number of tokens."""
 
 _models: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
+_one_at_a_time = threading.Lock()
+"""A forward pass is watched by hooks on the model, which would see another thread's pass as well, such as the warm-up
+of a run that shares the model."""
 
 
 class RunEncoder:
@@ -52,7 +56,8 @@ class RunEncoder:
         starts = np.cumsum([0, *packed.lengths])
         results: dict[int, Encoded] = {}
         with torch.inference_mode():
-            (pair,) = self._model.capture(packed)
+            with _one_at_a_time:
+                (pair,) = self._model.capture(packed)
             for prefix in {each.prefix for each in options}:
                 # One product for all windows that want the same nested dictionary.
                 chosen = [i for i, each in enumerate(options) if each.prefix == prefix]
