@@ -39,6 +39,8 @@ def make_run(directory: Path, seed: int = 3, config: RunConfig | None = None) ->
     transcoder = MatryoshkaTranscoder(shape, seed=seed)
     with torch.no_grad():
         transcoder.W_dec.normal_(generator=torch.Generator().manual_seed(seed + 1))
+        transcoder.b_dec.normal_(generator=torch.Generator().manual_seed(seed + 2))
+        transcoder.target_scale.fill_(0.5)
         transcoder.b_enc.fill_(0.1)
         transcoder.W_enc[9] = transcoder.W_enc[5]  # equal activations, to see ties broken
         transcoder.threshold.fill_(0.8)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from serve import formats
 from serve.bodies import read_json
-from serve.errors import ServiceError, error_line
+from serve.errors import ServiceError, error_line, unexpected
 from serve.openapi import json_body
 from serve.results import Encoded, Tokenised
 from serve.routes.common import TheService, errors, media_types, request_id_of, wanted
@@ -23,6 +25,8 @@ from serve.schemas import (
     TokenizeResponse,
 )
 from serve.service import Service
+
+T = TypeVar("T")
 
 router = APIRouter(tags=["activations"])
 BODY = (400, 404, 406, 408, 409, 413, 415, 422, 429, 503)
@@ -47,11 +51,11 @@ async def encode(request: Request, service: TheService) -> Response:
     envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
     found = service.encode(run, inputs, options)
     if media_type == formats.NDJSON:
-        return await _stream(envelope, csr, inputs, found)
+        return await _stream(service, envelope, csr, inputs, found)
     encoded = [each async for _, each in found]
-    body = await _written(
-        service, formats.entries(encoded), lambda: formats.encode_answer(media_type, envelope, csr, inputs, encoded)
-    )
+    with service.metrics.duration.labels("serialise").time():
+        size = formats.entries(encoded)
+        body = await _written(size, lambda: formats.encode_answer(media_type, envelope, csr, inputs, encoded))
     return Response(body, media_type=media_type, headers={"Vary": "Accept"})
 
 
@@ -68,7 +72,9 @@ async def tokenize(request: Request, service: TheService) -> Response:
     run = await service.run(asked.model)
     inputs = await service.tokenise(run, asked)
     envelope = formats.Envelope(run, None, request_id_of(request))
-    body = formats.tokenize_answer(media_type, envelope, inputs)
+    body = await _written(
+        formats.usage(inputs)["tokens"], lambda: formats.tokenize_answer(media_type, envelope, inputs)
+    )
     return Response(body, media_type=media_type, headers={"Vary": "Accept"})
 
 
@@ -85,33 +91,47 @@ async def decode(request: Request, service: TheService) -> Response:
     run = await service.run(asked.model)
     reconstruction = await service.decode(run, asked)
     envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
-    body = await _written(
-        service, reconstruction.size, lambda: formats.decode_answer(media_type, envelope, reconstruction)
-    )
+    body = await _written(reconstruction.size, lambda: formats.decode_answer(media_type, envelope, reconstruction))
     return Response(body, media_type=media_type, headers={"Vary": "Accept"})
 
 
-async def _written(service: Service, entries: int, write: Callable[[], bytes]) -> bytes:
-    with service.metrics.duration.labels("serialise").time():
-        return await asyncio.to_thread(write) if entries > IN_THREAD else write()
+async def _written(entries: int, write: Callable[[], bytes]) -> bytes:
+    return await asyncio.to_thread(write) if entries > IN_THREAD else write()
 
 
 async def _stream(
-    envelope: formats.Envelope, csr: bool, inputs: Sequence[Tokenised], found: AsyncIterator[tuple[int, Encoded]]
-) -> Response:
+    service: Service, envelope: formats.Envelope, csr: bool, inputs: Sequence[Tokenised],
+    found: AsyncIterator[tuple[int, Encoded]],
+) -> Response:  # fmt: skip
     """Starts with the first result, so that what fails before has a status of its own."""
     first = await anext(found)
+    serialise = service.metrics.duration.labels("serialise")
+
+    async def line(index: int, encoded: Encoded) -> bytes:
+        size = formats.entries([encoded])
+        return await _written(size, lambda: formats.result_line(envelope, index, inputs[index], encoded, csr))
 
     async def lines() -> AsyncIterator[bytes]:
+        seconds = 0.0
         yield formats.first_line(envelope)
-        index, encoded = first
-        yield formats.result_line(envelope, index, inputs[index], encoded, csr)
         try:
-            async for index, encoded in found:
-                yield await asyncio.to_thread(formats.result_line, envelope, index, inputs[index], encoded, csr)
+            async for index, encoded in _chain(first, found):
+                start = time.perf_counter()
+                written = await line(index, encoded)
+                seconds += time.perf_counter() - start
+                yield written
         except ServiceError as error:
             yield error_line(error, envelope.request_id)
+        except Exception as error:  # the status is gone, but the line can still be told from an end
+            yield error_line(unexpected(error, envelope.request_id), envelope.request_id)
         else:
+            serialise.observe(seconds)
             yield formats.last_line(inputs)
 
     return StreamingResponse(lines(), media_type=formats.NDJSON, headers={"Vary": "Accept"})
+
+
+async def _chain(first: T, others: AsyncIterator[T]) -> AsyncIterator[T]:
+    yield first
+    async for each in others:
+        yield each
