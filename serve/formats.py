@@ -180,5 +180,9 @@ def _encode_tensors(envelope: Envelope, inputs: Sequence[Tokenised], found: Sequ
     ):  # fmt: skip
         if parts[0] is not None:
             tensors[name] = np.concatenate([part for part in parts if part is not None]).astype(kind)
-    metadata = _metadata(envelope, "mtc-encode", usage(inputs))
-    return save(tensors, metadata | {"truncated": json.dumps([each.truncated for each in inputs])})
+    tokens = [envelope.run.tokeniser.token(i) for i in tensors["token_ids"].tolist()]
+    metadata = _metadata(envelope, "mtc-encode", usage(inputs)) | {
+        "tokens": orjson.dumps(tokens).decode(),
+        "truncated": json.dumps([each.truncated for each in inputs]),
+    }
+    return save(tensors, metadata)

@@ -138,6 +138,7 @@ def split(tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> list[di
     assert {name: tensor.dtype.name for name, tensor in tensors.items()} == {name: kinds[name] for name in tensors}
     assert (metadata["format"], metadata["format_version"]) == ("mtc-encode", "1")
     bounds, truncated = tensors["input_offsets"].tolist(), json.loads(metadata["truncated"])
+    tokens = json.loads(metadata["tokens"])
     assert json.loads(metadata["usage"]) == {"inputs": len(bounds) - 1, "tokens": len(tensors["token_ids"])}
     results = []
     for i, (a, b) in enumerate(itertools.pairwise(bounds)):
@@ -147,7 +148,7 @@ def split(tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> list[di
         if "fvu" in result:
             result["fvu"] = [None if np.isnan(v) else v for v in result["fvu"]]
         result["rows"] = rows_of(tensors["indptr"][a : b + 1], tensors["indices"], tensors["values"])
-        results.append(result | {"truncated": truncated[i]})
+        results.append(result | {"truncated": truncated[i], "tokens": tokens[a:b]})
     return results
 
 
@@ -176,7 +177,7 @@ def test_every_format_equals_the_offline_forward(client: httpx.Client, truth: Tr
         in_order = form == "csr" or media_type == SAFETENSORS
         for result, other, text in zip(results, first, TEXTS, strict=True):
             # Bit for bit the same everywhere.
-            for name in ("token_ids", "offsets", "is_special", "truncated", "l0", "fvu"):
+            for name in ("tokens", "token_ids", "offsets", "is_special", "truncated", "l0", "fvu"):
                 assert result[name] == other[name], (media_type, form, name)
             rows = [sorted(row) if in_order else strongest(row, 64) for row in other["rows"]]
             assert result["rows"] == rows, (media_type, form)

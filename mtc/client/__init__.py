@@ -1,0 +1,19 @@
+"""A client of the service in `serve/`, see docs/serving-formats.md. Needs neither PyTorch nor Ray.
+
+    with Client("http://127.0.0.1:8000") as client:
+        encoding = client.encode("We the people", top_k=8)
+        encoding.inputs[0].top(-1, 3)
+
+Every call may be repeated without harm, so what a busy or restarting service refuses is asked for again.
+"""
+
+from mtc.client.answers import Decoding, EncodedInput, Encoding, Model, Tokenisation, TokenisedInput, Usage
+from mtc.client.asynchronous import AsyncClient
+from mtc.client.blocking import Client
+from mtc.client.calls import EncodeOptions
+from mtc.client.failures import Retry, ServiceError
+
+__all__ = [
+    "AsyncClient", "Client", "Decoding", "EncodeOptions", "EncodedInput", "Encoding", "Model", "Retry", "ServiceError",
+    "Tokenisation", "TokenisedInput", "Usage",
+]  # fmt: skip

@@ -1,0 +1,149 @@
+"""The client that waits."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Self, TypeVar, Unpack
+
+import httpx
+
+from mtc.client import calls
+from mtc.client.answers import Decoding, EncodedInput, Encoding, SparseRows, Tokenisation
+from mtc.client.calls import NDJSON, Call, EncodeOptions, Format, Inputs, Lines
+from mtc.client.failures import DEFAULT_RETRY, Attempts, Retry, no_answer, refusal
+
+T = TypeVar("T")
+
+
+class Client:
+    """Asks a service, one call after another; close it, or use it as a context manager.
+
+    Args:
+        api_key: a key of the service, if it wants one.
+        timeout: seconds that one attempt waits to connect, and for each part of an answer.
+        retries: when to ask again; `Retry(attempts=1)` never does.
+
+    All calls raise ServiceError. What was asked wrongly is not asked again. An answer that takes longer than `timeout`
+    isn't either: it would only add to the service's work.
+    """
+
+    def __init__(
+        self, base_url: str, api_key: str | None = None, timeout: float = 60.0, retries: Retry = DEFAULT_RETRY, *,
+        transport: httpx.BaseTransport | None = None, clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep, chance: Callable[[], float] = random.random,
+    ):  # fmt: skip
+        self._http = httpx.Client(
+            base_url=base_url, headers=calls.authorization(api_key), timeout=timeout, transport=transport
+        )
+        self._retries, self._clock, self._sleep, self._chance = retries, clock, sleep, chance
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def encode(
+        self, inputs: Inputs = None, format: Format = "safetensors", **options: Unpack[EncodeOptions]
+    ) -> Encoding:
+        """Features of every token; `format` only says how they travel."""
+        return self._do(calls.encode(inputs, format, options))
+
+    def encode_stream(
+        self, inputs: Inputs = None, **options: Unpack[EncodeOptions]
+    ) -> Iterator[tuple[int, EncodedInput]]:
+        """Index and features of each input as soon as it is done. A failure after the first is not asked again."""
+        call, lines = calls.encode_stream(inputs, options), Lines()
+        response = self._open(call)
+        try:
+            for part in response.iter_bytes():
+                yield from lines.feed(part)
+        except httpx.TransportError as error:
+            raise no_answer(error) from error
+        finally:
+            response.close()
+        lines.end()
+
+    def tokenize(
+        self, inputs: Inputs = None, *, input_ids: Any = None, model: str | None = None, truncate: bool = False
+    ) -> Tokenisation:
+        """Inputs as the model reads them."""
+        return self._do(calls.tokenize(inputs, input_ids, model, truncate))
+
+    def decode(
+        self, rows: SparseRows, *, prefix: int | None = None, model: str | None = None, format: Format = "safetensors"
+    ) -> Decoding:
+        """The reconstruction of the target site from features, such as an `EncodedInput`."""
+        return self._do(calls.decode(rows, prefix, model, format))
+
+    def features(self, **filters: Any) -> Iterator[dict[str, Any]]:
+        """Features that pass the filters of `GET /features`, page after page; `limit` is the size of a page."""
+        while True:
+            page = self._do(calls.get("/features", **filters))
+            yield from page["features"]
+            if (cursor := page["cursor"]) is None:
+                return
+            # The other pages are to come from the same run, whatever is published meanwhile.
+            filters |= {"cursor": cursor, "model": page["run_id"]}
+
+    def feature(self, feature: int, model: str | None = None) -> dict[str, Any]:
+        """All that the analysis says of a feature."""
+        return self._do(calls.get(f"/features/{feature}", model=model))
+
+    def examples(self, feature: int, **options: Any) -> dict[str, Any]:
+        """Contexts in which a feature fires; options as of `GET /features/{i}/examples`."""
+        return self._do(calls.get(f"/features/{feature}/examples", **options))
+
+    def report(self, format: Literal["markdown", "html", "json"] = "markdown", model: str | None = None) -> str:
+        """The run's report, as text."""
+        return self._do(calls.report(format, model))
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Runs that can be asked for as `model`, newest first."""
+        return list(self._do(calls.get("/runs"))["runs"])
+
+    def info(self) -> dict[str, Any]:
+        """The current run, the limits and versions."""
+        return self._do(calls.get("/info"))
+
+    def load(self, model: str) -> dict[str, Any]:
+        """Let another run answer; needs an admin's key."""
+        return self._do(calls.load(model))
+
+    def health(self) -> bool:
+        """Whether the service is alive; asked once."""
+        return self._probe("/healthz")
+
+    def ready(self) -> bool:
+        """Whether the service could encode now; asked once."""
+        return self._probe("/readyz")
+
+    def _probe(self, path: str) -> bool:
+        try:
+            return self._http.get(path).is_success
+        except httpx.TransportError:
+            return False
+
+    def _do(self, call: Call[T]) -> T:
+        response = self._open(call)
+        return calls.read(call, response)
+
+    def _open(self, call: Call[Any]) -> httpx.Response:
+        """A response of status 200, not read yet if it is a stream."""
+        attempts, arguments = Attempts(self._retries, self._clock, self._chance), call.arguments()
+        while True:
+            try:
+                response = self._http.send(self._http.build_request(**arguments), stream=call.accept == NDJSON)
+                if response.is_success:
+                    return response
+                response.read()
+                response.close()
+                error = refusal(response)
+            except httpx.TransportError as failure:
+                error = no_answer(failure)
+            self._sleep(attempts.pause(error))

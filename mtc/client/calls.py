@@ -1,0 +1,170 @@
+"""The requests of both clients, and how their answers are read; nothing here waits for anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
+
+import httpx
+from safetensors import SafetensorError
+
+from mtc.client.answers import (
+    JSON,
+    MEDIA_TYPES,
+    NDJSON,
+    Decoding,
+    EncodedInput,
+    Encoding,
+    SparseRows,
+    Tokenisation,
+    csr_of,
+    encoded_input,
+    read_decoding,
+    read_encoding,
+    read_tokenisation,
+)
+from mtc.client.failures import ServiceError
+
+T = TypeVar("T")
+Format = Literal["safetensors", "msgpack", "json"]
+Inputs = str | Sequence[str] | None
+
+
+class EncodeOptions(TypedDict, total=False):
+    """What `encode` may be asked beside its inputs; see `POST /encode`."""
+
+    input_ids: Any
+    """Instead of text: a window of token ids or several."""
+    model: str
+    """Id of the run that answers."""
+    top_k: int
+    """Strongest features of each token; by default all."""
+    features: Sequence[int]
+    """Only these."""
+    min_activation: float
+    prefix: int
+    """Only the first so many features, one of the nested dictionaries."""
+    truncate: bool
+    """Cut what is too long instead of refusing it."""
+    include: Sequence[Literal["l0", "fvu"]]
+
+
+class Call(NamedTuple, Generic[T]):
+    """A request, and how its answer is read."""
+
+    method: str
+    path: str
+    accept: str
+    read: Callable[[httpx.Response], T]
+    body: dict[str, Any] | None = None
+    parameters: dict[str, Any] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        headers = {"Accept": self.accept}
+        content = None
+        if self.body is not None:
+            given = {name: _plain(value) for name, value in self.body.items() if value is not None}
+            content = json.dumps(given, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+            headers["Content-Type"] = JSON
+        parameters = {name: value for name, value in (self.parameters or {}).items() if value is not None}
+        return {"method": self.method, "url": self.path, "headers": headers, "content": content, "params": parameters}
+
+
+def encode(inputs: Inputs, format: Format, options: EncodeOptions) -> Call[Encoding]:
+    body = {"inputs": inputs, **options, "return": "csr"}
+    media_type = _media_type(format)
+    return Call("POST", "/encode", media_type, lambda r: read_encoding(media_type, r.content), body)
+
+
+def encode_stream(inputs: Inputs, options: EncodeOptions) -> Call[None]:
+    return Call("POST", "/encode", NDJSON, lambda r: None, {"inputs": inputs, **options, "return": "csr"})
+
+
+def tokenize(inputs: Inputs, input_ids: Any, model: str | None, truncate: bool) -> Call[Tokenisation]:
+    body = {"inputs": inputs, "input_ids": input_ids, "model": model, "truncate": truncate}
+    return Call("POST", "/tokenize", JSON, lambda r: read_tokenisation(JSON, r.content), body)
+
+
+def decode(rows: SparseRows, prefix: int | None, model: str | None, format: Format) -> Call[Decoding]:
+    body = {"csr": csr_of(rows), "prefix": prefix, "model": model}
+    media_type = _media_type(format)
+    return Call("POST", "/decode", media_type, lambda r: read_decoding(media_type, r.content), body)
+
+
+def get(path: str, **parameters: Any) -> Call[dict[str, Any]]:
+    return Call("GET", path, JSON, lambda r: r.json(), None, parameters)
+
+
+def load(model: str) -> Call[dict[str, Any]]:
+    return Call("POST", "/admin/load", JSON, lambda r: r.json(), {"model": model})
+
+
+def report(format: str, model: str | None) -> Call[str]:
+    media_types = {"markdown": "text/markdown", "html": "text/html", "json": JSON}
+    if format not in media_types:
+        raise ValueError(f"format={format!r} is none of {', '.join(media_types)}")
+    return Call("GET", "/report", media_types[format], lambda r: r.text, None, {"model": model})
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
+def read(call: Call[T], response: httpx.Response) -> T:
+    try:
+        return call.read(response)
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        message = f"the answer to {call.method} {call.path} is not {call.accept} as documented: {error!r}"
+        raise ServiceError(None, "unreadable", message, request_id=response.headers.get("x-request-id")) from error
+
+
+class Lines:
+    """An NDJSON answer to `POST /encode`, as its parts arrive."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._whole = False
+
+    def feed(self, part: bytes) -> Iterator[tuple[int, EncodedInput]]:
+        """Index and features of the inputs whose lines end in this part; raises ServiceError for a line that says so.
+
+        Lines end with \\n alone: tokens may have the other characters that Python takes for ends of lines.
+        """
+        *ends, rest = part.split(b"\n")
+        for end in ends:
+            yield from self._read(b"".join([*self._parts, end]))
+            self._parts.clear()
+        self._parts.append(rest)
+
+    def end(self) -> None:
+        """Raises ServiceError if the last line has not come."""
+        if not self._whole:
+            raise ServiceError(None, "incomplete", "the answer ended before its last line")
+
+    def _read(self, line: bytes) -> Iterator[tuple[int, EncodedInput]]:
+        try:
+            found = json.loads(line)
+            kind = found["type"]
+            result = (found["index"], encoded_input(found)) if kind == "result" else None
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"a line of the answer to POST /encode is not as documented: {error!r}"
+            raise ServiceError(None, "unreadable", message) from error
+        if kind == "error":
+            raise ServiceError(None, found["error_type"], found["error"], found.get("detail"), found["request_id"])
+        self._whole = kind == "usage"
+        if result is not None:
+            yield result
+
+
+def _media_type(format: str) -> str:
+    if format not in MEDIA_TYPES:
+        raise ValueError(f"format={format!r} is none of {', '.join(MEDIA_TYPES)}")
+    return MEDIA_TYPES[format]
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, and sequences of arrays, as lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(each) for each in value] if isinstance(value, list | tuple | range) else value
