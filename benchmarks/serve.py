@@ -13,15 +13,15 @@ process, with as many threads as the service's.
   less the median of the forward passes, and the same of the 99th percentiles.
 - `throughput_ratio`: paragraphs (`paragraph_tokens` on average) in a closed loop, `inputs_per_request` in each request,
   answered as safetensors with all features; tokens answered per second, over those of offline batches of the same
-  paragraphs and the same most tokens. In turn; median of the rounds' ratios. `single_throughput_ratio`: one paragraph in
-  each request.
+  paragraphs and the same most tokens. In turn; median of the rounds' ratios. `single_throughput_ratio`: one paragraph
+  in each request.
 - `overload_goodput_ratio`: requests of one paragraph leave at four times the rate that was just answered in a closed
   loop, at random moments whatever is answered. Tokens per second of answers with status 200, over those of the closed
   loop; median of the rounds. `refused_p50_ms`, `refused_p99_ms`, `refused_max_ms`: from the moment at which a request
   was to leave until its 429 was there. `healthz_max_ms`: the slowest `GET /healthz` meanwhile.
-- `csr_speedup`, `csr_size_ratio`: 1,024 tokens x 96 features as an object for each entry, by the standard library's json
-  from objects that lie ready, over the whole answer in safetensors from the model's arrays. `json_speedup` is the same
-  for the service's own JSON of those objects, `csr_over_json_speedup` the quotient of the two.
+- `csr_speedup`, `csr_size_ratio`: 1,024 tokens x 96 features as an object for each entry, by the standard library's
+  json from objects that lie ready, over the whole answer in safetensors from the model's arrays. `json_speedup` is the
+  same for the service's own JSON of those objects, `csr_over_json_speedup` the quotient of the two.
 
 Tokens per second are the slope of a line through (time, tokens answered until then) without the first seconds, so that
 it does not matter where in a batch the time begins or ends. The last line is one JSON object; `--save` writes it to
