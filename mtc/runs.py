@@ -298,14 +298,19 @@ def cache_directory() -> str:
 
 def load_analysis(run: RunDirectory) -> Analysis:
     """The run's analysis; raises RunError if there is none, or one of another version."""
+    return parse_analysis(run.read("analysis.json"), run.url)
+
+
+def parse_analysis(data: bytes, name: str) -> Analysis:
+    """An analysis.json of the run `name`; raises RunError for another version, ValueError for what is none."""
     from mtc.report.schema import FORMAT_VERSION as ANALYSIS_VERSION
     from mtc.report.schema import Analysis
 
-    raw: dict[str, Any] = json.loads(run.read("analysis.json"))
+    raw: dict[str, Any] = json.loads(data)
     if raw.get("format_version") != ANALYSIS_VERSION:
         raise RunError(
-            f"{run.url}/analysis.json: format_version {raw.get('format_version')!r} is unknown; this version reads "
-            f"{ANALYSIS_VERSION}: analyse the run again (jobs/analyze.py --run {run.url})"
+            f"{name}/analysis.json: format_version {raw.get('format_version')!r} is unknown; this version reads "
+            f"{ANALYSIS_VERSION}: analyse the run again (jobs/analyze.py --run {name})"
         )
     return Analysis.model_validate(raw)
 

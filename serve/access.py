@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.errors import ServiceError, send_error
 from serve.keys import Keys
+from serve.pages import wants_page
 
 Level = Literal["public", "user", "admin"]
 
@@ -47,15 +48,17 @@ ROUTES: dict[tuple[str, str], Level] = {
 """Method and path template of every route, and the key that it asks for."""
 
 COOKIE = "mtc_key"
-PAGES = re.compile(r"/(ui(/.*)?|docs|report)")
 _LOOPBACK_NAME = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
 def check_routes(app: FastAPI) -> None:
-    """Raises ValueError if the application has a route that is not in the table."""
+    """Raises ValueError unless the application's routes are those of the table."""
     found = {(method, path) for path, methods in _routes(app.routes) for method in methods}
-    if unlisted := sorted(found - set(ROUTES)):
-        raise ValueError(f"serve/access.py: routes that are not in the table: {unlisted}")
+    if found != set(ROUTES):
+        unlisted, missing = sorted(found - set(ROUTES)), sorted(set(ROUTES) - found)
+        raise ValueError(
+            f"serve/access.py: routes that are not in the table: {unlisted}; that are not there: {missing}"
+        )
 
 
 def check_binding(host: str, api_keys_file: str | None) -> None:
@@ -89,7 +92,7 @@ class Access:
         try:
             self._check(scope)
         except ServiceError as error:
-            if error.status == 401 and _wants_page(scope):
+            if error.status == 401 and scope["method"] == "GET" and wants_page(scope):
                 where = scope["path"] + ("?" + scope["query_string"].decode("latin-1") if scope["query_string"] else "")
                 response = RedirectResponse(f"/ui/login?next={quote(where, safe='/')}", 303)
                 return await response(scope, receive, send)
@@ -146,10 +149,8 @@ def _bearer(scope: Scope) -> str | None:
 
 def _cookie(scope: Scope) -> str | None:
     """The key that a browser logged in with; other sites' pages can't use it to change or read anything."""
-    if scope["method"] != "GET":
-        origin, host = _header(scope, b"origin"), _header(scope, b"host")
-        if origin not in (f"http://{host}", f"https://{host}"):
-            return None
+    if scope["method"] != "GET" and not same_origin(scope):
+        return None
     try:
         morsel = SimpleCookie(_header(scope, b"cookie")).get(COOKIE)
     except CookieError:
@@ -157,9 +158,10 @@ def _cookie(scope: Scope) -> str | None:
     return morsel.value if morsel else None
 
 
-def _wants_page(scope: Scope) -> bool:
-    page = scope["method"] == "GET" and PAGES.fullmatch(scope["path"]) is not None
-    return page and "text/html" in _header(scope, b"accept")
+def same_origin(scope: Scope) -> bool:
+    """Whether a page of this server sent the request, by what browsers say of it."""
+    host = _header(scope, b"host")
+    return _header(scope, b"origin") in (f"http://{host}", f"https://{host}")
 
 
 def _is_local(scope: Scope) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from typing import TypeVar
+from urllib.parse import parse_qsl
 
 import numpy as np
 from fastapi import Request
@@ -18,7 +19,10 @@ M = TypeVar("M", bound=BaseModel)
 
 IN_THREAD = 1 << 16
 """Bytes from which a body is parsed in a thread."""
-_MEDIA_TYPE = re.compile(r"application/json\s*(;\s*charset\s*=\s*\"?utf-8\"?\s*)?", re.IGNORECASE)
+_JSON, _FORM = (
+    re.compile(rf"application/{kind}\s*(;\s*charset\s*=\s*\"?utf-8\"?\s*)?", re.IGNORECASE)
+    for kind in ("json", "x-www-form-urlencoded")
+)
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|$)', re.DOTALL)
 _STEP = np.zeros(256, np.int32)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
@@ -31,11 +35,21 @@ async def read_json(request: Request, model: type[M], settings: Settings) -> M:
     Raises ServiceError: 400 no JSON or empty inputs, 408 too slow, 413 too long or too deep, 415 another media type or
     an encoding, 422 JSON that is not a `model`. None of them repeats what was sent.
     """
-    _check_headers(request, settings)
+    _check_headers(request, settings, _JSON, "application/json")
     body = await _read(request, settings)
     if len(body) > IN_THREAD:
         return await asyncio.to_thread(parse, body, model, settings.max_json_depth)
     return parse(body, model, settings.max_json_depth)
+
+
+async def read_form(request: Request, settings: Settings) -> dict[str, str]:
+    """The fields of a form that a page sent. Raises ServiceError as `read_json`, 400 for what is no form."""
+    _check_headers(request, settings, _FORM, "application/x-www-form-urlencoded")
+    body = await _read(request, settings)
+    try:
+        return dict(parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=16, errors="strict"))
+    except ValueError:
+        raise ServiceError(400, "malformed_form", "the body is not a form of a few fields") from None
 
 
 def parse(body: bytes, model: type[M], max_depth: int) -> M:
@@ -66,10 +80,10 @@ def depth(body: bytes) -> int:
     return int(_STEP[codes].cumsum().max(initial=0)) if len(codes) else 0
 
 
-def _check_headers(request: Request, settings: Settings) -> None:
+def _check_headers(request: Request, settings: Settings, wanted: re.Pattern[str], name: str) -> None:
     content_type = request.headers.get("content-type", "")
-    if not _MEDIA_TYPE.fullmatch(content_type.strip()):
-        message = f"Content-Type is {content_type[:100]!r}, application/json is wanted"
+    if not wanted.fullmatch(content_type.strip()):
+        message = f"Content-Type is {content_type[:100]!r}, {name} is wanted"
         raise ServiceError(415, "unsupported_media_type", message)
     if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
         raise ServiceError(415, "unsupported_encoding", f"Content-Encoding {encoding[:100]!r} is not taken")

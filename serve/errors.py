@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
+from serve.pages import error_page, wants_page
 from serve.schemas import ErrorResponse
 
 logger = logging.getLogger("ray.serve")
@@ -51,6 +52,8 @@ def new_request_id(given: str | None) -> str:
 def error_response(scope: Scope, error: ServiceError) -> Response:
     """The error as an answer to a request."""
     scope["state"]["error_type"] = error.error_type  # for what is counted
+    if wants_page(scope):
+        return error_page(error.status, error.error_type, error.message, scope["state"]["request_id"], error.headers)
     body = orjson.dumps(_body(error, scope["state"]["request_id"]))
     return Response(body, error.status, error.headers, media_type="application/json")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mtc.report.blocks import Block
+from mtc.report.schema import AbsorbedFeature, Analysis, Example, Feature, SplitFeature
+from mtc.report.sections.features import feature_blocks
+from mtc.runs import RunError, parse_analysis
 from serve.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -33,12 +37,13 @@ class Filters(NamedTuple):
     max_density: float | None = None
     token: str | None = None
     text: str | None = None
+    features: tuple[int, ...] | None = None
     sort: str = "feature"
     descending: bool = False
 
 
 class FeatureTable:
-    """Raises ServiceError 404 for a run without an analysis, RunError for a damaged one."""
+    """Raises ServiceError: 404 for a run without an analysis, 409 for one that can't be read."""
 
     def __init__(self, run: ServedRun):
         missing = [name for name in FILES if name not in run.manifest.files]
@@ -46,12 +51,13 @@ class FeatureTable:
             message = f"run {run.key.run_id} has no analysis of its features (no {', '.join(missing)})"
             raise ServiceError(404, "not_analysed", message)
         self._run = run
-        self._table = pq.read_table(io.BytesIO(run.read("features.parquet")))
-        self._examples = pq.ParquetFile(io.BytesIO(run.read("examples.parquet")))
-        analysis = json.loads(run.read("analysis.json"))
-        self.edges: list[float] = list(analysis.get("activation_edges") or [])
-        nesting = analysis.get("nesting") or {}
-        self._splits, self._absorptions = nesting.get("splits") or [], nesting.get("absorptions") or []
+        try:
+            self.analysis: Analysis = parse_analysis(run.read("analysis.json"), run.key.run_id)
+            self._table = pq.read_table(io.BytesIO(run.read("features.parquet")))
+            self._examples = pq.ParquetFile(io.BytesIO(run.read("examples.parquet")))
+        except (RunError, ValueError) as error:
+            message = f"the analysis of run {run.key.run_id} can't be read: {error}"
+            raise ServiceError(409, "run_unusable", message) from error
         statistics = [
             self._examples.metadata.row_group(i).column(0).statistics for i in range(self._examples.num_row_groups)
         ]
@@ -72,19 +78,27 @@ class FeatureTable:
         after = start + limit
         return rows, len(found), self._cursor(filters, after) if after < len(found) else None
 
-    def feature(self, index: int) -> dict[str, Any]:
-        """Everything in a feature's row, without what JSON cannot say."""
-        return _plain(self._table.slice(self._check(index), 1).to_pylist()[0])
+    def feature(self, index: int) -> Feature:
+        """A feature's row. Raises ServiceError 404 if there is none."""
+        return Feature.model_validate(_plain(self._table.slice(self._check(index), 1).to_pylist()[0]))
 
-    def names(self, indices: list[int]) -> dict[int, list[str]]:
-        """Top tokens of some features."""
-        return {i: self._tokens[i][:4] for i in indices if 0 <= i < len(self)}
+    def splits(self, index: int) -> list[SplitFeature]:
+        """Splitting candidates of the report of which it is a part."""
+        tree = self.analysis.tree
+        return [s for s in tree.splits if index == s.feature or index in s.children] if tree else []
 
-    def splits(self, index: int) -> list[dict[str, Any]]:
-        return [_plain(s) for s in self._splits if index == s["feature"] or index in s["children"]]
+    def absorption(self, index: int) -> list[AbsorbedFeature]:
+        """Absorption candidates of the report of which it is a part."""
+        tree = self.analysis.tree
+        return [a for a in tree.absorptions if index in (a.parent, a.child)] if tree else []
 
-    def absorption(self, index: int) -> list[dict[str, Any]]:
-        return [_plain(a) for a in self._absorptions if index in (a["parent"], a["child"])]
+    def blocks(self, index: int, examples: Sequence[dict[str, Any]]) -> tuple[Block, ...]:
+        """As in the report, with these examples."""
+        figures, analysis = self.feature(index), self.analysis
+        near = [n.feature for n in figures.neighbours] + ([figures.parent.feature] if figures.parent else [])
+        names = {i: self._tokens[i][0] for i in (*near, *figures.children) if self._tokens[i]}
+        shown = tuple(Example.model_validate({n: e[n] for n in Example.model_fields}) for e in examples)
+        return feature_blocks(figures, shown, analysis.activation_edges, analysis.tree is not None, names)
 
     def examples(self, index: int, kind: str | None, offset: int, limit: int) -> tuple[list[dict[str, Any]], int]:
         """Examples of one feature and how many there are; reads only the parts of the file that have it."""
@@ -123,6 +137,8 @@ class FeatureTable:
         if filters.token is not None:
             token = filters.token.strip().casefold()
             wanted &= np.array([any(token == t.strip().casefold() for t in many) for many in self._tokens], bool)
+        if filters.features is not None:
+            wanted &= np.isin(np.arange(len(self)), np.array(filters.features))
         if filters.text is not None:
             wanted &= self._with_text(filters.text)
         found = np.flatnonzero(wanted)

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mtc.report.schema import AbsorbedFeature, Feature, SplitFeature
+
 MAX_TOP_K = 1024
 MAX_LIST = 1 << 20  # beyond any body's limit; the service's own limits are in Settings
 
@@ -279,6 +281,33 @@ class Status(_Model):
     status: Literal["ok", "ready"]
 
 
+class FeaturesQuery(BaseModel):
+    """Parameters of `GET /features`; a feature must pass all filters."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    model: str | None = Field(default=None, min_length=1, max_length=200)
+    """Id of a run; by default the current one."""
+    feature: list[FeatureIndex] = Field(default=[], max_length=500)
+    """Only these; may be given several times."""
+    group: int | None = Field(default=None, ge=0, lt=1 << 31)
+    """Only of this group of the nested dictionary, from 0."""
+    min_density: float | None = Field(default=None, ge=0, le=1)
+    """Only those that fire on this share of the tokens at least."""
+    max_density: float | None = Field(default=None, ge=0, le=1)
+    """Only those that fire on this share of the tokens at most."""
+    token: str | None = Field(default=None, min_length=1, max_length=200)
+    """Only with this top token; case and space around it do not count."""
+    text: str | None = Field(default=None, min_length=1, max_length=200)
+    """Only with this in a stored context; case does not count."""
+    sort: Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"] = "feature"
+    order: Literal["ascending", "descending"] = "ascending"
+    limit: int = Field(default=50, ge=1, le=500)
+    """Features of a page."""
+    cursor: str | None = Field(default=None, min_length=1, max_length=200, pattern="^[A-Za-z0-9_-]+$")
+    """Where the page begins, as the page before said."""
+
+
 class FeatureRow(_Model):
     """One feature on the analysed held-out tokens, in short."""
 
@@ -317,15 +346,14 @@ class FeaturesResponse(_Model):
 class FeatureResponse(_Model):
     run_id: str
     """The run."""
-    feature: dict[str, Any]
-    """The feature's row of the run's features.parquet: figures, histogram, top tokens, logit effects, neighbours,
-    parent and children; see docs/analysis.md."""
+    feature: Feature
+    """The feature's row of the run's features.parquet; see docs/analysis.md."""
     histogram_edges: list[float]
     """Borders of the histogram's bins."""
-    splits: list[dict[str, Any]]
-    """Splits of which it is parent or child."""
-    absorption: list[dict[str, Any]]
-    """Pairs that may be absorption, of which it is a part."""
+    splits: list[SplitFeature]
+    """Splitting candidates of the report of which it is parent or child."""
+    absorption: list[AbsorbedFeature]
+    """Absorption candidates of the report of which it is a part."""
 
 
 class ExampleRow(_Model):

@@ -22,6 +22,8 @@ T = TypeVar("T")
 DEFAULT_TOP_K = 16
 READY_TIMEOUT_S = 5.0
 READY_FOR_S = 2.0
+SHORT_TEXT = 1000
+"""Characters that are tokenised at once: a thread would take longer to begin than they do."""
 
 
 class State(NamedTuple):
@@ -116,7 +118,10 @@ class Service:
         limit = settings.max_input_tokens if request.truncate else None
         if request.texts is not None:
             texts = request.texts
-            tokenised = await asyncio.to_thread(lambda: [tokeniser.text(text, limit) for text in texts])
+            if sum(map(len, texts)) <= SHORT_TEXT:
+                tokenised = [tokeniser.text(text, limit) for text in texts]
+            else:
+                tokenised = await asyncio.to_thread(lambda: [tokeniser.text(text, limit) for text in texts])
         else:
             windows = request.windows or []
             for index, window in enumerate(windows):

@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -16,6 +17,20 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 TIMEOUT_S = 60
+_WAIT = """new Promise((done, fail) => {
+  const end = performance.now() + LIMIT;
+  (function look() {
+    if (CONDITION) done();
+    else if (performance.now() > end) fail(new Error("never true"));
+    else requestAnimationFrame(look);
+  })();
+})"""
+_MIDDLE = """(() => {
+  const element = document.querySelector(SELECTOR);
+  element.scrollIntoView({ block: "center" });
+  const box = element.getClientRects()[0], at = [box.x + box.width / 2, box.y + box.height / 2];
+  return element.contains(document.elementFromPoint(...at)) ? at : null;
+})()"""
 
 
 def find() -> str | None:
@@ -72,6 +87,37 @@ class Page:
         if "exceptionDetails" in answer:
             raise RuntimeError(str(answer["exceptionDetails"]))
         return answer["result"].get("value")
+
+    def wait(self, expression: str) -> None:
+        """Return once a JavaScript expression is true, looked at with every frame, on the next page too if need be."""
+        script = _WAIT.replace("LIMIT", str(TIMEOUT_S * 500)).replace("CONDITION", expression)
+        while True:
+            try:
+                self.evaluate(script)
+                return
+            except RuntimeError as error:
+                if not re.search("navigated|context", str(error)):
+                    raise AssertionError(f"not so after {TIMEOUT_S // 2} s: {expression}: {error}") from None
+
+    def click(self, selector: str) -> None:
+        """A mouse click in the middle of an element, which must be visible there."""
+        where = self.evaluate(_MIDDLE.replace("SELECTOR", json.dumps(selector)))
+        assert where is not None, f"{selector} is covered by something else"
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
+
+    def type(self, text: str) -> None:
+        """Text into whatever has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def press(self, key: str, code: int, modifiers: int = 0) -> None:
+        """A key by its name and Windows key code; modifiers: 1 Alt, 2 Control, 8 Shift."""
+        text = {"text": "\r"} if key == "Enter" and not modifiers else {}
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code,
+                modifiers=modifiers, **(text if kind == "keyDown" else {}),
+            )  # fmt: skip
 
     def screenshot(self, whole: bool = False) -> bytes:
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 import threading
@@ -11,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+import report_example as example
 import torch
 import uvicorn
 
 from mtc.config import RunConfig, load_preset, to_yaml
+from mtc.report import write_report
 from mtc.runs import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 from serve.errors import ServiceError
@@ -51,6 +55,23 @@ def make_run(directory: Path, seed: int = 3, config: RunConfig | None = None) ->
     run.write("report/layer1_analysis_report.json", json.dumps({"run_id": run.run_id}))
     run.write("report/layer1_analysis_report.html", "<!doctype html><title>é</title>")
     run.write("report/plots/loss.png", b"\x89PNG")
+    run.publish()
+    return run
+
+
+def make_analysed_run(directory: Path, seed: int = 3) -> RunDirectory:
+    """A finished run of random weights, with the analysis of ten features of `report_example`: tokens that try to break
+    out of pages, figures that can be worked out by hand."""
+    config = example.make_config(model={"dtype": "float32"})
+    run = make_run(directory, seed, config)
+    analysis, features = example.make_analysis(config, facts=example.make_facts(run_id=run.run_id))
+    for name, data in write_report(analysis, features, example.make_history(50)).items():
+        run.write(f"report/{name}", data)
+    table = io.BytesIO()
+    pq.write_table(features, table)
+    run.write("features.parquet", table.getvalue())
+    run.write("examples.parquet", example.make_examples().to_parquet())
+    run.write("analysis.json", analysis.model_dump_json())
     run.publish()
     return run
 

@@ -2,61 +2,28 @@
 
 import asyncio
 import inspect
-import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from serve_local import make_run, served
+from serve_local import make_analysed_run, make_run, served
 
 from mtc.client import AsyncClient, Client, EncodedInput, Retry, ServiceError
-from mtc.runs import RunDirectory
 
 TEXTS = ["Hello, world", "a", "naïve – ünïcode", "x" * 200]
 OPTIONS: dict[str, Any] = {"include": ["l0", "fvu"], "prefix": 48}
 
 
-def analysed_run(path: Path) -> RunDirectory:
-    """A run with a table of seven features, of which feature 3 has three examples."""
-    run = make_run(path)
-    rows = [
-        {
-            "feature": i, "group": i // 4, "density": i / 10, "count": 10 * i, "max_activation": 1.5 * i,
-            "mean_activation": 0.5, "decoder_norm": 1.0, "parent": None, "children": [],
-            "top_tokens": [{"token": f"t{i}"}],
-        }
-        for i in range(7)
-    ]  # fmt: skip
-    examples = [
-        {
-            "feature": 3, "kind": kind, "rank": rank, "activation": 2.0, "quantile": None, "document_id": "d",
-            "context_tokens": ["a", "b"], "context_activations": [0.0, 2.0], "peak_index": 1,
-        }
-        for kind, rank in (("sample", 0), ("top", 0), ("top", 1))
-    ]  # fmt: skip
-    parent = pa.struct([("feature", pa.int64())])
-    table = pa.Table.from_pylist(rows)
-    table = table.set_column(table.schema.get_field_index("parent"), "parent", pa.nulls(7, parent))
-    for name, each in (("features", table), ("examples", pa.Table.from_pylist(examples))):
-        buffer = io.BytesIO()
-        pq.write_table(each, buffer)
-        run.write(f"{name}.parquet", buffer.getvalue())
-    run.publish()
-    return run
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("runs")
-    with served(analysed_run(root / "one"), make_run(root / "two", 5), max_batch_tokens=64, max_inputs=8) as url:
+    runs = (make_run(root / "one"), make_run(root / "two", 5), make_analysed_run(root / "three"))
+    with served(*runs, max_batch_tokens=64, max_inputs=8) as url:
         yield url
 
 
@@ -177,16 +144,17 @@ def test_ids_tokens_and_reconstructions(url: str, kind: Any) -> None:
 def test_features_report_runs(url: str, kind: Any) -> None:
     with kind(url) as client:
         assert client.health() and client.ready()
-        assert [row["feature"] for row in client.features(limit=2)] == list(range(7))
-        filtered = client.features(limit=1, sort="density", order="descending", max_density=0.25)
-        assert [row["feature"] for row in filtered] == [2, 1, 0]
-        assert client.feature(3)["feature"]["top_tokens"] == [{"token": "t3"}]
-        assert client.examples(3)["total"] == 3
-        assert [row["rank"] for row in client.examples(3, kind="top", limit=1, offset=1)["examples"]] == [1]
+        assert [row["feature"] for row in client.features(model="three", limit=3)] == list(range(10))
+        filtered = client.features(model="three", limit=1, sort="density", order="descending", min_density=0.1)
+        assert [row["feature"] for row in filtered] == [0, 8, 7]
+        assert client.feature(3, model="three")["feature"]["top_tokens"][0] == {"token_id": 0, "token": "|", "count": 5}
+        assert client.examples(3, model="three")["total"] == 9
+        examples = client.examples(3, model="three", kind="top", limit=1, offset=1)["examples"]
+        assert [row["rank"] for row in examples] == [1]
         assert client.report() == "# Report\n"
         assert json.loads(client.report("json")) == {"run_id": "one"}
         assert client.report("html") == "<!doctype html><title>é</title>"
-        assert [run["run_id"] for run in client.runs()] == ["one", "two"]
+        assert [run["run_id"] for run in client.runs()] == ["one", "two", "three"]
         assert client.encode("a", model="two").model.run_id == "two"
         assert client.load("two")["model"]["run_id"] == "two"
         assert client.load("one")["previous"] == "two"

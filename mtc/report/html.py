@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -32,11 +32,10 @@ def render_html(document: blocks.Document, pictures: Mapping[str, str]) -> str:
     """Args: `pictures` are the plots' SVG texts by name."""
     parts = [block for section in document.sections for block in section.blocks]
     cards = {block.feature for block in parts if isinstance(block, blocks.Card)}
-    environment = _environment()
-    page = environment.get_template("page.html")
+    page = _environment().get_template("page.html")
     style = Markup(_asset("report.css") + _print_foot(document.stamp))
     script = Markup(_asset("report.js"))
-    renderer = _Renderer(environment, pictures, cards)
+    renderer = Renderer(lambda feature: f"#feature-{feature}" if feature in cards else None, pictures)
     return page.render(
         document=document, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script),
         render=renderer.block, text=renderer.text,
@@ -69,16 +68,21 @@ def _print_foot(stamp: str) -> str:
     return f'@page {{ @bottom-left {{ content: "{safe}"; }} }}\n'
 
 
-class _Renderer:
-    """Blocks as HTML, with what they refer to."""
+class Renderer:
+    """Blocks as HTML, with what they refer to.
 
-    def __init__(self, environment: Environment, pictures: Mapping[str, str], cards: set[int]):
-        self._macros: Any = environment.get_template("blocks.html").make_module(
+    Args:
+        link: the address of what is said of a feature, None if nothing is.
+        pictures: the plots' SVG texts by name.
+    """
+
+    def __init__(self, link: Callable[[int], str | None], pictures: Mapping[str, str] | None = None):
+        self._macros: Any = _environment().get_template("blocks.html").make_module(
             {"text": self.text, "render": self.block, "plot": self._plot, "places": self._places,
              "marked": self._marked, "in_words": bars_in_words, "note": context_note, "numeric": _numeric,
              "advice": _advice}
         )  # fmt: skip
-        self._pictures, self._cards = pictures, cards
+        self._pictures, self._link = pictures or {}, link
 
     def block(self, block: blocks.Block) -> Markup:
         """By the macro that bears the block's name."""
@@ -91,8 +95,8 @@ class _Renderer:
             case blocks.Token():
                 return Markup('<span class="token">{}</span>').format(spaced(text.text))
             case blocks.FeatureLink():
-                if text.feature in self._cards:
-                    return Markup('<a href="#feature-{0}">{0}</a>').format(text.feature)
+                if (address := self._link(text.feature)) is not None:
+                    return Markup('<a href="{}">{}</a>').format(address, text.feature)
                 return escape(str(text.feature))
             case blocks.Code():
                 return Markup("<code>{}</code>").format(visible(text.text))

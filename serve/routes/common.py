@@ -14,7 +14,7 @@ from serve.service import Service
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # not a plain function: FastAPI would run it in a thread
     service: Service = request.app.state.service
     return service
 

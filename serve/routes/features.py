@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query, Response
 
 from serve.feature_table import FeatureTable, Filters
 from serve.routes.common import TheService, errors
-from serve.schemas import ExamplesResponse, FeatureResponse, FeaturesResponse
+from serve.schemas import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
 from serve.served_run import ServedRun
 from serve.service import Service
 
@@ -19,30 +19,13 @@ Model = Annotated[
     str | None, Query(min_length=1, max_length=200, description="Id of a run; by default the current one.")
 ]
 Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index in the dictionary.")]
-Density = Annotated[float | None, Query(ge=0, le=1)]
-Word = Annotated[str | None, Query(min_length=1, max_length=200)]
 
 
 @router.get("/features", response_model=FeaturesResponse, responses=errors(404, 409, 422, 503))
-async def features(
-    service: TheService,
-    model: Model = None,
-    group: Annotated[int | None, Query(ge=0, lt=1 << 31, description="Only of this group.")] = None,
-    min_density: Density = None,
-    max_density: Density = None,
-    token: Annotated[
-        Word, Query(description="Only with this top token; case and space around it do not count.")
-    ] = None,
-    text: Annotated[Word, Query(description="Only with this in a stored context; case does not count.")] = None,
-    sort: Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"] = "feature",
-    order: Literal["ascending", "descending"] = "ascending",
-    limit: Annotated[int, Query(ge=1, le=500)] = 50,
-    cursor: Annotated[str | None, Query(min_length=1, max_length=200, pattern="^[A-Za-z0-9_-]+$")] = None,
-) -> Response:
+async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]) -> Response:
     """Features that pass all filters, page by page."""
-    run, table = await analysed(service, model)
-    filters = Filters(group, min_density, max_density, token, text, sort, order == "descending")
-    rows, total, after = await asyncio.to_thread(table.page, filters, limit, cursor)
+    run, table = await analysed(service, query.model)
+    rows, total, after = await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor)
     return _json(FeaturesResponse.model_construct(run_id=run.key.run_id, total=total, features=rows, cursor=after))
 
 
@@ -50,10 +33,9 @@ async def features(
 async def feature(service: TheService, feature: Index, model: Model = None) -> Response:
     """All that the analysis says of one feature."""
     run, table = await analysed(service, model)
-    row = await asyncio.to_thread(table.feature, feature)
     answer = FeatureResponse(
-        run_id=run.key.run_id, feature=row, histogram_edges=table.edges, splits=table.splits(feature),
-        absorption=table.absorption(feature),
+        run_id=run.key.run_id, feature=table.feature(feature), histogram_edges=list(table.analysis.activation_edges),
+        splits=table.splits(feature), absorption=table.absorption(feature),
     )  # fmt: skip
     return _json(answer)
 
@@ -72,6 +54,13 @@ async def examples(
     rows, total = await asyncio.to_thread(table.examples, feature, kind, offset, limit)
     answer = ExamplesResponse.model_construct(run_id=run.key.run_id, feature=feature, total=total, examples=rows)
     return _json(answer)
+
+
+def filters(query: FeaturesQuery) -> Filters:
+    return Filters(
+        query.group, query.min_density, query.max_density, query.token, query.text,
+        tuple(query.feature) if query.feature else None, query.sort, query.order == "descending",
+    )  # fmt: skip
 
 
 async def analysed(service: Service, model: str | None) -> tuple[ServedRun, FeatureTable]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from mtc.report.blocks import (
     Bars,
     Block,
@@ -19,7 +22,7 @@ from mtc.report.blocks import (
     Token,
 )
 from mtc.report.format import NOT_MEASURED, number, percent
-from mtc.report.schema import Analysis, LogitEffect, ShownFeature
+from mtc.report.schema import Analysis, Example, Feature, LogitEffect, Parent, ShownFeature
 
 
 def listed(parts: list[tuple[Piece, ...]]) -> tuple[Piece, ...]:
@@ -87,6 +90,26 @@ def feature_cards(analysis: Analysis) -> Section:
 def _card(shown: ShownFeature, analysis: Analysis) -> Card:
     f = shown.figures
     top: list[Piece] = [Token(f.top_tokens[0].token)] if f.top_tokens else ["no samples"]
+    blocks = feature_blocks(f, shown.examples, analysis.activation_edges, analysis.tree is not None)
+    summary = (*top, f", max activation {number(f.max_activation)}, density {number(f.density)}")
+    return Card(f.feature, f"Feature {f.feature} (group {f.group})", summary, blocks)
+
+
+def feature_blocks(
+    f: Feature, examples: tuple[Example, ...], edges: tuple[float, ...], with_tree: bool,
+    names: Mapping[int, str] = MappingProxyType({}),
+) -> tuple[Block, ...]:  # fmt: skip
+    """All about one feature.
+
+    Args:
+        edges: the histogram's borders.
+        with_tree: whether parents were looked for.
+        names: top tokens of other features, to stand beside their indices.
+    """
+
+    def named(feature: int) -> tuple[Piece, ...]:
+        return (FeatureLink(feature), " ", Token(names[feature])) if feature in names else (FeatureLink(feature),)
+
     figures = Table(
         f"Figures of feature {f.feature}",
         (
@@ -101,7 +124,8 @@ def _card(shown: ShownFeature, analysis: Analysis) -> Card:
         ),
     )  # fmt: skip
     tokens = listed([(Token(t.token), f" ×{number(t.count)}") for t in f.top_tokens]) or ("no samples",)
-    near = listed([(FeatureLink(n.feature), f" ({number(n.cosine)})") for n in f.neighbours]) or ("none",)
+    near = listed([(*named(n.feature), f" ({number(n.cosine)})") for n in f.neighbours]) or ("none",)
+    no_parent = "none" if with_tree else NOT_MEASURED
     blocks: list[Block] = [
         figures,
         Items(
@@ -110,16 +134,15 @@ def _card(shown: ShownFeature, analysis: Analysis) -> Card:
                 ("Raises the logits of: ", *_effects(f.positive_logits)),
                 ("Lowers the logits of: ", *_effects(f.negative_logits)),
                 ("Nearest features (decoder cosine): ", *near),
-                ("Parent: ", *_parent(shown, analysis)),
-                ("Children: ", *(listed([(FeatureLink(c),) for c in f.children]) or ("none",))),
+                ("Parent: ", *(_parent(named(f.parent.feature), f.parent) if f.parent else (no_parent,))),
+                ("Children: ", *(listed([named(c) for c in f.children]) or ("none",))),
             )
         ),
-        Bars("Activations by size (scaled units)", analysis.activation_edges, f.histogram),
+        Bars("Activations by size (scaled units)", edges, f.histogram),
     ]
-    if shown.examples:
-        blocks.append(Contexts(shown.examples, f.max_activation))
-    summary = (*top, f", max activation {number(f.max_activation)}, density {number(f.density)}")
-    return Card(f.feature, f"Feature {f.feature} (group {f.group})", summary, tuple(blocks))
+    if examples:
+        blocks.append(Contexts(examples, f.max_activation))
+    return tuple(blocks)
 
 
 def _effects(effects: tuple[LogitEffect, ...] | None) -> tuple[Piece, ...]:
@@ -128,15 +151,12 @@ def _effects(effects: tuple[LogitEffect, ...] | None) -> tuple[Piece, ...]:
     return listed([(Token(e.token), f" {number(e.value)}") for e in effects])
 
 
-def _parent(shown: ShownFeature, analysis: Analysis) -> tuple[Piece, ...]:
-    p = shown.figures.parent
-    if p:
-        return (
-            FeatureLink(p.feature),
-            f" (decoder cosine {number(p.cosine)}; fires on {percent(p.coactivation)} of this feature's tokens, on "
-            f"{percent(p.base_rate)} of all)",
-        )
-    return ("none" if analysis.tree else NOT_MEASURED,)
+def _parent(name: tuple[Piece, ...], p: Parent) -> tuple[Piece, ...]:
+    return (
+        *name,
+        f" (decoder cosine {number(p.cosine)}; fires on {percent(p.coactivation)} of this feature's tokens, on "
+        f"{percent(p.base_rate)} of all)",
+    )
 
 
 def _none_fired(analysis: Analysis) -> Paragraph:
