@@ -70,7 +70,7 @@ class FeatureTable:
     def page(self, filters: Filters, limit: int, cursor: str | None) -> tuple[list[dict[str, Any]], int, str | None]:
         """Rows of a page, how many features pass the filters, and the cursor of the next page.
 
-        Raises ServiceError 422 for a cursor of another run or other filters.
+        Raises ServiceError 404 for a cursor of another run or other filters.
         """
         found = self._found(filters)
         start = self._start(filters, cursor)
@@ -201,7 +201,7 @@ class FeatureTable:
                 return int(start)
         except ValueError:
             pass  # said below, as for a cursor that can be read and does not fit
-        raise ServiceError(422, "bad_cursor", "the cursor is not one of this run, these filters and this order")
+        raise ServiceError(404, "unknown_cursor", "the cursor is not one of this run, these filters and this order")
 
 
 def _plain(value: Any) -> Any:

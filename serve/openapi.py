@@ -1,7 +1,8 @@
 """The OpenAPI document: what FastAPI finds by itself, and what it cannot know.
 
 Routes read their bodies themselves, before anything is parsed, so that the document gets the bodies' schemas from
-`json_body`. Limits of the settings and of the current run are written into it: what fits the document is accepted.
+`json_body`. Limits of the settings and of the current run are written into it, as far as JSON Schema can say
+them: limits of tokens are in words.
 """
 
 from __future__ import annotations
@@ -43,15 +44,18 @@ def document(app: FastAPI, settings: Settings, run: ServedRun) -> dict[str, Any]
         description="Feature activations of text, and the analysis of the features, of a nested transcoder.",
     )  # fmt: skip
     schemas = found.setdefault("components", {}).setdefault("schemas", {})
-    found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    with_keys = settings.api_keys_file is not None
+    if with_keys:
+        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, methods in found["paths"].items():
         for method, operation in methods.items():
             schemas.update(operation.pop(_MODELS, {}))
             level = ROUTES.get((method.upper(), path)) or ROUTES.get(
                 (method.upper(), path.replace("{name}", "{name:path}"))
             )
-            operation["security"] = [] if level == "public" else [{"key": []}]
-            _complete(operation, public=level == "public")
+            public = level == "public" or not with_keys
+            operation["security"] = [] if public else [{"key": []}]
+            _complete(operation, public)
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is never answered
         schemas.pop(name, None)
     _limit(schemas, settings, run)
@@ -79,16 +83,13 @@ def _complete(operation: dict[str, Any], public: bool) -> None:
 def _limit(schemas: dict[str, Any], settings: Settings, run: ServedRun) -> None:
     last = run.num_features - 1
     texts, ids = {"maxItems": settings.max_inputs}, {"maxItems": settings.max_input_tokens}
-    # A byte of text makes a token at most, a character at most four bytes; BOS is one more.
-    length = {"maxLength": (settings.max_input_tokens - 1) // 4}
     for name in ("EncodeRequest", "TokenizeRequest"):
         properties = schemas[name]["properties"]
         for part in properties["inputs"]["anyOf"]:
-            if part.get("type") == "string":
-                part.update(length)
-            elif part.get("type") == "array":
+            if part.get("type") == "array":
                 part.update(texts)
-                part["items"].update(length)
+        limits = f"At most {settings.max_input_tokens} tokens each, {settings.max_request_tokens} in all, BOS included."
+        properties["inputs"]["description"] += f" {limits}"
         for part in properties["input_ids"]["anyOf"]:
             if part.get("type") == "array":
                 inner = part["items"] if part["items"].get("type") == "array" else part
@@ -116,7 +117,9 @@ def _limit(schemas: dict[str, Any], settings: Settings, run: ServedRun) -> None:
         {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
         for one, other in (("features", "csr"), ("csr", "features"))
     ]
-    schemas["FeatureActivation"]["properties"]["feature_index"] = {"type": "integer", "minimum": 0, "maximum": last}
+    index = schemas["FeatureActivation"]["properties"]["feature_index"]
+    index.pop("exclusiveMaximum", None)
+    index["maximum"] = last
 
 
 _EXAMPLES = {

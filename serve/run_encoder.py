@@ -127,7 +127,7 @@ class _Features:
         tokens = end - start
         l0 = np.bincount(token, minlength=tokens).astype(np.int32) if options.l0 else None
         fvu = self._fvu[start:end] if options.fvu and self._fvu is not None else None
-        wanted = value >= options.min_activation
+        wanted = value >= np.float64(options.min_activation)  # which may be beyond float32
         if options.features is not None:
             wanted &= np.isin(feature, np.array(options.features))
         if not wanted.all():

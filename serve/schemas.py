@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mtc.report.schema import AbsorbedFeature, Feature, SplitFeature
 
@@ -12,9 +12,24 @@ MAX_TOP_K = 1024
 MAX_LIST = 1 << 20  # beyond any body's limit; the service's own limits are in Settings
 
 Text = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-FeatureIndex = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 5.0 is 5. Lists are looked at as a whole, since they may be long."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, list) and any(type(each) is float for each in value):
+        return [_whole(each) for each in value]
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
+"""Comes last, or the limits before it would be missing in the document."""
+
+_Index = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[_Index], Field(min_length=1), WHOLE]
+FeatureIndex = Annotated[_Index, WHOLE]
+Prefix = Annotated[int, Field(ge=1, lt=1 << 31), WHOLE]
 
 
 class _Model(BaseModel):
@@ -54,13 +69,13 @@ class _Input(_Model):
 
 
 class EncodeRequest(_Input):
-    top_k: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K), WHOLE] | None = None
     """Strongest active features returned for each token; by default 16, in CSR form all."""
-    features: Annotated[list[FeatureIndex], Field(min_length=1, max_length=4096)] | None = None
+    features: Annotated[list[_Index], Field(min_length=1, max_length=4096), WHOLE] | None = None
     """Only these features."""
     min_activation: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Only activations of at least this size."""
-    prefix: int | None = Field(default=None, ge=1, lt=1 << 31)
+    prefix: Prefix | None = None
     """Use only the first `prefix` features, one of the nested dictionaries: cheaper and coarser. By default all."""
     form: Literal["topk", "csr"] = Field(default="topk", alias="return")
     """Features token by token, strongest first, or all inputs' tokens as one sparse matrix (CSR)."""
@@ -83,9 +98,9 @@ class FeatureActivation(_Model):
 class Csr(_Model):
     """Activations as a sparse matrix, [tokens, features]: row t has the entries indptr[t] to indptr[t + 1]."""
 
-    indptr: list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+    indptr: Annotated[list[_Index], Field(min_length=2), WHOLE]
     """Where each row starts, and the end: [tokens + 1]."""
-    indices: list[FeatureIndex]
+    indices: Annotated[list[_Index], WHOLE]
     """Features, ascending in each row: [entries]."""
     values: list[float]
     """float32 activations, not rounded: [entries]."""
@@ -181,7 +196,7 @@ class DecodeRequest(_Model):
     """As a sparse matrix; features may come in any order, repeated ones add up."""
     model: str | None = Field(default=None, min_length=1, max_length=200)
     """Id of the run that answers; by default the current one."""
-    prefix: int | None = Field(default=None, ge=1, lt=1 << 31)
+    prefix: Prefix | None = None
     """Leave out features beyond the first `prefix`, one of the nested dictionaries."""
 
     @model_validator(mode="after")

@@ -227,20 +227,23 @@ class Service:
 
 def _matrix(request: DecodeRequest) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """indptr, features and values. Raises ServiceError 422 for lists that are no matrix."""
-    if request.csr is None:
-        rows = request.features or []
-        entries = [entry for row in rows for entry in row]
-        indptr = np.cumsum([0, *map(len, rows)])
-        feature = np.array([entry.feature_index for entry in entries], np.int64)
-        value = np.array([entry.activation_value for entry in entries], np.float32)
-    else:
-        csr = request.csr
-        indptr, feature = np.array(csr.indptr, np.int64), np.array(csr.indices, np.int64)
-        value = np.array(csr.values, np.float32)
-        whole = len(indptr) > 1 and indptr[0] == 0 and indptr[-1] == len(feature) == len(value)
-        if not whole or (np.diff(indptr) < 0).any():
-            message = "csr.indptr must go from 0 to the number of entries without descending, with two numbers or more"
-            raise ServiceError(422, "validation", message)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        if request.csr is None:
+            rows = request.features or []
+            entries = [entry for row in rows for entry in row]
+            indptr = np.cumsum([0, *map(len, rows)])
+            feature = np.array([entry.feature_index for entry in entries], np.int64)
+            value = np.array([entry.activation_value for entry in entries], np.float32)
+        else:
+            csr = request.csr
+            indptr, feature = np.array(csr.indptr, np.int64), np.array(csr.indices, np.int64)
+            value = np.array(csr.values, np.float32)
+            whole = len(indptr) > 1 and indptr[0] == 0 and indptr[-1] == len(feature) == len(value)
+            if not whole or (np.diff(indptr) < 0).any():
+                message = (
+                    "csr.indptr must go from 0 to the number of entries without descending, with two numbers or more"
+                )
+                raise ServiceError(422, "validation", message)
     if not np.isfinite(value).all():
         raise ServiceError(422, "validation", "activations must be finite float32 numbers")
     return indptr, feature, value

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from serve.bodies import read_json
+from serve.openapi import json_body
 from serve.routes.common import TheService, errors
 from serve.schemas import InfoResponse, Limits, LoadRequest, LoadResponse, RunsResponse, Status
 
@@ -40,7 +41,12 @@ async def runs(service: TheService) -> RunsResponse:
     return RunsResponse(runs=await service.backend.runs())
 
 
-@router.post("/admin/load", response_model=LoadResponse, responses=errors(400, 404, 408, 409, 413, 415, 422))
+@router.post(
+    "/admin/load",
+    response_model=LoadResponse,
+    openapi_extra=json_body(LoadRequest),
+    responses=errors(400, 404, 408, 409, 413, 415, 422),
+)
 async def load(request: Request, service: TheService) -> LoadResponse:
     """Let another run answer: it is verified, loaded and warmed up, then takes over between two requests."""
     asked = await read_json(request, LoadRequest, service.settings)
