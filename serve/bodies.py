@@ -23,7 +23,8 @@ _JSON, _FORM = (
     re.compile(rf"application/{kind}\s*(;\s*charset\s*=\s*\"?utf-8\"?\s*)?", re.IGNORECASE)
     for kind in ("json", "x-www-form-urlencoded")
 )
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|$)', re.DOTALL)
+# Matches at every quote, whatever follows: else the search would begin anew at each, in quadratic time.
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _STEP = np.zeros(256, np.int32)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _EMPTY = {"string_too_short", "too_short"}

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from hostile import attacks, send
 from prometheus_client.parser import text_string_to_metric_families
 from serve_local import make_config, make_run
 
@@ -25,6 +26,10 @@ from mtc.work import pack_windows
 
 TEXTS = ["a", "Hello, world", "<bos> is spelled out", "naïve – ünïcode", "x" * 200, "two\nlines"]
 RETRYABLE = {429, 503}
+SETTINGS: dict[str, Any] = {
+    "max_input_tokens": 256, "max_request_tokens": 4096, "num_replicas": 3, "num_cpus_encoder": 0.2,
+    "num_ingress_replicas": 2, "watch_seconds": 0.2, "max_loaded_runs": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +50,7 @@ def url(ray_cluster: object, root: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    settings = Settings(
-        run=str(root / "latest"), max_input_tokens=256, num_replicas=3, num_cpus_encoder=0.2, num_ingress_replicas=2,
-        watch_seconds=0.2, max_loaded_runs=2,
-    )  # fmt: skip
+    settings = Settings(run=str(root / "latest"), **SETTINGS)
     serve.run(build(settings), name="mtc", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.delete("mtc")
@@ -314,6 +316,21 @@ def test_other_processes_killed_under_load(
         assert time.monotonic() < deadline
     assert {run["run_id"]: run["state"] for run in response.json()["runs"]}["other"] == "current"
     assert client.get("/info").json()["model"]["run_id"] == "other"
+
+
+def test_hostile_requests(client: httpx.Client, url: str, offline: Any, root: Path) -> None:
+    """Through the proxy, which answers some of them itself; test_serve_hostile.py says more of the answers."""
+    from serve.settings import Settings
+
+    wrong, refused_by_proxy = [], {0, 400, 408, 413, 414, 431, 501}
+    tried = [a for a in attacks(Settings(run="one", **SETTINGS)) if b" /features" not in a.sent]  # has no analysis
+    for attack in tried:
+        answer = send(url, attack)
+        if answer.status not in {*attack.statuses, *refused_by_proxy} or b"root:" in answer.body:
+            wrong.append((attack.name, answer))
+    assert wrong == []
+    assert len(tried) > 100
+    check(client.post("/encode", json={"inputs": TEXTS, "top_k": 64}).json(), [offline(root / "one", t) for t in TEXTS])
 
 
 def test_clients_that_leave_cost_no_forward_pass(client: httpx.Client, url: str) -> None:

@@ -1,0 +1,238 @@
+"""Requests that mean harm, or look like it, and what each is to be answered."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from serve.settings import Settings
+
+NAME = "private words"
+"""In every prompt; must not be found in logs."""
+
+
+class Attack(NamedTuple):
+    """Bytes for one connection, and the statuses that are right."""
+
+    name: str
+    sent: bytes
+    statuses: tuple[int, ...]
+    error_type: str | None = None
+    """Of the answer, if it is an error."""
+    more: tuple[bytes, int] = (b"", 0)
+    """What comes after the bytes, and how often."""
+    leaves: bool = False
+    """Whether the sender then closes its side, instead of waiting for the answer."""
+
+
+def _post(path: str, body: bytes, kind: str = "application/json", **headers: str) -> bytes:
+    fields = {"Content-Type": kind, "Content-Length": str(len(body))} | {
+        k.replace("_", "-"): v for k, v in headers.items()
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value)
+    return f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n{lines}\r\n".encode("latin-1") + body
+
+
+def _get(path: str, **headers: str) -> bytes:
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n{lines}\r\n".encode("latin-1")
+
+
+def _json(**fields: Any) -> bytes:
+    return json.dumps({"inputs": NAME} | fields).encode()
+
+
+def attacks(limits: Settings) -> Iterator[Attack]:
+    """All of them, for a service of the tiny preset, one token a byte, whose run `one` has the ten features of
+    `report_example`."""
+    tokens, inputs = limits.max_input_tokens, limits.max_inputs
+    above = (
+        "..",
+        "%2e%2e",
+        "..%2f..",
+        "%2e%2e%2f%2e%2e",
+        "..%5c..",
+        "....//..",
+        "%252e%252e",
+        "%00",
+        "..%00",
+        "/etc",
+        "%c0%ae",
+    )
+    for root in ("/report/files/", "/ui/static/"):
+        for part in above:
+            yield Attack(f"{root}{part}", _get(f"{root}{part}/etc/passwd"), (404,), "not_found")
+        for name in ("../config.yaml", "../transcoder.safetensors", "../../one/config.yaml", "a" * 5000):
+            yield Attack(f"{root}{name[:30]}", _get(root + name), (404,), "not_found")
+    for model in (
+        "..",
+        "../one",
+        "one/..",
+        "one%00",
+        "latest",
+        ".",
+        "one/layer1/..",
+        "%2fetc%2fpasswd",
+        "file:%2f%2f%2fetc",
+        "one%0a",
+    ):
+        yield Attack(f"model {model}", _get(f"/report?model={model}"), (404,), "unknown_model")
+        yield Attack(f"features model {model}", _get(f"/features?model={model}"), (404,), "unknown_model")
+    yield Attack("model in a body", _post("/encode", _json(model="../../etc\0")), (404,), "unknown_model")
+    yield Attack(
+        "model to load", _post("/admin/load", json.dumps({"model": "../one"}).encode()), (404,), "unknown_model"
+    )
+
+    yield Attack(
+        "lone surrogate", _post("/encode", b'{"inputs": "' + NAME.encode() + b' \\ud800"}'), (400,), "malformed_json"
+    )
+    yield Attack("not UTF-8", _post("/encode", b'{"inputs": "\xff\xfe"}'), (400,), "malformed_json")
+    yield Attack("UTF-16", _post("/encode", '{"inputs": "a"}'.encode("utf-16")), (400,), "malformed_json")
+    yield Attack("no JSON", _post("/encode", b"inputs=" + NAME.encode()), (400,), "malformed_json")
+    yield Attack("nothing", _post("/encode", b""), (400,), "malformed_json")
+    yield Attack("half", _post("/encode", b'{"inputs": "' + NAME.encode()), (400,), "malformed_json")
+    for number in ("NaN", "Infinity", "-Infinity"):
+        yield Attack(number, _post("/encode", f'{{"inputs": "a", "min_activation": {number}}}'.encode()), (400, 422))
+    for number in ("1e999", "-1", "9" * 4000, '"0"', "true", "null"):
+        yield Attack(
+            number[:9], _post("/encode", f'{{"inputs": "a", "min_activation": {number}}}'.encode()), (400, 422)
+        )
+    for ids in (
+        "[-1]",
+        "[4294967296]",
+        f"[{'9' * 4000}]",
+        "[1.5]",
+        '["1"]',
+        "[true]",
+        "[[1], 2]",
+        "[null]",
+        "{}",
+        "[1e30]",
+    ):
+        yield Attack(f"ids {ids[:20]}", _post("/encode", f'{{"input_ids": {ids}}}'.encode()), (422,), "validation")
+    yield Attack("id beyond the vocabulary", _post("/encode", b'{"input_ids": [259]}'), (422,), "validation")
+    for empty in ('{"inputs": ""}', '{"inputs": []}', '{"inputs": [""]}', '{"input_ids": []}', '{"input_ids": [[]]}'):
+        yield Attack(f"empty {empty}", _post("/encode", empty.encode()), (400,), "empty_inputs")
+    yield Attack("unknown field", _post("/encode", _json(__proto__={"admin": True})), (422,), "validation")
+    yield Attack("both", _post("/encode", _json(input_ids=[1])), (422,), "validation")
+
+    for opening, many in ((b"[", 60_000), (b'{"a":', 12_000), (b'[{"a":', 10_000)):
+        yield Attack(f"deep {opening.decode()}", _post("/encode", opening * many), (413,), "too_deep")
+    yield Attack("deep features", _post("/decode", b'{"features": ' + b"[" * 99 + b"]" * 99 + b"}"), (413,), "too_deep")
+    yield Attack("brackets in a string", _post("/encode", _json(inputs="[" * (tokens - 1), min_activation=0)), (200,))
+    for part in (b'"\\', b'"', b"\\", b'["\\"', b'"\\\\'):  # slow to read, for what looks for strings anew at each
+        body = part * (limits.max_body_bytes // len(part))
+        yield Attack(f"quotes without end {part!r}", _post("/encode", body), (400,), "malformed_json")
+    yield Attack("numbers without end", _post("/encode", b"9" * limits.max_body_bytes), (400, 422))
+
+    yield Attack("100 MB announced", _post("/encode", b"", Content_Length="100000000"), (413,), "too_large")
+    megabyte = b" " * (1 << 20)
+    announced = _post("/encode", b"", Content_Length="100000000")
+    yield Attack("100 MB sent", announced, (413,), "too_large", (megabyte, 100))
+    chunked = _post("/encode", b"", Content_Length="", Transfer_Encoding="chunked")
+    yield Attack("100 MB in chunks", chunked, (413,), "too_large", (b"100000\r\n" + megabyte + b"\r\n", 100))
+    yield Attack("a huge number as length", _post("/encode", b"", Content_Length="9" * 30), (400, 413))
+    yield Attack("too many inputs", _post("/encode", _json(inputs=["a"] * (inputs + 1))), (413,), "too_many_inputs")
+    yield Attack("too many tokens", _post("/encode", _json(inputs="a" * tokens)), (413,), "input_too_long")
+    yield Attack(
+        "too many in all",
+        _post("/encode", _json(inputs=["a" * (tokens - 1)] * (limits.max_request_tokens // tokens + 1))),
+        (413,),
+        "too_many_tokens",
+    )
+
+    yield Attack(
+        "a form", _post("/encode", b"a=b", "application/x-www-form-urlencoded"), (415,), "unsupported_media_type"
+    )
+    yield Attack("no type", _post("/encode", _json(), ""), (415,), "unsupported_media_type")
+    yield Attack(
+        "JSON in latin-1",
+        _post("/encode", _json(), "application/json; charset=latin-1"),
+        (415,),
+        "unsupported_media_type",
+    )
+    yield Attack(
+        "pickle", _post("/encode", b"\x80\x04N.", "application/octet-stream"), (415,), "unsupported_media_type"
+    )
+    yield Attack("gzip", _post("/encode", b"\x1f\x8b", Content_Encoding="gzip"), (415,), "unsupported_encoding")
+
+    yield Attack("Accept", _post("/encode", _json(), Accept="image/png"), (406,), "not_acceptable")
+    yield Attack("Accept nonsense", _post("/encode", _json(), Accept=",;q=x,/,*"), (406,), "not_acceptable")
+    for query in (
+        "limit=0",
+        "limit=501",
+        "limit=a",
+        "group=-1",
+        "min_density=nan",
+        "sort=__class__",
+        "x=1",
+        "text=" + "a" * 201,
+    ):
+        yield Attack(f"?{query[:20]}", _get(f"/features?{query}"), (422,), "validation")
+    for cursor in ("AAAA", "a" * 200, "Li4vLi4"):
+        yield Attack(f"cursor {cursor[:8]}", _get(f"/features?cursor={cursor}"), (404,), "unknown_cursor")
+    for index in ("-1", "99999999999999999999", "1.5", "x", "%00"):
+        yield Attack(f"feature {index}", _get(f"/features/{index}"), (422,), "validation")
+    yield Attack("another feature", _get("/features/10"), (404,), "unknown_feature")
+
+    for method in ("TRACE", "DELETE", "PUT", "PATCH", "OPTIONS"):
+        yield Attack(method, _get("/encode").replace(b"GET", method.encode(), 1), (405,), "method_not_allowed")
+    yield Attack("no such page", _get("/" + "a/" * 2000), (404,), "not_found")
+    yield Attack("debugger", _get("/docs/../admin/load"), (404, 405))
+    yield Attack("a log line of its own", _get("/healthz", X_Request_ID="a\tb<script>" + "x" * 3000), (200,))
+    yield Attack(
+        "two lengths", _post("/encode", _json()).replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\n", 1), (400,)
+    )
+    yield Attack("a length and chunks", _post("/encode", b"0\r\n\r\n", Transfer_Encoding="chunked"), (400,))
+    yield Attack("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n\r\n", (400,))
+    yield Attack("nothing at all", b"", (0,), leaves=True)
+    yield Attack("a body that ends early", _post("/encode", _json(), Content_Length="5000"), (0, 400), leaves=True)
+    yield Attack("HTML", _post("/encode", _json(inputs="<script>alert(1)</script>")), (200,))
+    yield Attack("NUL", _post("/encode", _json(inputs="a\0b")), (200,))
+    yield Attack("overrides and bidi", _post("/encode", _json(inputs="\u202e\u2066\ufeff\U0001f600\U000e0001")), (200,))
+
+
+class Answer(NamedTuple):
+    status: int
+    """0 if the connection ended without one."""
+    headers: dict[str, str]
+    body: bytes
+
+
+def send(url: str, attack: Attack, headers: dict[str, str] | None = None) -> Answer:
+    """Send the bytes, and read the answer, or until the server closes."""
+    parts = urlsplit(url)
+    more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items()).encode()
+    sent = attack.sent.replace(b"\r\n", b"\r\n" + more, 1) if more else attack.sent
+    received = b""
+    with socket.create_connection((parts.hostname or "", parts.port or 80), 30) as connection:
+        try:
+            connection.sendall(sent)
+            for _ in range(attack.more[1]):
+                connection.sendall(attack.more[0])
+            if attack.leaves:
+                connection.shutdown(socket.SHUT_WR)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the answer came before everything was sent, and is there to be read
+        try:
+            while not _whole(received) and (part := connection.recv(1 << 16)):
+                received += part
+        except ConnectionResetError:
+            pass  # what came before counts
+    head, _, body = received.partition(b"\r\n\r\n")
+    lines = head.decode("latin-1").split("\r\n")
+    if not lines[0].startswith("HTTP/1."):
+        return Answer(0, {}, received)
+    fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+    return Answer(int(lines[0].split()[1]), fields, body)
+
+
+def _whole(received: bytes) -> bool:
+    """Whether an answer with a length has arrived; a proxy may wait for the rest of the request before it closes."""
+    head, end, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    return bool(end and length and len(body) >= int(length[1]))
