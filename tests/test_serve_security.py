@@ -1,0 +1,324 @@
+"""Keys, the table of routes, what may be asked at once, and what is said while nothing can be answered."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from serve_local import LocalBackend, make_analysed_run, make_run, served
+
+from mtc.runs import RunDirectory
+from serve import keys
+from serve.access import ROUTES, check_binding, check_routes
+from serve.errors import ServiceError
+from serve.results import Encoded, Options, RunKey
+from serve.service import Service
+from serve.settings import Settings
+
+TODAY = datetime.now(UTC).date()
+BODY = {"inputs": "Hello"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return make_analysed_run(tmp_path_factory.mktemp("runs") / "one")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys") / "keys.json"
+
+
+@pytest.fixture(scope="module")
+def user(file: Path) -> str:
+    return keys.add(file, "someone", admin=False, expires=TODAY + timedelta(1))
+
+
+@pytest.fixture(scope="module")
+def admin(file: Path) -> str:
+    return keys.add(file, "boss", admin=True, expires=None)
+
+
+@pytest.fixture(scope="module")
+def client(run: RunDirectory, file: Path, user: str, admin: str) -> Iterator[httpx.Client]:
+    with served(run, api_keys_file=str(file)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(ROUTES))
+def test_every_route_asks_for_its_key(client: httpx.Client, user: str, admin: str, method: str, path: str) -> None:
+    level = ROUTES[method, path]
+    address = path.replace("{feature}", "3").replace("{name:path}", "text.js" if "static" in path else "plots/l0.png")
+
+    def status(headers: dict[str, str]) -> int:
+        body = {"json": {}} if method == "POST" and "/ui" not in path else {}
+        return client.request(method, address, headers=headers, **body).status_code
+
+    assert (status({}) == 401) is (level != "public")
+    for wrong in ("-", user[:-1], user + "x", user.upper(), f"{user} {user}", "\xfe", "mtc_" + "a" * 9000):
+        headers = [("Authorization", f"Bearer {wrong}".encode("latin-1"))]
+        assert (client.request(method, address, headers=headers).status_code == 401) is (level != "public"), wrong  # type: ignore[arg-type]
+    for kind in ("Basic", "Token", "Bearer2"):
+        assert (status({"Authorization": f"{kind} {user}"}) == 401) is (level != "public")
+    assert (status(bearer(user)) == 403) is (level == "admin" or (path == "/ui/login" and method == "POST"))
+    assert status(bearer(admin)) not in (401, 500) and (level != "admin" or status(bearer(admin)) != 403)
+
+
+def test_what_is_not_listed_is_refused_too(client: httpx.Client, user: str) -> None:
+    for path in ("/", "/nothing", "/admin", "/admin/load/", "/ENCODE", "//encode", "/ui/../admin/load", "/metrics/"):
+        assert client.get(path).status_code == 401, path  # whoever has no key does not learn what there is
+        assert client.get(path, headers=bearer(user), follow_redirects=False).status_code in (404, 405), path
+    answer = client.get("/encode")
+    assert answer.json()["error_type"] == "unauthorized"
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_the_table_is_the_application(run: RunDirectory) -> None:
+    backend = LocalBackend(run)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.get("/backdoor")
+    def backdoor() -> str:
+        return "open"
+
+    with pytest.raises(ValueError, match=r"not in the table: .*backdoor.*not there: .*encode"):
+        check_routes(app)
+    assert asyncio.run(backend.state()).ready
+
+
+def test_keys_are_added_removed_and_expire(client: httpx.Client, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "LOOK_AGAIN_S", 0)
+    client.get("/healthz")
+
+    def status(key: str) -> int:
+        return client.get("/info", headers=bearer(key)).status_code
+
+    first = keys.add(file, "rotated", admin=False, expires=None)
+    while status(first) != 200:  # the file is looked at again within a second
+        pass
+    second = keys.add(file, "rotated", admin=False, expires=TODAY)  # both hold while clients change over
+    assert (status(first), status(second)) == (200, 200)
+    expired = keys.add(file, "late", admin=True, expires=TODAY - timedelta(1))
+    assert status(expired) == 401
+    before = file.read_bytes()
+    file.write_bytes(b'{"keys": [')  # a file that can't be read leaves the keys from before
+    assert (status(first), status(second)) == (200, 200)
+    file.write_bytes(before)
+    assert keys.remove(file, "rotated") == 2
+    assert (status(first), status(second)) == (401, 401)
+    assert keys.remove(file, "late") == 1
+    assert first not in before.decode() and second not in before.decode()
+    assert file.stat().st_mode & 0o077 == 0
+
+
+def test_command_of_keys(tmp_path: Path) -> None:
+    def run_command(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "serve.keys", *arguments, "--file", str(tmp_path / "keys.json")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    status, key = run_command("add", "me", "--admin", "--expires", "2999-01-31")
+    assert (status, key[:4]) == (0, "mtc_")
+    assert keys.Keys(str(tmp_path / "keys.json")).check(key.strip())
+    status, listed = run_command("list")
+    assert status == 0 and listed.startswith("me ") and listed.endswith(" admin until 2999-01-31\n")
+    assert key.strip() not in listed
+    assert run_command("remove", "you") == (1, "removed 0\n")
+    assert run_command("remove", "me") == (0, "removed 1\n")
+    (tmp_path / "keys.json").write_text('{"keys": [{"name": "x", "sha256": "short"}]}')
+    status, told = run_command("list")
+    assert status == 2 and "keys.0.sha256" in told and "short" not in told
+
+
+def test_cookies_work_for_this_services_own_pages_only(client: httpx.Client, user: str) -> None:
+    origin = str(client.base_url).rstrip("/")
+    form = {"key": user, "next": "/ui/features?group=0"}
+    for wrong in ({}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+        assert client.post("/ui/login", data=form, headers=wrong).status_code == 403
+    answer = client.post("/ui/login", data=form, headers={"Origin": origin})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/ui/features?group=0")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=lax" in cookie and "Path=/" in cookie and "Secure" not in cookie
+    secure = client.post("/ui/login", data=form, headers={"Origin": origin, "X-Forwarded-Proto": "https"})
+    assert "Secure" in secure.headers["set-cookie"]
+    client.cookies.clear()
+
+    sent = {"Cookie": cookie.split(";")[0]}
+    assert client.get("/info", headers=sent).status_code == 200
+    assert client.post("/encode", json=BODY, headers=sent).status_code == 401  # no word of where it came from
+    for other in ("http://evil.example", "null", origin + ".evil.example", "http://127.0.0.1"):
+        assert client.post("/encode", json=BODY, headers=sent | {"Origin": other}).status_code == 401, other
+    assert client.post("/encode", json=BODY, headers=sent | {"Origin": origin}).status_code == 200
+    for elsewhere in (
+        "//evil.example",
+        "https://evil.example",
+        "/\\evil.example",
+        "javascript:alert(1)",
+        "/a\r\nX: y",
+        "",
+    ):
+        answer = client.post("/ui/login", data={"key": user, "next": elsewhere}, headers={"Origin": origin})
+        assert (answer.status_code, answer.headers["location"]) == (303, "/ui"), elsewhere
+    client.cookies.clear()
+    refused = client.post("/ui/login", data={"key": "wrong", "next": '"><script>'}, headers={"Origin": origin})
+    assert refused.status_code == 401 and "<script>" not in refused.text and "set-cookie" not in refused.headers
+
+
+def test_browsers_are_sent_to_log_in(client: httpx.Client) -> None:
+    html = {"Accept": "text/html,application/xhtml+xml"}
+    answer = client.get("/ui/feature/3?examples=5", headers=html)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/ui/login?next=/ui/feature/3%3Fexamples%3D5")
+    assert client.get("/report", headers=html).status_code == 303
+    assert client.get("/info", headers=html).status_code == 401
+    assert client.get("/report").status_code == 401
+
+
+def test_without_keys_only_this_machine_is_answered(run: RunDirectory) -> None:
+    with served(run) as url, httpx.Client(base_url=url) as client:
+        assert client.get("/info").status_code == 200
+        for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", ""):
+            answer = client.get("/info", headers={"Host": host})  # a name that was made to point here
+            assert (answer.status_code, answer.json()["error_type"]) == (403, "no_keys"), host
+        for host in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
+            assert client.get("/info", headers={"Host": host}).status_code == 200
+    check_binding("127.0.0.1", None)
+    check_binding("0.0.0.0", "keys.json")
+    for host in ("0.0.0.0", "::", "192.168.0.1", "example.org"):
+        with pytest.raises(ValueError, match="API keys are needed"):
+            check_binding(host, None)
+
+
+def test_every_answer_has_the_headers(client: httpx.Client, user: str) -> None:
+    wanted = {
+        "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store",
+        "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
+        "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    }  # fmt: skip
+    answers = [client.get("/healthz"), client.get("/nothing"), client.post("/encode", json=BODY, headers=bearer(user)),
+               client.get("/features/3", headers=bearer(user))]  # fmt: skip
+    for answer in answers:
+        assert wanted.items() <= dict(answer.headers).items()
+        assert "server" not in answer.headers or "uvicorn" in answer.headers["server"]
+    for path in ("/ui", "/docs", "/ui/login", "/ui/feature/99"):
+        policy = client.get(path, headers=bearer(user) | {"Accept": "text/html"}).headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
+        assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+
+
+class Slow(LocalBackend):
+    """Answers when it is told to."""
+
+    def __init__(self, *runs: RunDirectory):
+        super().__init__(*runs)
+        self.asked, self.go = 0, asyncio.Event()
+
+    async def encode(self, key: RunKey, windows: Sequence[Any], options: Options) -> list[Encoded]:
+        self.asked += 1
+        await self.go.wait()
+        return await super().encode(key, windows, options)
+
+
+def talk(backend: LocalBackend, **settings: Any) -> httpx.AsyncClient:
+    """A client of the application in this event loop."""
+    from serve.http_app import create_app
+
+    service = Service(Settings(run=backend.keys[0].url, **settings), backend, backend._state)
+    transport = httpx.ASGITransport(create_app(service), client=("127.0.0.1", 9))
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60)
+
+
+def test_too_much_at_once_is_refused_unread(tmp_path: Path) -> None:
+    async def check() -> None:
+        backend = Slow(make_run(tmp_path / "one"))
+        async with talk(backend, max_concurrent_requests=2) as client:
+            waiting = [asyncio.create_task(client.post("/encode", json=BODY)) for _ in range(2)]
+            while backend.asked < 2:
+                await asyncio.sleep(0)
+            refused = await client.post("/encode", content=b"not even JSON")
+            assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
+            assert refused.json()["detail"] == {"limit": 2, "value": 3}
+            assert refused.headers["retry-after"] == "1"
+            assert (await client.get("/healthz")).status_code == 200  # probes and pages are answered meanwhile
+            assert (await client.get("/info")).status_code == 200
+            backend.go.set()
+            assert [(await each).status_code for each in waiting] == [200, 200]
+            assert (await client.post("/encode", json=BODY)).status_code == 200
+
+    asyncio.run(check())
+
+
+def test_late_models_and_loading_ones(tmp_path: Path) -> None:
+    async def check() -> None:
+        backend = Slow(make_run(tmp_path / "one"))
+        async with talk(backend, request_timeout_s=0.05) as client:
+            late = await client.post("/encode", json=BODY)
+            assert (late.status_code, late.json()["error_type"], late.json()["detail"]) == (
+                504,
+                "timeout",
+                {"limit": 0.05},
+            )
+        backend._state = backend._state._replace(ready=False)
+        async with talk(backend) as client:
+            for path in ("/encode", "/tokenize"):
+                answer = await client.post(path, json=BODY)
+                assert (answer.status_code, answer.json()["error_type"]) == (503, "loading")
+                assert answer.headers["retry-after"] == "1"
+            ready = await client.get("/readyz")
+            assert (ready.status_code, ready.json()["error_type"]) == (503, "not_ready")
+            page = await client.get("/ui", headers={"Accept": "text/html"})
+            assert (page.status_code, page.headers["refresh"]) == (503, "2")
+            assert "the models are being loaded" in page.text
+            assert (await client.get("/healthz")).status_code == 200
+
+    asyncio.run(check())
+
+
+def test_readiness_is_a_real_pass_and_is_remembered(tmp_path: Path) -> None:
+    class Broken(LocalBackend):
+        passes, broken = 0, False
+
+        async def encode(self, key: RunKey, windows: Sequence[Any], options: Options) -> list[Encoded]:
+            self.passes += 1
+            if self.broken:
+                raise ServiceError(503, "encoder_unavailable", "the processes that hold the models are lost")
+            return await super().encode(key, windows, options)
+
+    async def check() -> None:
+        backend = Broken(make_run(tmp_path / "one"))
+        async with talk(backend) as client:
+            assert [(await client.get("/readyz")).status_code for _ in range(5)] == [200] * 5
+            assert backend.passes == 1
+        backend.broken = True
+        async with talk(backend) as client:
+            answer = await client.get("/readyz")
+            assert (answer.status_code, answer.json()["error"]) == (
+                503, "not ready: the processes that hold the models are lost"
+            )  # fmt: skip
+
+    asyncio.run(check())
+
+
+def test_what_nobody_expected_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(LocalBackend):
+        async def encode(self, key: RunKey, windows: Sequence[Any], options: Options) -> list[Encoded]:
+            raise RuntimeError("secret detail")
+
+    async def check() -> None:
+        async with talk(Failing(make_run(tmp_path / "one"))) as client:
+            answer = await client.post("/encode", json=BODY)
+            assert (answer.status_code, answer.json()["error_type"]) == (500, "internal")
+            assert answer.json()["request_id"] == answer.headers["x-request-id"]
+            assert "secret" not in answer.text and "secret" not in caplog.text
+            assert f"request {answer.headers['x-request-id']} failed: RuntimeError at " in caplog.text
+
+    asyncio.run(check())
