@@ -1,0 +1,188 @@
+"""What the service says of features and of the report, against the files of the run."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+from report_example import HOSTILE, make_config
+from serve_local import make_analysed_run, make_run, served
+
+from mtc.runs import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
+    root = tmp_path_factory.mktemp("runs")
+    return [make_analysed_run(root / "one"), make_run(root / "bare", 5)]
+
+
+@pytest.fixture(scope="module")
+def client(runs: list[RunDirectory]) -> Iterator[httpx.Client]:
+    with served(*runs) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rows(runs: list[RunDirectory]) -> list[dict[str, Any]]:
+    return pq.read_table(Path(runs[0].url, "features.parquet")).to_pylist()
+
+
+def test_features_are_the_rows_of_the_file(client: httpx.Client, rows: list[dict[str, Any]]) -> None:
+    answer = client.get("/features").json()
+    assert (answer["run_id"], answer["total"], answer["cursor"]) == ("one", 10, None)
+    for found, row in zip(answer["features"], rows, strict=True):
+        for name in ("feature", "group", "density", "count", "max_activation", "mean_activation", "decoder_norm"):
+            assert found[name] == row[name]
+        assert found["top_tokens"] == [t["token"] for t in row["top_tokens"]]
+        assert found["parent"] == (row["parent"] or {"feature": None})["feature"]
+        assert found["children"] == len(row["children"])
+    for row in rows:
+        found = client.get(f"/features/{row['feature']}").json()["feature"]
+        assert set(found) == set(row)
+        for name, value in row.items():
+            assert found[name] == (None if isinstance(value, float) and math.isnan(value) else value), name
+
+
+FILTERS: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
+    ({"group": 1}, lambda row: row["group"] == 1),
+    ({"min_density": 0.1}, lambda row: row["density"] >= 0.1),
+    ({"max_density": 0}, lambda row: row["density"] == 0),
+    ({"min_density": 0.05, "max_density": 0.1, "group": 1}, lambda row: row["group"] and 0.05 <= row["density"] <= 0.1),
+    ({"token": " | "}, lambda row: any(t["token"].strip() == "|" for t in row["top_tokens"])),
+    ({"token": HOSTILE[3].upper()}, lambda row: any(t["token"] == HOSTILE[3] for t in row["top_tokens"])),
+    ({"token": "nowhere"}, lambda row: False),
+    ({"feature": [7, 2, 2, 99]}, lambda row: row["feature"] in (2, 7)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("filters", "passes"), FILTERS, ids=lambda each: str(each)[:40])
+def test_filters(client: httpx.Client, rows: list[dict[str, Any]], filters: dict[str, Any], passes: Any) -> None:
+    answer = client.get("/features", params=filters).json()
+    expected = [row["feature"] for row in rows if passes(row)]
+    assert [row["feature"] for row in answer["features"]] == expected
+    assert answer["total"] == len(expected)
+
+
+def test_text_in_a_context(client: httpx.Client, runs: list[RunDirectory]) -> None:
+    examples = pq.read_table(Path(runs[0].url, "examples.parquet")).to_pylist()
+    for text in ("THE<script>", "`code` of|", "the", "alert(1)</script> of", "the of", "no such"):
+        expected = sorted(
+            {e["feature"] for e in examples if text.casefold() in "".join(e["context_tokens"]).casefold()}
+        )
+        found = client.get("/features", params={"text": text}).json()["features"]
+        assert [row["feature"] for row in found] == expected, text
+
+
+@pytest.mark.parametrize("sort", ["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"])
+@pytest.mark.parametrize("descending", [False, True])
+def test_pages_follow_each_other(client: httpx.Client, rows: list[dict[str, Any]], sort: str, descending: bool) -> None:
+    options = {"sort": sort, "order": "descending" if descending else "ascending", "limit": 3}
+    found, cursor = [], None
+    while True:
+        page = client.get("/features", params=options | ({"cursor": cursor} if cursor else {})).json()
+        assert page["total"] == 10
+        found += [row["feature"] for row in page["features"]]
+        cursor = page["cursor"]
+        if cursor is None:
+            break
+    sign = -1 if descending else 1
+    assert found == [r["feature"] for r in sorted(rows, key=lambda r: (sign * r[sort], r["feature"]))]  # equal by index
+
+
+def test_cursor_of_other_filters_is_refused(client: httpx.Client) -> None:
+    cursor = client.get("/features", params={"limit": 3}).json()["cursor"]
+    assert client.get("/features", params={"limit": 5, "cursor": cursor}).status_code == 200
+    for other in ({"group": 0}, {"sort": "count"}, {"order": "descending"}, {"token": "a"}):
+        answer = client.get("/features", params={"cursor": cursor} | other)
+        assert (answer.status_code, answer.json()["error_type"]) == (404, "unknown_cursor")
+
+
+def test_examples_are_those_of_the_file(client: httpx.Client, runs: list[RunDirectory]) -> None:
+    examples = pq.read_table(Path(runs[0].url, "examples.parquet")).to_pylist()
+    names = {"tokens": "context_tokens", "activations": "context_activations", "peak": "peak_index"}
+    for feature in range(10):
+        own = [e for e in examples if e["feature"] == feature]
+        own.sort(key=lambda e: (e["kind"] != "top", e["rank"]))
+        for kind in (None, "top", "sample"):
+            wanted = [e for e in own if kind in (None, e["kind"])]
+            found = client.get(f"/features/{feature}/examples", params={"kind": kind} if kind else {}).json()
+            assert (found["feature"], found["total"]) == (feature, len(wanted))
+            for answer, example in zip(found["examples"], wanted, strict=True):
+                for name, value in answer.items():
+                    expected = example[names.get(name, name)]
+                    assert value == (None if isinstance(expected, float) and math.isnan(expected) else expected), name
+    part = client.get("/features/3/examples", params={"offset": 7, "limit": 2}).json()
+    assert [(e["kind"], e["rank"]) for e in part["examples"]] == [("sample", 0), ("sample", 1)]
+    assert part["total"] == 9
+
+
+def test_all_of_one_feature(client: httpx.Client) -> None:
+    """Splits and absorption are those of `report_example.make_nesting`."""
+    one = client.get("/features/1").json()
+    assert [(s["feature"], s["children"], s["coverage"], s["overlap"]) for s in one["splits"]] == [
+        (1, [6, 7], 0.75, 0.0625)
+    ]
+    assert one["feature"]["children"] == [6, 7]
+    assert client.get("/features/7").json()["splits"] == one["splits"]
+    for feature in (0, 8):
+        (pair,) = client.get(f"/features/{feature}").json()["absorption"]
+        assert (pair["parent"], pair["child"], pair["expected"], pair["absorbed"]) == (0, 8, 20, 15)
+    assert client.get("/features/3").json()["absorption"] == client.get("/features/3").json()["splits"] == []
+    assert len(one["histogram_edges"]) == len(one["feature"]["histogram"]) + 1
+
+
+def test_runs_without_or_with_another_analysis(client: httpx.Client, tmp_path: Path) -> None:
+    for path in ("/features", "/features/3", "/features/3/examples"):
+        answer = client.get(path, params={"model": "bare"})
+        assert (answer.status_code, answer.json()["error_type"]) == (404, "not_analysed")
+        assert client.get(path, params={"model": "nothing"}).json()["error_type"] == "unknown_model"
+    run = make_analysed_run(tmp_path / "old")
+    run.write("analysis.json", json.dumps({"format_version": "1"}))
+    run.publish()
+    changed = make_analysed_run(tmp_path / "changed")
+    Path(changed.url, "features.parquet").write_bytes(b"something else")
+    with served(run, changed) as url:
+        answer = httpx.get(f"{url}/features")
+        assert (answer.status_code, answer.json()["error_type"]) == (409, "run_unusable")
+        assert "analyse the run again" in answer.json()["error"]
+        answer = httpx.get(f"{url}/features", params={"model": "changed"})
+        assert (answer.status_code, answer.json()["error_type"]) == (409, "run_unusable")
+        assert "features.parquet is not what the manifest says" in answer.json()["error"]
+        assert httpx.post(f"{url}/encode", json={"inputs": "a"}, timeout=60).status_code == 200
+
+
+def test_report_by_accept(client: httpx.Client, runs: list[RunDirectory]) -> None:
+    directory = Path(runs[0].url, "report")
+    for accept, name, kind in [
+        ("*/*", "md", "text/markdown; charset=utf-8"), ("text/markdown", "md", "text/markdown; charset=utf-8"),
+        ("text/html,*/*;q=0.1", "html", "text/html; charset=utf-8"), ("application/json", "json", "application/json"),
+        ("text/*;q=0.5, application/json;q=0.4", "md", "text/markdown; charset=utf-8"),
+    ]:  # fmt: skip
+        answer = client.get("/report", headers={"Accept": accept})
+        assert answer.content == (directory / f"layer1_analysis_report.{name}").read_bytes(), accept
+        assert (answer.headers["content-type"], answer.headers["vary"]) == (kind, "Accept")
+        again = client.get("/report", headers={"Accept": accept, "If-None-Match": answer.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+    assert client.get("/report", headers={"Accept": "image/png"}).status_code == 406
+    for file in directory.rglob("*"):
+        if file.is_file():
+            answer = client.get(f"/report/files/{file.relative_to(directory)}")
+            assert answer.content == file.read_bytes()
+    assert client.get("/report", params={"model": "bare"}).text == "# Report\n"
+
+
+def test_info_and_runs(client: httpx.Client, runs: list[RunDirectory]) -> None:
+    info, config = client.get("/info").json(), make_config()
+    assert info["model"] == {
+        "run_id": "one", "sha256": runs[0].manifest().files["transcoder.safetensors"].sha256,
+        "base_model": config.model.name, "layer": 1, "source": "resid_mid", "target": "mlp_out", "d_source": 32,
+        "d_target": 32, "num_features": 10, "k": 4, "prefixes": [4, 10],
+    }  # fmt: skip
+    assert [(run["run_id"], run["state"]) for run in client.get("/runs").json()["runs"]] == [
+        ("one", "current"), ("bare", "loaded")
+    ]  # fmt: skip
