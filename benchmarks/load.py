@@ -1,4 +1,5 @@
-"""A load generator for the service: one process, plain sockets, no library between it and the clock.
+"""A load generator for the service: one process, plain sockets, no HTTP library between it and the clock. It is to need
+little of the cores that it shares with the service, hence uvloop.
 
     python -m benchmarks.load < plan.json > records.json
 
@@ -162,4 +163,6 @@ def run(plan: Plan) -> Result:
 
 
 if __name__ == "__main__":
-    json.dump(asyncio.run(send(Plan(**json.load(sys.stdin))))._asdict(), sys.stdout)
+    import uvloop  # comes with ray[serve]
+
+    json.dump(uvloop.run(send(Plan(**json.load(sys.stdin))))._asdict(), sys.stdout)

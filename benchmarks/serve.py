@@ -1,12 +1,12 @@
 """What the service costs beside the models: latency, throughput, overload, and the size and time of its formats.
 
-    python -m benchmarks.serve [--json] [--save] [--pairs N] [--rounds N] [--seconds N]
+    python -m benchmarks.serve [--json] [--save] [--pairs N] [--rounds N] [--seconds N] [--kills N]
 
-SmolLM2-135M up to layer 9 with a transcoder of the quickstart's shape (1,152 features). Its weights are random, with a
-threshold that lets 32 features fire on a token: nothing that is measured depends on what is learnt. The service is the
-real one, deployed to a Ray of its own, with the settings of serve/settings.py; the load comes over the loopback
-interface from a process of its own, on the same cores. "Bare" and "offline" are `serve.run_encoder.RunEncoder` in this
-process, with as many threads as the service's.
+SmolLM2-135M up to layer 9 with a transcoder of the reference run's shape (4,608 features in groups of 1,152, 2,304 and
+1,152). Its weights are random, with a threshold that lets 48 features fire on a token: nothing that is measured depends
+on what is learnt. The service is the real one, deployed to a Ray of its own, with the settings of serve/settings.py;
+the load comes over the loopback interface from a process of its own, on the same cores. "Bare" and "offline" are
+`serve.run_encoder.RunEncoder` in this process, with as many threads as the service's.
 
 - `added_p50_ms`, `added_p99_ms`: one sentence (`sentence_tokens`) over HTTP as JSON, default options, one request at a
   time with a pause before each, in turn with the bare forward pass of the same ids. The median of the HTTP latencies
@@ -19,6 +19,8 @@ process, with as many threads as the service's.
   loop, at random moments whatever is answered. Tokens per second of answers with status 200, over those of the closed
   loop; median of the rounds. `refused_p50_ms`, `refused_p99_ms`, `refused_max_ms`: from the moment at which a request
   was to leave until its 429 was there. `healthz_max_ms`: the slowest `GET /healthz` meanwhile.
+- `recovery_s`: from SIGKILL to the only process with models until the next answer with status 200, asked every
+  `RECOVERY_PAUSE_S`; `recovery_statuses`, what was answered until then. Medians and sums of `recoveries` kills.
 - `csr_speedup`, `csr_size_ratio`: 1,024 tokens x 96 features as an object for each entry, by the standard library's
   json from objects that lie ready, over the whole answer in safetensors from the model's arrays. `json_speedup` is the
   same for the service's own JSON of those objects, `csr_over_json_speedup` the quotient of the two.
@@ -67,6 +69,7 @@ INPUTS = 8  # paragraphs in a request
 CONNECTIONS = 8
 OVERLOAD = 4.0
 PROBE_S = 0.1
+RECOVERY_PAUSE_S = 0.05
 
 
 class Texts(NamedTuple):
@@ -104,7 +107,9 @@ def make_run(root: Path) -> RunDirectory:
     from mtc.work import pack_windows
     from serve.tokenising import Tokeniser
 
-    config = load_preset("smollm2-135m", {"output": {"root": str(root), "run_id": "run"}})
+    shape_of_reference = {"group_sizes": [1152, 2304, 1152], "k": 48}
+    output = {"root": str(root), "run_id": "run"}
+    config = load_preset("smollm2-135m", {"output": output, "transcoder": shape_of_reference})
     model, k = LanguageModel(config.model), config.transcoder.k
     run = RunDirectory(str(root / "run"))
     ids = Tokeniser(config.model).text(" ".join([SENTENCE] * 20)).ids
@@ -142,6 +147,7 @@ def deployed(settings: Settings) -> Iterator[int]:
         ray_serve.run(build(settings), name="mtc", route_prefix="/")
         yield port
     finally:
+        ray_serve.delete("mtc")
         ray_serve.shutdown()
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
@@ -161,7 +167,7 @@ def measure_latency(port: int, encoder: RunEncoder, served: ServedRun, pairs: in
 
     ways: dict[str, Callable[[], Any]] = {"http": over_http, "bare": lambda: encoder.encode([ids], [Options(top_k=16)])}
     for turn in range(pairs + 20):
-        for name in sorted(ways, reverse=turn % 2 == 0):
+        for name in ways:  # always in turn: each pass finds the caches filled by the other process's
             time.sleep(PAUSE_S)
             start = time.perf_counter()
             ways[name]()
@@ -227,6 +233,37 @@ def measure_load(
         "rounds": rounds,
         "seconds": seconds,
     }
+
+
+def measure_recovery(port: int, times: int) -> dict[str, Any]:
+    """Kill the process that holds the models, and ask until it is replaced."""
+    import psutil
+
+    sent = request("POST", "/encode", "127.0.0.1", formats.JSON, json.dumps({"inputs": SENTENCE}))
+    seconds: list[float] = []
+    statuses: dict[str, int] = {}
+
+    def ask() -> int:
+        try:
+            connection = Connection("127.0.0.1", port)
+            status, _ = connection.ask(sent)
+            connection.close()
+        except (OSError, IndexError, ValueError):
+            status = 0  # the connection broke
+        statuses[str(status)] = statuses.get(str(status), 0) + 1
+        return status
+
+    for _ in range(times):
+        children = psutil.Process().children(recursive=True)
+        (victim,) = [child for child in children if "ServeReplica:mtc:Encoder" in " ".join(child.cmdline())]
+        victim.kill()
+        victim.wait()
+        start = time.perf_counter()
+        while ask() != 200:
+            time.sleep(RECOVERY_PAUSE_S)
+        seconds.append(time.perf_counter() - start)
+    print(f"recovered in {[round(each, 1) for each in seconds]} s; statuses {statuses}", flush=True)
+    return {"recovery_s": statistics.median(seconds), "recoveries": seconds, "recovery_statuses": statuses}
 
 
 def plan(port: int, texts: Texts, inputs: int, seconds: float) -> Plan:
@@ -316,7 +353,7 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "torch": version("torch"), "ray": version("ray")}
 
 
-def measure(pairs: int, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(pairs: int, rounds: int, seconds: float, kills: int) -> dict[str, Any]:
     from serve.settings import Settings
 
     with tempfile.TemporaryDirectory() as root:
@@ -338,6 +375,8 @@ def measure(pairs: int, rounds: int, seconds: float) -> dict[str, Any]:
             if rounds:
                 texts = paragraphs(served)
                 found |= measure_load(port, encoder, texts, settings.max_batch_tokens, rounds, seconds)
+            if kills:
+                found |= measure_recovery(port, kills)
     return found | {"machine": machine()}
 
 
@@ -348,6 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=1000, help="of requests and forward passes (default: 1,000)")
     parser.add_argument("--rounds", type=int, default=5, help="of loads (default: 5)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load (default: 20)")
+    parser.add_argument("--kills", type=int, default=3, help="of the process with the models (default: 3)")
     arguments = parser.parse_args(argv)
     from serve.settings import ENVIRONMENT, free_ports
 
@@ -356,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.update(ENVIRONMENT | free_ports())
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        found = measure(arguments.pairs, arguments.rounds, arguments.seconds)
+        found = measure(arguments.pairs, arguments.rounds, arguments.seconds, arguments.kills)
     if arguments.save:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

@@ -37,7 +37,9 @@ class RayBackend:
     """`serve.service.Backend` by the other two deployments."""
 
     def __init__(self, encoder: DeploymentHandle, control: DeploymentHandle, metrics: IngressMetrics):
-        self._encoder, self._control, self._metrics = encoder, control, metrics
+        # Serve's default, cloudpickle, can also send classes, which takes its time.
+        self._encoder = encoder.options(request_serialization="pickle", response_serialization="pickle")
+        self._control, self._metrics = control, metrics
         self.used: set[RunKey] = set()
 
     async def state(self) -> State:

@@ -47,10 +47,10 @@ class Observe:
         finally:
             self.metrics.in_flight.dec()
             count()
+            self._log(scope, code, time.perf_counter() - start)
 
     def _count(self, scope: Scope, code: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "none")
-        method = scope["method"] if route != "none" else "any"  # clients may invent methods
+        route, method = _names(scope)
         self.metrics.http_requests.labels(route, method, str(code)).inc()
         reason = scope["state"].get("error_type")
         if route == "/encode" or scope["path"] == "/encode":
@@ -58,8 +58,17 @@ class Observe:
             self.metrics.duration.labels("total").observe(seconds)
             if reason:
                 self.metrics.rejected.labels(reason).inc()
+
+    def _log(self, scope: Scope, code: int, seconds: float) -> None:
+        route, method = _names(scope)
         line = {
-            "route": route, "method": method, "code": code, "ms": round(seconds * 1e3, 2), "error_type": reason,
-            "request_id": scope["state"].get("request_id"),
+            "route": route, "method": method, "code": code, "ms": round(seconds * 1e3, 2),
+            "error_type": scope["state"].get("error_type"), "request_id": scope["state"].get("request_id"),
         }  # fmt: skip
         logger.info(orjson.dumps(line).decode())
+
+
+def _names(scope: Scope) -> tuple[str, str]:
+    """The route's template and the method."""
+    route = getattr(scope.get("route"), "path", "none")
+    return route, scope["method"] if route != "none" else "any"  # clients may invent methods

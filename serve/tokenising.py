@@ -18,30 +18,29 @@ class Tokeniser:
         from mtc.tokens import special_ids
 
         self._tokenizer: Any = load_tokenizer(config)
-        self._bos = self._tokenizer.bos_token_id
-        self._special = sorted(special_ids(self._tokenizer))
+        self._backend: Any = self._tokenizer.backend_tokenizer
+        self._backend.encode_special_tokens = True  # as text
+        self._bos = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
         self.vocab_size = len(self._tokenizer)
         """Ids from here on are none."""
+        self._special = np.zeros(self.vocab_size, bool)
+        self._special[sorted(special_ids(self._tokenizer))] = True
         self._strings: dict[int, str] = {}
 
     def text(self, text: str, limit: int | None = None) -> Tokenised:
         """At most `limit` tokens of a text, BOS included; by default all."""
-        found = self._tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-        )
-        ids = np.array(found["input_ids"], np.int32)
-        offsets = np.array(found["offset_mapping"], np.int32).reshape(-1, 2)
-        if self._bos is not None:
-            ids, offsets = np.r_[np.int32(self._bos), ids], np.r_[np.zeros((1, 2), np.int32), offsets]
+        found = self._backend.encode(text, add_special_tokens=False)
+        ids = np.array(self._bos + found.ids, np.int32)
+        offsets = np.array([(0, 0)] * len(self._bos) + found.offsets, np.int32).reshape(-1, 2)
         truncated = limit is not None and len(ids) > limit
         if truncated:
             ids, offsets = ids[:limit], offsets[:limit]
-        return Tokenised(ids, offsets, np.isin(ids, self._special), truncated)
+        return Tokenised(ids, offsets, self._special[ids], truncated)
 
     def ids(self, token_ids: list[int], limit: int | None = None) -> Tokenised:
         """A window of ids as it is."""
         ids = np.array(token_ids[:limit], np.int32)
-        return Tokenised(ids, None, np.isin(ids, self._special), len(token_ids) > len(ids))
+        return Tokenised(ids, None, self._special[ids], len(token_ids) > len(ids))
 
     def token(self, token_id: int) -> str:
         """An id decoded on its own."""
