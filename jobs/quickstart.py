@@ -200,7 +200,8 @@ def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]]) -> No
 def print_usage(base: str, run: str) -> None:
     print(f"\nserved at  {base}   (stop with: make stop)")
     example = f'{base}/encode -H "Content-Type: application/json" -d \'{{"inputs": "We the people"}}\''
-    print(f"try        curl {example}\n           curl {base}/report")
+    print(f"browse     {base}/ui   (texts and features; report: {base}/report, API: {base}/docs)")
+    print(f"try        curl {example}")
     report = Path(run, "report")
     if report.is_dir():
         print("report     " + "\n           ".join(str(path) for path in sorted(report.iterdir())))

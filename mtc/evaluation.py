@@ -19,16 +19,15 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from mtc.bootstrap import Intervals, intervals
 from mtc.config import RunConfig
-from mtc.sums import Array, LossSums, TokenSums, loss_sums
-from mtc.transcoder import MatryoshkaTranscoder
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # who only reads figures, such as the service, should not pay for torch
     from mtc.heldout import HeldOutPass
+    from mtc.sums import Array, LossSums, TokenSums
+    from mtc.transcoder import MatryoshkaTranscoder
     from mtc.work import PackedWindows
 
 
@@ -192,8 +191,11 @@ def evaluate(
     device: str = "cpu",
 ) -> Evaluation:
     """Evaluate in this process: metrics on `units`, losses on `loss_units` (possibly none); without intervals."""
+    import torch
+
     from mtc.heldout import HeldOutPass
     from mtc.language_model import LanguageModel
+    from mtc.sums import loss_sums
 
     transcoder = transcoder.to(device)
     model = LanguageModel(config.model, device)
@@ -214,6 +216,8 @@ def evaluate(
 
 def main(argv: list[str] | None = None) -> int:
     """Recompute a finished run's held-out metrics from its directory and compare; 0 if they agree, 1 if not."""
+    import torch
+
     from mtc.runs import RunError, load_analysis, load_transcoder, open_layer_run
     from mtc.tokens import DataError, TokenStore
     from mtc.work import heldout_units, pack_windows

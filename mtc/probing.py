@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from mtc.labelled import Labelled, ProbeTask, load_task
@@ -33,7 +32,9 @@ from mtc.linear_probes import (
 from mtc.tokens import document_id, make_windows, special_ids
 from mtc.work import pack_windows
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # who only reads figures, such as the service, should not pay for torch
+    import torch
+
     from mtc.language_model import LanguageModel
     from mtc.tokens import TokenStore
     from mtc.transcoder import MatryoshkaTranscoder
@@ -290,6 +291,8 @@ def pool(
 
     Raises ValueError if an activation is not finite.
     """
+    import torch
+
     dense = np.empty((len(windows), transcoder.shape.d_source), np.float32)
     features = np.empty((len(windows), transcoder.num_features), np.float32)
     for rows in _batches(windows, unit_tokens):
@@ -308,6 +311,8 @@ def pool(
 
 def _pool_rows(values: torch.Tensor, owner: torch.Tensor, count: int, pooling: Pooling) -> torch.Tensor:
     """[tokens, d] of windows `owner` [tokens], in order -> [count, d]."""
+    import torch
+
     tokens = torch.bincount(owner, minlength=count)
     if pooling == "last":
         return values[tokens.cumsum(0) - 1]

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from mtc.absorption import MIN_LETTERS, MIN_WORDS, PrefixAbsorption, Readings, measure_absorption
@@ -142,6 +141,8 @@ def spells(
     model: LanguageModel, tokenizer: Any, words: Words, questions: list[str], unit_tokens: int = 4096, seed: int = 0
 ) -> Array:
     """[questions] bool: whether the whole model's likeliest next token is the right letter."""
+    import torch  # here, as in mtc.probing
+
     right = []
     for packed, places in _prompts(tokenizer, words, questions, unit_tokens, seed):
         after = torch.from_numpy(places) + len(_ids(tokenizer, MIDDLE))
@@ -161,6 +162,8 @@ def read_words(
     at: int = 0,
 ) -> Readings:
     """Readings at the tokens of `wanted` words in spelling prompts."""
+    import torch
+
     parts = []
     for packed, places in _prompts(tokenizer, words, wanted, unit_tokens, seed):
         pair = model.capture(packed, torch.from_numpy(places))[at]

@@ -10,9 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:  # who only reads figures, such as the service, should not pay for torch
+    import torch
 
 PARTS = ("waiting", "transport", "step", "all_reduce", "checkpoint", "other")
 """Of a trainer's wall time: waiting for activations; copying them into the shuffle buffer and batches out of it;
@@ -111,6 +114,8 @@ class Stopwatch:
     """Seconds of a piece of work on a device, read when it is known to be done."""
 
     def __init__(self, device: torch.device):
+        import torch
+
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
         self._seconds = 0.0
 
@@ -133,6 +138,8 @@ class Stopwatch:
 
 def measure_device(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large square matrix product, median of a few."""
+    import torch
+
     size = MATRIX if device.type == "cuda" else MATRIX // 4
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 

@@ -1,7 +1,7 @@
 """API keys: a JSON file of names and digests, and the command that makes it.
 
     python -m serve.keys add NAME --file keys.json [--admin] [--expires 2027-01-31]
-    python -m serve.keys remove NAME --file keys.json
+    python -m serve.keys remove NAME --file keys.json [--sha256 START]
     python -m serve.keys list --file keys.json
 
 The file holds no key, only its sha256. A running service sees changes within a second or two.
@@ -114,10 +114,10 @@ def add(path: Path, name: str, admin: bool, expires: date | None) -> str:
     return key
 
 
-def remove(path: Path, name: str) -> int:
-    """Remove all keys of a name; returns how many there were."""
+def remove(path: Path, name: str, sha256: str = "") -> int:
+    """Remove the keys of a name whose digest begins so, by default all; returns how many there were."""
     entries = read(path).keys
-    kept = tuple(entry for entry in entries if entry.name != name)
+    kept = tuple(entry for entry in entries if entry.name != name or not entry.sha256.startswith(sha256))
     if len(kept) < len(entries):
         _write(path, KeyFile(keys=kept))
     return len(entries) - len(kept)
@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--admin", action="store_true", help="the key may load runs")
     parser.add_argument("--expires", type=date.fromisoformat, metavar="DATE", help="last day of the key, UTC")
+    parser.add_argument("--sha256", default="", help="remove only keys whose digest, which `list` shows, begins so")
     options = parser.parse_args(argv)
     if (options.name is None) != (options.action == "list"):
         parser.error(f"{options.action} {'takes no' if options.name else 'needs a'} NAME")
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.action == "add":
             print(add(options.file, options.name, options.admin, options.expires))
         elif options.action == "remove":
-            count = remove(options.file, options.name)
+            count = remove(options.file, options.name, options.sha256)
             print(f"removed {count}")
             return 0 if count else 1
         else:

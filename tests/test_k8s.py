@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ray.serve.schema import ServeDeploySchema
 
 from mtc.config import parse_command_line
+from serve.settings import ENVIRONMENT
 
 BASE = Path(__file__).parent.parent / "k8s" / "base"
 KUBERNETES = "1.33"
@@ -223,8 +224,14 @@ def test_pods(documents: list[dict[str, Any]]) -> None:
                 memory = [container["resources"][side]["memory"] for side in ("requests", "limits")]
                 assert memory[0] == memory[1]  # Ray sizes itself by the limit; the scheduler counts the request
                 assert {"name": "RAY_AUTH_MODE", "value": cluster["authOptions"]["mode"]} in container["env"]
-                assert ("ConfigMap", container["envFrom"][0]["configMapRef"]["name"]) in names
+                sources = [source["configMapRef"]["name"] for source in container["envFrom"]]
+                assert {("ConfigMap", name) for name in sources} <= names
+                assert ("mtc-serve-environment" in sources) is (cluster is clusters(documents)[1])
                 assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+
+
+def test_service_runs_as_elsewhere(documents: list[dict[str, Any]]) -> None:
+    assert find(documents, "ConfigMap", "mtc-serve-environment")["data"] == ENVIRONMENT
 
 
 def test_job_and_service_agree_with_the_code(

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,3 +188,9 @@ def test_info_and_runs(client: httpx.Client, runs: list[RunDirectory]) -> None:
     assert [(run["run_id"], run["state"]) for run in client.get("/runs").json()["runs"]] == [
         ("one", "current"), ("bare", "loaded")
     ]  # fmt: skip
+
+
+def test_the_http_side_needs_no_torch() -> None:
+    """Nor who reads an analysis or renders pages; starting the process would take seconds longer."""
+    code = "import sys, mtc.report.html, serve.http_app; print({'torch', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

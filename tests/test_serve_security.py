@@ -1,6 +1,7 @@
 """Keys, the table of routes, what may be asked at once, and what is said while nothing can be answered."""
 
 import asyncio
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -114,7 +115,9 @@ def test_keys_are_added_removed_and_expire(client: httpx.Client, file: Path, mon
     file.write_bytes(b'{"keys": [')  # a file that can't be read leaves the keys from before
     assert (status(first), status(second)) == (200, 200)
     file.write_bytes(before)
-    assert keys.remove(file, "rotated") == 2
+    assert keys.remove(file, "rotated", hashlib.sha256(first.encode()).hexdigest()[:12]) == 1
+    assert (status(first), status(second)) == (401, 200)
+    assert keys.remove(file, "rotated") == 1
     assert (status(first), status(second)) == (401, 401)
     assert keys.remove(file, "late") == 1
     assert first not in before.decode() and second not in before.decode()

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-INK, PAPER, GREY = "#1b1f24", "#fffffe", "#66686c"
+from mtc.report.names import GREY, INK, PAPER
+
 # Okabe and Ito's colours, told apart with any kind of colour vision; yellow is too pale on white.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 MARKERS = "os^DvP"

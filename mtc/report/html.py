@@ -18,9 +18,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mtc.report import blocks
-from mtc.report.drawing import GREY, INK, PAPER
 from mtc.report.format import NOT_MEASURED, number, spaced, visible
 from mtc.report.markdown import bars_in_words, context_note
+from mtc.report.names import GREY, INK, PAPER
 
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( %)?( to [-+]?[\d,.]+(e[-+]?\d+)?( %)?)?|–|undefined")
 STRENGTHS = 5

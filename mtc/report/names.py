@@ -1,9 +1,10 @@
-"""The report's files: what they are called and what they hold."""
+"""The report's files: what they are called and what they hold; and the colours of its plots that pages replace."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+INK, PAPER, GREY = "#1b1f24", "#fffffe", "#66686c"
 OVERVIEW = "overview"
 PLOTS = {
     OVERVIEW: "quality, training, density, activations and samples at a glance",
