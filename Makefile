@@ -42,6 +42,7 @@ bench: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.analysis --large
+	$(BIN)/python -m benchmarks.serve
 
 # dictionary-learning pins an old nnsight, which would replace torch; its trainers run without.
 $(PEERS_INSTALLED): benchmarks/peers-requirements.txt

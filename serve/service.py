@@ -22,6 +22,8 @@ T = TypeVar("T")
 DEFAULT_TOP_K = 16
 READY_TIMEOUT_S = 5.0
 READY_FOR_S = 2.0
+LISTED_FOR_S = 5.0
+"""How long pages show the same runs: each is read from the storage."""
 SHORT_TEXT = 1000
 """Characters that are tokenised at once: a thread would take longer to begin than they do."""
 
@@ -74,6 +76,7 @@ class Service:
         self.settings, self.backend, self.state = settings, backend, state
         self.metrics = metrics or IngressMetrics()
         self._ready: tuple[RunKey, float] | None = None
+        self._listed: tuple[float, list[RunSummary]] | None = None
         self._opened: dict[RunKey, asyncio.Task[ServedRun]] = {}
 
     async def run(self, model: str | None) -> ServedRun:
@@ -104,6 +107,12 @@ class Service:
             self.state = state
             for key in [key for key in self._opened if key not in state.loaded]:
                 del self._opened[key]
+
+    async def listed_runs(self) -> list[RunSummary]:
+        """All finished runs, newest first, as they were within the last LISTED_FOR_S."""
+        if self._listed is None or time.monotonic() > self._listed[0] + LISTED_FOR_S:
+            self._listed = time.monotonic(), await self.backend.runs()
+        return self._listed[1]
 
     async def tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
         """The request's inputs as the model reads them. Raises ServiceError: 413 beyond the limits, 422 unknown ids."""

@@ -128,7 +128,7 @@ async def static(request: Request, name: str) -> Response:
 async def _frame(request: Request, service: Service, run: ServedRun, here: str, model: str | None) -> dict[str, Any]:
     """What every page shows around its content."""
     return {
-        "run": run.identity, "runs": await service.backend.runs(), "here": here, "model": model,
+        "run": run.identity, "runs": await service.listed_runs(), "here": here, "model": model,
         "with_keys": request.app.state.keys is not None,
     }  # fmt: skip
 
