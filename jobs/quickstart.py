@@ -36,6 +36,8 @@ SENTENCE = "The Congress of the United States shall have power to lay and collec
 OBJECT_STORE_BYTES = 1_000_000_000
 MARK = "MTC_QUICKSTART_HEAD"
 """In the environment of all processes of a head: the head's temporary directory."""
+PROXY_STOP_S = 5.0
+"""After which HAProxy is killed."""
 
 
 class QuickstartError(RuntimeError):
@@ -226,11 +228,23 @@ def _environment() -> dict[str, str]:
 
 
 def _stop_proxies(temporary: str) -> None:
-    """HAProxy goes on, on the service's port, if the process that started it was killed."""
+    """HAProxy goes on, on the service's port, if the process that started it was killed; gone when this returns."""
+    start = time.monotonic()
+    while (marked := _marked(temporary)) and time.monotonic() < 2 * PROXY_STOP_S + start:
+        for pid in marked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if time.monotonic() < start + PROXY_STOP_S else signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _marked(temporary: str) -> list[int]:
+    """Processes that a head started and that are not done."""
+    found = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # it ended, or is somebody else's
             if f"{MARK}={temporary}".encode() in environment.read_bytes().split(b"\0"):
-                os.kill(int(environment.parent.name), signal.SIGTERM)
+                found.append(int(environment.parent.name))
+    return found
 
 
 def _tool(name: str) -> str:
@@ -261,6 +275,7 @@ def _free_ports(count: int, first: int | None = None) -> list[int]:
     try:
         for wanted in [first or 0] + [0] * (count - 1):
             probe = socket.socket()
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections do not hold a port
             sockets.append(probe)
             try:
                 probe.bind(("127.0.0.1", wanted))

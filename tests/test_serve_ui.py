@@ -107,7 +107,7 @@ def test_type_click_slide(tab: chromium.Page, url: str) -> None:
     feature = result["features"][at][0]["feature_index"]
     tab.click("#of-token tbody tr button")
     tab.wait("document.querySelector('#feature article')")
-    assert texts(tab, "#feature h1")[0].startswith(f"Feature {feature} ")
+    assert texts(tab, "#feature h2")[0].startswith(f"Feature {feature} ")
     rows = {t: f for t, many in enumerate(result["features"]) for f in many if f["feature_index"] == feature}
     marks = tab.evaluate("[...document.querySelectorAll('#tokens button')].map((b) => b.className)")
     assert {t for t, mark in enumerate(marks) if mark[0] == "a"} == set(rows)
@@ -146,7 +146,7 @@ def test_keyboard_alone(tab: chromium.Page, url: str) -> None:
     feature = tab.evaluate("document.activeElement.textContent")
     tab.press(*ENTER)
     tab.wait("document.querySelector('#feature article')")
-    assert texts(tab, "#feature h1")[0].startswith(f"Feature {feature} ")
+    assert texts(tab, "#feature h2")[0].startswith(f"Feature {feature} ")
     assert tab.evaluate("document.activeElement.textContent") == feature  # the place in the list is not lost
     assert complaints(tab) == []
 

@@ -212,6 +212,8 @@ async function pick(chosen) {
     const response = await fetch(address, { headers: { Accept: "text/html" }, signal: mine.signal });
     const page = new DOMParser().parseFromString(await response.text(), "text/html");
     const article = page.querySelector("article") ?? make("article", [...page.querySelector("main").childNodes]);
+    const title = article.querySelector("h1");
+    title?.replaceWith(make("h2", [...title.childNodes]));  // this page has a title of its own
     article.querySelector(".own")?.replaceChildren(make("a", "Its own page", { href: address }));
     if (mine !== reading) return;
     place.replaceChildren(article);
