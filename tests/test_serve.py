@@ -330,7 +330,8 @@ def test_hostile_requests(client: httpx.Client, url: str, offline: Any, root: Pa
             wrong.append((attack.name, answer))
     assert wrong == []
     assert len(tried) > 100
-    check(client.post("/encode", json={"inputs": TEXTS, "top_k": 64}).json(), [offline(root / "one", t) for t in TEXTS])
+    body = client.post("/encode", json={"inputs": TEXTS, "top_k": 64}).json()
+    check(body, [offline(root / body["model"]["run_id"], text) for text in TEXTS])
 
 
 def test_clients_that_leave_cost_no_forward_pass(client: httpx.Client, url: str) -> None:
