@@ -153,7 +153,7 @@ def _away(end: int) -> int:
 def browser(path: str) -> Iterator[Page]:
     """A browser with one tab, which ends with the block."""
     command_end, commands, answers, answer_end = (_away(end) for end in (*os.pipe(), *os.pipe()))
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its helpers may still be writing
         process = subprocess.Popen(
             # The shell gives the pipes the numbers 3 and 4, which the browser expects; sh knows no numbers above 9.
             ["bash", "-c", f'exec 3<&{command_end} 4>&{answer_end}; exec "$@"', "bash", path, "--headless=new",

@@ -24,7 +24,7 @@ function visible(string) {
   return string.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => signs[c] ?? "U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0"));
 }
 const spaced = (string) => (string ? visible(string).replaceAll(" ", "␣") : "(empty)");
-const number = (value) => (value === null ? "undefined" : Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(4).replace(/\.?0+$/, ""));
+const number = (value) => (value === null ? "undefined" : value.toLocaleString("en", Number.isInteger(value) ? {} : { maximumSignificantDigits: 4 }));
 const mean = (values) => { const known = values.filter((v) => v !== null); return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null; };
 
 function say(problem) {
@@ -50,11 +50,12 @@ async function call(address, options, aborted) {
 }
 
 async function encode(prefix) {
-  if (answers.has(prefix)) return answers.get(prefix);
+  const known = answers;  // of this text; another one gets another map
+  if (known.has(prefix)) return known.get(prefix);
   const body = { inputs: text, model: ask.dataset.model, prefix, return: "csr", include: ["l0", "fvu"], truncate: true };
   const options = { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json", Accept: "application/json" } };
   const answer = await (await call("/encode", options, asking.signal)).json();
-  answers.set(prefix, answer.results[0]);
+  known.set(prefix, answer.results[0]);
   return answer.results[0];
 }
 
