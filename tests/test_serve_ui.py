@@ -235,7 +235,8 @@ def test_runs_are_picked(tab: chromium.Page, url: str) -> None:
     assert texts(tab, ".picker option") == ["one", "two"]
     tab.evaluate("document.querySelector('.picker select').value = 'two'")
     tab.click(".picker button")
-    tab.wait("document.querySelector('#ask') && document.querySelector('#ask').dataset.model === 'two'")
+    tab.wait("document.querySelector('#ask')?.dataset.model === 'two'")
+    tab.wait("!document.querySelector('#go').disabled")  # its script has run
     tab.click("#go")
     tab.wait(DONE)
     result = encoded(url, "We the people of the United States, in order to form a more perfect union", model="two")

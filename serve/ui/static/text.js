@@ -261,3 +261,4 @@ element("clear").addEventListener("click", () => {
   drawList();
   drawToken();
 });
+element("go").disabled = false;  // before this script has run, the form would only load the page again
