@@ -22,7 +22,7 @@ from serve.service import Service
 def create_app(service: Service) -> FastAPI:
     """The application for a service. Raises ValueError for keys that can't be read, or a route that nobody listed."""
     settings = service.settings
-    app = FastAPI(title="Transcoder", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
     for each in (encode, features, report, operations, pages):

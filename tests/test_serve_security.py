@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -84,8 +85,7 @@ def test_what_is_not_listed_is_refused_too(client: httpx.Client, user: str) -> N
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_the_table_is_the_application(run: RunDirectory) -> None:
-    backend = LocalBackend(run)
+def test_the_table_is_the_application() -> None:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
 
     @app.get("/backdoor")
@@ -94,7 +94,6 @@ def test_the_table_is_the_application(run: RunDirectory) -> None:
 
     with pytest.raises(ValueError, match=r"not in the table: .*backdoor.*not there: .*encode"):
         check_routes(app)
-    assert asyncio.run(backend.state()).ready
 
 
 def test_keys_are_added_removed_and_expire(client: httpx.Client, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +104,9 @@ def test_keys_are_added_removed_and_expire(client: httpx.Client, file: Path, mon
         return client.get("/info", headers=bearer(key)).status_code
 
     first = keys.add(file, "rotated", admin=False, expires=None)
+    deadline = time.monotonic() + 10
     while status(first) != 200:  # the file is looked at again within a second
-        pass
+        assert time.monotonic() < deadline
     second = keys.add(file, "rotated", admin=False, expires=TODAY)  # both hold while clients change over
     assert (status(first), status(second)) == (200, 200)
     expired = keys.add(file, "late", admin=True, expires=TODAY - timedelta(1))
@@ -211,7 +211,6 @@ def test_every_answer_has_the_headers(client: httpx.Client, user: str) -> None:
                client.get("/features/3", headers=bearer(user))]  # fmt: skip
     for answer in answers:
         assert wanted.items() <= dict(answer.headers).items()
-        assert "server" not in answer.headers or "uvicorn" in answer.headers["server"]
     for path in ("/ui", "/docs", "/ui/login", "/ui/feature/99"):
         policy = client.get(path, headers=bearer(user) | {"Accept": "text/html"}).headers["content-security-policy"]
         assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
