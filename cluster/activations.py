@@ -104,12 +104,15 @@ class CaptureActor:
     def __init__(self, config: RunConfig, store_url: str, device: str, threads: int, start: str = ""):
         import torch
 
+        from cluster.metrics import RayMeter
         from mtc.language_model import LanguageModel
+        from mtc.metrics import PROCESS
         from mtc.timing import measure_device
         from mtc.tokens import TokenStore
 
         torch.set_num_threads(threads)
         self.name = uuid.uuid4().hex
+        self.meter = RayMeter(PROCESS, run_id=config.output.run_id or "")
         self.start = start
         self.store = TokenStore.open(store_url)
         self.model = LanguageModel(config.model, device)
@@ -197,6 +200,9 @@ class CaptureActor:
             "flops": pa.array([pending.flops], pa.float64()),
             "device_flops": pa.array([self.device_flops], pa.float64()),
         }
+        self.meter.add("mtc_model_actor_tokens_total", pending.positions)
+        for stage in ("forward", "sending", "idle"):
+            self.meter.add("mtc_model_actor_seconds_total", columns[stage][0].as_py(), stage=stage)
         self.idle, self.sending, self.sent_at = 0.0, 0.0, start
         for i, column in enumerate(activations):
             columns[f"activations_{i}"] = to_binary(column)

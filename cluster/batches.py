@@ -24,7 +24,8 @@ from mtc.shuffle import ShuffleBuffer, Unit
 from mtc.timing import PARTS, Clock, StreamTiming
 
 if TYPE_CHECKING:
-    from mtc.training import StepResult, Trainer
+    from mtc.metrics import Meter
+    from mtc.training import StepMetrics, StepResult, Trainer
 
 
 class Share(NamedTuple):
@@ -65,6 +66,8 @@ class Batches:
         """Of all units but the first."""
         self.tokens = 0
         """Taken by all ranks for steps."""
+        self.own_tokens = 0
+        """Of these, by this rank."""
         self.calibrated = 0
         """Given to this rank for calibration."""
         self.startup_seconds = 0.0
@@ -99,6 +102,7 @@ class Batches:
     def take(self, share: Share) -> tuple[Any, ...]:
         """This rank's rows of the step."""
         self.tokens += share.tokens
+        self.own_tokens += share.rows
         with self.clock.part("transport"):
             taken = self.buffer.take(share.rows)
             self.ledger.train(taken)
@@ -160,14 +164,61 @@ class Batches:
                 torch.cuda.current_stream(self.buffer.device).synchronize()
 
 
+class Account:
+    """What this rank has done and waited for, told to the driver and to Prometheus whenever metrics are logged."""
+
+    def __init__(self, log: Any, meter: Meter, rank: int, batches: Batches):
+        self.log, self.meter, self.rank, self.batches = log, meter, rank, batches
+        self.before = dict.fromkeys(batches.clock.seconds, 0.0)  # the clock starts anew with the first activations
+        self.costs_before = dict(batches.costs.sums)
+        self.tokens_before = batches.own_tokens
+        self.steps: list[float] = []
+        self.stepped_at: float | None = None
+
+    def step(self) -> None:
+        """One step is done; waits for nothing."""
+        now = time.perf_counter()
+        if self.stepped_at is not None:
+            self.steps.append(now - self.stepped_at)
+        self.stepped_at = now
+
+    def write(self) -> dict[str, Any]:
+        """Send and return what came since the last time.
+
+        `seconds` are this rank's by part, `model_seconds` what the units that it received have cost the model actors,
+        `step_seconds` the times between its steps, `positions` the token positions of those units.
+        """
+        now, sums = self.batches.clock.read(), self.batches.costs.sums
+        spent = {part: round(now[part] - self.before[part], 4) for part in now}
+        costs = {name: round(sums[name] - self.costs_before[name], 4) for name in sums}
+        tokens = self.batches.own_tokens - self.tokens_before
+        account = {
+            "rank": self.rank,
+            "tokens": tokens,
+            "seconds": spent,
+            "model_seconds": {name: costs[name] for name in ("forward", "sending", "idle")},
+            "positions": int(costs["positions"]),
+            "step_seconds": [round(seconds, 5) for seconds in self.steps],
+            "time": time.time(),
+        }
+        self.before, self.costs_before, self.tokens_before = now, dict(sums), self.batches.own_tokens
+        self.log.append.remote(account)
+        rank = str(self.rank)
+        self.meter.add("mtc_trainer_tokens_total", tokens, rank=rank)
+        for part, value in spent.items():
+            self.meter.add("mtc_trainer_seconds_total", max(value, 0.0), rank=rank, part=part)
+        for value in self.steps:
+            self.meter.observe("mtc_trainer_step_duration_seconds", value, rank=rank)
+        self.steps = []
+        return account
+
+
 class Journal:
     """Rank 0's account of training to the driver."""
 
-    def __init__(self, log: Any, trainers: list[Trainer], batches: Batches):
-        self.log, self.batches, self.clock = log, batches, batches.clock
+    def __init__(self, log: Any, trainers: list[Trainer], clock: Clock):
+        self.log, self.clock = log, clock
         self.layers = [trainer.config.model.layer for trainer in trainers]
-        self.before = dict.fromkeys(self.clock.seconds, 0.0)  # the clock starts anew with the first activations
-        self.costs_before = dict(batches.costs.sums)
         self.tokens = trainers[0].tokens
         self.health = [Health(t.config.transcoder.k, int(t.skipped[0])) for t in trainers]
         self.extremes: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -182,26 +233,19 @@ class Journal:
             for (high, low), values in zip(before, seen, strict=True)
         ]
 
-    def write(self, done: list[StepResult]) -> None:
-        """Send a row for each layer; waits for the device.
-
-        `seconds` are this rank's since the last row, by part; `model_seconds` what the units that it received since
-        then have cost the model actors.
-        """
+    def read(self, done: list[StepResult]) -> list[StepMetrics]:
+        """The figures of a step; waits for the device."""
         with self.clock.part("step"):
-            metrics = [result.metrics() for result in done]
-            extremes = [(float(high[0]), float(low[1])) for high, low in self.extremes]
-            self.extremes = []
-        now = self.clock.read()
-        spent = {part: now[part] - self.before[part] for part in now}
-        wall = max(sum(spent.values()), 1e-9)
+            return [result.metrics() for result in done]
+
+    def write(self, metrics: list[StepMetrics], account: dict[str, Any]) -> None:
+        """Send a row for each layer, with this rank's account since the last one."""
+        extremes = [(float(high[0]), float(low[1])) for high, low in self.extremes]
+        self.extremes = []
+        wall = max(sum(account["seconds"].values()), 1e-9)
         speed = (metrics[0].tokens - self.tokens) / wall
-        self.before, self.tokens = now, metrics[0].tokens
-        sums = self.batches.costs.sums
-        model = {name: round(sums[name] - self.costs_before[name], 4) for name in ("forward", "sending", "idle")}
-        self.costs_before = dict(sums)
-        shared = {"tokens_per_second": speed, "seconds": {part: round(value, 4) for part, value in spent.items()}}
-        shared |= {"model_seconds": model, "time": time.time()}
+        self.tokens = metrics[0].tokens
+        shared = {"tokens_per_second": speed, **{name: account[name] for name in ("seconds", "model_seconds", "time")}}
         for layer, row, health, (loss, l0) in zip(self.layers, metrics, self.health, extremes, strict=True):
             self.log.append.remote(row._asdict() | {"layer": layer} | shared)
             for kind, message in health.look(row, loss, l0):

@@ -6,15 +6,17 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from cluster.activations import configure_data_context
+from cluster.metrics import JobMetrics
 from cluster.progress import ProgressReader, balance, start_metrics_log
-from cluster.reporting import analyse_and_write, publish, say, timed
+from cluster.reporting import analyse_and_write, publish, timed
 from cluster.resources import WORKER_ENVIRONMENT, Plan, cluster_nodes, make_plan
 from mtc.config import ConfigError, RunConfig, to_yaml
+from mtc.logs import prints_as_lines, say, set_run, stderr_without
 from mtc.runs import RunDirectory, absolute
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from mtc.tokens import StoreInfo
 
 logger = logging.getLogger(__name__)
+
+
+NOISE = "has constructor arguments in the object store"
+"""What Ray's core says of every pool of actors that Ray Data starts; nobody can act on it."""
 
 
 class FinishedError(ConfigError):
@@ -41,6 +47,7 @@ def check(config: RunConfig) -> None:
     from cluster.probing import check_optional
     from cluster.tokens import check_data
     from mtc.model_files import check_model
+    from mtc.tracking import check_trackers
 
     try:
         RunDirectory(_output_root(config))
@@ -51,23 +58,31 @@ def check(config: RunConfig) -> None:
     check_model(config.model)
     check_data(config)
     check_optional(config)
+    check_trackers(config)
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS or of the surrounding Ray job; without one, run a local Ray for this process."""
+def connected(verbose: bool = False) -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS or of the surrounding Ray job; without one, run a local Ray for this process.
+
+    What Ray, its daemons and workers print is left to Ray's log files unless `verbose`.
+    """
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=False)
-    else:
-        os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", log_to_driver=False, dashboard_host="127.0.0.1")
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    how: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    how |= {"configure_logging": False}  # its records go where all others go
+    logging.getLogger("ray").setLevel(how["logging_level"])
+    with prints_as_lines(verbose), nullcontext() if verbose else stderr_without(NOISE):
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(address="auto", **how)
+        else:
+            os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            ray.init(address="local", dashboard_host="127.0.0.1", **how)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def run_pipeline(config: RunConfig) -> RunDirectory:
@@ -82,27 +97,36 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     d_model = check_model(config.model).d_model
     plan = make_plan(config, cluster_nodes(), d_model)
     run = _run_directory(config)
+    config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
+    set_run(run.run_id)
     log = start_metrics_log(run)
     with Lease(run) as lease:  # nobody writes into a run that another job writes
         _check_unfinished(run)
         config = _shared_places(config, run)
         _check_same_run(config, run)
-        _run(config, plan, run, d_model, log, lease)
+        metrics = JobMetrics(config, run.run_id)
+        with metrics.served():
+            _run(config, plan, run, d_model, log, lease, metrics)
     return run
 
 
-def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: Any, lease: Lease) -> None:
+def _run(
+    config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: Any, lease: Lease, metrics: JobMetrics
+) -> None:
     from cluster.tokens import build_token_store
     from cluster.training import TrainingStopped, train
     from mtc.model_files import prepare_model
     from mtc.tokens import TokenStore
+    from mtc.tracking import tracking
     from mtc.work import heldout_units, work_units
 
-    say(f"run {run.run_id} in {run.url}")
-    say(plan.describe())
+    say("run", f"run {run.run_id} in {run.url}", url=run.url)
+    say("plan", plan.describe(), device=plan.device, trainers=plan.num_trainers, model_actors=plan.num_model_actors)
     if config.model.notice:
-        say(config.model.notice)
-    say("preparing the language model (the first time, weights are converted or downloaded into the cache)")
+        say("notice", config.model.notice)
+    metrics.plan(plan.device, plan.num_trainers, plan.num_model_actors)
+    metrics.stage("prepare")
+    say("prepare", "preparing the language model (the first time, weights are converted or downloaded into the cache)")
     prepare_model(config.model)
     run.write("config.yaml", to_yaml(config))
     layers = config.for_layers()
@@ -112,21 +136,27 @@ def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: An
             own.write("config.yaml", to_yaml(alone))
     seconds: dict[str, float] = {}
 
+    metrics.stage("tokenise")
     with timed(seconds, "tokenise"):
         store_url = build_token_store(config, plan.label_selector)
     store = TokenStore.open(store_url)
     info = store.info
-    say(f"token store {store_url}: {info.windows} windows, {info.tokens} tokens, {info.documents} documents")
+    counts = {"windows": info.windows, "tokens": info.tokens, "documents": info.documents}
+    about = ", ".join(f"{sum(each.values()):,} {name}" for name, each in counts.items())
+    say("token_store", f"token store {store_url}: {about}", url=store_url, **counts)
     work = work_units(store, config)  # a text that is too short is found here, not after the training
     heldout_units(store, config, config.analysis.num_tokens)
 
-    with timed(seconds, "train"):
+    metrics.stage("train")
+    with timed(seconds, "train"), tracking(config, run) as trackers:
         histories = {alone.model.layer: own for alone, own in zip(layers, runs, strict=True)}
-        with ProgressReader(log, histories, config.total_steps) as progress:
+        with ProgressReader(log, histories, config.total_steps, [metrics, *trackers]) as progress:
             trained = train(config, plan, run, store_url, d_model, log, lambda: progress.stopped or lease.lost, work)
-    say(f"trained {trained.layers[0].tokens:,} tokens in {trained.layers[0].steps:,} steps; " + _thresholds(trained))
-    say(_account(trained))
-    say(balance(trained.timing))
+    first = trained.layers[0]
+    done = f"trained {first.tokens:,} tokens in {first.steps:,} steps; " + _thresholds(trained)
+    say("trained", done, tokens=first.tokens, steps=first.steps)
+    say("ledger", _account(trained))
+    say("balance", balance(trained.timing), **trained.timing.model_dump())
 
     facts = [
         _facts(config, plan, own, store_url, info, layer, trained, seconds, progress.events)
@@ -138,11 +168,14 @@ def _run(config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: An
         if lease.lost:
             raise TrainingStopped(lease.lost)
 
+    metrics.stage("analyse")
     analyses = analyse_and_write(config, plan, run, store_url, facts, rows, still_ours)
     still_ours()
     publish(run, latest=True)
     seconds = analyses[0].facts.seconds
-    say(f"finished {run.url} in " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
+    metrics.stage("finished")
+    took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    say("finished", f"finished {run.url} in {took}", url=run.url, seconds=seconds)
 
 
 def _account(trained: Trained) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mtc.config import ConfigError
+from mtc.logs import for_people, output, say
 from mtc.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -22,12 +22,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STOPPED, RESUMED = "stopped", "resume"  # kinds of events
+SHOWN = ("step", "tokens", "tokens_per_second", "loss", "fvu", "l0", "dead")  # of a row, in JSON lines
 QUIET = ("checkpoint",)  # kinds that are neither kept nor shown: one a minute, for weeks
 DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
 WAITING = 0.2
 """Share of its time beyond which a side counts as waiting for the other."""
 WRITE_SECONDS = 10.0  # between writes of the history, which is written whole,
 WRITE_SHARE = 0.05  # and may take at most this share of the time
+
+
+class Follower(Protocol):
+    """Whoever else wants to know what the trainers say, as it arrives."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A row of the metrics history."""
+
+    def account(self, account: dict[str, Any]) -> None:
+        """What one rank did since its last account; see `cluster.batches.Account`."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Something happened; `undone` steps if it was a step back."""
 
 
 class MetricsLog:
@@ -99,7 +113,7 @@ class ProgressReader:
 
     `runs` maps a layer to the directory of its transcoder. On a terminal one line is redrawn; elsewhere a line appears
     every `seconds`. A restart from a checkpoint repeats steps: their first account is replaced. Events go into
-    `events.jsonl` of each directory, and are shown.
+    `events.jsonl` of each directory, and are shown. `followers` get everything; one that fails gets nothing more.
     """
 
     def __init__(
@@ -107,10 +121,11 @@ class ProgressReader:
         log: Any,
         runs: Mapping[int, RunDirectory],
         total_steps: int,
-        stream: TextIO = sys.stdout,
+        followers: Sequence[Follower] = (),
         seconds: float = 5.0,
     ):
-        self.log, self.runs, self.total_steps, self.stream, self.seconds = log, runs, total_steps, stream, seconds
+        self.log, self.runs, self.total_steps, self.seconds = log, runs, total_steps, seconds
+        self.followers = list(followers)
         self.histories: dict[int, dict[int, dict[str, Any]]] = {}
         """Of each layer, rows by step, in the order of steps."""
         self.events: list[dict[str, Any]] = []
@@ -162,6 +177,8 @@ class ProgressReader:
         for row in rows:
             if "kind" in row:
                 self._take_event(row)
+            elif "rank" in row:
+                self._tell("account", row)
             else:
                 self._take_metrics(row)
         if (self._changed and time.monotonic() > self._write_at) or saved or final or self.stopped:
@@ -172,6 +189,7 @@ class ProgressReader:
         while history and _newest(history) >= row["step"]:
             history.popitem()
         history[row["step"]] = row
+        self._tell("row", row)
 
     def _take_event(self, event: dict[str, Any]) -> None:
         if event["kind"] == STOPPED:
@@ -180,11 +198,22 @@ class ProgressReader:
         if event["kind"] == RESUMED and newest > event["step"]:
             undone = newest - event["step"]
             event["message"] += f"; {undone} step{'s' * (undone > 1)} or a few more are done again"
+            event["undone"] = undone
+        self._tell("event", event)
         if event["kind"] in QUIET:
             return
         self.events.append(event)
         if event["kind"] != STOPPED:  # the job ends with that
-            self._say(f"{event['kind'].replace('_', ' ')}: {event['message']}")
+            fields = {name: value for name, value in event.items() if name not in ("kind", "message", "time")}
+            self._say(event["kind"], f"{event['kind'].replace('_', ' ')}: {event['message']}", **fields)
+
+    def _tell(self, what: str, said: dict[str, Any]) -> None:
+        for follower in list(self.followers):
+            try:
+                getattr(follower, what)(said)
+            except Exception as error:  # of somebody else's server; training does not depend on it
+                self.followers.remove(follower)
+                self._say("follower_failed", f"{type(follower).__name__} gets no more metrics: {one_line(error)}")
 
     def _write(self) -> None:
         began = time.monotonic()
@@ -195,19 +224,25 @@ class ProgressReader:
                 run.write("events.jsonl", events, WRITE_SECONDS)
             self._changed = False
         except Exception as error:  # of the storage; all rows are written again the next time
-            self._say(f"metrics could not be written: {type(error).__name__}: {error}")
+            self._say("metrics_unwritten", f"metrics could not be written: {type(error).__name__}: {error}")
         now = time.monotonic()
         self._write_at = now + max(WRITE_SECONDS, (now - began) / WRITE_SHARE)
 
-    def _say(self, line: str) -> None:
-        self.stream.write(("\r\x1b[K" if self.stream.isatty() else "") + line + "\n")
-        self.stream.flush()
+    def _say(self, event: str, line: str, **fields: Any) -> None:
+        if self._live():
+            output().write("\r\x1b[K")
+        say(event, line, **fields)
+
+    @staticmethod
+    def _live() -> bool:
+        """Whether one line is redrawn."""
+        return output().isatty() and for_people()
 
     def _show(self, final: bool = False) -> None:
         newest = [history[_newest(history)] for history in self.histories.values() if history]
         if len(newest) < len(self.histories):
             return
-        live = self.stream.isatty()
+        live = self._live()
         step = newest[0]["step"]
         if step == self._shown_step and not (final and live):
             return
@@ -215,8 +250,12 @@ class ProgressReader:
             return
         self._shown_at, self._shown_step = time.monotonic(), step
         line = progress_line(newest, self.total_steps)
-        self.stream.write(f"\r{line}\x1b[K" + ("\n" if final else "") if live else line + "\n")
-        self.stream.flush()
+        if not live:
+            fields = {name: newest[0][name] for name in SHOWN if name in newest[0]}
+            say("step", line, total_steps=self.total_steps, **fields)
+            return
+        output().write(f"\r{line}\x1b[K" + ("\n" if final else ""))
+        output().flush()
 
 
 def one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.activations import configure_data_context
 from cluster.resources import Plan, cluster_nodes, make_plan
 from mtc.config import ConfigError, RunConfig
+from mtc.logs import say, set_run
 from mtc.runs import RunDirectory, RunError, open_run
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def analyse_and_write(
         files += [(own, name, data) for name, data in content.items()]
         fvu = " ".join(f"{value:.3f}" for value in analysis.evaluation.fvu)
         where = f"layer {alone.model.layer}: " if len(results) > 1 else ""
-        say(f"{where}held-out fvu {fvu}, l0 {analysis.evaluation.l0[-1]:.2f} (k {config.transcoder.k})")
+        l0 = analysis.evaluation.l0[-1]
+        figures = {"layer": alone.model.layer, "fvu": analysis.evaluation.fvu, "l0": l0}
+        say("heldout", f"{where}held-out fvu {fvu}, l0 {l0:.2f} (k {config.transcoder.k})", **figures)
     if len(analyses) > 1:
         files += [(run, f"report/{name}", data) for name, data in write_layers_report(analyses).items()]
     # All is computed before the first file is written, so that an older analysis stays whole for as long as can be.
@@ -106,7 +109,8 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     with Lease(run) as lease:
         for layer in config.model.sites:
             run.for_layer(layer.layer).verify(("transcoder.safetensors",))
-        say(f"run {run.run_id} in {run.url}")
+        set_run(run.run_id)
+        say("run", f"run {run.run_id} in {run.url}", url=run.url)
         store_url = build_token_store(config, plan.label_selector)
         store = TokenStore.open(store_url).info
         facts = [_earlier_facts(config, run.for_layer(s.layer), store, plan) for s in config.model.sites]
@@ -119,7 +123,8 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         analyses = analyse_and_write(config, plan, run, store_url, facts, histories, still_ours)
         still_ours()
         publish(run, latest=False)
-    say(f"analysed {run.url} in {analyses[0].facts.seconds['analyse']:.0f} s")
+    seconds = analyses[0].facts.seconds["analyse"]
+    say("analysed", f"analysed {run.url} in {seconds:.0f} s", url=run.url, seconds=seconds)
     return run
 
 
@@ -184,11 +189,6 @@ def _history(run: RunDirectory) -> list[dict[str, Any]]:
     if not run.exists("metrics.jsonl"):
         return []
     return [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
-
-
-def say(message: str) -> None:
-    """One line of progress for the person who watches the job."""
-    print(message, flush=True)
 
 
 @contextmanager

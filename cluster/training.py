@@ -144,8 +144,8 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
     fewest = min(config.cluster.min_trainers or plan.num_trainers, plan.num_trainers)
     return TorchTrainer(
         _train_worker,
-        train_loop_config={"config": config, "plan": plan, "run_url": run.url, "store_url": store_url}
-        | {"d_model": d_model, "log": log},
+        train_loop_config={"config": config, "plan": plan, "run_url": run.url, "run_id": run.run_id}
+        | {"store_url": store_url, "d_model": d_model, "log": log},
         torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.num_trainers if fewest == plan.num_trainers else (fewest, plan.num_trainers),  # type: ignore[arg-type]
@@ -282,14 +282,19 @@ def _train_worker(settings: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from cluster.batches import Batches, Journal
+    from cluster.batches import Account, Batches, Journal
+    from cluster.metrics import RayMeter
     from mtc.checkpoints import Checkpoints, CheckpointWriter
+    from mtc.logs import configure, set_run
+    from mtc.metrics import PROCESS
     from mtc.shuffle import on_device
     from mtc.timing import Clock
     from mtc.tokens import TokenStore
     from mtc.training import Trainer
     from mtc.work import work_units
 
+    configure()
+    set_run(settings["run_id"])
     config, plan, log = settings["config"], settings["plan"], settings["log"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -326,7 +331,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
         batches = Batches(
             units, data.buffer, config.optimizer.batch_tokens, data.ledger, clock, len(work.training), data.filters
         )
-        journal = Journal(log, trainers, batches) if rank == 0 else None
+        account = Account(log, RayMeter(PROCESS, run_id=settings["run_id"]), rank, batches)
+        journal = Journal(log, trainers, clock) if rank == 0 else None
         nothing = (torch.empty(0, d_model, device=device),) * (2 * len(trainers))
         while lead.step_number < total:
             save = rank == 0 and due.now(lead.step_number) and not writer.busy
@@ -349,13 +355,16 @@ def _train_worker(settings: dict[str, Any]) -> None:
                     trainer.step(source, target, share.tokens)
                     for trainer, source, target in zip(trainers, columns[::2], columns[1::2], strict=True)
                 ]
+            account.step()
             if journal:
                 journal.look(done)
             last = lead.step_number == total
             if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number == 1 or last:
                 batches.settle_waits()  # on every rank, so that spans on a GPU don't pile up
+                metrics = journal.read(done) if journal else []
+                spent = account.write()
                 if journal:
-                    journal.write(done)
+                    journal.write(metrics, spent)
                 _check_health(config, trainers)
                 _check_dropped(config, batches, tell, DROPPED_OF)
         _check_dropped(config, batches, tell, 0)

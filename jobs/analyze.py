@@ -10,15 +10,15 @@ Exit codes: 0 done, 1 failed while running, 2 unusable run or option, 130 interr
 
 from __future__ import annotations
 
-import argparse
-import logging
 import signal
 import sys
 
 from cluster.pipeline import connected
 from cluster.probing import check_optional
 from cluster.reporting import analyse_run, changed_config
-from mtc.config import ConfigError, parse_overrides
+from mtc.command_line import make_parser, parse_overrides
+from mtc.config import ConfigError
+from mtc.logs import configure, fail
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,14 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     from mtc.runs import RunError, open_run
     from mtc.tokens import DataError
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configure()
+    parser = make_parser(__doc__ or "", "(--run RUN [--PART.FIELD VALUE ...] | --compare RUN_A RUN_B [--output DIR])")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", help="a run directory or URL, or ROOT/latest")
     what.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs; each of one layer")
     parser.add_argument("--output", help="directory for the comparison (default: comparison)")
     try:
         arguments, overrides = parse_overrides(parser, sys.argv[1:] if argv is None else argv, ("analysis", "cluster"))
+        configure(arguments.verbose, arguments.log_format)
         if arguments.compare:
             first, second = arguments.compare
             return compare(first, second, arguments.output or "comparison", overrides)
@@ -41,14 +42,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("--output belongs to --compare; --run writes into the run")
         # A mistake costs no start of a cluster.
         check_optional(changed_config(open_run(arguments.run, verify=False), overrides))
-        with connected():
+        with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)
             analyse_run(arguments.run, overrides)
     except (ConfigError, ModelError, DataError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        fail("error", f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        fail("interrupted", "interrupted")
         return 130
     return 0
 

@@ -15,7 +15,8 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from mtc.config import ConfigError, parse_command_line, to_yaml
+from mtc.command_line import parse_command_line
+from mtc.config import ConfigError, to_yaml
 
 if TYPE_CHECKING:
     from mtc.exports.subject import Subject

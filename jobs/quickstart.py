@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".quickstart" / "head.json"
 SENTENCE = "The Congress of the United States shall have power to lay and collect taxes."
 OBJECT_STORE_BYTES = 1_000_000_000
+RAY_LINE = re.compile(r"\s(INFO|SUCC|WARNING) [a-z_]+\.py:\d+ -- ")
+"""What Ray's own command says about the job that it submits."""
 MARK = "MTC_QUICKSTART_HEAD"
 """In the environment of all processes of a head: the head's temporary directory."""
 PROXY_STOP_S = 5.0
@@ -142,8 +145,15 @@ def submit_job(head: dict[str, Any], run_id: str, arguments: list[str]) -> None:
     command = [_tool("ray"), "job", "submit", "--address", head["dashboard"], "--submission-id", run_id]
     command += ["--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
     print("$ " + " ".join(["ray", *command[1:]]), flush=True)
-    process = subprocess.Popen(command, cwd=ROOT, env=_environment())
+    verbose = "--verbose" in arguments
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=_environment(), stdout=None if verbose else subprocess.PIPE, text=True,
+        stderr=None if verbose else subprocess.STDOUT,
+    )  # fmt: skip
     try:
+        for line in process.stdout or ():
+            if not RAY_LINE.search(line):
+                print(line, end="", flush=True)
         code = process.wait()
     except KeyboardInterrupt:
         process.wait()

@@ -9,13 +9,14 @@ Exit codes: 0 finished, 1 failed while running, 2 unusable configuration, model 
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 
 from cluster.pipeline import FinishedError, check, connected, run_pipeline
-from mtc.config import ConfigError, parse_command_line, to_yaml
+from mtc.command_line import parse_command_line
+from mtc.config import ConfigError, to_yaml
+from mtc.logs import configure, fail
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,28 +25,29 @@ def main(argv: list[str] | None = None) -> int:
     from mtc.runs import RunError
     from mtc.tokens import DataError
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    configure()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         config, arguments = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__ or "")
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
+        configure(arguments.verbose, arguments.log_format)
         check(config)
-        with connected():
+        with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)  # again, since ray.init has taken it
             run_pipeline(config)
     except FinishedError as error:
-        print(f"nothing to do: {error}", file=sys.stderr)
+        fail("nothing_to_do", f"nothing to do: {error}")
         return 3
     except (ConfigError, ModelError, DataError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        fail("error", f"error: {error}")
         return 2
     except TrainingStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        fail("stopped", f"stopped: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was published; the same output.run_id continues the run", file=sys.stderr)
+        fail("interrupted", "interrupted: nothing was published; the same output.run_id continues the run")
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""The run's configuration: one frozen pydantic model, YAML presets and command-line overrides.
+"""The run's configuration: one frozen pydantic model and YAML presets. `mtc.command_line` adds options.
 
 Precedence, weakest first: the fields' defaults, `--preset NAME` or `--config FILE`, dotted overrides
 (`--transcoder.k 64`). Unknown fields are refused; an error names the field, the limit and the value.
@@ -6,18 +6,14 @@ Precedence, weakest first: the fields' defaults, `--preset NAME` or `--config FI
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-from collections.abc import Sequence
 from importlib import resources
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 LR_AT_1152 = 6e-3
 """Default learning rate of 1,152 features and batches of 1,024 tokens; see docs/quality.md."""
@@ -275,6 +271,10 @@ class ClusterConfig(_Part):
     """If no activations arrive for so long, because actors died and find no place, the stream is set up anew."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between lines of the metrics history."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port where the job answers Prometheus at `/metrics`; 0 takes a free one. By default there is none."""
+    metrics_host: str = "127.0.0.1"
+    """Address that `metrics_port` listens on; 0.0.0.0 is all, to whoever reaches them."""
 
 
 class OutputConfig(_Part):
@@ -288,6 +288,11 @@ class OutputConfig(_Part):
     token_store: str | None = None
     """Directory of tokenised text, shared by runs; by default `tokens` in the cache directory, or in `root` if that
     is a URL."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Experiment trackers that get the metrics as well, each an extra of this package. Where they are and who asks is
+    set as they document it: MLFLOW_TRACKING_URI, WANDB_MODE, ... TensorBoard's files lie in the run directory."""
+    tracking_project: str = "mtc"
+    """Project or experiment that the trackers file the run under."""
 
 
 class RunConfig(_Part):
@@ -362,66 +367,23 @@ def make_config(*layers: dict[str, Any]) -> RunConfig:
     """Merge nested dicts, later ones winning, and validate; raises ConfigError with one line per bad field."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = _merge(merged, layer)
+        merged = merge(merged, layer)
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
 
 
-def parse_command_line(
-    argv: Sequence[str], description: str, known: dict[str, Any] | None = None
-) -> tuple[RunConfig, argparse.Namespace]:
-    """Read `--preset`, `--config`, `--print-config` and one option per field.
-
-    `known` are nested values that the preset or the file cannot change but an option can. Returns the validated
-    configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(preset_names())}")
-    start.add_argument("--config", metavar="FILE", help="a YAML file with the same fields as a preset")
-    parser.add_argument("--print-config", action="store_true", help="show the resulting configuration and exit")
-    arguments, overrides = parse_overrides(parser, argv, tuple(RunConfig.model_fields))
-    overrides = _merge(known or {}, overrides)
-    if arguments.preset:
-        return load_preset(arguments.preset, overrides), arguments
-    base: dict[str, Any] = {}
-    if arguments.config:
-        path = Path(arguments.config)
-        if not path.is_file():
-            raise ConfigError(f"--config {arguments.config}: no such file")
-        base = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(base, dict):
-            raise ConfigError(f"--config {arguments.config}: the top level must be a mapping")
-    return make_config(base, overrides), arguments
-
-
-def parse_overrides(
-    parser: argparse.ArgumentParser, argv: Sequence[str], parts: Sequence[str]
-) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parse `parser`'s own options and one option per field of some parts of RunConfig.
-
-    Returns the parsed arguments, and what was given of the fields as nested values, not validated. Exits for `--help`.
-    """
-    fields: dict[str, Any] = {
-        name: (RunConfig.model_fields[name].annotation, RunConfig.model_fields[name]) for name in parts
-    }
-    settings = create_model("Settings", __base__=BaseSettings, **fields)
-    source: CliSettingsSource[Any] = CliSettingsSource(settings, root_parser=parser)
-    arguments = parser.parse_args(list(argv))
-    return arguments, source(parsed_args=arguments)()
-
-
 def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `top` winning."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 

@@ -41,6 +41,8 @@ class StepMetrics(NamedTuple):
     """Active features per token."""
     dead: int
     """Features that have not fired for `dead_after_tokens`."""
+    dead_groups: tuple[int, ...]
+    """The same by group of the dictionary."""
     lr: float
     """Learning rate of this step."""
     gradient_norm: float
@@ -67,7 +69,7 @@ class StepResult(NamedTuple):
     gradient_norm: Tensor
     """Scalar, before clipping."""
     dead: Tensor
-    """Scalar, features that have not fired for `dead_after_tokens`."""
+    """[groups], features that have not fired for `dead_after_tokens`."""
     totals: TrainOutput
     """Sums over all ranks."""
     skipped: Tensor
@@ -85,7 +87,8 @@ class StepResult(NamedTuple):
         l0 = float(totals.num_active) / self.batch
         norm = float(self.gradient_norm)
         skipped, in_a_row = self.skipped.tolist()
-        return StepMetrics(self.step, self.tokens, loss, fvu, l0, int(self.dead), self.lr, norm, skipped, in_a_row)
+        dead = tuple(self.dead.tolist())
+        return StepMetrics(self.step, self.tokens, loss, fvu, l0, sum(dead), dead, self.lr, norm, skipped, in_a_row)
 
 
 class Trainer:
@@ -230,10 +233,11 @@ class Trainer:
         self.dead_index = dead.nonzero().squeeze(1)
 
     def _count_silence(self, fired: Tensor, tokens: int) -> Tensor:
-        """Advance the dead-feature counter by the global batch; returns how many features are dead, a scalar."""
+        """Advance the dead-feature counter by the global batch; returns how many features are dead, [groups]."""
         since = self.transcoder.tokens_since_fired
         since.add_(tokens).masked_fill_(fired, 0)
-        return (since >= self.config.transcoder.dead_after_tokens).sum()
+        dead = since >= self.config.transcoder.dead_after_tokens
+        return torch.stack([group.sum() for group in dead.split(list(self.config.transcoder.group_sizes))])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything stateful as flat named tensors: a snapshot, which later steps do not change."""

@@ -10,6 +10,7 @@ Three deployments: `Ingress` speaks HTTP and tokenises, `Encoder` holds the mode
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of serve/settings.py; repeatable"
     )
+    parser.add_argument("--verbose", action="store_true", help="also show what Ray and the replicas say")
     parser.add_argument("--block", action="store_true", help="stay until interrupted, then stop the service")
     options = parser.parse_args(argv)
     try:
@@ -73,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_binding(options.host, keys)
         settings = Settings.model_validate({"run": options.run, "api_keys_file": keys} | _settings(options.set))
         application = build(settings)
-        ray.init(address=options.address)
+        level = logging.INFO if options.verbose else logging.ERROR
+        logging.getLogger("ray.serve").setLevel(level)  # what replicas and proxies say is in Ray's log files
+        ray.init(address=options.address, log_to_driver=options.verbose, logging_level=level)
     except (RunError, ConnectionError, ValueError) as error:
         print(f"serve.app: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
+from mtc.metrics import CATALOGUE
 from mtc.runs import RunDirectory, RunError
 from serve.catalogue import Catalogue, Entry
 from serve.errors import ServiceError
@@ -216,4 +217,5 @@ class Control:
     def _info(self) -> Family:
         key = self._state.current
         labels = (("run_id", key.run_id), ("sha256", key.sha256))
-        return Family("mtc_model_info", "gauge", "The current run.", (("mtc_model_info", labels, 1.0),))
+        about = CATALOGUE["mtc_model_info"]
+        return Family(about.name, about.kind, about.documentation, ((about.name, labels, 1.0),))

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+from mtc.metrics import make
 
 
 class Family(NamedTuple):
@@ -33,46 +32,29 @@ Snapshot = tuple[Family, ...]
 
 
 class IngressMetrics:
-    """What a replica that speaks HTTP counts."""
+    """What a replica that speaks HTTP counts: INGRESS of `mtc.metrics`."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.http_requests = Counter(
-            "mtc_http_requests", "Answers, by route, method and status.", ["route", "method", "code"], registry=registry
-        )
-        self.requests = Counter(
-            "mtc_encode_requests", "Answers to POST /encode, by status.", ["code"], registry=registry
-        )
-        self.duration = Histogram(
-            "mtc_encode_duration_seconds",
-            "Time of POST /encode by stage: total, tokenise, models (queue and forward pass), serialise.",
-            ["stage"], buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self.tokens = Counter("mtc_encode_tokens", "Tokens of encoded inputs.", registry=registry)
-        self.rejected = Counter(
-            "mtc_encode_rejected", "Requests to encode that were refused, by the error's type.", ["reason"],
-            registry=registry,
-        )  # fmt: skip
-        self.in_flight = Gauge("mtc_http_requests_in_flight", "Requests being worked on.", registry=registry)
-        self.retries = Counter(
-            "mtc_encode_retries", "Encodings that were asked for again because a replica was lost.", registry=registry
-        )
+        self.http_requests = make("mtc_http_requests_total", registry)
+        self.requests = make("mtc_encode_requests_total", registry)
+        self.duration = make("mtc_encode_duration_seconds", registry)
+        self.tokens = make("mtc_encode_tokens_total", registry)
+        self.rejected = make("mtc_encode_rejected_total", registry)
+        self.in_flight = make("mtc_http_requests_in_flight", registry)
+        self.retries = make("mtc_encode_retries_total", registry)
 
 
 class EncoderMetrics:
-    """What a replica that holds the models counts."""
+    """What a replica that holds the models counts: ENCODER of `mtc.metrics`."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.batch_tokens = Histogram(
-            "mtc_encode_batch_tokens", "Tokens of a forward pass.", buckets=TOKENS, registry=registry
-        )
-        self.forward = Histogram(
-            "mtc_encode_forward_seconds", "Time of a forward pass.", buckets=SECONDS, registry=registry
-        )
-        self.queued = Gauge("mtc_encode_queue_tokens", "Tokens that wait for a forward pass.", registry=registry)
-        self.loaded = Gauge("mtc_runs_loaded", "Runs in memory, over all replicas.", registry=registry)
-        self.loads = Counter("mtc_run_loads", "Runs that were loaded, by outcome.", ["outcome"], registry=registry)
+        self.batch_tokens = make("mtc_encode_batch_tokens", registry)
+        self.forward = make("mtc_encode_forward_seconds", registry)
+        self.queued = make("mtc_encode_queue_tokens", registry)
+        self.loaded = make("mtc_runs_loaded", registry)
+        self.loads = make("mtc_run_loads_total", registry)
 
 
 def snapshot(registry: CollectorRegistry) -> Snapshot:

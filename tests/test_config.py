@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtc.config import ConfigError, load_preset, make_config, parse_command_line, preset_names, to_yaml
+from mtc.command_line import parse_command_line
+from mtc.config import ConfigError, load_preset, make_config, preset_names, to_yaml
 from mtc.model_files import check_model
 
 ROOT = Path(__file__).parent.parent

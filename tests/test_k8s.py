@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ray.serve.schema import ServeDeploySchema
 
-from mtc.config import parse_command_line
+from mtc.command_line import parse_command_line
 from serve.settings import ENVIRONMENT
 
 BASE = Path(__file__).parent.parent / "k8s" / "base"

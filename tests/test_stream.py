@@ -1,7 +1,7 @@
 """The stream from model actors to trainers on a real Ray: no copies, bounded memory, several layers, balance."""
 
-import io
 import json
+import logging
 import shutil
 import sys
 import threading
@@ -37,6 +37,7 @@ from mtc.config import RunConfig, load_preset
 from mtc.evaluation import evaluate
 from mtc.language_model import LanguageModel
 from mtc.ledger import Ledger, merge
+from mtc.logs import EVENTS
 from mtc.model_files import _make_random
 from mtc.report.format import NOT_MEASURED
 from mtc.report.markdown import render_blocks
@@ -363,10 +364,14 @@ def test_progress_line_of_one_and_of_several_layers() -> None:
     assert "fvu 0.400 (layer 3) 0.800 (layer 7)  dead 1 0" in several
 
 
-def test_the_history_goes_on_through_restarts_of_trainers_log_and_driver(ray_cluster: Any, tmp_path: Path) -> None:
+def test_the_history_goes_on_through_restarts_of_trainers_log_and_driver(
+    ray_cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the actor keeps nothing that has arrived, for a run may last for weeks."""
     run = RunDirectory(str(tmp_path / "run"))
     log = start_metrics_log(run)
+    monkeypatch.setattr(EVENTS, "handlers", [caplog.handler])
+    monkeypatch.setattr(EVENTS, "level", logging.INFO)
 
     def append(*steps: int, loss: float = 1.0) -> None:
         for step in steps:
@@ -377,16 +382,15 @@ def test_the_history_goes_on_through_restarts_of_trainers_log_and_driver(ray_clu
                 )
             )
 
-    def read(shown: io.StringIO) -> list[int]:
-        with ProgressReader(log, {3: run}, 100, shown) as reader:
+    def read() -> list[int]:
+        with ProgressReader(log, {3: run}, 100) as reader:
             pass  # it collects at the end too
         steps = [row["step"] for row in reader.rows(3)]
         assert [json.loads(line)["step"] for line in run.read("metrics.jsonl").decode().splitlines()] == steps
         return steps
 
-    shown = io.StringIO()
     append(1, 10, 20, 30)
-    assert read(shown) == [1, 10, 20, 30]
+    assert read() == [1, 10, 20, 30]
     name, rows = ray.get(log.since.remote("", 0))
     assert ray.get(log.since.remote(name, len(rows)))[1] == []
     append(40)
@@ -400,14 +404,14 @@ def test_the_history_goes_on_through_restarts_of_trainers_log_and_driver(ray_clu
                 break
         except ray.exceptions.RayActorError:
             continue
-    assert read(shown) == [1, 10, 20, 30], "what the dead actor had is lost, what was written stays"
+    assert read() == [1, 10, 20, 30], "what the dead actor had is lost, what was written stays"
     ray.get(log.event.remote(RESUMED, "on 1 trainer", 10))
     append(20, loss=3.0)
-    assert read(shown) == [1, 10, 20]
+    assert read() == [1, 10, 20]
     assert json.loads(run.read("metrics.jsonl").decode().splitlines()[-1])["loss"] == 3.0
     (event,) = [json.loads(line) for line in run.read("events.jsonl").decode().splitlines()]
     assert event["message"] == "on 1 trainer; 20 steps or a few more are done again"
-    assert event["message"] in shown.getvalue()
+    assert event["message"] in caplog.text
 
 
 def test_a_part_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight_and_is_coun
 
 def test_health_tells_spikes_collapse_and_skipped_steps_once():
     def row(step, loss=1.0, l0=8.0, skipped=0):
-        return StepMetrics(step, step * 64, loss, (0.5,), l0, 0, 1e-3, 1.0, skipped, 0)
+        return StepMetrics(step, step * 64, loss, (0.5,), l0, 0, (0,), 1e-3, 1.0, skipped, 0)
 
     def look(health, row):
         return health.look(row, row.loss, row.l0)

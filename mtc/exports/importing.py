@@ -52,7 +52,7 @@ class Imported(NamedTuple):
     normalised: bool
     """Whether it reads what the language model's own norm divided, which is our `rms` only if that is an RMS norm."""
     known: dict[str, Any]
-    """What the files say of the configuration: nested values for `mtc.config.parse_command_line`."""
+    """What the files say of the configuration: nested values for `mtc.command_line.parse_command_line`."""
     origin: dict[str, str]
     """Format, names and sha256 of the files."""
 
