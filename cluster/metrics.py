@@ -45,6 +45,8 @@ class JobMetrics:
         self.config = config
         self._skipped: dict[int, int] = {}
         self._stage: str | None = None
+        self.url: str | None = None
+        """Where scrapes are answered."""
         for instrument in JOB:  # a rate needs the zero before the first increase
             if instrument.kind == "counter" and instrument.labels == ("run_id",):
                 self.meter.add(instrument.name, 0.0)
@@ -75,7 +77,8 @@ class JobMetrics:
         self.meter.set("mtc_last_progress_timestamp_seconds", row["time"])
         for prefix, fvu in zip(self.config.transcoder.prefixes, row["fvu"], strict=True):
             self.meter.set("mtc_fvu_ratio", fvu, layer=layer, prefix=str(prefix))
-        for group, dead in enumerate(row["dead_groups"]):
+        for group, (size, dead) in enumerate(zip(self.config.transcoder.group_sizes, row["dead_groups"], strict=True)):
+            self.meter.set("mtc_features", size, layer=layer, group=str(group))
             self.meter.set("mtc_dead_features", dead, layer=layer, group=str(group))
         before = self._skipped.get(row["layer"], 0)
         self.meter.add("mtc_train_skipped_steps_total", max(row["skipped"] - before, 0), layer=layer)
@@ -119,8 +122,8 @@ class JobMetrics:
                 f"cluster.metrics_port={cluster.metrics_port}: cannot listen on {cluster.metrics_host}: "
                 f"{error.strerror}; 0 takes a free port"
             ) from None
-        url = f"http://{cluster.metrics_host}:{server.server_port}/metrics"
-        say("metrics", f"metrics at {url}", url=url)
+        self.url = f"http://{cluster.metrics_host}:{server.server_port}/metrics"
+        say("metrics", f"metrics at {self.url}", url=self.url)
         try:
             yield
         finally:

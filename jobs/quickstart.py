@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
 def quickstart(preset: str, root: str, overrides: list[str]) -> None:
     head = start_head()
     run_id = f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    submit_job(head, run_id, ["--preset", preset, "--output.root", root, "--output.run_id", run_id, *overrides])
+    arguments = ["--preset", preset, "--output.root", root, "--output.run_id", run_id]
+    arguments += ["--cluster.metrics_port", str(head["metrics_port"]), *overrides]
+    submit_job(head, run_id, arguments)
     run = f"{root}/{run_id}"
     base = serve_run(head, run)
     print_answer(ask(base, SENTENCE), top_tokens(run))
@@ -92,7 +94,7 @@ def start_head() -> dict[str, Any]:
         if _runs(head) and _answers(f"{head['dashboard']}/api/version"):
             return head
         stop_head()
-    port, dashboard, agent, client, metrics = _free_ports(5)
+    port, dashboard, agent, client, metrics, job_metrics = _free_ports(6)
     temporary = tempfile.mkdtemp(prefix="mtc-ray-")  # Ray's socket paths must be short
     STATE.parent.mkdir(exist_ok=True)
     log = STATE.parent / "head.log"
@@ -108,8 +110,9 @@ def start_head() -> dict[str, Any]:
             command, cwd=STATE.parent, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     head = {"pid": process.pid, "address": f"127.0.0.1:{port}", "dashboard": f"http://127.0.0.1:{dashboard}"}
-    head |= {"temporary": temporary, "http_port": _free_ports(1, first=8000)[0]}
+    head |= {"temporary": temporary, "http_port": _free_ports(1, first=8000)[0], "metrics_port": job_metrics}
     STATE.write_text(json.dumps(head))
+    STATE.with_name("prometheus.yml").write_text(json.dumps(scrape_config(head), indent=1))  # JSON is YAML
     deadline = time.monotonic() + 120
     while not _answers(f"{head['dashboard']}/api/version"):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -117,6 +120,22 @@ def start_head() -> dict[str, Any]:
             raise QuickstartError(f"the Ray head did not start; see {log}")
         time.sleep(0.5)
     return head
+
+
+def scrape_config(head: dict[str, Any]) -> dict[str, Any]:
+    """What Prometheus needs to know of a head: the job, the service, and Ray's agents with what each process says."""
+    places = {"mtc-job": head["metrics_port"], "mtc-service": head["http_port"]}
+    scraped: list[dict[str, Any]] = [
+        {"job_name": name, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]} for name, port in places.items()
+    ]
+    found = {"files": [f"{head['temporary']}/prom_metrics_service_discovery.json"]}
+    scraped.append({"job_name": "ray", "file_sd_configs": [found]})
+    # Half a minute of training should show too.
+    return {
+        "global": {"scrape_interval": "2s", "evaluation_interval": "10s"},
+        "rule_files": [str(ROOT / "k8s" / "monitoring" / "rules.yaml")],
+        "scrape_configs": scraped,
+    }
 
 
 def stop_head() -> bool:
@@ -136,6 +155,7 @@ def stop_head() -> bool:
             os.waitpid(head["pid"], 0)
     _stop_proxies(head["temporary"])
     shutil.rmtree(head["temporary"], ignore_errors=True)
+    STATE.with_name("prometheus.yml").unlink(missing_ok=True)
     STATE.unlink()
     return was_alive
 

@@ -64,7 +64,7 @@ def set_run(run_id: str) -> None:
     _run_id = run_id
 
 
-def say(event: str, message: str, **fields: Any) -> None:
+def say(event: str, message: str, /, **fields: Any) -> None:
     """Something happened: `event` is its kind, `message` for people, `fields` the same for machines."""
     EVENTS.info(message, extra={"event": event, "fields": fields})
 

@@ -66,6 +66,7 @@ JOB = (
     _gauge("mtc_fvu_ratio", "Fraction of variance unexplained on the newest logged batch, by nested prefix.",
            RUN, "layer", "prefix"),
     _gauge("mtc_l0_features", "Active features per token on the newest logged batch.", RUN, "layer"),
+    _gauge("mtc_features", "Features of the dictionary, by group.", RUN, "layer", "group"),
     _gauge("mtc_dead_features", "Features that have not fired for dead_after_tokens, by group.", RUN, "layer", "group"),
     _counter("mtc_stream_tokens_total", "Token positions that ran through the language model.", RUN),
     _counter("mtc_stream_forward_seconds_total", "Time of the language model's forward passes, summed over actors.",

@@ -206,15 +206,20 @@ def open_run(url: str, verify: bool = True) -> RunDirectory:
 
     Raises RunError if it is missing, unfinished or damaged.
     """
+    run = named_run(url)
+    run.run_id = (run.verify() if verify else run.manifest()).run_id
+    return run
+
+
+def named_run(url: str) -> RunDirectory:
+    """What `open_run` opens, unread: there may be no run. Raises RunError if `latest` names none."""
     url = absolute(url).rstrip("/")
     above, name = posixpath.split(url)
     if name == "latest":
         url = _latest(url)
     elif posixpath.basename(above) == "latest":
         url = posixpath.join(_latest(above), name)
-    run = RunDirectory(url)
-    run.run_id = (run.verify() if verify else run.manifest()).run_id
-    return run
+    return RunDirectory(url)
 
 
 def open_layer_run(url: str, verify: bool = True) -> RunDirectory:

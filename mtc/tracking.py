@@ -106,7 +106,7 @@ def check_trackers(config: RunConfig) -> None:
     """Raises ConfigError for a tracker whose package is not installed or that cannot write where the runs are."""
     for name in config.output.trackers:
         if find_spec(name) is None:
-            raise ConfigError(f"output.trackers: {name} is not installed; pip install '{name}'")
+            raise ConfigError(f"output.trackers: {name} is not installed; pip install -e '.[{name}]'")
     if "tensorboard" in config.output.trackers and "://" in config.output.root:
         raise ConfigError(
             f"output.trackers: tensorboard writes to disks only, and output.root={config.output.root} is a URL"

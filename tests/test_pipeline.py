@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import prometheus
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -28,23 +29,42 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """`make quickstart` with the tiny preset and directories of its own."""
+def head(tmp_path_factory):
+    """A head of its own for `make quickstart`, which takes the one that runs."""
     from jobs import quickstart
 
-    root = tmp_path_factory.mktemp("pipeline")
     original = quickstart.STATE
-    quickstart.STATE = root / "state" / "head.json"
-    command = ["run", "--preset", "tiny", "--root", str(root / "runs")]
+    quickstart.STATE = tmp_path_factory.mktemp("head") / "state" / "head.json"
     try:
-        assert quickstart.main(command) == 0
-        head = json.loads(quickstart.STATE.read_text())
-        yield f"http://127.0.0.1:{head['http_port']}", open_run(str(root / "runs" / "latest"))
+        head = quickstart.start_head()
+        yield head
     finally:
         quickstart.stop_head()
         quickstart.STATE = original
     with pytest.raises(ProcessLookupError):
         os.kill(head["pid"], 0)
+
+
+@pytest.fixture(scope="module")
+def scraped(head, tmp_path_factory):
+    """A Prometheus that watches the head from before the job on, by the quickstart's own file; None without one."""
+    from jobs import quickstart
+
+    if not prometheus.found():
+        yield None
+        return
+    with prometheus.running(quickstart.STATE.with_name("prometheus.yml"), tmp_path_factory.mktemp("prometheus")) as at:
+        yield at
+
+
+@pytest.fixture(scope="module")
+def served(head, scraped, tmp_path_factory):
+    """`make quickstart` with the tiny preset and directories of its own."""
+    from jobs import quickstart
+
+    root = tmp_path_factory.mktemp("pipeline")
+    assert quickstart.main(["run", "--preset", "tiny", "--root", str(root / "runs")]) == 0
+    return f"http://127.0.0.1:{head['http_port']}", open_run(str(root / "runs" / "latest"))
 
 
 def test_job_trains_analyses_and_publishes(served):
@@ -103,6 +123,45 @@ def test_report_over_http(served):
     picture = httpx.get(f"{base}/report/files/layer1_analysis_overview.png", timeout=30)
     assert picture.headers["content-type"] == "image/png"
     assert picture.content == run.read("report/layer1_analysis_overview.png")
+
+
+def test_what_dashboards_ask_for_is_there(served, scraped):
+    """A real Prometheus scraped the job, Ray's agents and the service: every diagram has lines to draw."""
+    if scraped is None:
+        pytest.skip("Debian's prometheus is not installed")
+    base, run = served
+    assert httpx.post(f"{base}/encode", json={"inputs": []}, timeout=30).status_code == 400
+    rates = "sum by (code) (rate(mtc_encode_requests_total[30s]))"
+    deadline = time.monotonic() + 60
+    while not any(s["metric"] == {"code": "400"} for s in prometheus.series(scraped, rates, time.time(), time.time())):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    end = time.time() + 1
+    start = end - 300
+    for name, job in {"up": "mtc-job", "mtc_encode_tokens_total": "mtc-service"}.items():
+        assert prometheus.series(scraped, f'{name}{{job="{job}"}}', start, end)
+    boards = [json.loads(path.read_text()) for path in sorted((ROOT / "k8s" / "monitoring").glob("dashboard-*.json"))]
+    empty = []
+    for panel in (panel for board in boards for panel in board["panels"]):
+        shown = 0
+        for target in panel["targets"]:
+            expression = target["expr"].replace("$__rate_interval", "30s").replace("$run_id", run.run_id)
+            lines = prometheus.series(scraped, expression, start, end)
+            shown += len(lines)
+            if not lines:
+                empty.append(target["expr"])
+        assert shown, panel["title"]
+    assert empty == ['sum by (kind) (increase(mtc_events_total{run_id=~"$run_id"}[$__rate_interval]))'], "all went well"
+    # And they are the run's: what the job says last is what it has written.
+    (tokens,) = prometheus.series(scraped, f'mtc_train_tokens_total{{run_id="{run.run_id}"}}', start, end)
+    row = json.loads(run.read("metrics.jsonl").decode().splitlines()[-1])
+    assert float(tokens["values"][-1][1]) == row["tokens"]
+    for prefix, fvu in zip(run.config().transcoder.prefixes, row["fvu"], strict=True):
+        (line,) = prometheus.series(scraped, f'mtc_fvu_ratio{{run_id="{run.run_id}", prefix="{prefix}"}}', start, end)
+        assert float(line["values"][-1][1]) == pytest.approx(fvu)
+    # Each process says its own part through Ray's agent.
+    (trainer,) = prometheus.series(scraped, f'ray_mtc_trainer_tokens_total{{run_id="{run.run_id}"}}', start, end)
+    assert float(trainer["values"][-1][1]) == row["tokens"]
 
 
 def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():

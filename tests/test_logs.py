@@ -1,0 +1,104 @@
+"""What a job tells, and what it keeps quiet."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from mtc import logs
+
+ROOT = Path(__file__).parent.parent
+SAYS = """
+import logging, os, sys
+from mtc.logs import configure, fail, prints_as_lines, say, set_run
+configure(verbose={verbose}, form={form!r})
+set_run("a-run")
+say("trained", "trained 10 tokens", tokens=10, message="not this")
+logging.getLogger("mtc.lease").warning("storage is %s", "slow")
+logging.getLogger("ray.data").info("planning")
+with prints_as_lines({verbose}):
+    print("(raylet) noise")
+    say("inside", "in between")
+print("after")
+fail("error", "error: all is lost")
+"""
+
+
+def run(verbose: bool, form: str | None, environment: dict[str, str] | None = None) -> tuple[list[str], list[str]]:
+    code = SAYS.format(verbose=verbose, form=form)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | (environment or {})
+    )
+    return done.stdout.splitlines(), done.stderr.splitlines()
+
+
+def test_lines_for_people_have_time_and_run() -> None:
+    out, err = run(False, None)
+    assert [line[8:] for line in out[:2]] == [" a-run  trained 10 tokens", " a-run  in between"]
+    datetime.strptime(out[0][:8], "%H:%M:%S")
+    assert out[2:] == ["after"], "what others print meanwhile is left out"
+    assert [line[8:] for line in err[:1]] == [" a-run  warning: mtc.lease: storage is slow"]
+    assert err[1:] == ["error: all is lost"]
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_lines_for_machines_are_objects_with_the_run(by_option: bool) -> None:
+    out, err = run(False, "json" if by_option else None, {"MTC_LOG_FORMAT": "text" if by_option else "json"})
+    first = json.loads(out[0])
+    assert (first["event"], first["run_id"], first["tokens"]) == ("trained", "a-run", 10)
+    assert first["message"] == "trained 10 tokens", "a field cannot replace what every line has"
+    assert datetime.fromisoformat(first["time"]).tzinfo is not None
+    warning, error = map(json.loads, err)
+    assert (warning["level"], warning["logger"], warning["message"]) == ("warning", "mtc.lease", "storage is slow")
+    assert (error["level"], error["event"], error["run_id"]) == ("error", "error", "a-run")
+
+
+def test_verbose_brings_back_what_others_say() -> None:
+    out, err = run(True, "text")
+    assert any("planning" in line for line in err)
+    assert any("(raylet) noise" in line for line in err)
+    assert "after" in out
+
+
+def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(logs.FORMAT_VARIABLE, "xml")
+    before = logging.getLogger().handlers[:]
+    with pytest.raises(ValueError, match="MTC_LOG_FORMAT=xml: text or json"):
+        logs.configure()
+    assert logging.getLogger().handlers == before
+
+
+def test_lines_are_kept_from_standard_error_but_the_last_words_of_a_killed_process_are_not() -> None:
+    code = (
+        "import os\nfrom mtc.logs import stderr_without\n"
+        "with stderr_without('nobody can act'):\n"
+        "    os.write(2, b'[1] fine\\n[2] nobody can act on it\\nbar 1\\rbar 2\\r')\n"
+        "    os.write(2, b'\\n[3] dying')\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -9
+    assert done.stderr == b"[1] fine\nbar 1\rbar 2\r\n[3] dying"
+
+
+@pytest.mark.parametrize("job", ["train", "analyze", "export", "status"])
+def test_help_fits_a_screen_and_names_the_exit_codes(job: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"jobs/{job}.py", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) < 60
+    assert max(map(len, lines)) <= 120
+    assert "Exit codes: 0" in done.stdout
+
+
+def test_every_field_is_explained() -> None:
+    done = subprocess.run(
+        [sys.executable, "jobs/train.py", "--help-fields"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "--transcoder.group_sizes" in done.stdout and "--cluster.metrics_port" in done.stdout
