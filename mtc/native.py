@@ -1,13 +1,16 @@
 """The CPU loops of kernels.c, compiled once per machine where there is a C compiler; `mtc.kernels` does without too.
 
 No compiler is needed: `load()` then returns None and `status()` says why, which the run records. The library takes raw
-pointers, so it does not depend on torch's version; it shares torch's OpenMP threads.
+pointers, so it does not depend on torch's version; it shares torch's OpenMP threads. Images without a compiler bring a
+library that `python -m mtc.native FILE --march x86-64-v3` made, and name it in MTC_NATIVE.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -62,8 +65,11 @@ def _argument(value: Tensor | float) -> ctypes.c_void_p | ctypes.c_int64 | ctype
 
 @cache
 def _build() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("MTC_NATIVE") == "0":
+    wanted = os.environ.get("MTC_NATIVE", "")
+    if wanted == "0":
         return None, "torch (MTC_NATIVE=0)"
+    if wanted:
+        return _prebuilt(Path(wanted))
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None, "torch (no C compiler)"
@@ -75,6 +81,43 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
         return None, f"torch (compilation took more than {error.timeout:.0f} s)"
     except OSError as error:
         return None, f"torch ({error})"
+
+
+def _prebuilt(library: Path) -> tuple[ctypes.CDLL | None, str]:
+    """A library made elsewhere, unless this processor lacks what it was made for."""
+    try:
+        needed = set(json.loads(library.with_suffix(".json").read_text())["flags"])
+        missing = needed - set(_flags())
+        if missing:
+            return None, f"torch ({library} needs {', '.join(sorted(missing))})"
+        return ctypes.CDLL(str(library)), "compiled"
+    except (OSError, ValueError, KeyError) as error:
+        return None, f"torch (MTC_NATIVE={library}: {error})"
+
+
+LEVELS = {"x86-64-v2": ("sse4_2", "popcnt"), "x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512vl")}
+"""What a processor must have for a value of -march, of the flags in /proc/cpuinfo."""
+
+
+def build(library: Path, march: str) -> None:
+    """Compile for any processor of a kind, with a note beside it of what that needs.
+
+    Raises ValueError for a kind that is not in LEVELS, CalledProcessError if the compiler fails.
+    """
+    if march not in LEVELS:
+        raise ValueError(f"--march {march}: one of {', '.join(LEVELS)} is wanted")
+    flags = [f"-march={march}" if flag == "-march=native" else flag for flag in FLAGS]
+    with resources.as_file(resources.files("mtc") / "kernels.c") as source:
+        subprocess.run([os.environ.get("CC", "cc"), *flags, str(source), "-o", str(library)], check=True, timeout=120)
+    library.with_suffix(".json").write_text(json.dumps({"march": march, "flags": LEVELS[march]}))
+
+
+def _flags() -> list[str]:
+    """Of this processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return line.partition(":")[2].split()
+    return []
 
 
 def _compile(compiler: str) -> Path:
@@ -101,3 +144,11 @@ def _processor() -> bytes:
         return platform.processor().encode() + platform.machine().encode()
     wanted = ("model name", "flags", "Features", "CPU part", "model\t", "cpu family")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)})).encode()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m mtc.native", description="Compile the CPU loops for an image.")
+    parser.add_argument("library", type=Path, help="the .so file to make")
+    parser.add_argument("--march", default="x86-64-v3", help="kind of processor (%(default)s)")
+    options = parser.parse_args()
+    build(options.library, options.march)

@@ -63,7 +63,7 @@ def test_attack(url: str, good: Any, attack: Attack, caplog: pytest.LogCaptureFi
 
 def test_logs_have_no_text_and_one_line_each(url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
         httpx.post(f"{url}/encode", json={"inputs": NAME}, headers={"X-Request-ID": "mine-1"}, timeout=60)
         httpx.get(f"{url}/features", params={"text": NAME})
         httpx.get(f"{url}/{NAME}")
