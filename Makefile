@@ -1,4 +1,4 @@
-# make quickstart | test | test-chaos | lint | serve RUN=... | stop | peers | bench
+# make quickstart | test | test-chaos | lint | docs | serve RUN=... | stop | peers | bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ TEST_INSTALLED := $(VENV)/.installed-test
 PEERS_VENV := .venv-peers
 PEERS_INSTALLED := $(PEERS_VENV)/.installed
 
-.PHONY: quickstart test test-chaos lint format serve stop clean peers bench
+.PHONY: quickstart test test-chaos lint format docs serve stop clean peers bench
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m jobs.quickstart run
@@ -33,6 +33,10 @@ lint: $(TEST_INSTALLED)
 format: $(TEST_INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Into site/; any warning is an error.
+docs: $(TEST_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 peers: $(PEERS_INSTALLED)
 

@@ -1,0 +1,146 @@
+"""Tables of docs/benchmarks.md and docs/sizing.md, from the files that the benchmarks write."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from links import ROOT
+
+from benchmarks import sizing as formulas
+from mtc.config import load_preset
+
+RESULTS = ROOT / "docs" / "benchmarks"
+
+
+def train_step() -> str:
+    found = _read("train_step")
+    rows = [("", "features", "time over the encoder's product", "step, ms", "peak memory ratio")]
+    for row in found["all"]:
+        if row["batch"] == 2048 and row["dead"] == 0:
+            spread = f"{row['ratio']:.2f} [{row['lower_quartile']:.2f}, {row['upper_quartile']:.2f}]"
+            rows.append(
+                (row["contender"], f"{row['features']:,}", spread, f"{row['milliseconds']:.0f}",
+                 f"{row['peak_extra_ratio']:.2f}")
+            )  # fmt: skip
+    machine = found["machine"]
+    return _table(rows) + f"\n\n{machine['cores']} cores of an {machine['cpu']}, torch {machine['torch']}."
+
+
+def quality() -> str:
+    rows = [("", "", "FVU per prefix", "L0", "dead", "train, s")]
+    for name, title in (("quality-smollm2", "SmolLM2 layer 20"), ("quality-gemma3", "Gemma-3-270M layer 12")):
+        found = _read(name)
+        (task,) = found["tasks"].values()
+        for result in task["results"]:
+            means = result["means"]
+            fvu = " / ".join(f"{value:.3f}" for value in means["fvu"])
+            rows.append(
+                (title, result["contender"], fvu, f"{means['l0']:.2f}", f"{100 * means['dead']:.1f} %",
+                 f"{means['seconds']:.0f}")
+            )  # fmt: skip
+            title = ""
+    return _table(rows) + f"\n\n{found['seeds']} seeds each; {found['machine']}."
+
+
+def stream() -> str:
+    found = _read("stream")
+    capture, transport, overlap = found["capture"], found["transport"], found["overlap"]
+    speed, gigabytes = capture["capture_tokens_per_second"], transport["transport_gigabytes_per_second"]
+    rows = [
+        ("", "measured"),
+        ("capture, paragraphs as they are, over plain transformers", f"{capture['capture_vs_transformers']:.2f}"),
+        ("capture, full windows, over plain transformers", f"{capture['capture_vs_transformers_full_windows']:.2f}"),
+        ("capture, over SAELens's store (its default model class)", f"{capture['capture_vs_saelens']:.2f}"),
+        ("capture, full windows", f"{speed['ours, full windows']:.0f} tokens/s"),
+        ("transport of views", f"{gigabytes['views']:.2f} GB/s"),
+        ("transport into a buffer", f"{gigabytes['copied']:.2f} GB/s"),
+        ("passes and steps alone, over the run that streams", f"{overlap['overlap']:.2f}"),
+        ("a run's training tokens", f"{overlap['overlap_timing']['tokens_per_second']:,.0f} tokens/s"),
+        ("eight producers over eight times one", f"{found['scaling']['scaling_8']:.2f}"),
+        ("object store's growth over ten times more units", f"{100 * found['memory']['memory_growth']:.1f} %"),
+    ]
+    return _table(rows) + f"\n\n{capture['machine']}, torch {capture['torch']}, {capture['capture_dtype']}."
+
+
+def analysis() -> str:
+    found = _read("analysis")
+    return _table(
+        [
+            ("", "measured"),
+            ("the pass with everything that is found, over the language model's pass", f"{found['pass_ratio']:.2f}"),
+            (f"a whole analysis of {found['driver_peak_tokens']:,} tokens", f"{found['whole_s']:.0f} s"),
+            ("of it after the passes", f"{found['finish_s']:.0f} s"),
+            ("peak memory of the driver", f"{found['driver_peak_gb']:.2f} GB"),
+            ("peak memory of a model actor", f"{found['actor_peak_gb']:.2f} GB"),
+            (f"65,536 features, {found['large_tokens']:,} tokens", f"{found['large_whole_s']:.0f} s"),
+        ]
+    )
+
+
+def recovery() -> str:
+    found = _read("recovery")
+    return _table(
+        [
+            ("", "measured"),
+            ("size of a checkpoint of the reference shape", f"{found['checkpoint_bytes'] / 1e6:.0f} MB"),
+            ("it holds training for", f"{found['checkpoint_held_s']:.2f} s"),
+            ("share of training time at one a minute", f"{100 * found['checkpoint_overhead']:.1f} %"),
+            ("a model actor killed: time without a new step", f"{found['actor_recovery_s']:.1f} s"),
+            ("a trainer killed: time without a new step", f"{found['trainer_recovery_s']:.0f} s"),
+            (f"tokens trained twice, windows lost, of {found['windows']:,} windows",
+             f"{found['repeated_tokens']}, {found['lost_windows']}"),
+        ]
+    )  # fmt: skip
+
+
+def service() -> str:
+    found = _read("serve")
+    machine = found["machine"]
+    rows = [
+        ("", "measured"),
+        ("one sentence over HTTP, beyond the bare forward pass, median", f"{found['added_p50_ms']:.1f} ms"),
+        ("the same, 99th percentile", f"{found['added_p99_ms']:.1f} ms"),
+        ("tokens/s in a closed loop, over offline batches", f"{found['throughput_ratio']:.2f}"),
+        ("tokens/s at four times that load, over the closed loop", f"{found['overload_goodput_ratio']:.2f}"),
+        ("slowest 429 meanwhile", f"{found['refused_max_ms']:.0f} ms"),
+        ("safetensors over naive JSON: time, size",
+         f"{found['csr_speedup']:.0f} times, {found['csr_size_ratio']:.1f} times"),
+        ("only encoder replica killed: until the next answer", f"{found['recovery_s']:.1f} s"),
+    ]  # fmt: skip
+    return _table(rows) + f"\n\n{machine['cores']} cores of an {machine['cpu']}, load generator included."
+
+
+def sizing() -> str:
+    """For the reference run's preset."""
+    config = load_preset("gemma-2-2b-layer17")
+    work = formulas.work_of(config)
+    stream = formulas.measured_stream()
+    facts = [
+        ("operations of a token, forward pass", f"{work.forward / 1e9:.2f} GFLOP"),
+        ("operations of a token, dense train step", f"{work.step / 1e6:.0f} MFLOP"),
+        ("activations of a token", f"{work.stream_bytes:,.0f} bytes"),
+        ("stream into one trainer, measured on 2 CPU cores",
+         f"{stream / 1e9:.2f} GB/s, {stream / work.stream_bytes:,.0f} tokens/s"),
+        ("a checkpoint",
+         f"{formulas.checkpoint_bytes(2304, config.transcoder.num_features) / 1e6:.0f} MB"),
+        *((f"token ids of {tokens:,} tokens",
+           f"{formulas.token_store_bytes(tokens, config.data.context_length) / 1e9:.2f} GB")
+          for tokens in formulas.TOKENS),
+    ]  # fmt: skip
+    predicted = formulas.table(config, formulas.TOKENS, formulas.GPUS, formulas.PEAK, formulas.EFFICIENCY, price=None)
+    return f"{_table([('', 'gemma-2-2b-layer17'), *facts])}\n\n{predicted}"
+
+
+def sizing_checks() -> str:
+    return formulas.check_table()
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

