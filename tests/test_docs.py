@@ -196,6 +196,18 @@ def test_commands_exist(page: Path) -> None:
         assert (ROOT / "".join(name)).is_file()
 
 
+PROGRAM = re.compile(r"python3? (?:-m ((?:benchmarks|jobs|serve)\.\w+)|(jobs/\w+)\.py)([^`|>;&#\n]*)")
+SHARED = "".join(read(ROOT / "mtc" / name) for name in ("command_line.py", "logs.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_options_of_programs_exist(page: Path) -> None:
+    for module, script, arguments in PROGRAM.findall(code_of(page)):
+        source = read(ROOT / f"{(module or script).replace('.', '/')}.py") + SHARED
+        for option in re.findall(r"(?<!\S)--([a-z][\w-]*)(?![\w.-])", arguments):
+            assert f'"--{option}"' in source, f"{module or script} --{option}"
+
+
 OTHER_PROGRAMS = ("config", "storage", "web")
 """First words of Prometheus' options."""
 
