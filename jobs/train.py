@@ -25,9 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     from mtc.runs import RunError
     from mtc.tokens import DataError
 
-    configure()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        configure()
         config, arguments = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__ or "")
         if arguments.print_config:
             print(to_yaml(config), end="")

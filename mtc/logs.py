@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, get_args
 
+from mtc.config import ConfigError
+
 Format = Literal["text", "json"]
 FORMAT_VARIABLE = "MTC_LOG_FORMAT"
 EVENTS = logging.getLogger("mtc.events")
@@ -40,11 +42,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def configure(verbose: bool = False, form: Format | None = None) -> None:
     """Show events on standard output and warnings of everything else on standard error; more if `verbose`.
 
-    Raises ValueError for another format in MTC_LOG_FORMAT.
+    Raises ConfigError for another format in MTC_LOG_FORMAT.
     """
     chosen = form or os.environ.get(FORMAT_VARIABLE) or "text"
     if chosen not in get_args(Format):
-        raise ValueError(f"{FORMAT_VARIABLE}={chosen}: text or json is wanted")
+        raise ConfigError(f"{FORMAT_VARIABLE}={chosen}: text or json is wanted")
     formatter = JsonFormatter() if chosen == "json" else TextFormatter()
     root = logging.getLogger()
     for handler in list(root.handlers):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mtc import logs
+from mtc.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
 SAYS = """
@@ -68,9 +69,12 @@ def test_verbose_brings_back_what_others_say() -> None:
 def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.FORMAT_VARIABLE, "xml")
     before = logging.getLogger().handlers[:]
-    with pytest.raises(ValueError, match="MTC_LOG_FORMAT=xml: text or json"):
+    with pytest.raises(ConfigError, match="MTC_LOG_FORMAT=xml: text or json"):
         logs.configure()
     assert logging.getLogger().handlers == before
+    command = [sys.executable, "jobs/train.py", "--preset", "tiny", "--print-config"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: MTC_LOG_FORMAT=xml: text or json is wanted\n")
 
 
 def test_lines_are_kept_from_standard_error_but_the_last_words_of_a_killed_process_are_not() -> None:
