@@ -63,7 +63,7 @@ class Observe:
         route, method = _names(scope)
         line = {
             "route": route, "method": method, "code": code, "ms": round(seconds * 1e3, 2),
-            "error_type": scope["state"].get("error_type"), "request_id": scope["state"].get("request_id"),
+            **{name: scope["state"].get(name) for name in ("run_id", "error_type", "request_id")},
         }  # fmt: skip
         logger.info(orjson.dumps(line).decode())
 

@@ -70,6 +70,7 @@ def test_logs_have_no_text_and_one_line_each(url: str, caplog: pytest.LogCapture
     lines = [json.loads(line) for line in logged(caplog).splitlines()]
     assert [(line["route"], line["code"]) for line in lines] == [("/encode", 200), ("/features", 200), ("none", 404)]
     assert lines[0]["request_id"] == "mine-1"
+    assert lines[0]["run_id"] == httpx.get(f"{url}/info").json()["model"]["run_id"]
     assert NAME not in logged(caplog)
 
 

@@ -45,6 +45,7 @@ async def encode(request: Request, service: TheService) -> Response:
     media_type = wanted(request, formats.ENCODE_FORMATS)
     asked = await read_json(request, EncodeRequest, service.settings)
     run = await service.run(asked.model)
+    request.state.run_id = run.key.run_id
     csr = asked.form == "csr"
     options = service.options(run, asked, csr or media_type == formats.SAFETENSORS)
     inputs = await service.tokenise(run, asked)
@@ -70,6 +71,7 @@ async def tokenize(request: Request, service: TheService) -> Response:
     media_type = wanted(request, formats.TOKENIZE_FORMATS)
     asked = await read_json(request, TokenizeRequest, service.settings)
     run = await service.run(asked.model)
+    request.state.run_id = run.key.run_id
     inputs = await service.tokenise(run, asked)
     envelope = formats.Envelope(run, None, request_id_of(request))
     body = await _written(
@@ -89,6 +91,7 @@ async def decode(request: Request, service: TheService) -> Response:
     media_type = wanted(request, formats.DECODE_FORMATS)
     asked = await read_json(request, DecodeRequest, service.settings)
     run = await service.run(asked.model)
+    request.state.run_id = run.key.run_id
     reconstruction = await service.decode(run, asked)
     envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
     body = await _written(reconstruction.size, lambda: formats.decode_answer(media_type, envelope, reconstruction))
