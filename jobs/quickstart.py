@@ -29,9 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from mtc.provenance import git_revision
+from mtc.runs import absolute
 from serve.settings import ENVIRONMENT, free_ports
 
-ROOT = Path(__file__).resolve().parent.parent
+SOURCE = Path(__file__).resolve().parent.parent
+IN_TREE = (SOURCE / "pyproject.toml").is_file()
+ROOT = SOURCE if IN_TREE else Path.cwd()
+"""Where runs and the head's state lie: the checkout or, installed from a wheel, where the command is given."""
 STATE = ROOT / ".quickstart" / "head.json"
 SENTENCE = "The Congress of the United States shall have power to lay and collect taxes."
 OBJECT_STORE_BYTES = 1_000_000_000
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, analyse, serve, ask")
     run.add_argument("--preset", default="smollm2-135m")
-    run.add_argument("--root", default=str(ROOT / "runs"), help="directory of run directories")
+    run.add_argument("--root", default=str(ROOT / "runs"), type=absolute, help="directory of run directories")
     run.add_argument("overrides", nargs="*", help="options of jobs/train.py, after --")
     serve = commands.add_parser("serve", help="serve a finished run")
     serve.add_argument("--run", required=True)
@@ -133,7 +137,7 @@ def scrape_config(head: dict[str, Any]) -> dict[str, Any]:
     # Half a minute of training should show too.
     return {
         "global": {"scrape_interval": "2s", "evaluation_interval": "10s"},
-        "rule_files": [str(ROOT / "k8s" / "monitoring" / "rules.yaml")],
+        "rule_files": [str(SOURCE / "k8s" / "monitoring" / "rules.yaml")] if IN_TREE else [],
         "scrape_configs": scraped,
     }
 
@@ -163,7 +167,11 @@ def stop_head() -> bool:
 def submit_job(head: dict[str, Any], run_id: str, arguments: list[str]) -> None:
     """`ray job submit --working-dir . -- python jobs/train.py ...`, following its output."""
     command = [_tool("ray"), "job", "submit", "--address", head["dashboard"], "--submission-id", run_id]
-    command += ["--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
+    # Installed, every process of this machine has the code; a working directory would be copied for nothing.
+    command += (
+        ["--working-dir", ".", "--", "python", "jobs/train.py"] if IN_TREE else ["--", "python", "-m", "jobs.train"]
+    )
+    command += arguments
     print("$ " + " ".join(["ray", *command[1:]]), flush=True)
     verbose = "--verbose" in arguments
     process = subprocess.Popen(
@@ -230,7 +238,8 @@ def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]]) -> No
 
 
 def print_usage(base: str, run: str) -> None:
-    print(f"\nserved at  {base}   (stop with: make stop)")
+    stop = "make stop" if IN_TREE else "python -m jobs.quickstart stop"
+    print(f"\nserved at  {base}   (stop with: {stop})")
     example = f'{base}/encode -H "Content-Type: application/json" -d \'{{"inputs": "We the people"}}\''
     print(f"browse     {base}/ui   (texts and features; report: {base}/report, API: {base}/docs)")
     print(f"try        curl {example}")
