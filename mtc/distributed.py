@@ -1,6 +1,7 @@
 """torch.distributed as this package uses it, and how long the ranks waited for each other.
 
-In a single process every function does nothing, so the same code runs with and without other ranks.
+In a single process every function does nothing, so the same code runs with and without other ranks. Tensors travel
+between the devices that they are on; what hosts agree on stays on hosts, where no one waits for a GPU.
 """
 
 # No `from __future__ import annotations` here: DistributedDataParallel reads the annotations of its hook.
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from mtc.devices import PRETENDING
 
 
 class Waits:
@@ -62,6 +65,18 @@ def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) 
         start = waits.mark(tensor.device)
         dist.all_reduce(tensor, op)
         waits.add(start, waits.mark(tensor.device))
+
+
+def agree(*numbers: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> list[float]:
+    """Numbers of the host, reduced over all ranks in float64; no GPU is waited for."""
+    values = torch.tensor(numbers, dtype=torch.float64)
+    all_reduce(values, op)
+    return values.tolist()
+
+
+def backend(device: str) -> str:
+    """Process group for trainers on "cpu" or "cuda": what GPUs hold goes by NCCL, what hosts agree on by gloo."""
+    return "cpu:gloo,cuda:nccl" if device == "cuda" and not PRETENDING else "gloo"
 
 
 def all_gather(tensor: Tensor) -> Tensor:

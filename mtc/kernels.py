@@ -30,8 +30,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, linear
 
 from mtc import native
+from mtc.devices import is_gpu
 from mtc.selection import Chosen, keep_largest, largest_entries
 
+LONGEST_PIECE = 64
+"""Entries that a GPU sums one after another."""
 REFINE = 1.1
 """How many times the wanted entries the bfloat16 product proposes; their values, computed again, decide."""
 
@@ -93,7 +96,7 @@ class Workspace:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
 
     def give(self, name: str, tensor: Tensor) -> None:
-        if not tensor.is_cuda:  # there the allocator keeps memory anyway
+        if not is_gpu(tensor.device):  # there the allocator keeps memory anyway
             self._free[name] = tensor
 
 
@@ -126,6 +129,17 @@ def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> 
 # Sparse -------------------------------------------------------------------------------------------------------------
 
 
+class Bags(NamedTuple):
+    """Consecutive entries in bags, each to be summed."""
+
+    offsets: Tensor
+    """[bags + 1] int64: where each bag's entries begin; the last is how many entries there are."""
+    pieces: Tensor | None = None
+    """[pieces + 1] int64, on a GPU: where parts of at most LONGEST_PIECE entries begin, empty ones at the end."""
+    first: Tensor | None = None
+    """[bags + 1] int64, on a GPU: the first piece of each bag."""
+
+
 class Entries(NamedTuple):
     """Chosen entries of z, ordered by token, then slot (prefix group, AuxK last), then feature."""
 
@@ -135,12 +149,12 @@ class Entries(NamedTuple):
     """[entries] int64"""
     slot: Tensor
     """[entries] int64: token * slots + slot, non-decreasing."""
-    slot_offsets: Tensor
-    """[tokens * slots + 1]: where each slot's entries begin."""
+    slots: Bags
+    """One for each slot of each token, tokens * slots."""
     by_feature: Tensor
     """[entries]: the order that sorts entries by feature."""
-    feature_offsets: Tensor
-    """[features + 1]: where each feature's entries begin in that order."""
+    features: Bags
+    """One for each feature, of the entries in that order."""
 
 
 def sparse_loss(
@@ -159,6 +173,7 @@ def sparse_loss(
         active = value > 0
         num_active = active.sum()
         fired = torch.zeros_like(weights.b_enc).index_add_(0, feature, value) > 0
+        # Of the sums only the sign is read, so it does not matter that a GPU adds in any order.
         # Numbers go to a GPU as arguments of its kernels: a small tensor made on the host would wait for the device.
         slot = token * slots + sum((feature >= end).long() for end in objective.ends[:-1])
         if aux:
@@ -190,24 +205,25 @@ class _EncodeChosen(Function):
         ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, value: Tensor, active: Tensor, entries: Entries,
         workspace: Workspace,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, W_enc, active, *entries)
-        ctx.workspace = workspace
+        ctx.save_for_backward(x, W_enc, active)
+        ctx.entries, ctx.workspace = entries, workspace
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, active, *rest = ctx.saved_tensors
-        entries = Entries(*rest)
+        x, W_enc, active = ctx.saved_tensors
+        entries: Entries = ctx.entries
         gradient = torch.where(active, gradient, 0.0)
         order = entries.by_feature
-        bags = entries.token[order], gradient[order], entries.feature_offsets
-        d_W = bag_sums(x, *bags, ctx.workspace, "W_enc")
-        d_b = torch.zeros(len(W_enc), dtype=x.dtype, device=x.device).index_add_(0, entries.feature, gradient)
+        token, by_feature = entries.token[order], gradient[order]
+        d_W = bag_sums(x, token, by_feature, entries.features, ctx.workspace, "W_enc")
+        d_b = bag_sums(x.new_ones(len(x), 1), token, by_feature, entries.features).squeeze(1)  # in a fixed order
         d_x = None
         if ctx.needs_input_grad[0]:
-            slots = (len(entries.slot_offsets) - 1) // len(x)
-            d_x = bag_sums(W_enc, entries.feature, gradient, entries.slot_offsets[::slots].contiguous())
+            slots = (len(entries.slots.offsets) - 1) // len(x)
+            tokens = make_bags(entries.slots.offsets[::slots].contiguous(), len(gradient))
+            d_x = bag_sums(W_enc, entries.feature, gradient, tokens)
         return d_x, d_W, d_b, None, None, None, None
 
 
@@ -220,21 +236,21 @@ class _NestedLoss(Function):
         aux: bool, workspace: Workspace,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         H, d_value, errors = nested_residuals(value, W_dec, b_dec, y, entries, weights, aux, workspace)
-        ctx.save_for_backward(value, H, d_value, *entries)
-        ctx.workspace = workspace
+        ctx.save_for_backward(value, H, d_value)
+        ctx.entries, ctx.workspace = entries, workspace
         ctx.mark_non_differentiable(errors)
         return torch.stack([w * e for w, e in zip(weights, errors, strict=True)]).sum(), errors
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        value, H, d_value, *rest = ctx.saved_tensors
-        entries, workspace = Entries(*rest), ctx.workspace
+        value, H, d_value = ctx.saved_tensors
+        entries, workspace = ctx.entries, ctx.workspace
         order = entries.by_feature
         d_y = None
         if any(ctx.needs_input_grad[2:4]):
             d_y = -gradient * H[:, 0]  # every prefix holds b_dec - y, and H_0 sums over all of them
-        bags = entries.slot[order], (gradient * value)[order], entries.feature_offsets
+        bags = entries.slot[order], (gradient * value)[order], entries.features
         d_W = bag_sums(H.flatten(0, 1), *bags, workspace, "W_dec")
         d_b = None if d_y is None else -d_y.sum(0)
         if native.runs(H):
@@ -245,19 +261,41 @@ class _NestedLoss(Function):
 # The loops: compiled on CPUs, torch elsewhere -----------------------------------------------------------------------
 
 
-def bag_sums(
-    table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor, workspace: Workspace | None = None, name: str = ""
-) -> Tensor:
-    """[bags, width]: sums of weight[e] * table[index[e]] over each bag's entries, from offsets[bag] to the next.
+def make_bags(offsets: Tensor, entries: int) -> Bags:
+    """Bags that begin at `offsets` [bags + 1], of so many entries in all; nothing waits for the host.
 
-    Written into the workspace's memory of that name, if any, where the compiled loop runs.
+    A GPU walks through a piece one entry after another, so that a feature which fires on every token would hold up all
+    others: long bags are cut. As many pieces are made as there can be, since their number is known to the device only.
     """
-    if not native.runs(table):
-        return embedding_bag(index, table, offsets, per_sample_weights=weight, mode="sum", include_last_offset=True)
-    shape = (len(offsets) - 1, table.shape[1])
-    out = table.new_empty(shape) if workspace is None else workspace.take(name, shape, table)
-    native.call("bag_sums", table.contiguous(), index, weight, offsets, out, *shape)
-    return out
+    if not is_gpu(offsets.device):
+        return Bags(offsets)
+    bags = len(offsets) - 1
+    count = (offsets.diff() + LONGEST_PIECE - 1).div(LONGEST_PIECE, rounding_mode="floor")
+    first = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    piece = torch.arange(bags + entries // LONGEST_PIECE, device=offsets.device)
+    bag = torch.searchsorted(first[1:], piece, right=True).clamp(max=bags - 1)
+    starts = offsets[bag] + (piece - first[bag]) * LONGEST_PIECE
+    return Bags(offsets, torch.cat([torch.minimum(starts, offsets[bag + 1]), offsets[-1:]]), first)
+
+
+def bag_sums(
+    table: Tensor, index: Tensor, weight: Tensor, bags: Bags, workspace: Workspace | None = None, name: str = ""
+) -> Tensor:
+    """[bags, width]: sums of weight[e] * table[index[e]] over each bag's entries.
+
+    Always in the same order, so the same to the last bit. Written into the workspace's memory of that name, if any,
+    where the compiled loop runs.
+    """
+    if native.runs(table):
+        shape = (len(bags.offsets) - 1, table.shape[1])
+        out = table.new_empty(shape) if workspace is None else workspace.take(name, shape, table)
+        native.call("bag_sums", table.contiguous(), index, weight, bags.offsets, out, *shape)
+        return out
+    offsets = bags.offsets if bags.pieces is None else bags.pieces
+    sums = embedding_bag(index, table, offsets, per_sample_weights=weight, mode="sum", include_last_offset=True)
+    if bags.first is None:
+        return sums
+    return torch.segment_reduce(sums, "sum", offsets=bags.first, axis=0, unsafe=True, initial=0)  # unsafe: no waiting
 
 
 def entry_dots(left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor) -> Tensor:
@@ -266,7 +304,9 @@ def entry_dots(left: Tensor, left_index: Tensor, right: Tensor, right_index: Ten
         out = left.new_empty(len(left_index))
         native.call("entry_dots", left.contiguous(), left_index, right, right_index, out, len(out), left.shape[1])
         return out
-    # What embedding_bag's own backward calls: the products are summed without being written down.
+    # What embedding_bag's own backward calls: the products are summed without being written down. It is private, and
+    # reads rows as if they were contiguous.
+    assert all(t.is_contiguous() for t in (left, left_index, right, right_index))
     offsets = torch.searchsorted(left_index, torch.arange(len(left), device=left.device))
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, right_index, offsets, left_index, 0)
 
@@ -282,10 +322,10 @@ def nested_residuals(
         doubled = torch.tensor([2 * w for w in weights])
         H = workspace.take("H", (tokens, slots, W_dec.shape[1]), y)
         d_value, errors = value.new_empty(len(value)), y.new_empty(tokens, slots)
-        tables = (value, entries.feature, entries.slot_offsets, W_dec, b_dec, y.contiguous(), doubled)
+        tables = (value, entries.feature, entries.slots.offsets, W_dec, b_dec, y.contiguous(), doubled)
         native.call("nested_pass", *tables, int(aux), H, d_value, errors, tokens, slots, W_dec.shape[1])
         return H, d_value, errors.sum(0)
-    H = bag_sums(W_dec, entries.feature, value, entries.slot_offsets).view(tokens, slots, W_dec.shape[1])
+    H = bag_sums(W_dec, entries.feature, value, entries.slots).view(tokens, slots, W_dec.shape[1])
     H[:, 0] += b_dec - y
     for slot in range(1, slots):
         H[:, slot] += H[:, slot - 1]  # residuals R of each prefix, and of AuxK behind the last
@@ -302,6 +342,8 @@ def nested_residuals(
 
 def _product(x: Tensor, weights: Weights, workspace: Workspace, bfloat16_product: bool) -> Tensor:
     """x W_enc^T + b_enc, [tokens, features], in x's dtype; its values are bfloat16's if the product was."""
+    if bfloat16_product and x.is_cuda:  # where the sums of products need not be rounded to bfloat16 again
+        return torch.mm(x.bfloat16(), weights.W_enc.bfloat16().t(), out_dtype=x.dtype).add_(weights.b_enc)
     z = workspace.take("z", (len(x), len(weights.b_enc)), x)
     if bfloat16_product:
         return z.copy_(linear(x.bfloat16(), weights.W_enc.bfloat16(), weights.b_enc.bfloat16()))
@@ -319,7 +361,7 @@ def _choose(
     proposed, workspace.border = largest_entries(z, round(count * REFINE), workspace.border)
     value = torch.where(proposed.value > 0, _refine(x, weights, proposed.token, proposed.feature).relu(), 0.0)
     keep, _ = keep_largest(value.float(), count)
-    if z.is_cuda:  # shapes that depend on values would wait for the host; zeros add nothing
+    if is_gpu(z.device):  # shapes that depend on values would wait for the host; zeros add nothing
         return proposed._replace(value=torch.where(keep, value, 0.0))
     return Chosen(proposed.token[keep], proposed.feature[keep], value[keep])
 
@@ -340,8 +382,10 @@ def _refine(x: Tensor, weights: Weights, token: Tensor, feature: Tensor) -> Tens
 def _arrange(token: Tensor, feature: Tensor, slot: Tensor, slots: int, tokens: int, features: int) -> Entries:
     """Entries with their orders; `slot` [entries] as in Entries, non-decreasing."""
     by_feature = feature.argsort(stable=True)
-    offsets = _offsets(slot, tokens * slots), _offsets(feature, features)
-    return Entries(token, feature, slot, offsets[0], by_feature, offsets[1])
+    by_slot, of_feature = (
+        make_bags(_offsets(index, size), len(token)) for index, size in ((slot, tokens * slots), (feature, features))
+    )
+    return Entries(token, feature, slot, by_slot, by_feature, of_feature)
 
 
 def _offsets(index: Tensor, size: int) -> Tensor:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtc import devices
 from mtc.runs import cache_directory
 
 # Sums may be reordered into vectors. -ffast-math itself would also switch denormals off in the whole process.
@@ -42,7 +43,9 @@ def status() -> str:
 
 def runs(tensor: Tensor) -> bool:
     """Whether the loops take this tensor: float32 on a CPU, where they are compiled."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and load() is not None
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or devices.PRETENDING:
+        return False
+    return load() is not None
 
 
 def call(name: str, *arguments: Tensor | float | bool) -> None:

@@ -1,8 +1,9 @@
 """BatchTopK over the global batch: exactly the k * B largest positive pre-activations of all ranks together.
 
-Bussmann et al. 2024, arXiv:2412.06410, there for one process. No sort: positive floats order like their bit patterns,
-so the border is found by counting. Ties at the border go by rank, then position. One rank with a batch and several
-with its parts therefore choose the same entries.
+Bussmann et al. 2024, arXiv:2412.06410, there for one process. On CPUs no sort: positive floats order like their bit
+patterns, so the border is found by counting. On GPUs each rank's own largest come from torch's topk, without the host.
+Ties at the border go by rank, then position. One rank with a batch and several with its parts therefore choose the same
+entries.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtc import native
+from mtc.devices import is_gpu
 from mtc.distributed import all_gather, all_reduce, distributed
 
 GUESS = 0.9
@@ -35,10 +37,10 @@ def largest_entries(z: Tensor, count: int, border: float = 0.0) -> tuple[Chosen,
     """The `count` largest positive entries of all ranks' z [tokens, features], this rank's part; fewer if there are.
 
     `border` is a guess at the smallest of them that saves time on a CPU and never changes the result; the true one is
-    returned. On a GPU, in one process, nothing waits for the host: the entries are always `count`, the last ones of
-    value 0 if fewer are positive, and the border returned is 0.
+    returned. On a GPU, in one process, nothing waits for the host: the entries are always `count`, some of value 0 if
+    fewer are positive, and the border returned is 0.
     """
-    return (_largest_cuda(z, count), 0.0) if z.is_cuda else _largest_cpu(z, count, border)
+    return (_largest_gpu(z, count), 0.0) if is_gpu(z.device) else _largest_cpu(z, count, border)
 
 
 def _largest_cpu(z: Tensor, count: int, border: float) -> tuple[Chosen, float]:
@@ -51,15 +53,25 @@ def _largest_cpu(z: Tensor, count: int, border: float) -> tuple[Chosen, float]:
     return Chosen(*(part[kept] for part in found)), float(smallest)
 
 
-def _largest_cuda(z: Tensor, count: int) -> Chosen:
-    keep, _ = keep_largest(z.flatten().float(), count)
+def _largest_gpu(z: Tensor, count: int) -> Chosen:
+    """By torch's topk, which knows no order among equal values: the first ones of those at the border are put in."""
+    flat = torch.where(z > 0, z, 0.0).flatten()  # NaN counts as nothing
+    size = min(count, flat.numel())
+    value, index = flat.topk(size, sorted=False)
+    border, above, tied = _border(value, count)
+    at_border = value == border
+    # As many as topk has; where fewer are in z than are asked for, what fills up is never read.
+    first = torch.nonzero_static(flat == border, size=size, fill_value=0).squeeze(1)
+    place = at_border.cumsum(0) - 1
+    index = torch.where(at_border, first[place.clamp(min=0)], index)
+    keep = (value > border) | (at_border & (border > 0) & (place < _free(count, above, tied)))
+    index, order = index.sort()
+    value = torch.where(keep, value, 0.0)[order]
     if distributed():  # ranks hold different numbers of entries
-        index = keep.nonzero().squeeze(1)
-    else:
-        index = torch.nonzero_static(keep, size=min(count, keep.numel()), fill_value=keep.numel() - 1).squeeze(1)
-    real = torch.arange(len(index), device=z.device) < keep.sum()
+        chosen = value > 0
+        index, value = index[chosen], value[chosen]
     token = index.div(z.shape[1], rounding_mode="floor")
-    return Chosen(token, index - token * z.shape[1], torch.where(real, z.flatten()[index], 0.0))
+    return Chosen(token, index - token * z.shape[1], value)
 
 
 def _list_above(z: Tensor, floor: float) -> Chosen:
@@ -82,21 +94,53 @@ def keep_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns the mask [n] and the smallest chosen value, a scalar (0 if fewer than `count` are positive: then all of
     those are chosen). Called on every rank at once; on a GPU nothing waits for the host.
     """
-    border = kth_largest(values, count)
-    above = values > border
-    tied = (values == border) & (border > 0)
-    counts = torch.stack([above.sum(), tied.sum()])
-    if not distributed() and not values.is_cuda and int(counts.sum()) <= count:
-        return above.logical_or_(tied), border
-    gathered = all_gather(counts)  # [ranks, 2]
-    earlier = gathered[: dist.get_rank() if distributed() else 0, 1].sum()
-    free = count - gathered[:, 0].sum() - earlier  # ties that are left for this rank and later ones
-    return above.logical_or_(tied.logical_and_(tied.cumsum(0, dtype=torch.int32) <= free)), border
+    if is_gpu(values.device):
+        border, above, tied = _border(_largest_values(values, count), count)
+    else:
+        border = _by_histogram(values, count)
+        above, tied = None, None
+    is_above = values > border
+    is_tied = (values == border) & (border > 0)
+    if above is None or tied is None:
+        counts = torch.stack([is_above.sum(), is_tied.sum()])
+        if not distributed() and int(counts.sum()) <= count:
+            return is_above.logical_or_(is_tied), border
+        above, tied = all_gather(counts).unbind(1)
+    chosen = is_tied.logical_and_(is_tied.cumsum(0, dtype=torch.int32) <= _free(count, above, tied))
+    return is_above.logical_or_(chosen), border
+
+
+def _free(count: int, above: Tensor, tied: Tensor) -> Tensor:
+    """How many entries at the border this rank may choose; `above` and `tied` [ranks] count those above and at it."""
+    rank = dist.get_rank() if distributed() else 0
+    return count - above.sum() - tied[:rank].sum()
 
 
 def kth_largest(values: Tensor, count: int) -> Tensor:
     """The `count`-th largest positive float32 of all ranks' `values`, a scalar, exactly; 0 if fewer are positive."""
-    return _by_search(values, count) if values.is_cuda else _by_histogram(values, count)
+    if is_gpu(values.device):
+        return _border(_largest_values(values, count), count)[0]
+    return _by_histogram(values, count)
+
+
+def _largest_values(values: Tensor, count: int) -> Tensor:
+    """This rank's `count` largest positive values, in no order, or all of them with zeros for the others."""
+    return torch.where(values > 0, values, 0.0).topk(min(count, len(values)), sorted=False).values
+
+
+def _border(largest: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count`-th largest of all ranks, 0 if it is not positive, and how many values of each rank [ranks] are above
+    and at it, of at most `count` each.
+
+    `largest` are each rank's own `count` largest, at least 0, or fewer if it has no more. Nothing waits for the host,
+    and ranks talk once, `count` numbers each.
+    """
+    if not distributed():
+        border = largest.amin() if len(largest) == count else largest.new_zeros(())
+        return border, (largest > border).sum().unsqueeze(0), (largest == border).sum().unsqueeze(0)
+    gathered = all_gather(torch.cat([largest, largest.new_zeros(count - len(largest))]))  # [ranks, count]
+    border = gathered.flatten().topk(count, sorted=False).values.amin()
+    return border, (gathered > border).sum(1), (gathered == border).sum(1)
 
 
 def _by_histogram(values: Tensor, count: int) -> Tensor:
@@ -113,15 +157,3 @@ def _by_histogram(values: Tensor, count: int) -> Tensor:
     all_reduce(lower)
     low = int((lower.flip(0).cumsum(0).flip(0) >= rest).sum()) - 1
     return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32)
-
-
-def _by_search(values: Tensor, count: int) -> Tensor:
-    """One bit at a time, from the top, by counting: nothing waits for the host."""
-    bits = torch.where(values > 0, values, 0.0).view(torch.int32)  # NaN counts as nothing, as in histograms
-    border = torch.zeros((), dtype=torch.int32, device=values.device)
-    for bit in range(30, -1, -1):
-        trial = border | (1 << bit)
-        enough = (bits >= trial).sum()
-        all_reduce(enough)
-        border = torch.where(enough >= count, trial, border)
-    return border.view(torch.float32)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtc.devices import send
+from mtc.devices import current_stream, is_gpu, on_stream, pinned, record, send, side_stream, used_on
 
 
 class Unit(NamedTuple):
@@ -218,26 +218,31 @@ def on_device(units: Iterator[Unit], device: torch.device, ahead: int = 1) -> It
     On a CPU the units themselves, uncopied. For a GPU a thread copies them into pinned memory and from there, on a
     stream of its own, to the device; it ends with the context.
     """
-    if device.type != "cuda":
+    if not is_gpu(device):
         yield units
         return
-    upload = _Upload(units, device, ahead)
+    upload = Upload(units, device, ahead)
     try:
         yield upload
     finally:
         upload.close()
 
 
-class _Upload:
+class Upload:
     """Iterator over units whose copies run on a side stream, until it is closed."""
 
     def __init__(self, units: Iterator[Unit], device: torch.device, ahead: int):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._ready: queue.Queue[tuple[Unit, torch.cuda.Event] | BaseException | None] = queue.Queue(ahead)
-        self._slots: list[tuple[list[Tensor], torch.cuda.Event | None]] = [([], None) for _ in range(2)]
+        self._stream = side_stream(device)
+        self._ready: queue.Queue[tuple[Unit, Any] | BaseException | None] = queue.Queue(ahead)
+        self._slots: list[tuple[list[Tensor], Any]] = [([], None) for _ in range(2)]
         self._closed = threading.Event()
         threading.Thread(target=self._run, args=(units,), daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next unit is on its way already, so that asking for it does not wait."""
+        return not self._ready.empty()
 
     def __iter__(self) -> Iterator[Unit]:
         return self
@@ -249,10 +254,10 @@ class _Upload:
         if isinstance(item, BaseException):
             raise item
         unit, copied = item
-        current = torch.cuda.current_stream(self._device)
+        current = current_stream(self._device)
         current.wait_event(copied)
         for column in unit.columns:
-            column.record_stream(current)  # its memory was taken on the side stream
+            used_on(column, current)  # its memory was taken on the side stream
         return unit
 
     def close(self) -> None:
@@ -268,24 +273,22 @@ class _Upload:
         except BaseException as error:  # handed to the consumer, which raises it
             self._put(error)
 
-    def _upload(self, unit: Unit, slot: int) -> tuple[Unit, torch.cuda.Event]:
+    def _upload(self, unit: Unit, slot: int) -> tuple[Unit, Any]:
         staged, used = self._slots[slot]
         if used is not None:
             used.synchronize()  # the copy from this pinned memory is over
         if not staged or any(len(s) < c.numel() for s, c in zip(staged, unit.columns, strict=True)):
-            staged = [torch.empty(c.numel(), dtype=c.dtype, pin_memory=True) for c in unit.columns]
+            staged = [pinned((c.numel(),), c.dtype) for c in unit.columns]
         columns = []
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             for column, memory in zip(unit.columns, staged, strict=True):
-                pinned = memory[: column.numel()].view_as(column)
-                pinned.copy_(column)
-                columns.append(pinned.to(self._device, non_blocking=True))
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        self._slots[slot] = (staged, event)
-        return unit._replace(columns=tuple(columns)), event
+                source = memory[: column.numel()].view_as(column).copy_(column)
+                columns.append(source.to(self._device, non_blocking=True, copy=True))
+            copied = record(self._stream)
+        self._slots[slot] = (staged, copied)
+        return unit._replace(columns=tuple(columns)), copied
 
-    def _put(self, item: tuple[Unit, torch.cuda.Event] | BaseException | None) -> bool:
+    def _put(self, item: tuple[Unit, Any] | BaseException | None) -> bool:
         """False if the consumer is gone."""
         while not self._closed.is_set():
             try:

@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtc import native
+from mtc.backends import choose_backend
 from mtc.config import RunConfig
-from mtc.distributed import Averaging, all_reduce, world_size
+from mtc.devices import device_name, is_gpu, synchronise
+from mtc.distributed import Averaging, agree, all_reduce, world_size
 from mtc.kernels import Objective, Workspace
 from mtc.selection import kth_largest
 from mtc.transcoder import Compute, MatryoshkaTranscoder, TrainOutput, TranscoderShape
@@ -166,9 +168,16 @@ class Trainer:
         """How losses are computed, for the run's record: "sparse, compiled (auto: dense 80.1 ms, sparse 21.4 ms)"."""
         if self.compute is None:
             return "not chosen yet"
-        loops = f", {native.status()}" if self.compute.backend == "sparse" and self.device.type == "cpu" else ""
-        timings = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in self.compute_timings.items())
-        return f"{self.compute.backend}{loops}" + (f" (auto: {timings})" if timings else "")
+        backend, bfloat16 = self.compute
+        how = ""
+        if is_gpu(self.device):
+            how = f" on {device_name(self.device)}"
+        elif backend == "sparse":
+            how = f", {native.status()}"
+        why = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in self.compute_timings.items())
+        if self.config.optimizer.backend == "auto" and is_gpu(self.device):
+            _, why = self._recommended(bfloat16)
+        return f"{backend}{how}" + (f" (auto: {why})" if why else "")
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, a constant, then a linear decay to `final_lr_fraction` at the last step; counts from 0."""
@@ -195,11 +204,16 @@ class Trainer:
 
     def _choose_compute(self, source: Tensor, target: Tensor, objective: Objective) -> None:
         settings = self.config.optimizer
-        everywhere = torch.tensor(int(choose_bfloat16(settings.precision, self.device)), device=self.device)
-        all_reduce(everywhere, dist.ReduceOp.MIN)  # ranks must make the same collective calls
+        # Ranks must make the same collective calls.
+        (everywhere,) = agree(choose_bfloat16(settings.precision, self.device), op=dist.ReduceOp.MIN)
         bfloat16 = bool(everywhere)
         if settings.backend != "auto":
             self.compute = Compute(settings.backend, bfloat16)
+            return
+        if is_gpu(self.device):
+            found, _ = self._recommended(bfloat16)
+            (dense,) = agree(found == "dense", op=dist.ReduceOp.MIN)
+            self.compute = Compute("dense", False) if dense else Compute("sparse", bfloat16)
             return
         for backend in BACKENDS:
             self.compute_timings[backend] = self._time(Compute(backend, bfloat16), source, target, objective)
@@ -210,15 +224,19 @@ class Trainer:
         """Median seconds of forward and backward on the slowest rank; the same number on all ranks."""
         seconds = []
         for _ in range(4):
-            _wait(self.device)
+            synchronise(self.device)
             start = time.perf_counter()
             self._recycle_gradients()
             self.transcoder(source, target, objective, compute, self.workspace).loss.backward()
-            _wait(self.device)
+            synchronise(self.device)
             seconds.append(time.perf_counter() - start)
-        slowest = torch.tensor(statistics.median(seconds[1:]), device=self.device)  # the first one warms up
-        all_reduce(slowest, dist.ReduceOp.MAX)
-        return float(slowest)
+        (slowest,) = agree(statistics.median(seconds[1:]), op=dist.ReduceOp.MAX)  # the first one warms up
+        return slowest
+
+    def _recommended(self, bfloat16: bool) -> tuple[Literal["dense", "sparse"], str]:
+        """What `auto` takes on this GPU, and why."""
+        tokens = self.config.optimizer.batch_tokens // world_size()
+        return choose_backend(device_name(self.device), self.transcoder.num_features, tokens, bfloat16)
 
     def _recycle_gradients(self) -> None:
         """Drop the last step's gradients; the sparse backward writes the large ones into the same memory again."""
@@ -303,8 +321,7 @@ class Calibrator:
     def finish(self) -> float:
         """Set and return the threshold; call on every rank."""
         device = self.transcoder.W_enc.device
-        total = torch.tensor(self.tokens, device=device)
-        all_reduce(total)
+        (total,) = agree(self.tokens)
         values = torch.cat([*self.strongest, torch.zeros(0, device=device)])
         # Entries strictly above the threshold are active, so it is the first value that is not among the k per token.
         threshold = float(kth_largest(values, self.transcoder.shape.k * int(total) + 1))
@@ -319,8 +336,3 @@ def choose_bfloat16(precision: str, device: torch.device) -> bool:
     from mtc.language_model import choose_dtype
 
     return choose_dtype("auto", device) == torch.bfloat16
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -12,6 +12,7 @@ Callers always pass and get raw activations; the scaling of inputs and targets l
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -21,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from mtc.distributed import all_gather, all_reduce, distributed
-from mtc.kernels import Objective, Weights, Workspace, bag_sums, dense_loss, entry_dots, sparse_loss
+from mtc.distributed import agree, all_gather, all_reduce, distributed
+from mtc.kernels import Objective, Weights, Workspace, bag_sums, dense_loss, entry_dots, make_bags, sparse_loss
 
 FORMAT_VERSION = 1
 RMS_EPS = 1e-6
@@ -165,14 +166,15 @@ class MatryoshkaTranscoder(nn.Module):
             threshold = threshold[:m]
         if not bfloat16_search:
             z = torch.nn.functional.linear(x, W_enc, b_enc).float()
-            token, feature = (z > threshold).nonzero(as_tuple=True)
+            token, feature = (index.contiguous() for index in (z > threshold).nonzero(as_tuple=True))
             return Codes(len(source), token, feature, z[token, feature])
         z = torch.nn.functional.linear(x.bfloat16(), W_enc.bfloat16())
         # Both factors and the result are rounded by at most 2^-9 of themselves, and |x . w| <= ||x|| ||w||; so is the
         # border.
         largest = x.norm(dim=1).amax() if len(x) else x.new_zeros(())
         border = threshold - b_enc - 2**-7 * largest * W_enc.norm(dim=1)
-        token, feature = (z > (border - 2**-8 * border.abs()).bfloat16()).nonzero(as_tuple=True)
+        found = (z > (border - 2**-8 * border.abs()).bfloat16()).nonzero(as_tuple=True)
+        token, feature = (index.contiguous() for index in found)
         value = entry_dots(x, token, W_enc, feature) + b_enc[feature]
         fires = value > (threshold[feature] if threshold.dim() else threshold)
         return Codes(len(source), token[fires], feature[fires], value[fires])
@@ -186,9 +188,8 @@ class MatryoshkaTranscoder(nn.Module):
         bag = codes.token * groups + torch.bucketize(codes.feature, ends, right=True)
         counts = torch.bincount(bag, minlength=codes.tokens * groups)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        parts = bag_sums(self.W_dec, codes.feature, codes.value, offsets).view(
-            codes.tokens, groups, self.shape.d_target
-        )
+        bags = make_bags(offsets, len(codes.feature))
+        parts = bag_sums(self.W_dec, codes.feature, codes.value, bags).view(codes.tokens, groups, self.shape.d_target)
         return (parts.transpose(0, 1).cumsum(0) + self.base(source)) / self.target_scale
 
     def reconstruct(self, source: Tensor, prefix: int | None = None) -> Tensor:
@@ -224,7 +225,8 @@ class MatryoshkaTranscoder(nn.Module):
 
         `objective` is equal on all ranks. Called on every rank at once when torch.distributed is set up.
         """
-        with torch.autocast(source.device.type, dtype=torch.bfloat16, enabled=compute == ("dense", True)):
+        rounded = torch.autocast(source.device.type, dtype=torch.bfloat16) if compute == ("dense", True) else None
+        with rounded or nullcontext():
             x, y = self.normalise(source), target.float() * self.target_scale
             residual = y if self.W_skip is None else y - torch.nn.functional.linear(x, self.W_skip).float()
             weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
@@ -299,9 +301,9 @@ class MatryoshkaTranscoder(nn.Module):
 
 def _mean_over_ranks(values: Tensor) -> Tensor:
     """Mean over the first dimension of all ranks' rows."""
-    total, count = values.sum(0), torch.tensor(float(len(values)), dtype=torch.float64, device=values.device)
+    total = values.sum(0)
     all_reduce(total)
-    all_reduce(count)
+    (count,) = agree(len(values))
     return total / count
 
 
@@ -310,7 +312,7 @@ def _draw_over_ranks(values: Tensor, count: int, seed: int) -> Tensor:
 
     Where there are fewer rows than that, they are repeated with as much noise, so that no two are equal.
     """
-    sizes = all_gather(torch.tensor(len(values), device=values.device))
+    sizes = all_gather(torch.tensor(len(values)))
     total, before = int(sizes.sum()), int(sizes[: dist.get_rank() if distributed() else 0].sum())
     generator = torch.Generator().manual_seed(seed)
     index = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]

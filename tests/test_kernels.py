@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from mtc import kernels, native, selection
+from mtc import devices, kernels, native, selection
 from mtc.kernels import Objective, Weights, Workspace, dense_loss, sparse_loss
-from mtc.selection import _by_histogram, _by_search, keep_largest
+from mtc.selection import _border, _by_histogram, _largest_values, keep_largest
 
 TOKENS, D_SOURCE, D_TARGET, ENDS = 9, 7, 5, (6, 16, 24)
 F = ENDS[-1]
@@ -18,11 +18,10 @@ F = ENDS[-1]
 
 @pytest.fixture(params=["compiled", "torch", "as on a GPU"])
 def loops(request, monkeypatch):
-    """The loops of kernels.c (float32), torch operations, and those with the choice that a GPU makes."""
+    """The loops of kernels.c (float32), torch operations, and what a GPU runs."""
     if request.param != "compiled":
         monkeypatch.setattr(native, "runs", lambda tensor: False)
-        if request.param == "as on a GPU":
-            monkeypatch.setattr(selection, "_largest_cpu", lambda z, n, _: (selection._largest_cuda(z, n), 0.0))
+        monkeypatch.setattr(devices, "PRETENDING", request.param == "as on a GPU")
     elif native.load() is None:
         pytest.skip(native.status())
     return request.param
@@ -167,7 +166,7 @@ def test_what_a_gpu_runs_chooses_the_same_entries():
     z[-1, -1] = float("inf")
     z[3, 3] = float("nan")
     for count in (1, 77, 400, 2000):
-        chosen = selection._largest_cuda(z, count)
+        chosen = selection._largest_gpu(z, count)
         expected, _ = selection._largest_cpu(z, count, 0.0)
         real = chosen.value > 0
         assert len(chosen.value) == count and (chosen.value[~real] == 0).all()
@@ -182,7 +181,8 @@ def test_kth_largest_is_exact(count):
     values[50:60] = 1e-41  # denormal
     positive = values[values > 0].sort(descending=True).values
     expected = positive[count - 1].item() if count <= len(positive) else 0.0
-    assert _by_histogram(values, count).item() == _by_search(values, count).item() == expected
+    on_gpu, *_ = _border(_largest_values(values, count), count)
+    assert _by_histogram(values, count).item() == on_gpu.item() == expected
 
 
 def test_ties_go_by_position_and_zeros_are_never_chosen():
@@ -213,7 +213,7 @@ def test_loops_do_not_depend_on_threads():
     threads, results = torch.get_num_threads(), []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        results.append(kernels.bag_sums(table, index, weight, offsets))
+        results.append(kernels.bag_sums(table, index, weight, kernels.Bags(offsets)))
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 

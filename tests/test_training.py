@@ -103,14 +103,23 @@ def test_training_on_two_and_three_ranks_equals_one(ray_cluster, tmp_path, backe
 
 
 def chosen_among_ties(rank, world):
-    from mtc.selection import _by_histogram, _by_search, keep_largest
+    """As on CPUs, which must equal as on GPUs: one at a time and as entries of a matrix."""
+    from mtc import devices
+    from mtc.selection import keep_largest, largest_entries
 
     values = torch.randint(-3, 6, (400,), generator=torch.Generator().manual_seed(0)).float()
+    values[50:60] = torch.nan
     part = values[rank * len(values) // world : (rank + 1) * len(values) // world]
     chosen = {}
     for count in (1, 40, 60, 100, 200, 390):
-        assert _by_search(part, count) == _by_histogram(part, count)
         chosen[count] = keep_largest(part, count)[0].tolist()
+        devices.PRETENDING = True
+        assert keep_largest(part, count)[0].tolist() == chosen[count]
+        entries, _ = largest_entries(part.unsqueeze(0), count)
+        devices.PRETENDING = False
+        found = entries.feature[entries.value > 0]
+        assert found.tolist() == torch.tensor(chosen[count]).nonzero().squeeze(1).tolist()
+        assert torch.equal(entries.value[entries.value > 0], part[found])
     return chosen
 
 
