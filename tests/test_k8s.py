@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -219,6 +220,23 @@ def test_pods_may_do_little(overlay: str) -> None:
             assert "cpu" not in container["resources"]["limits"], "a limit stops threads that could have gone on"
             written = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
             assert {"/tmp", "/tmp/ray", "/home/mtc"} <= written, "what a read-only root leaves to write to"
+
+
+@every_overlay
+def test_compiled_kernels_go_where_pods_may_write(overlay: str) -> None:
+    """The image's variables, which no manifest overrides."""
+    places = dict(re.findall(r"(TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR)=(\S+)", (ROOT / "Dockerfile").read_text()))
+    assert len(places) == 2
+    for pod in pods(overlay):
+        assert not {variable["name"] for variable in pod.container["env"]} & {*places, "HOME", "TMPDIR"}
+        volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+        written = {
+            Path(m["mountPath"]): volumes[m["name"]] for m in pod.container["volumeMounts"] if not m.get("readOnly")
+        }
+        for place in places.values():
+            (volume,) = [v for mount, v in written.items() if Path(place).is_relative_to(mount)]
+            assert "medium" not in volume["emptyDir"] and amount(volume["emptyDir"]["sizeLimit"]) >= 2 * 1024**3
+        assert Path("/tmp") in written, "where compilers build"
 
 
 def names(overlay: str) -> set[tuple[str, str]]:
@@ -474,9 +492,8 @@ def test_service_runs_as_elsewhere(overlay: str) -> None:
 def test_the_gpu_overlay_trains_the_reference_run() -> None:
     for overlay in ("gpu", "prod"):
         run = run_config(overlay)
-        assert run.model.compile is False, "the image has no compiler"
-        same = run.model_copy(update={"model": run.model.model_copy(update={"compile": None})})
-        assert same.fingerprint() == load_preset("gemma-2-2b-layer17").fingerprint()
+        assert run.model.compile is None, "on GPUs, where the image has a compiler"
+        assert run.fingerprint() == load_preset("gemma-2-2b-layer17").fingerprint()
         assert run.cluster.use_gpu is True
 
 
