@@ -1,9 +1,16 @@
 """Causal attention over windows that lie one after another in a single row, without padding between them.
 
 Everything else in a layer treats tokens one by one, so a batch of windows of any lengths is run as one row of tokens
-and no position is wasted; only attention has to know where windows begin. Windows of one length are viewed as a
-rectangle. Others are gathered into rectangles of similar length, padded on the right: a causal token never looks at
-what comes after it, so padding needs no mask and the fastest kernels apply.
+and no position is wasted; only attention has to know where windows begin. It does so in one of two ways:
+
+Rectangles: windows of one length are viewed as a rectangle, others gathered into rectangles of similar length, padded
+on the right. A causal token never looks at what comes after it, so padding needs no mask and the fastest kernels
+apply. CPUs take nothing else.
+
+One row: on a GPU, compiled FlexAttention (https://arxiv.org/abs/2412.05496) takes the row as it is, with a mask that
+says which blocks of 128 keys a block of 128 queries sees. One kernel serves all lengths, with a sliding window and
+without, and it can cap the scores, as Gemma 2 does and no other fast kernel can (torch.nn.attention.varlen, for one,
+takes windows in a row but no cap). Windows of one length whose scores are neither capped nor cut off stay a rectangle.
 
 transformers calls `attend` for a model that was loaded with `attn_implementation=NAME`; the windows reach it as the
 keyword argument `windows` of the model's forward.
@@ -11,25 +18,26 @@ keyword argument `windows` of the model's forward.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from mtc.devices import send
-
-logger = logging.getLogger(__name__)
+from mtc.flex import Kernel, block_mask
 
 NAME = "mtc_windows"
 LEAST_FILL = 0.8
 """A window joins a rectangle if it fills at least this share of its width."""
 LEAST_FLEX = 256
-"""Width from which soft-capped attention on a GPU is worth a compiled kernel."""
+"""Tokens of a row from which one compiled kernel is worth its mask; two blocks, so that no dimension of it is 1."""
+LEAST_HEAD = 16
+"""Width of a head from which Triton multiplies matrices."""
 
 
 class Rectangle(NamedTuple):
@@ -49,18 +57,43 @@ class Rectangle(NamedTuple):
     """[tokens] int64: their packed positions."""
 
 
-def make_rectangles(lengths: Sequence[int], device: torch.device | str = "cpu") -> list[Rectangle]:
-    """How windows of these `lengths`, packed in this order, are taken together."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    groups: list[list[int]] = []
-    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (-lengths[i], i)):
-        width = lengths[groups[-1][0]] if groups else 0
-        if not groups or lengths[i] < LEAST_FILL * width:
-            groups.append([])
-        groups[-1].append(i)
-    return [_rectangle([(starts[i], lengths[i]) for i in group], device) for group in groups]
+class Windows:
+    """Windows of these `lengths`, packed in this order on `device`, for one forward pass.
+
+    What attention needs to know of them is made when a layer first asks for it, and serves the other layers too.
+    Without a `kernel` they are taken as rectangles.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", kernel: Kernel | None = None):
+        self.lengths = [length for length in lengths if length]
+        self.tokens = sum(self.lengths)
+        self.longest = max(self.lengths, default=0)
+        self.kernel = kernel
+        self._device = device
+        self._masks: dict[int | None, Any] = {}
+
+    @property
+    def alike(self) -> bool:
+        """Whether all windows have one length."""
+        return all(length == self.longest for length in self.lengths)
+
+    @cached_property
+    def rectangles(self) -> list[Rectangle]:
+        """The windows that are taken together where they are not taken as one row."""
+        starts = np.cumsum([0, *self.lengths]).tolist()
+        groups: list[list[int]] = []
+        for i in sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i)):
+            width = self.lengths[groups[-1][0]] if groups else 0
+            if not groups or self.lengths[i] < LEAST_FILL * width:
+                groups.append([])
+            groups[-1].append(i)
+        return [_rectangle([(starts[i], self.lengths[i]) for i in group], self._device) for group in groups]
+
+    def mask(self, reach: int | None) -> Any:
+        """The BlockMask of the row; `reach` is how far a token sees, itself included."""
+        if reach not in self._masks:
+            self._masks[reach] = block_mask(self.lengths, reach, self._device)
+        return self._masks[reach]
 
 
 def attend(
@@ -72,29 +105,45 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    windows: Sequence[Rectangle] = (),
+    windows: Windows | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """Attention inside each window, as transformers calls it.
 
     `query` is [1, heads, tokens, head_dim], `key` and `value` may have fewer heads; returns [1, tokens, heads,
     head_dim]. `softcap` bounds the scores as Gemma 2 does, `sliding_window` is how far a token sees, itself included.
+    Raises ValueError for windows that are not those of the row.
     """
-    tokens = sum(w.windows * w.width if w.real is None else len(w.real) for w in windows)
-    if tokens != query.shape[2] or len(query) != 1:
+    if windows is None or windows.tokens != query.shape[2] or len(query) != 1:
+        tokens = windows.tokens if windows is not None else 0
         raise ValueError(f"windows of {tokens} tokens, but the row has shape {list(query.shape)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    reach = sliding_window if sliding_window is not None and sliding_window < windows.longest else None
+    if windows.kernel is not None and _as_one_row(windows, query, softcap, reach):
+        out = windows.kernel.attend(query, key, value, windows.mask(reach), scale, softcap)
+        if out is not None:
+            return out.transpose(1, 2), None
     columns = [part.transpose(1, 2)[0] for part in (query, key, value)]  # [tokens, heads, head_dim]
     result = torch.empty((*columns[0].shape[:2], columns[2].shape[2]), dtype=value.dtype, device=value.device)
-    for rectangle in windows:
+    for rectangle in windows.rectangles:
         q, k, v = (_take(column, rectangle).transpose(1, 2) for column in columns)  # [windows, heads, width, head_dim]
-        reach = sliding_window if sliding_window is not None and sliding_window < rectangle.width else None
-        out = _plain(q, k, v, scale, reach) if softcap is None else _soft_capped(q, k, v, scale, softcap, reach)
+        near = reach if reach is not None and reach < rectangle.width else None
+        out = _plain(q, k, v, scale, near) if softcap is None else _soft_capped(q, k, v, scale, softcap, near)
         _put(result, out.transpose(1, 2), rectangle)
     return result.unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, attend)
+
+
+def _as_one_row(windows: Windows, query: Tensor, softcap: float | None, reach: int | None) -> bool:
+    """Whether the compiled kernel is the faster way."""
+    if windows.tokens < LEAST_FLEX or query.shape[-1] < LEAST_HEAD:
+        return False
+    return softcap is not None or reach is not None or not windows.alike
+
+
+# Windows as rectangles ----------------------------------------------------------------------------------------------
 
 
 def _rectangle(group: list[tuple[int, int]], device: torch.device | str) -> Rectangle:
@@ -140,8 +189,6 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: int | None) -> 
 
 
 def _soft_capped(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, reach: int | None) -> Tensor:
-    if q.is_cuda and q.shape[2] >= LEAST_FLEX and (out := _flex(q, k, v, scale, softcap, reach)) is not None:
-        return out
     k, v = _repeat(k, q), _repeat(v, q)
     scores = (q @ k.transpose(2, 3)).mul_(scale / softcap).tanh_().mul_(softcap)
     scores.masked_fill_(~_visible(q.shape[2], reach, q.device), -torch.inf)
@@ -159,53 +206,3 @@ def _visible(width: int, reach: int | None, device: torch.device) -> Tensor:
     """[width, width] bool: which keys (columns) a query (row) sees."""
     mask = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     return mask if reach is None else mask.triu(1 - reach)
-
-
-# Soft-capped attention as one kernel -------------------------------------------------------------------------------
-
-
-_flex_failed = False
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, reach: int | None) -> Tensor | None:
-    """FlexAttention, compiled; None where it can't be compiled, said once."""
-    global _flex_failed
-    if _flex_failed:
-        return None
-    try:
-        mask = _flex_mask(q.shape[2], reach, q.device)
-        score = _flex_score(softcap)
-        shared = k.shape[1] != q.shape[1]
-        with torch._dynamo.config.patch(specialize_float=True):  # the kernel takes the cap only as a constant
-            return _compiled_flex()(q, k, v, score_mod=score, block_mask=mask, scale=scale, enable_gqa=shared)
-    except Exception as error:  # compilers fail in many ways; the plain operations give the same result, slower
-        logger.warning("soft-capped attention runs without a compiled kernel: %s: %s", type(error).__name__, error)
-        _flex_failed = True
-        return None
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-@lru_cache(maxsize=64)
-def _flex_mask(width: int, reach: int | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        before = key <= query
-        return before if reach is None else before & (query - key < reach)
-
-    return create_block_mask(visible, None, None, width, width, device=str(device))
-
-
-@lru_cache(maxsize=8)
-def _flex_score(softcap: float) -> Callable[..., Tensor]:
-    return partial(_capped, softcap)
-
-
-def _capped(softcap: float, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return softcap * torch.tanh(score / softcap)

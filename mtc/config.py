@@ -65,7 +65,8 @@ class ModelConfig(_Part):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the language model; `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
     compile: bool | None = None
-    """Compile the language model's norms and MLPs, which takes a minute; by default on GPUs only."""
+    """Compile the language model's norms, MLPs and soft-capped attention, which takes a minute; by default on GPUs
+    where there is a C compiler."""
 
     @property
     def sites(self) -> tuple[LayerConfig, ...]:
@@ -252,6 +253,9 @@ class ClusterConfig(_Part):
     """Processes that hold the language model."""
     use_gpu: bool | None = None
     """Run model and trainers on GPUs; by default if the cluster has any."""
+    mps: bool = False
+    """Let trainer and model actor compute on one shared GPU at the same time, by a daemon of NVIDIA's Multi-Process
+    Service for this run. By default they take turns, so that one that is killed never harms the other."""
     min_trainers: int | None = Field(default=None, ge=1)
     """Fewer trainers than num_trainers, but at least these, go on while a node is missing; by default all must be
     there. The global batch stays the same."""

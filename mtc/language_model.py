@@ -4,27 +4,37 @@ Sites, named as in TransformerLens: `resid_mid` is the residual stream after att
 the norm before the MLP, `mlp_out` what the MLP block adds to the residual stream, so resid_mid + mlp_out is the
 layer's output. Windows of any lengths run as one row of tokens (mtc.attention), so nothing is spent on padding, on
 layers above, on logits or on a cache.
+
+On a GPU norms, MLPs and attention are compiled. Nothing depends on that: where compilation fails, the same operations
+run one by one, and `LanguageModel.compute` says why.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from mtc import attention
+from mtc import attention, flex
 from mtc.config import ModelConfig
-from mtc.devices import send
+from mtc.devices import is_gpu, send
 from mtc.model_files import ModelError, loading, model_info, modules_of, prepare_model, revision, validate
-from mtc.work import PackedWindows
+from mtc.work import PackedWindows, pack_windows
 
 logger = logging.getLogger(__name__)
+
+WARM_WITHOUT_KERNEL = 1024
+"""Most tokens of a warm-up pass whose attention takes memory for all pairs of tokens."""
 
 
 class SitePair(NamedTuple):
@@ -92,15 +102,48 @@ class LanguageModel:
         self._attentions = [layer.get_submodule(modules.attention) for layer in layers]
         self._final_norm = self._base.get_submodule(modules.final_norm) if full else None
         self._parallel = bool(getattr(model_config, "use_parallel_residual", False))
-        self.compiled = self.device.type == "cuda" if config.compile is None else config.compile
-        if self.compiled:
-            _compile(self._base)
+        self._eager = _why_eager(config.compile, self.device)
+        self._forwards = [] if self._eager is not None else _compile(self._base)
+        self._kernel = flex.Kernel() if self._eager is None and is_gpu(self.device) else None
         inside = self._base.get_submodule(modules.layers).modules()
         products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
+        self._context_length: int | None = getattr(text, "max_position_embeddings", None)
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or info.d_model // heads
         self._flops_per_token = 2 * sum(products)
         self._flops_per_pair = 4 * heads * width * text.num_hidden_layers
+
+    @property
+    def compiled(self) -> bool:
+        """Whether norms, MLPs and, on a GPU, attention are compiled, which the first passes wait for."""
+        return self._eager is None
+
+    @property
+    def compute(self) -> str:
+        """How forward passes run: "compiled", or "eager" with the reason in parentheses, such as
+        "eager (model.compile=false)", "eager (no C compiler)" or "eager (InductorError: ...)".
+
+        "compiled, attention eager (...)" if only attention lost its kernel. Known after `warm_up`: before the first
+        passes it says what will be tried.
+        """
+        if self._eager is not None:
+            return f"eager ({self._eager})"
+        failed = self._kernel and self._kernel.failed
+        return f"compiled, attention eager ({failed})" if failed else "compiled"
+
+    def warm_up(self, tokens: int) -> None:
+        """Run passes of the kinds that come, with up to `tokens` tokens each, so that none of them compiles later.
+
+        Compilation that fails is noticed here: the model then runs eager. On a CPU that compiles nothing there is
+        nothing to do. Raises torch.OutOfMemoryError if passes of that many tokens do not fit.
+        """
+        if not (self.compiled or is_gpu(self.device)):
+            return
+        longest = max(1, min(tokens, self._context_length or tokens))
+        for lengths in _kinds_of_windows(max(1, tokens), longest):
+            # Without a kernel attention takes memory for all pairs of a window, maybe a longer one than ever comes.
+            if sum(lengths) <= WARM_WITHOUT_KERNEL or (self._kernel is not None and self._kernel.failed is None):
+                self.capture(pack_windows([np.zeros(length, np.int32) for length in lengths], []))
 
     def capture(self, windows: PackedWindows, only: Tensor | None = None) -> tuple[SitePair, ...]:
         """Activations at the sites of every entry of `config.sites`, of all tokens or of those with the indices `only`.
@@ -109,7 +152,7 @@ class LanguageModel:
         """
         rows = None if only is None else send(only, self.device)
         with torch.inference_mode(), self._watch() as seen:
-            self._base(**self._inputs(windows))
+            self._run(self._base, windows)
         # Outside inference mode a copy is an ordinary tensor.
         return tuple(
             SitePair(
@@ -133,11 +176,11 @@ class LanguageModel:
         """
         if not self.full:
             raise ValueError("logits need the whole model: LanguageModel(config, full=True)")
-        inputs = self._inputs(windows) | ({} if only is None else {"logits_to_keep": send(only, self.device)})
+        kept = {} if only is None else {"logits_to_keep": send(only, self.device)}
         if replace is None:
-            return self.model(**inputs).logits[0]
+            return self._run(self.model, windows, **kept).logits[0]
         with self._watch(replace, at):
-            return self.model(**inputs).logits[0]
+            return self._run(self.model, windows, **kept).logits[0]
 
     @contextmanager
     def watch_final_norm(self) -> Iterator[list[Tensor]]:
@@ -189,11 +232,26 @@ class LanguageModel:
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         return self._flops_per_token * sum(lengths) + self._flops_per_pair * pairs
 
+    def _run(self, model: nn.Module, windows: PackedWindows, **others: Any) -> Any:
+        """A forward pass; if a compiler fails in it, from here on without any."""
+        if self._eager is None:
+            try:
+                with flex.compiler_settings():
+                    return model(**self._inputs(windows), **others)
+            except Exception as error:
+                self._eager = flex.compiler_failure(error)
+                if self._eager is None:
+                    raise
+            logger.warning("the language model is not compiled and runs slower: %s", self._eager)
+            _restore(self._forwards)
+            self._forwards, self._kernel = [], None
+        return model(**self._inputs(windows), **others)
+
     def _inputs(self, windows: PackedWindows) -> dict[str, Any]:
         return {
             "input_ids": send(windows.input_ids, self.device).unsqueeze(0),
             "position_ids": send(windows.position_ids, self.device).unsqueeze(0),
-            "windows": attention.make_rectangles(windows.lengths, self.device),
+            "windows": attention.Windows(windows.lengths, self.device, self._kernel),
             "use_cache": False,
         }
 
@@ -258,11 +316,62 @@ def _truncate(model_config: PretrainedConfig, num_layers: int) -> None:
         text.layer_types = text.layer_types[:num_layers]
 
 
-def _compile(base: nn.Module) -> None:
+def _why_eager(requested: bool | None, device: torch.device) -> str | None:
+    """Why a model is not compiled, None if it is; `requested` is `model.compile`."""
+    if requested is not None:
+        return None if requested else "model.compile=false"
+    if not is_gpu(device):
+        return "on a CPU"  # where products take most of the time
+    missing = _missing_for_triton()
+    if missing is not None:
+        logger.warning("the language model is not compiled and runs slower: %s", missing)
+    return missing
+
+
+def _missing_for_triton() -> str | None:
+    """What is not there of what compiling for a GPU takes, None if all is.
+
+    Triton compiles its launcher with the C compiler that CC names, else with gcc or clang (its runtime/build.py).
+    """
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        return "no C compiler"
+    try:
+        import_module("triton")
+    except ImportError as error:
+        return f"no Triton: {error}"
+    return None
+
+
+def _kinds_of_windows(tokens: int, longest: int) -> Iterator[list[int]]:
+    """Lengths of windows, one list a pass, that take every path through the model: attention as one row, one token,
+    which is a kind of its own for compilers, a short row, one long window and many that are alike."""
+    rest = min(tokens, attention.LEAST_FLEX + 115) - 1
+    mixed = [1, *[longest] * (rest // longest), rest % longest]
+    each = max(1, min(longest, tokens // 8))
+    for lengths in (mixed, [1], [3, 2, 6], [longest], [each] * (tokens // each)):
+        if sum(lengths) <= tokens and max(lengths) <= longest:
+            yield lengths
+
+
+def _compile(base: nn.Module) -> list[tuple[nn.Module, Any]]:
     """Fuse what lies between the matrix products: norms and MLPs. All layers share one compiled graph of each.
 
-    Only `forward` is compiled, so that hooks stay outside and never cause a recompilation.
+    Only `forward` is compiled, so that hooks stay outside and never cause a recompilation. Returns the modules with
+    what they had as a `forward` of their own, mostly None: `_restore` gives it back.
     """
+    changed = []
     for name, module in base.named_modules():
         if "norm" in type(module).__name__.lower() or name.endswith(".mlp"):
-            module.forward = torch.compile(module.forward, dynamic=True)
+            changed.append((module, vars(module).get("forward")))
+            # A graph break or too many compilations raise; they would otherwise run eager in silence.
+            module.forward = torch.compile(module.forward, dynamic=True, fullgraph=True)
+    return changed
+
+
+def _restore(forwards: list[tuple[nn.Module, Any]]) -> None:
+    for module, own in forwards:
+        if own is None:
+            del module.forward  # that of its class shows again
+        else:
+            module.forward = own

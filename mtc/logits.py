@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mtc.sums import MAX_LOGITS
+from mtc.sums import max_logits
 from mtc.transcoder import MatryoshkaTranscoder
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def logit_effects(model: LanguageModel, transcoder: MatryoshkaTranscoder, first:
 
     `model` is loaded with `full=True`; raises ValueError if not.
     """
-    step = max(1, MAX_LOGITS // model.vocab_size)
+    step = max(1, max_logits(model.device) // model.vocab_size)
     k = min(TOP_LOGITS, model.vocab_size)
     parts = []
     for a in range(first, end, step):

@@ -42,6 +42,8 @@ from pydantic import BaseModel, ConfigDict
 from mtc.config import RunConfig, make_config
 
 if TYPE_CHECKING:
+    import torch
+
     from mtc.report.schema import Analysis
     from mtc.transcoder import MatryoshkaTranscoder
 
@@ -320,7 +322,7 @@ def parse_analysis(data: bytes, name: str) -> Analysis:
     return Analysis.model_validate(raw)
 
 
-def load_transcoder(run: RunDirectory, device: str = "cpu") -> MatryoshkaTranscoder:
+def load_transcoder(run: RunDirectory, device: str | torch.device = "cpu") -> MatryoshkaTranscoder:
     """The run's transcoder, through a temporary local file where the run is remote."""
     from mtc.transcoder import MatryoshkaTranscoder
 

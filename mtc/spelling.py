@@ -20,6 +20,8 @@ from mtc.tokens import special_ids
 from mtc.work import PackedWindows, pack_windows
 
 if TYPE_CHECKING:
+    import torch
+
     from mtc.config import ModelConfig
     from mtc.language_model import LanguageModel
     from mtc.transcoder import MatryoshkaTranscoder
@@ -72,7 +74,7 @@ def measure_spelling(
     config: ModelConfig,
     transcoder: MatryoshkaTranscoder,
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     at: int = 0,
     words_per_letter: int = 200,
     asked: int = 500,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mtc.work import PackedWindows
 
 Array = NDArray[Any]
-MAX_LOGITS = 1 << 26  # held at a time, a few copies of them: the vocabulary is what fills the memory
+MAX_LOGITS = 1 << 26  # held at a time on a CPU, a few copies of them: the vocabulary is what fills the memory
 MAX_ENTRIES = 1 << 26  # of dense [tokens, features] held at a time, a few copies of them
 
 
@@ -124,15 +124,7 @@ class TokenErrors(NamedTuple):
 
     def sums(self, labels: Tensor, num_labels: int) -> TokenSums:
         """Summed over the tokens of each label; `labels` is [tokens] int64."""
-        present, which = labels.unique(return_inverse=True)
-        of_label = torch.nn.functional.one_hot(which, len(present)).T.double()  # few: a product beats index_add
-        rows = present.cpu().numpy()
-
-        def by_label(values: Tensor) -> Array:
-            sums = np.zeros((num_labels, *values.shape[1:]))
-            sums[rows] = (of_label @ values).cpu().numpy()
-            return sums
-
+        by_label = _by_label(labels, num_labels)
         return TokenSums(
             tokens=by_label(torch.ones_like(self.errors[:, 0])),
             errors=by_label(self.errors),
@@ -141,6 +133,25 @@ class TokenErrors(NamedTuple):
             cosine=by_label(self.cosine),
             active=by_label(self.active),
         )
+
+
+def _by_label(labels: Tensor, num_labels: int) -> Callable[[Tensor], Array]:
+    """A function that sums values, [tokens] or [tokens, d], over the tokens of each label: [num_labels] or
+    [num_labels, d], float64. `labels` is [tokens] int64.
+
+    By a product with the few labels that are present: `index_add_` is slower, and on a GPU it adds in another order
+    every time.
+    """
+    present, which = labels.unique(return_inverse=True)
+    of_label = (which == torch.arange(len(present), device=labels.device)[:, None]).double()  # [present, tokens]
+    rows = present.cpu().numpy()
+
+    def by_label(values: Tensor) -> Array:
+        sums = np.zeros((num_labels, *values.shape[1:]))
+        sums[rows] = (of_label @ values.double()).cpu().numpy()
+        return sums
+
+    return by_label
 
 
 def _squares(rows: Tensor) -> Tensor:
@@ -180,6 +191,25 @@ class LossSums(NamedTuple):
             return (ablated - self.ce[:, 3:]) / (ablated - self.ce[:, :1])
 
 
+def max_logits(device: torch.device) -> int:
+    """Logits to hold at a time, of which there are a few copies: MAX_LOGITS, on a GPU with room more.
+
+    Each pass for a few more tokens costs a GPU as much as one for many.
+    """
+    if device.type != "cuda":
+        return MAX_LOGITS
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what it had
+    return _logits_in(torch.cuda.mem_get_info(device)[0] + unused)
+
+
+def _logits_in(free: int) -> int:
+    """Logits whose float32 values fill an eighth of `free` bytes, as a power of 2, at least MAX_LOGITS.
+
+    A power of 2, so that a little more or less of what is free does not change the parts, and with them last digits.
+    """
+    return max(MAX_LOGITS, 1 << max(0, (free // 32).bit_length() - 1))
+
+
 @torch.inference_mode()
 def loss_sums(
     model: LanguageModel,
@@ -197,15 +227,14 @@ def loss_sums(
     """
     if labels is None:
         labels = torch.zeros(len(windows.input_ids), dtype=torch.int64)
-    parts = list(_split(windows, labels, max(1, MAX_LOGITS // model.vocab_size)))
-    if len(parts) > 1:
-        every = (loss_sums(model, transcoders, part, target_means, own, num_labels) for part, own in parts)
-        return [reduce(add, same) for same in zip(*every, strict=True)]
-    # A token is predicted from the one before it in its window, which position 0 does not have.
-    predicted = (windows.trainable & (windows.position_ids > 0)).nonzero().squeeze(1)
-    # Of a window that is longer than the limit a part at a time: the passes are run again for each.
-    pieces = predicted.split(max(1, MAX_LOGITS // model.vocab_size))
-    sums = [_loss_sums(model, transcoders, windows, target_means, labels, num_labels, piece) for piece in pieces]
+    at_once = max(1, max_logits(model.device) // model.vocab_size)
+    sums: list[list[LossSums]] = []
+    for part, own in _split(windows, labels, at_once):
+        # A token is predicted from the one before it in its window, which position 0 does not have.
+        predicted = (part.trainable & (part.position_ids > 0)).nonzero().squeeze(1)
+        # Of a window that is longer than the limit a piece at a time: the passes are run again for each.
+        pieces = predicted.split(at_once)
+        sums += [_loss_sums(model, transcoders, part, target_means, own, num_labels, piece) for piece in pieces]
     return [reduce(add, same) for same in zip(*sums, strict=True)]
 
 
@@ -221,7 +250,7 @@ def _loss_sums(
     """Of the predictions of the tokens with the indices `labelled`."""
     trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
     next_ids = windows.input_ids[labelled].to(model.device)
-    of_label = labels[labelled].to(model.device)
+    by_label = _by_label(labels[labelled].to(model.device), num_labels)
 
     def run(replacement: Callable[[Tensor], Tensor] | None, at: int = 0) -> Tensor:
         def replace(source: Tensor, target: Tensor) -> Tensor:
@@ -233,17 +262,13 @@ def _loss_sums(
         logits = model.logits(windows, None if replacement is None else replace, labelled - 1, at)
         return logits.float().log_softmax(-1)
 
-    def by_label(values: Tensor) -> Tensor:
-        sums = torch.zeros(num_labels, dtype=torch.float64, device=values.device)
-        return sums.index_add_(0, of_label, values.double())
-
-    def cross_entropy(log_probabilities: Tensor) -> Tensor:
+    def cross_entropy(log_probabilities: Tensor) -> Array:
         return by_label(-log_probabilities.gather(1, next_ids.unsqueeze(1)).squeeze(1))
 
     with model.watch_final_norm() as scales:
         clean = run(None)
-    tokens = by_label(torch.ones(len(next_ids), device=model.device)).cpu().numpy()
-    scale = by_label(scales[0][(labelled - 1).to(model.device)]).cpu().numpy()
+    tokens = by_label(torch.ones(len(next_ids), device=model.device))
+    scale = by_label(scales[0][(labelled - 1).to(model.device)])
     results = []
     for at, (transcoder, mean) in enumerate(zip(transcoders, target_means, strict=True)):
         d_target = transcoder.shape.d_target
@@ -256,7 +281,7 @@ def _loss_sums(
             ce.append(cross_entropy(spliced))
             kl.append(by_label((clean.exp() * (clean - spliced)).sum(1, dtype=torch.float64)))
             del spliced
-        results.append(LossSums(tokens, torch.stack(ce, 1).cpu().numpy(), torch.stack(kl, 1).cpu().numpy(), scale))
+        results.append(LossSums(tokens, np.stack(ce, 1), np.stack(kl, 1), scale))
     return results
 
 

@@ -100,8 +100,6 @@ class Encoder:
 
     def _load(self, key: RunKey) -> RunEncoder:
         """Read, check and warm up; in a thread, while other runs answer."""
-        import numpy as np
-
         from serve.run_encoder import RunEncoder
 
         run = RunDirectory(key.url, key.run_id)
@@ -109,8 +107,8 @@ class Encoder:
         if (found := manifest.files[WEIGHTS].sha256) != key.sha256:
             raise RunError(f"{run.url}: {WEIGHTS} has the sha256 {found}, {key.sha256} was asked for")
         encoder = RunEncoder(run, self._settings.device)
-        for length in (1, 16):  # lengths differ in what they set up
-            encoder.encode([np.zeros(length, np.int32)], [Options(top_k=1, fvu=True)])
+        compute = encoder.warm_up(self._settings.max_batch_tokens)
+        logger.info("run %s is ready, its language model on %s: %s", key.run_id, self._settings.device, compute)
         return encoder
 
     def _forward(self, key: Any, requests: list[tuple[RunEncoder, Windows, Options]]) -> list[list[Encoded]]:

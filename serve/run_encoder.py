@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from mtc.runs import RunDirectory, load_transcoder
 from serve.results import Encoded, Options
 
 if TYPE_CHECKING:
+    import torch
+
     from mtc.language_model import LanguageModel, SitePair
     from mtc.transcoder import Codes
 
@@ -21,10 +23,10 @@ SEARCH_TOKENS = 256
 """Where CPUs multiply bfloat16 fast, a search with rounded weights pays from here on: rounding them costs the same for
 any number of tokens."""
 
-_models: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
-_one_at_a_time = threading.Lock()
-"""A forward pass is watched by hooks on the model, which would see another thread's pass as well, such as the warm-up
-of a run that shares the model."""
+_models: WeakValueDictionary[tuple[str, str], LanguageModel] = WeakValueDictionary()
+_passes: WeakKeyDictionary[LanguageModel, threading.Lock] = WeakKeyDictionary()
+"""Of each model one forward pass at a time: it is watched by hooks on the model, which would see another thread's pass
+as well, such as the warm-up of a run that shares the model."""
 
 
 class RunEncoder:
@@ -34,17 +36,28 @@ class RunEncoder:
     """
 
     def __init__(self, run: RunDirectory, device: str = "cpu"):
-        import torch
-
+        from mtc.devices import open_device
         from mtc.model_files import load_tokenizer
         from mtc.tokens import special_ids
         from mtc.training import choose_bfloat16
 
-        config = run.config()
+        config, on = run.config(), open_device(device)
         self._special = sorted(special_ids(load_tokenizer(config.model)))
-        self._model = _language_model(config.model, device)
-        self.transcoder = load_transcoder(run, device).requires_grad_(False)
-        self._bfloat16_search = device == "cpu" and choose_bfloat16("auto", torch.device(device))
+        self._model = _language_model(config.model, on)
+        self._one_at_a_time = _passes.setdefault(self._model, threading.Lock())
+        self.transcoder = load_transcoder(run, on).requires_grad_(False)
+        self._bfloat16_search = device == "cpu" and choose_bfloat16("auto", on)
+
+    def warm_up(self, max_tokens: int) -> str:
+        """Compile and set up what batches of up to `max_tokens` tokens take, so that no request waits for it.
+
+        Returns how the language model runs from here on, as `LanguageModel.compute` tells it.
+        """
+        with self._one_at_a_time:
+            self._model.warm_up(max_tokens)
+        for length in (1, 16):  # lengths differ in what they set up
+            self.encode([np.zeros(length, np.int32)], [Options(top_k=1, fvu=True)])
+        return self._model.compute
 
     def encode(self, windows: Sequence[NDArray[np.int32]], options: Sequence[Options]) -> list[Encoded]:
         """Features of windows of token ids, one [tokens] and one `Options` each, from one forward pass."""
@@ -56,7 +69,7 @@ class RunEncoder:
         starts = np.cumsum([0, *packed.lengths])
         results: dict[int, Encoded] = {}
         with torch.inference_mode():
-            with _one_at_a_time:
+            with self._one_at_a_time:
                 (pair,) = self._model.capture(packed)
             for prefix in {each.prefix for each in options}:
                 # One product for all windows that want the same nested dictionary.
@@ -144,10 +157,10 @@ class _Features:
         return Encoded(indptr, feature, value, l0, fvu)
 
 
-def _language_model(config: Any, device: str) -> LanguageModel:
+def _language_model(config: Any, device: torch.device) -> LanguageModel:
     from mtc.language_model import LanguageModel
 
-    key = (config.model_dump_json(), device)
+    key = (config.model_dump_json(), str(device))
     model = _models.get(key)
     if model is None:
         model = _models[key] = LanguageModel(config, device=device)

@@ -129,7 +129,7 @@ def test_operations_are_counted_as_torch_counts_them(config: ModelConfig) -> Non
 def test_attention_refuses_windows_that_are_not_the_row() -> None:
     model = LanguageModel(make_config("llama"))
     inputs = model._inputs(windows())
-    inputs["windows"] = attention.make_rectangles([20, 20])
+    inputs["windows"] = attention.Windows([20, 20])
     with pytest.raises(ValueError, match="windows of 40 tokens"), torch.no_grad():
         model._base(**inputs)
 
@@ -146,7 +146,7 @@ def test_attention_equals_a_block_diagonal_mask(
     query, key, value = (torch.randn(1, h, total, 8, generator=generator) for h in (heads[0], heads[1], heads[1]))
     got, _ = attention.attend(
         torch.nn.Identity(), query, key, value, None, scaling=0.3, softcap=softcap, sliding_window=reach,
-        windows=attention.make_rectangles(lengths),
+        windows=attention.Windows(lengths),
     )  # fmt: skip
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     distance = torch.arange(total)[:, None] - torch.arange(total)[None, :]
@@ -156,23 +156,6 @@ def test_attention_equals_a_block_diagonal_mask(
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
     torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("reach", [None, 100])
-def test_soft_capped_attention_as_one_kernel_equals_plain_operations(
-    reach: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a GPU runs, traced as there but without generating code."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = torch.compile(flex_attention, backend="aot_eager", dynamic=True)
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: compiled)
-    generator = torch.Generator().manual_seed(0)
-    for windows_, width in ((3, 256), (2, 300), (4, 384)):  # a compiled kernel must serve other shapes too
-        q, k, v = (torch.randn(windows_, heads, width, 16, generator=generator) for heads in (4, 2, 2))
-        got = attention._flex(q, k, v, 0.3, 5.0, reach)
-        assert got is not None, "it fell back"
-        torch.testing.assert_close(got, attention._soft_capped(q, k, v, 0.3, 5.0, reach), rtol=1e-4, atol=1e-5)
 
 
 def test_mlp_in_is_the_normalised_residual_and_gives_mlp_out(config: ModelConfig) -> None:

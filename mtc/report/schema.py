@@ -78,6 +78,8 @@ class RunFacts(_Part):
     """The first few of them: reason and name."""
     language_model_dtype: str
     """Arithmetic of the language model."""
+    language_model_compute: tuple[str, ...] = ()
+    """How its passes ran, in the processes of the analysis: compiled, or eager and why."""
     devices: tuple[str, ...]
     """Kinds of device that were used."""
     num_trainers: int

@@ -65,6 +65,7 @@ def _settings(analysis: Analysis) -> Table:
         ("Context length (tokens)", number(d.context_length)),
         ("Held-out fraction", number(d.heldout_fraction)),
         ("Language model dtype", f.language_model_dtype),
+        ("Language model passes", "; ".join(f.language_model_compute) or NOT_MEASURED),
         ("Transcoder precision", f.precision),
         ("Train step", f.compute or NOT_MEASURED),
         ("Devices", ", ".join(f.devices)),
