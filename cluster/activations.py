@@ -12,11 +12,11 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from cluster.resources import WORKER_ENVIRONMENT, Plan
+from cluster.resources import Plan
 from mtc.config import RunConfig
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     import ray.data
     import torch
 
+    from mtc.capture import Pending
     from mtc.shuffle import Unit
-    from mtc.timing import Stopwatch
 
 UNIT_TYPE = pa.list_(pa.int64())
 TASKS_WANTED = 4096
 """Beyond so many tasks in a run, several units share one: each costs the scheduler about a millisecond."""
 MOST_UNITS_PER_TASK = 16
-GPU_UNITS_PER_TASK = 2  # so that one unit is sent while the next is computed
+GPU_UNITS_PER_TASK = 8  # one unit is sent while the next is computed; at a task's end there is no next
 IN_FLIGHT = 4  # tasks per actor: Ray Data looks for finished ones only about ten times a second
 
 
@@ -43,7 +43,8 @@ def activation_dataset(
     `start` names the checkpoint that the list of units was made from; it travels with each.
     """
     units = list(units)
-    least = GPU_UNITS_PER_TASK if plan.device == "cuda" else 1
+    least = GPU_UNITS_PER_TASK if plan.device == "cuda" else 1  # fewer where actors would have nothing to do
+    least = max(1, min(least, len(units) // (IN_FLIGHT * plan.num_model_actors)))
     together = min(max(least, -(-len(units) // TASKS_WANTED)), MOST_UNITS_PER_TASK)
     rows = []
     for at in range(0, len(units), together):
@@ -69,13 +70,14 @@ def map_on_model_actors(blocks: list[pa.Table], actor: type, plan: Plan, **argum
     return dataset.map_batches(
         actor,
         fn_constructor_kwargs=arguments | {"device": plan.device, "threads": threads},
-        batch_size=None,
+        # A whole block, without copying it together; Ray wants a number where it is given GPUs.
+        batch_size=max(len(block) for block in blocks) if plan.actor_gpus else None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT),
         num_cpus=plan.actor_cpus,
         num_gpus=plan.actor_gpus or None,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        **({"label_selector": plan.label_selector} if plan.label_selector else {}),
+        runtime_env=plan.runtime_env,
+        **plan.actor_placement,
     )
 
 
@@ -105,6 +107,8 @@ class CaptureActor:
         import torch
 
         from cluster.metrics import RayMeter
+        from mtc.capture import Capture
+        from mtc.devices import open_device
         from mtc.language_model import LanguageModel
         from mtc.metrics import PROCESS
         from mtc.timing import measure_device
@@ -115,82 +119,44 @@ class CaptureActor:
         self.meter = RayMeter(PROCESS, run_id=config.output.run_id or "")
         self.start = start
         self.store = TokenStore.open(store_url)
-        self.model = LanguageModel(config.model, device)
+        self.model = LanguageModel(config.model, open_device(device))
+        self.capture = Capture(self.model)
         self.device_flops = measure_device(self.model.device, self.model.dtype)
-        on_gpu = self.model.device.type == "cuda"
-        self.ahead = 1 if on_gpu else 0
-        """Units whose forward pass is started before an earlier one is sent."""
-        self.stream = torch.cuda.Stream(self.model.device) if on_gpu else None
         self.idle, self.sending = 0.0, 0.0
-        if self.model.compiled:  # before the account of time begins
-            self._start(0, self.store.window_ids("train")[:1].tolist())
+        self.model.warm_up(config.data.unit_tokens)  # before the account of time begins
         self.done_at = self.sent_at = time.perf_counter()
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         start = time.perf_counter()
         self.idle += start - self.done_at
-        pending: deque[_Pending] = deque()
+        pending: deque[tuple[int, Pending]] = deque()
         for number, windows in zip(batch["unit"].to_pylist(), batch["windows"].to_pylist(), strict=True):
-            pending.append(self._start(number, windows))
-            if len(pending) > self.ahead:
-                yield from self._send(pending.popleft())
+            pending.append((number, self._start(windows)))
+            if len(pending) > self.capture.ahead:
+                yield from self._send(*pending.popleft())
         while pending:
-            yield from self._send(pending.popleft())
+            yield from self._send(*pending.popleft())
         self.done_at = time.perf_counter()
 
-    def _start(self, number: int, window_ids: list[int]) -> _Pending:
-        """Run the model; on a GPU this returns before it is done."""
+    def _start(self, window_ids: list[int]) -> Pending:
         import numpy as np
-        import torch
 
-        from mtc.timing import Stopwatch
         from mtc.work import pack_windows
 
         ids = np.asarray(window_ids, np.int64)
         # Windows of one length next to each other are attended to without being gathered first.
         ids = ids[np.argsort(-self.store.positions(ids), kind="stable")]
-        windows = pack_windows(self.store.input_ids(ids), self.store.info.special_ids)
-        watch = Stopwatch(self.model.device)
-        with watch.running():
-            if len(ids):
-                pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
-                columns = [column.to(torch.bfloat16) for pair in pairs for column in pair]
-                sums = torch.stack([column.sum(1, dtype=torch.float32) for column in columns])
-            else:  # a unit that only holds a place in the order
-                columns, sums = [], torch.zeros(0)
-        flops = self.model.flops(windows.lengths) if len(ids) else 0.0
-        (sums, *columns), copied = self._to_host([sums, *columns])
-        return _Pending(number, columns, sums, copied, watch, sum(windows.lengths), flops)
+        return self.capture.start(pack_windows(self.store.input_ids(ids), self.store.info.special_ids))
 
-    def _to_host(self, columns: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
-        """From a GPU into pinned memory, on a stream of its own, and the event at which they are there."""
-        import torch
-
-        if self.stream is None:
-            return columns, None
-        self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        copies = []
-        with torch.cuda.stream(self.stream):
-            for column in columns:
-                copy = torch.empty(column.shape, dtype=column.dtype, pin_memory=True)
-                copies.append(copy.copy_(column, non_blocking=True))
-                column.record_stream(self.stream)
-            copied = torch.cuda.Event()
-            copied.record(self.stream)
-        return copies, copied
-
-    def _send(self, pending: _Pending) -> Iterator[pa.Table]:
-        if pending.copied is not None:
-            pending.copied.synchronize()  # not the stream: the next unit is on it too
+    def _send(self, number: int, pending: Pending) -> Iterator[pa.Table]:
+        captured = self.capture.finish(pending)
         start = time.perf_counter()
-        tokens = len(pending.columns[0]) if pending.columns else 0
-        activations, dropped = _finite_rows(pending.columns, pending.sums)
         columns = {
-            "unit": pa.array([pending.number], pa.int64()),
+            "unit": pa.array([number], pa.int64()),
             "start": pa.array([self.start]),
-            "tokens": pa.array([tokens], pa.int64()),
-            "dropped": pa.array([dropped], pa.list_(pa.int32())),
-            "widths": pa.array([[column.shape[1] for column in activations]], pa.list_(pa.int64())),
+            "tokens": pa.array([captured.tokens], pa.int64()),
+            "dropped": pa.array([captured.dropped], pa.list_(pa.int32())),
+            "widths": pa.array([[column.shape[1] for column in captured.columns]], pa.list_(pa.int64())),
             "actor": pa.array([self.name]),
             "forward": pa.array([pending.watch.seconds()], pa.float64()),
             "sending": pa.array([self.sending], pa.float64()),
@@ -204,29 +170,10 @@ class CaptureActor:
         for stage in ("forward", "sending", "idle"):
             self.meter.add("mtc_model_actor_seconds_total", columns[stage][0].as_py(), stage=stage)
         self.idle, self.sending, self.sent_at = 0.0, 0.0, start
-        for i, column in enumerate(activations):
+        for i, column in enumerate(captured.columns):
             columns[f"activations_{i}"] = to_binary(column)
         yield pa.table(columns)
         self.sending += time.perf_counter() - start  # Ray has written the table into shared memory
-
-
-class _Pending(NamedTuple):
-    """A unit whose forward pass was started."""
-
-    number: int
-    """Which unit."""
-    columns: list[torch.Tensor]
-    """Source and target of each layer, [tokens, d] bfloat16, on the host once the copy is over."""
-    sums: torch.Tensor
-    """[columns, tokens] float32, sums over d: not finite where an activation is not."""
-    copied: torch.cuda.Event | None
-    """When that is; None on a CPU."""
-    watch: Stopwatch
-    """Of the forward pass."""
-    positions: int
-    """Tokens that it took, special ones included."""
-    flops: float
-    """Operations of its matrix products."""
 
 
 class ActorCosts:
@@ -242,17 +189,6 @@ class ActorCosts:
         for name in self.FIELDS:
             self.sums[name] += unit.costs[name]
         self.device_flops = max(self.device_flops, unit.costs["device_flops"])
-
-
-def _finite_rows(columns: list[torch.Tensor], sums: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
-    """The columns without the tokens of which any activation is not finite, and the numbers of those."""
-    if bool(sums.isfinite().all()):
-        return columns, []
-    finite = columns[0].isfinite().all(1)
-    for column in columns[1:]:
-        finite &= column.isfinite().all(1)
-    dropped: list[int] = (~finite).nonzero().squeeze(1).tolist()
-    return [column[finite] for column in columns], dropped
 
 
 def iterate_units(shard: Any, start: str = "") -> Iterator[Unit]:

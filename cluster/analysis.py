@@ -41,6 +41,8 @@ class HeldOutResults(NamedTuple):
     """The figures."""
     dtype: str
     """Arithmetic that the language model ran in."""
+    compute: tuple[str, ...]
+    """How its passes ran: compiled, or eager and why."""
     machines: tuple[str, ...]
     """What the model actors ran on."""
 
@@ -74,12 +76,13 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     arguments: dict[str, Any] = {"config": config, "run_urls": run_urls, "store_url": store_url}
 
     passes = [HeldOutPass(config, transcoder, **about) for transcoder in transcoders]
-    dtype, machines = "", set()
+    dtype, compute, machines = "", set(), set()
     rows = _feature_rows(store, config, units, document_of)
     about |= {"candidates": [held.candidates for held in passes]}
     for row in _results(map_on_model_actors(rows, FeatureActor, plan, **arguments, **about)):
         passes[row["at"]].merge(_arrays(row["found"]))
         dtype = row["dtype"]
+        compute.add(row["compute"])
         machines.add(row["machine"])
 
     losses: list[list[dict[str, Any]]] = [[] for _ in passes]
@@ -93,7 +96,12 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     counts = (_documents(units, document_of), _documents(loss_units, document_of))
     optional = measure_optional(config, plan, run_urls, store_url)
     return [
-        HeldOutResults(_findings(store, config, held, counts, *whole)._replace(**more), dtype, tuple(sorted(machines)))
+        HeldOutResults(
+            _findings(store, config, held, counts, *whole)._replace(**more),
+            dtype,
+            tuple(sorted(compute)),
+            tuple(sorted(machines)),
+        )
         for held, *whole, more in zip(passes, losses, effects, optional, strict=True)
     ]
 
@@ -142,6 +150,7 @@ class _HeldOutActor:
     def __init__(self, config: RunConfig, run_urls: list[str], store_url: str, device: str, threads: int):
         import torch
 
+        from mtc.devices import open_device
         from mtc.language_model import LanguageModel
         from mtc.provenance import describe_machine
         from mtc.runs import load_transcoder
@@ -150,9 +159,10 @@ class _HeldOutActor:
         torch.set_num_threads(threads)
         self.config = config
         self.store = TokenStore.open(store_url)
-        self.model = LanguageModel(config.model, device, full=self.full_model)
+        on = open_device(device)
+        self.model = LanguageModel(config.model, on, full=self.full_model)
         self.machine = describe_machine()
-        self.transcoders = [load_transcoder(RunDirectory(url), device) for url in run_urls]
+        self.transcoders = [load_transcoder(RunDirectory(url), on) for url in run_urls]
 
 
 class FeatureActor(_HeldOutActor):
@@ -182,7 +192,8 @@ class FeatureActor(_HeldOutActor):
                 held.add(ids, windows, pair, np.asarray(documents), row["sampled"])
         dtype = str(self.model.dtype).removeprefix("torch.")
         for at, held in enumerate(passes):
-            yield _found("sums", at, held.arrays(), dtype=dtype, machine=self.machine)
+            how = {"dtype": dtype, "compute": self.model.compute, "machine": self.machine}
+            yield _found("sums", at, held.arrays(), **how)
 
 
 class WholeModelActor(_HeldOutActor):

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cluster.activations import ActorCosts
-from mtc.distributed import all_gather, all_reduce, distributed, waits, world_size
+from mtc.devices import synchronise
+from mtc.distributed import agree, all_gather, distributed, waits, world_size
 from mtc.health import Health
 from mtc.ledger import Ledger
-from mtc.shuffle import ShuffleBuffer, Unit
+from mtc.shuffle import ShuffleBuffer, Unit, Upload
 from mtc.timing import PARTS, Clock, StreamTiming
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ class Batches:
                 self.buffer.add(unit)
 
     def _next(self) -> Unit | None:
-        self._finish_steps()
+        if isinstance(self.units, Upload) and not self.units.ready:
+            self._finish_steps()
         with self.clock.part("waiting"):
             unit = next(self.units, None)
         if unit is not None and self.startup_seconds:
@@ -146,9 +148,8 @@ class Batches:
         """Every rank's numbers."""
         if not distributed():
             return [list(state)]
-        self._finish_steps()
         with self.clock.part("all_reduce"):
-            return all_gather(torch.tensor(state, device=self.buffer.device)).tolist()
+            return all_gather(torch.tensor(state)).tolist()
 
     def settle_waits(self) -> None:
         """Count what ranks waited for each other inside their steps as such; on a GPU this waits for the device."""
@@ -159,9 +160,8 @@ class Batches:
 
     def _finish_steps(self) -> None:
         """What a GPU still computes before the host has to wait anyway belongs to training, not to the waiting."""
-        if self.buffer.device.type == "cuda":
-            with self.clock.part("step"):
-                torch.cuda.current_stream(self.buffer.device).synchronize()
+        with self.clock.part("step"):
+            synchronise(self.buffer.device)
 
 
 class Account:
@@ -255,19 +255,14 @@ class Journal:
 
 def stream_timing(batches: Batches) -> StreamTiming:
     """The account of all ranks together; called on all at once."""
-    clock, costs, device = batches.clock, batches.costs, batches.buffer.device
+    clock, costs = batches.clock, batches.costs
     batches.settle_waits()
     seconds, ranks = clock.read(), world_size()
-    mean = torch.tensor([seconds[p] for p in PARTS] + [batches.startup_seconds], dtype=torch.float64, device=device)
-    sums = [batches.calibrated, *(costs.sums[name] for name in ActorCosts.FIELDS)]
-    total = torch.tensor(sums, dtype=torch.float64, device=device)
-    rate = torch.tensor(costs.device_flops, dtype=torch.float64, device=device)
-    all_reduce(mean)
-    all_reduce(total)
-    all_reduce(rate, dist.ReduceOp.MAX)
-    *parts, startup = (mean / ranks).tolist()
-    calibrated, forward, sending, idle, elapsed, positions, flops = total.tolist()
-    device_flops, wall = float(rate), sum(parts)
+    *parts, startup = (n / ranks for n in agree(*(seconds[p] for p in PARTS), batches.startup_seconds))
+    sums = agree(batches.calibrated, *(costs.sums[name] for name in ActorCosts.FIELDS))
+    calibrated, forward, sending, idle, elapsed, positions, flops = sums
+    (device_flops,) = agree(costs.device_flops, op=dist.ReduceOp.MAX)
+    wall = sum(parts)
     tokens = batches.tokens + int(calibrated)
     return StreamTiming(
         tokens=tokens,

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from cluster.activations import configure_data_context
+from cluster.gpus import check_devices, on_one_gpu
 from cluster.metrics import JobMetrics
 from cluster.progress import ProgressReader, balance, start_metrics_log
 from cluster.reporting import analyse_and_write, publish, timed
@@ -96,6 +97,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     configure_data_context()
     d_model = check_model(config.model).d_model
     plan = make_plan(config, cluster_nodes(), d_model)
+    check_devices(plan)
     run = _run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
     set_run(run.run_id)
@@ -148,10 +150,14 @@ def _run(
     heldout_units(store, config, config.analysis.num_tokens)
 
     metrics.stage("train")
-    with timed(seconds, "train"), tracking(config, run) as trackers:
+    with timed(seconds, "train"), tracking(config, run) as trackers, on_one_gpu(config, plan) as together:
         histories = {alone.model.layer: own for alone, own in zip(layers, runs, strict=True)}
         with ProgressReader(log, histories, config.total_steps, [metrics, *trackers]) as progress:
-            trained = train(config, plan, run, store_url, d_model, log, lambda: progress.stopped or lease.lost, work)
+
+            def stopped() -> str | None:
+                return progress.stopped or lease.lost
+
+            trained = train(config, together, run, store_url, d_model, log, stopped, work)
     first = trained.layers[0]
     done = f"trained {first.tokens:,} tokens in {first.steps:,} steps; " + _thresholds(trained)
     say("trained", done, tokens=first.tokens, steps=first.steps)

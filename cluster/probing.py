@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cluster.resources import WORKER_ENVIRONMENT, Plan
+from cluster.resources import Plan
 from mtc.config import RunConfig
 from mtc.runs import RunDirectory
 
@@ -31,7 +31,7 @@ def measure_optional(config: RunConfig, plan: Plan, run_urls: list[str], store_u
     from mtc.spelling import Spelling
 
     options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
-    options |= {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
+    options |= {"runtime_env": plan.runtime_env}
     options |= {"label_selector": plan.label_selector} if plan.label_selector else {}
     waiting: list[tuple[int, str, Any]] = []
     for at, url in enumerate(run_urls):
@@ -58,6 +58,7 @@ def _tasks(config: RunConfig) -> list[ProbeTask]:
 def _probe(config: RunConfig, run_url: str, at: int, store_url: str, device: str, threads: int) -> str:
     import torch
 
+    from mtc.devices import open_device
     from mtc.language_model import LanguageModel
     from mtc.model_files import load_tokenizer
     from mtc.probing import probe, trained_documents
@@ -65,10 +66,11 @@ def _probe(config: RunConfig, run_url: str, at: int, store_url: str, device: str
     from mtc.tokens import TokenStore
 
     torch.set_num_threads(threads)
+    on = open_device(device)
     imported = RunDirectory(run_url).exists("import.json")  # nobody knows what it was trained on
     return probe(
-        LanguageModel(config.model, device),
-        load_transcoder(RunDirectory(run_url), device),
+        LanguageModel(config.model, on),
+        load_transcoder(RunDirectory(run_url), on),
         _tasks(config),
         load_tokenizer(config.model),
         trained=() if imported else trained_documents(TokenStore.open(store_url)),
@@ -81,11 +83,13 @@ def _probe(config: RunConfig, run_url: str, at: int, store_url: str, device: str
 def _spell(config: RunConfig, run_url: str, at: int, store_url: str, device: str, threads: int) -> str:
     import torch
 
+    from mtc.devices import open_device
     from mtc.runs import load_transcoder
     from mtc.spelling import measure_spelling
 
     torch.set_num_threads(threads)
-    transcoder = load_transcoder(RunDirectory(run_url), device)
+    on = open_device(device)
+    transcoder = load_transcoder(RunDirectory(run_url), on)
     return measure_spelling(
-        config.model, transcoder, device=device, at=at, unit_tokens=config.data.unit_tokens
+        config.model, transcoder, device=on, at=at, unit_tokens=config.data.unit_tokens
     ).model_dump_json()

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from cluster.activations import configure_data_context
+from cluster.gpus import check_devices
 from cluster.resources import Plan, cluster_nodes, make_plan
 from mtc.config import ConfigError, RunConfig
 from mtc.logs import say, set_run
@@ -47,6 +48,7 @@ def analyse_and_write(
     for alone, found, of_layer, history in zip(config.for_layers(), results, facts, histories, strict=True):
         about = {
             "language_model_dtype": found.dtype,
+            "language_model_compute": found.compute,
             "token_store": store_url,
             "devices": (plan.device,),
             "seconds": of_layer.seconds | seconds,
@@ -106,6 +108,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     info = check_model(config.model)
     configure_data_context()
     plan = make_plan(config, cluster_nodes(), info.d_model)
+    check_devices(plan)
     with Lease(run) as lease:
         for layer in config.model.sites:
             run.for_layer(layer.layer).verify(("transcoder.safetensors",))

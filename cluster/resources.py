@@ -2,30 +2,45 @@
 
 A plan that does not fit makes Ray wait for ever without a word, so it is checked here and refused with the numbers.
 
-How many model actors feed one trainer is first guessed from the operations per token of each side, then left to Ray
-Data: the pool starts at the guess and grows, up to what the cluster has room for, while actors have more work waiting
-than they can take and the trainers take what they are given.
+How many model actors feed one trainer is first guessed from what a token costs each side, then left to Ray Data: the
+pool starts at the guess and grows, on GPUs up to twice that, while actors have more work waiting than they can take and
+the trainers take what they are given.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mtc.config import ConfigError, RunConfig
 
 # Several torch processes share cores: threads that spin while they wait would steal them from the others.
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+# Shapes change from unit to unit: without this the allocator keeps pieces that fit nothing, and of one GPU that two
+# processes share, what one holds the other lacks.
+GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 SMALLEST_SHARE = 0.1  # of a CPU, for a model actor
 CPUS_PER_ACTOR = 8  # a forward pass does not use many more well
 SMALL_ACTORS_PER_NODE = 4
 SMALL_MODEL_BYTES = 1e9
-GPUS_PER_TRAINER = 8  # a language model's pass costs far more than a training step
 ACTOR_SHARE_OF_ONE_GPU = 0.6
-TRAINER_EFFICIENCY = 1 / 3
-"""Of a training step's operations, beside the language model's: small products, and Adam, which only moves memory."""
+ROOM_TO_GROW = 2  # times the model actors that a trainer is thought to keep up with
+
+# What one GPU does in a second. Estimates for an H100, of which ratios matter here; docs/gpu.md derives them.
+FORWARD_FLOPS = 360e12
+"""Operations of the language model's pass: 45 % of a large bfloat16 product."""
+PRODUCT_FLOPS = 400e12
+"""Operations of the one product of a training step."""
+STEP_BYTES = 2e12
+"""Bytes that a training step moves for its chosen entries and for Adam."""
+STEP_SECONDS = 2.5e-3
+"""Least time of a training step: the host starts some hundreds of kernels."""
+ENTRY_PASSES = 8
+"""Rows of d_model float32 that a step reads or writes for each chosen entry."""
+ADAM_PASSES = 7
+"""Times that Adam reads or writes a parameter, float32."""
 
 
 class Node(NamedTuple):
@@ -68,6 +83,10 @@ class Plan(NamedTuple):
     """The nodes that it is for."""
     not_on: str = ""
     """Ray's name of the head node, if nothing may run there."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables of the processes' environment, besides those that they always have."""
+    near: str = ""
+    """Ray's name of the node where model actors go as long as it has room: that of the only trainer."""
 
     @property
     def spread(self) -> bool:
@@ -79,6 +98,37 @@ class Plan(NamedTuple):
     def label_selector(self) -> dict[str, str] | None:
         """Where Ray may put the processes."""
         return {"ray.io/node-id": f"!{self.not_on}"} if self.not_on else None
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether trainer and model actor are on the same GPU."""
+        return 0 < self.trainer_gpus < 1
+
+    @property
+    def worker_environment(self) -> dict[str, str]:
+        """Environment of trainers and model actors."""
+        found = dict(WORKER_ENVIRONMENT)
+        if self.device == "cuda":
+            processes = -(-(self.num_trainers + self.max_model_actors) // len(self.nodes))
+            threads = max(1, int(max(node.cpus for node in self.nodes) // processes))
+            found |= GPU_ENVIRONMENT | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}  # or each takes all cores
+        return found | dict(self.environment)
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """Ray's runtime environment of trainers and model actors."""
+        return {"env_vars": self.worker_environment}
+
+    @property
+    def actor_placement(self) -> dict[str, Any]:
+        """Where Ray may put model actors, as options of their pool."""
+        anywhere = self.label_selector
+        if self.near:
+            return {
+                "label_selector": {"ray.io/node-id": self.near},
+                "fallback_strategy": [{"label_selector": anywhere or {}}],
+            }
+        return {"label_selector": anywhere} if anywhere else {}
 
     def describe(self) -> str:
         """The plan as a table."""
@@ -116,7 +166,7 @@ class Plan(NamedTuple):
         elif name == "trainers":
             where = "one per node" if self.spread else "packed"
         else:
-            where = "on all nodes"
+            where = "near the trainer" if self.device == "cuda" and self.num_trainers == 1 else "on all nodes"
         return name, processes, f"{cpus:g}", f"{gpus:g}", str(threads), where
 
 
@@ -186,16 +236,32 @@ def make_plan(
     return plan
 
 
-def actors_per_trainer(config: RunConfig, d_model: int) -> float:
-    """Model actors that one trainer keeps up with, on equal devices, from operations per token.
+def actor_rate(config: RunConfig, d_model: int) -> float:
+    """Tokens that a model actor on a GPU makes in a second, estimated.
 
-    A layer has about 12 d_model^2 weights and each token takes 2 operations per weight; a training step makes five
-    products of d_model x features (encoder, decoder, and their gradients without the input's).
+    A layer has about 12 d_model^2 weights and each token takes 2 operations per weight.
     """
     layers = max(sites.layer for sites in config.model.sites) + 1
-    forward = 24 * d_model**2 * layers
-    step = 10 * d_model * config.transcoder.num_features * len(config.model.sites)
-    return forward / step * TRAINER_EFFICIENCY
+    return FORWARD_FLOPS / (24 * d_model**2 * layers)
+
+
+def trainer_rate(config: RunConfig, d_model: int) -> float:
+    """Tokens that one trainer on a GPU takes in a second, estimated for the sparse step.
+
+    A step makes one product of d_model x features, moves the rows of its chosen entries, and Adam's weights; it takes
+    at least the time in which the host can start it. Every layer that is read has a step of its own.
+    """
+    batch, features = config.optimizer.batch_tokens, config.transcoder.num_features
+    product = 2 * batch * d_model * features / PRODUCT_FLOPS
+    entries = batch * config.transcoder.k * d_model * 4 * ENTRY_PASSES / STEP_BYTES
+    adam = 2 * d_model * features * 4 * ADAM_PASSES / STEP_BYTES
+    step = max(STEP_SECONDS, product + entries + adam)
+    return batch / (step * len(config.model.sites))
+
+
+def actors_per_trainer(config: RunConfig, d_model: int) -> float:
+    """Model actors that one trainer keeps up with, on equal GPUs."""
+    return trainer_rate(config, d_model) / actor_rate(config, d_model)
 
 
 def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -> Plan:
@@ -234,7 +300,8 @@ def _is_small(config: RunConfig, d_model: int | None) -> bool:
 
 
 def _gpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -> Plan:
-    """One GPU is shared. Of several, one in eight trains, and as many as can feed it, or the rest, run the model."""
+    """One GPU is shared. Of several one trains, since several would exchange gradients at every step for longer than a
+    step takes, and as many as it keeps up with run the model."""
     cpus, gpus = _total(nodes)
     settings = config.cluster
     if gpus <= 1:
@@ -242,11 +309,11 @@ def _gpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -
         trainer_gpus = round((1 - ACTOR_SHARE_OF_ONE_GPU) * gpus / trainers, 4)
         actor_gpus, most = round(ACTOR_SHARE_OF_ONE_GPU * gpus / actors, 4), actors
     else:
-        trainers = settings.num_trainers or max(1, int(gpus // GPUS_PER_TRAINER))
+        trainers = settings.num_trainers or 1
         room = max(1, int(gpus) - trainers)
         needed = room if d_model is None else math.ceil(trainers * actors_per_trainer(config, d_model))
         actors = settings.num_model_actors or max(1, min(room, needed))
-        most = settings.num_model_actors or room
+        most = settings.num_model_actors or min(room, ROOM_TO_GROW * actors)
         trainer_gpus = actor_gpus = 1.0
     # Whole CPUs where there are enough: Ray Data lets a pool grow only into whole ones.
     each = cpus / (trainers + most + 1)

@@ -40,7 +40,14 @@ class StreamConfig(DataConfig):
         self.log = log
         self.config, self.plan, self.run_url, self.store_url, self.d_model = config, plan, run_url, store_url, d_model
 
-    def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
+    def configure(
+        self,
+        datasets: dict[str, Any],
+        world_size: int,
+        worker_handles: Any = None,
+        worker_node_ids: Sequence[str] | None = None,
+        **_: Any,
+    ) -> list[dict[str, Any]]:
         configure_data_context(self.config.cluster.stall_seconds)
         if (start := ray.get(self.log.chosen.remote())) is None:
             newest = Checkpoints(self.run_url).latest()
@@ -51,6 +58,9 @@ class StreamConfig(DataConfig):
         except ConfigError as error:  # nodes are missing; stall_seconds bounds the waiting for them
             logger.warning("%s; waiting for nodes", error)
             plan = self.plan
+        plan = plan._replace(environment=self.plan.environment)
+        if plan.device == "cuda" and world_size == 1 and worker_node_ids:
+            plan = plan._replace(near=worker_node_ids[0])  # a GPU makes more activations than most networks carry
         dataset = activation_dataset(self.config, plan, self.store_url, rows, start)
         # Whole units, dealt in turn: none is dropped to make the shares equal.
         splits = dataset.streaming_split(world_size, equal=False, locality_hints=None)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.activations import iterate_units
 from cluster.progress import RESUMED, STOPPED, one_line
-from cluster.resources import WORKER_ENVIRONMENT, Plan
+from cluster.resources import Plan
 from cluster.resume import data_state, position_files, read_progress
 from mtc.config import RunConfig
 from mtc.runs import RunDirectory, RunError
@@ -140,13 +140,14 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from cluster.stream import StreamConfig, TellFailures
+    from mtc.distributed import backend
 
     fewest = min(config.cluster.min_trainers or plan.num_trainers, plan.num_trainers)
     return TorchTrainer(
         _train_worker,
         train_loop_config={"config": config, "plan": plan, "run_url": run.url, "run_id": run.run_id}
         | {"store_url": store_url, "d_model": d_model, "log": log},
-        torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
+        torch_config=TorchConfig(backend=backend(plan.device)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.num_trainers if fewest == plan.num_trainers else (fewest, plan.num_trainers),  # type: ignore[arg-type]
             use_gpu=plan.device == "cuda",
@@ -161,7 +162,7 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
             storage_path=os.path.join(tempfile.gettempdir(), "ray-train"),  # only a marker lies there
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             callbacks=[TellFailures(log)],  # type: ignore[list-item]
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},  # type: ignore[call-arg]  # of Train v2
+            worker_runtime_env=plan.runtime_env,  # type: ignore[call-arg]  # of Train v2
         ),
     )
 
@@ -285,6 +286,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from cluster.batches import Account, Batches, Journal
     from cluster.metrics import RayMeter
     from mtc.checkpoints import Checkpoints, CheckpointWriter
+    from mtc.devices import open_device
     from mtc.logs import configure, set_run
     from mtc.metrics import PROCESS
     from mtc.shuffle import on_device
@@ -299,11 +301,13 @@ def _train_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(plan.trainer_threads)
-    device = ray.train.torch.get_device()
+    device = open_device(plan.device)
+    if device.type == "cuda":
+        device = ray.train.torch.get_device()  # which of those that it sees
     d_model = settings["d_model"]
     tell = partial(_tell, log)
     checkpoints = Checkpoints(settings["run_url"])
-    start = _agree_on_start(checkpoints, rank, device, log)
+    start = _agree_on_start(checkpoints, rank, log)
     if start.checkpoint is not None and start.checkpoint.is_result:
         return  # another trainer died after the last checkpoint was complete
     trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
@@ -372,7 +376,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     _finish(config, trainers, batches, writer, data.generation, rank, calibrated)
 
 
-def _agree_on_start(checkpoints: Checkpoints, rank: int, device: Any, log: Any) -> _Start:
+def _agree_on_start(checkpoints: Checkpoints, rank: int, log: Any) -> _Start:
     """Rank 0 chooses the checkpoint and a number for this start; the others and the stream follow."""
     import ray
     import torch
@@ -380,13 +384,13 @@ def _agree_on_start(checkpoints: Checkpoints, rank: int, device: Any, log: Any) 
 
     from mtc.distributed import distributed
 
-    chosen = torch.zeros(65, dtype=torch.uint8, device=device)
+    chosen = torch.zeros(65, dtype=torch.uint8)
     checkpoint = None
     if rank == 0:
         checkpoint = checkpoints.latest_intact(lambda message: _tell(log, "checkpoint_damaged", message))
         name = checkpoint.name if checkpoint else ""
         ray.get(log.choose.remote(name))
-        chosen = torch.tensor([*os.urandom(4), *name.encode().ljust(61)], dtype=torch.uint8, device=device)
+        chosen = torch.tensor([*os.urandom(4), *name.encode().ljust(61)], dtype=torch.uint8)
     if distributed():
         dist.broadcast(chosen, 0)
         name = bytes(chosen[4:].tolist()).decode().strip()
@@ -428,15 +432,12 @@ def _check_dropped(config: RunConfig, batches: Batches, tell: Callable[..., Any]
     """Stop when the language model gave too many activations that are not finite, of `least` tokens or more; called on
     all ranks at once."""
     import ray
-    import torch
 
-    from mtc.distributed import all_reduce
+    from mtc.distributed import agree
 
-    ledger, device = batches.ledger, batches.buffer.device
+    ledger = batches.ledger
     with batches.clock.part("all_reduce"):
-        counts = torch.tensor([ledger.dropped_tokens, ledger.received_tokens], device=device)
-        all_reduce(counts)
-        dropped, received = counts.tolist()
+        dropped, received = (int(n) for n in agree(ledger.dropped_tokens, ledger.received_tokens))
     if received >= least and dropped > config.data.max_skipped_share * received:
         reason = (
             f"data.max_skipped_share={config.data.max_skipped_share}: {dropped} of {received} tokens have activations "
@@ -449,9 +450,7 @@ def _check_dropped(config: RunConfig, batches: Batches, tell: Callable[..., Any]
 
 def _calibrate(trainers: list[Trainer], batches: Batches) -> int:
     """Set every transcoder's threshold on what follows in the stream; returns how many tokens that was."""
-    import torch
-
-    from mtc.distributed import all_reduce
+    from mtc.distributed import agree
     from mtc.training import Calibrator
 
     calibrators = [Calibrator(trainer.transcoder) for trainer in trainers]
@@ -461,9 +460,8 @@ def _calibrate(trainers: list[Trainer], batches: Batches) -> int:
                 for rows in source.split(CALIBRATION_ROWS):
                     calibrator.add(rows)
     with batches.clock.part("step"):
-        calibrated = torch.tensor(batches.calibrated, device=trainers[0].device)
-        all_reduce(calibrated)
-        if not int(calibrated):
+        (calibrated,) = agree(batches.calibrated)
+        if not calibrated:
             raise RuntimeError("the activation stream ended before the units for calibrating the threshold")
         for calibrator in calibrators:
             calibrator.finish()

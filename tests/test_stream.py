@@ -222,7 +222,7 @@ def test_a_unit_that_is_started_before_another_is_sent_changes_nothing(config: R
     rows = pa.table({"unit": [7, 8, 9], "windows": pa.array([ids.tolist() for ids in units])})
     actor = CaptureActor(config, store.url, "cpu", 2)
     at_once = list(actor(rows))
-    actor.ahead = 1
+    actor.capture.ahead = 1
     ahead = list(actor(rows))
     assert [table["unit"][0].as_py() for table in ahead] == [7, 8, 9]
     for a, b in zip(at_once, ahead, strict=True):
