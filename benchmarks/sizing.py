@@ -9,14 +9,14 @@ of T tokens, and a dictionary of F features:
 
     weights of a layer   W = 2 d w (h + g) + 3 d m
     forward pass         2 L W + 2 L h w (T + 1)     two for each weight; scores and values of (T + 1) / 2 tokens
-    train step           10 d F                      five products, as cluster.resources counts them, where it is dense
-                         r 2 d F                     r times the encoder's product, r measured, where it is sparse
+    train step           r 2 d F                     r times the encoder's product, r measured, on CPUs
+                         cluster.resources           its estimate, on GPUs
     stream               2 sites x d x 2 bytes       bfloat16
 
-A device does `peak * efficiency` operations a second. GPUs are dealt as cluster.resources deals them: one is shared;
-of several, one in eight trains, at a third of the pass's efficiency. The slowest of model actors, trainers and stream
-decides. The first two are arithmetic. The stream's rate is the one of docs/benchmarks/stream.json for each trainer,
-measured on 2 CPU cores, so on a machine with GPUs it is a guess too. Needs neither torch nor Ray.
+A device does `peak * efficiency` operations of the pass a second. GPUs are dealt as cluster.resources deals them: one
+is shared; of several, one trains, at that module's estimate of a trainer's rate. The slowest of model actors, trainer
+and stream decides. The first two are arithmetic. The stream's rate is the one of docs/benchmarks/stream.json for each
+trainer, measured on 2 CPU cores, so on a machine with GPUs it is a guess too. Needs neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.resources import GPUS_PER_TRAINER, TRAINER_EFFICIENCY
+from cluster.resources import trainer_rate
 from mtc.config import RunConfig, load_preset, preset_names
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
@@ -67,8 +67,8 @@ class Work(NamedTuple):
 
     forward: float
     """Operations of the language model's pass, BOS's share included."""
-    step: float
-    """Operations of the dense train step."""
+    trained: float
+    """Tokens a second that one trainer on a GPU takes, estimated."""
     stream_bytes: float
     """Bytes of activations on their way to the trainer."""
 
@@ -81,7 +81,7 @@ class Prediction(NamedTuple):
     tokens_per_second: float
     """Training tokens."""
     limit: str
-    """What decides: model actors, trainers or stream; `GPU` where one is shared."""
+    """What decides: model actors, trainer or stream; `GPU` where one is shared."""
     stream_gigabytes: float
     """Activations a second, 10^9 bytes."""
 
@@ -110,11 +110,6 @@ def forward_operations(shape: Shape, layers: int, context: int) -> float:
     return 2 * layers * layer_weights(shape) + pairs
 
 
-def dense_step_operations(d_model: int, features: int) -> float:
-    """Operations of a token in a dense train step."""
-    return 10 * d_model * features
-
-
 def sparse_step_operations(d_model: int, features: int, ratio: float) -> float:
     """Operations that take as long as a sparse step does; `ratio` is its time over that of the encoder's product."""
     return ratio * 2 * d_model * features
@@ -139,10 +134,10 @@ def work_of(config: RunConfig) -> Work:
     """What a token costs with this configuration. Raises KeyError for a model that is not in `SHAPES`."""
     shape, context = SHAPES[config.model.name], config.data.context_length
     layers = max(sites.layer for sites in config.model.sites) + 1
-    sites, features = len(config.model.sites), config.transcoder.num_features
+    sites = len(config.model.sites)
     return Work(
         forward_operations(shape, layers, context) * context / (context - 1),
-        sites * dense_step_operations(shape.d_model, features),
+        trainer_rate(config, shape.d_model),
         sites * stream_bytes(shape.d_model),
     )
 
@@ -150,13 +145,12 @@ def work_of(config: RunConfig) -> Work:
 def predict(work: Work, gpus: int, peak: float, efficiency: float, stream: float) -> Prediction:
     """`peak` in operations a second; `stream` is the bytes a second that reach one trainer."""
     rate = peak * efficiency
-    trainers = max(1, gpus // GPUS_PER_TRAINER)
-    rates = {"stream": trainers * stream / work.stream_bytes}
+    rates = {"stream": stream / work.stream_bytes}
     if gpus == 1:
-        rates["GPU"] = rate / (work.forward + work.step / TRAINER_EFFICIENCY)
+        rates["GPU"] = 1 / (work.forward / rate + 1 / work.trained)
     else:
-        rates["model actors"] = (gpus - trainers) * rate / work.forward
-        rates["trainers"] = trainers * rate * TRAINER_EFFICIENCY / work.step
+        rates["model actors"] = (gpus - 1) * rate / work.forward
+        rates["trainer"] = work.trained
     limit = min(rates, key=lambda name: rates[name])
     return Prediction(gpus, rates[limit], limit, rates[limit] * work.stream_bytes / 1e9)
 

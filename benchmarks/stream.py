@@ -16,7 +16,6 @@ overlap    (seconds of the forward passes alone + seconds of the training steps 
 scaling    1, 2, 4, 8 producers that sleep for the model's time, so that only the plumbing is measured: units per second
            over (producers x units per second of one), between the first unit of the last producer and the last tenth.
 memory     Peak of the object store and of the processes' own memory over 10 times more units.
-gpu        Gemma-2-2B's shape with random weights on a GPU: tokens/s and share of the measured bfloat16 matmul rate.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ ROOT = Path(__file__).parent.parent
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
 CONTEXT, LAYER = 128, 20  # of SmolLM2's 30 layers
 SECONDS_PER_UNIT, UNIT_TOKENS = 0.16384, 16_384  # 100,000 tokens/s, of a model on a large GPU
-PARTS = ("capture", "transport", "overlap", "scaling", "memory", "gpu")
+PARTS = ("capture", "transport", "overlap", "scaling", "memory")
 
 
 # Capture ------------------------------------------------------------------------------------------------------------
@@ -452,39 +451,6 @@ class _One:
         yield self._table
 
 
-# On a GPU -----------------------------------------------------------------------------------------------------------
-
-
-def measure_gpu(rounds: int) -> dict[str, Any]:
-    """Gemma-2-2B's shape, layer 17, windows of 1,024 tokens, random weights: capture alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from mtc.timing import Stopwatch, measure_device
-
-    shape = {"hidden_size": 2304, "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 4}
-    shape |= {"head_dim": 256, "intermediate_size": 9216, "vocab_size": 256_000, "query_pre_attn_scalar": 256}
-    device = torch.device("cuda")
-    with tempfile.TemporaryDirectory() as directory:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **shape), dtype=torch.bfloat16)
-        model.save_pretrained(directory)
-        del model
-        config = load_preset("gemma-2-2b-layer17", {"model": {"name": directory}})
-        language_model = LanguageModel(config.model, device)
-    rng = np.random.default_rng(0)
-    windows = pack_windows([rng.integers(3, 256_000, 1024).astype(np.int32) for _ in range(16)], [2])
-    peak = measure_device(device, language_model.dtype)
-    rates, shares = [], []
-    for _ in range(rounds + 3):
-        watch = Stopwatch(device)
-        with watch.running():
-            language_model.capture(windows)
-        rates.append(sum(windows.lengths) / watch.seconds())
-        shares.append(language_model.flops(windows.lengths) / watch.seconds() / peak)
-    rate, share = statistics.median(rates[3:]), statistics.median(shares[3:])
-    print(f"  {torch.cuda.get_device_name()}: {rate:,.0f} tokens/s, {share:.0%} of {peak / 1e12:.0f} TFLOP/s")
-    return {"gpu": torch.cuda.get_device_name(), "gpu_tokens_per_second": rate, "gpu_mfu": share}
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -505,16 +471,12 @@ def main(argv: list[str] | None = None) -> int:
         "overlap": measure_overlap,
         "scaling": lambda: measure_scaling(arguments.rounds),
         "memory": measure_memory,
-        "gpu": lambda: measure_gpu(arguments.rounds),
     }
     where = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "torch": torch.__version__}
     results: dict[str, Any] = dict(where)
     saved: dict[str, Any] = {}  # by part, since parts may be measured on different machines
     for part in PARTS:
         if part not in wanted:
-            continue
-        if part == "gpu" and not torch.cuda.is_available():
-            print("gpu: not measured, there is none")
             continue
         print(f"{part}:", flush=True)
         found = measures[part]()

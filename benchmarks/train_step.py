@@ -22,7 +22,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,45 +201,6 @@ def _groups(features: int) -> tuple[int, ...]:
     return features // 4, features // 2, features // 4
 
 
-def gpu(batch: int = 4096, repeat: int = 20) -> dict[str, Any]:
-    """The reference shape on a GPU, in this process. Written for one, but not yet run on one.
-
-    `roofline_share` is the time in which the backend's dense products (five for dense, one for sparse; the chosen
-    entries add about 1 %) would run at the rate of a large bfloat16 product, over the time of the step.
-    """
-    device = torch.device("cuda")
-    work = workloads(1, False, (), True)[0].work._replace(batch=batch)
-    x, y = torch.randn(batch, work.d_source, device=device), torch.randn(batch, work.d_target, device=device)
-
-    def seconds(step: Callable[[], object]) -> float:
-        for _ in range(3):
-            step()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeat):
-            step()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000 / repeat
-
-    size = 8192
-    square = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    out = torch.empty_like(square)
-    peak = 2 * size**3 / seconds(lambda: torch.mm(square, square, out=out))
-    yardstick = ours.Product(work, x)
-    product = seconds(lambda: yardstick.step(x, y))
-    rows = []
-    for backend, products in (("dense", 5), ("sparse", 1)):
-        for precision in ("float32", "bfloat16"):
-            contender = ours.Ours(work, x, y, backend, precision)
-            step = seconds(lambda contender=contender: contender.step(x, y))
-            share = products * 2 * batch * work.d_source * work.features / peak / step
-            rate = {"tokens_per_second": batch / step, "ratio": step / product, "roofline_share": share}
-            rows.append({"backend": backend, "precision": precision, "milliseconds": 1000 * step, **rate})
-            print(f"GPU {backend:6} {precision:8} {1000 * step:8.2f} ms {batch / step:12,.0f} tokens/s {share:6.1%}")
-    return {"device": torch.cuda.get_device_name(), "bfloat16_flops": peak, "batch": batch, "rows": rows}
-
-
 def machine(with_peers: bool) -> dict[str, Any]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -376,8 +337,6 @@ def main() -> None:
                 flush=True,
             )
     result = summary(rows, about, rounds)
-    if torch.cuda.is_available():
-        result["gpu"] = gpu()
     if arguments.save:
         arguments.save.mkdir(parents=True, exist_ok=True)
         (arguments.save / "train_step.json").write_text(json.dumps(result, indent=1) + "\n")
