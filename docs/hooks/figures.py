@@ -118,7 +118,7 @@ def sizing() -> str:
     stream = formulas.measured_stream()
     facts = [
         ("operations of a token, forward pass", f"{work.forward / 1e9:.2f} GFLOP"),
-        ("operations of a token, dense train step", f"{work.step / 1e6:.0f} MFLOP"),
+        ("tokens a second of one trainer on a GPU, estimated", f"{work.trained:,.0f}"),
         ("activations of a token", f"{work.stream_bytes:,.0f} bytes"),
         ("stream into one trainer, measured on 2 CPU cores",
          f"{stream / 1e9:.2f} GB/s, {stream / work.stream_bytes:,.0f} tokens/s"),
