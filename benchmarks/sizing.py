@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.resources import trainer_rate
+from cluster.resources import ROOM_TO_GROW, actors_per_trainer, trainer_rate
 from mtc.config import RunConfig, load_preset, preset_names
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
@@ -69,6 +70,8 @@ class Work(NamedTuple):
     """Operations of the language model's pass, BOS's share included."""
     trained: float
     """Tokens a second that one trainer on a GPU takes, estimated."""
+    actors: int
+    """Most model actors that a plan gives it."""
     stream_bytes: float
     """Bytes of activations on their way to the trainer."""
 
@@ -138,6 +141,7 @@ def work_of(config: RunConfig) -> Work:
     return Work(
         forward_operations(shape, layers, context) * context / (context - 1),
         trainer_rate(config, shape.d_model),
+        ROOM_TO_GROW * math.ceil(actors_per_trainer(config, shape.d_model)),
         sites * stream_bytes(shape.d_model),
     )
 
@@ -149,7 +153,7 @@ def predict(work: Work, gpus: int, peak: float, efficiency: float, stream: float
     if gpus == 1:
         rates["GPU"] = 1 / (work.forward / rate + 1 / work.trained)
     else:
-        rates["model actors"] = (gpus - 1) * rate / work.forward
+        rates["model actors"] = min(gpus - 1, work.actors) * rate / work.forward
         rates["trainer"] = work.trained
     limit = min(rates, key=lambda name: rates[name])
     return Prediction(gpus, rates[limit], limit, rates[limit] * work.stream_bytes / 1e9)

@@ -71,7 +71,7 @@ def map_on_model_actors(blocks: list[pa.Table], actor: type, plan: Plan, **argum
         actor,
         fn_constructor_kwargs=arguments | {"device": plan.device, "threads": threads},
         # A whole block, without copying it together; Ray wants a number where it is given GPUs.
-        batch_size=max(len(block) for block in blocks) if plan.actor_gpus else None,
+        batch_size=max((len(block) for block in blocks), default=1) if plan.actor_gpus else None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT),
         num_cpus=plan.actor_cpus,

@@ -161,6 +161,7 @@ class _HeldOutActor:
         self.store = TokenStore.open(store_url)
         on = open_device(device)
         self.model = LanguageModel(config.model, on, full=self.full_model)
+        self.model.warm_up(config.data.unit_tokens)
         self.machine = describe_machine()
         self.transcoders = [load_transcoder(RunDirectory(url), on) for url in run_urls]
 

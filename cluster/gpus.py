@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,33 +11,41 @@ from cluster.mps import shared_gpu
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
 
-FREE_SECONDS = 120.0
-"""How long a node's GPU may be taken by others, or its process take to start."""
+logger = logging.getLogger(__name__)
+
+FREE_SECONDS = 60.0
+"""How long it is waited for a free GPU on every node; a run waits longer, for Ray."""
 
 
-def check_devices(plan: Plan) -> None:
-    """Have a process on every node with GPUs look for one, before any work.
+def check_devices(config: RunConfig, plan: Plan) -> None:
+    """Have a process on every node with GPUs look for one, before any work. A node whose GPUs are taken is passed over.
 
-    Raises ConfigError with what a node's torch says if it sees none, or if no GPU is free.
+    Raises ConfigError with what a node's torch says if it sees none, and if `cluster.mps` is on though no GPU is shared
+    here.
     """
-    import ray.exceptions
+    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    nodes = [node.node_id for node in plan.nodes if node.gpus]
+    if config.cluster.mps and not (plan.shares_gpu and nodes == [ray.get_runtime_context().get_node_id()]):
+        total = sum(node.gpus for node in plan.nodes)
+        raise ConfigError(
+            "cluster.mps is true, but no two processes share a GPU of the node that the job runs on: of "
+            f"{total:g} GPUs on {len(nodes)} nodes a trainer gets {plan.trainer_gpus:g}, an actor {plan.actor_gpus:g}"
+        )
     if plan.device != "cuda":
         return
     look = ray.remote(_device_error).options
     shared = {"num_cpus": 0, "num_gpus": plan.actor_gpus, "runtime_env": plan.runtime_env}
     on_node = partial(NodeAffinitySchedulingStrategy, soft=False)
-    nodes = [node.node_id for node in plan.nodes if node.gpus]
-    answers = [look(**shared, scheduling_strategy=on_node(node)).remote() for node in nodes]
-    for node, answer in zip(nodes, answers, strict=True):
-        try:
-            error = ray.get(answer, timeout=FREE_SECONDS)
-        except ray.exceptions.GetTimeoutError:
-            ray.cancel(answer)
-            error = f"no GPU came free within {FREE_SECONDS:.0f} s; another job has them"
-        if error:
-            raise ConfigError(f"node {node[:8]}: {error}")
+    answers = {look(**shared, scheduling_strategy=on_node(node)).remote(): node for node in nodes}
+    ready, busy = ray.wait(list(answers), num_returns=len(answers), timeout=FREE_SECONDS)
+    for answer in ready:
+        if error := ray.get(answer):
+            raise ConfigError(f"node {answers[answer][:8]}: {error}")
+    for answer in busy:
+        ray.cancel(answer)
+        logger.warning("node %s: no GPU came free within %.0f s; others have them", answers[answer][:8], FREE_SECONDS)
 
 
 def _device_error() -> str | None:
@@ -51,19 +60,11 @@ def _device_error() -> str | None:
 
 @contextmanager
 def on_one_gpu(config: RunConfig, plan: Plan) -> Iterator[Plan]:
-    """The plan with what its processes need to compute on one GPU at the same time, if `cluster.mps` asks for that.
+    """The plan with what its processes need to compute on their GPU at the same time, if `cluster.mps` asks for that.
 
-    Raises ConfigError if it can't be had: by two processes on a GPU of this node.
+    Raises ConfigError where MPS can't be had.
     """
-    import ray
-
-    if not config.cluster.mps:
-        yield plan
-        return
-    here = [node.node_id for node in plan.nodes] == [ray.get_runtime_context().get_node_id()]
-    if not (plan.shares_gpu and here):
-        raise ConfigError("cluster.mps is true, but no two processes share a GPU of the node that the job runs on")
-    with shared_gpu(True) as environment:
-        if not environment:
+    with shared_gpu(config.cluster.mps) as environment:
+        if config.cluster.mps and not environment:
             raise ConfigError("cluster.mps is true, but MPS can't be had; the log says why not")
         yield plan._replace(environment=tuple(environment.items()))

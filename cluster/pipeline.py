@@ -97,7 +97,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     configure_data_context()
     d_model = check_model(config.model).d_model
     plan = make_plan(config, cluster_nodes(), d_model)
-    check_devices(plan)
+    check_devices(config, plan)
     run = _run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
     set_run(run.run_id)

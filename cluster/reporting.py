@@ -108,7 +108,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     info = check_model(config.model)
     configure_data_context()
     plan = make_plan(config, cluster_nodes(), info.d_model)
-    check_devices(plan)
+    check_devices(config, plan)
     with Lease(run) as lease:
         for layer in config.model.sites:
             run.for_layer(layer.layer).verify(("transcoder.safetensors",))

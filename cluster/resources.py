@@ -109,8 +109,10 @@ class Plan(NamedTuple):
         """Environment of trainers and model actors."""
         found = dict(WORKER_ENVIRONMENT)
         if self.device == "cuda":
-            processes = -(-(self.num_trainers + self.max_model_actors) // len(self.nodes))
-            threads = max(1, int(max(node.cpus for node in self.nodes) // processes))
+            largest = max(self.nodes, key=lambda node: node.gpus)  # which may hold as many as have GPUs there
+            smallest = min(share for share in (self.trainer_gpus, self.actor_gpus) if share) if largest.gpus else 1
+            processes = min(self.num_trainers + self.max_model_actors, max(1, int(largest.gpus / smallest + 1e-6)))
+            threads = max(1, int(largest.cpus // processes))
             found |= GPU_ENVIRONMENT | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}  # or each takes all cores
         return found | dict(self.environment)
 

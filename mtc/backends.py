@@ -51,16 +51,19 @@ def choose_backend(
     """
     rows = measured_steps() if steps is None else steps
     same = [r for r in rows if r.device == device and r.bfloat16 == (bfloat16 and r.backend == "sparse")]
-    near = [r for r in same if _distance(r, features, tokens) <= math.log(WITHIN)]
-    if not near:
+    shapes: dict[tuple[int, int], dict[Backend, float]] = {}
+    for row in same:
+        shapes.setdefault((row.features, row.tokens), {})[row.backend] = row.milliseconds
+
+    def distance(shape: tuple[int, int]) -> float:
+        """The larger of the two ratios, as a logarithm."""
+        return max(abs(math.log(shape[0] / features)), abs(math.log(shape[1] / tokens)))
+
+    both = [shape for shape, times in shapes.items() if len(times) == 2 and distance(shape) <= math.log(WITHIN)]
+    if not both:
         return "sparse", f"no step was measured on {device} near this shape; one product instead of five"
-    closest = min(_distance(r, features, tokens) for r in near)
-    at = {r.backend: r for r in near if _distance(r, features, tokens) == closest}
-    fastest = min(at.values(), key=lambda r: r.milliseconds)
-    times = ", ".join(f"{name} {at[name].milliseconds:.2f} ms" for name in sorted(at))
-    return fastest.backend, f"{device}, {fastest.features:,} features, {fastest.tokens:,} tokens: {times}"
-
-
-def _distance(step: MeasuredStep, features: int, tokens: int) -> float:
-    """The larger of the two ratios, as a logarithm."""
-    return max(abs(math.log(step.features / features)), abs(math.log(step.tokens / tokens)))
+    closest = min(both, key=distance)
+    times = shapes[closest]
+    said = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in sorted(times.items()))
+    fastest: Backend = "dense" if times["dense"] < times["sparse"] else "sparse"
+    return fastest, f"{device}, {closest[0]:,} features, {closest[1]:,} tokens: {said}"

@@ -65,8 +65,8 @@ class ModelConfig(_Part):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the language model; `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
     compile: bool | None = None
-    """Compile the language model's norms, MLPs and soft-capped attention, which takes a minute; by default on GPUs
-    where there is a C compiler."""
+    """Compile the language model's norms, MLPs and, on a GPU, attention, which takes a minute; by default on GPUs where
+    Triton and a C compiler are found. Where compilation fails the model runs eager, with a warning."""
 
     @property
     def sites(self) -> tuple[LayerConfig, ...]:
@@ -205,8 +205,8 @@ class OptimizerConfig(_Part):
     """Arithmetic of the transcoder's products; weights, loss and optimizer stay float32. The sparse backend only looks
     for active features in bfloat16 and computes their values in float32. `auto` is bfloat16 where it is fast."""
     backend: Literal["auto", "dense", "sparse"] = "auto"
-    """How the loss and its gradients are computed; `auto` times both at the first step. The result is the same up to
-    rounding, so name one for runs that must agree bit for bit."""
+    """How the loss and its gradients are computed. `auto` times both at the first step; on a GPU it goes by what was
+    recorded for it. The result is the same up to rounding, so name one for runs that must agree bit for bit."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:

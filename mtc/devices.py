@@ -64,8 +64,8 @@ def current_stream(device: torch.device) -> Any:
 
 
 def record(stream: Any) -> Any:
-    """An event that happens when what is on `stream` now is done; `synchronize` waits for it."""
-    event = torch.cpu.Event() if isinstance(stream, torch.cpu.Stream) else torch.cuda.Event()
+    """An event that happens when what is on `stream` now is done; `synchronize` waits for it, without using a core."""
+    event = torch.cpu.Event() if isinstance(stream, torch.cpu.Stream) else torch.cuda.Event(blocking=True)
     event.record(stream)
     return event
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mtc.devices import PRETENDING
+from mtc import devices
 
 
 class Waits:
@@ -76,7 +76,7 @@ def agree(*numbers: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> l
 
 def backend(device: str) -> str:
     """Process group for trainers on "cpu" or "cuda": what GPUs hold goes by NCCL, what hosts agree on by gloo."""
-    return "cpu:gloo,cuda:nccl" if device == "cuda" and not PRETENDING else "gloo"
+    return "cpu:gloo,cuda:nccl" if device == "cuda" and not devices.PRETENDING else "gloo"
 
 
 def all_gather(tensor: Tensor) -> Tensor:

@@ -342,7 +342,7 @@ def nested_residuals(
 
 def _product(x: Tensor, weights: Weights, workspace: Workspace, bfloat16_product: bool) -> Tensor:
     """x W_enc^T + b_enc, [tokens, features], in x's dtype; its values are bfloat16's if the product was."""
-    if bfloat16_product and x.is_cuda:  # where the sums of products need not be rounded to bfloat16 again
+    if bfloat16_product and x.device.type != "cpu":  # where the sums of products need not be rounded to bfloat16 again
         return torch.mm(x.bfloat16(), weights.W_enc.bfloat16().t(), out_dtype=x.dtype).add_(weights.b_enc)
     z = workspace.take("z", (len(x), len(weights.b_enc)), x)
     if bfloat16_product:

@@ -107,6 +107,8 @@ class LanguageModel:
         self._kernel = flex.Kernel() if self._eager is None and is_gpu(self.device) else None
         inside = self._base.get_submodule(modules.layers).modules()
         products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
+        self._warm_for = 0
+        """Tokens that `warm_up` was called for."""
         self._context_length: int | None = getattr(text, "max_position_embeddings", None)
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or info.d_model // heads
@@ -137,8 +139,9 @@ class LanguageModel:
         Compilation that fails is noticed here: the model then runs eager. On a CPU that compiles nothing there is
         nothing to do. Raises torch.OutOfMemoryError if passes of that many tokens do not fit.
         """
-        if not (self.compiled or is_gpu(self.device)):
+        if tokens <= self._warm_for or not (self.compiled or is_gpu(self.device)):
             return
+        self._warm_for = tokens
         longest = max(1, min(tokens, self._context_length or tokens))
         for lengths in _kinds_of_windows(max(1, tokens), longest):
             # Without a kernel attention takes memory for all pairs of a window, maybe a longer one than ever comes.

@@ -37,8 +37,8 @@ def largest_entries(z: Tensor, count: int, border: float = 0.0) -> tuple[Chosen,
     """The `count` largest positive entries of all ranks' z [tokens, features], this rank's part; fewer if there are.
 
     `border` is a guess at the smallest of them that saves time on a CPU and never changes the result; the true one is
-    returned. On a GPU, in one process, nothing waits for the host: the entries are always `count`, some of value 0 if
-    fewer are positive, and the border returned is 0.
+    returned. On a GPU, in one process, nothing waits for the host: the entries are always `count`, or as many as z has,
+    some of value 0 if fewer are positive, and the border returned is 0.
     """
     return (_largest_gpu(z, count), 0.0) if is_gpu(z.device) else _largest_cpu(z, count, border)
 

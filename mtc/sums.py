@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtc.devices import is_gpu
 from mtc.transcoder import MatryoshkaTranscoder
 
 if TYPE_CHECKING:
@@ -139,19 +140,26 @@ def _by_label(labels: Tensor, num_labels: int) -> Callable[[Tensor], Array]:
     """A function that sums values, [tokens] or [tokens, d], over the tokens of each label: [num_labels] or
     [num_labels, d], float64. `labels` is [tokens] int64.
 
-    By a product with the few labels that are present: `index_add_` is slower, and on a GPU it adds in another order
-    every time.
+    In the order of the tokens. On a GPU `index_add_` would add in another order every time: there, tokens are sorted by
+    label first.
     """
-    present, which = labels.unique(return_inverse=True)
-    of_label = (which == torch.arange(len(present), device=labels.device)[:, None]).double()  # [present, tokens]
-    rows = present.cpu().numpy()
+    if not is_gpu(labels.device):
 
-    def by_label(values: Tensor) -> Array:
-        sums = np.zeros((num_labels, *values.shape[1:]))
-        sums[rows] = (of_label @ values.double()).cpu().numpy()
+        def add(values: Tensor) -> Array:
+            values = values.double()
+            sums: Array = values.new_zeros(num_labels, *values.shape[1:]).index_add_(0, labels, values).numpy()
+            return sums
+
+        return add
+    order = labels.argsort(stable=True)
+    offsets = torch.searchsorted(labels[order], torch.arange(num_labels + 1, device=labels.device))
+
+    def reduce_sorted(values: Tensor) -> Array:
+        parts = values.double()[order]
+        sums: Array = torch.segment_reduce(parts, "sum", offsets=offsets, axis=0, initial=0).cpu().numpy()
         return sums
 
-    return by_label
+    return reduce_sorted
 
 
 def _squares(rows: Tensor) -> Tensor:
@@ -203,11 +211,12 @@ def max_logits(device: torch.device) -> int:
 
 
 def _logits_in(free: int) -> int:
-    """Logits whose float32 values fill an eighth of `free` bytes, as a power of 2, at least MAX_LOGITS.
+    """Logits whose float32 values fill a sixteenth of `free` bytes, as a power of 2, at least MAX_LOGITS.
 
+    The divergence holds five copies of them, and two processes may share the GPU.
     A power of 2, so that a little more or less of what is free does not change the parts, and with them last digits.
     """
-    return max(MAX_LOGITS, 1 << max(0, (free // 32).bit_length() - 1))
+    return max(MAX_LOGITS, 1 << max(0, (free // 64).bit_length() - 1))
 
 
 @torch.inference_mode()

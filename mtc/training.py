@@ -110,6 +110,8 @@ class Trainer:
         """How losses are computed; chosen at the first step."""
         self.compute_timings: dict[str, float] = {}
         """Seconds of each backend's forward and backward pass, where `auto` measured them."""
+        self.compute_reason = ""
+        """Why `auto` took it on a GPU."""
         self.workspace = Workspace()
         self.dead = torch.zeros(self.transcoder.num_features, dtype=torch.bool, device=self.device)
         """[features]: what AuxK works on; looked up every DEAD_REFRESH steps, since that waits for the device."""
@@ -168,16 +170,14 @@ class Trainer:
         """How losses are computed, for the run's record: "sparse, compiled (auto: dense 80.1 ms, sparse 21.4 ms)"."""
         if self.compute is None:
             return "not chosen yet"
-        backend, bfloat16 = self.compute
         how = ""
         if is_gpu(self.device):
             how = f" on {device_name(self.device)}"
-        elif backend == "sparse":
+        elif self.compute.backend == "sparse":
             how = f", {native.status()}"
-        why = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in self.compute_timings.items())
-        if self.config.optimizer.backend == "auto" and is_gpu(self.device):
-            _, why = self._recommended(bfloat16)
-        return f"{backend}{how}" + (f" (auto: {why})" if why else "")
+        timings = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in self.compute_timings.items())
+        why = timings or self.compute_reason
+        return f"{self.compute.backend}{how}" + (f" (auto: {why})" if why else "")
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, a constant, then a linear decay to `final_lr_fraction` at the last step; counts from 0."""
@@ -211,9 +211,12 @@ class Trainer:
             self.compute = Compute(settings.backend, bfloat16)
             return
         if is_gpu(self.device):
-            found, _ = self._recommended(bfloat16)
+            tokens, features = settings.batch_tokens // world_size(), self.transcoder.num_features
+            found, self.compute_reason = choose_backend(device_name(self.device), features, tokens, bfloat16)
             (dense,) = agree(found == "dense", op=dist.ReduceOp.MIN)
             self.compute = Compute("dense", False) if dense else Compute("sparse", bfloat16)
+            if self.compute.backend != found:
+                self.compute_reason = "another trainer's GPU takes it"
             return
         for backend in BACKENDS:
             self.compute_timings[backend] = self._time(Compute(backend, bfloat16), source, target, objective)
@@ -232,11 +235,6 @@ class Trainer:
             seconds.append(time.perf_counter() - start)
         (slowest,) = agree(statistics.median(seconds[1:]), op=dist.ReduceOp.MAX)  # the first one warms up
         return slowest
-
-    def _recommended(self, bfloat16: bool) -> tuple[Literal["dense", "sparse"], str]:
-        """What `auto` takes on this GPU, and why."""
-        tokens = self.config.optimizer.batch_tokens // world_size()
-        return choose_backend(device_name(self.device), self.transcoder.num_features, tokens, bfloat16)
 
     def _recycle_gradients(self) -> None:
         """Drop the last step's gradients; the sparse backward writes the large ones into the same memory again."""
@@ -288,6 +286,8 @@ class Trainer:
             self.compute = Compute(BACKENDS[backend], bool(bfloat16))
             seconds = zip(BACKENDS, state["compute_seconds"].tolist(), strict=True)
             self.compute_timings = {name: value for name, value in seconds if value}
+            if self.config.optimizer.backend == "auto":
+                self.compute_reason = "as the run began"
         self._find_dead(state["dead"].to(self.device))
         self.skipped = state["skipped"].to(self.device)
         self.step_number, self.tokens = int(state["step"]), int(state["tokens"])

@@ -438,5 +438,5 @@ def test_sums_by_label_equal_index_add() -> None:
 def test_logits_at_a_time_follow_the_memory() -> None:
     assert sums.max_logits(torch.device("cpu")) == sums.MAX_LOGITS
     assert sums._logits_in(0) == sums._logits_in(1 << 30) == sums.MAX_LOGITS
-    assert sums._logits_in(64 << 30) == 1 << 31  # 8 GiB of float32
-    assert sums._logits_in((64 << 30) - 1) == 1 << 30
+    assert sums._logits_in(64 << 30) == 1 << 30  # 4 GiB of float32
+    assert sums._logits_in((64 << 30) - 1) == 1 << 29

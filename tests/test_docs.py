@@ -386,7 +386,7 @@ def test_operations_of_the_reference_run_by_hand() -> None:
     assert sizing.forward_operations(shape, 18, 64) == pytest.approx(18 * (2 * (attention + mlp) + pairs))
     work = sizing.work_of(load_preset("gemma-2-2b-layer17"))
     assert work.stream_bytes == 9216
-    assert work.trained == pytest.approx(1024 / 2.5e-3)
+    assert (work.trained, work.actors) == (pytest.approx(1024 / 2.5e-3), 6)
     assert work.forward == pytest.approx(2.852e9, rel=1e-3)
     several = {"model": {"layers": [5, 17]}}
     two = sizing.work_of(load_preset("gemma-2-2b-layer17", several))
@@ -394,12 +394,14 @@ def test_operations_of_the_reference_run_by_hand() -> None:
 
 
 def test_predictions_by_hand() -> None:
-    work = sizing.Work(forward=2e9, trained=1e6, stream_bytes=1e4)
+    work = sizing.Work(forward=2e9, trained=1e6, actors=3, stream_bytes=1e4)
     one = sizing.predict(work, 1, 1e15, 0.4, stream=1e12)
     assert one.tokens_per_second == pytest.approx(1 / (2e9 / 4e14 + 1e-6))
     assert one.limit == "GPU"
     eight = sizing.predict(work, 8, 1e15, 0.4, stream=1e12)
-    assert (eight.limit, eight.tokens_per_second) == ("trainer", 1e6)
+    assert (eight.limit, eight.tokens_per_second) == ("model actors", pytest.approx(3 * 4e14 / 2e9))
+    fast = sizing.predict(work._replace(actors=6), 8, 1e15, 0.4, stream=1e12)
+    assert (fast.limit, fast.tokens_per_second) == ("trainer", 1e6)
     two = sizing.predict(work, 2, 1e15, 0.4, stream=1e12)
     assert (two.limit, two.tokens_per_second) == ("model actors", pytest.approx(4e14 / 2e9))
     slow = sizing.predict(work, 8, 1e15, 0.4, stream=1e9)

@@ -1,11 +1,18 @@
 """What is written for GPUs, as far as a machine without one can tell: on the CPU with the branches of GPUs, and on
 torch's meta device, which refuses what would wait for a device or mix two."""
 
+from contextlib import contextmanager
+from unittest.mock import MagicMock
+
 import pyarrow as pa
 import pytest
+import ray
 import torch
+from torch.distributed.distributed_c10d import Backend, BackendConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from cluster import activations
+from cluster import activations, gpus, stream
 from cluster.activations import UNIT_TYPE, activation_dataset
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.resources import Node, make_plan
@@ -59,6 +66,26 @@ def meta_trainer(backend, precision, dead):
     return trainer
 
 
+class OneDevice(TorchDispatchMode):
+    """Raises where an operation takes tensors of the host and of the device, but for numbers, or copies one there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
+        given = {x.device.type for x in tensors}
+        result = func(*args, **(kwargs or {}))
+        made = {x.device.type for x in tree_leaves(result) if torch.is_tensor(x)}
+        if len(given | made) > 1:
+            raise RuntimeError(f"{func} takes {given} and makes {made}")
+        return result
+
+
+def test_two_devices_in_one_operation_are_noticed():
+    on_host, there = torch.arange(3), torch.zeros(3, device="meta")
+    for mixed in (lambda: on_host.to("meta"), lambda: there[on_host], lambda: there + on_host):
+        with pytest.raises(RuntimeError), OneDevice():
+            mixed()
+
+
 @pytest.mark.parametrize("dead", [0, 7])
 @pytest.mark.parametrize(
     ("backend", "precision"), [("sparse", "float32"), ("sparse", "bfloat16"), ("dense", "float32")]
@@ -67,7 +94,8 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(pretending, backend, 
     trainer = meta_trainer(backend, precision, dead)
     for tokens in (64, 64, 40):  # the last batch is shorter
         source, target = torch.randn(tokens, 12, device="meta"), torch.randn(tokens, 10, device="meta")
-        result = trainer.step(source, target)
+        with OneDevice():
+            result = trainer.step(source, target)
         assert result.loss_and_l0().device.type == "meta"
     assert all(p.grad.device.type == "meta" for p in trainer.transcoder.parameters())
 
@@ -101,6 +129,7 @@ def test_long_bags_are_cut_into_pieces_that_add_up(pretending):
         assert torch.equal(sums, bag_sums(table, index, weight, bags))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_what_is_not_finite_stays_in_its_window(monkeypatch, bad, softcap):
@@ -134,6 +163,8 @@ def test_auto_takes_what_was_measured_on_this_gpu_near_this_shape():
     backend, why = choose_backend("H", 4608, 1024, True, steps)
     assert (backend, why) == ("sparse", "H, 4,608 features, 1,024 tokens: dense 3.00 ms, sparse 2.00 ms")
     assert choose_backend("H", 1152, 1024, True, steps)[0] == "dense"
+    alone = (*steps, MeasuredStep("H", 4608, 2048, "dense", False, 0.1))  # beside which nothing was measured
+    assert choose_backend("H", 4608, 2048, True, alone)[1] == why
     for device, features, tokens in (("A", 4608, 1024), ("H", 65536, 1024), ("H", 4608, 8192)):
         backend, why = choose_backend(device, features, tokens, True, steps)
         assert backend == "sparse" and f"no step was measured on {device} near this shape" in why
@@ -152,7 +183,7 @@ def test_auto_times_nothing_and_the_record_says_why(pretending):
     assert trainer.describe_compute() == expected
     again = Trainer(config, 12, 12)
     again.load_state_dict(trainer.state_dict())
-    assert again.describe_compute() == expected
+    assert again.describe_compute() == "sparse on cpu (auto: as the run began)"
 
 
 # The way of the activations -------------------------------------------------------------------------------------------
@@ -248,30 +279,62 @@ def test_model_actors_go_to_the_only_trainers_node_while_it_has_room():
 
 
 def test_mps_is_refused_where_no_gpu_is_shared(ray_cluster):
+    config, here = load_preset("tiny", {"cluster": {"mps": True}}), ray.get_runtime_context().get_node_id()
+    for nodes in ([Node(2, 0, node_id=here)], [Node(8, 4, node_id=here)], [Node(2, 1, node_id="other")]):
+        with pytest.raises(ConfigError, match=r"cluster\.mps is true, but no two processes share a GPU of the node"):
+            check_devices(config, make_plan(config, nodes, 32))
+
+
+def test_processes_get_what_mps_needs_and_only_while_it_runs(monkeypatch):
+    """From the daemon through the plan, also the one that is made anew for the stream at every start."""
+    wanted, running = [], []
+
+    @contextmanager
+    def shared_gpu(asked):
+        wanted.append(asked)
+        running.append(True)
+        yield {"CUDA_MPS_PIPE_DIRECTORY": "/pipes"} if asked else {}
+        running.pop()
+
+    monkeypatch.setattr(gpus, "shared_gpu", shared_gpu)
+    nodes = [Node(8, 1, node_id="a")]
     config = load_preset("tiny", {"cluster": {"mps": True}})
-    plan = make_plan(config, [Node(2, 0)], 32)
-    with (
-        pytest.raises(ConfigError, match=r"cluster\.mps is true, but no two processes share a GPU"),
-        on_one_gpu(config, plan),
-    ):
-        pass
+    plan = make_plan(config, nodes, 32)
+    with on_one_gpu(config, plan) as together:
+        assert running and together.runtime_env["env_vars"]["CUDA_MPS_PIPE_DIRECTORY"] == "/pipes"
+        used = []
+        monkeypatch.setattr(stream, "configure_data_context", lambda seconds: None)
+        monkeypatch.setattr(stream, "remaining_units", lambda *_: [])
+        monkeypatch.setattr(stream, "cluster_nodes", lambda: nodes)
+        monkeypatch.setattr(stream.ray, "get", lambda reference: "")
+        monkeypatch.setattr(stream, "activation_dataset", lambda config, plan, *_: used.append(plan) or MagicMock())
+        stream.StreamConfig(config, together, "run", "store", 32, MagicMock()).configure({}, 1, None, ["a"])
+        assert (used[0].environment, used[0].near) == (together.environment, "a")
+    assert not running
     with on_one_gpu(load_preset("tiny"), plan) as same:
         assert same == plan
+    assert wanted == [True, False]
 
 
-def test_a_cluster_whose_gpus_torch_does_not_see_is_refused_before_any_work(ray_cluster):
+def test_a_cluster_whose_gpus_torch_does_not_see_is_refused_before_any_work(ray_cluster, monkeypatch):
     """A build of torch without CUDA on machines with GPUs, or an old driver: here the tests' own torch and machine."""
-    import ray
-
-    node = Node(2, 1, node_id=ray.get_runtime_context().get_node_id())
-    plan = make_plan(load_preset("tiny"), [node], 32)
+    tiny, here = load_preset("tiny"), ray.get_runtime_context().get_node_id()
+    plan = make_plan(tiny, [Node(2, 1, node_id=here)], 32)
     with pytest.raises(ConfigError, match=r"node \w{8}: this process was given a GPU, but torch .* sees none"):
-        check_devices(plan._replace(actor_gpus=0))  # this Ray has none to give
-    check_devices(make_plan(load_preset("tiny"), [Node(2, 0)], 32))
+        check_devices(tiny, plan._replace(actor_gpus=0))  # this Ray has none to give
+    check_devices(tiny, make_plan(tiny, [Node(2, 0, node_id=here)], 32))
+
+
+def test_gpus_that_others_have_are_waited_for_by_ray(ray_cluster, monkeypatch, caplog):
+    monkeypatch.setattr(gpus, "FREE_SECONDS", 0)
+    tiny, here = load_preset("tiny"), ray.get_runtime_context().get_node_id()
+    plan = make_plan(tiny, [Node(2, 1, node_id=here)], 32)
+    check_devices(tiny, plan._replace(actor_gpus=0))  # no process answers at once
+    assert f"node {here[:8]}: no GPU came free within 0 s" in caplog.text
 
 
 def test_hosts_agree_without_their_gpus(monkeypatch):
-    monkeypatch.setattr(distributed, "PRETENDING", False)
-    assert distributed.backend("cuda") == "cpu:gloo,cuda:nccl"
-    assert distributed.backend("cpu") == "gloo"
-    assert distributed.agree(3, 0.5) == [3.0, 0.5]
+    monkeypatch.setattr(devices, "PRETENDING", False)
+    by_device = BackendConfig(Backend(distributed.backend("cuda"))).get_device_backend_map()
+    assert (by_device["cpu"], by_device["cuda"]) == ("gloo", "nccl")
+    assert BackendConfig(Backend(distributed.backend("cpu"))).get_device_backend_map()["cpu"] == "gloo"
