@@ -94,14 +94,13 @@ def keep_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns the mask [n] and the smallest chosen value, a scalar (0 if fewer than `count` are positive: then all of
     those are chosen). Called on every rank at once; on a GPU nothing waits for the host.
     """
-    if is_gpu(values.device):
-        border, above, tied = _border(_largest_values(values, count), count)
-    else:
-        border = _by_histogram(values, count)
-        above, tied = None, None
+    counted = _border(_largest_values(values, count), count) if is_gpu(values.device) else None
+    border = counted[0] if counted else _by_histogram(values, count)
     is_above = values > border
     is_tied = (values == border) & (border > 0)
-    if above is None or tied is None:
+    if counted:
+        _, above, tied = counted
+    else:
         counts = torch.stack([is_above.sum(), is_tied.sum()])
         if not distributed() and int(counts.sum()) <= count:
             return is_above.logical_or_(is_tied), border
