@@ -123,7 +123,8 @@ def record(saved: Path, steps: Path = STEPS) -> int:
     before; returns how many they are. Raises ValueError if the result has none."""
     figures = json.loads(saved.read_text())["figures"].get("step_figures", {}).get("steps", [])
     names = MeasuredStep._fields
-    rows = [{n: row[n] for n in names} for row in figures if not row["dead"] and "milliseconds" in row]
+    timed = [row for row in figures if not row["dead"] and "milliseconds" in row and row["device"] != "cpu"]
+    rows = [{n: row[n] for n in names} for row in timed]
     if not rows:
         raise ValueError(f"{saved} has no times of steps: they need a GPU and the section step_figures")
     by_kind = {tuple(row[n] for n in names[:-1]): row for row in [*json.loads(steps.read_text()), *rows]}
@@ -219,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true", help="print the sections' names and seconds")
     parser.add_argument("--small", action="store_true", help="small shapes, as without a GPU")
+    parser.add_argument("--require-gpu", action="store_true", help="end at once, with 2, if torch sees no GPU")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the last line's object there, indented")
     parser.add_argument("--record", type=Path, metavar="FILE", help="add a saved file's step figures to --steps")
     parser.add_argument("--steps", type=Path, metavar="FILE", default=STEPS, help="(%(default)s)")
@@ -230,20 +232,32 @@ def main(argv: list[str] | None = None) -> int:
     if options.record:
         try:
             print(f"{record(options.record, options.steps)} steps recorded in {options.steps}")
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"--record: {error}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            parser.error(f"--record {options.record}: {type(error).__name__}: {error}")
         return 0
-    signal.signal(signal.SIGTERM, _end)
+    if options.save and (options.save.is_dir() or not os.access(options.save.resolve().parent, os.W_OK)):
+        parser.error(f"--save {options.save}: no file can be written there")
+    if not torch.cuda.is_available():
+        seen = f"torch {torch.__version__} sees no GPU (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')})"
+        if options.require_gpu:
+            parser.error(f"--require-gpu: {seen}")
+        print(f"{seen}: the checks run on the CPU in its place, which proves nothing of a GPU", file=sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="mtc-gpu-"))
         shared = Path("/dev/shm")
         room = shared.is_dir() and shutil.disk_usage(shared).free > MEMORY_BYTES
         memory = stack.enter_context(tempfile.TemporaryDirectory(prefix="mtc-gpu-", dir=shared if room else scratch))
         everything = run(options.only or list(SECTIONS), _setting(options.small, scratch, memory))
+    _print(everything)
     if options.save:
         options.save.write_text(json.dumps(_plain(everything), indent=1) + "\n")
-    _print(everything)
-    return 1 if failures(everything) else 0
+    failed = failures(everything)
+    for name in failed:
+        print(f"FAILED {name}", file=sys.stderr)
+    print(f"{everything['device']}: {len(everything['checks'])} checks, {len(failed)} failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _setting(small: bool, scratch: str, memory: str) -> Setting:

@@ -163,7 +163,7 @@ def device(setting: Setting, findings: Findings) -> None:
     """What it is, and that its float32 products are float32."""
     exact = torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
     findings.check("float32 products are not TF32's", exact)
-    findings.figures["torch"] = torch.__version__
+    findings.figures |= {"torch": torch.__version__, "gpu": setting.on_gpu}
     if setting.on_gpu:
         about = torch.cuda.get_device_properties(setting.device)
         findings.figures |= {"name": about.name, "capability": f"{about.major}.{about.minor}"}

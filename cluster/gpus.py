@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from cluster.mps import shared_gpu
+from cluster.mps import PROGRAM, shared_gpu
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
+from mtc.logs import say
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ def check_devices(config: RunConfig, plan: Plan) -> None:
     """Have a process on every node with GPUs look for one, before any work. A node whose GPUs are taken is passed over.
 
     Raises ConfigError with what a node's torch says if it sees none, and if `cluster.mps` is on though no GPU is shared
-    here.
+    here or MPS is not installed.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,6 +35,8 @@ def check_devices(config: RunConfig, plan: Plan) -> None:
             "cluster.mps is true, but no two processes share a GPU of the node that the job runs on: of "
             f"{total:g} GPUs on {len(nodes)} nodes a trainer gets {plan.trainer_gpus:g}, an actor {plan.actor_gpus:g}"
         )
+    if config.cluster.mps and shutil.which(PROGRAM) is None:
+        raise ConfigError(f"cluster.mps is true, but {PROGRAM}, which comes with NVIDIA's driver, is not on PATH")
     if plan.device != "cuda":
         return
     look = ray.remote(_device_error).options
@@ -66,5 +70,7 @@ def on_one_gpu(config: RunConfig, plan: Plan) -> Iterator[Plan]:
     """
     with shared_gpu(config.cluster.mps) as environment:
         if config.cluster.mps and not environment:
-            raise ConfigError("cluster.mps is true, but MPS can't be had; the log says why not")
+            raise ConfigError("cluster.mps is true, but MPS can't be had: the warning above says why not")
+        if environment:
+            say("mps", f"trainer and model actor share their GPU by MPS, in {environment['CUDA_MPS_PIPE_DIRECTORY']}")
         yield plan._replace(environment=tuple(environment.items()))

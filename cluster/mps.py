@@ -66,7 +66,7 @@ def shared_gpu(wanted: bool) -> Iterator[dict[str, str]]:
                 program = _program()
                 environment = _running_daemon(program) or stack.enter_context(_own_daemon(program))
             except _Unavailable as error:
-                logger.info("processes on one GPU take turns, without MPS: %s", error)
+                logger.warning("processes on one GPU take turns, without MPS: %s", error)
         yield environment
 
 

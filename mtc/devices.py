@@ -29,11 +29,15 @@ def open_device(name: str) -> torch.device:
         return torch.device(name)
     if PRETENDING:
         return torch.device("cpu")
-    build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda:
+        build = f"is built for CUDA {torch.version.cuda}"
+        advice = "`nvidia-smi` tells whether the driver is there and new enough for that"
+    else:
+        build = "is a build without CUDA"
+        advice = "install one with CUDA (README, On a GPU)"
     raise DeviceError(
         f"this process was given a GPU, but torch {torch.__version__}, which {build}, sees none "
-        f"(CUDA_VISIBLE_DEVICES={visible}); `nvidia-smi` tells whether the driver is there and new enough, "
+        f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}): {advice}; "
         "cluster.use_gpu=false runs on CPUs"
     )
 

@@ -137,7 +137,28 @@ sys.exit(benchmarks.gpu.main(["--only", "operations", "--only", "selection", "--
     assert selection["failed"].startswith("TypeError: ") and "Traceback" in done.stderr
     assert last["checks"]["selection"] == {"ok": False, "failed": selection["failed"]}
     assert device["section"] == "device" and all(check["ok"] for check in device["checks"].values())
+    assert "FAILED operations: bag_sums, every row" in done.stderr and "FAILED selection\n" in done.stderr
+    assert "sees no GPU" in done.stderr.splitlines()[0], "nobody takes this for a proof"
     assert not list(tmp_path.glob("mtc-gpu-*")), "something was left behind"
+
+
+def test_what_can_not_be_done_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "list.json").write_text("[1]")
+    for options, words in (
+        (["--save", str(tmp_path)], f"--save {tmp_path}: no file can be written there"),
+        (["--save", str(tmp_path / "none" / "x.json")], "no file can be written there"),
+        (["--require-gpu"], "--require-gpu: torch"),
+        (["--record", str(tmp_path / "list.json")], f"--record {tmp_path}/list.json: TypeError"),
+        (["--record", str(tmp_path / "none.json")], "No such file"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            gpu.main(options)
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 def test_another_process_goes_on_where_this_one_lost_the_gpu(tmp_path: Path) -> None:

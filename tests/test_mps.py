@@ -150,7 +150,8 @@ def running(program: Program, pipes: Path) -> Iterator[Process]:
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    assert all(record.levelno == logging.INFO for record in caplog.records)
+    for record in caplog.records:  # why not is told to everybody
+        assert record.levelno == (logging.WARNING if "take turns" in record.getMessage() else logging.INFO)
     return [record.getMessage() for record in caplog.records if record.name == "cluster.mps"]
 
 
