@@ -243,15 +243,15 @@ class CheckpointWriter:
             if self.rank == 0:
                 entries[f"rank-{self.rank}.json"] = entry_of(record)
                 self._complete(step, directory, entries)
-                size = sum(entry.bytes for entry in entries.values())
-                seconds = time.monotonic() - began
-                self.report("checkpoint", f"checkpoint of {size / 1e6:.1f} MB in {seconds:.1f} s", step)
         except Exception as error:
             self.report("checkpoint_failed", f"the checkpoint was given up: {type(error).__name__}: {error}", step)
             if self.rank == 0:
-                self._quietly(directory.remove)  # it has no manifest
+                self._quietly(lambda: None if directory.exists(MANIFEST) else directory.remove())
             raise
         if self.rank == 0:
+            size = sum(entry.bytes for entry in entries.values())
+            seconds = time.monotonic() - began
+            self.report("checkpoint", f"checkpoint of {size / 1e6:.1f} MB in {seconds:.1f} s", step)
             self._quietly(lambda: self.checkpoints.sweep(self.keep))
 
     def _quietly(self, clean: Callable[[], None]) -> None:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from mtc.config import DataConfig, RunConfig
-from mtc.runs import absolute, cache_directory, patiently, write_atomic
+from mtc.runs import RunDirectory, absolute, cache_directory, patiently, write_atomic
 
 FORMAT_VERSION = 2
 STORE_FILE = "store.json"
@@ -256,9 +256,9 @@ class StoreInfo(BaseModel):
 
 
 class TokenStoreWriter:
-    """Writes a store; used as a context manager, it removes what it wrote if the block fails.
+    """Writes a store; used as a context manager, it removes what it wrote if the block fails before `finish`.
 
-    Until `finish` the directory has no store.json, so no reader opens it.
+    Until then the directory has no store.json, so no reader opens it; afterwards another job may use it already.
     """
 
     def __init__(
@@ -328,9 +328,9 @@ class TokenStoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        fs, path = fsspec.core.url_to_fs(self.url)
-        if error is not None and fs.exists(path):
-            fs.rm(path, recursive=True)
+        place = RunDirectory(self.url)
+        if error is not None and place.exists() and not place.exists(STORE_FILE):
+            place.remove()
 
     def _write_shard(self, rows: int) -> None:
         pending = pa.concat_tables(self._pending)

@@ -234,6 +234,33 @@ def test_a_checkpoint_stays_when_the_old_ones_cannot_be_removed(tmp_path, monkey
     assert Checkpoints(url).latest_intact(pytest.fail).manifest.step == 6
 
 
+def test_a_complete_checkpoint_stays_whatever_fails_afterwards(tmp_path, monkeypatch):
+    """The storage's answer to the last write may be lost, and so may the news of it."""
+    url = str(tmp_path)
+    write = RunDirectory.write
+
+    def write_without_answer(self, name, *arguments):
+        write(self, name, *arguments)
+        if name == "checkpoint.json":
+            raise TimeoutError("no answer")
+
+    monkeypatch.setattr(RunDirectory, "write", write_without_answer)
+    future, news = write_checkpoint(url, 5)
+    assert isinstance(future.exception(), TimeoutError)
+    assert [kind for kind, *_ in news] == ["checkpoint_failed"]
+    assert Checkpoints(url).latest_intact(pytest.fail).manifest.step == 5
+    monkeypatch.undo()
+
+    def nobody_listens(*event):
+        raise ConnectionError("nobody listens")
+
+    writer = CheckpointWriter(Checkpoints(url), 1, 0, 1, 2, nobody_listens)
+    future = writer.save(6, {"weights": lambda: b"6"})
+    writer.close()
+    assert isinstance(future.exception(), ConnectionError)
+    assert Checkpoints(url).latest_intact(pytest.fail).manifest.step == 6
+
+
 def test_one_that_cannot_be_removed_does_not_keep_the_others(tmp_path, monkeypatch):
     url = str(tmp_path)
     for step in (5, 6):

@@ -199,6 +199,32 @@ def test_a_failed_writer_leaves_nothing_that_opens(tmp_path: Path) -> None:
         TokenStore.open(str(tmp_path / "nowhere"))
 
 
+def test_a_finished_store_stays_when_its_input_cannot_be_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(output={"token_store": str(tmp_path / "stores")})
+    tokenizer = byte_tokenizer()
+    monkeypatch.setattr("mtc.model_files.load_tokenizer", lambda config: tokenizer)
+    monkeypatch.setattr(job, "store_fingerprint", lambda *arguments: ("f", {}))
+
+    def tables(config: RunConfig, tokenizer: Any, label_selector: Any) -> Any:
+        windows = [Window(f"{i:016d}", split, [1, *range(5, 20)]) for split in ("train", "heldout") for i in range(200)]
+        table = windows_table(windows, special_ids(tokenizer))
+        for name in Document._fields:
+            table = table.append_column(name, pa.nulls(len(table), pa.string()))
+        try:
+            yield table
+        finally:
+            raise ConnectionError("the stream was cut")
+
+    monkeypatch.setattr(job, "_window_tables", tables)
+    with pytest.raises(ConnectionError, match="the stream was cut"):
+        job.build_token_store(config)
+    found = find_store(config, "f")
+    assert found is not None, "another job may use it already"
+    assert min(TokenStore.open(found).info.windows.values()) > 0
+
+
 def test_damaged_and_unknown_stores_are_refused(tmp_path: Path) -> None:
     url = str(tmp_path / "store")
     write_store(url, make_texts(30), make_config())
