@@ -154,10 +154,12 @@ def _run(
         histories = {alone.model.layer: own for alone, own in zip(layers, runs, strict=True)}
         with ProgressReader(log, histories, config.total_steps, [metrics, *trackers]) as progress:
 
-            def stopped() -> str | None:
-                return progress.stopped or lease.lost
+            def go_on() -> None:
+                lease.require()
+                if progress.stopped:
+                    raise TrainingStopped(progress.stopped)
 
-            trained = train(config, together, run, store_url, d_model, log, stopped, work)
+            trained = train(config, together, run, store_url, d_model, log, go_on, work)
     first = trained.layers[0]
     done = f"trained {first.tokens:,} tokens in {first.steps:,} steps; " + _thresholds(trained)
     say("trained", done, tokens=first.tokens, steps=first.steps)
@@ -169,14 +171,9 @@ def _run(
         for own, layer in zip(runs, trained.layers, strict=True)
     ]
     rows = [progress.rows(layer.layer) for layer in trained.layers]
-
-    def still_ours() -> None:
-        if lease.lost:
-            raise TrainingStopped(lease.lost)
-
     metrics.stage("analyse")
-    analyses = analyse_and_write(config, plan, run, store_url, facts, rows, still_ours)
-    still_ours()
+    analyses = analyse_and_write(config, plan, run, store_url, facts, rows, lease.require)
+    lease.require()
     publish(run, latest=True)
     seconds = analyses[0].facts.seconds
     metrics.stage("finished")

@@ -118,13 +118,8 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         store = TokenStore.open(store_url).info
         facts = [_earlier_facts(config, run.for_layer(s.layer), store, plan) for s in config.model.sites]
         histories = [_history(run.for_layer(s.layer)) for s in config.model.sites]
-
-        def still_ours() -> None:
-            if lease.lost:
-                raise RunError(lease.lost)
-
-        analyses = analyse_and_write(config, plan, run, store_url, facts, histories, still_ours)
-        still_ours()
+        analyses = analyse_and_write(config, plan, run, store_url, facts, histories, lease.require)
+        lease.require()
         publish(run, latest=False)
     seconds = analyses[0].facts.seconds["analyse"]
     say("analysed", f"analysed {run.url} in {seconds:.0f} s", url=run.url, seconds=seconds)

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,11 +85,11 @@ def train(
     store_url: str,
     d_model: int,
     log: Any,
-    stopped: Callable[[], str | None],
+    go_on: Callable[[], None],
     work: Work,
 ) -> Trained:
     """Train, calibrate and write each layer's `transcoder.safetensors`; `log` is a MetricsLog actor's handle, and
-    `stopped` says why a trainer wants the whole run to end, once one does. `work` is what `work_units` gives.
+    `go_on` raises what ends the whole run, once something does. `work` is what `work_units` gives.
 
     Continues from the run's last checkpoint if there is one. Ray Train starts dead trainers again, up to
     `cluster.max_failures` times; if it gives up although there was a new checkpoint in between, or if its controller
@@ -117,7 +118,7 @@ def train(
         if before:
             tell("continue", f"continues from the checkpoint of step {before:,}", before)
         try:
-            _interruptible(_trainer(config, plan, run, store_url, d_model, log).fit, stopped)
+            _interruptible(_trainer(config, plan, run, store_url, d_model, log).fit, go_on)
             last = _wait_for_result(checkpoints)
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             _remove(_placement_groups() - groups)
@@ -238,9 +239,9 @@ def _tell(log: Any, kind: str, message: str, step: int | None = None) -> Any:
     return log.event.remote(kind, message, step)
 
 
-def _interruptible(call: Callable[[], Any], stopped: Callable[[], str | None]) -> None:
+def _interruptible(call: Callable[[], Any], go_on: Callable[[], None]) -> None:
     """`call()` in a thread of its own, so that Ctrl-C and SIGTERM reach this one as KeyboardInterrupt, and so that
-    `stopped` is looked at meanwhile.
+    `go_on` is called meanwhile; what either raises is raised here.
 
     In the main thread Train would install its own SIGINT handler, which ends the process with exit code 1.
     """
@@ -255,16 +256,13 @@ def _interruptible(call: Callable[[], Any], stopped: Callable[[], str | None]) -
 
     threading.Thread(target=run, daemon=True).start()
     while True:
-        try:
+        with suppress(queue.Empty):
             error = outcome.get(timeout=1.0)
             break
-        except queue.Empty:
-            if (reason := stopped()) is not None:
-                raise TrainingStopped(reason) from None
+        go_on()
     if error is not None:
         for _ in range(3):  # a trainer that wants the run to end says so before it dies
-            if (reason := stopped()) is not None:
-                raise TrainingStopped(reason) from None
+            go_on()
             time.sleep(1.0)
         raise error
 

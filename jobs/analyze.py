@@ -5,7 +5,7 @@
     python jobs/analyze.py --compare runs/A runs/B --output comparison
 
 `--run` replaces the run's examples, features, analysis and report. `--compare` reads two runs and needs no cluster.
-Exit codes: 0 done, 1 failed while running, 2 unusable run or option, 130 interrupted.
+Exit codes: 0 done, 1 failed while running, 2 unusable run or option, or another job writes the run, 130 interrupted.
 """
 
 from __future__ import annotations

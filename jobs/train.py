@@ -3,8 +3,8 @@
     python jobs/train.py --preset tiny
     ray job submit --working-dir . -- python jobs/train.py --preset smollm2-135m
 
-Exit codes: 0 finished, 1 failed while running, 2 unusable configuration, model or data, 3 the run was finished before,
-130 interrupted.
+Exit codes: 0 finished, 1 failed while running, 2 unusable configuration, model or data, or another job writes the run,
+3 the run was finished before, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -60,6 +60,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (1, 130):
-        os._exit(code)  # a thread still waits for Ray Train, and would abort the process in the middle of its end
-    sys.exit(code)
+    if code:
+        os._exit(code)  # a thread may still wait for Ray Train, and would abort the process in the middle of its end

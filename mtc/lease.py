@@ -32,8 +32,7 @@ class Lease:
 
     def __init__(self, run: RunDirectory, beat: float = BEAT_SECONDS, stale: float = STALE_SECONDS):
         self.run, self.beat, self.stale = run, beat, stale
-        self.lost: str | None = None
-        """Why this job must not write any longer: another one took the run, for this one seemed dead."""
+        self._lost: str | None = None
         self._me = {"id": uuid.uuid4().hex, "host": _host(), "pid": os.getpid()}
         self._beats = 0
         self._stop = threading.Event()
@@ -48,11 +47,16 @@ class Lease:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join(2 * self.beat)
-        if not self.lost:
-            try:
+        try:
+            if self._is_mine():
                 self.run.remove(WRITER)
-            except Exception as error:  # of the storage; the next job waits for it to become stale
-                logger.warning("%s could not be removed: %s", self.run.location(WRITER), error)
+        except Exception as error:  # of the storage; the next job waits for it to become stale
+            logger.warning("%s could not be removed: %s", self.run.location(WRITER), error)
+
+    def require(self) -> None:
+        """Raises RunError if this job must not write any longer: another one took the run, for this one seemed dead."""
+        if self._lost:
+            raise RunError(self._lost)
 
     def _wait_for_other(self) -> None:
         first = self._read()
@@ -73,16 +77,21 @@ class Lease:
     def _hold(self) -> None:
         while not self._stop.wait(self.beat):
             try:
-                other = self._read()
-                if other is not None and other.get("id") != self._me["id"]:
-                    self.lost = (
-                        f"output.run_id={self.run.run_id}: another job writes this run now, process {other.get('pid')} "
-                        f"on {str(other.get('host')).split()[0]}"
-                    )
+                if not self._is_mine():
                     return
                 self._write()
             except Exception as error:  # of the storage
                 logger.warning("%s could not be written: %s", self.run.location(WRITER), error)
+
+    def _is_mine(self) -> bool:
+        """Whether no other job has taken the run, as far as its file says now."""
+        other = self._read()
+        if other is not None and other.get("id") != self._me["id"]:
+            self._lost = (
+                f"output.run_id={self.run.run_id}: another job writes this run now, process {other.get('pid')} "
+                f"on {str(other.get('host')).split()[0]}"
+            )
+        return self._lost is None
 
     def _write(self) -> None:
         self._beats += 1
