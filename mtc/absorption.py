@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from mtc.linear_probes import Array, Interval, auc, fit_probe, grouped_folds, interval, resample, share
+from mtc.bootstrap import Array, Interval, interval, resample, share
+from mtc.linear_probes import auc, fit_probe, grouped_folds
 
 MIN_LETTERS = 5
 """Letters that must be measured for a mean over letters."""
@@ -123,6 +124,8 @@ def measure_absorption(
 
     Letters are [words] of one character each, `decoder` is [features, d_target] in raw units of the target.
     """
+    from sklearn.metrics import f1_score
+
     probe_auc: dict[str, float] = {}
     measured: dict[int, list[tuple[LetterAbsorption, Absorbed]]] = {m: [] for m in prefixes}
     for letter in sorted(set(train_letters) & set(test_letters)):
@@ -153,7 +156,7 @@ def measure_absorption(
                     words=len(rows),
                     main_features=tuple(main),
                     main_precision=float((picked & wanted).sum() / max(1, picked.sum())),
-                    main_f1=f1_score(picked, wanted),
+                    main_f1=float(f1_score(wanted, picked)),
                     fully_absorbed=full,
                     full_rate=share(full, len(rows)),
                     fraction=interval(float(fraction.mean()), _resampled_means(fraction)),
@@ -207,6 +210,7 @@ def main_features(train: Array, positive: Array, test: Array) -> tuple[list[int]
     """
     from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
     from threadpoolctl import threadpool_limits
 
     scale = np.maximum(train.max(0), 1e-30)
@@ -225,16 +229,11 @@ def main_features(train: Array, positive: Array, test: Array) -> tuple[list[int]
             chosen = order[:k]
             probe = LogisticRegression(class_weight="balanced", max_iter=1000)
             probe.fit(train[:, chosen] / scale[chosen], positive)
-            new = f1_score(probe.decision_function(train[:, chosen] / scale[chosen]) > 0, positive)
+            new = f1_score(positive, probe.decision_function(train[:, chosen] / scale[chosen]) > 0)
             if new <= f1 + F1_JUMP:
                 break
             best, f1, scores = k, new, probe.decision_function(test[:, chosen] / scale[chosen])
     return order[:best].tolist(), scores
-
-
-def f1_score(said: Array, true: Array) -> float:
-    """2 * right / (said + true), both [rows] bool; 0 if none is right."""
-    return float(2 * (said & true).sum() / max(1, said.sum() + true.sum()))
 
 
 def _resampled_means(values: Array) -> Array:

@@ -1,37 +1,20 @@
-"""Logistic probes, the area under their ROC curve, and its interval. Arrays in, numbers out.
+"""Logistic probes and the area under their ROC curve. Arrays in, numbers out.
 
 The extra `probe` installs scikit-learn, which fits the probes.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
+from mtc.bootstrap import Array
 from mtc.config import ConfigError
 
-Array = NDArray[Any]
 STRENGTHS = tuple(float(c) for c in np.logspace(-5, 2, 8))
 """Inverse strengths of the L2 penalty that cross-validation chooses from."""
 FOLDS = 5
-RESAMPLES = 1000
-CONFIDENCE = 0.95
-
-
-class Interval(BaseModel):
-    """A measured value and its 95 % interval."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
-
-    value: float
-    """What was measured."""
-    low: float
-    """Lower end of the interval."""
-    high: float
-    """Upper end of the interval."""
 
 
 class LinearProbe(NamedTuple):
@@ -132,30 +115,3 @@ def auc(scores: Array, positive: Array, weights: Array | None = None) -> Array:
     pairs = up.sum(-1) * down.sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((up * (below + down / 2)).sum(-1) / pairs)
-
-
-def resample(groups: Array, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """How often each row is drawn, [resamples, rows] int64, when whole groups are drawn with replacement."""
-    _, index = np.unique(groups, return_inverse=True)
-    count = int(index.max()) + 1
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)[:, index]
-
-
-def interval(value: float, resampled: Array) -> Interval:
-    """`value` with the percentiles of its bootstrap resamples [resamples], those that are NaN left out."""
-    resampled = resampled[~np.isnan(resampled)]
-    if not len(resampled):
-        return Interval(value=value, low=float("nan"), high=float("nan"))
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(resampled, [tail, 100 - tail])
-    return Interval(value=value, low=float(low), high=float(high))
-
-
-def share(hits: int, total: int) -> Interval:
-    """hits / total with Wilson's score interval; NaN without any."""
-    if not total:
-        return Interval(value=float("nan"), low=float("nan"), high=float("nan"))
-    z, p = 1.959964, hits / total
-    middle = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * np.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return Interval(value=p, low=max(0.0, float(middle - half)), high=min(1.0, float(middle + half)))

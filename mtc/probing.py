@@ -16,19 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from mtc.bootstrap import Array, Interval, interval, resample
 from mtc.labelled import Labelled, ProbeTask, load_task
-from mtc.linear_probes import (
-    FOLDS,
-    Array,
-    Interval,
-    auc,
-    fit_probe,
-    grouped_folds,
-    interval,
-    rank_dimensions,
-    require_sklearn,
-    resample,
-)
+from mtc.linear_probes import FOLDS, auc, fit_probe, grouped_folds, rank_dimensions, require_sklearn
 from mtc.tokens import document_id, make_windows, special_ids
 from mtc.work import pack_windows
 

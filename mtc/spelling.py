@@ -15,7 +15,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from mtc.absorption import MIN_LETTERS, MIN_WORDS, PrefixAbsorption, Readings, measure_absorption
-from mtc.linear_probes import Array, Interval, require_sklearn, share
+from mtc.bootstrap import Array, Interval, share
+from mtc.linear_probes import require_sklearn
 from mtc.tokens import special_ids
 from mtc.work import PackedWindows, pack_windows
 

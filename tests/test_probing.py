@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.optimize import minimize
-from scipy.stats import binomtest, mannwhitneyu
+from scipy.stats import mannwhitneyu
 
+from mtc.bootstrap import interval, resample, share
 from mtc.config import DataConfig, load_preset
 from mtc.documents import Piece, read_piece
 from mtc.labelled import TASKS, ProbeTask, load_task, task_named
 from mtc.language_model import LanguageModel
-from mtc.linear_probes import auc, fit_probe, grouped_folds, interval, rank_dimensions, resample, share
+from mtc.linear_probes import auc, fit_probe, grouped_folds, rank_dimensions
 from mtc.model_files import load_tokenizer
 from mtc.probing import Pooled, measure_task, pool, probe, text_windows, too_few
 from mtc.tokens import DataError, document_id, source_files
@@ -57,9 +58,16 @@ def test_auc_counts_pairs_and_repeats_rows():
 def test_intervals():
     spread = interval(0.5, np.r_[np.linspace(0, 1, 1001), np.nan])
     assert (spread.low, spread.high) == pytest.approx((0.025, 0.975))
-    for hits, total in ((10, 100), (0, 10), (10, 10)):
-        wilson = binomtest(hits, total).proportion_ci(method="wilson")
-        assert (share(hits, total).low, share(hits, total).high) == pytest.approx((wilson.low, wilson.high))
+    newcombe_1998 = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (hits, total), ends in newcombe_1998.items():
+        found = share(hits, total)
+        assert found.value == hits / total
+        assert (found.low, found.high) == pytest.approx(ends, abs=5e-5)
 
 
 def test_bootstrap_of_auc_covers_the_truth():

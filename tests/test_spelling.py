@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import mtc.model_files
-from mtc.absorption import Readings, absorption, f1_score, main_features, measure_absorption
+from mtc.absorption import Readings, absorption, main_features, measure_absorption
 from mtc.config import load_preset
 from mtc.language_model import LanguageModel
 from mtc.spelling import LINES, _prompts, measure_spelling, read_words, spells, vocabulary_words
@@ -67,11 +67,6 @@ def test_absorption_of_single_words():
     for i, name in enumerate(words):
         assert found.fraction[i] == pytest.approx(fraction[i]), name
         assert bool(found.full[i]) == full[i], name
-
-
-def test_f1_of_counts():
-    assert f1_score(np.array([1, 1, 1, 0, 0], bool), np.array([1, 0, 1, 1, 0], bool)) == pytest.approx(2 * 2 / 6)
-    assert f1_score(np.zeros(3, bool), np.zeros(3, bool)) == 0
 
 
 def plant(absorbed: dict[str, int], seed: int):

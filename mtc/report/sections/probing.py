@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtc.absorption import PrefixAbsorption
-from mtc.linear_probes import Interval
+from mtc.bootstrap import Interval
 from mtc.probing import ProbeResult, Probing, TaskResult
 from mtc.report.blocks import Block, Code, FeatureLink, Heading, Paragraph, Section, Table, Text
 from mtc.report.format import NOT_MEASURED, number, percent
