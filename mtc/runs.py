@@ -29,13 +29,13 @@ import logging
 import os
 import posixpath
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import tenacity
 import yaml
 from pydantic import BaseModel, ConfigDict
 
@@ -258,18 +258,19 @@ def patiently(call: Callable[[], Any], patience: float = PATIENCE) -> Any:
 
     That a file is missing or forbidden, or credentials are, is an answer, not a failure.
     """
-    deadline, pause = time.monotonic() + patience, 0.25
-    while True:
-        try:
-            return call()
-        except (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError, ImportError):
-            raise
-        except Exception as error:  # clients of object stores have errors of their own
-            if "Credentials" in type(error).__name__ or time.monotonic() + pause > deadline:
-                raise
-            logger.warning("storage: %s: %s; again in %.1f s", type(error).__name__, error, pause)
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        wait=tenacity.wait_exponential(multiplier=0.25, max=LONGEST_PAUSE),
+        stop=tenacity.stop_before_delay(patience),
+        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )(call)
+
+
+def _may_pass(error: BaseException) -> bool:
+    answers = (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError, ImportError)
+    # Clients of object stores have errors of their own.
+    return isinstance(error, Exception) and not isinstance(error, answers) and "Credentials" not in type(error).__name__
 
 
 def write_atomic(url: str, data: bytes) -> None:

@@ -408,7 +408,7 @@ class Flaky(LocalFileSystem):
 
 
 def test_storage_that_fails_for_a_while_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("mtc.runs.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     url = f"flaky://{tmp_path}"
     write_checkpoint(url, 5)[0].result()
@@ -427,7 +427,7 @@ def test_storage_that_fails_for_a_while_is_asked_again(tmp_path, monkeypatch):
 
 def test_a_run_directory_asks_again_but_not_for_what_is_missing(tmp_path, monkeypatch):
     pauses = []
-    monkeypatch.setattr("mtc.runs.time.sleep", pauses.append)
+    monkeypatch.setattr("time.sleep", pauses.append)
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     run = RunDirectory(f"flaky://{tmp_path}")
     Flaky.failures = 4
