@@ -4,9 +4,9 @@
 
 SmolLM2-135M up to layer 9 with a transcoder of the reference run's shape (4,608 features in groups of 1,152, 2,304 and
 1,152). Its weights are random, with a threshold that lets 48 features fire on a token: nothing that is measured depends
-on what is learnt. The service is the real one, deployed to a Ray of its own, with the settings of serve/settings.py;
-the load comes over the loopback interface from a process of its own, on the same cores. "Bare" and "offline" are
-`serve.run_encoder.RunEncoder` in this process, with as many threads as the service's.
+on what is learnt. The service is the real one, deployed to a Ray of its own, with the settings of
+serve/contract/settings.py; the load comes over the loopback interface from a process of its own, on the same cores.
+"Bare" and "offline" are `serve.service.RunEncoder` in this process, with as many threads as the service's.
 
 - `added_p50_ms`, `added_p99_ms`: one sentence (`sentence_tokens`) over HTTP as JSON, default options, one request at a
   time with a pause before each, in turn with the bare forward pass of the same ids. The median of the HTTP latencies
@@ -54,13 +54,13 @@ from numpy.typing import NDArray
 from benchmarks.load import Connection, Plan, Record, request, run
 from mtc.config import load_preset, to_yaml
 from mtc.runs import RunDirectory
-from serve import formats
-from serve.results import Encoded, Options, RunKey, Tokenised
-from serve.served_run import WEIGHTS, ServedRun
+from serve.contract import Encoded, Options, RunKey, Tokenised
+from serve.http import formats
+from serve.service import WEIGHTS, ServedRun
 
 if TYPE_CHECKING:
-    from serve.run_encoder import RunEncoder
-    from serve.settings import Settings
+    from serve.contract import Settings
+    from serve.service import RunEncoder
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "serve.json"
 SENTENCE = "The treaty was laid before the Senate, which gave its consent in the last days of the session."
@@ -105,7 +105,7 @@ def make_run(root: Path) -> RunDirectory:
     from mtc.language_model import LanguageModel
     from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
     from mtc.work import pack_windows
-    from serve.tokenising import Tokeniser
+    from serve.service import Tokeniser
 
     shape_of_reference = {"group_sizes": [1152, 2304, 1152], "k": 48}
     output = {"root": str(root), "run_id": "run"}
@@ -354,7 +354,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure(pairs: int, rounds: int, seconds: float, kills: int) -> dict[str, Any]:
-    from serve.settings import Settings
+    from serve.contract import Settings
 
     with tempfile.TemporaryDirectory() as root:
         run_directory = make_run(Path(root))
@@ -366,7 +366,7 @@ def measure(pairs: int, rounds: int, seconds: float, kills: int) -> dict[str, An
         with deployed(settings) as port:
             import torch
 
-            from serve.run_encoder import RunEncoder
+            from serve.service import RunEncoder
 
             torch.set_num_threads(len(os.sched_getaffinity(0)))  # as the service's only encoder
             encoder = RunEncoder(run_directory)
@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load (default: 20)")
     parser.add_argument("--kills", type=int, default=3, help="of the process with the models (default: 3)")
     arguments = parser.parse_args(argv)
-    from serve.settings import ENVIRONMENT, free_ports
+    from serve.contract import ENVIRONMENT, free_ports
 
     # Before torch's and Ray's processes start.
     os.environ.update(RAY_AUTH_MODE="disabled", KMP_BLOCKTIME="0", OMP_WAIT_POLICY="PASSIVE")

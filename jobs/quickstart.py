@@ -30,7 +30,7 @@ from typing import Any
 
 from mtc.provenance import git_revision
 from mtc.runs import absolute
-from serve.settings import ENVIRONMENT, free_ports
+from serve.contract import ENVIRONMENT, free_ports
 
 SOURCE = Path(__file__).resolve().parent.parent
 IN_TREE = (SOURCE / "pyproject.toml").is_file()

@@ -21,12 +21,10 @@ import yaml
 from ray import serve as ray_serve
 
 from mtc.runs import RunError
-from serve.access import check_binding
-from serve.catalogue import Catalogue
-from serve.control import Control
-from serve.encoder import Encoder
-from serve.ingress import Ingress
-from serve.settings import Settings
+from serve.contract import Settings
+from serve.deployments import Control, Encoder, Ingress
+from serve.http import check_binding
+from serve.service import Catalogue
 
 QUIET = {"enable_access_log": False}
 """Serve's access log would have the query strings of searches; the service writes one of its own, without."""
@@ -64,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", default="auto", help="the Ray cluster (%(default)s)")
     parser.add_argument("--keys", metavar="FILE", help="API keys, made by python -m serve.keys")
     parser.add_argument(
-        "--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of serve/settings.py; repeatable"
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a setting, see docs/configuration.md; repeatable",
     )
     parser.add_argument("--verbose", action="store_true", help="also show what Ray and the replicas say")
     parser.add_argument("--block", action="store_true", help="stay until interrupted, then stop the service")

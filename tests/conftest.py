@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serve.settings import ENVIRONMENT, free_ports
+from serve.contract import ENVIRONMENT, free_ports
 
 os.environ.update(RAY_AUTH_MODE="disabled", OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0", HF_HUB_OFFLINE="1")
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from serve.settings import Settings
+from serve.contract import Settings
 
 NAME = "private words"
 """In every prompt; must not be found in logs."""

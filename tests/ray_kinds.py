@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ray.serve.schema import ServeDeploySchema
 from yaml import safe_load
 
-from serve.settings import Settings
+from serve.contract import Settings
 
 KUBERNETES = "1.33"
 LOCK = Path(__file__).parent.parent / "constraints.txt"

@@ -21,14 +21,9 @@ from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.report import write_report
 from mtc.runs import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-from serve.errors import ServiceError
-from serve.http_app import create_app
-from serve.results import Encoded, Options, RunKey
-from serve.run_encoder import RunEncoder
-from serve.schemas import LoadResponse, RunSummary
-from serve.served_run import ServedRun
-from serve.service import Service, State
-from serve.settings import Settings
+from serve.contract import Encoded, LoadResponse, Options, RunKey, RunSummary, ServiceError, Settings, State
+from serve.http import create_app
+from serve.service import RunEncoder, ServedRun, Service
 
 
 def make_config() -> RunConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve.batching import QueueFullError, TokenBatcher
+from serve.service import QueueFullError, TokenBatcher
 
 
 class Array(str):

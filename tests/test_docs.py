@@ -22,8 +22,8 @@ from chromium import NAMES, browser, find
 from benchmarks import sizing
 from mtc.command_line import parse_command_line
 from mtc.config import LayerConfig, RunConfig, load_preset, preset_names
-from serve.access import ROUTES
-from serve.settings import Settings
+from serve.contract import Settings
+from serve.http import ROUTES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

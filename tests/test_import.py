@@ -91,9 +91,8 @@ def test_what_saelens_saved_is_the_same_function(
 
 
 def test_gemma_scope_npz_is_the_formula_and_can_be_served(tmp_path: Path) -> None:
-    from serve.results import Options
-    from serve.run_encoder import RunEncoder
-    from serve.tokenising import Tokeniser
+    from serve.contract import Options
+    from serve.service import RunEncoder, Tokeniser
 
     folder, p = tmp_path / "layer_1" / "width_48" / "average_l0_21", parameters()
     folder.mkdir(parents=True)

@@ -22,7 +22,7 @@ from ray_kinds import validate
 from cluster.resources import Node, make_plan
 from mtc.config import RunConfig, load_preset
 from mtc.runs import open_run
-from serve.settings import ENVIRONMENT, Settings
+from serve.contract import ENVIRONMENT, Settings
 
 ROOT = Path(__file__).parent.parent
 OVERLAYS = {"base": ROOT / "k8s" / "base"} | {n: ROOT / "k8s" / "overlays" / n for n in ("local", "gpu", "prod")}

@@ -136,11 +136,11 @@ import mtc
 from mtc import native
 from mtc.config import load_preset, preset_names
 from mtc.report import html
-from serve import pages
-from serve.http_app import create_app
-from serve.results import RunKey
-from serve.service import Service, State
-from serve.settings import Settings
+from serve.http import pages
+from serve.http import create_app
+from serve.contract import RunKey, State
+from serve.service import Service
+from serve.contract import Settings
 
 assert [load_preset(name) for name in preset_names()]
 assert "ui.css" in pages.static_files()

@@ -42,7 +42,7 @@ def url(ray_cluster: object, root: Path) -> Iterator[str]:
     from ray import serve
 
     from serve.app import build
-    from serve.settings import Settings
+    from serve.contract import Settings
 
     for name, seed in (("other", 5), ("third", 6), ("one", 3)):
         make_run(root / name, seed)
@@ -320,7 +320,7 @@ def test_other_processes_killed_under_load(
 
 def test_hostile_requests(client: httpx.Client, url: str, offline: Any, root: Path) -> None:
     """Through the proxy, which answers some of them itself; test_serve_hostile.py says more of the answers."""
-    from serve.settings import Settings
+    from serve.contract import Settings
 
     wrong, refused_by_proxy = [], {0, 400, 408, 413, 414, 431, 501}
     tried = [a for a in attacks(Settings(run="one", **SETTINGS)) if b" /features" not in a.sent]  # has no analysis
@@ -356,7 +356,7 @@ def test_clients_that_leave_cost_no_forward_pass(client: httpx.Client, url: str)
 
 def test_run_that_can_not_be_served_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from serve.app import build, main
-    from serve.settings import Settings
+    from serve.contract import Settings
 
     RunDirectory(str(tmp_path / "half")).write("config.yaml", "")
     with pytest.raises(RunError, match="not finished"):

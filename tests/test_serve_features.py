@@ -192,5 +192,5 @@ def test_info_and_runs(client: httpx.Client, runs: list[RunDirectory]) -> None:
 
 def test_the_http_side_needs_no_torch() -> None:
     """Nor who reads an analysis or renders pages; starting the process would take seconds longer."""
-    code = "import sys, mtc.report.html, serve.http_app; print({'torch', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, mtc.report.html, serve.http; print({'torch', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -22,7 +22,7 @@ from mtc.model_files import load_tokenizer
 from mtc.runs import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder
 from mtc.work import pack_windows
-from serve.errors import ServiceError
+from serve.contract import ServiceError
 
 TEXTS = ["Hello, world", "a", "<bos> is spelled out", "naïve – ünïcode", "x" * 200, "two\nlines", "Ж", "Hello, world"]
 JSON, NDJSON = "application/json", "application/x-ndjson"

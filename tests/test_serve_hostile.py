@@ -16,8 +16,7 @@ import pytest
 from hostile import NAME, Attack, attacks, send
 from serve_local import make_analysed_run, served
 
-from serve.schemas import ErrorResponse
-from serve.settings import Settings
+from serve.contract import ErrorResponse, Settings
 
 LIMITS: dict[str, Any] = {
     "max_input_tokens": 64, "max_inputs": 8, "max_request_tokens": 256,

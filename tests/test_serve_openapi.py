@@ -12,8 +12,7 @@ import httpx
 import pytest
 from serve_local import make_analysed_run, served
 
-from serve import keys
-from serve.access import ROUTES
+from serve.http import ROUTES, keys
 
 
 class Api(NamedTuple):
@@ -24,7 +23,7 @@ class Api(NamedTuple):
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     root = tmp_path_factory.mktemp("runs")
-    key = keys.add(root / "keys.json", "tests", admin=True, expires=None)
+    key = keys.add_key(root / "keys.json", "tests", admin=True, expires=None)
     with served(make_analysed_run(root / "one"), max_input_tokens=64, api_keys_file=str(root / "keys.json")) as url:
         yield Api(url, {"Authorization": f"Bearer {key}"})
 

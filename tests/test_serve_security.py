@@ -16,12 +16,9 @@ from fastapi import FastAPI
 from serve_local import LocalBackend, make_analysed_run, make_run, served
 
 from mtc.runs import RunDirectory
-from serve import keys
-from serve.access import ROUTES, check_binding, check_routes
-from serve.errors import ServiceError
-from serve.results import Encoded, Options, RunKey
+from serve.contract import Encoded, Options, RunKey, ServiceError, Settings
+from serve.http import ROUTES, check_binding, check_routes, keys
 from serve.service import Service
-from serve.settings import Settings
 
 TODAY = datetime.now(UTC).date()
 BODY = {"inputs": "Hello"}
@@ -39,12 +36,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def user(file: Path) -> str:
-    return keys.add(file, "someone", admin=False, expires=TODAY + timedelta(1))
+    return keys.add_key(file, "someone", admin=False, expires=TODAY + timedelta(1))
 
 
 @pytest.fixture(scope="module")
 def admin(file: Path) -> str:
-    return keys.add(file, "boss", admin=True, expires=None)
+    return keys.add_key(file, "boss", admin=True, expires=None)
 
 
 @pytest.fixture(scope="module")
@@ -103,23 +100,23 @@ def test_keys_are_added_removed_and_expire(client: httpx.Client, file: Path, mon
     def status(key: str) -> int:
         return client.get("/info", headers=bearer(key)).status_code
 
-    first = keys.add(file, "rotated", admin=False, expires=None)
+    first = keys.add_key(file, "rotated", admin=False, expires=None)
     deadline = time.monotonic() + 10
     while status(first) != 200:  # the file is looked at again within a second
         assert time.monotonic() < deadline
-    second = keys.add(file, "rotated", admin=False, expires=TODAY)  # both hold while clients change over
+    second = keys.add_key(file, "rotated", admin=False, expires=TODAY)  # both hold while clients change over
     assert (status(first), status(second)) == (200, 200)
-    expired = keys.add(file, "late", admin=True, expires=TODAY - timedelta(1))
+    expired = keys.add_key(file, "late", admin=True, expires=TODAY - timedelta(1))
     assert status(expired) == 401
     before = file.read_bytes()
     file.write_bytes(b'{"keys": [')  # a file that can't be read leaves the keys from before
     assert (status(first), status(second)) == (200, 200)
     file.write_bytes(before)
-    assert keys.remove(file, "rotated", hashlib.sha256(first.encode()).hexdigest()[:12]) == 1
+    assert keys.remove_keys(file, "rotated", hashlib.sha256(first.encode()).hexdigest()[:12]) == 1
     assert (status(first), status(second)) == (401, 200)
-    assert keys.remove(file, "rotated") == 1
+    assert keys.remove_keys(file, "rotated") == 1
     assert (status(first), status(second)) == (401, 401)
-    assert keys.remove(file, "late") == 1
+    assert keys.remove_keys(file, "late") == 1
     assert first not in before.decode() and second not in before.decode()
     assert file.stat().st_mode & 0o077 == 0
 
@@ -232,7 +229,7 @@ class Slow(LocalBackend):
 
 def talk(backend: LocalBackend, **settings: Any) -> httpx.AsyncClient:
     """A client of the application in this event loop."""
-    from serve.http_app import create_app
+    from serve.http import create_app
 
     service = Service(Settings(run=backend.keys[0].url, **settings), backend, backend._state)
     transport = httpx.ASGITransport(create_app(service), client=("127.0.0.1", 9))

@@ -13,7 +13,7 @@ from report_example import HOSTILE
 from serve_local import make_analysed_run, make_run, served
 
 from mtc.report.format import spaced, visible
-from serve import keys
+from serve.http import keys
 from tests import chromium
 
 AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
@@ -262,7 +262,7 @@ def test_documentation(tab: chromium.Page, url: str) -> None:
 
 def test_logging_in(tab: chromium.Page, tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
-    key = keys.add(file, "someone", admin=False, expires=date(2999, 1, 1))
+    key = keys.add_key(file, "someone", admin=False, expires=date(2999, 1, 1))
     with served(make_analysed_run(tmp_path / "one"), api_keys_file=str(file)) as url:
         tab.open(f"{url}/ui/feature/3?examples=1", 390, 844, "dark")
         assert tab.evaluate("location.pathname") == "/ui/login"

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mtc.config import LayerConfig, RunConfig, preset_names
-from serve.settings import Settings
+from serve.contract import Settings
 
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than",
            "min_length": "at least this many:", "max_length": "at most this many:"}  # fmt: skip

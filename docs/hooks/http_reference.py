@@ -7,12 +7,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from mtc.config import load_preset
-from serve.access import ROUTES
-from serve.http_app import create_app
-from serve.openapi import document
-from serve.results import RunKey
-from serve.service import Backend, Service, State
-from serve.settings import Settings
+from serve.contract import RunKey, Settings, State
+from serve.http import ROUTES, create_app, document
+from serve.service import Backend, Service
 
 VOCABULARY = 256_000
 """Of the reference run's model."""

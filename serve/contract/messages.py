@@ -1,0 +1,75 @@
+"""What passes between the parts of the service; plain arrays, so that messages between processes are small."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class RunKey(NamedTuple):
+    """One state of one run. Every request is answered by exactly one."""
+
+    run_id: str
+    """Name of the run."""
+    url: str
+    """Its directory."""
+    sha256: str
+    """Digest of its weights file."""
+    created: str = ""
+    """When it was published, ISO 8601: a run that is published anew, such as after another analysis, is another key."""
+
+
+class State(NamedTuple):
+    """Which runs answer."""
+
+    version: int
+    """Grows with every change."""
+    current: RunKey
+    """Answers where no run is named."""
+    loaded: tuple[RunKey, ...]
+    """In memory, the current one among them, the last that was loaded first."""
+    ready: bool
+    """Whether the models of the current run were ever ready."""
+
+
+class Options(NamedTuple):
+    """What is wanted of the features of a request's tokens; see `serve.contract.EncodeRequest`."""
+
+    prefix: int | None = None
+    top_k: int | None = None
+    features: tuple[int, ...] | None = None
+    min_activation: float = 0.0
+    by_index: bool = False
+    """Features of a token ascending by index; otherwise strongest first, equal ones by index."""
+    l0: bool = False
+    fvu: bool = False
+
+
+class Encoded(NamedTuple):
+    """Sparse activations of one input's tokens."""
+
+    indptr: NDArray[np.int64]
+    """[tokens + 1]: where each token's entries start, and the end."""
+    indices: NDArray[np.int32]
+    """[entries] features, in the order that the options ask for."""
+    values: NDArray[np.float32]
+    """[entries] activations, above 0."""
+    l0: NDArray[np.int32] | None = None
+    """[tokens] active features."""
+    fvu: NDArray[np.float32] | None = None
+    """[tokens], NaN for special tokens."""
+
+
+class Tokenised(NamedTuple):
+    """One input as the model reads it."""
+
+    ids: NDArray[np.int32]
+    """[tokens]."""
+    offsets: NDArray[np.int32] | None
+    """[tokens, 2] characters of the text; None for an input of ids."""
+    special: NDArray[np.bool_]
+    """[tokens]: stands for no text."""
+    truncated: bool
+    """Whether the input was cut."""

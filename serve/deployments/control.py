@@ -1,0 +1,225 @@
+"""The deployment that decides which runs answer, and adds up what the replicas count. There is one replica of it.
+
+Requests do not pass it: while it restarts, the service answers as before. What it knows is told to it again by the
+ingress replicas, each second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from ray import serve as ray_serve
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+
+from mtc.metrics import CATALOGUE
+from mtc.runs import RunDirectory, RunError
+from serve.contract import (
+    Family,
+    LoadResponse,
+    RunKey,
+    RunSummary,
+    ServiceError,
+    Settings,
+    Snapshot,
+    State,
+    render_metrics,
+)
+from serve.service import Catalogue, Entry, identity_of
+
+logger = logging.getLogger("ray.serve")
+
+LOAD_TIMEOUT_S = 600.0
+BROADCAST_TIMEOUT_S = 10.0
+
+
+@ray_serve.deployment(max_ongoing_requests=1024, health_check_timeout_s=60)
+class Control:
+    """What a client is to be told is returned as a ServiceError, not raised."""
+
+    async def __init__(self, settings: Settings):  # type: ignore[misc]
+        self._settings = settings
+        self._catalogue = Catalogue(settings.run)
+        entry = await asyncio.to_thread(self._catalogue.served)
+        self._state = State(1, entry.key, (entry.key,), False)
+        self._seen = entry.key
+        self._used: dict[RunKey, float] = {}
+        self._failed: dict[RunKey, str] = {}
+        self._loading: dict[RunKey, asyncio.Task[str | None]] = {}
+        self._totals: dict[str, Snapshot] = {}
+        self._switching = asyncio.Lock()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def state(self) -> State:
+        """Which runs answer."""
+        return self._state
+
+    async def encoder_is_ready(self) -> None:
+        """An encoder replica has loaded the current run."""
+        if not self._state.ready:
+            await self._change(self._state._replace(version=self._state.version + 1, ready=True))
+
+    async def keep_totals(self, replica_id: str, totals: Snapshot) -> None:
+        """A replica's counts, in case that it dies."""
+        self._totals[replica_id] = totals
+
+    async def report(self, replica_id: str, totals: Snapshot, state: State, used: tuple[RunKey, ...]) -> State:
+        """An ingress replica's counts and the runs that it used lately; the newest state is the answer.
+
+        A state that is newer than this one was decided before a restart, and holds.
+        """
+        self._totals[replica_id] = totals
+        self._used.update(dict.fromkeys(used, time.monotonic()))
+        if state.version > self._state.version:
+            self._state = state
+        return self._state
+
+    async def want(self, run_id: str) -> RunKey | ServiceError:
+        """See `serve.service.Backend.want`."""
+        entry = await self._find(run_id)
+        if isinstance(entry, ServiceError):
+            return entry
+        key = entry.key
+        self._used[key] = time.monotonic()
+        if key in self._state.loaded:
+            return key
+        if key in self._failed:
+            return ServiceError(409, "run_unusable", f"run {run_id} can't be served: {self._failed[key]}")
+        if key not in self._loading:
+            task = self._loading[key] = asyncio.create_task(self._bring(entry, current=False))
+            task.add_done_callback(lambda _: self._loading.pop(key, None))
+        message = f"run {run_id} is being loaded"
+        return ServiceError(503, "loading", message, {"model": run_id}, {"Retry-After": "1"})
+
+    async def load(self, run_id: str) -> LoadResponse | ServiceError:
+        """See `serve.service.Backend.load`; a run that failed before is tried again."""
+        entry = await self._find(run_id, latest=True)
+        if isinstance(entry, ServiceError):
+            return entry
+        previous, start = self._state.current.run_id, time.monotonic()
+        problem = await self._bring(entry, current=True)
+        if problem:
+            message = f"run {run_id} can't be served, {previous} still answers: {problem}"
+            return ServiceError(409, "run_unusable", message)
+        run = RunDirectory(entry.key.url, entry.key.run_id)
+        identity = await asyncio.to_thread(identity_of, run, entry.config, entry.key.sha256)
+        return LoadResponse(model=identity, previous=previous, seconds=time.monotonic() - start)
+
+    async def runs(self) -> list[RunSummary]:
+        """All runs beside the one that the service was started with."""
+        return [self._summary(entry) for entry in await asyncio.to_thread(self._catalogue.entries)]
+
+    async def metrics(self) -> bytes:
+        """All replicas' counts, as they are now, in Prometheus's text format."""
+        answers = await asyncio.gather(self._everywhere("Ingress", "totals"), self._everywhere("Encoder", "totals"))
+        live = {answer[0]: answer[1] for many in answers for answer in many if not isinstance(answer, Exception)}
+        self._totals.update(live)
+        gone = [totals for replica, totals in self._totals.items() if replica not in live]
+        return await asyncio.to_thread(render_metrics, live.values(), gone, [self._info()])
+
+    async def _find(self, run_id: str, latest: bool = False) -> Entry | ServiceError:
+        try:
+            if latest and run_id == "latest":
+                return await asyncio.to_thread(self._catalogue.served)
+            return await asyncio.to_thread(self._catalogue.find, run_id)
+        except RunError:
+            return ServiceError(404, "unknown_model", f"there is no finished run {run_id!r}; see GET /runs")
+
+    async def _bring(self, entry: Entry, current: bool) -> str | None:
+        """Load a run in all replicas, then let it answer; the reason if that can't be, and nothing changes.
+
+        One at a time, so that replicas need room for one run more than they keep.
+        """
+        key = entry.key
+        async with self._switching:
+            if key not in self._state.loaded:
+                problem = await self._prepare(key)
+                if problem:
+                    logger.error("run %s can't be served: %s", key.run_id, problem)
+                    self._failed[key] = problem
+                    return problem
+            self._failed.pop(key, None)
+            self._used[key] = time.monotonic()
+            chosen = key if current else self._state.current
+            kept, evicted = self._keep(chosen, key)
+            await self._change(State(self._state.version + 1, chosen, kept, self._state.ready))
+            for old in evicted:
+                await self._everywhere("Encoder", "unload", old)
+            logger.info("run %s is %s", key.run_id, "current" if current else "loaded")
+        return None
+
+    async def _prepare(self, key: RunKey) -> str | None:
+        try:
+            await asyncio.to_thread(RunDirectory(key.url, key.run_id).verify)
+        except (RunError, OSError, ValueError) as error:
+            return str(error)
+        answers = await self._everywhere("Encoder", "load", key, timeout_s=LOAD_TIMEOUT_S)
+        # A replica that died meanwhile is replaced by one that loads what is needed.
+        problems = [str(each) for each in answers if each is not None and not isinstance(each, RayActorError)]
+        if not problems and not answers:
+            problems = ["no encoder replica is there"]
+        if not problems:
+            answers = await self._everywhere("Ingress", "open", key, timeout_s=LOAD_TIMEOUT_S)
+            problems = [str(each) for each in answers if each is not None and not isinstance(each, RayActorError)]
+        if problems:
+            await self._everywhere("Encoder", "unload", key)
+        return problems[0] if problems else None
+
+    def _keep(self, *needed: RunKey) -> tuple[tuple[RunKey, ...], list[RunKey]]:
+        """Which runs stay in memory, last used first, and which make room."""
+        others = [key for key in self._state.loaded if key not in needed]
+        # What answered until now has waiting requests.
+        others.sort(key=lambda key: (key == self._state.current, self._used.get(key, 0.0)), reverse=True)
+        order = [*dict.fromkeys(needed), *others]
+        limit = self._settings.max_loaded_runs
+        return tuple(order[:limit]), order[limit:]
+
+    async def _change(self, state: State) -> None:
+        self._state = state
+        await self._everywhere("Ingress", "use", state)
+
+    async def _everywhere(
+        self, deployment: str, method: str, *arguments: Any, timeout_s: float | None = None
+    ) -> list[Any]:
+        """Call a method of all replicas of a deployment; their answers or errors."""
+        app_name = ray_serve.get_replica_context().app_name
+        handle: DeploymentHandle = ray_serve.get_deployment_handle(deployment, app_name)
+        response = handle.broadcast(method, *arguments)
+        timeout = timeout_s or BROADCAST_TIMEOUT_S
+        try:
+            return list(await response.results_async(timeout_s=timeout, return_exceptions=True))
+        except TimeoutError:
+            return [TimeoutError(f"no answer to {method} within {timeout:g} s")]
+
+    async def _watch(self) -> None:
+        """Take over what is published under the name that is served."""
+        while True:
+            await asyncio.sleep(self._settings.watch_seconds)
+            try:
+                entry = await asyncio.to_thread(self._catalogue.served)
+                if entry.key != self._seen:
+                    self._seen = entry.key
+                    await self._bring(entry, current=True)
+            except Exception as error:
+                logger.warning("looking for a new run: %s: %s", type(error).__name__, error)
+
+    def _summary(self, entry: Entry) -> RunSummary:
+        key, transcoder = entry.key, entry.config.transcoder
+        reason = self._failed.get(key)
+        state = "failed" if reason else "loading" if key in self._loading else "not_loaded"
+        if key in self._state.loaded:
+            state = "current" if key == self._state.current else "loaded"
+        return RunSummary(
+            run_id=key.run_id, created=entry.manifest.created, base_model=entry.config.model.name,
+            layer=entry.config.model.layer, num_features=transcoder.num_features, prefixes=list(transcoder.prefixes),
+            k=transcoder.k, state=state, reason=reason,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _info(self) -> Family:
+        key = self._state.current
+        labels = (("run_id", key.run_id), ("sha256", key.sha256))
+        about = CATALOGUE["mtc_model_info"]
+        return Family(about.name, about.kind, about.documentation, ((about.name, labels, 1.0),))

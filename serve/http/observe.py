@@ -1,0 +1,74 @@
+"""Counting and logging every answer, in one place: the outermost ASGI middleware."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.contract import IngressMetrics
+
+logger = logging.getLogger("ray.serve")
+
+CLIENT_GONE = 499
+
+
+class Observe:
+    """Counts and logs by the route's template, never by path, query or body: those may hold prompts."""
+
+    def __init__(self, app: ASGIApp, metrics: IngressMetrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, code, counted = time.perf_counter(), CLIENT_GONE, False
+        scope.setdefault("state", {})
+
+        def count() -> None:
+            nonlocal counted
+            if not counted:
+                counted = True
+                self._count(scope, code, time.perf_counter() - start)
+
+        async def counting(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = message["status"]
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                count()  # before the client can know of its answer, so that a scrape that follows has it
+            await send(message)
+
+        self.metrics.in_flight.inc()
+        try:
+            await self.app(scope, receive, counting)
+        finally:
+            self.metrics.in_flight.dec()
+            count()
+            self._log(scope, code, time.perf_counter() - start)
+
+    def _count(self, scope: Scope, code: int, seconds: float) -> None:
+        route, method = _names(scope)
+        self.metrics.http_requests.labels(route, method, str(code)).inc()
+        reason = scope["state"].get("error_type")
+        if route == "/encode" or scope["path"] == "/encode":
+            self.metrics.requests.labels(str(code)).inc()
+            self.metrics.duration.labels("total").observe(seconds)
+            if reason:
+                self.metrics.rejected.labels(reason).inc()
+
+    def _log(self, scope: Scope, code: int, seconds: float) -> None:
+        route, method = _names(scope)
+        line = {
+            "route": route, "method": method, "code": code, "ms": round(seconds * 1e3, 2),
+            **{name: scope["state"].get(name) for name in ("run_id", "error_type", "request_id")},
+        }  # fmt: skip
+        logger.info(orjson.dumps(line).decode())
+
+
+def _names(scope: Scope) -> tuple[str, str]:
+    """The route's template and the method."""
+    route = getattr(scope.get("route"), "path", "none")
+    return route, scope["method"] if route != "none" else "any"  # clients may invent methods

@@ -1,0 +1,67 @@
+"""What the routes share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from serve.contract import ErrorResponse, ServiceError
+from serve.http.media_types import negotiate
+from serve.service import Service
+
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+async def _service(request: Request) -> Service:  # not a plain function: FastAPI would run it in a thread
+    service: Service = request.app.state.service
+    return service
+
+
+TheService = Annotated[Service, Depends(_service)]
+
+
+def request_id_of(request: Request) -> str:
+    found: str = request.scope["state"]["request_id"]
+    return found
+
+
+def wanted(request: Request, offered: tuple[str, ...]) -> str:
+    """The best media type for the request's Accept header; raises ServiceError 406 if none will do."""
+    accept = request.headers.get("accept") or "*/*"
+    media_type = negotiate(accept, list(offered))
+    if media_type is None:
+        message = f"this is answered as {', '.join(offered)}, not as {accept[:200]}"
+        raise ServiceError(406, "not_acceptable", message, {"offered": list(offered)})
+    return media_type
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: the errors that it may answer, beside those of every route."""
+    return {
+        status: {"model": ErrorResponse, "description": _MEANING[status]}
+        for status in sorted({*statuses, 401, 403, 500})
+    }
+
+
+def media_types(*offered: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: what else than JSON it answers."""
+    return {200: {"content": {name: BINARY for name in offered if name != "application/json"}}}
+
+
+_MEANING = {
+    400: "The body is no JSON, or an input is empty.",
+    401: "An API key is missing or unknown.",
+    403: "The API key may not do this; or none are configured, and the request came from another machine.",
+    404: "There is no such thing.",
+    406: "None of the media types in Accept can be had.",
+    408: "The body came too slowly.",
+    409: "The run cannot be served; the answer says why.",
+    413: "More than the service takes; the answer has the limit and the value.",
+    415: "The body is of another media type than application/json.",
+    422: "The body or a parameter is not as documented; the answer names the fields.",
+    429: "Too much at once; Retry-After says when to ask again.",
+    500: "The service failed; its log has the details under the request id.",
+    503: "Not now: the models are being loaded, or are lost; Retry-After says when to ask again.",
+    504: "The models did not answer in time.",
+}

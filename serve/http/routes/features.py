@@ -1,0 +1,71 @@
+"""What is known of the features: `GET /features`, one of them, and its examples."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Path, Query, Response
+
+from serve.contract import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
+from serve.http.routes.common import TheService, errors
+from serve.service import FeatureTable, Filters, ServedRun, Service
+
+router = APIRouter(tags=["features"])
+
+Model = Annotated[
+    str | None, Query(min_length=1, max_length=200, description="Id of a run; by default the current one.")
+]
+Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index in the dictionary.")]
+
+
+@router.get("/features", response_model=FeaturesResponse, responses=errors(404, 409, 422, 503))
+async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]) -> Response:
+    """Features that pass all filters, page by page."""
+    run, table = await analysed(service, query.model)
+    rows, total, after = await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor)
+    return _json(FeaturesResponse.model_construct(run_id=run.key.run_id, total=total, features=rows, cursor=after))
+
+
+@router.get("/features/{feature}", response_model=FeatureResponse, responses=errors(404, 409, 422, 503))
+async def feature(service: TheService, feature: Index, model: Model = None) -> Response:
+    """All that the analysis says of one feature."""
+    run, table = await analysed(service, model)
+    answer = FeatureResponse(
+        run_id=run.key.run_id, feature=table.feature(feature), histogram_edges=list(table.analysis.activation_edges),
+        splits=table.splits(feature), absorption=table.absorption(feature),
+    )  # fmt: skip
+    return _json(answer)
+
+
+@router.get("/features/{feature}/examples", response_model=ExamplesResponse, responses=errors(404, 409, 422, 503))
+async def examples(
+    service: TheService,
+    feature: Index,
+    model: Model = None,
+    kind: Literal["top", "sample"] | None = None,
+    offset: Annotated[int, Query(ge=0, lt=1 << 31)] = 0,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+) -> Response:
+    """Places in held-out text where the feature fires."""
+    run, table = await analysed(service, model)
+    rows, total = await asyncio.to_thread(table.examples, feature, kind, offset, limit)
+    answer = ExamplesResponse.model_construct(run_id=run.key.run_id, feature=feature, total=total, examples=rows)
+    return _json(answer)
+
+
+def filters(query: FeaturesQuery) -> Filters:
+    return Filters(
+        query.group, query.min_density, query.max_density, query.token, query.text,
+        tuple(query.feature) if query.feature else None, query.sort, query.order == "descending",
+    )  # fmt: skip
+
+
+async def analysed(service: Service, model: str | None) -> tuple[ServedRun, FeatureTable]:
+    """The run and what is known of its features; needs no models. Raises ServiceError 404 without an analysis."""
+    run = await service.run(model)
+    return run, await asyncio.to_thread(lambda: run.analysed)
+
+
+def _json(answer: FeaturesResponse | FeatureResponse | ExamplesResponse) -> Response:
+    return Response(answer.model_dump_json(warnings=False), media_type="application/json")

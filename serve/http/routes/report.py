@@ -1,0 +1,68 @@
+"""The run's report, and the files that it has beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from mtc.report import report_names
+from serve.contract import ServiceError
+from serve.http.media_types import HTML, JSON, MARKDOWN, media_type_of
+from serve.http.routes.common import BINARY, TheService, errors, wanted
+from serve.service import ServedRun
+
+router = APIRouter(tags=["report"])
+
+Model = Annotated[
+    str | None, Query(min_length=1, max_length=200, description="Id of a run; by default the current one.")
+]
+PAGE = (
+    "sandbox allow-scripts allow-popups; default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+"""For the report, which forbids all scripts but its own by their digest itself, and has no rights here."""
+PICTURE = "sandbox; default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+"""For SVG files: their scripts do not run."""
+_FORMS = {200: {"content": {HTML: {"schema": {"type": "string"}}, MARKDOWN: {"schema": {"type": "string"}}}}}
+
+
+@router.get(
+    "/report",
+    response_class=Response,
+    responses=errors(404, 406, 409, 422, 503) | _FORMS | {304: {"description": "It is the same."}},
+)
+async def report(request: Request, service: TheService, model: Model = None) -> Response:
+    """The report: Markdown, or HTML or JSON if the Accept header prefers it."""
+    run = await service.run(model)
+    names = report_names(run.config.model.layer)
+    forms = {MARKDOWN: names.markdown, HTML: names.html, JSON: names.json}
+    media_type = wanted(request, tuple(forms))
+    headers = {"Vary": "Accept"} | ({"Content-Security-Policy": PAGE} if media_type == HTML else {})
+    return await _file(request, run, f"report/{forms[media_type]}", media_type, headers)
+
+
+@router.get(
+    "/report/files/{name:path}",
+    response_class=Response,
+    responses=errors(404, 409, 422, 503) | {200: {"content": {"*/*": BINARY}}, 304: {"description": "It is the same."}},
+)
+async def report_file(request: Request, service: TheService, name: str, model: Model = None) -> Response:
+    """A file of the report, such as a plot."""
+    run = await service.run(model)
+    media_type = media_type_of(name)
+    headers = {"image/svg+xml": {"Content-Security-Policy": PICTURE}, HTML: {"Content-Security-Policy": PAGE}}
+    return await _file(request, run, f"report/{name}", media_type, headers.get(media_type, {}))
+
+
+async def _file(request: Request, run: ServedRun, name: str, media_type: str, headers: dict[str, str]) -> Response:
+    # The manifest's names are the only ones, so that no path leads out of the run.
+    entry = run.manifest.files.get(name)
+    if entry is None:
+        raise ServiceError(404, "not_found", f"run {run.key.run_id} has no file {name[:200]!r}")
+    tag = f'"{entry.sha256}"'
+    headers |= {"ETag": tag, "Cache-Control": "private, no-cache"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(await asyncio.to_thread(run.read, name), media_type=media_type, headers=headers)

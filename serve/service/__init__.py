@@ -1,0 +1,27 @@
+"""What the service does, without HTTP and without Ray: runs, tokens, features, batches."""
+
+from typing import TYPE_CHECKING, Any
+
+from serve.service.batching import QueueFullError, TokenBatcher
+from serve.service.catalogue import Catalogue, Entry
+from serve.service.feature_table import FeatureTable, Filters
+from serve.service.served_run import WEIGHTS, ServedRun, identity_of
+from serve.service.service import Backend, Service
+from serve.service.tokenising import Tokeniser
+
+if TYPE_CHECKING:
+    from serve.service.run_encoder import RunEncoder
+
+__all__ = [
+    "WEIGHTS", "Backend", "Catalogue", "Entry", "FeatureTable", "Filters", "QueueFullError", "RunEncoder", "ServedRun",
+    "Service", "TokenBatcher", "Tokeniser", "identity_of",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RunEncoder":
+        # Only where models run: PyTorch comes along, 2 s and 220 MB.
+        from serve.service.run_encoder import RunEncoder
+
+        return RunEncoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

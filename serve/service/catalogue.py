@@ -1,0 +1,69 @@
+"""The finished runs that can be served: those beside the run that the service was started with."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from typing import NamedTuple
+
+from mtc.config import RunConfig
+from mtc.runs import Manifest, RunDirectory, RunError, absolute, open_run, require_one_layer
+from serve.contract import RunKey
+from serve.service.served_run import WEIGHTS
+
+_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]+(/layer[0-9]+)?")
+_LAYER = re.compile(r"layer[0-9]+")
+
+
+class Entry(NamedTuple):
+    """A finished run of one layer."""
+
+    key: RunKey
+    manifest: Manifest
+    config: RunConfig
+
+
+class Catalogue:
+    """Args: `run` as `Settings.run`: a run, `<root>/latest`, or one layer of either."""
+
+    def __init__(self, run: str):
+        self._run = absolute(run).rstrip("/")
+        above, name = posixpath.split(self._run)
+        self.root = posixpath.dirname(above) if _LAYER.fullmatch(name) else above
+
+    def served(self) -> Entry:
+        """What the service was started with, as it is now. Raises RunError if it can't be served."""
+        return _entry(open_run(self._run, verify=False))
+
+    def find(self, run_id: str) -> Entry:
+        """A run by its id. Raises RunError if there is none, or it is not finished."""
+        if not _NAME.fullmatch(run_id) or run_id == "latest":
+            raise RunError(f"{run_id[:200]!r} is not the id of a run")
+        run = RunDirectory(posixpath.join(self.root, run_id), run_id)
+        if run.manifest().run_id != run_id:
+            raise RunError(f"{run.url} holds the run {run.manifest().run_id!r}")
+        return _entry(run)
+
+    def entries(self) -> list[Entry]:
+        """All finished runs, newest first; directories that hold none are passed over."""
+        found: list[Entry] = []
+        for name in RunDirectory(self.root).names():
+            if not _NAME.fullmatch(name):
+                continue
+            run = RunDirectory(posixpath.join(self.root, name), name)
+            try:
+                sites = run.config().model.sites if run.is_finished() else ()
+                names = [name] if len(sites) == 1 else [f"{name}/layer{part.layer}" for part in sites]
+                found += [self.find(each) for each in names]
+            except (RunError, ValueError):
+                continue  # unfinished, damaged, or of a version that this one can't read
+        return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)
+
+
+def _entry(run: RunDirectory) -> Entry:
+    require_one_layer(run)
+    manifest = run.manifest()
+    if WEIGHTS not in manifest.files:
+        raise RunError(f"{run.url} has no {WEIGHTS}")
+    key = RunKey(manifest.run_id, run.url, manifest.files[WEIGHTS].sha256, manifest.created)
+    return Entry(key, manifest, run.config())

@@ -1,0 +1,212 @@
+"""The analysis of a run's features, for questions about many of them or one."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mtc.report.blocks import Block
+from mtc.report.schema import AbsorbedFeature, Analysis, Example, Feature, SplitFeature
+from mtc.report.sections.features import feature_blocks
+from mtc.runs import parse_analysis
+from serve.contract import RunKey, ServiceError
+
+SORTS = ("feature", "density", "count", "max_activation", "mean_activation", "decoder_norm")
+
+
+class Filters(NamedTuple):
+    """Which features, and in which order; see `GET /features`."""
+
+    group: int | None = None
+    min_density: float | None = None
+    max_density: float | None = None
+    token: str | None = None
+    text: str | None = None
+    features: tuple[int, ...] | None = None
+    sort: str = "feature"
+    descending: bool = False
+
+
+class AnalysisFiles(NamedTuple):
+    """Contents of the files of a run that a FeatureTable reads."""
+
+    features: bytes
+    """features.parquet, a row for each feature."""
+    examples: bytes
+    """examples.parquet, ordered by feature."""
+    analysis: bytes
+    """analysis.json."""
+
+
+class FeatureTable:
+    """The features of the run `key`. Raises RunError or ValueError for files that can't be read."""
+
+    def __init__(self, key: RunKey, files: AnalysisFiles):
+        self._key = key
+        self.analysis: Analysis = parse_analysis(files.analysis, key.run_id)
+        self._table = pq.read_table(io.BytesIO(files.features))
+        self._examples = pq.ParquetFile(io.BytesIO(files.examples))
+        statistics = [
+            self._examples.metadata.row_group(i).column(0).statistics for i in range(self._examples.num_row_groups)
+        ]
+        self._borders = [(s.min, s.max) for s in statistics]
+        """First and last feature of each row group of the examples."""
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def page(self, filters: Filters, limit: int, cursor: str | None) -> tuple[list[dict[str, Any]], int, str | None]:
+        """Rows of a page, how many features pass the filters, and the cursor of the next page.
+
+        Raises ServiceError 404 for a cursor of another run or other filters.
+        """
+        found = self._found(filters)
+        start = self._start(filters, cursor)
+        rows = [self._short(int(i)) for i in found[start : start + limit]]
+        after = start + limit
+        return rows, len(found), self._cursor(filters, after) if after < len(found) else None
+
+    def feature(self, index: int) -> Feature:
+        """A feature's row. Raises ServiceError 404 if there is none."""
+        return Feature.model_validate(_plain(self._table.slice(self._check(index), 1).to_pylist()[0]))
+
+    def splits(self, index: int) -> list[SplitFeature]:
+        """Splitting candidates of the report of which it is a part."""
+        tree = self.analysis.tree
+        return [s for s in tree.splits if index == s.feature or index in s.children] if tree else []
+
+    def absorption(self, index: int) -> list[AbsorbedFeature]:
+        """Absorption candidates of the report of which it is a part."""
+        tree = self.analysis.tree
+        return [a for a in tree.absorptions if index in (a.parent, a.child)] if tree else []
+
+    def blocks(self, index: int, examples: Sequence[dict[str, Any]]) -> tuple[Block, ...]:
+        """As in the report, with these examples."""
+        figures, analysis = self.feature(index), self.analysis
+        near = [n.feature for n in figures.neighbours] + ([figures.parent.feature] if figures.parent else [])
+        names = {i: self._tokens[i][0] for i in (*near, *figures.children) if self._tokens[i]}
+        shown = tuple(Example.model_validate({n: e[n] for n in Example.model_fields}) for e in examples)
+        return feature_blocks(figures, shown, analysis.activation_edges, analysis.tree is not None, names)
+
+    def examples(self, index: int, kind: str | None, offset: int, limit: int) -> tuple[list[dict[str, Any]], int]:
+        """Examples of one feature and how many there are; reads only the parts of the file that have it."""
+        self._check(index)
+        groups = [i for i, (first, last) in enumerate(self._borders) if first <= index <= last]
+        if not groups:
+            return [], 0
+        columns = ["feature", "kind", "rank", "activation", "quantile", "document_id", "context_tokens"]
+        table = self._examples.read_row_groups(
+            groups, [*columns, "context_activations", "peak_index"], use_threads=False
+        )
+        table = table.filter(pc.equal(table["feature"], index))
+        if kind is not None:
+            table = table.filter(pc.equal(table["kind"], kind))
+        table = table.sort_by([("kind", "descending"), ("rank", "ascending")])  # top before sample
+        renamed = {"context_tokens": "tokens", "context_activations": "activations", "peak_index": "peak"}
+        rows = table.drop_columns(["feature"]).slice(offset, limit).to_pylist()
+        return [_plain({renamed.get(name, name): value for name, value in row.items()}) for row in rows], table.num_rows
+
+    def _check(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            detail = {"limit": len(self) - 1, "value": index}
+            message = f"there is no feature {index}, the last one is {len(self) - 1}"
+            raise ServiceError(404, "unknown_feature", message, detail)
+        return index
+
+    def _found(self, filters: Filters) -> NDArray[np.int64]:
+        wanted = np.ones(len(self), bool)
+        density = self._column("density")
+        if filters.group is not None:
+            wanted &= self._column("group") == filters.group
+        if filters.min_density is not None:
+            wanted &= density >= filters.min_density
+        if filters.max_density is not None:
+            wanted &= density <= filters.max_density
+        if filters.token is not None:
+            token = filters.token.strip().casefold()
+            wanted &= np.array([any(token == t.strip().casefold() for t in many) for many in self._tokens], bool)
+        if filters.features is not None:
+            wanted &= np.isin(np.arange(len(self)), np.array(filters.features))
+        if filters.text is not None:
+            wanted &= self._with_text(filters.text)
+        found = np.flatnonzero(wanted)
+        keys = self._column(filters.sort)[found]
+        order = np.argsort(-keys if filters.descending else keys, kind="stable")  # equal ones by index
+        return found[order]
+
+    def _with_text(self, text: str) -> NDArray[np.bool_]:
+        """Features with a stored context that holds the text, in any case."""
+        features, contexts = self._contexts
+        hits = pc.match_substring(contexts, text.casefold())
+        wanted = np.zeros(len(self), bool)
+        wanted[features.filter(hits).to_numpy()] = True
+        return wanted
+
+    @cached_property
+    def _contexts(self) -> tuple[pa.Array, pa.Array]:
+        table = self._examples.read(["feature", "context_tokens"], use_threads=False).combine_chunks()
+        joined = pc.binary_join(table["context_tokens"].combine_chunks(), "")
+        return table["feature"].combine_chunks(), pa.array(
+            [text.casefold() for text in joined.to_pylist()], pa.string()
+        )
+
+    @cached_property
+    def _tokens(self) -> list[list[str]]:
+        return [[token["token"] for token in many or ()] for many in self._table["top_tokens"].to_pylist()]
+
+    def _column(self, name: str) -> NDArray[Any]:
+        column: NDArray[Any] = self._table[name].to_numpy()
+        return column
+
+    def _short(self, index: int) -> dict[str, Any]:
+        columns = [
+            "feature",
+            "group",
+            "density",
+            "count",
+            "max_activation",
+            "mean_activation",
+            "decoder_norm",
+            "parent",
+        ]
+        row = self._table.select([*columns, "children"]).slice(index, 1).to_pylist()[0]
+        parent = row.pop("parent")
+        row |= {"top_tokens": self._tokens[index], "children": len(row["children"] or ())}
+        return _plain(row | {"parent": parent["feature"] if parent else None})
+
+    def _signature(self, filters: Filters) -> str:
+        return hashlib.sha256(repr((self._key, filters)).encode()).hexdigest()[:16]
+
+    def _cursor(self, filters: Filters, start: int) -> str:
+        return base64.urlsafe_b64encode(f"{self._signature(filters)}:{start}".encode()).decode().rstrip("=")
+
+    def _start(self, filters: Filters, cursor: str | None) -> int:
+        if cursor is None:
+            return 0
+        try:
+            signature, start = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().split(":")
+            if signature == self._signature(filters) and start.isascii() and start.isdigit():
+                return int(start)
+        except ValueError:
+            pass  # said below, as for a cursor that can be read and does not fit
+        raise ServiceError(404, "unknown_cursor", "the cursor is not one of this run, these filters and this order")
+
+
+def _plain(value: Any) -> Any:
+    """Without numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

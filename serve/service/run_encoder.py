@@ -1,0 +1,160 @@
+"""Tokens to features: a finished run's language model and transcoder, without Ray."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mtc.config import ModelConfig
+from mtc.devices import open_device
+from mtc.language_model import LanguageModel, SitePair
+from mtc.model_files import load_tokenizer
+from mtc.runs import RunDirectory, load_transcoder
+from mtc.tokens import special_ids
+from mtc.training import choose_bfloat16
+from mtc.transcoder import Codes
+from mtc.work import pack_windows
+from serve.contract import Encoded, Options
+
+SEARCH_TOKENS = 256
+"""Where CPUs multiply bfloat16 fast, a search with rounded weights pays from here on: rounding them costs the same for
+any number of tokens."""
+
+_models: WeakValueDictionary[tuple[str, str], LanguageModel] = WeakValueDictionary()
+_passes: WeakKeyDictionary[LanguageModel, threading.Lock] = WeakKeyDictionary()
+"""Of each model one forward pass at a time: it is watched by hooks on the model, which would see another thread's pass
+as well, such as the warm-up of a run that shares the model."""
+
+
+class RunEncoder:
+    """The language model, cut off after the run's layer, with the run's transcoder behind it.
+
+    Runs that read the same sites of the same model share it. Special tokens have no features.
+    """
+
+    def __init__(self, run: RunDirectory, device: str = "cpu"):
+        config, on = run.config(), open_device(device)
+        self._special = sorted(special_ids(load_tokenizer(config.model)))
+        self._model = _language_model(config.model, on)
+        self._one_at_a_time = _passes.setdefault(self._model, threading.Lock())
+        self.transcoder = load_transcoder(run, on).requires_grad_(False)
+        self._bfloat16_search = device == "cpu" and choose_bfloat16("auto", on)
+
+    def warm_up(self, max_tokens: int) -> str:
+        """Compile and set up what batches of up to `max_tokens` tokens take, so that no request waits for it.
+
+        Returns how the language model runs from here on, as `LanguageModel.compute` tells it.
+        """
+        with self._one_at_a_time:
+            self._model.warm_up(max_tokens)
+        for length in (1, 16):  # lengths differ in what they set up
+            self.encode([np.zeros(length, np.int32)], [Options(top_k=1, fvu=True)])
+        return self._model.compute
+
+    def encode(self, windows: Sequence[NDArray[np.int32]], options: Sequence[Options]) -> list[Encoded]:
+        """Features of windows of token ids, one [tokens] and one `Options` each, from one forward pass."""
+        packed = pack_windows(windows, self._special)
+        starts = np.cumsum([0, *packed.lengths])
+        results: dict[int, Encoded] = {}
+        with torch.inference_mode():
+            with self._one_at_a_time:
+                (pair,) = self._model.capture(packed)
+            for prefix in {each.prefix for each in options}:
+                # One product for all windows that want the same nested dictionary.
+                chosen = [i for i, each in enumerate(options) if each.prefix == prefix]
+                rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
+                index = torch.from_numpy(rows).to(pair.source.device)
+                part = pair if len(chosen) == len(windows) else type(pair)(*(site[index] for site in pair))
+                trainable = packed.trainable.numpy()[rows]
+                ends = np.cumsum([packed.lengths[i] for i in chosen])
+                found = self._features(part, trainable, prefix, any(options[i].fvu for i in chosen))
+                for i, end in zip(chosen, ends, strict=True):
+                    results[i] = found.of_window(int(end - packed.lengths[i]), int(end), options[i])
+        return [results[i] for i in range(len(windows))]
+
+    def decode(
+        self, tokens: int, token: NDArray[np.int64], feature: NDArray[np.int64], value: NDArray[np.float32],
+        prefix: int | None,
+    ) -> NDArray[np.float32]:  # fmt: skip
+        """Raw reconstruction [tokens, d_target] from entries, of which those beyond the prefix are left out.
+
+        Raises ValueError for a transcoder with a skip connection: it needs activations that no features tell.
+        """
+        order = np.argsort(token, kind="stable")
+        kept = order[feature[order] < (prefix or self.transcoder.num_features)]
+        device = self.transcoder.W_dec.device
+        entries = [torch.from_numpy(part[kept]).to(device) for part in (token, feature, value)]
+        with torch.inference_mode():
+            return _numpy(self.transcoder.decode_codes(Codes(tokens, *entries))[-1])
+
+    def _features(self, pair: SitePair, trainable: NDArray[np.bool_], prefix: int | None, fvu: bool) -> _Features:
+        transcoder = self.transcoder
+        search = self._bfloat16_search and len(pair.source) >= SEARCH_TOKENS
+        codes = transcoder.encode_sparse(pair.source, search, prefix)
+        token, feature, value = map(_numpy, (codes.token, codes.feature, codes.value))
+        kept = trainable[token]
+        error = self._unexplained(pair, codes, prefix, trainable) if fvu else None
+        return _Features(token[kept], feature[kept].astype(np.int32), value[kept], error)
+
+    def _unexplained(
+        self, pair: SitePair, codes: Codes, prefix: int | None, trainable: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        transcoder = self.transcoder
+        which = transcoder.prefixes.index(prefix or transcoder.num_features)
+        y = pair.target.float()
+        reconstruction = transcoder.decode_codes(codes, pair.source)[which]
+        deviation = (y - transcoder.b_dec / transcoder.target_scale).square().sum(1)
+        ratio = _numpy((y - reconstruction).square().sum(1) / deviation.clamp(min=1e-30))
+        return np.where(trainable, ratio, np.float32(np.nan))
+
+
+class _Features:
+    """Active entries of a batch, token by token, features ascending within each."""
+
+    def __init__(
+        self, token: NDArray[np.int64], feature: NDArray[np.int32], value: NDArray[np.float32],
+        fvu: NDArray[np.float32] | None,
+    ):  # fmt: skip
+        self._token, self._feature, self._value, self._fvu = token, feature, value, fvu
+
+    def of_window(self, start: int, end: int, options: Options) -> Encoded:
+        """The tokens from `start` to `end`, as the options want them."""
+        a, b = np.searchsorted(self._token, (start, end))
+        token, feature, value = self._token[a:b] - start, self._feature[a:b], self._value[a:b]
+        tokens = end - start
+        l0 = np.bincount(token, minlength=tokens).astype(np.int32) if options.l0 else None
+        fvu = self._fvu[start:end] if options.fvu and self._fvu is not None else None
+        wanted = value >= np.float64(options.min_activation)  # which may be beyond float32
+        if options.features is not None:
+            wanted &= np.isin(feature, np.array(options.features))
+        if not wanted.all():
+            token, feature, value = token[wanted], feature[wanted], value[wanted]
+        if options.top_k is not None or not options.by_index:
+            order = np.lexsort((feature, -value, token))
+            if options.top_k is not None:
+                first = np.searchsorted(token, np.arange(tokens))
+                order = order[np.arange(len(order)) - first[token] < options.top_k]
+            if options.by_index:
+                order = np.sort(order)  # entries came by index
+            token, feature, value = token[order], feature[order], value[order]
+        indptr = np.searchsorted(token, np.arange(tokens + 1)).astype(np.int64)
+        return Encoded(indptr, feature, value, l0, fvu)
+
+
+def _language_model(config: ModelConfig, device: torch.device) -> LanguageModel:
+    key = (config.model_dump_json(), str(device))
+    model = _models.get(key)
+    if model is None:
+        model = _models[key] = LanguageModel(config, device=device)
+    return model
+
+
+def _numpy(tensor: Any) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return array

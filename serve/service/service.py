@@ -1,0 +1,279 @@
+"""What the routes ask of the service, without HTTP and without Ray: `Backend` does the work that needs models."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.contract import (
+    DecodeRequest,
+    Encoded,
+    EncodeRequest,
+    IngressMetrics,
+    LoadResponse,
+    Options,
+    RunKey,
+    RunSummary,
+    ServiceError,
+    Settings,
+    State,
+    Tokenised,
+    TokenizeRequest,
+)
+from serve.service.served_run import ServedRun
+
+T = TypeVar("T")
+
+DEFAULT_TOP_K = 16
+READY_TIMEOUT_S = 5.0
+READY_FOR_S = 2.0
+LISTED_FOR_S = 5.0
+"""How long pages show the same runs: each is read from the storage."""
+SHORT_TEXT = 1000
+"""Characters that are tokenised at once: a thread would take longer to begin than they do."""
+
+
+class Backend(Protocol):
+    """The models, wherever they are. All raise ServiceError with what the client is to be told."""
+
+    async def state(self) -> State:
+        """Which runs answer now."""
+
+    async def want(self, run_id: str) -> RunKey:
+        """A run that was asked for by name: 404 if there is none, 503 while it is loaded, 409 if it can't be."""
+
+    async def encode(self, key: RunKey, windows: Sequence[NDArray[np.int32]], options: Options) -> list[Encoded]:
+        """Features of windows by the weights of `key` and no others: 429 if too many tokens wait."""
+
+    async def decode(
+        self, key: RunKey, tokens: int, token: NDArray[np.int64], feature: NDArray[np.int64],
+        value: NDArray[np.float32], prefix: int | None,
+    ) -> NDArray[np.float32]:  # fmt: skip
+        """Raw reconstruction, [tokens, d_target]."""
+
+    async def runs(self) -> list[RunSummary]:
+        """All finished runs beside the one that is served, newest first."""
+
+    async def load(self, run_id: str) -> LoadResponse:
+        """Verify, load and warm up a run everywhere, then let it answer; 409 if it can't, and nothing changes."""
+
+    async def metrics(self) -> bytes:
+        """All replicas' totals, in Prometheus's text format."""
+
+
+class Service:
+    """One replica's view of the service."""
+
+    def __init__(self, settings: Settings, backend: Backend, state: State, metrics: IngressMetrics | None = None):
+        self.settings, self.backend, self.state = settings, backend, state
+        self.metrics = metrics or IngressMetrics()
+        self._ready: tuple[RunKey, float] | None = None
+        self._listed: tuple[float, list[RunSummary]] | None = None
+        self._opened: dict[RunKey, asyncio.Task[ServedRun]] = {}
+
+    async def run(self, model: str | None) -> ServedRun:
+        """The run that answers a request; the whole answer is to come from it. Raises ServiceError as Backend.want."""
+        if not self.state.ready:
+            raise ServiceError(503, "loading", "the models are being loaded", headers={"Retry-After": "1"})
+        if model is None or model == self.state.current.run_id:
+            key = self.state.current
+        else:
+            key = next((k for k in self.state.loaded if k.run_id == model), None) or await self.backend.want(model)
+        return await self.open(key)
+
+    async def open(self, key: RunKey) -> ServedRun:
+        """A run's files and tokenizer, opened once."""
+        task = self._opened.get(key)
+        if task is None:
+            task = self._opened[key] = asyncio.create_task(asyncio.to_thread(ServedRun, key))
+        try:
+            return await asyncio.shield(task)
+        except BaseException:
+            if task.done():  # a failure is not remembered
+                self._opened.pop(key, None)
+            raise
+
+    def use(self, state: State) -> None:
+        """Take over another state, unless it is older than this one; runs that are not loaded any more are closed."""
+        if state.version >= self.state.version:
+            self.state = state
+            for key in [key for key in self._opened if key not in state.loaded]:
+                del self._opened[key]
+
+    async def listed_runs(self) -> list[RunSummary]:
+        """All finished runs, newest first, as they were within the last LISTED_FOR_S."""
+        if self._listed is None or time.monotonic() > self._listed[0] + LISTED_FOR_S:
+            self._listed = time.monotonic(), await self.backend.runs()
+        return self._listed[1]
+
+    async def tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
+        """The request's inputs as the model reads them. Raises ServiceError: 413 beyond the limits, 422 unknown ids."""
+        with self.metrics.duration.labels("tokenise").time():
+            return await self._tokenise(run, request)
+
+    async def _tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
+        settings, tokeniser = self.settings, run.tokeniser
+        inputs: Sequence[object] = request.texts or request.windows or []
+        if len(inputs) > settings.max_inputs:
+            raise _too_many("too_many_inputs", "inputs", settings.max_inputs, len(inputs))
+        limit = settings.max_input_tokens if request.truncate else None
+        if request.texts is not None:
+            texts = request.texts
+            if sum(map(len, texts)) <= SHORT_TEXT:
+                tokenised = [tokeniser.text(text, limit) for text in texts]
+            else:
+                tokenised = await asyncio.to_thread(lambda: [tokeniser.text(text, limit) for text in texts])
+        else:
+            windows = request.windows or []
+            for index, window in enumerate(windows):
+                if max(window) >= tokeniser.vocab_size:
+                    detail = {"limit": tokeniser.vocab_size - 1, "value": max(window), "index": index}
+                    message = f"input_ids[{index}] has {max(window)}; the largest id is {tokeniser.vocab_size - 1}"
+                    raise ServiceError(422, "validation", message, detail)
+            tokenised = [tokeniser.ids(window, limit) for window in windows]
+        for index, each in enumerate(tokenised):
+            if not len(each.ids):
+                raise ServiceError(400, "empty_inputs", f"inputs[{index}] has no token", {"index": index})
+            if len(each.ids) > settings.max_input_tokens:
+                raise _too_many("input_too_long", "tokens", settings.max_input_tokens, len(each.ids), index)
+        total = sum(len(each.ids) for each in tokenised)
+        if total > settings.max_request_tokens:
+            raise _too_many("too_many_tokens", "tokens", settings.max_request_tokens, total)
+        return tokenised
+
+    def options(self, run: ServedRun, request: EncodeRequest, csr: bool) -> Options:
+        """What the request wants of each token, for a sparse matrix or token by token.
+
+        Raises ServiceError 422 for features or a prefix that the run lacks.
+        """
+        total = run.num_features
+        self.check_prefix(run, request.prefix)
+        if request.features is not None and max(request.features) >= total:
+            raise _beyond("features", max(request.features), total)
+        top_k = request.top_k if request.top_k is not None or csr else DEFAULT_TOP_K
+        features = None if request.features is None else tuple(request.features)
+        return Options(
+            request.prefix, top_k, features, request.min_activation, csr, "l0" in request.include,
+            "fvu" in request.include,
+        )  # fmt: skip
+
+    def check_prefix(self, run: ServedRun, prefix: int | None) -> None:
+        """Raises ServiceError 422 if the run has no such nested dictionary."""
+        if prefix is not None and prefix not in run.prefixes:
+            prefixes = list(run.prefixes)
+            message = f"prefix={prefix} is not one of the nested dictionaries {prefixes}"
+            raise ServiceError(422, "validation", message, {"prefixes": prefixes, "value": prefix})
+
+    async def encode(
+        self, run: ServedRun, inputs: Sequence[Tokenised], options: Options
+    ) -> AsyncIterator[tuple[int, Encoded]]:
+        """Index and features of each input, in order, as batches are done."""
+        start = time.perf_counter()
+        parts = _parts([len(each.ids) for each in inputs], self.settings.max_batch_tokens)
+        tasks = [
+            asyncio.create_task(self.backend.encode(run.key, [inputs[i].ids for i in part], options)) for part in parts
+        ]
+        try:
+            for part, task in zip(parts, tasks, strict=True):
+                found = await self._in_time(task)
+                for index, encoded in zip(part, found, strict=True):
+                    yield index, encoded
+            self.metrics.duration.labels("models").observe(time.perf_counter() - start)
+            self.metrics.tokens.inc(sum(len(each.ids) for each in inputs))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def decode(self, run: ServedRun, request: DecodeRequest) -> NDArray[np.float32]:
+        """The reconstruction of the request's features, [tokens, d_target]. Raises ServiceError for a bad matrix."""
+        self.check_prefix(run, request.prefix)
+        if run.config.transcoder.skip:
+            message = f"run {run.key.run_id} has a skip connection: its output does not follow from features alone"
+            raise ServiceError(422, "skip_connection", message)
+        indptr, feature, value = _matrix(request)
+        tokens = len(indptr) - 1
+        if tokens > self.settings.max_input_tokens:
+            raise _too_many("too_many_tokens", "tokens", self.settings.max_input_tokens, tokens)
+        if len(feature) and feature.max() >= run.num_features:
+            raise _beyond("features", int(feature.max()), run.num_features)
+        token = np.repeat(np.arange(tokens), np.diff(indptr))
+        return await self._in_time(self.backend.decode(run.key, tokens, token, feature, value, request.prefix))
+
+    async def _in_time(self, answer: Awaitable[T]) -> T:
+        limit = self.settings.request_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await answer
+        except TimeoutError:
+            raise ServiceError(504, "timeout", f"no answer within {limit:g} s", {"limit": limit}) from None
+
+    async def check_ready(self) -> None:
+        """One real token through the current run's models; a success is believed for READY_FOR_S.
+
+        Raises ServiceError 503 if that fails or takes too long.
+        """
+        key, now = self.state.current, time.monotonic()
+        if self._ready is not None and self._ready[0] == key and now < self._ready[1] + READY_FOR_S:
+            return
+        try:
+            if not self.state.ready:
+                raise ServiceError(503, "loading", "the models are being loaded")
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self.backend.encode(key, [np.zeros(1, np.int32)], Options(top_k=1))
+        except (ServiceError, TimeoutError) as error:
+            what = str(error) or f"no answer within {READY_TIMEOUT_S:g} s"
+            raise ServiceError(503, "not_ready", f"not ready: {what}", headers={"Retry-After": "1"}) from error
+        self._ready = (key, now)
+
+
+def _matrix(request: DecodeRequest) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """indptr, features and values. Raises ServiceError 422 for lists that are no matrix."""
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        if request.csr is None:
+            rows = request.features or []
+            entries = [entry for row in rows for entry in row]
+            indptr = np.cumsum([0, *map(len, rows)])
+            feature = np.array([entry.feature_index for entry in entries], np.int64)
+            value = np.array([entry.activation_value for entry in entries], np.float32)
+        else:
+            csr = request.csr
+            indptr, feature = np.array(csr.indptr, np.int64), np.array(csr.indices, np.int64)
+            value = np.array(csr.values, np.float32)
+            whole = len(indptr) > 1 and indptr[0] == 0 and indptr[-1] == len(feature) == len(value)
+            if not whole or (np.diff(indptr) < 0).any():
+                message = (
+                    "csr.indptr must go from 0 to the number of entries without descending, with two numbers or more"
+                )
+                raise ServiceError(422, "validation", message)
+    if not np.isfinite(value).all():
+        raise ServiceError(422, "validation", "activations must be finite float32 numbers")
+    return indptr, feature, value
+
+
+def _parts(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices in order, in parts of at most so many tokens, or of one input that has more."""
+    parts: list[list[int]] = []
+    tokens = 0
+    for index, length in enumerate(lengths):
+        if not parts or tokens + length > max_tokens:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(index)
+        tokens += length
+    return parts
+
+
+def _too_many(kind: str, what: str, limit: int, value: int, index: int | None = None) -> ServiceError:
+    where = "the request" if index is None else f"inputs[{index}]"
+    detail = {"limit": limit, "value": value} | ({} if index is None else {"index": index})
+    return ServiceError(413, kind, f"{where} has {value} {what}, the limit is {limit}", detail)
+
+
+def _beyond(field: str, value: int, total: int) -> ServiceError:
+    message = f"{field}: there is no feature {value}, the dictionary has {total}"
+    return ServiceError(422, "validation", message, {"limit": total - 1, "value": value})
