@@ -44,7 +44,7 @@ COPY jobs jobs
 COPY serve serve
 # The loops for CPUs are compiled here, for a kind of processor: the image for CPUs has no compiler where they run.
 RUN pip install --no-deps --force-reinstall . \
-    && python -m mtc.native /opt/venv/lib/mtc-kernels.so --march "$MARCH"
+    && python -m mtc.transcoder.native /opt/venv/lib/mtc-kernels.so --march "$MARCH"
 
 FROM ${PYTHON_IMAGE}
 ARG VARIANT=gpu

@@ -17,10 +17,10 @@ from torch import Tensor
 from benchmarks import quality
 from benchmarks.activations import Activations, load
 from benchmarks.quality import TASKS, Task, score, train_ours
-from mtc import kernels
-from mtc.kernels import Objective
-from mtc.selection import Chosen
 from mtc.training import StepResult, Trainer
+from mtc.transcoder import Objective
+from mtc.transcoder import sparse_loss as kernels
+from mtc.transcoder.batch_topk import Chosen
 
 LR = 6e-3
 

@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtc.config import RunConfig, load_preset
-from mtc.language_model import LanguageModel
-from mtc.model_files import load_tokenizer
-from mtc.runs import cache_directory
-from mtc.tokens import document_id, document_split, make_windows, source_files, special_ids
-from mtc.work import pack_windows
+from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
+from mtc.storage import cache_directory
+from mtc.text import document_id, document_split, make_windows, special_ids
+from mtc.text.sources import source_files
 
 CHUNK_TOKENS = 50_000
 CONTEXT = 128

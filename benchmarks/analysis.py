@@ -38,9 +38,9 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
-from cluster.analysis import FeatureActor, _feature_rows, analyse_heldout
+from cluster.held_out import FeatureActor, _feature_rows, analyse_heldout
 from mtc.config import RunConfig, load_preset, to_yaml
-from mtc.runs import RunDirectory
+from mtc.storage import RunDirectory
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "analysis.json"
 GROUPS = (1152, 2304, 1152)
@@ -54,7 +54,7 @@ class CaptureOnlyActor(FeatureActor):
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         import numpy as np
 
-        from mtc.work import pack_windows
+        from mtc.language_model import pack_windows
 
         (row,) = batch.to_pylist()
         for unit in row["units"]:
@@ -81,10 +81,10 @@ def make_run(config: RunConfig, store_url: str) -> RunDirectory:
     """A run with random weights whose threshold gives K active features on a unit of training text."""
     import torch
 
-    from mtc.language_model import LanguageModel
-    from mtc.tokens import TokenStore
+    from mtc.language_model import LanguageModel, pack_windows
+    from mtc.text import TokenStore
+    from mtc.text.work_units import work_units
     from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-    from mtc.work import pack_windows, work_units
 
     store, model = TokenStore.open(store_url), LanguageModel(config.model)
     windows = pack_windows(store.input_ids(work_units(store, config).training[0]), store.info.special_ids)
@@ -108,15 +108,14 @@ def compare_passes(tokens: int, rounds: int) -> dict[str, Any]:
     import numpy as np
 
     from cluster.activations import configure_data_context, map_on_model_actors
-    from cluster.analysis import _arrays, _results
+    from cluster.held_out import _arrays, _results
     from cluster.pipeline import connected
     from cluster.resources import cluster_nodes, make_plan
-    from cluster.tokens import build_token_store
-    from mtc.heldout import HeldOutPass, count_tokens
-    from mtc.model_files import check_model
-    from mtc.runs import load_transcoder
-    from mtc.tokens import TokenStore
-    from mtc.work import heldout_units
+    from cluster.tokenise import build_token_store
+    from mtc.analysis import HeldOutPass, count_tokens
+    from mtc.language_model import check_model
+    from mtc.text import TokenStore, heldout_units
+    from mtc.transcoder import load_transcoder
 
     with tempfile.TemporaryDirectory() as root, connected():
         config = make_config(root, GROUPS, tokens)
@@ -166,12 +165,11 @@ def compare_units(tokens: int) -> dict[str, Any]:
 
     from cluster.activations import configure_data_context
     from cluster.pipeline import connected
-    from cluster.tokens import build_token_store
-    from mtc.heldout import HeldOutPass, count_tokens
-    from mtc.language_model import LanguageModel
-    from mtc.runs import load_transcoder
-    from mtc.tokens import TokenStore
-    from mtc.work import heldout_units, pack_windows
+    from cluster.tokenise import build_token_store
+    from mtc.analysis import HeldOutPass, count_tokens
+    from mtc.language_model import LanguageModel, pack_windows
+    from mtc.text import TokenStore, heldout_units
+    from mtc.transcoder import load_transcoder
 
     with tempfile.TemporaryDirectory() as root:
         config = make_config(root, GROUPS, tokens)
@@ -216,7 +214,7 @@ def whole_analysis(groups: tuple[int, ...], tokens: int) -> dict[str, Any]:
     import cluster.reporting
     from cluster.pipeline import connected
     from cluster.reporting import analyse_run
-    from cluster.tokens import build_token_store
+    from cluster.tokenise import build_token_store
 
     pass_seconds = 0.0
 
@@ -227,7 +225,7 @@ def whole_analysis(groups: tuple[int, ...], tokens: int) -> dict[str, Any]:
         pass_seconds = time.perf_counter() - start
         return result
 
-    cluster.analysis.analyse_heldout = timed_pass  # type: ignore[assignment]
+    cluster.held_out.analyse_heldout = timed_pass  # type: ignore[assignment]
     largest, stop = 0, threading.Event()
 
     def watch() -> None:

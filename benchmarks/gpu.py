@@ -11,8 +11,8 @@ The last line is one object with everything; the exit status is 1 if a check fai
 with `met: false`, not failures. Where a section's time is over, figures are repeated less often or left out.
 
 Without a GPU the same checks run in small shapes with the CPU in its place (MTC_PRETEND_GPU=1), in a minute; figures
-that need a GPU say so. The step figures that `--save` wrote go with `--record` into mtc/gpu_steps.json, from which
-`optimizer.backend: auto` chooses.
+that need a GPU say so. The step figures that `--save` wrote go with `--record` into mtc/training/gpu_steps.json, from
+which `optimizer.backend: auto` chooses.
 
 Needs torch >= 2.11 with Triton and a C compiler, Python >= 3.11, transformers >= 5.17 (with tokenizers, huggingface-hub
 and safetensors), numpy, scipy, pyarrow, pyyaml, fsspec, filelock and pydantic >= 2.7. Where only pydantic is missing,
@@ -44,12 +44,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mtc.backends import MeasuredStep
+from mtc.training.backends import MeasuredStep
 
 if TYPE_CHECKING:
     from benchmarks.gpu_checks import Findings, Setting
 
-STEPS = Path(__file__).parent.parent / "mtc/gpu_steps.json"
+STEPS = Path(__file__).parent.parent / "mtc/training/gpu_steps.json"
 MEMORY_BYTES = 12e9
 """Free main memory from which models and the stream's ring lie there."""
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtc import devices
-from mtc.kernels import Bags, Entries, Workspace, bag_sums, entry_dots, make_bags, nested_residuals
-from mtc.selection import keep_largest, kth_largest, largest_entries
+from mtc.transcoder import Workspace, entry_dots, kth_largest
+from mtc.transcoder.batch_topk import keep_largest, largest_entries
+from mtc.transcoder.products import Bags, bag_sums, make_bags
+from mtc.transcoder.sparse_loss import Entries, nested_residuals
 
 FLOAT32 = 1e-5
 """Largest relative error of a float32 sum of products: some thousand roundings of 2^-24, mostly of both signs."""

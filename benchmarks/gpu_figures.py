@@ -22,13 +22,12 @@ from transformers import AutoConfig, AutoModel
 from benchmarks.gpu_checks import DeviceWatch, Findings, Setting
 from benchmarks.gpu_models import compilations
 from benchmarks.gpu_training import training_config
-from mtc.capture import Capture
 from mtc.config import ModelConfig
 from mtc.devices import device_name
-from mtc.language_model import LanguageModel
-from mtc.selection import largest_entries
-from mtc.training import DEAD_REFRESH, Trainer
-from mtc.work import PackedWindows, pack_windows
+from mtc.language_model import Capture, LanguageModel, PackedWindows, pack_windows
+from mtc.training import Trainer
+from mtc.training.trainer import DEAD_REFRESH
+from mtc.transcoder.batch_topk import largest_entries
 
 CAPTURE_SHARE = 0.45
 """Target: the matrix products of capture, over what a large bfloat16 product would do in the same time."""

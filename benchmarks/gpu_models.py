@@ -18,16 +18,14 @@ from transformers import AutoConfig
 
 from benchmarks.gpu_checks import FLOAT32, Findings, Setting, host_only, relative_error
 from benchmarks.gpu_training import planted, training_config
-from mtc import attention, flex
-from mtc.capture import Capture, Captured, Pending
+from mtc.analysis import HeldOutPass, count_tokens
+from mtc.analysis.coactivation import parent_candidates
 from mtc.config import ModelConfig
-from mtc.heldout import HeldOutPass, count_tokens
-from mtc.language_model import LanguageModel, SitePair
-from mtc.model_files import _make_random
-from mtc.nesting import parent_candidates
+from mtc.language_model import Capture, LanguageModel, PackedWindows, Pending, SitePair, attention, flex, pack_windows
+from mtc.language_model.capture import Captured
+from mtc.language_model.weights import _make_random
 from mtc.training import Calibrator, Trainer
 from mtc.transcoder import MatryoshkaTranscoder
-from mtc.work import PackedWindows, pack_windows
 
 MODEL_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest ||activations - float32's on the CPU|| / ||those||, after two layers of random weights, which multiply the

@@ -24,12 +24,10 @@ from benchmarks.gpu_checks import PATIENCE, Findings, Setting
 from benchmarks.gpu_figures import GROUPS, NEEDS_GPU, K, gemma_config, random_windows, reached
 from benchmarks.gpu_training import training_config
 from cluster.mps import shared_gpu
-from mtc.capture import Capture, Pending
 from mtc.config import ModelConfig, RunConfig
 from mtc.devices import synchronise
-from mtc.language_model import LanguageModel
-from mtc.shuffle import ShuffleBuffer, Unit, on_device
-from mtc.training import Trainer
+from mtc.language_model import Capture, LanguageModel, Pending
+from mtc.training import ShuffleBuffer, Trainer, Unit, on_device
 
 TOKENS_PER_SECOND = 100_000
 """Target: trained tokens, with batches of 1,024."""

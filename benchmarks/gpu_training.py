@@ -18,10 +18,11 @@ from torch import Tensor
 from benchmarks.gpu_checks import PATIENCE, Findings, Setting, host_only, no_waiting, relative_error
 from mtc.config import RunConfig, load_preset
 from mtc.devices import synchronise
-from mtc.kernels import Weights, Workspace, dense_loss
-from mtc.shuffle import ShuffleBuffer, Unit, on_device
-from mtc.training import DEAD_REFRESH, Trainer
-from mtc.transcoder import RMS_EPS, Compute
+from mtc.training import ShuffleBuffer, Trainer, Unit, on_device
+from mtc.training.trainer import DEAD_REFRESH
+from mtc.transcoder import RMS_EPS, Compute, Workspace
+from mtc.transcoder.dense_loss import dense_loss
+from mtc.transcoder.objective import Weights
 
 LOSS_LIMITS = {
     ("dense", False): 1e-4,

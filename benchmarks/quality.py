@@ -33,9 +33,9 @@ from torch import Tensor
 from benchmarks.activations import Activations, Part, load
 from benchmarks.peers import NAMES, Work, batches
 from mtc.config import RunConfig, load_preset
-from mtc.runs import cache_directory
-from mtc.selection import kth_largest
+from mtc.storage import cache_directory
 from mtc.training import Trainer
+from mtc.transcoder import kth_largest
 
 RATES = (3e-3, 6e-3, 1.2e-2)
 BATCH = 1024

@@ -47,8 +47,8 @@ def checkpoints(rounds: int) -> dict[str, Any]:
     """Seconds that one checkpoint costs training at the reference shape."""
     import torch
 
-    from cluster.training import _to_safetensors
-    from mtc.checkpoints import Checkpoints, CheckpointWriter
+    from cluster.train_worker import _to_safetensors
+    from mtc.storage import Checkpoints, CheckpointWriter
     from mtc.training import Trainer
 
     config = load_preset("gemma-2-2b-layer17", {"optimizer": {"backend": "sparse"}})
@@ -163,10 +163,9 @@ def _rows(job: Job) -> list[dict[str, Any]]:
 
 
 def _account(job: Job) -> dict[str, Any]:
-    from mtc.ledger import Progress
-    from mtc.runs import open_run
-    from mtc.tokens import TokenStore
-    from mtc.work import work_units
+    from mtc.storage import Progress, open_run
+    from mtc.text import TokenStore
+    from mtc.text.work_units import work_units
 
     run = open_run(str(job.run))
     progress = Progress(pq.read_table(f"{run.url}/ledger.parquet"))

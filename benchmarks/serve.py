@@ -53,7 +53,7 @@ from numpy.typing import NDArray
 
 from benchmarks.load import Connection, Plan, Record, request, run
 from mtc.config import load_preset, to_yaml
-from mtc.runs import RunDirectory
+from mtc.storage import RunDirectory
 from serve.contract import Encoded, Options, RunKey, Tokenised
 from serve.http import formats
 from serve.service import WEIGHTS, ServedRun
@@ -81,7 +81,7 @@ class Texts(NamedTuple):
 
 def paragraphs(served: ServedRun, count: int = 512) -> Texts:
     """Real ones, of 64 to 256 tokens."""
-    from mtc.documents import read_piece, source_pieces
+    from mtc.text import read_piece, source_pieces
 
     data = served.config.data
     texts: list[str] = []
@@ -102,9 +102,8 @@ def make_run(root: Path) -> RunDirectory:
     """A run of random weights whose threshold gives k active features on a token of the sentence and its like."""
     import torch
 
-    from mtc.language_model import LanguageModel
+    from mtc.language_model import LanguageModel, pack_windows
     from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-    from mtc.work import pack_windows
     from serve.service import Tokeniser
 
     shape_of_reference = {"group_sizes": [1152, 2304, 1152], "k": 48}

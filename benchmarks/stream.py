@@ -41,15 +41,17 @@ import pyarrow as pa
 import ray
 import torch
 
-from cluster.activations import ActorCosts, CaptureActor, iterate_units, map_on_model_actors, to_binary
+from cluster.activations import map_on_model_actors
+from cluster.blocks import ActorCosts, iterate_units, to_binary
+from cluster.capture import CaptureActor
 from cluster.resources import Node, Plan
 from mtc.config import RunConfig, load_preset
-from mtc.language_model import LanguageModel
-from mtc.model_files import load_tokenizer, prepare_model
-from mtc.report.schema import RunFacts
-from mtc.shuffle import ShuffleBuffer
-from mtc.tokens import TokenStore, source_files, special_ids
-from mtc.work import pack_windows, work_units
+from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
+from mtc.results import RunFacts
+from mtc.text import TokenStore, special_ids
+from mtc.text.sources import source_files
+from mtc.text.work_units import work_units
+from mtc.training import ShuffleBuffer
 
 ROOT = Path(__file__).parent.parent
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
@@ -378,7 +380,7 @@ class _MemoryWatch:
 def measure_overlap() -> dict[str, Any]:
     """The quickstart's run, then its forward passes and its training steps alone, on the same threads."""
     from cluster.pipeline import run_pipeline
-    from mtc.report.schema import Analysis
+    from mtc.results import Analysis
 
     torch.set_num_threads(2)
     overrides = {"data": {"num_tokens": 65_536}, "analysis": {"num_tokens": 1024, "loss_tokens": 0}}

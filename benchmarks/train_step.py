@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from benchmarks import ours, peers
 from benchmarks.ours import PRODUCT
 from benchmarks.peers import Work
-from mtc import native
-from mtc.training import choose_bfloat16
+from mtc.devices import choose_bfloat16
+from mtc.transcoder import native
 
 ROOT = Path(__file__).parent.parent
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"

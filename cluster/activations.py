@@ -8,24 +8,17 @@ view them. The input is a list of tiny blocks, because a read task would ask for
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import ray.data
+from ray.data import DataContext
 
+from cluster.capture import CaptureActor
 from cluster.resources import Plan
 from mtc.config import RunConfig
-
-if TYPE_CHECKING:
-    import numpy as np
-    import ray.data
-    import torch
-
-    from mtc.capture import Pending
-    from mtc.shuffle import Unit
 
 UNIT_TYPE = pa.list_(pa.int64())
 TASKS_WANTED = 4096
@@ -57,8 +50,6 @@ def activation_dataset(
 def map_on_model_actors(blocks: list[pa.Table], actor: type, plan: Plan, **arguments: Any) -> ray.data.Dataset:
     """Map Arrow blocks, one at a time and in order, over the plan's pool of model actors; each table that an actor
     yields is a block of its own."""
-    import ray.data
-
     # No more actors than blocks; on CPUs the few get the threads of all.
     least, most = (max(1, min(n, len(blocks))) for n in (plan.num_model_actors, plan.max_model_actors))
     threads = plan.actor_threads
@@ -89,8 +80,6 @@ def configure_data_context(stall_seconds: float | None = None) -> None:
     """
     import logging
 
-    from ray.data import DataContext
-
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and timings are in Ray's own log files
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -98,146 +87,3 @@ def configure_data_context(stall_seconds: float | None = None) -> None:
     context.execution_options.verbose_progress = False
     if stall_seconds is not None:
         context.execution_no_progress_timeout_s = stall_seconds
-
-
-class CaptureActor:
-    """Holds the truncated language model and the token store; turns work units into activations."""
-
-    def __init__(self, config: RunConfig, store_url: str, device: str, threads: int, start: str = ""):
-        import torch
-
-        from cluster.metrics import RayMeter
-        from mtc.capture import Capture
-        from mtc.devices import open_device
-        from mtc.language_model import LanguageModel
-        from mtc.metrics import PROCESS
-        from mtc.timing import measure_device
-        from mtc.tokens import TokenStore
-
-        torch.set_num_threads(threads)
-        self.name = uuid.uuid4().hex
-        self.meter = RayMeter(PROCESS, run_id=config.output.run_id or "")
-        self.start = start
-        self.store = TokenStore.open(store_url)
-        self.model = LanguageModel(config.model, open_device(device))
-        self.capture = Capture(self.model)
-        self.device_flops = measure_device(self.model.device, self.model.dtype)
-        self.idle, self.sending = 0.0, 0.0
-        self.model.warm_up(config.data.unit_tokens)  # before the account of time begins
-        self.done_at = self.sent_at = time.perf_counter()
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        start = time.perf_counter()
-        self.idle += start - self.done_at
-        pending: deque[tuple[int, Pending]] = deque()
-        for number, windows in zip(batch["unit"].to_pylist(), batch["windows"].to_pylist(), strict=True):
-            pending.append((number, self._start(windows)))
-            if len(pending) > self.capture.ahead:
-                yield from self._send(*pending.popleft())
-        while pending:
-            yield from self._send(*pending.popleft())
-        self.done_at = time.perf_counter()
-
-    def _start(self, window_ids: list[int]) -> Pending:
-        import numpy as np
-
-        from mtc.work import pack_windows
-
-        ids = np.asarray(window_ids, np.int64)
-        # Windows of one length next to each other are attended to without being gathered first.
-        ids = ids[np.argsort(-self.store.positions(ids), kind="stable")]
-        return self.capture.start(pack_windows(self.store.input_ids(ids), self.store.info.special_ids))
-
-    def _send(self, number: int, pending: Pending) -> Iterator[pa.Table]:
-        captured = self.capture.finish(pending)
-        start = time.perf_counter()
-        columns = {
-            "unit": pa.array([number], pa.int64()),
-            "start": pa.array([self.start]),
-            "tokens": pa.array([captured.tokens], pa.int64()),
-            "dropped": pa.array([captured.dropped], pa.list_(pa.int32())),
-            "widths": pa.array([[column.shape[1] for column in captured.columns]], pa.list_(pa.int64())),
-            "actor": pa.array([self.name]),
-            "forward": pa.array([pending.watch.seconds()], pa.float64()),
-            "sending": pa.array([self.sending], pa.float64()),
-            "idle": pa.array([self.idle], pa.float64()),
-            "elapsed": pa.array([start - self.sent_at], pa.float64()),
-            "positions": pa.array([pending.positions], pa.int64()),
-            "flops": pa.array([pending.flops], pa.float64()),
-            "device_flops": pa.array([self.device_flops], pa.float64()),
-        }
-        self.meter.add("mtc_model_actor_tokens_total", pending.positions)
-        for stage in ("forward", "sending", "idle"):
-            self.meter.add("mtc_model_actor_seconds_total", columns[stage][0].as_py(), stage=stage)
-        self.idle, self.sending, self.sent_at = 0.0, 0.0, start
-        for i, column in enumerate(captured.columns):
-            columns[f"activations_{i}"] = to_binary(column)
-        yield pa.table(columns)
-        self.sending += time.perf_counter() - start  # Ray has written the table into shared memory
-
-
-class ActorCosts:
-    """What the units that a trainer received have cost the model actors."""
-
-    FIELDS = ("forward", "sending", "idle", "elapsed", "positions", "flops")
-
-    def __init__(self) -> None:
-        self.sums = dict.fromkeys(self.FIELDS, 0.0)
-        self.device_flops = 0.0
-
-    def add(self, unit: Unit) -> None:
-        for name in self.FIELDS:
-            self.sums[name] += unit.costs[name]
-        self.device_flops = max(self.device_flops, unit.costs["device_flops"])
-
-
-def iterate_units(shard: Any, start: str = "") -> Iterator[Unit]:
-    """The units of a shard of the Dataset, their columns bfloat16 views of shared memory, [tokens, d].
-
-    Raises RuntimeError if the Dataset continues another checkpoint than `start`.
-    """
-    import numpy as np
-
-    from mtc.shuffle import Unit
-
-    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        if table["start"][0].as_py() != start:
-            raise RuntimeError(f"the stream continues {table['start'][0].as_py() or 'nothing'}, the trainers {start}")
-        tokens = table["tokens"][0].as_py()
-        if not tokens:
-            continue
-        names = [name for name in table.column_names if name.startswith("activations_")]
-        costs = {name: table[name][0].as_py() for name in (*ActorCosts.FIELDS, "device_flops", "actor")}
-        dropped = np.array(table["dropped"][0].as_py(), np.int32)
-        rows = np.delete(np.arange(tokens, dtype=np.int32), dropped)
-        widths = table["widths"][0].as_py()
-        columns = tuple(from_binary(table[name], width) for name, width in zip(names, widths, strict=True))
-        yield Unit(table["unit"][0].as_py(), columns, rows, tokens, dropped, costs)
-
-
-def to_binary(activations: torch.Tensor) -> pa.Array:
-    """[tokens, d] bfloat16 on the host -> one large_binary value that shares its memory."""
-    import numpy as np
-    import torch
-
-    bits = activations.contiguous().view(torch.int16).numpy()
-    offsets = pa.py_buffer(np.array([0, bits.nbytes], np.int64))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(bits)])
-
-
-def from_binary(column: pa.ChunkedArray, width: int) -> torch.Tensor:
-    """The inverse of `to_binary` for a column of one value, [tokens, width]: a view of its memory, which is not to be
-    written."""
-    import warnings
-
-    import numpy as np
-    import torch
-
-    (chunk,) = column.chunks
-    _, offsets, data = chunk.buffers()  # a scalar of the column would be a copy
-    start, end = np.frombuffer(offsets, np.int64, 2, 8 * chunk.offset).tolist()
-    with warnings.catch_warnings():
-        # The buffer lies in read-only shared memory; it is copied into the shuffle buffer and never written.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        bits = torch.from_numpy(np.frombuffer(data, np.int16, (end - start) // 2, start))
-    return bits.view(torch.bfloat16).view(-1, width)

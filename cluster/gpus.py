@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from cluster.mps import PROGRAM, shared_gpu
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
-from mtc.logs import say
+from mtc.devices import DeviceError, open_device
+from mtc.telemetry import say
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +29,6 @@ def check_devices(config: RunConfig, plan: Plan) -> None:
     Raises ConfigError with what a node's torch says if it sees none, and if `cluster.mps` is on though no GPU is shared
     here or MPS is not installed.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     nodes = [node.node_id for node in plan.nodes if node.gpus]
     if config.cluster.mps and not (plan.shares_gpu and nodes == [ray.get_runtime_context().get_node_id()]):
         total = sum(node.gpus for node in plan.nodes)
@@ -53,8 +54,6 @@ def check_devices(config: RunConfig, plan: Plan) -> None:
 
 
 def _device_error() -> str | None:
-    from mtc.devices import DeviceError, open_device  # torch, in the worker
-
     try:
         open_device("cuda")
     except DeviceError as error:

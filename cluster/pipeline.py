@@ -8,23 +8,29 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.activations import configure_data_context
 from cluster.gpus import check_devices, on_one_gpu
-from cluster.metrics import JobMetrics
+from cluster.job_metrics import JobMetrics
+from cluster.outcome import Trained, TrainingStopped, TrainResult
+from cluster.probing import check_optional
 from cluster.progress import ProgressReader, balance, start_metrics_log
 from cluster.reporting import analyse_and_write, publish, timed
 from cluster.resources import WORKER_ENVIRONMENT, Plan, cluster_nodes, make_plan
+from cluster.tokenise import build_token_store, check_data
+from cluster.training import train
 from mtc.config import ConfigError, RunConfig, to_yaml
-from mtc.logs import prints_as_lines, say, set_run, stderr_without
-from mtc.runs import RunDirectory, absolute
-
-if TYPE_CHECKING:
-    from cluster.training import Trained, TrainResult
-    from mtc.analysis import RunFacts
-    from mtc.lease import Lease
-    from mtc.tokens import StoreInfo
+from mtc.language_model import check_model, prepare_model
+from mtc.results import RunFacts
+from mtc.storage import Lease, RunDirectory, absolute
+from mtc.telemetry import check_trackers, prints_as_lines, say, set_run, stderr_without
+from mtc.telemetry.tracking import tracking
+from mtc.text import StoreInfo, TokenStore, heldout_units
+from mtc.text.work_units import work_units
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +51,6 @@ def check(config: RunConfig) -> None:
 
     Raises ConfigError (FinishedError for a finished run), ModelError or DataError.
     """
-    from cluster.probing import check_optional
-    from cluster.tokens import check_data
-    from mtc.model_files import check_model
-    from mtc.tracking import check_trackers
-
     try:
         RunDirectory(_output_root(config))
     except ImportError as error:
@@ -68,8 +69,6 @@ def connected(verbose: bool = False) -> Iterator[None]:
 
     What Ray, its daemons and workers print is left to Ray's log files unless `verbose`.
     """
-    import ray
-
     how: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     how |= {"configure_logging": False}  # its records go where all others go
     logging.getLogger("ray").setLevel(how["logging_level"])
@@ -91,9 +90,6 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
     An unfinished run of the same `output.run_id` continues from its last checkpoint.
     """
-    from mtc.lease import Lease
-    from mtc.model_files import check_model
-
     configure_data_context()
     d_model = check_model(config.model).d_model
     plan = make_plan(config, cluster_nodes(), d_model)
@@ -115,13 +111,6 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 def _run(
     config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: Any, lease: Lease, metrics: JobMetrics
 ) -> None:
-    from cluster.tokens import build_token_store
-    from cluster.training import TrainingStopped, train
-    from mtc.model_files import prepare_model
-    from mtc.tokens import TokenStore
-    from mtc.tracking import tracking
-    from mtc.work import heldout_units, work_units
-
     say("run", f"run {run.run_id} in {run.url}", url=run.url)
     say("plan", plan.describe(), device=plan.device, trainers=plan.num_trainers, model_actors=plan.num_model_actors)
     if config.model.notice:
@@ -231,9 +220,6 @@ def _shared_places(config: RunConfig, run: RunDirectory) -> RunConfig:
 
     Raises ConfigError that names the nodes which do not.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     if not others:
@@ -290,8 +276,6 @@ def _facts(
     seconds: dict[str, float],
     events: list[dict[str, Any]],
 ) -> RunFacts:
-    from mtc.analysis import RunFacts
-
     return RunFacts(
         run_id=run.run_id,
         steps=trained.steps,

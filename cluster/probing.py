@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import ray
+import torch
 
 from cluster.resources import Plan
 from mtc.config import RunConfig
-from mtc.runs import RunDirectory
-
-if TYPE_CHECKING:
-    from mtc.labelled import ProbeTask
+from mtc.devices import open_device
+from mtc.language_model import LanguageModel, load_tokenizer
+from mtc.probing import (
+    available_tasks,
+    load_task,
+    measure_spelling,
+    probe,
+    require_sklearn,
+    task_named,
+    trained_documents,
+)
+from mtc.results import ProbeTask, Probing, Spelling
+from mtc.storage import RunDirectory
+from mtc.text import TokenStore
+from mtc.transcoder import load_transcoder
 
 
 def check_optional(config: RunConfig) -> None:
     """Raises ConfigError or DataError, in seconds, if what `analysis` asks for besides cannot be measured here."""
-    from mtc.labelled import load_task
-    from mtc.linear_probes import require_sklearn
-
     if config.analysis.probe_tasks or config.analysis.spelling:
         require_sklearn()
     for task in _tasks(config):
@@ -25,11 +36,6 @@ def check_optional(config: RunConfig) -> None:
 
 def measure_optional(config: RunConfig, plan: Plan, run_urls: list[str], store_url: str) -> list[dict[str, Any]]:
     """Of each layer what was asked for besides, as fields of Findings; one Ray task each, where model actors run."""
-    import ray
-
-    from mtc.probing import Probing
-    from mtc.spelling import Spelling
-
     options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
     options |= {"runtime_env": plan.runtime_env}
     options |= {"label_selector": plan.label_selector} if plan.label_selector else {}
@@ -49,22 +55,11 @@ def measure_optional(config: RunConfig, plan: Plan, run_urls: list[str], store_u
 
 
 def _tasks(config: RunConfig) -> list[ProbeTask]:
-    from mtc.labelled import available_tasks, task_named
-
     names = config.analysis.probe_tasks
     return list(available_tasks()) if names == ("all",) else [task_named(name) for name in names]
 
 
 def _probe(config: RunConfig, run_url: str, at: int, store_url: str, device: str, threads: int) -> str:
-    import torch
-
-    from mtc.devices import open_device
-    from mtc.language_model import LanguageModel
-    from mtc.model_files import load_tokenizer
-    from mtc.probing import probe, trained_documents
-    from mtc.runs import load_transcoder
-    from mtc.tokens import TokenStore
-
     torch.set_num_threads(threads)
     on = open_device(device)
     imported = RunDirectory(run_url).exists("import.json")  # nobody knows what it was trained on
@@ -81,12 +76,6 @@ def _probe(config: RunConfig, run_url: str, at: int, store_url: str, device: str
 
 
 def _spell(config: RunConfig, run_url: str, at: int, store_url: str, device: str, threads: int) -> str:
-    import torch
-
-    from mtc.devices import open_device
-    from mtc.runs import load_transcoder
-    from mtc.spelling import measure_spelling
-
     torch.set_num_threads(threads)
     on = open_device(device)
     transcoder = load_transcoder(RunDirectory(run_url), on)

@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mtc.config import ConfigError
-from mtc.logs import for_people, output, say
-from mtc.runs import RunDirectory
+from mtc.storage import RunDirectory
+from mtc.telemetry import for_people, output, say
 
 if TYPE_CHECKING:
-    from mtc.timing import StreamTiming
+    from mtc.results import StreamTiming
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Follower(Protocol):
         """A row of the metrics history."""
 
     def account(self, account: dict[str, Any]) -> None:
-        """What one rank did since its last account; see `cluster.batches.Account`."""
+        """What one rank did since its last account; see `cluster.accounts.Account`."""
 
     def event(self, event: dict[str, Any]) -> None:
         """Something happened; `undone` steps if it was a step back."""

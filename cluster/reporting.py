@@ -6,19 +6,25 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.activations import configure_data_context
 from cluster.gpus import check_devices
+from cluster.held_out import HeldOutResults, analyse_heldout
+from cluster.probing import check_optional
 from cluster.resources import Plan, cluster_nodes, make_plan
-from mtc.config import ConfigError, RunConfig
-from mtc.logs import say, set_run
-from mtc.runs import RunDirectory, RunError, open_run
-
-if TYPE_CHECKING:
-    from cluster.analysis import HeldOutResults
-    from mtc.analysis import Analysis, RunFacts
-    from mtc.tokens import StoreInfo
+from cluster.tokenise import build_token_store
+from mtc.analysis import to_parquet
+from mtc.analysis.analyse import analyse
+from mtc.config import ConfigError, RunConfig, make_config
+from mtc.language_model import check_model
+from mtc.report import write_report
+from mtc.report.layers import write_layers_report
+from mtc.results import RUN_FILES, Analysis, RunFacts
+from mtc.storage import Lease, RunDirectory, RunError, open_run
+from mtc.telemetry import describe_machine, git_revision, package_versions, say, set_run
+from mtc.text import StoreInfo, TokenStore
+from mtc.transcoder import load_transcoder
 
 NEW_FILES = ("features.parquet", "examples.parquet", "analysis.json", "manifest.json")  # there when the analysis is
 
@@ -37,10 +43,6 @@ def analyse_and_write(
     `facts` and `histories` are of each entry of `model.sites`; facts of the analysis itself are filled in here.
     `still_ours` raises if another job has taken the run meanwhile; it is asked before every write.
     """
-    from cluster.analysis import analyse_heldout
-    from mtc.provenance import describe_machine, git_revision, package_versions
-    from mtc.report.layers import write_layers_report
-
     seconds: dict[str, float] = {}
     with timed(seconds, "analyse"):
         results = analyse_heldout(config, plan, run, store_url)
@@ -93,12 +95,6 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
 
     Raises RunError for a run that is not there or not finished, ConfigError for other overrides.
     """
-    from cluster.probing import check_optional
-    from cluster.tokens import build_token_store
-    from mtc.lease import Lease
-    from mtc.model_files import check_model
-    from mtc.tokens import TokenStore
-
     run = open_run(url, verify=False)
     if "/" in run.run_id:
         whole = run.url.rstrip("/").rsplit("/", 1)[0]
@@ -128,8 +124,6 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
 
 def changed_config(run: RunDirectory, overrides: dict[str, Any]) -> RunConfig:
     """The run's configuration with other values in `analysis` and `cluster`; raises ConfigError for other parts."""
-    from mtc.config import make_config
-
     if other := [f"{part}.{f}" for part in overrides if part not in ("analysis", "cluster") for f in overrides[part]]:
         raise ConfigError(
             f"{', '.join(other)}: the run is trained already; only analysis.* and cluster.* can be changed"
@@ -141,11 +135,6 @@ def _files(
     config: RunConfig, run: RunDirectory, results: HeldOutResults, history: list[dict[str, Any]], facts: RunFacts
 ) -> tuple[Analysis, dict[str, bytes]]:
     """One layer's analysis and the files that hold it, by name."""
-    from mtc.analysis import analyse
-    from mtc.features import to_parquet
-    from mtc.report import write_report
-    from mtc.runs import load_transcoder
-
     analysis, features = analyse(config, load_transcoder(run), results.found, history, facts)
     files = {
         "examples.parquet": results.found.examples.to_parquet(),
@@ -157,9 +146,6 @@ def _files(
 
 def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan: Plan) -> RunFacts:
     """What an earlier analysis knew of the training; of an imported run, that nothing is known."""
-    from mtc.analysis import RunFacts
-    from mtc.report.schema import RUN_FILES
-
     names = tuple(name for name in RUN_FILES | {"import.json": ""} if name in NEW_FILES or run.exists(name))
     about: dict[str, Any] = {
         "files": names,

@@ -18,8 +18,11 @@ from ray.train import DataConfig
 from cluster.activations import activation_dataset, configure_data_context
 from cluster.progress import one_line
 from cluster.resources import Plan, beside, cluster_nodes, make_plan
-from mtc.checkpoints import Checkpoints
+from cluster.resume import unneeded_units
 from mtc.config import ConfigError, RunConfig
+from mtc.storage import Checkpoints
+from mtc.text import TokenStore
+from mtc.text.work_units import work_units
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +77,6 @@ def remaining_units(config: RunConfig, run_url: str, store_url: str, trainers: i
     Unit u is for trainer u modulo `trainers`, now and after every restart; where one's list is shorter, units without
     windows hold its places.
     """
-    from cluster.resume import unneeded_units
-    from mtc.tokens import TokenStore
-    from mtc.work import work_units
-
     unneeded = unneeded_units(Checkpoints(run_url).wait_for(start), trainers) if start else set()
     work = work_units(TokenStore.open(store_url), config)
     left = [(number, unit) for number, unit in enumerate([*work.training, *work.calibration]) if number not in unneeded]

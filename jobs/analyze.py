@@ -16,16 +16,17 @@ import sys
 from cluster.pipeline import connected
 from cluster.probing import check_optional
 from cluster.reporting import analyse_run, changed_config
-from mtc.command_line import make_parser, parse_overrides
+from jobs.command_line import make_parser, parse_overrides
+from mtc.analysis import compare_runs
 from mtc.config import ConfigError
-from mtc.logs import configure, fail
+from mtc.language_model import ModelError
+from mtc.report.comparison import write_comparison
+from mtc.storage import RunError, open_layer_run, open_run
+from mtc.telemetry import configure, fail
+from mtc.text import DataError
 
 
 def main(argv: list[str] | None = None) -> int:
-    from mtc.model_files import ModelError
-    from mtc.runs import RunError, open_run
-    from mtc.tokens import DataError
-
     parser = make_parser(__doc__ or "", "(--run RUN [--PART.FIELD VALUE ...] | --compare RUN_A RUN_B [--output DIR])")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", help="a run directory or URL, or ROOT/latest")
@@ -55,9 +56,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(first: str, second: str, output: str, overrides: dict[str, object]) -> int:
-    from mtc.compare import compare_runs, write_comparison
-    from mtc.runs import open_layer_run
-
     if overrides:
         raise ConfigError(f"{', '.join(overrides)}: --compare takes no such options")
     comparison, pairs = compare_runs(open_layer_run(first), open_layer_run(second))

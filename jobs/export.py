@@ -13,25 +13,31 @@ from __future__ import annotations
 import argparse
 import sys
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
-from mtc.command_line import parse_command_line
+from jobs.command_line import parse_command_line
 from mtc.config import ConfigError, to_yaml
-
-if TYPE_CHECKING:
-    from mtc.exports.subject import Subject
-    from mtc.runs import RunDirectory
+from mtc.export import (
+    ExportError,
+    ImportFailure,
+    Subject,
+    load_subject,
+    new_directory,
+    read_gemma_scope,
+    read_saelens,
+    write_circuit_tracer,
+    write_gemma_scope,
+    write_neuronpedia,
+    write_run,
+    write_saelens,
+)
+from mtc.language_model import ModelError, check_model
+from mtc.storage import RunDirectory, RunError, open_run
 
 FORMATS = ("saelens", "circuit-tracer", "gemma-scope-npz", "neuronpedia")
 IMPORTS = ("saelens", "gemma-scope-npz")
 
 
 def main(argv: list[str] | None = None) -> int:
-    from mtc.exports.importing import ImportFailure
-    from mtc.exports.subject import ExportError
-    from mtc.model_files import ModelError
-    from mtc.runs import RunError
-
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if any(a == "--import" or a.startswith("--import=") for a in arguments):
@@ -47,12 +53,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def export_run(options: argparse.Namespace) -> None:
     """Write the run in `options.format` to `options.output`. Raises what `main` turns into exit code 2."""
-    from mtc.exports.circuit_tracer import write_circuit_tracer
-    from mtc.exports.gemma_scope import write_gemma_scope
-    from mtc.exports.neuronpedia import write_neuronpedia
-    from mtc.exports.saelens import write_saelens
-    from mtc.exports.subject import load_subject, new_directory
-    from mtc.runs import open_run
 
     def subject(run: RunDirectory) -> Subject:
         return load_subject(run, options.prefix, options.model_type, options.license)
@@ -73,10 +73,6 @@ def export_run(options: argparse.Namespace) -> None:
 
 def import_run(arguments: list[str]) -> RunDirectory | None:
     """Make a finished run as the arguments say, or print its configuration; raises what gives exit code 2."""
-    from mtc.exports.importing import read_gemma_scope, read_saelens, write_run
-    from mtc.model_files import check_model
-    from mtc.runs import RunDirectory
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--import", dest="path", required=True)
     parser.add_argument("--from", dest="format", choices=IMPORTS, required=True)

@@ -28,8 +28,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mtc.provenance import git_revision
-from mtc.runs import absolute
+import pyarrow.parquet as pq
+
+from mtc.storage import absolute
+from mtc.telemetry import git_revision
 from serve.contract import ENVIRONMENT, free_ports
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -215,8 +217,6 @@ def ask(base: str, text: str, top_k: int = 5) -> dict[str, Any]:
 
 def top_tokens(run: str) -> dict[int, list[str]]:
     """The tokens that each feature is strongest on, most frequent first."""
-    import pyarrow.parquet as pq
-
     rows = pq.read_table(Path(run, "features.parquet"), columns=["feature", "top_tokens"]).to_pylist()
     return {row["feature"]: [token["token"] for token in row["top_tokens"][:4]] for row in rows}
 

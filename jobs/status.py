@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mtc.runs import RunError
+from mtc.storage import RunError, describe, run_status
 
 CODES = {"finished": 0, "running": 3, "stopped": 4}
 
 
 def main(argv: list[str] | None = None) -> int:
-    from mtc.status import describe, run_status
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a run directory or URL, or ROOT/latest")
     parser.add_argument("--json", action="store_true", help="one JSON object")

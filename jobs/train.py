@@ -13,18 +13,17 @@ import os
 import signal
 import sys
 
+from cluster.outcome import TrainingStopped
 from cluster.pipeline import FinishedError, check, connected, run_pipeline
-from mtc.command_line import parse_command_line
+from jobs.command_line import parse_command_line
 from mtc.config import ConfigError, to_yaml
-from mtc.logs import configure, fail
+from mtc.language_model import ModelError
+from mtc.storage import RunError
+from mtc.telemetry import configure, fail
+from mtc.text import DataError
 
 
 def main(argv: list[str] | None = None) -> int:
-    from cluster.training import TrainingStopped
-    from mtc.model_files import ModelError
-    from mtc.runs import RunError
-    from mtc.tokens import DataError
-
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         configure()

@@ -7,6 +7,10 @@ It is for tests on machines without one, together with a Ray that believes in GP
 from __future__ import annotations
 
 import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,3 +107,65 @@ def synchronise(device: torch.device) -> None:
 
 def _module(device: torch.device) -> Any:
     return torch.cuda if device.type == "cuda" else torch.cpu
+
+
+MATRIX = 4096
+
+
+def choose_dtype(requested: str, device: torch.device | str) -> torch.dtype:
+    """The dtype of `model.dtype`: `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
+    if requested != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # a CPU without these units emulates bfloat16, a hundred times slower than float32
+        probes = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+        fast = kind == "cpu" and any(probe() for probe in probes if probe)
+    return torch.bfloat16 if fast else torch.float32
+
+
+class Stopwatch:
+    """Seconds of a piece of work on a device, read when it is known to be done."""
+
+    def __init__(self, device: torch.device):
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        start = time.perf_counter()
+        if self._events:
+            self._events[0].record()
+        yield
+        if self._events:
+            self._events[1].record()
+        self._seconds = time.perf_counter() - start
+
+    def seconds(self) -> float:
+        if not self._events:
+            return self._seconds
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+def measure_device(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product, median of a few."""
+    size = MATRIX if device.type == "cuda" else MATRIX // 4
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def seconds(product: Callable[[], torch.Tensor]) -> float:
+        watch = Stopwatch(device)
+        with watch.running():
+            product()
+        return watch.seconds()
+
+    times = [seconds(lambda: a @ b) for _ in range(7)]
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def choose_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether products run in bfloat16: `auto` says yes where the hardware multiplies it fast."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    return choose_dtype("auto", device) == torch.bfloat16

@@ -20,7 +20,7 @@ import ray
 import yaml
 from ray import serve as ray_serve
 
-from mtc.runs import RunError
+from mtc.storage import RunError
 from serve.contract import Settings
 from serve.deployments import Control, Encoder, Ingress
 from serve.http import check_binding

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mtc.analysis import Analysis, Findings, RunFacts, analyse
+from mtc.analysis import Findings, LogitEffects
+from mtc.analysis.analyse import analyse
+from mtc.analysis.examples import EDGES, Examples, FeatureStatistics, _Rows
+from mtc.analysis.nesting import Absorption, Nesting, Parents, Split
 from mtc.config import RunConfig, load_preset
-from mtc.evaluation import Evaluation, LossRecovered, Slice
-from mtc.examples import EDGES, Examples, FeatureStatistics, _Rows
-from mtc.logits import LogitEffects
-from mtc.nesting import Absorption, Nesting, Parents, Split
+from mtc.results import Analysis, Evaluation, LossRecovered, RunFacts, Slice
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 
 GROUPS = (4, 6)

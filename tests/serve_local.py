@@ -19,7 +19,7 @@ import uvicorn
 
 from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.report import write_report
-from mtc.runs import RunDirectory
+from mtc.storage import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 from serve.contract import Encoded, LoadResponse, Options, RunKey, RunSummary, ServiceError, Settings, State
 from serve.http import create_app

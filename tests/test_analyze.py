@@ -11,11 +11,10 @@ import torch
 
 from cluster.reporting import analyse_run
 from jobs import analyze
-from mtc.compare import Comparison
 from mtc.config import ConfigError, load_preset, to_yaml
 from mtc.language_model import LanguageModel
-from mtc.report.schema import Analysis
-from mtc.runs import RunDirectory, RunError, open_run
+from mtc.results import Analysis, Comparison
+from mtc.storage import RunDirectory, RunError, open_run
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 
 WORDS = "the people of this union shall have power to lay and collect taxes for peace war trade and general welfare"

@@ -17,13 +17,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.attention.flex_attention import create_block_mask
 
-from mtc import attention, devices, flex, sums
+from mtc import devices
 from mtc import language_model as lm
-from mtc.attention import Windows
+from mtc.analysis import token_sums as sums
 from mtc.config import ModelConfig
-from mtc.flex import Kernel
-from mtc.language_model import LanguageModel, SitePair
-from mtc.work import PackedWindows, pack_windows
+from mtc.language_model import LanguageModel, PackedWindows, SitePair, attention, flex, pack_windows
+from mtc.language_model.attention import Windows
+from mtc.language_model.flex import Kernel
 
 MIXED = ([300, 70, 1, 5, 200], [128, 127, 1, 128], [40, 250], [257])
 compile_ = torch.compile
@@ -212,7 +212,7 @@ def test_rectangles_where_they_are_faster() -> None:
 def test_a_kernel_that_does_not_compile_is_done_without(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
     backend.fail = lambda: NotImplementedError("no such GPU")
     kernel, parts = Kernel(), columns(370, 2, 1, 16)
-    with caplog.at_level(logging.WARNING, "mtc.flex"):
+    with caplog.at_level(logging.WARNING, "mtc.language_model.flex"):
         for _ in range(2):
             got = attend(parts, [300, 70], kernel, 5.0, None)
             torch.testing.assert_close(got.double(), dense(parts, [300, 70], 5.0, None), rtol=1e-4, atol=1e-5)
@@ -401,7 +401,7 @@ def test_by_default_a_gpu_compiles_where_compilers_are(
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in found else None)
     monkeypatch.setattr(lm, "import_module", lambda name: None)
     compiles = found in (("gcc",), ("clang",))
-    with caplog.at_level(logging.WARNING, "mtc.language_model"):
+    with caplog.at_level(logging.WARNING, "mtc.language_model.model"):
         model = LanguageModel(config(compiled=None))
     assert model.compiled == compiles
     assert model.compute == ("compiled" if compiles else "eager (no C compiler)")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtc.command_line import parse_command_line
+from jobs.command_line import parse_command_line
 from mtc.config import ConfigError, load_preset, make_config, preset_names, to_yaml
-from mtc.model_files import check_model
+from mtc.language_model import check_model
 
 ROOT = Path(__file__).parent.parent
 

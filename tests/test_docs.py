@@ -20,7 +20,7 @@ import pytest
 from chromium import NAMES, browser, find
 
 from benchmarks import sizing
-from mtc.command_line import parse_command_line
+from jobs.command_line import parse_command_line
 from mtc.config import LayerConfig, RunConfig, load_preset, preset_names
 from serve.contract import Settings
 from serve.http import ROUTES
@@ -166,7 +166,7 @@ def test_python_reference_names_modules_that_exist(site: Path) -> None:
         page = next(p for p in (DOCS / "api").glob("*.md") if f"::: {name}\n" in read(p) + "\n")
         assert name in Tags(site / "api" / page.stem / "index.html").ids
     built = (site / "api" / "run" / "index.html").read_text()
-    assert "mtc.runs.open_run" in built
+    assert "mtc.storage.runs.open_run" in built
     assert "Raises" in built
 
 
@@ -197,7 +197,7 @@ def test_commands_exist(page: Path) -> None:
 
 
 PROGRAM = re.compile(r"python3? (?:-m ((?:benchmarks|jobs|serve)\.\w+)|(jobs/\w+)\.py)([^`|>;&#\n]*)")
-SHARED = "".join(read(ROOT / "mtc" / name) for name in ("command_line.py", "logs.py"))
+SHARED = "".join(read(ROOT / name) for name in ("jobs/command_line.py", "mtc/telemetry/logs.py"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
@@ -288,7 +288,7 @@ def test_links_work_in_the_repository(page: Path) -> None:
 
 
 def test_supported_architectures_are_listed() -> None:
-    from mtc.model_files import MODULES
+    from mtc.language_model import MODULES
 
     rows = re.findall(r"^\| `(\w+)` \|.*\| `([\w.]+)` \| `(\w+)` \| `(\w+)` \|$", read(DOCS / "architectures.md"), re.M)
     assert {row[0]: row[1:] for row in rows} == {

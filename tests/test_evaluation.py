@@ -8,14 +8,13 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
+from mtc.analysis import HeldOutPass, count_tokens, loss_recovered
+from mtc.analysis.evaluation import evaluation
+from mtc.analysis.loss_sums import loss_sums
+from mtc.analysis.recompute import evaluate
 from mtc.config import load_preset
-from mtc.evaluation import evaluate, evaluation, loss_recovered
-from mtc.heldout import HeldOutPass, count_tokens
-from mtc.language_model import LanguageModel, SitePair
-from mtc.model_files import prepare_model
-from mtc.sums import loss_sums
+from mtc.language_model import LanguageModel, PackedWindows, SitePair, pack_windows, prepare_model
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-from mtc.work import PackedWindows, pack_windows
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +153,7 @@ def test_intervals_equal_scipys_bootstrap_over_documents(transcoder, many):
 @pytest.mark.parametrize("at_once", [1 << 26, 259 * 25, 259 * 6])
 def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, windows, at_once, monkeypatch):
     """Two layers at once, the second one by plain transformers with hooks; also cut into parts of few logits."""
-    monkeypatch.setattr("mtc.sums.MAX_LOGITS", at_once)
+    monkeypatch.setattr("mtc.analysis.loss_sums.MAX_LOGITS", at_once)
     config = load_preset("tiny", {"model": {"layers": [2, 1], "dtype": "float32"}}).model
     model = LanguageModel(config, full=True)
     mean = torch.randn(32, generator=torch.Generator().manual_seed(1))

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mtc.examples import EDGES, ExampleCollector
-from mtc.sums import SparseActivations
-from mtc.work import pack_windows
+from mtc.analysis.examples import EDGES, ExampleCollector
+from mtc.analysis.token_sums import SparseActivations
+from mtc.language_model import pack_windows
 
 F, W, T = 6, 40, 12
 SPECIAL = 1
@@ -97,7 +97,7 @@ def test_any_partition_order_and_compaction_give_the_identical_file(data, monkey
     whole = as_examples(collect(data, [np.arange(W)]), data)
     order = np.random.default_rng(1).permutation(W)
     for pending in (0, 40, 1 << 20):  # how often candidates are thinned out in between
-        monkeypatch.setattr("mtc.examples.PENDING_ROWS", pending)
+        monkeypatch.setattr("mtc.analysis.examples.PENDING_ROWS", pending)
         parts = as_examples(collect(data, np.array_split(order, 4)), data)
         assert parts.table().equals(whole.table())
         assert parts.to_parquet() == whole.to_parquet()

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mtc.runs import RunDirectory
+from mtc.storage import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--preset", "tiny", "--cluster.num_model_actors", "1", "--cluster.num_trainers", "1")

@@ -10,18 +10,15 @@ import torch
 import yaml
 
 from jobs.export import main
-from mtc.analysis import Findings, RunFacts, analyse
+from mtc.analysis import Findings, LogitEffects, to_parquet
+from mtc.analysis.analyse import analyse
+from mtc.analysis.examples import EDGES, ExampleCollector
+from mtc.analysis.token_sums import SparseActivations
 from mtc.config import RunConfig, load_preset, to_yaml
-from mtc.evaluation import Evaluation
-from mtc.examples import EDGES, ExampleCollector
-from mtc.features import to_parquet
-from mtc.language_model import LanguageModel
-from mtc.logits import LogitEffects
-from mtc.model_files import load_tokenizer, prepare_model
-from mtc.runs import RunDirectory
-from mtc.sums import SparseActivations
+from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
+from mtc.results import Evaluation, RunFacts
+from mtc.storage import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-from mtc.work import pack_windows
 
 BOS = 1
 GROUPS, D = (16, 32, 16), 32  # of the tiny preset

@@ -16,15 +16,14 @@ from cluster import activations, gpus, stream
 from cluster.activations import UNIT_TYPE, activation_dataset
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.resources import Node, make_plan
-from mtc import attention, backends, devices, distributed, flex
-from mtc.backends import MeasuredStep, choose_backend
-from mtc.capture import Capture
+from mtc import devices
 from mtc.config import ConfigError, load_preset
 from mtc.devices import DeviceError, open_device, used_on
-from mtc.kernels import LONGEST_PIECE, bag_sums, make_bags
-from mtc.shuffle import ShuffleBuffer, Unit, Upload, on_device
-from mtc.training import Trainer
-from mtc.work import pack_windows
+from mtc.language_model import Capture, attention, flex, pack_windows
+from mtc.training import ShuffleBuffer, Trainer, Unit, Upload, backends, on_device
+from mtc.training.backends import MeasuredStep, choose_backend
+from mtc.transcoder import distributed
+from mtc.transcoder.products import LONGEST_PIECE, bag_sums, make_bags
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu import SECTIONS, STEPS
 from benchmarks.gpu_checks import DeviceWatch, Findings, Waiting
-from mtc.backends import MeasuredStep, choose_backend
+from mtc.training.backends import MeasuredStep, choose_backend
 
 ROOT = Path(__file__).parent.parent
 OURS = ("mtc", "benchmarks", "cluster")
@@ -98,7 +98,7 @@ def test_it_imports_no_ray_and_only_what_a_machine_with_a_gpu_has(whole: Any) ->
     done, _ = whole
     loaded = set(re.findall(r"^import time: +\d+ \| +\d+ \| +(\S+)$", done.stderr, re.M))
     tops = {name.partition(".")[0] for name in loaded}
-    assert {"mtc.training", "mtc.heldout", "benchmarks.gpu_stream", "cluster.mps"} <= loaded
+    assert {"mtc.training.trainer", "mtc.analysis.held_out", "benchmarks.gpu_stream", "cluster.mps"} <= loaded
     assert not tops & {"ray", "datasets", "pydantic_settings", "matplotlib", "fastapi"}
     asked = set()
     for name in loaded:

@@ -17,13 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mtc.evaluation import evaluate
-from mtc.language_model import LanguageModel
-from mtc.ledger import Progress
-from mtc.model_files import load_tokenizer
-from mtc.runs import load_transcoder, open_run
-from mtc.tokens import TokenStore
-from mtc.work import heldout_units, pack_windows
+from mtc.analysis.recompute import evaluate
+from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
+from mtc.storage import Progress, open_run
+from mtc.text import TokenStore, heldout_units
+from mtc.transcoder import load_transcoder
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"--preset": "tiny", "--model.dtype": "float32", "--model.compile": "false"}

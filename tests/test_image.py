@@ -219,7 +219,7 @@ def test_variant_is_checked(tmp_path: Path) -> None:
 
 
 def test_compiled_loops_are_where_the_image_says() -> None:
-    (place,) = re.findall(r"python -m mtc.native (\S+)", " ".join(only(stages()[1], "RUN")))
+    (place,) = re.findall(r"python -m mtc.transcoder.native (\S+)", " ".join(only(stages()[1], "RUN")))
     assert f"MTC_NATIVE={place}" in shlex.split(" ".join(only(stages()[2], "ENV")))
     copied = [text.split() for text in only(stages()[2], "COPY") if text.startswith("--from=build")]
     assert copied == [["--from=build", "/opt/venv", "/opt/venv"]] and place.startswith("/opt/venv/")
@@ -246,7 +246,7 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
     assert {"pyproject.toml", "constraints.txt", "mtc", "cluster", "jobs", "serve"} <= set(sources)
     for source in sources:
         assert (ROOT / source).exists() and not ignored(source), source
-    assert not ignored("mtc/kernels.c") and not ignored("serve/ui/static/style.css")
+    assert not ignored("mtc/transcoder/kernels.c") and not ignored("serve/ui/static/style.css")
     for path in (
         ".git/config",
         ".venv/bin/python",
@@ -281,7 +281,9 @@ def status(environment: dict[str, str]) -> str:
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or os.uname().machine != "x86_64", reason="for x86-64 on Linux")
 def test_loops_that_were_compiled_elsewhere_are_used_where_the_processor_allows(tmp_path: Path) -> None:
     library = tmp_path / "kernels.so"
-    subprocess.run([sys.executable, "-m", "mtc.native", str(library), "--march", "x86-64-v2"], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "mtc.transcoder.native", str(library), "--march", "x86-64-v2"], check=True, cwd=ROOT
+    )
     without = {"MTC_NATIVE": str(library), "CC": "/nonexistent/cc"}
     assert status(without) == "compiled"
     code = (
@@ -301,6 +303,9 @@ def test_loops_that_were_compiled_elsewhere_are_used_where_the_processor_allows(
     note.unlink()
     assert "No such file" in status(without)
     failed = subprocess.run(
-        [sys.executable, "-m", "mtc.native", str(library), "--march", "i386"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "mtc.transcoder.native", str(library), "--march", "i386"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert failed.returncode and "--march i386: one of x86-64-v2" in failed.stderr

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save
 
 from jobs.export import main
-from mtc.exports.importing import ImportFailure, read_gemma_scope, read_saelens
-from mtc.language_model import LanguageModel
-from mtc.runs import RunDirectory, load_transcoder, open_layer_run
-from mtc.work import pack_windows
+from mtc.export import ImportFailure, read_gemma_scope, read_saelens
+from mtc.language_model import LanguageModel, pack_windows
+from mtc.storage import RunDirectory, open_layer_run
+from mtc.transcoder import load_transcoder
 
 D, F = 32, 48  # d_model of the tiny preset
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -21,7 +21,7 @@ from ray_kinds import validate
 
 from cluster.resources import Node, make_plan
 from mtc.config import RunConfig, load_preset
-from mtc.runs import open_run
+from mtc.storage import open_run
 from serve.contract import ENVIRONMENT, Settings
 
 ROOT = Path(__file__).parent.parent

@@ -8,9 +8,14 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from mtc import devices, kernels, native, selection
-from mtc.kernels import Objective, Weights, Workspace, dense_loss, sparse_loss
-from mtc.selection import _border, _by_histogram, _largest_values, keep_largest
+from mtc import devices
+from mtc.transcoder import Objective, Workspace, native
+from mtc.transcoder import batch_topk as selection
+from mtc.transcoder import sparse_loss as kernels
+from mtc.transcoder.batch_topk import _border, _by_histogram, _largest_values, keep_largest
+from mtc.transcoder.dense_loss import dense_loss
+from mtc.transcoder.objective import Weights
+from mtc.transcoder.sparse_loss import sparse_loss
 
 TOKENS, D_SOURCE, D_TARGET, ENDS = 9, 7, 5, (6, 16, 24)
 F = ENDS[-1]

@@ -21,12 +21,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtc import attention, model_files
 from mtc import language_model as lm
 from mtc.config import ConfigError, ModelConfig
-from mtc.language_model import LanguageModel
-from mtc.model_files import ModelError, check_model, load_tokenizer, prepare_model
-from mtc.work import PackedWindows, pack_windows
+from mtc.language_model import (
+    LanguageModel,
+    ModelError,
+    PackedWindows,
+    attention,
+    check_model,
+    load_tokenizer,
+    pack_windows,
+    prepare_model,
+)
+from mtc.language_model import weights as model_files
 
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2", "gpt_neox"]
 LAYER = 1
@@ -448,7 +455,7 @@ def test_choose_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_never_imports_ray() -> None:
-    code = "import sys, mtc.language_model; assert 'ray' not in sys.modules"
+    code = "import sys, mtc.language_model.model; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -5,13 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mtc.analysis import logit_effects
+from mtc.analysis.loss_sums import loss_sums
 from mtc.config import load_preset
-from mtc.language_model import LanguageModel
-from mtc.logits import logit_effects
-from mtc.model_files import prepare_model
-from mtc.sums import loss_sums
+from mtc.language_model import LanguageModel, pack_windows, prepare_model
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-from mtc.work import pack_windows
 
 FINAL_NORMS = {
     "gemma2": "model.norm", "gemma3": "model.norm", "llama": "model.norm", "gpt2": "transformer.ln_f",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mtc import logs
 from mtc.config import ConfigError
+from mtc.telemetry import logs
 
 ROOT = Path(__file__).parent.parent
 SAYS = """
@@ -20,7 +20,7 @@ from mtc.logs import configure, fail, prints_as_lines, say, set_run
 configure(verbose={verbose}, form={form!r})
 set_run("a-run")
 say("trained", "trained 10 tokens", tokens=10, message="not this")
-logging.getLogger("mtc.lease").warning("storage is %s", "slow")
+logging.getLogger("mtc.storage.lease").warning("storage is %s", "slow")
 logging.getLogger("ray.data").info("planning")
 with prints_as_lines({verbose}):
     print("(raylet) noise")
@@ -43,7 +43,7 @@ def test_lines_for_people_have_time_and_run() -> None:
     assert [line[8:] for line in out[:2]] == [" a-run  trained 10 tokens", " a-run  in between"]
     datetime.strptime(out[0][:8], "%H:%M:%S")
     assert out[2:] == ["after"], "what others print meanwhile is left out"
-    assert [line[8:] for line in err[:1]] == [" a-run  warning: mtc.lease: storage is slow"]
+    assert [line[8:] for line in err[:1]] == [" a-run  warning: mtc.storage.lease: storage is slow"]
     assert err[1:] == ["error: all is lost"]
 
 
@@ -55,7 +55,11 @@ def test_lines_for_machines_are_objects_with_the_run(by_option: bool) -> None:
     assert first["message"] == "trained 10 tokens", "a field cannot replace what every line has"
     assert datetime.fromisoformat(first["time"]).tzinfo is not None
     warning, error = map(json.loads, err)
-    assert (warning["level"], warning["logger"], warning["message"]) == ("warning", "mtc.lease", "storage is slow")
+    assert (warning["level"], warning["logger"], warning["message"]) == (
+        "warning",
+        "mtc.storage.lease",
+        "storage is slow",
+    )
     assert (error["level"], error["event"], error["run_id"]) == ("error", "error", "a-run")
 
 
@@ -79,7 +83,7 @@ def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lines_are_kept_from_standard_error_but_the_last_words_of_a_killed_process_are_not() -> None:
     code = (
-        "import os\nfrom mtc.logs import stderr_without\n"
+        "import os\nfrom mtc.telemetry.logs import stderr_without\n"
         "with stderr_without('nobody can act'):\n"
         "    os.write(2, b'[1] fine\\n[2] nobody can act on it\\nbar 1\\rbar 2\\r')\n"
         "    os.write(2, b'\\n[3] dying')\n"

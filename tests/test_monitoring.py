@@ -13,9 +13,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.metrics import JobMetrics
+from cluster.job_metrics import JobMetrics
 from mtc.config import ConfigError, load_preset
-from mtc.metrics import CATALOGUE, JOB, PROCESS, RAY_PREFIX, SERVICE
+from mtc.telemetry import CATALOGUE, JOB, PROCESS
+from mtc.telemetry.metrics import RAY_PREFIX, SERVICE
 
 MONITORING = Path(__file__).parent.parent / "k8s" / "monitoring"
 needs_promtool = pytest.mark.skipif(not prometheus.found(), reason="Debian's prometheus is not installed")

@@ -82,9 +82,9 @@ def test_wheel_has_all_of_the_packages_and_nothing_else(built: Built) -> None:
         metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("/METADATA"))).decode()
         licences = [name for name in wheel.namelist() if name.endswith("/LICENSE")]
     assert names == sources()
-    wanted = {"mtc/kernels.c", "mtc/gpu_steps.json", "mtc/py.typed"}
+    wanted = {"mtc/transcoder/kernels.c", "mtc/training/gpu_steps.json", "mtc/py.typed"}
     wanted |= {"serve/ui/templates/base.html", "serve/ui/static/ui.css"}
-    wanted |= {f"mtc/presets/{name}.yaml" for name in preset_names()}
+    wanted |= {f"mtc/config/presets/{name}.yaml" for name in preset_names()}
     assert wanted <= names
     assert any(name.startswith("mtc/report/templates/") for name in names)
     assert not [name for name in names if "test" in PurePosixPath(name).name and name.endswith(".py")]
@@ -147,11 +147,11 @@ assert "ui.css" in pages.static_files()
 assert list((pathlib.Path(html.__file__).parent / "templates").iterdir())
 key = RunKey("one", "runs/one", "0" * 64, "")
 app = create_app(Service(Settings(run="runs/latest"), None, State(1, key, (key,), True)))
-print(native.status(), pathlib.Path(mtc.__file__).parent / "kernels.c")
+print(native.status(), pathlib.Path(mtc.__file__).parent / "transcoder/kernels.c")
 """
     printed = outside(installed, tmp_path, "-c", code)
-    assert str(installed / "mtc" / "kernels.c") in printed
-    assert (installed / "mtc" / "kernels.c").is_file()
+    assert str(installed / "mtc/transcoder/kernels.c") in printed
+    assert (installed / "mtc/transcoder/kernels.c").is_file()
 
 
 def test_types_are_seen_from_outside(installed: Path, tmp_path: Path) -> None:

@@ -18,12 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mtc.language_model import LanguageModel
-from mtc.ledger import Progress
-from mtc.model_files import load_tokenizer
-from mtc.runs import RunError, load_transcoder, open_run
-from mtc.tokens import TokenStore
-from mtc.work import pack_windows, work_units
+from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
+from mtc.storage import Progress, RunError, open_run
+from mtc.text import TokenStore
+from mtc.text.work_units import work_units
+from mtc.transcoder import load_transcoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,7 +83,7 @@ def test_job_trains_analyses_and_publishes(served):
 def test_recomputation_from_the_run_directory_agrees(served):
     _, run = served
     done = subprocess.run(
-        [sys.executable, "-m", "mtc.evaluation", run.url], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-m", "mtc.analysis.recompute", run.url], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fvu[64]" in done.stdout

@@ -4,18 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from mtc.analysis import Findings, RunFacts, analyse
-from mtc.compare import match_features
+from mtc.analysis import Findings, HeldOutPass, analyse_nesting, count_tokens, read_feature
+from mtc.analysis.analyse import analyse
+from mtc.analysis.compare import match_features
+from mtc.analysis.evaluation import evaluation
+from mtc.analysis.nesting import chance_cosine
 from mtc.config import load_preset
-from mtc.evaluation import evaluation
-from mtc.features import read_feature
-from mtc.heldout import HeldOutPass, count_tokens
-from mtc.language_model import SitePair
-from mtc.nesting import analyse_nesting, chance_cosine
-from mtc.report.schema import Feature
+from mtc.language_model import SitePair, pack_windows
+from mtc.results import Feature, RunFacts
 from mtc.training import Trainer
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-from mtc.work import pack_windows
 
 D = 64
 GROUPS = (4, 6)

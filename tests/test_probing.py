@@ -9,17 +9,17 @@ import pytest
 from scipy.optimize import minimize
 from scipy.stats import mannwhitneyu
 
-from mtc.bootstrap import interval, resample, share
+from mtc.analysis import interval, resample, share
 from mtc.config import DataConfig, load_preset
-from mtc.documents import Piece, read_piece
-from mtc.labelled import TASKS, ProbeTask, load_task, task_named
-from mtc.language_model import LanguageModel
-from mtc.linear_probes import auc, fit_probe, grouped_folds, rank_dimensions
-from mtc.model_files import load_tokenizer
-from mtc.probing import Pooled, measure_task, pool, probe, text_windows, too_few
-from mtc.tokens import DataError, document_id, source_files
+from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
+from mtc.probing import auc, load_task, probe, task_named
+from mtc.probing.linear_probes import fit_probe, grouped_folds, rank_dimensions
+from mtc.probing.sparse_probing import Pooled, measure_task, pool, text_windows, too_few
+from mtc.probing.tasks import TASKS
+from mtc.results import ProbeTask
+from mtc.text import DataError, Piece, document_id, read_piece
+from mtc.text.sources import source_files
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-from mtc.work import pack_windows
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mtc.analysis import Analysis, RunFacts
 from mtc.report import report_files, report_names, write_report
-from mtc.report.format import context, escape, number, percent, token
+from mtc.report.format import context, escape, token
 from mtc.report.html import render_html
 from mtc.report.layers import write_layers_report
 from mtc.report.markdown import render_markdown
-from mtc.report.names import PLOTS
 from mtc.report.sections import document
+from mtc.results import PLOTS, Analysis, RunFacts, number, percent
 from tests.report_example import (
     COUNTS,
     HOSTILE,
@@ -489,9 +488,9 @@ def test_json_keeps_undefined_numbers() -> None:
 
 def test_published_schema_is_current_and_holds(data: Any) -> None:
     printed = subprocess.run(
-        [sys.executable, "-m", "mtc.report.json_schema"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "mtc.results.json_schema"], capture_output=True, text=True, check=True
     )  # fmt: skip
-    assert SCHEMA.read_text() == printed.stdout, "run: python -m mtc.report.json_schema > docs/analysis.schema.json"
+    assert SCHEMA.read_text() == printed.stdout, "run: python -m mtc.results.json_schema > docs/analysis.schema.json"
     validator = jsonschema.Draft202012Validator(json.loads(printed.stdout))
     validator.check_schema(validator.schema)
     validator.validate(data)

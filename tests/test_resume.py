@@ -21,17 +21,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.activations import ActorCosts
 from cluster.batches import Batches
-from cluster.resume import data_state, read_progress, unneeded_units
+from cluster.blocks import ActorCosts
+from cluster.data_state import data_state
+from cluster.outcome import TrainingStopped, check_ledger
+from cluster.resume import read_progress, unneeded_units
 from cluster.stream import deal
-from cluster.training import TrainingStopped, check_ledger, files_of
-from mtc.checkpoints import Checkpoints, CheckpointWriter
+from cluster.train_worker import files_of
 from mtc.config import load_preset
-from mtc.runs import RunDirectory, RunError
-from mtc.shuffle import Unit
-from mtc.timing import Clock
-from mtc.training import Trainer
+from mtc.storage import Checkpoints, CheckpointWriter, RunDirectory, RunError
+from mtc.training import Clock, Trainer, Unit
 
 TRAINING, CALIBRATION, BATCH = 30, 4, 64
 CONFIG = load_preset("tiny", {"data": {"shuffle_buffer_tokens": 400}, "optimizer": {"batch_tokens": BATCH}})

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtc.analysis import Analysis
+from mtc.analysis.rules import RULES
 from mtc.config import RunConfig
-from mtc.report.rules import RULES
+from mtc.results import Analysis
 from tests.report_example import (
     NONE,
     bare_analysis,

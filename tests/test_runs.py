@@ -8,8 +8,7 @@ import fsspec
 import pytest
 
 from mtc.config import load_preset, to_yaml
-from mtc.lease import Lease
-from mtc.runs import RunDirectory, RunError, open_run, write_atomic
+from mtc.storage import Lease, RunDirectory, RunError, open_run, write_atomic
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -18,11 +18,9 @@ from hostile import attacks, send
 from prometheus_client.parser import text_string_to_metric_families
 from serve_local import make_config, make_run
 
-from mtc.language_model import LanguageModel
-from mtc.model_files import load_tokenizer
-from mtc.runs import RunDirectory, RunError
+from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
+from mtc.storage import RunDirectory, RunError
 from mtc.transcoder import MatryoshkaTranscoder
-from mtc.work import pack_windows
 
 TEXTS = ["a", "Hello, world", "<bos> is spelled out", "naïve – ünïcode", "x" * 200, "two\nlines"]
 RETRYABLE = {429, 503}

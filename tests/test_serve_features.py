@@ -14,7 +14,7 @@ import pytest
 from report_example import HOSTILE, make_config
 from serve_local import make_analysed_run, make_run, served
 
-from mtc.runs import RunDirectory
+from mtc.storage import RunDirectory
 
 
 @pytest.fixture(scope="module")

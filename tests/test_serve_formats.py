@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from serve_local import LocalBackend, make_config, make_run, served
 
-from mtc.language_model import LanguageModel
-from mtc.model_files import load_tokenizer
-from mtc.runs import RunDirectory
+from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
+from mtc.storage import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder
-from mtc.work import pack_windows
 from serve.contract import ServiceError
 
 TEXTS = ["Hello, world", "a", "<bos> is spelled out", "naïve – ünïcode", "x" * 200, "two\nlines", "Ж", "Hello, world"]

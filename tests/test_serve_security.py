@@ -15,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 from serve_local import LocalBackend, make_analysed_run, make_run, served
 
-from mtc.runs import RunDirectory
+from mtc.storage import RunDirectory
 from serve.contract import Encoded, Options, RunKey, ServiceError, Settings
 from serve.http import ROUTES, check_binding, check_routes, keys
 from serve.service import Service

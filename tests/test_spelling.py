@@ -10,13 +10,13 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-import mtc.model_files
-from mtc.absorption import Readings, absorption, main_features, measure_absorption
+import mtc.language_model.weights
 from mtc.config import load_preset
-from mtc.language_model import LanguageModel
-from mtc.spelling import LINES, _prompts, measure_spelling, read_words, spells, vocabulary_words
+from mtc.language_model import LanguageModel, pack_windows
+from mtc.probing import main_features, measure_spelling
+from mtc.probing.absorption import Readings, absorption, measure_absorption
+from mtc.probing.spelling import LINES, _prompts, read_words, spells, vocabulary_words
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-from mtc.work import pack_windows
 
 LETTERS = "abcde"
 
@@ -210,7 +210,7 @@ def test_a_random_model_cannot_spell(tokenizer, transcoder, monkeypatch):
     assert found.not_measured == "the vocabulary has 0 letters with 40 words of one token, 5 are needed"
     assert found.accuracy is None
 
-    monkeypatch.setattr(mtc.model_files, "load_tokenizer", lambda config: tokenizer)
+    monkeypatch.setattr(mtc.language_model.weights, "load_tokenizer", lambda config: tokenizer)
     found = measure_spelling(config, transcoder, asked=60)
     assert found.asked == 60 and found.words == 204  # with those of the prompt itself
     assert found.accuracy.value < 0.4 and found.accuracy.low < found.chance
@@ -220,8 +220,8 @@ def test_a_random_model_cannot_spell(tokenizer, transcoder, monkeypatch):
 
 
 def test_a_model_that_can_spell_is_measured(tokenizer, transcoder, monkeypatch):
-    monkeypatch.setattr(mtc.model_files, "load_tokenizer", lambda config: tokenizer)
-    monkeypatch.setattr("mtc.spelling.spells", lambda *arguments: np.ones(len(arguments[3]), bool))
+    monkeypatch.setattr(mtc.language_model.weights, "load_tokenizer", lambda config: tokenizer)
+    monkeypatch.setattr("mtc.probing.spelling.spells", lambda *arguments: np.ones(len(arguments[3]), bool))
     found = measure_spelling(load_preset("tiny").model, transcoder)
     assert found.accuracy.value == 1
     assert set(found.probe_auc) == set(LETTERS)  # a random model's target knows words, not letters

@@ -8,8 +8,7 @@ from serve_local import make_run
 
 from jobs.status import main
 from mtc.config import load_preset, to_yaml
-from mtc.lease import Lease
-from mtc.runs import RunDirectory
+from mtc.storage import Lease, RunDirectory
 
 ROW = {
     "step": 8,

@@ -19,35 +19,28 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from cluster import activations
-from cluster.activations import (
-    ActorCosts,
-    CaptureActor,
-    activation_dataset,
-    from_binary,
-    iterate_units,
-    map_on_model_actors,
-    to_binary,
-)
-from cluster.batches import Batches, stream_timing
+from cluster.accounts import stream_timing
+from cluster.activations import activation_dataset, map_on_model_actors
+from cluster.batches import Batches
+from cluster.blocks import ActorCosts, from_binary, iterate_units, to_binary
+from cluster.capture import CaptureActor
 from cluster.pipeline import run_pipeline
 from cluster.progress import RESUMED, ProgressReader, balance, progress_line, start_metrics_log
 from cluster.resources import Node, Plan, make_plan
-from cluster.tokens import build_token_store
+from cluster.tokenise import build_token_store
+from mtc.analysis.recompute import evaluate
 from mtc.config import RunConfig, load_preset
-from mtc.evaluation import evaluate
-from mtc.language_model import LanguageModel
-from mtc.ledger import Ledger, merge
-from mtc.logs import EVENTS
-from mtc.model_files import _make_random
-from mtc.report.format import NOT_MEASURED
+from mtc.language_model import LanguageModel, pack_windows
+from mtc.language_model.weights import _make_random
 from mtc.report.markdown import render_blocks
-from mtc.report.schema import Analysis
 from mtc.report.sections.configuration import timing_blocks
-from mtc.runs import RunDirectory, RunError, load_transcoder, open_layer_run, open_run
-from mtc.shuffle import ShuffleBuffer, Unit
-from mtc.timing import PARTS, Clock, StreamTiming
-from mtc.tokens import TokenStore
-from mtc.work import heldout_units, pack_windows, work_units
+from mtc.results import NOT_MEASURED, PARTS, Analysis, StreamTiming
+from mtc.storage import Ledger, RunDirectory, RunError, merge, open_layer_run, open_run
+from mtc.telemetry.logs import EVENTS
+from mtc.text import TokenStore, heldout_units
+from mtc.text.work_units import work_units
+from mtc.training import Clock, ShuffleBuffer, Unit
+from mtc.transcoder import load_transcoder
 
 WIDTH = 256
 TOKENS = 200_000
@@ -416,7 +409,7 @@ def test_the_history_goes_on_through_restarts_of_trainers_log_and_driver(
 
 def test_a_part_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 7.0, 8.0, 10.0])
-    monkeypatch.setattr("mtc.timing.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("mtc.training.clock.time.perf_counter", lambda: next(now))
     clock = Clock()  # at 0
     with clock.part("step"), clock.part("checkpoint"):  # from 1, from 3
         pass  # until 7; the outer one until 8

@@ -17,26 +17,32 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cluster import tokens as job
+from cluster import tokenise as job
 from mtc.config import RunConfig, load_preset
-from mtc.documents import Document, Piece, _open_hub, read_piece, source_pieces
-from mtc.tokens import (
+from mtc.language_model import pack_windows
+from mtc.text import (
     DataError,
+    Document,
+    Piece,
     TokenStore,
     TokenStoreWriter,
     Window,
     document_id,
     document_split,
     find_store,
+    heldout_units,
     make_windows,
+    read_piece,
     rows_wanted,
+    source_pieces,
     special_ids,
     store_fingerprint,
-    text_parts,
     tokens_wanted,
     windows_table,
 )
-from mtc.work import heldout_units, pack_windows, work_units
+from mtc.text.documents import _open_hub
+from mtc.text.windows import text_parts
+from mtc.text.work_units import work_units
 
 CONTEXT = 16
 
@@ -204,7 +210,7 @@ def test_a_finished_store_stays_when_its_input_cannot_be_closed(
 ) -> None:
     config = make_config(output={"token_store": str(tmp_path / "stores")})
     tokenizer = byte_tokenizer()
-    monkeypatch.setattr("mtc.model_files.load_tokenizer", lambda config: tokenizer)
+    monkeypatch.setattr("mtc.language_model.weights.load_tokenizer", lambda config: tokenizer)
     monkeypatch.setattr(job, "store_fingerprint", lambda *arguments: ("f", {}))
 
     def tables(config: RunConfig, tokenizer: Any, label_selector: Any) -> Any:
@@ -476,7 +482,7 @@ def test_hub_datasets_are_read_by_shards(tmp_path: Path) -> None:
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
     """The job asks for the model's tokenizer once, in the driver."""
     tokenizer = byte_tokenizer()
-    monkeypatch.setattr("mtc.model_files.load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr("mtc.language_model.weights.load_tokenizer", lambda model: tokenizer)
     return tokenizer
 
 
@@ -687,7 +693,7 @@ def test_files_that_cannot_be_reached_are_no_poison(tmp_path: Path, monkeypatch:
 
     buffer = io.BytesIO()
     pq.write_table(pa.table({"text": make_texts(200)}), buffer, compression="none")
-    monkeypatch.setattr("mtc.documents.fsspec.open", lambda url, mode: Unreliable(buffer.getvalue()))
+    monkeypatch.setattr("mtc.text.documents.fsspec.open", lambda url, mode: Unreliable(buffer.getvalue()))
     with pytest.raises(OSError, match="the network is gone"):
         list(read_piece(Piece("a.parquet", 0, 1), data))
 

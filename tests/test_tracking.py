@@ -8,8 +8,9 @@ import pytest
 
 from cluster.progress import ProgressReader
 from mtc.config import ConfigError, RunConfig, load_preset
-from mtc.runs import RunDirectory
-from mtc.tracking import check_trackers, tracking
+from mtc.storage import RunDirectory
+from mtc.telemetry import check_trackers
+from mtc.telemetry.tracking import tracking
 
 ROWS = [
     {"layer": 1, "step": step, "tokens": 256 * step, "loss": 1 / step, "fvu": [0.9, 0.8, 0.5 + 1 / step], "l0": 8.0,
@@ -72,7 +73,7 @@ def test_what_cannot_be_used_is_refused_before_the_run(tmp_path: Path, monkeypat
     config = load_preset("tiny", {"output": {"root": "s3://bucket/runs", "trackers": ["tensorboard"]}})
     with pytest.raises(ConfigError, match=r"tensorboard writes to disks only, and output\.root=s3://bucket/runs"):
         check_trackers(config)
-    monkeypatch.setattr("mtc.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("mtc.telemetry.tracking.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"output\.trackers: wandb is not installed"):
         check_trackers(load_preset("tiny", {"output": {"trackers": ["wandb"]}}))
     with pytest.raises(ConfigError, match=r"output.trackers"):

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mtc import native, training
+from mtc import training
 from mtc.config import load_preset
-from mtc.health import Health
-from mtc.shuffle import ShuffleBuffer, Unit
-from mtc.training import Calibrator, StepMetrics, Trainer
-from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape
+from mtc.training import Calibrator, Health, ShuffleBuffer, StepMetrics, Trainer, Unit
+from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape, native
 
 D = 12
 
@@ -105,7 +103,7 @@ def test_training_on_two_and_three_ranks_equals_one(ray_cluster, tmp_path, backe
 def chosen_among_ties(rank, world):
     """As on CPUs, which must equal as on GPUs: one at a time and as entries of a matrix."""
     from mtc import devices
-    from mtc.selection import keep_largest, largest_entries
+    from mtc.transcoder.batch_topk import keep_largest, largest_entries
 
     values = torch.randint(-3, 6, (400,), generator=torch.Generator().manual_seed(0)).float()
     values[50:60] = torch.nan
@@ -395,7 +393,7 @@ def test_mtc_trains_without_ray():
     code = """
 import sys
 sys.modules["ray"] = None
-import torch, mtc.evaluation, mtc.examples, mtc.language_model, mtc.runs, mtc.shuffle, mtc.timing, mtc.tokens, mtc.work
+import torch, mtc.analysis.recompute, mtc.language_model, mtc.storage, mtc.training, mtc.text, mtc.probing, mtc.report
 from mtc.config import load_preset
 from mtc.training import Trainer
 trainer = Trainer(load_preset("tiny"), 8, 8)

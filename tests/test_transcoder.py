@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mtc.kernels import Objective, Workspace
-from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape
+from mtc.transcoder import Compute, MatryoshkaTranscoder, Objective, TranscoderShape, Workspace
 
 GROUPS, K, D_SOURCE, D_TARGET = (6, 10, 8), 3, 7, 5
 F = sum(GROUPS)

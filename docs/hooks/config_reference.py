@@ -33,7 +33,7 @@ def presets() -> str:
     """The presets' files, as they are."""
     text = []
     for name in preset_names():
-        content = (resources.files("mtc") / "presets" / f"{name}.yaml").read_text()
+        content = (resources.files("mtc.config") / "presets" / f"{name}.yaml").read_text()
         text += [f"### {name}", "", "```yaml", content.rstrip(), "```", ""]
     return "\n".join(text)
 

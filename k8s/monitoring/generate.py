@@ -1,8 +1,8 @@
 """Makes Grafana's dashboards and Prometheus's rules from code: `python k8s/monitoring/generate.py` writes them here.
 
-Every metric comes from `mtc.metrics`, or from Ray's own list RAY below; a test checks that, and that the files are
-those that this would write. The service's totals are the same at every replica that is scraped, so they are never
-summed over replicas: `whole` takes one.
+Every metric comes from `mtc.telemetry.metrics`, or from Ray's own list RAY below; a test checks that, and that the
+files are those that this would write. The service's totals are the same at every replica that is scraped, so they are
+never summed over replicas: `whole` takes one.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mtc.report.names import PLOTS, plot_path, report_files, report_names
-from mtc.report.schema import Analysis
+from mtc.results import PLOTS, Analysis, plot_path, report_files, report_names
 
 __all__ = ["report_files", "report_names", "write_report"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtc.report.schema import Example, Finding
+from mtc.results import Example, Finding
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class KeyFigures:
 
 @dataclass(frozen=True)
 class Plots:
-    """Pictures side by side, by their names in mtc.report.names.PLOTS, with a text for those who do not see them."""
+    """Pictures side by side, by their names in mtc.results.files.PLOTS, with a text for those who do not see them."""
 
     plots: tuple[tuple[str, str], ...]
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from mtc.report.names import GREY, INK, PAPER
+from mtc.report.palette import GREY, INK, PAPER
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; yellow is too pale on white.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")

@@ -18,9 +18,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mtc.report import blocks
-from mtc.report.format import NOT_MEASURED, number, spaced, visible
+from mtc.report.format import spaced, visible
 from mtc.report.markdown import bars_in_words, context_note
-from mtc.report.names import GREY, INK, PAPER
+from mtc.report.palette import GREY, INK, PAPER
+from mtc.results import NOT_MEASURED, number
 
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( %)?( to [-+]?[\d,.]+(e[-+]?\d+)?( %)?)?|–|undefined")
 STRENGTHS = 5

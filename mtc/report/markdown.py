@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mtc.report import blocks
-from mtc.report.format import context, escape, number, spaced, table
+from mtc.report.format import context, escape, spaced, table
+from mtc.results import number
 
 
 def render_markdown(document: blocks.Document, pictures: Mapping[str, str]) -> str:

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from mtc.bootstrap import Intervals
-from mtc.evaluation import Slice
 from mtc.report.drawing import (
     COLOURS,
     GREY,
@@ -30,9 +28,7 @@ from mtc.report.drawing import (
     style,
     whole_numbers,
 )
-from mtc.report.format import number
-from mtc.report.names import OVERVIEW
-from mtc.report.schema import Analysis
+from mtc.results import OVERVIEW, Analysis, Intervals, Slice, number
 
 _BINS = 40
 MANY_DOTS = 2000
@@ -54,7 +50,7 @@ class PlotData(NamedTuple):
 
 
 def render_plot(name: str, data: PlotData) -> Picture:
-    """The plot `name` of mtc.report.names.PLOTS; 960 x 680 pixels but for the overview."""
+    """The plot `name` of mtc.results.files.PLOTS; 960 x 680 pixels but for the overview."""
     with style():
         return picture(overview(data) if name == OVERVIEW else _alone(name, data))
 

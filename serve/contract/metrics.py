@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from mtc.metrics import make
+from mtc.telemetry import make
 
 
 class Family(NamedTuple):
@@ -32,7 +32,7 @@ Snapshot = tuple[Family, ...]
 
 
 class IngressMetrics:
-    """What a replica that speaks HTTP counts: INGRESS of `mtc.metrics`."""
+    """What a replica that speaks HTTP counts: INGRESS of `mtc.telemetry.metrics`."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -46,7 +46,7 @@ class IngressMetrics:
 
 
 class EncoderMetrics:
-    """What a replica that holds the models counts: ENCODER of `mtc.metrics`."""
+    """What a replica that holds the models counts: ENCODER of `mtc.telemetry.metrics`."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()

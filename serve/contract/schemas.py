@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mtc.report.schema import AbsorbedFeature, Feature, SplitFeature
+from mtc.results import AbsorbedFeature, Feature, SplitFeature
 
 MAX_TOP_K = 1024
 MAX_LIST = 1 << 20  # beyond any body's limit; the service's own limits are in Settings

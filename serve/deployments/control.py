@@ -15,8 +15,8 @@ from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from mtc.metrics import CATALOGUE
-from mtc.runs import RunDirectory, RunError
+from mtc.storage import RunDirectory, RunError
+from mtc.telemetry import CATALOGUE
 from serve.contract import (
     Family,
     LoadResponse,

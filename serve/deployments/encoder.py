@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
-from mtc.runs import RunDirectory, RunError
+from mtc.storage import RunDirectory, RunError
 from serve.contract import Encoded, EncoderMetrics, Options, RunKey, ServiceError, Settings, Snapshot, take_snapshot
 from serve.service import WEIGHTS, QueueFullError, TokenBatcher
 

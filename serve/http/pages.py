@@ -17,7 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse
 from starlette.types import Scope
 
-from mtc.report.format import number, spaced, visible
+from mtc.report.format import spaced, visible
+from mtc.results import number
 from serve.http.media_types import media_type_of
 
 HEADERS = {

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from mtc.config import RunConfig
-from mtc.runs import Manifest, RunDirectory, RunError, absolute, open_run, require_one_layer
+from mtc.storage import Manifest, RunDirectory, RunError, absolute, open_run, require_one_layer
 from serve.contract import RunKey
 from serve.service.served_run import WEIGHTS
 

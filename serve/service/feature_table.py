@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mtc.report.blocks import Block
-from mtc.report.schema import AbsorbedFeature, Analysis, Example, Feature, SplitFeature
 from mtc.report.sections.features import feature_blocks
-from mtc.runs import parse_analysis
+from mtc.results import AbsorbedFeature, Analysis, Example, Feature, SplitFeature
+from mtc.storage import parse_analysis
 from serve.contract import RunKey, ServiceError
 
 SORTS = ("feature", "density", "count", "max_activation", "mean_activation", "decoder_norm")

@@ -12,14 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from mtc.config import ModelConfig
-from mtc.devices import open_device
-from mtc.language_model import LanguageModel, SitePair
-from mtc.model_files import load_tokenizer
-from mtc.runs import RunDirectory, load_transcoder
-from mtc.tokens import special_ids
-from mtc.training import choose_bfloat16
-from mtc.transcoder import Codes
-from mtc.work import pack_windows
+from mtc.devices import choose_bfloat16, open_device
+from mtc.language_model import LanguageModel, SitePair, load_tokenizer, pack_windows
+from mtc.storage import RunDirectory
+from mtc.text import special_ids
+from mtc.transcoder import Codes, load_transcoder
 from serve.contract import Encoded, Options
 
 SEARCH_TOKENS = 256

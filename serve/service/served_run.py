@@ -9,7 +9,7 @@ from functools import cached_property
 import fsspec
 
 from mtc.config import RunConfig
-from mtc.runs import RunDirectory, RunError
+from mtc.storage import RunDirectory, RunError
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
 from serve.service.tokenising import Tokeniser

@@ -15,8 +15,8 @@ class Tokeniser:
 
     def __init__(self, config: ModelConfig):
         # PyTorch comes along, 2 s and 220 MB, which those that only deploy the service do without.
-        from mtc.model_files import load_tokenizer
-        from mtc.tokens import special_ids
+        from mtc.language_model import load_tokenizer
+        from mtc.text import special_ids
 
         self._tokenizer: Any = load_tokenizer(config)
         self._backend: Any = self._tokenizer.backend_tokenizer

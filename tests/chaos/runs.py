@@ -2,7 +2,7 @@
 
 import pyarrow.parquet as pq
 
-from mtc.ledger import Progress
+from mtc.storage import Progress
 
 OPTIONS = ["--preset", "tiny", "--optimizer.backend", "sparse", "--data.max_epochs", "40"]
 OPTIONS += ["--cluster.checkpoint_every_seconds", "2", "--analysis.loss_tokens", "0"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import ROOT, wait_for
-from mtc.runs import open_run
+from mtc.storage import open_run
 from tests.chaos.nodes import available, real_cluster
 from tests.chaos.runs import OPTIONS, each_once
 

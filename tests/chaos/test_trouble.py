@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.faults import Job, ray_head, wait_for
 from mtc.config import load_preset
-from mtc.model_files import load_tokenizer, prepare_model
-from mtc.runs import open_run
+from mtc.language_model import load_tokenizer, prepare_model
+from mtc.storage import open_run
 from tests.chaos.runs import OPTIONS, each_once
 
 pytestmark = pytest.mark.chaos

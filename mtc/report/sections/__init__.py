@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from mtc.report.blocks import Document
-from mtc.report.format import number
-from mtc.report.schema import Analysis
 from mtc.report.sections.configuration import configuration
 from mtc.report.sections.evaluation import evaluation
 from mtc.report.sections.features import feature_cards, top_features
@@ -14,6 +12,7 @@ from mtc.report.sections.probing import probing
 from mtc.report.sections.provenance import provenance, stamp
 from mtc.report.sections.summary import summary
 from mtc.report.sections.weights import weights
+from mtc.results import Analysis, number
 
 SECTIONS = (
     summary,

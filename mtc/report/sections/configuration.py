@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mtc.report.blocks import Block, Code, Heading, Items, Paragraph, Section, Table, Text
-from mtc.report.format import NOT_MEASURED, number, numbers, percent
-from mtc.report.schema import Analysis, RunFacts
-from mtc.timing import StreamTiming
+from mtc.results import NOT_MEASURED, Analysis, RunFacts, StreamTiming, number, percent
+from mtc.results.numbers import numbers
 
 EVENTS = 50
 """Rows of the table of events; the JSON report has all of them."""

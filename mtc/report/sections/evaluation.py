@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from mtc.evaluation import LossRecovered, Slice
 from mtc.report.blocks import Block, Heading, Paragraph, Plots, Section, Table
-from mtc.report.format import NOT_MEASURED, interval, number, percent, percent_interval, whole_range
-from mtc.report.schema import Analysis
+from mtc.results import (
+    NOT_MEASURED,
+    Analysis,
+    LossRecovered,
+    Slice,
+    interval,
+    number,
+    percent,
+    percent_interval,
+    whole_range,
+)
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

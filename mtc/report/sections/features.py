@@ -21,8 +21,7 @@ from mtc.report.blocks import (
     Text,
     Token,
 )
-from mtc.report.format import NOT_MEASURED, number, percent
-from mtc.report.schema import Analysis, Example, Feature, LogitEffect, Parent, ShownFeature
+from mtc.results import NOT_MEASURED, Analysis, Example, Feature, LogitEffect, Parent, ShownFeature, number, percent
 
 
 def listed(parts: list[tuple[Piece, ...]]) -> tuple[Piece, ...]:

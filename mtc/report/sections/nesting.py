@@ -15,9 +15,8 @@ from mtc.report.blocks import (
     Table,
     Text,
 )
-from mtc.report.format import NOT_MEASURED, number, percent, whole_range
-from mtc.report.schema import Analysis, Family, PrefixStep, Tree
 from mtc.report.sections.features import listed, maybe_token
+from mtc.results import NOT_MEASURED, Analysis, Family, PrefixStep, Tree, number, percent, whole_range
 
 
 def nesting(analysis: Analysis) -> Section:

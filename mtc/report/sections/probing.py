@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from mtc.absorption import PrefixAbsorption
-from mtc.bootstrap import Interval
-from mtc.probing import ProbeResult, Probing, TaskResult
 from mtc.report.blocks import Block, Code, FeatureLink, Heading, Paragraph, Section, Table, Text
-from mtc.report.format import NOT_MEASURED, number, percent
-from mtc.report.schema import Analysis
 from mtc.report.sections.features import listed
-from mtc.spelling import Spelling
+from mtc.results import (
+    NOT_MEASURED,
+    Analysis,
+    Interval,
+    PrefixAbsorption,
+    ProbeResult,
+    Probing,
+    Spelling,
+    TaskResult,
+    number,
+    percent,
+)
 
 
 def probing(analysis: Analysis) -> Section:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from mtc.report.blocks import Paragraph, Section, Table
-from mtc.report.format import number
-from mtc.report.schema import Analysis
+from mtc.results import Analysis, number
 
 NOT_KNOWN = "not known"
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from mtc.bootstrap import MIN_DOCUMENTS
 from mtc.report.blocks import Block, Heading, Items, KeyFigure, KeyFigures, Link, Paragraph, Plots, Section, Table
-from mtc.report.format import NOT_MEASURED, interval, number, percent, percent_interval
-from mtc.report.schema import Analysis
+from mtc.results import MIN_DOCUMENTS, NOT_MEASURED, Analysis, interval, number, percent, percent_interval
 
 
 def summary(analysis: Analysis) -> Section:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from mtc.report.blocks import Paragraph, Section, Table, Text
-from mtc.report.format import NOT_MEASURED, number, whole_range
-from mtc.report.schema import Analysis, Distribution
+from mtc.results import NOT_MEASURED, Analysis, Distribution, number, whole_range
 
 
 def weights(analysis: Analysis) -> Section:

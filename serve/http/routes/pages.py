@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
 from mtc.report.blocks import Branch, Branches, FeatureLink, Heading, Items, Token
-from mtc.report.format import number, percent
 from mtc.report.html import Renderer
+from mtc.results import number, percent
 from serve.contract import FeaturesQuery, ServiceError
 from serve.http.access import COOKIE, same_origin
 from serve.http.bodies import read_form

@@ -1,0 +1,138 @@
+"""What the training loop writes down: rates, where wall time went, and each layer's metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.batches import Batches
+from cluster.blocks import ActorCosts
+from mtc.results import PARTS, StreamTiming
+from mtc.training import Clock, Health
+from mtc.transcoder import agree, world_size
+
+if TYPE_CHECKING:
+    from mtc.telemetry import Meter
+    from mtc.training import StepMetrics, StepResult, Trainer
+
+
+class Account:
+    """What this rank has done and waited for, told to the driver and to Prometheus whenever metrics are logged."""
+
+    def __init__(self, log: Any, meter: Meter, rank: int, batches: Batches):
+        self.log, self.meter, self.rank, self.batches = log, meter, rank, batches
+        self.before = dict.fromkeys(batches.clock.seconds, 0.0)  # the clock starts anew with the first activations
+        self.costs_before = dict(batches.costs.sums)
+        self.tokens_before = batches.own_tokens
+        self.steps: list[float] = []
+        self.stepped_at: float | None = None
+
+    def step(self) -> None:
+        """One step is done; waits for nothing."""
+        now = time.perf_counter()
+        if self.stepped_at is not None:
+            self.steps.append(now - self.stepped_at)
+        self.stepped_at = now
+
+    def write(self) -> dict[str, Any]:
+        """Send and return what came since the last time.
+
+        `seconds` are this rank's by part, `model_seconds` what the units that it received have cost the model actors,
+        `step_seconds` the times between its steps, `positions` the token positions of those units.
+        """
+        now, sums = self.batches.clock.read(), self.batches.costs.sums
+        spent = {part: round(now[part] - self.before[part], 4) for part in now}
+        costs = {name: round(sums[name] - self.costs_before[name], 4) for name in sums}
+        tokens = self.batches.own_tokens - self.tokens_before
+        account = {
+            "rank": self.rank,
+            "tokens": tokens,
+            "seconds": spent,
+            "model_seconds": {name: costs[name] for name in ("forward", "sending", "idle")},
+            "positions": int(costs["positions"]),
+            "step_seconds": [round(seconds, 5) for seconds in self.steps],
+            "time": time.time(),
+        }
+        self.before, self.costs_before, self.tokens_before = now, dict(sums), self.batches.own_tokens
+        self.log.append.remote(account)
+        rank = str(self.rank)
+        self.meter.add("mtc_trainer_tokens_total", tokens, rank=rank)
+        for part, value in spent.items():
+            self.meter.add("mtc_trainer_seconds_total", max(value, 0.0), rank=rank, part=part)
+        for value in self.steps:
+            self.meter.observe("mtc_trainer_step_duration_seconds", value, rank=rank)
+        self.steps = []
+        return account
+
+
+class Journal:
+    """Rank 0's account of training to the driver."""
+
+    def __init__(self, log: Any, trainers: list[Trainer], clock: Clock):
+        self.log, self.clock = log, clock
+        self.layers = [trainer.config.model.layer for trainer in trainers]
+        self.tokens = trainers[0].tokens
+        self.health = [Health(t.config.transcoder.k, int(t.skipped[0])) for t in trainers]
+        self.extremes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """For each layer the highest [loss, l0] and the lowest since the last row, on the device."""
+
+    def look(self, done: list[StepResult]) -> None:
+        """Every step, whether it is written or not; waits for nothing."""
+        seen = [result.loss_and_l0() for result in done]
+        before = self.extremes or [(values, values) for values in seen]
+        self.extremes = [
+            (torch.maximum(high, values), torch.minimum(low, values))
+            for (high, low), values in zip(before, seen, strict=True)
+        ]
+
+    def read(self, done: list[StepResult]) -> list[StepMetrics]:
+        """The figures of a step; waits for the device."""
+        with self.clock.part("step"):
+            return [result.metrics() for result in done]
+
+    def write(self, metrics: list[StepMetrics], account: dict[str, Any]) -> None:
+        """Send a row for each layer, with this rank's account since the last one."""
+        extremes = [(float(high[0]), float(low[1])) for high, low in self.extremes]
+        self.extremes = []
+        wall = max(sum(account["seconds"].values()), 1e-9)
+        speed = (metrics[0].tokens - self.tokens) / wall
+        self.tokens = metrics[0].tokens
+        shared = {"tokens_per_second": speed, **{name: account[name] for name in ("seconds", "model_seconds", "time")}}
+        for layer, row, health, (loss, l0) in zip(self.layers, metrics, self.health, extremes, strict=True):
+            self.log.append.remote(row._asdict() | {"layer": layer} | shared)
+            for kind, message in health.look(row, loss, l0):
+                where = f"layer {layer}: " if len(self.layers) > 1 else ""
+                self.log.event.remote(kind, where + message, row.step)
+
+
+def stream_timing(batches: Batches) -> StreamTiming:
+    """The account of all ranks together; called on all at once."""
+    clock, costs = batches.clock, batches.costs
+    batches.settle_waits()
+    seconds, ranks = clock.read(), world_size()
+    *parts, startup = (n / ranks for n in agree(*(seconds[p] for p in PARTS), batches.startup_seconds))
+    sums = agree(batches.calibrated, *(costs.sums[name] for name in ActorCosts.FIELDS))
+    calibrated, forward, sending, idle, elapsed, positions, flops = sums
+    (device_flops,) = agree(costs.device_flops, op=dist.ReduceOp.MAX)
+    wall = sum(parts)
+    tokens = batches.tokens + int(calibrated)
+    return StreamTiming(
+        tokens=tokens,
+        wall_seconds=wall,
+        startup_seconds=startup,
+        trainers=ranks,
+        trainer_seconds=dict(zip(PARTS, parts, strict=True)),
+        actor_seconds=elapsed,
+        forward_seconds=forward,
+        sending_seconds=sending,
+        idle_seconds=idle,
+        captured_tokens=int(positions),
+        forward_flops=flops,
+        device_flops=device_flops,
+        tokens_per_second=tokens / wall,
+        forward_mfu=flops / (forward * device_flops) if forward else None,
+        mfu=flops / (elapsed * device_flops) if elapsed else None,
+    )

@@ -1,0 +1,80 @@
+"""Work units as rows of Ray Data: a unit's activations of all sites, as bytes, and what its model actor spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    import torch
+
+    from mtc.training import Unit
+
+
+class ActorCosts:
+    """What the units that a trainer received have cost the model actors."""
+
+    FIELDS = ("forward", "sending", "idle", "elapsed", "positions", "flops")
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(self.FIELDS, 0.0)
+        self.device_flops = 0.0
+
+    def add(self, unit: Unit) -> None:
+        for name in self.FIELDS:
+            self.sums[name] += unit.costs[name]
+        self.device_flops = max(self.device_flops, unit.costs["device_flops"])
+
+
+def iterate_units(shard: Any, start: str = "") -> Iterator[Unit]:
+    """The units of a shard of the Dataset, their columns bfloat16 views of shared memory, [tokens, d].
+
+    Raises RuntimeError if the Dataset continues another checkpoint than `start`.
+    """
+    import numpy as np
+
+    from mtc.training import Unit
+
+    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        if table["start"][0].as_py() != start:
+            raise RuntimeError(f"the stream continues {table['start'][0].as_py() or 'nothing'}, the trainers {start}")
+        tokens = table["tokens"][0].as_py()
+        if not tokens:
+            continue
+        names = [name for name in table.column_names if name.startswith("activations_")]
+        costs = {name: table[name][0].as_py() for name in (*ActorCosts.FIELDS, "device_flops", "actor")}
+        dropped = np.array(table["dropped"][0].as_py(), np.int32)
+        rows = np.delete(np.arange(tokens, dtype=np.int32), dropped)
+        widths = table["widths"][0].as_py()
+        columns = tuple(from_binary(table[name], width) for name, width in zip(names, widths, strict=True))
+        yield Unit(table["unit"][0].as_py(), columns, rows, tokens, dropped, costs)
+
+
+def to_binary(activations: torch.Tensor) -> pa.Array:
+    """[tokens, d] bfloat16 on the host -> one large_binary value that shares its memory."""
+    import numpy as np
+    import torch
+
+    bits = activations.contiguous().view(torch.int16).numpy()
+    offsets = pa.py_buffer(np.array([0, bits.nbytes], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(bits)])
+
+
+def from_binary(column: pa.ChunkedArray, width: int) -> torch.Tensor:
+    """The inverse of `to_binary` for a column of one value, [tokens, width]: a view of its memory, which is not to be
+    written."""
+    import warnings
+
+    import numpy as np
+    import torch
+
+    (chunk,) = column.chunks
+    _, offsets, data = chunk.buffers()  # a scalar of the column would be a copy
+    start, end = np.frombuffer(offsets, np.int64, 2, 8 * chunk.offset).tolist()
+    with warnings.catch_warnings():
+        # The buffer lies in read-only shared memory; it is copied into the shuffle buffer and never written.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        bits = torch.from_numpy(np.frombuffer(data, np.int16, (end - start) // 2, start))
+    return bits.view(torch.bfloat16).view(-1, width)

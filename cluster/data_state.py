@@ -1,0 +1,71 @@
+"""Where one trainer's data is: what it starts with, and its part of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cluster.batches import Batches
+from cluster.resume import Position, read_position, read_progress
+from mtc.config import RunConfig
+from mtc.storage import Checkpoint, Ledger, rows_left, to_parquet
+from mtc.training import ShuffleBuffer
+
+
+class DataState(NamedTuple):
+    """Where one rank's data is."""
+
+    buffer: ShuffleBuffer
+    """Empty; it continues within a chunk."""
+    ledger: Ledger
+    """What is trained; rank 0's holds the earlier starts' too."""
+    filters: dict[int, np.ndarray]
+    """Of units that other numbers of trainers left in part, the rows to be trained."""
+    generation: int
+    """How often the number of trainers changed before."""
+    run_again: int
+    """Tokens of all ranks' begun chunks that are trained already: the stream has them again, training has not."""
+
+
+def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, world: int, device: Any) -> DataState:
+    """What a rank starts with.
+
+    As many trainers as before go on within their chunks; other numbers of trainers share what is left of those.
+    """
+    generation, filters, run_again = 0, {}, 0
+    ledger, position = Ledger(), None
+    if checkpoint is not None:
+        positions = [read_position(checkpoint, r) for r in range(checkpoint.manifest.world_size)]
+        progress = read_progress(checkpoint)
+        run_again = sum(position.taken for position in positions)
+        generation = positions[0].generation
+        filters = {unit: np.array(rows, np.int32) for unit, rows in positions[0].filters.items()}
+        ledger = Ledger(progress if rank == 0 else None)
+        if world == len(positions):
+            position = positions[rank]
+        else:
+            generation += 1
+            left = [{unit: np.array(rows, np.int32) for unit, rows in p.left.items()} for p in positions]
+            finished = set(progress.finished().tolist())
+            filters = {unit: rows for unit, rows in rows_left(filters, left).items() if unit not in finished}
+    seed = (config.data.seed, generation, world, rank)
+    buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens // world, seed, device)
+    if position is not None:
+        buffer.restore(position.chunk, position.units, position.taken, position.size)
+    return DataState(buffer, ledger, filters, generation, run_again)
+
+
+def position_files(batches: Batches, generation: int, rank: int) -> dict[str, Callable[[], bytes]]:
+    """One rank's position and ledger as files of a checkpoint: a snapshot of now, turned into bytes when written."""
+    chunk, units, taken, size = batches.buffer.position()
+    left = {unit: rows.tolist() for unit, rows in batches.buffer.left().items()}
+    filters = {unit: rows.tolist() for unit, rows in batches.filters.items()} if rank == 0 else {}
+    position = Position(generation, chunk, units, taken, size, left, filters)
+    table = batches.ledger.table()
+    return {
+        f"position-{rank}.json": lambda: json.dumps(position._asdict()).encode(),
+        f"units-{rank}.parquet": lambda: to_parquet(table),
+    }

@@ -1,0 +1,65 @@
+"""What training comes to: its results, the check of its ledger, and the ways in which it ends early."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from mtc.results import StreamTiming
+    from mtc.storage import Progress
+
+
+class TrainResult(NamedTuple):
+    """What the trainers report at the end, of one layer."""
+
+    layer: int
+    """Layer of the language model."""
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Tokens trained on."""
+    threshold: float
+    """Calibrated inference threshold."""
+    calibration_tokens: int
+    """Fresh tokens that it was calibrated on."""
+    precision: str
+    """Arithmetic of the transcoder's products."""
+    compute: str = ""
+    """How the training loss was computed, and how long the alternatives took."""
+    skipped_steps: int = 0
+    """Steps without a finite gradient, which changed no weights."""
+
+
+class Trained(NamedTuple):
+    """What training leaves beside the weights."""
+
+    layers: tuple[TrainResult, ...]
+    """One for each entry of `model.sites`."""
+    timing: StreamTiming
+    """What waited on what."""
+    progress: Progress
+    """What was trained of each work unit."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on, and starting it again would not help; the message says why."""
+
+
+def check_ledger(progress: Progress, units: int) -> None:
+    """Raises TrainingStopped unless every token of the training units 0 to `units` - 1 was trained exactly once."""
+    wrong = progress.wrong_units().tolist()
+    missing = sorted(set(range(units)) - set(progress.finished().tolist()))
+    if wrong or missing:
+        raise TrainingStopped(
+            f"the ledger of trained tokens is wrong, and so may be the transcoder: of {units} work units "
+            f"{len(missing)} are not finished ({missing[:5]}...) and {len(wrong)} have tokens more than once "
+            f"({wrong[:5]}...)"
+        )
+
+
+def post_event(log: Any, kind: str, message: str, step: int | None = None) -> Any:
+    return log.event.remote(kind, message, step)
+
+
+def weights_file(kind: str, layer: int) -> str:
+    return f"{kind}-layer{layer}.safetensors"

@@ -1,0 +1,107 @@
+"""The options of a job: a preset or a file, one option for every field of the configuration, and what is shown."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import create_model
+from pydantic_settings import BaseSettings, CliSettingsSource
+
+from mtc.config import ConfigError, RunConfig, load_preset, make_config, merge, preset_names
+from mtc.telemetry import FORMAT_VARIABLE, Format
+
+
+def parse_command_line(
+    argv: Sequence[str], description: str, known: dict[str, Any] | None = None
+) -> tuple[RunConfig, argparse.Namespace]:
+    """Read `--preset`, `--config`, `--print-config` and one option per field.
+
+    `known` are nested values that the preset or the file cannot change but an option can. Returns the validated
+    configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
+    """
+    parser = make_parser(description, "(--preset NAME | --config FILE) [--PART.FIELD VALUE ...]")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(preset_names())}")
+    start.add_argument("--config", metavar="FILE", help="a YAML file with the same fields as a preset")
+    parser.add_argument("--print-config", action="store_true", help="show the resulting configuration and exit")
+    arguments, overrides = parse_overrides(parser, argv, tuple(RunConfig.model_fields))
+    overrides = merge(known or {}, overrides)
+    if arguments.preset:
+        return load_preset(arguments.preset, overrides), arguments
+    base: dict[str, Any] = {}
+    if arguments.config:
+        path = Path(arguments.config)
+        if not path.is_file():
+            raise ConfigError(f"--config {arguments.config}: no such file")
+        base = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(base, dict):
+            raise ConfigError(f"--config {arguments.config}: the top level must be a mapping")
+    return make_config(base, overrides), arguments
+
+
+def make_parser(description: str, usage: str) -> argparse.ArgumentParser:
+    """A parser with the options that all jobs have, for `parse_overrides`; its description is shown as it stands."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage=f"%(prog)s {usage}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
+    parser.add_argument("--help-fields", action="store_true", help="show every field's option, and exit")
+    add_options(parser)
+    return parser
+
+
+def parse_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str], parts: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parse the options of a parser of `make_parser` and one option per field of some parts of RunConfig.
+
+    Returns the parsed arguments, and what was given of the fields as nested values, not validated. Exits for `--help`.
+    """
+    if {"-h", "--help"} & set(argv):
+        parser.epilog = _overview(parts)
+        parser.print_help()
+        parser.exit()
+    fields: dict[str, Any] = {
+        name: (RunConfig.model_fields[name].annotation, RunConfig.model_fields[name]) for name in parts
+    }
+    settings = create_model("Settings", __base__=BaseSettings, **fields)
+    source: CliSettingsSource[Any] = CliSettingsSource(settings, root_parser=parser)
+    if "--help-fields" in argv:
+        parser.print_help()
+        parser.exit()
+    arguments = parser.parse_args(list(argv))
+    return arguments, source(parsed_args=arguments)()
+
+
+def _overview(parts: Sequence[str]) -> str:
+    lines = [f"fields of the configuration, each with an option of its own such as --{_example(parts[0])}:"]
+    for part in parts:
+        model = RunConfig.model_fields[part].annotation
+        first = (model.__doc__ or "").strip().splitlines()[0]
+        lines.append(f"  --{part + '.*':<15} {first}")
+    return "\n".join([*lines, "", "--help-fields explains them all, --print-config shows their values."])
+
+
+def _example(part: str) -> str:
+    """The part's first number."""
+    fields = RunConfig.model_fields[part].annotation.model_fields  # type: ignore[union-attr]
+    return next(f"{part}.{name} N" for name, field in fields.items() if field.annotation is int)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """`--verbose` and `--log-format`."""
+    parser.add_argument("--verbose", action="store_true", help="also show what Ray, its workers and the libraries say")
+    parser.add_argument(
+        "--log-format",
+        choices=get_args(Format),
+        default=None,
+        help=f"lines for people or one JSON object a line (default: ${FORMAT_VARIABLE}, or text)",
+    )

@@ -1,0 +1,30 @@
+"""What the features are and how good they are, on held-out text: sums, examples, nesting, findings."""
+
+from mtc.analysis.analyse import Findings
+from mtc.analysis.compare import compare_runs
+from mtc.analysis.evaluation import loss_recovered
+from mtc.analysis.feature_table import read_feature, to_parquet
+from mtc.analysis.held_out import HeldOutPass, count_tokens, number_documents
+from mtc.analysis.intervals import MAX_BLOCKS, interval, resample, share
+from mtc.analysis.logits import LogitEffects, logit_effects
+from mtc.analysis.loss_sums import LossSums
+from mtc.analysis.nesting import analyse_nesting
+
+__all__ = [
+    "MAX_BLOCKS",
+    "Findings",
+    "HeldOutPass",
+    "LogitEffects",
+    "LossSums",
+    "analyse_nesting",
+    "compare_runs",
+    "count_tokens",
+    "interval",
+    "logit_effects",
+    "loss_recovered",
+    "number_documents",
+    "read_feature",
+    "resample",
+    "share",
+    "to_parquet",
+]

@@ -1,0 +1,183 @@
+"""The table of features: everything that is known of each, one row per feature, as features.parquet.
+
+Built in columns, because a dictionary may have a hundred thousand features; `read_feature` gives one as an object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from mtc.analysis.examples import Examples, FeatureStatistics
+from mtc.analysis.logits import LogitEffects
+from mtc.analysis.nesting import Nesting
+from mtc.results import Feature
+from mtc.transcoder import MatryoshkaTranscoder
+
+Array = NDArray[Any]
+TOP_TOKENS = 10
+NEIGHBOURS = 5
+_CHUNK = 1 << 25  # cosines held at a time
+_EFFECTS = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("value", pa.float32())]))
+SCHEMA = pa.schema({
+    "feature": pa.int32(),
+    "group": pa.int32(),
+    "max_activation": pa.float32(),
+    "mean_activation": pa.float64(),
+    "count": pa.int64(),
+    "density": pa.float64(),
+    "samples": pa.int32(),
+    "tokens_since_fired": pa.int64(),
+    "decoder_norm": pa.float64(),
+    "alignment": pa.float64(),
+    "histogram": pa.list_(pa.int64()),
+    "top_tokens": pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("count", pa.int32())])),
+    "positive_logits": _EFFECTS,
+    "negative_logits": _EFFECTS,
+    "neighbours": pa.list_(pa.struct([("feature", pa.int32()), ("cosine", pa.float32())])),
+    "parent": pa.struct([
+        ("feature", pa.int32()), ("cosine", pa.float64()), ("coactivation", pa.float64()), ("base_rate", pa.float64()),
+    ]),
+    "children": pa.list_(pa.int32()),
+})  # fmt: skip
+
+
+def features_table(
+    transcoder: MatryoshkaTranscoder,
+    statistics: FeatureStatistics,
+    examples: Examples,
+    effects: LogitEffects | None,
+    nesting: Nesting | None,
+) -> pa.Table:
+    """All features, ordered; columns as in SCHEMA. `effects` and `nesting` are None where they were not measured.
+
+    Raises ValueError if the statistics belong to another dictionary.
+    """
+    total = transcoder.num_features
+    if len(statistics.count) != total:
+        raise ValueError(f"statistics of {len(statistics.count)} features, but the dictionary has {total}")
+    count = statistics.count
+    parents = nesting.parents if nesting else None
+    columns = {
+        "feature": np.arange(total),
+        "group": np.repeat(np.arange(len(transcoder.groups)), transcoder.shape.group_sizes),
+        "max_activation": statistics.maximum,
+        "mean_activation": statistics.total / np.maximum(count, 1),
+        "count": count,
+        "density": count / max(1, statistics.tokens),
+        "samples": np.bincount(examples.feature[examples.is_top], minlength=total),
+        "tokens_since_fired": transcoder.tokens_since_fired.cpu().numpy(),
+        "decoder_norm": transcoder.W_dec.detach().double().norm(dim=1).cpu().numpy(),
+        "alignment": alignment(transcoder),
+        "histogram": _lists(np.full(total, statistics.histogram.shape[1]), pa.array(statistics.histogram.ravel())),
+        "top_tokens": _top_tokens(examples, total),
+        "positive_logits": _logits(examples, effects and (effects.positive_ids, effects.positive)),
+        "negative_logits": _logits(examples, effects and (effects.negative_ids, effects.negative)),
+        "neighbours": _neighbours(transcoder),
+        "parent": _structs(parents and {
+            "feature": parents.parent, "cosine": parents.cosine, "coactivation": parents.coactivation,
+            "base_rate": parents.base_rate,
+        }, parents and parents.parent < 0),
+        "children": _children(parents.parent if parents else np.full(total, -1)),
+    }  # fmt: skip
+    arrays = []
+    for field in SCHEMA:
+        column = columns[field.name]
+        arrays.append(pa.nulls(total, field.type) if column is None else pa.array(column).cast(field.type))
+    return pa.table(arrays, schema=SCHEMA)
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """Row groups of a few hundred features, so that one reads without the rest."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=512, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def read_feature(table: pa.Table, feature: int) -> Feature:
+    """One row as an object."""
+    return Feature.model_validate(table.slice(feature, 1).to_pylist()[0])
+
+
+def top_token(table: pa.Table, feature: int) -> str | None:
+    """The most frequent peak token of a feature; None without samples."""
+    tokens = table["top_tokens"][feature].as_py()
+    return tokens[0]["token"] if tokens else None
+
+
+@torch.no_grad()
+def alignment(transcoder: MatryoshkaTranscoder) -> Array | None:
+    """[features] cosines between encoder and decoder rows; None if they live in spaces of different width."""
+    if transcoder.shape.d_source != transcoder.shape.d_target:
+        return None
+    encoder, decoder = transcoder.W_enc.double(), transcoder.W_dec.double()
+    return torch.nn.functional.cosine_similarity(encoder, decoder, dim=1).cpu().numpy()
+
+
+def _top_tokens(examples: Examples, total: int) -> pa.Array:
+    feature = examples.feature[examples.is_top].astype(np.int64)
+    token = examples.token_id[examples.is_top].astype(np.int64)
+    pairs, first, count = np.unique(feature << 32 | token, return_index=True, return_counts=True)
+    # Examples are in the order of strength: among equal counts the token of the strongest comes first.
+    order = np.lexsort((first, -count, pairs >> 32))
+    feature, token, count = pairs[order] >> 32, pairs[order] & 0xFFFFFFFF, count[order]
+    starts = np.searchsorted(feature, feature, "left")
+    kept = np.arange(len(feature)) - starts < TOP_TOKENS
+    feature, token, count = feature[kept], token[kept], count[kept]
+    structs = _structs({"token_id": token, "token": _texts(examples, token), "count": count})
+    return _lists(np.bincount(feature, minlength=total), structs)
+
+
+def _logits(examples: Examples, effects: tuple[Array, Array] | None) -> pa.Array | None:
+    if effects is None:
+        return None
+    ids, values = effects
+    structs = _structs({"token_id": ids.ravel(), "token": _texts(examples, ids.ravel()), "value": values.ravel()})
+    return _lists(np.full(len(ids), ids.shape[1]), structs)
+
+
+def _texts(examples: Examples, token_ids: Array) -> pa.Array:
+    unique, which = np.unique(token_ids, return_inverse=True)
+    return pa.array([examples.token(int(t)) for t in unique], pa.string()).take(pa.array(which))
+
+
+@torch.no_grad()
+def _neighbours(transcoder: MatryoshkaTranscoder) -> pa.Array:
+    rows = transcoder.W_dec
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    total = len(unit)
+    k = min(NEIGHBOURS, total - 1)
+    step = max(1, _CHUNK // total)
+    ids, values = [], []
+    for a in range(0, total, step):
+        cosine = unit[a : a + step] @ unit.T
+        cosine[torch.arange(len(cosine)), torch.arange(a, a + len(cosine))] = -2  # itself
+        nearest = cosine.topk(k, dim=1)
+        ids.append(nearest.indices.cpu().numpy())
+        values.append(nearest.values.cpu().numpy())
+    structs = _structs({"feature": np.concatenate(ids).ravel(), "cosine": np.concatenate(values).ravel()})
+    return _lists(np.full(total, k), structs)
+
+
+def _children(parent: Array) -> pa.Array:
+    has = np.flatnonzero(parent >= 0)
+    order = np.argsort(parent[has], kind="stable")
+    return _lists(np.bincount(parent[has], minlength=len(parent)), pa.array(has[order]))
+
+
+def _lists(lengths: Array, values: pa.Array) -> pa.Array:
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _structs(columns: dict[str, Any] | None, mask: Array | None = None) -> pa.Array | None:
+    if columns is None:
+        return None
+    arrays: Sequence[pa.Array] = [pa.array(c) for c in columns.values()]
+    return pa.StructArray.from_arrays(arrays, list(columns), mask=None if mask is None else pa.array(mask))

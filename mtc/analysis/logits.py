@@ -1,0 +1,63 @@
+"""Which next tokens a feature argues for: its decoder row through the final norm and the unembedding.
+
+The direct path only: what later layers make of the feature is not in it. With d_j = W_dec[j] / target_scale, what one
+unit of activation adds to the residual stream, and s the mean of 1 / rms that the final norm multiplies by on held-out
+tokens,
+
+    effect_j = s * W_U (gain * d_j),  less its mean over the vocabulary, which no probability depends on
+
+(nostalgebraist 2020, "interpreting GPT: the logit lens"). The s is the model's, so effects are in logits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mtc.analysis.loss_sums import max_logits
+from mtc.transcoder import MatryoshkaTranscoder
+
+if TYPE_CHECKING:
+    from mtc.language_model import LanguageModel
+
+Array = NDArray[Any]
+TOP_LOGITS = 10
+
+
+class LogitEffects(NamedTuple):
+    """The most raised and the most lowered tokens of each feature, strongest first."""
+
+    positive_ids: Array
+    """[features, TOP_LOGITS] int64."""
+    positive: Array
+    """[features, TOP_LOGITS] float32, logits per unit of activation."""
+    negative_ids: Array
+    """[features, TOP_LOGITS] int64."""
+    negative: Array
+    """[features, TOP_LOGITS] float32."""
+
+    def scaled(self, factor: float) -> LogitEffects:
+        """Times the mean factor of the final norm."""
+        f = np.float32(factor)
+        return self._replace(positive=self.positive * f, negative=self.negative * f)
+
+
+@torch.no_grad()
+def logit_effects(model: LanguageModel, transcoder: MatryoshkaTranscoder, first: int, end: int) -> LogitEffects:
+    """Effects of the features first..end-1, with a final norm that scales by 1; see `LogitEffects.scaled`.
+
+    `model` is loaded with `full=True`; raises ValueError if not.
+    """
+    step = max(1, max_logits(model.device) // model.vocab_size)
+    k = min(TOP_LOGITS, model.vocab_size)
+    parts = []
+    for a in range(first, end, step):
+        rows = transcoder.W_dec[a : min(a + step, end)] / transcoder.target_scale
+        effect = model.direct_effect(rows)
+        effect -= effect.mean(1, keepdim=True)
+        up, down = effect.topk(k, dim=1), effect.topk(k, dim=1, largest=False)
+        parts.append([t.cpu().numpy() for t in (up.indices, up.values, down.indices, down.values)])
+    return LogitEffects(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))

@@ -1,0 +1,170 @@
+"""Sums of the language model's loss with its MLP output replaced: clean, ablated, spliced, per prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtc.analysis.token_sums import sum_by_label
+from mtc.transcoder import MatryoshkaTranscoder
+
+if TYPE_CHECKING:
+    from mtc.language_model import LanguageModel, PackedWindows
+
+Array = NDArray[Any]
+MAX_LOGITS = 1 << 26  # held at a time on a CPU, a few copies of them: the vocabulary is what fills the memory
+
+
+class LossSums(NamedTuple):
+    """Sums of cross-entropies and KL over predicted tokens by label, float64."""
+
+    tokens: Array
+    """[labels], predicted tokens."""
+    ce: Array
+    """[labels, 3 + prefixes]: clean, zero-ablated, mean-ablated, spliced per prefix."""
+    kl: Array
+    """[labels, prefixes], KL(clean || spliced)."""
+    norm_scale: Array
+    """[labels], sum of 1 / rms of what the final norm read in the clean run (around its mean for a LayerNorm)."""
+
+    def __add__(self, other: object) -> LossSums:
+        assert isinstance(other, LossSums)
+        return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def weighted(self, weights: Array) -> LossSums:
+        """Labels combined with `weights` [results, labels]: one label per result."""
+        return LossSums(*(np.tensordot(weights, column, 1) for column in self))
+
+    def nonempty(self) -> LossSums:
+        """The labels that have tokens."""
+        return LossSums(*(column[self.tokens > 0] for column in self))
+
+    def recovered(self, ablation: int) -> Array:
+        """[labels, prefixes]: (CE_ablated - CE_spliced) / (CE_ablated - CE_clean); `ablation` 1 is to zero, 2 to the
+        mean."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ablated = self.ce[:, ablation, None]
+            return (ablated - self.ce[:, 3:]) / (ablated - self.ce[:, :1])
+
+
+def max_logits(device: torch.device) -> int:
+    """Logits to hold at a time, of which there are a few copies: MAX_LOGITS, on a GPU with room more.
+
+    Each pass for a few more tokens costs a GPU as much as one for many.
+    """
+    if device.type != "cuda":
+        return MAX_LOGITS
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what it had
+    return _logits_in(torch.cuda.mem_get_info(device)[0] + unused)
+
+
+def _logits_in(free: int) -> int:
+    """Logits whose float32 values fill a sixteenth of `free` bytes, as a power of 2, at least MAX_LOGITS.
+
+    The divergence holds five copies of them, and two processes may share the GPU.
+    A power of 2, so that a little more or less of what is free does not change the parts, and with them last digits.
+    """
+    return max(MAX_LOGITS, 1 << max(0, (free // 64).bit_length() - 1))
+
+
+@torch.inference_mode()
+def loss_sums(
+    model: LanguageModel,
+    transcoders: Sequence[MatryoshkaTranscoder],
+    windows: PackedWindows,
+    target_means: Sequence[Tensor],
+    labels: Tensor | None = None,
+    num_labels: int = 1,
+) -> list[LossSums]:
+    """Cross-entropies of a few windows, for the transcoder of each entry of the model's `config.sites` in turn.
+
+    `model` has its upper layers and head, `target_means` are [d_target], `labels` [tokens] int64 say what each token
+    is counted under. Only trainable positions are replaced: BOS is never trained on, so its MLP output stays the
+    model's own.
+    """
+    if labels is None:
+        labels = torch.zeros(len(windows.input_ids), dtype=torch.int64)
+    at_once = max(1, max_logits(model.device) // model.vocab_size)
+    sums: list[list[LossSums]] = []
+    for part, own in _split(windows, labels, at_once):
+        # A token is predicted from the one before it in its window, which position 0 does not have.
+        predicted = (part.trainable & (part.position_ids > 0)).nonzero().squeeze(1)
+        # Of a window that is longer than the limit a piece at a time: the passes are run again for each.
+        pieces = predicted.split(at_once)
+        sums += [_loss_sums(model, transcoders, part, target_means, own, num_labels, piece) for piece in pieces]
+    return [reduce(add, same) for same in zip(*sums, strict=True)]
+
+
+def _loss_sums(
+    model: LanguageModel,
+    transcoders: Sequence[MatryoshkaTranscoder],
+    windows: PackedWindows,
+    target_means: Sequence[Tensor],
+    labels: Tensor,
+    num_labels: int,
+    labelled: Tensor,
+) -> list[LossSums]:
+    """Of the predictions of the tokens with the indices `labelled`."""
+    trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
+    next_ids = windows.input_ids[labelled].to(model.device)
+    by_label = sum_by_label(labels[labelled].to(model.device), num_labels)
+
+    def run(replacement: Callable[[Tensor], Tensor] | None, at: int = 0) -> Tensor:
+        def replace(source: Tensor, target: Tensor) -> Tensor:
+            assert replacement is not None
+            changed = target.clone()
+            changed[trainable] = replacement(source[trainable]).to(target.dtype)
+            return changed
+
+        logits = model.logits(windows, None if replacement is None else replace, labelled - 1, at)
+        return logits.float().log_softmax(-1)
+
+    def cross_entropy(log_probabilities: Tensor) -> Array:
+        return by_label(-log_probabilities.gather(1, next_ids.unsqueeze(1)).squeeze(1))
+
+    with model.watch_final_norm() as scales:
+        clean = run(None)
+    tokens = by_label(torch.ones(len(next_ids), device=model.device))
+    scale = by_label(scales[0][(labelled - 1).to(model.device)])
+    results = []
+    for at, (transcoder, mean) in enumerate(zip(transcoders, target_means, strict=True)):
+        d_target = transcoder.shape.d_target
+        ce = [cross_entropy(clean)]
+        ce.append(cross_entropy(run(lambda s, d=d_target: torch.zeros(len(s), d, device=s.device), at)))  # type: ignore[misc]
+        ce.append(cross_entropy(run(lambda s, y=mean: y.to(s.device).float().expand(len(s), -1), at)))  # type: ignore[misc]
+        kl = []
+        for m in transcoder.prefixes:
+            spliced = run(lambda s, m=m, t=transcoder: t.reconstruct(s, m), at)  # type: ignore[misc]
+            ce.append(cross_entropy(spliced))
+            kl.append(by_label((clean.exp() * (clean - spliced)).sum(1, dtype=torch.float64)))
+            del spliced
+        results.append(LossSums(tokens, np.stack(ce, 1), np.stack(kl, 1), scale))
+    return results
+
+
+def _split(windows: PackedWindows, labels: Tensor, tokens: int) -> Iterator[tuple[PackedWindows, Tensor]]:
+    """Parts of whole windows with at most this many tokens each, or one window; and their labels."""
+    start, end = 0, 0
+    first = 0
+    for i, length in enumerate(windows.lengths):
+        if end > start and end + length - start > tokens:
+            yield _part(windows, start, end, first, i), labels[start:end]
+            start, first = end, i
+        end += length
+    yield _part(windows, start, end, first, len(windows.lengths)), labels[start:end]
+
+
+def _part(windows: PackedWindows, start: int, end: int, first: int, last: int) -> PackedWindows:
+    return windows._replace(
+        input_ids=windows.input_ids[start:end],
+        position_ids=windows.position_ids[start:end],
+        trainable=windows.trainable[start:end],
+        lengths=windows.lengths[first:last],
+    )

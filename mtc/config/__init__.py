@@ -1,0 +1,17 @@
+"""What a run is told: the RunConfig, its presets, and how one is loaded."""
+
+from mtc.config.loading import load_preset, make_config, merge, preset_names, to_yaml
+from mtc.config.run_config import ConfigError, DataConfig, LayerConfig, ModelConfig, RunConfig
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "LayerConfig",
+    "ModelConfig",
+    "RunConfig",
+    "load_preset",
+    "make_config",
+    "merge",
+    "preset_names",
+    "to_yaml",
+]

@@ -1,0 +1,58 @@
+"""From presets, files and dictionaries to a RunConfig, and back to YAML."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mtc.config.run_config import ConfigError, RunConfig
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` accepts."""
+    files = (resources.files("mtc.config") / "presets").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def load_preset(name: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The preset `name` with nested `overrides`; raises ConfigError for an unknown name or a bad value."""
+    if name not in preset_names():
+        raise ConfigError(f"--preset {name!r} is unknown; known presets: {', '.join(preset_names())}")
+    text = (resources.files("mtc.config") / "presets" / f"{name}.yaml").read_text()
+    return make_config(yaml.safe_load(text), overrides or {})
+
+
+def make_config(*layers: dict[str, Any]) -> RunConfig:
+    """Merge nested dicts, later ones winning, and validate; raises ConfigError with one line per bad field."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = merge(merged, layer)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `top` winning."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _readable(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message  # our own checks name their fields
+    shown = "" if error["type"] == "missing" else f", got {error['input']!r}"
+    return f"{field}: {message}{shown}"

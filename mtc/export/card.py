@@ -1,0 +1,101 @@
+"""The model card of an export: Markdown below the YAML metadata that model hubs read."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import yaml
+
+from mtc.export.subject import Subject
+
+
+def model_card(
+    subject: Subject,
+    format: str,
+    hook_name: str,
+    hook_name_out: str,
+    use: str,
+    norm: str,
+    library: str | None = None,
+    tags: tuple[str, ...] = (),
+) -> str:
+    """The card's text. `use` is Python that loads and applies the files, `norm` says what they read."""
+    config, transcoder = subject.config, subject.transcoder
+    metadata: dict[str, Any] = {
+        "license": subject.license,
+        "library_name": library,
+        "base_model": config.model.name if on_hub(config.model.name) else None,
+        "datasets": [config.data.name] if on_hub(config.data.name) and not subject.imported else None,
+        "tags": ["transcoder", "matryoshka", "sparse-autoencoder", "interpretability", "mtc", *tags],
+    }
+    front = yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False)
+    whole = subject.prefix == transcoder.num_features
+    size = f"{subject.prefix:,} features" if whole else f"the first {subject.prefix:,} of {transcoder.num_features:,}"
+    facts = [
+        (
+            "Language model",
+            f"`{config.model.name}`" + (f", revision `{config.model.revision}`" * bool(config.model.revision)),
+        ),
+        ("Layer", subject.layer),
+        ("Reads", f"`{hook_name}`"),
+        ("Imitates", f"`{hook_name_out}`"),
+        ("Dictionary", f"{size}, in nested groups {list(subject.group_sizes)}"),
+        ("Active features", f"about {config.transcoder.k} per token"),
+        ("Activation function", "JumpReLU: a pre-activation counts where it is above its feature's threshold"),
+        ("Skip connection", "an affine map of the source is added" if transcoder.W_skip is not None else "none"),
+        ("Run", f"`{subject.run_id}`" + ", of weights that were imported, not trained in it" * subject.imported),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    notice = f"\n{config.model.notice}\n" if config.model.notice else ""
+    return f"""---
+{front}---
+
+# Transcoder of layer {subject.layer} of {config.model.name}
+
+A sparse network of one hidden layer that imitates the MLP of one layer, so that its hidden units, the features, can be
+read. Written by mtc in the format of {format}.
+
+| | |
+| --- | --- |
+{table}
+
+## Use
+
+```python
+{use}
+```
+
+{norm}
+
+A pre-activation that lies within rounding of its threshold can fall on either side of it. mtc leaves special tokens,
+such as the first one of a text (BOS), out of training and of all figures.
+
+## Held-out quality
+
+{_quality(subject)}
+{notice}"""
+
+
+def on_hub(name: str) -> bool:
+    """Whether a model's or data set's name is one on a hub, OWNER/NAME, and not a path, a URL or a package."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not os.path.exists(name)
+
+
+def _quality(subject: Subject) -> str:
+    if subject.analysis is None:
+        return "Not measured: this run was never analysed."
+    summary, evaluation = subject.analysis.summary, subject.analysis.evaluation
+    lines = ["| Features | Fraction of variance unexplained | Active features per token |", "| --- | --- | --- |"]
+    rows = zip(evaluation.prefixes, evaluation.fvu, evaluation.l0, strict=True)
+    lines += [f"| {m:,} | {fvu:.4f} | {l0:.2f} |" for m, fvu, l0 in rows if m <= subject.prefix]
+    text = "\n".join(lines) + f"\n\nOn {evaluation.tokens:,} held-out tokens of `{subject.config.data.name}`"
+    text += f", after training on {summary.trained_tokens:,} tokens." if summary.trained_tokens else "."
+    if summary.loss is not None:
+        recovered = summary.loss.recovered_zero[evaluation.prefixes.index(subject.prefix)]
+        text += (
+            f" With the transcoder in the MLP's place the language model recovers {recovered:.1%} of the loss "
+            "that replacing the MLP's output by zero costs."
+        )
+    return text

@@ -1,0 +1,269 @@
+"""Others' transcoders as runs of ours: Gemma Scope's `params.npz` and SAELens's folders.
+
+Read are JumpReLU and plain ReLU transcoders. What they read must be one of our sites, which the file says or the user;
+what they write must be `mlp_out`. Top-k activations have no threshold and are refused, and so are autoencoders, which
+read and write one site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mtc.config import RunConfig, to_yaml
+from mtc.language_model import MODULES, ModelInfo
+from mtc.storage import RunDirectory, RunError
+from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+
+LAYER_NORM = ("gpt2", "gpt_neox")
+"""Architectures whose norm before the MLP is no RMS norm."""
+SAELENS_ARCHITECTURES = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+
+
+class ImportFailure(ValueError):
+    """The files are no transcoder that we can use; the message says why."""
+
+
+class Imported(NamedTuple):
+    """A transcoder of another library, as it was read."""
+
+    W_enc: Tensor
+    """[features, d_source] float32, like all of these."""
+    b_enc: Tensor
+    """[features]"""
+    W_dec: Tensor
+    """[features, d_target]"""
+    b_dec: Tensor
+    """[d_target]"""
+    threshold: Tensor
+    """[features]; 0 for a plain ReLU."""
+    W_skip: Tensor | None
+    """[d_target, d_source]"""
+    normalised: bool
+    """Whether it reads what the language model's own norm divided, which is our `rms` only if that is an RMS norm."""
+    known: dict[str, Any]
+    """What the files say of the configuration: nested values for `jobs.command_line.parse_command_line`."""
+    origin: dict[str, str]
+    """Format, names and sha256 of the files."""
+
+
+def read_gemma_scope(path: str) -> Imported:
+    """`params.npz`, or the directory that holds it. Raises ImportFailure for a file of another layout.
+
+    Gemma Scope's transcoders read the residual stream divided by its root mean square, before the norm's gain: our
+    `resid_mid` with `input_norm: rms`. Layer and k are taken from the path where it says them (`layer_5`,
+    `average_l0_59`).
+    """
+    file = Path(path)
+    file = file / "params.npz" if file.is_dir() else file
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise TypeError("it is a single array")
+            tensors = {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise ImportFailure(f"{file} is not a readable npz file: {error}") from None
+    known: dict[str, Any] = {
+        "model": {"source": "resid_mid"} | _in_path(file, "layer", r"layer_(\d+)"),
+        "transcoder": {"input_norm": "rms"} | _in_path(file, "k", r"average_l0_(\d+)"),
+    }
+    _check_names(file, set(tensors), {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"})
+    return _imported(file, tensors, True, known, {"format": "gemma-scope-npz"} | _digests(file))
+
+
+def read_saelens(path: str) -> Imported:
+    """A folder with `cfg.json` and `sae_weights.safetensors`. Raises ImportFailure for what is no usable transcoder."""
+    folder = Path(path)
+    config_file, weights_file = folder / "cfg.json", folder / "sae_weights.safetensors"
+    try:
+        cfg = json.loads(config_file.read_text())
+        tensors = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
+        parts = (cfg, cfg.get("metadata") or {}) if isinstance(cfg, dict) else (cfg,)
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("cfg.json is not made of mappings")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ImportFailure(f"{folder} is not a readable SAELens folder: {error}") from None
+    architecture = cfg.get("architecture")
+    if architecture not in SAELENS_ARCHITECTURES:
+        why = "it has no threshold" if "topk" in str(architecture) else "it is no transcoder"
+        raise ImportFailure(
+            f"{config_file}: architecture={architecture!r} can't be used, {why}; "
+            f"usable are {', '.join(SAELENS_ARCHITECTURES)}"
+        )
+    if cfg.get("reshape_activations", "none") != "none":
+        raise ImportFailure(
+            f"{config_file}: reshape_activations={cfg['reshape_activations']!r} can't be used, only none"
+        )
+    skip, jump = "skip" in architecture, "jumprelu" in architecture
+    names = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if jump else set()) | ({"W_skip"} if skip else set())
+    _check_names(weights_file, set(tensors), names)
+    tensors.setdefault("threshold", torch.zeros_like(tensors["b_enc"]))
+    metadata = cfg.get("metadata") or {}
+    known = _saelens_sites(config_file, cfg, metadata, skip)
+    known["transcoder"] |= _saelens_groups(config_file, metadata, len(tensors["b_enc"]))
+    normalised = str(metadata.get("hook_name")).endswith(".hook_normalized")
+    origin = {"format": "saelens"} | _digests(config_file) | _digests(weights_file)
+    return _imported(weights_file, tensors, normalised, known, origin)
+
+
+def write_run(imported: Imported, config: RunConfig, info: ModelInfo, run: RunDirectory) -> None:
+    """Make a finished run of an imported transcoder: config.yaml, transcoder.safetensors and import.json.
+
+    Raises ImportFailure if the configuration does not fit the weights or the model, RunError if the run exists.
+    """
+    if run.exists():
+        raise RunError(f"{run.url} exists already; give another output.run_id")
+    features, d_source = imported.W_enc.shape
+    d_target = imported.W_dec.shape[1]
+    settings = config.transcoder
+    if settings.num_features != features:
+        raise ImportFailure(
+            f"transcoder.group_sizes={list(settings.group_sizes)} sum to {settings.num_features}, "
+            f"but the dictionary has {features} features"
+        )
+    if settings.input_norm not in ("rms", "none"):
+        raise ImportFailure(
+            f"transcoder.input_norm={settings.input_norm} can't be that of an import: give model.source, and rms "
+            "if the transcoder reads that divided by its root mean square, else none"
+        )
+    if imported.normalised and info.model_type in LAYER_NORM:
+        raise ImportFailure(
+            f"the transcoder reads what the norm before the MLP divided, and the norm of {config.model.name} subtracts "
+            "the mean first, which ours does not"
+        )
+    for field, value in imported.known["model"].items():
+        if getattr(config.model, field) != value:
+            raise ImportFailure(f"model.{field}={getattr(config.model, field)}, but the files say {value}")
+    if settings.skip != (imported.W_skip is not None):
+        raise ImportFailure(f"transcoder.skip={settings.skip}, but the files say {imported.W_skip is not None}")
+    if len(config.model.sites) > 1:
+        raise ImportFailure(f"model.layers names {len(config.model.sites)} layers; an import has one")
+    if {d_source, d_target} != {info.d_model}:
+        raise ImportFailure(
+            f"the transcoder maps {d_source} to {d_target} dimensions, but {config.model.name} has {info.d_model}"
+        )
+    shape = TranscoderShape(d_source, d_target, settings.group_sizes, settings.k, settings.input_norm, settings.skip)
+    transcoder = MatryoshkaTranscoder(shape)
+    if len(imported.threshold.unique()) > 1:
+        transcoder.threshold = torch.empty(features)
+        threshold = imported.threshold
+    else:
+        threshold = imported.threshold[0]
+    weights = {name: getattr(imported, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")}
+    state = transcoder.state_dict() | {name: value for name, value in weights.items() if value is not None}
+    transcoder.load_state_dict(state | {"threshold": threshold})
+    run.write("config.yaml", to_yaml(config))
+    run.write("transcoder.safetensors", transcoder.to_bytes())
+    run.write("import.json", json.dumps(imported.origin, indent=1))
+    run.publish()
+
+
+def _imported(
+    file: Path, tensors: dict[str, Tensor], normalised: bool, known: dict[str, Any], origin: dict[str, str]
+) -> Imported:
+    """Check shapes and values of weights in the layout of both formats, W_enc [d_source, features]."""
+    if tensors["W_enc"].dim() != 2 or tensors["W_dec"].dim() != 2:
+        raise ImportFailure(f"{file}: W_enc and W_dec must be matrices")
+    (d_source, features), d_target = tensors["W_enc"].shape, tensors["W_dec"].shape[1]
+    expected = {
+        "W_enc": (d_source, features),
+        "W_dec": (features, d_target),
+        "b_enc": (features,),
+        "b_dec": (d_target,),
+        "threshold": (features,),
+        "W_skip": (d_target, d_source),
+    }
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise ImportFailure(f"{file}: {name} has the shape {tuple(tensor.shape)}, expected {expected[name]}")
+        if not bool(tensor.isfinite().all()):
+            raise ImportFailure(f"{file}: {name} holds values that are not finite")
+    known["transcoder"].setdefault("group_sizes", [features])
+    known["transcoder"]["skip"] = "W_skip" in tensors
+    known["optimizer"] = {"warmup_steps": 0}  # nothing is trained
+    return Imported(
+        W_enc=tensors["W_enc"].T.contiguous(),
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        threshold=tensors["threshold"],
+        W_skip=tensors.get("W_skip"),
+        normalised=normalised,
+        known=known,
+        origin=origin,
+    )
+
+
+def _saelens_sites(file: Path, cfg: dict[str, Any], metadata: dict[str, Any], skip: bool) -> dict[str, Any]:
+    """What cfg.json says of layer, source and input norm; nothing where its hooks are not ours to tell."""
+    model: dict[str, Any] = {}
+    transcoder: dict[str, Any] = {}
+    hook, out = metadata.get("hook_name") or "", metadata.get("hook_name_out") or ""
+    module = metadata.get("hf_hook_name") or ""
+    if hook and hook == out:
+        raise ImportFailure(f"{file}: hook_name and hook_name_out are both {hook!r}: this is no transcoder")
+    if out and not out.endswith(".hook_mlp_out"):
+        raise ImportFailure(f"{file}: hook_name_out={out!r} is not the MLP's output, and nothing else can be imported")
+    if match := re.match(r"blocks\.(\d+)\.", hook):
+        model["layer"] = int(match[1])
+    norm = cfg.get("normalize_activations", "none")
+    if norm == "constant_norm_rescale" and skip:
+        raise ImportFailure(
+            f"{file}: normalize_activations={norm!r} with a skip connection, which reads what is not normalised; our "
+            "transcoders normalise for both"
+        )
+    if norm not in ("none", "constant_norm_rescale"):
+        raise ImportFailure(f"{file}: normalize_activations={norm!r} can't be used, only none or constant_norm_rescale")
+    norms = {m.norm for m in MODULES.values()}
+    if "gemma" in str(metadata.get("model_name", "")).lower():
+        norms = {MODULES["gemma2"].norm}  # what Llama calls the MLP's norm belongs to the attention there
+    rescaled = "rms" if norm == "constant_norm_rescale" else "none"
+    # The names of modules decide first: `hook_mlp_in` stands for the norm's input and, in some folders, its output.
+    if module.endswith(tuple(f"{name}.input" for name in norms)) or hook.endswith(".hook_resid_mid"):
+        model["source"], transcoder["input_norm"] = "resid_mid", rescaled
+    elif module.endswith(tuple(f"{name}.output" for name in norms)) or hook.endswith(".mlp.hook_in"):
+        model["source"], transcoder["input_norm"] = "mlp_in", rescaled
+    elif hook.endswith(".ln2.hook_normalized") and norm == "none":
+        model["source"], transcoder["input_norm"] = "resid_mid", "rms"
+    return {"model": model, "transcoder": transcoder}
+
+
+def _saelens_groups(file: Path, metadata: dict[str, Any], features: int) -> dict[str, Any]:
+    """Nested groups and active features: of our own exports, or of SAELens's Matryoshka training."""
+    ours = metadata.get("mtc") or {}
+    details = metadata.get("training_architecture_details") or {}
+    found = {"k": ours.get("k") or details.get("k")}
+    if ours:
+        found["group_sizes"] = ours.get("group_sizes")
+    elif widths := details.get("matryoshka_widths"):
+        ends = [*widths, features] if widths[-1] != features else widths
+        found["group_sizes"] = np.diff([0, *ends]).tolist()
+    return {name: value for name, value in found.items() if value}
+
+
+def _check_names(file: Path, found: set[str], needed: set[str]) -> None:
+    parts = [("lacks", needed - found), ("also holds", found - needed)]
+    wrong = [f"{verb} {', '.join(sorted(names))}" for verb, names in parts if names]
+    if wrong:
+        raise ImportFailure(f"{file} is no transcoder of this format: it {' and '.join(wrong)}")
+
+
+def _in_path(file: Path, field: str, pattern: str) -> dict[str, int]:
+    """The number in the name of one of the directories above."""
+    matches = [match for part in file.absolute().parts if (match := re.fullmatch(pattern, part))]
+    return {field: int(matches[-1][1])} if matches else {}
+
+
+def _digests(file: Path) -> dict[str, str]:
+    with file.open("rb") as content:
+        return {file.name: hashlib.file_digest(content, "sha256").hexdigest()}

@@ -1,0 +1,137 @@
+"""Neuronpedia: the batches of features that SAEDashboard's Neuronpedia runner writes, `batch-<N>.json`.
+
+The layout is SAEDashboard 0.8's (`NeuronpediaDashboardBatch`), which Neuronpedia imports; features that never fired are
+listed in `skipped_indexes.json`, as there. Lists that we have no measurement for stay empty.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from mtc.analysis import read_feature
+from mtc.export.card import model_card
+from mtc.export.subject import ExportError, Subject, describe_norm
+from mtc.results import Analysis, Feature
+from mtc.storage import RunDirectory
+
+BATCH = 128
+"""Features in a file."""
+DECIMALS = 4
+
+
+def write_neuronpedia(
+    subject: Subject, run: RunDirectory, directory: Path, model_id: str | None = None, set_name: str | None = None
+) -> None:
+    """Write batches of all features of the prefix that fired, from the run's analysis and its examples.parquet.
+
+    `model_id` and `set_name` are Neuronpedia's; by default the model's last name and `mtc-<run id>`. Raises ExportError
+    if the run was never analysed.
+    """
+    analysis = subject.analysis
+    if analysis is None:
+        raise ExportError("this run was never analysed, so there is nothing to show of its features")
+    examples, table = run.read("examples.parquet"), pq.read_table(io.BytesIO(run.read("features.parquet")))
+    model_id = model_id or subject.config.model.name.split("/")[-1].split(":")[-1].lower()
+    set_name = set_name or f"mtc-{subject.run_id.replace('/', '-')}".lower()
+    counts = table["count"].to_pylist()[: subject.prefix]
+    fired = [feature for feature, count in enumerate(counts) if count]
+    for number, start in enumerate(range(0, len(fired), BATCH)):
+        some = fired[start : start + BATCH]
+        shown = _top_examples(examples, some[0], some[-1])
+        batch = {
+            "model_id": model_id,
+            "layer": subject.layer,
+            "sae_set": set_name,
+            "sae_id_suffix": None,
+            "features": [_feature(read_feature(table, j), shown.get(j, []), analysis) for j in some],
+        }
+        (directory / f"batch-{number}.json").write_text(json.dumps(batch, allow_nan=False))
+    skipped = {
+        "model_id": model_id,
+        "layer": str(subject.layer),
+        "sae_set": set_name,
+        "log_sparsity": None,
+        "skipped_indexes": [feature for feature, count in enumerate(counts) if not count],
+    }
+    (directory / "skipped_indexes.json").write_text(json.dumps(skipped))
+    use = f"""import json
+
+batch = json.load(open("batch-0.json"))  # Neuronpedia's source is "{subject.layer}-{set_name}" of model "{model_id}"
+feature = batch["features"][0]  # feature_index, frac_nonzero, activations, ..."""
+    norm = (
+        "The files hold what the features show on held-out text, not the weights. Activations are in the run's units."
+    )
+    if subject.input_norm != "rms":
+        norm += " " + describe_norm(subject, normalised=False)
+    source = subject.config.model.source
+    card = model_card(subject, "SAEDashboard's batches for Neuronpedia", source, "mlp_out", use, norm)
+    (directory / "README.md").write_text(card)
+
+
+def _feature(feature: Feature, examples: list[dict[str, Any]], analysis: Analysis) -> dict[str, Any]:
+    """One NeuronpediaDashboardFeature; every field of it, in its order."""
+    tokens = analysis.config.data.context_length
+    return {
+        "feature_index": feature.feature,
+        "neuron_alignment_indices": [],
+        "neuron_alignment_values": [],
+        "neuron_alignment_l1": [],
+        "correlated_neurons_indices": [],
+        "correlated_neurons_l1": [],
+        "correlated_neurons_pearson": [],
+        "correlated_features_indices": [],
+        "correlated_features_l1": [],
+        "correlated_features_pearson": [],
+        **_logits_and_histogram(feature, analysis.activation_edges),
+        "n_prompts_total": analysis.summary.analysed_tokens // tokens,
+        "n_tokens_in_prompt": tokens,
+        "dataset": analysis.config.data.name,
+        "decoder_weights_dist": [],
+        "activations": [_activation(example, feature.max_activation) for example in examples],
+        "vector": [],
+    }
+
+
+def _logits_and_histogram(feature: Feature, edges: tuple[float, ...]) -> dict[str, Any]:
+    """The tokens that the feature promotes and suppresses, strongest first, and how often its activations lie in each
+    bin that has some: bars stand at the geometric middle of their bin."""
+    down, up = feature.negative_logits or (), feature.positive_logits or ()
+    filled = [i for i, count in enumerate(feature.histogram) if count]
+    return {
+        "neg_str": [effect.token for effect in down],
+        "neg_values": [round(effect.value, DECIMALS) for effect in down],
+        "pos_str": [effect.token for effect in up],
+        "pos_values": [round(effect.value, DECIMALS) for effect in up],
+        "frac_nonzero": feature.density,
+        "freq_hist_data_bar_values": [round((edges[i] * edges[i + 1]) ** 0.5, DECIMALS) for i in filled],
+        "freq_hist_data_bar_heights": [feature.histogram[i] for i in filled],
+        "logits_hist_data_bar_heights": [],
+        "logits_hist_data_bar_values": [],
+    }
+
+
+def _activation(example: dict[str, Any], maximum: float) -> dict[str, Any]:
+    """One NeuronpediaDashboardActivation; `bin_min` and `bin_contains` of -1 mark the strongest examples there."""
+    return {
+        "bin_min": -1,
+        "bin_max": round(maximum, DECIMALS),
+        "bin_contains": -1,
+        "tokens": example["context_tokens"],
+        "values": [round(value, DECIMALS) for value in example["context_activations"]],
+        "qualifying_token_index": example["peak_index"],
+    }
+
+
+def _top_examples(parquet: bytes, first: int, last: int) -> dict[int, list[dict[str, Any]]]:
+    """The top examples of features first..last, strongest first; other row groups are not read."""
+    columns = ["feature", "context_tokens", "context_activations", "peak_index"]
+    chosen = [("feature", ">=", first), ("feature", "<=", last), ("kind", "==", "top")]
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in pq.read_table(io.BytesIO(parquet), columns=columns, filters=chosen).to_pylist():
+        found.setdefault(row["feature"], []).append(row)
+    return found

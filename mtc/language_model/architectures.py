@@ -1,0 +1,79 @@
+"""The table of known architectures: where the modules of a decoder layer are called what.
+
+Another architecture is one row of `MODULES` (docs/architectures.md).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+from mtc.config import ConfigError, ModelConfig
+
+
+class ModelError(RuntimeError):
+    """The model can't be loaded; the message says what is missing."""
+
+
+class ModelInfo(NamedTuple):
+    """What is known of a model before its weights are read."""
+
+    model_type: str
+    """Architecture, as transformers names it."""
+    num_layers: int
+    """Layers of the whole model."""
+    d_model: int
+    """Width of the residual stream."""
+
+
+class Modules(NamedTuple):
+    """Module paths of an architecture, the first from the base model, the others from a layer."""
+
+    layers: str
+    norm: str = "post_attention_layernorm"
+    """The norm that the MLP reads from."""
+    mlp_out: str = "mlp"
+    """The module whose output is added to the residual stream."""
+    attention: str = "self_attn"
+    final_norm: str = "norm"
+    """The norm before the unembedding; from the base model."""
+
+
+_GEMMA = Modules("layers", norm="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm")
+MODULES = {
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    # With a vision tower, which text does not run.
+    "gemma3": _GEMMA._replace(layers="language_model.layers", final_norm="language_model.norm"),
+    "llama": Modules("layers"),
+    "mistral": Modules("layers"),
+    "qwen2": Modules("layers"),
+    "qwen3": Modules("layers"),
+    "gpt2": Modules("h", norm="ln_2", attention="attn", final_norm="ln_f"),
+    "gpt_neox": Modules("layers", attention="attention", final_norm="final_layer_norm"),
+}
+
+
+def modules_of(config: ModelConfig, model_type: str | None) -> Modules:
+    if model_type not in MODULES:
+        known = ", ".join(sorted(MODULES))
+        raise ConfigError(f"model.name={config.name} has the unknown architecture {model_type!r}; known: {known}")
+    return MODULES[model_type]
+
+
+def model_info(model_config: PretrainedConfig) -> ModelInfo:
+    text = model_config.get_text_config()
+    return ModelInfo(model_config.model_type, text.num_hidden_layers, text.hidden_size)
+
+
+def validate(config: ModelConfig, info: ModelInfo) -> ModelInfo:
+    modules_of(config, info.model_type)
+    field = "model.layers" if config.layers else "model.layer"
+    for sites in config.sites:
+        if sites.layer >= info.num_layers:
+            raise ConfigError(
+                f"{field}={sites.layer} is out of range: {config.name} has {info.num_layers} layers "
+                f"(0..{info.num_layers - 1})"
+            )
+    return info

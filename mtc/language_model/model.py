@@ -1,0 +1,367 @@
+"""The language model, cut off after the last layer that is read, and read at two sites of one or several layers.
+
+Sites, named as in TransformerLens: `resid_mid` is the residual stream after attention is added, `mlp_in` the output of
+the norm before the MLP, `mlp_out` what the MLP block adds to the residual stream, so resid_mid + mlp_out is the
+layer's output. Windows of any lengths run as one row of tokens (attention.py), so nothing is spent on padding, on
+layers above, on logits or on a cache.
+
+On a GPU norms, MLPs and attention are compiled. Nothing depends on that: where compilation fails, the same operations
+run one by one, and `LanguageModel.compute` says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from mtc.config import ModelConfig
+from mtc.devices import choose_dtype, is_gpu, send
+from mtc.language_model import attention, flex
+from mtc.language_model.architectures import ModelError, model_info, modules_of, validate
+from mtc.language_model.packing import PackedWindows, pack_windows
+from mtc.language_model.weights import loading, prepare_model, revision
+
+logger = logging.getLogger(__name__)
+WARM_WITHOUT_KERNEL = 1024
+"""Most tokens of a warm-up pass whose attention takes memory for all pairs of tokens."""
+
+
+class SitePair(NamedTuple):
+    """Raw activations of one layer at the transcoder's two sites."""
+
+    source: Tensor
+    """[tokens, d_model] in the model's dtype: what the transcoder reads."""
+    target: Tensor
+    """[tokens, d_model] in the model's dtype: what it reconstructs."""
+
+
+class LanguageModel:
+    """A frozen language model that is read at the sites of `config.sites`.
+
+    By default only layers 0..last are loaded and run, last being the highest that is read; `full=True` loads all of
+    it, for `logits`. `device`, `dtype` and `d_model` are those of the activations. Raises ModelError and ConfigError
+    like `check_model`.
+    """
+
+    def __init__(self, config: ModelConfig, device: str | torch.device = "cpu", full: bool = False):
+        path = prepare_model(config)
+        self.config = config
+        self.device = torch.device(device)
+        self.dtype = choose_dtype(config.dtype, self.device)
+        self.full = full
+        with loading(config):
+            model_config = AutoConfig.from_pretrained(path, **revision(config))
+        info = validate(config, model_info(model_config))
+        self.d_model = info.d_model
+        text = model_config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        if not full:
+            _truncate(model_config, max(sites.layer for sites in config.sites) + 1)
+        loader: Any = AutoModelForCausalLM if full else AutoModel
+        with loading(config, quiet=not full):  # the upper layers' weights are left unused on purpose
+            model, report = loader.from_pretrained(
+                path,
+                config=model_config,
+                dtype=self.dtype,
+                attn_implementation=attention.NAME,
+                output_loading_info=True,
+                **revision(config),
+            )
+        if report["missing_keys"]:  # transformers would go on with random weights
+            raise ModelError(f"{config.name} has no weights for {', '.join(sorted(report['missing_keys']))}")
+        self.model: nn.Module = model.to(self.device).eval().requires_grad_(False)
+        self._base: nn.Module = model.base_model
+        modules = modules_of(config, info.model_type)
+        layers = [self._base.get_submodule(f"{modules.layers}.{sites.layer}") for sites in config.sites]
+        self._norms = [layer.get_submodule(modules.norm) for layer in layers]
+        self._mlps = [layer.get_submodule(modules.mlp_out) for layer in layers]
+        self._attentions = [layer.get_submodule(modules.attention) for layer in layers]
+        self._final_norm = self._base.get_submodule(modules.final_norm) if full else None
+        self._parallel = bool(getattr(model_config, "use_parallel_residual", False))
+        self._eager = _why_eager(config.compile, self.device)
+        self._forwards = [] if self._eager is not None else _compile(self._base)
+        self._kernel = flex.Kernel() if self._eager is None and is_gpu(self.device) else None
+        inside = self._base.get_submodule(modules.layers).modules()
+        products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
+        self._warm_for = 0
+        """Tokens that `warm_up` was called for."""
+        self._context_length: int | None = getattr(text, "max_position_embeddings", None)
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or info.d_model // heads
+        self._flops_per_token = 2 * sum(products)
+        self._flops_per_pair = 4 * heads * width * text.num_hidden_layers
+
+    @property
+    def compiled(self) -> bool:
+        """Whether norms, MLPs and, on a GPU, attention are compiled, which the first passes wait for."""
+        return self._eager is None
+
+    @property
+    def compute(self) -> str:
+        """How forward passes run: "compiled", or "eager" with the reason in parentheses, such as
+        "eager (model.compile=false)", "eager (no C compiler)" or "eager (InductorError: ...)".
+
+        "compiled, attention eager (...)" if only attention lost its kernel. Known after `warm_up`: before the first
+        passes it says what will be tried.
+        """
+        if self._eager is not None:
+            return f"eager ({self._eager})"
+        failed = self._kernel and self._kernel.failed
+        return f"compiled, attention eager ({failed})" if failed else "compiled"
+
+    def warm_up(self, tokens: int) -> None:
+        """Run passes of the kinds that come, with up to `tokens` tokens each, so that none of them compiles later.
+
+        Compilation that fails is noticed here: the model then runs eager. On a CPU that compiles nothing there is
+        nothing to do. Raises torch.OutOfMemoryError if passes of that many tokens do not fit.
+        """
+        if tokens <= self._warm_for or not (self.compiled or is_gpu(self.device)):
+            return
+        self._warm_for = tokens
+        longest = max(1, min(tokens, self._context_length or tokens))
+        for lengths in _kinds_of_windows(max(1, tokens), longest):
+            # Without a kernel attention takes memory for all pairs of a window, maybe a longer one than ever comes.
+            if sum(lengths) <= WARM_WITHOUT_KERNEL or (self._kernel is not None and self._kernel.failed is None):
+                self.capture(pack_windows([np.zeros(length, np.int32) for length in lengths], []))
+
+    def capture(self, windows: PackedWindows, only: Tensor | None = None) -> tuple[SitePair, ...]:
+        """Activations at the sites of every entry of `config.sites`, of all tokens or of those with the indices `only`.
+
+        `only` is [chosen] int64. The result is ordinary tensors, on the model's device, that can be trained on.
+        """
+        rows = None if only is None else send(only, self.device)
+        with torch.inference_mode(), self._watch() as seen:
+            self._run(self._base, windows)
+        # Outside inference mode a copy is an ordinary tensor.
+        return tuple(
+            SitePair(
+                *(t.clone() if rows is None else t.index_select(0, rows) for t in (part[s.source], part[s.target]))
+            )
+            for part, s in zip(seen, self.config.sites, strict=True)
+        )
+
+    @torch.no_grad()
+    def logits(
+        self,
+        windows: PackedWindows,
+        replace: Callable[[Tensor, Tensor], Tensor] | None = None,
+        only: Tensor | None = None,
+        at: int = 0,
+    ) -> Tensor:
+        """Next-token logits [tokens, vocabulary] in the model's dtype, of all tokens or of those with indices `only`.
+
+        `replace(source, mlp_out)`, both [tokens, d_model], returns what entry `at` of `config.sites` adds to the
+        residual stream instead of `mlp_out`. Raises ValueError if the model was not loaded with `full=True`.
+        """
+        if not self.full:
+            raise ValueError("logits need the whole model: LanguageModel(config, full=True)")
+        kept = {} if only is None else {"logits_to_keep": send(only, self.device)}
+        if replace is None:
+            return self._run(self.model, windows, **kept).logits[0]
+        with self._watch(replace, at):
+            return self._run(self.model, windows, **kept).logits[0]
+
+    @contextmanager
+    def watch_final_norm(self) -> Iterator[list[Tensor]]:
+        """Collect, for each forward pass that runs inside, the factor by which the final norm scales each token.
+
+        Each is [tokens] float32: 1 / root mean square of the residual stream, for a LayerNorm around its mean. Raises
+        ValueError if the model was not loaded with `full=True`.
+        """
+        norm = self._require_final_norm()
+        scales: list[Tensor] = []
+
+        def before(module: nn.Module, args: Any) -> None:
+            x = args[0][0].float()
+            scales.append(_centred(norm, x).square().mean(-1).rsqrt())
+
+        hook = norm.register_forward_pre_hook(before)
+        try:
+            yield scales
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def direct_effect(self, directions: Tensor) -> Tensor:
+        """Logits that residual directions add on their direct way out: [n, d_model] -> [n, vocabulary], float32.
+
+        The final norm is taken as linear, its factor as 1 (`watch_final_norm` tells the real one) and its gain as it
+        is; a soft cap on the logits is left out. Raises ValueError if the model was not loaded with `full=True`.
+        """
+        norm = self._require_final_norm()
+        x = _centred(norm, directions.to(self.device).float())
+        if isinstance(norm, nn.LayerNorm):
+            gain = norm.weight.float()
+        else:  # gains are stored as they are or less 1; a vector of ones has a root mean square of 1
+            gain = norm(torch.ones(1, self.d_model, dtype=self.dtype, device=self.device))[0].float()
+        unembedding: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        return (x * gain) @ unembedding.weight.float().T
+
+    def _require_final_norm(self) -> nn.Module:
+        if self._final_norm is None:
+            raise ValueError("the final norm needs the whole model: LanguageModel(config, full=True)")
+        return self._final_norm
+
+    def flops(self, lengths: Sequence[int]) -> float:
+        """Floating-point operations of the matrix products in one forward pass over windows of these lengths.
+
+        Two for each weight and token, and four for each head dimension and pair of tokens that attention compares; a
+        sliding window is not subtracted.
+        """
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        return self._flops_per_token * sum(lengths) + self._flops_per_pair * pairs
+
+    def _run(self, model: nn.Module, windows: PackedWindows, **others: Any) -> Any:
+        """A forward pass; if a compiler fails in it, from here on without any."""
+        if self._eager is None:
+            try:
+                with flex.compiler_settings():
+                    return model(**self._inputs(windows), **others)
+            except Exception as error:
+                self._eager = flex.compiler_failure(error)
+                if self._eager is None:
+                    raise
+            logger.warning("the language model is not compiled and runs slower: %s", self._eager)
+            _restore(self._forwards)
+            self._forwards, self._kernel = [], None
+        return model(**self._inputs(windows), **others)
+
+    def _inputs(self, windows: PackedWindows) -> dict[str, Any]:
+        return {
+            "input_ids": send(windows.input_ids, self.device).unsqueeze(0),
+            "position_ids": send(windows.position_ids, self.device).unsqueeze(0),
+            "windows": attention.Windows(windows.lengths, self.device, self._kernel),
+            "use_cache": False,
+        }
+
+    @contextmanager
+    def _watch(
+        self, replace: Callable[[Tensor, Tensor], Tensor] | None = None, at: int = 0
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        """Collect the sites of the forward pass that runs inside, one dict by name for each entry of `config.sites`,
+        and `replace` the MLP's output of entry `at`."""
+        seen: list[dict[str, Tensor]] = [{} for _ in self.config.sites]
+        hooks = []
+        for i, sites in enumerate(self.config.sites):
+            if self._parallel:
+                hooks.append(self._attentions[i].register_forward_hook(_after_attention(seen[i])))
+            hooks.append(self._norms[i].register_forward_hook(_after_norm(seen[i], self._parallel)))
+            here = replace if i == at else None
+            hooks.append(self._mlps[i].register_forward_hook(_after_mlp(seen[i], sites.source, sites.target, here)))
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _centred(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm scales: a LayerNorm removes the mean first."""
+    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+
+
+def _after_attention(seen: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        seen["attention"] = output[0][0]
+
+    return hook
+
+
+def _after_norm(seen: dict[str, Tensor], parallel: bool) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        # A parallel block's norm reads the layer's input; attention ran before and was not added yet.
+        seen["resid_mid"] = args[0][0] + seen.pop("attention") if parallel else args[0][0]
+        seen["mlp_in"] = output[0]
+
+    return hook
+
+
+def _after_mlp(
+    seen: dict[str, Tensor], source: str, target: str, replace: Callable[[Tensor, Tensor], Tensor] | None
+) -> Callable[..., Tensor | None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        seen["mlp_out"] = output[0]
+        for site in seen.keys() - {source, target}:
+            del seen[site]
+        return None if replace is None else replace(seen[source], output[0]).to(output.dtype).unsqueeze(0)
+
+    return hook
+
+
+def _truncate(model_config: PretrainedConfig, num_layers: int) -> None:
+    text = model_config.get_text_config()
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+
+
+def _why_eager(requested: bool | None, device: torch.device) -> str | None:
+    """Why a model is not compiled, None if it is; `requested` is `model.compile`."""
+    if requested is not None:
+        return None if requested else "model.compile=false"
+    if not is_gpu(device):
+        return "on a CPU"  # where products take most of the time
+    missing = _missing_for_triton()
+    if missing is not None:
+        logger.warning("the language model is not compiled and runs slower: %s", missing)
+    return missing
+
+
+def _missing_for_triton() -> str | None:
+    """What is not there of what compiling for a GPU takes, None if all is.
+
+    Triton compiles its launcher with the C compiler that CC names, else with gcc or clang (its runtime/build.py).
+    """
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        return "no C compiler"
+    try:
+        import_module("triton")
+    except ImportError as error:
+        return f"no Triton: {error}"
+    return None
+
+
+def _kinds_of_windows(tokens: int, longest: int) -> Iterator[list[int]]:
+    """Lengths of windows, one list a pass, that take every path through the model: attention as one row, one token,
+    which is a kind of its own for compilers, a short row, one long window and many that are alike."""
+    rest = min(tokens, attention.LEAST_FLEX + 115) - 1
+    mixed = [1, *[longest] * (rest // longest), rest % longest]
+    each = max(1, min(longest, tokens // 8))
+    for lengths in (mixed, [1], [3, 2, 6], [longest], [each] * (tokens // each)):
+        if sum(lengths) <= tokens and max(lengths) <= longest:
+            yield lengths
+
+
+def _compile(base: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Fuse what lies between the matrix products: norms and MLPs. All layers share one compiled graph of each.
+
+    Only `forward` is compiled, so that hooks stay outside and never cause a recompilation. Returns the modules with
+    what they had as a `forward` of their own, mostly None: `_restore` gives it back.
+    """
+    changed = []
+    for name, module in base.named_modules():
+        if "norm" in type(module).__name__.lower() or name.endswith(".mlp"):
+            changed.append((module, vars(module).get("forward")))
+            # A graph break or too many compilations raise; they would otherwise run eager in silence.
+            module.forward = torch.compile(module.forward, dynamic=True, fullgraph=True)
+    return changed
+
+
+def _restore(forwards: list[tuple[nn.Module, Any]]) -> None:
+    for module, own in forwards:
+        if own is None:
+            del module.forward  # that of its class shows again
+        else:
+            module.forward = own

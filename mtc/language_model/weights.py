@@ -1,0 +1,209 @@
+"""Where a language model comes from: found, checked against the configuration, and made ready to load.
+
+`ModelConfig.name` is a hub id, a local directory, a GGUF file in an installed wheel, or a random model for tests. What
+must be converted or made is done once, into the cache directory. Known architectures are one table, `MODULES`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from mtc.config import ConfigError, ModelConfig
+from mtc.language_model.architectures import ModelError, ModelInfo, model_info, modules_of, validate
+from mtc.language_model.gguf import convert_gguf, gguf_digest, gguf_info, gguf_parts, save_prepared
+from mtc.storage import cache_directory
+
+HUB_TIMEOUT_S = 3.0
+PREPARED_VERSION = 1  # part of the cache key: raise it when what the cache holds changes
+_RANDOM = {"gemma2": "gemma2", "gemma3": "gemma3_text", "llama": "llama", "gpt2": "gpt2", "gpt_neox": "gpt_neox"}
+
+
+# Before the weights are read ----------------------------------------------------------------------------------------
+
+
+def check_model(config: ModelConfig) -> ModelInfo:
+    """Find the model and compare it with the configuration, in seconds and without reading weights into memory.
+
+    Raises ModelError if it can't be had (hub unreachable, gated or unknown; wheel or file missing; digest differs) and
+    ConfigError if the architecture is unknown or `model.layer` is out of range.
+    """
+    if config.name.startswith("random:"):
+        return validate(config, model_info(_random_config(config)))
+    if config.gguf_file or config.name.startswith("pip:"):
+        parts = gguf_parts(config)
+        gguf_digest(config, parts)
+        return validate(config, gguf_info(parts[0]))
+    if os.path.isdir(config.name):
+        path = os.path.join(config.name, "config.json")
+        if not os.path.isfile(path):
+            raise ModelError(f"{config.name} holds no config.json; for a GGUF file set model.gguf_file")
+    else:
+        try:
+            path = _download_config(config)
+        except Exception as error:  # the hub's client raises errors of several libraries; all end as a ModelError
+            raise _hub_error(config, error) from error
+    model_type = json.loads(Path(path).read_text()).get("model_type")
+    modules_of(config, model_type)  # first: transformers itself may not know the architecture
+    return validate(config, model_info(AutoConfig.from_pretrained(os.path.dirname(path))))
+
+
+def prepare_model(config: ModelConfig) -> str:
+    """What `from_pretrained` reads: a hub id or a local directory.
+
+    GGUF weights are converted and random ones made on the first call, then found in the cache directory; several
+    processes may call at once. Raises ModelError and ConfigError like `check_model`.
+    """
+    if config.name.startswith("random:"):
+        model_config = _random_config(config)
+        key = hashlib.sha256(f"{PREPARED_VERSION} {model_config.to_json_string()}".encode()).hexdigest()
+        return _build_once(config, key, lambda directory: _make_random(model_config, directory))
+    if config.gguf_file or config.name.startswith("pip:"):
+        parts = gguf_parts(config)
+        key = hashlib.sha256(f"{PREPARED_VERSION} {gguf_digest(config, parts)}".encode()).hexdigest()
+        return _build_once(config, key, lambda directory: convert_gguf(parts, directory))
+    return config.name
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ModelError if it can't be had."""
+    path = prepare_model(config)
+    with loading(config):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **revision(config))
+    return tokenizer
+
+
+@contextmanager
+def loading(config: ModelConfig, quiet: bool = False) -> Iterator[None]:
+    """Turn what transformers raises for missing files into ModelError, without progress bars; `quiet` also hides its
+    report."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    if quiet:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{config.name} can't be loaded: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def revision(config: ModelConfig) -> dict[str, str]:
+    return {"revision": config.revision} if config.revision else {}
+
+
+# The hub ------------------------------------------------------------------------------------------------------------
+
+
+def _download_config(config: ModelConfig) -> str:
+    """Path of the model's config.json in the hub's cache, downloaded if it is not there."""
+    try:
+        return hf_hub_download(config.name, "config.json", revision=config.revision, local_files_only=True)
+    except hub_errors.LocalEntryNotFoundError:
+        # One request without retries: hf_hub_download alone tries for 20 seconds when there is no network.
+        get_hf_file_metadata(hf_hub_url(config.name, "config.json", revision=config.revision), timeout=HUB_TIMEOUT_S)
+        return hf_hub_download(config.name, "config.json", revision=config.revision, etag_timeout=HUB_TIMEOUT_S)
+
+
+def _hub_error(config: ModelConfig, error: Exception) -> ModelError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    token = "an access token in HF_TOKEN (or `hf auth login`)"
+    gated = isinstance(error, hub_errors.GatedRepoError)
+    if gated or (status in (401, 403) and not isinstance(error, hub_errors.RepositoryNotFoundError)):
+        reason = f"is gated: accept its licence at https://huggingface.co/{config.name} and set {token}"
+    elif isinstance(error, hub_errors.RevisionNotFoundError):
+        reason = f"has no revision {config.revision!r} on the hub"
+    elif isinstance(error, hub_errors.RepositoryNotFoundError):
+        reason = f"was not found: there is no such directory, and no such public model; a private one needs {token}"
+    elif isinstance(error, hub_errors.HFValidationError):
+        reason = "is neither a directory nor a hub id"
+    elif isinstance(error, hub_errors.RemoteEntryNotFoundError):
+        reason = "has no config.json on the hub"
+    else:
+        reason = (
+            "can't be had: there is no such directory and the model hub can't be reached. Check the network; a gated "
+            f"model also needs its licence accepted and {token}; without a hub use a local directory or a pip: model"
+        )
+    return ModelError(f"model.name={config.name} {reason} ({type(error).__name__}: {str(error).strip()})")
+
+
+# What the cache holds -----------------------------------------------------------------------------------------------
+
+
+def _build_once(config: ModelConfig, key: str, build: Callable[[Path], None]) -> str:
+    """The cache's directory for `key`, made by `build` if it is not there; no process ever sees a part of it."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name.strip("/"))
+    target = Path(cache_directory()).absolute() / "models" / f"{name}-{key[:12]}"
+    if target.is_dir():
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
+                built = Path(scratch) / "model"
+                built.mkdir()
+                build(built)
+                os.rename(built, target)
+    return str(target)
+
+
+def _random_config(config: ModelConfig) -> PretrainedConfig:
+    architecture = config.name.removeprefix("random:")
+    if architecture not in _RANDOM:
+        raise ConfigError(f"model.name={config.name}: unknown architecture; known: {', '.join(sorted(_RANDOM))}")
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 259}
+    shape |= {"max_position_embeddings": 1024, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    if architecture != "gpt2":
+        shape |= {"intermediate_size": 64}
+    if architecture in ("gemma2", "gemma3", "llama"):
+        shape |= {"num_key_value_heads": 2, "head_dim": 8}
+    if architecture in ("gemma2", "gemma3"):
+        shape |= {"query_pre_attn_scalar": 8, "sliding_window": 8}
+    return AutoConfig.for_model(_RANDOM[architecture], **shape)
+
+
+def _make_random(model_config: PretrainedConfig, directory: Path) -> None:
+    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            # Matrices large enough for the MLP to matter; norms and biases that differ between dimensions.
+            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+    save_prepared(model, _byte_tokenizer(), directory, torch.float32)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token: 256 of them, then <bos>, <eos> and <pad>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=1024
+    )

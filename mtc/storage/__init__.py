@@ -1,0 +1,45 @@
+"""Where a run lives: its directory on any file system, checkpoints, the writer's lease, its status."""
+
+from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, CheckpointWriter
+from mtc.storage.files import absolute, cache_directory, patiently, write_atomic
+from mtc.storage.lease import Lease
+from mtc.storage.ledger import Ledger, Progress, from_parquet, merge, rows_left, to_parquet
+from mtc.storage.runs import (
+    Manifest,
+    RunDirectory,
+    RunError,
+    load_analysis,
+    open_layer_run,
+    open_run,
+    parse_analysis,
+    require_one_layer,
+)
+from mtc.storage.status import describe, run_status
+
+__all__ = [
+    "LISTING_SECONDS",
+    "Checkpoint",
+    "CheckpointWriter",
+    "Checkpoints",
+    "Lease",
+    "Ledger",
+    "Manifest",
+    "Progress",
+    "RunDirectory",
+    "RunError",
+    "absolute",
+    "cache_directory",
+    "describe",
+    "from_parquet",
+    "load_analysis",
+    "merge",
+    "open_layer_run",
+    "open_run",
+    "parse_analysis",
+    "patiently",
+    "require_one_layer",
+    "rows_left",
+    "run_status",
+    "to_parquet",
+    "write_atomic",
+]

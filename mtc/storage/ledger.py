@@ -1,0 +1,141 @@
+"""The ledger: which tokens of which work units are trained.
+
+Every rank counts what it trains on. A checkpoint holds the ranks' counts; put together they say which units are
+finished, which tokens of the others are left, and whether any token was trained twice or never.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from mtc.training import Taken, Unit
+
+SCHEMA = pa.schema(
+    {
+        "unit": pa.int64(),
+        "tokens": pa.int64(),  # trainable tokens of the unit
+        "dropped": pa.int64(),  # of which so many have activations that are not finite,
+        "dropped_sum": pa.int64(),  # the sum of their numbers in the unit;
+        "trained": pa.int64(),  # so many were trained on,
+        "trained_sum": pa.int64(),  # the sum of their numbers: a token that took another's place would change it
+    }
+)
+
+
+class Progress(NamedTuple):
+    """What is trained, over all ranks and starts."""
+
+    table: pa.Table
+    """One row of SCHEMA for each unit that was begun, ordered by unit."""
+
+    def finished(self) -> NDArray[np.int64]:
+        """Units of which nothing is left."""
+        column = self._columns()
+        return column["unit"][column["trained"] + column["dropped"] >= column["tokens"]]
+
+    def dropped_tokens(self) -> int:
+        return int(self._columns()["dropped"].sum())
+
+    def trained_tokens(self) -> int:
+        return int(self._columns()["trained"].sum())
+
+    def repeated_tokens(self) -> int:
+        """Tokens beyond those that the units have: trained twice, for certain."""
+        column = self._columns()
+        return int(np.maximum(column["trained"] + column["dropped"] - column["tokens"], 0).sum())
+
+    def wrong_units(self) -> NDArray[np.int64]:
+        """Units in which a token was trained twice, or one instead of another."""
+        column = self._columns()
+        tokens = column["tokens"]
+        all_numbers = tokens * (tokens - 1) // 2
+        done = column["trained"] + column["dropped"]
+        mixed = (done == tokens) & (column["trained_sum"] + column["dropped_sum"] != all_numbers)
+        return column["unit"][(done > tokens) | mixed]
+
+    def _columns(self) -> dict[str, NDArray[np.int64]]:
+        return {name: self.table[name].to_numpy() for name in SCHEMA.names}
+
+
+def merge(tables: Iterable[pa.Table]) -> Progress:
+    """Put the counts of several ranks and starts together."""
+    groups = pa.concat_tables([SCHEMA.empty_table(), *tables]).group_by("unit", use_threads=False)
+    sums = groups.aggregate(list(_TOGETHER.items()))
+    columns = {name: sums[f"{name}_{how}"] for name, how in _TOGETHER.items()} | {"unit": sums["unit"]}
+    table = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+    return Progress(table.take(pc.sort_indices(table["unit"])))
+
+
+# A unit that was streamed again has the same tokens and lacks the same ones.
+_TOGETHER = {"tokens": "max", "dropped": "max", "dropped_sum": "max", "trained": "sum", "trained_sum": "sum"}
+
+
+class Ledger:
+    """One rank's counts; rank 0 also carries those of earlier starts."""
+
+    def __init__(self, earlier: Progress | None = None):
+        self._settled = earlier.table if earlier else SCHEMA.empty_table()
+        carried = self._settled.to_pydict()
+        self._open: dict[int, list[int]] = {}
+        self.received_tokens = sum(carried["tokens"])
+        """Of the units that this rank received, and of those that it carries."""
+        self.dropped_tokens = sum(carried["dropped"])
+        """Of those, the ones that are not finite."""
+
+    def receive(self, unit: Unit) -> None:
+        """A unit has arrived; its tokens that are not finite are accounted for."""
+        self._open[unit.number] = [unit.tokens, len(unit.dropped), int(unit.dropped.sum()), 0, 0]
+        self.received_tokens += unit.tokens
+        self.dropped_tokens += len(unit.dropped)
+
+    def train(self, taken: Taken) -> None:
+        """These rows are in a training step."""
+        units, owner = np.unique(taken.units, return_inverse=True)
+        counts = np.bincount(owner, minlength=len(units))
+        sums = np.bincount(owner, weights=taken.rows, minlength=len(units))
+        for unit, count, total in zip(units.tolist(), counts.tolist(), sums.tolist(), strict=True):
+            row = self._open[unit]
+            row[3] += count
+            row[4] += int(total)
+
+    def table(self) -> pa.Table:
+        """What is trained up to now, as SCHEMA."""
+        names = SCHEMA.names[1:]
+        rows = [{"unit": unit, **dict(zip(names, row, strict=True))} for unit, row in self._open.items()]
+        together = merge([self._settled, pa.Table.from_pylist(rows, schema=SCHEMA)])
+        finished = set(together.finished().tolist()) & set(self._open)
+        if finished:  # so that a long run does not make Python objects of all its units at each checkpoint
+            done = [row for row in rows if row["unit"] in finished]
+            self._settled = merge([self._settled, pa.Table.from_pylist(done, schema=SCHEMA)]).table
+            self._open = {unit: row for unit, row in self._open.items() if unit not in finished}
+        return together.table
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def from_parquet(data: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(data), schema=SCHEMA)
+
+
+def rows_left(
+    earlier: Mapping[int, NDArray[np.int32]], now: Iterable[Mapping[int, NDArray[np.int32]]]
+) -> dict[int, NDArray[np.int32]]:
+    """Of units that are begun but not finished, the rows still to be trained: the fewest that anybody knows of."""
+    left = dict(earlier)
+    for part in now:
+        for unit, rows in part.items():
+            left[unit] = np.intersect1d(left[unit], rows) if unit in left else rows
+    return left

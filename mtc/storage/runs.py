@@ -1,0 +1,253 @@
+"""The run directory: everything a finished run leaves, on a local path or any fsspec URL.
+
+    <root>/<run id>/config.yaml            the RunConfig
+                   transcoder.safetensors  weights, scalars and threshold
+                   metrics.jsonl           one line per logged step
+                   features.parquet        every figure of every feature, one row each
+                   examples.parquet        activating examples, ordered by feature
+                   analysis.json           mtc.results.analysis.Analysis
+                   report/...              HTML, Markdown, JSON, plots
+                   ledger.parquet          mtc.storage.ledger.SCHEMA: what was trained of each work unit
+                   import.json             of imported weights: where they come from
+                   events.jsonl            restarts, checkpoints that failed, spikes: one line each
+                   checkpoints/...         mtc.storage.checkpoints, until the run is deleted
+                   writer.json             mtc.storage.lease, while a job writes the run
+                   manifest.json           sizes and sha256 of all of the above, written last
+    <root>/latest                          the id of the newest finished run
+
+A run of several layers (`model.layers`) has one such directory for each, `<root>/<run id>/layer<N>`, a run of its own
+for every reader; beside them lie its config.yaml, a report that compares the layers, and a manifest of everything.
+
+A directory without a manifest is a run in progress or one that failed: readers refuse it and `latest` never names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import posixpath
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import fsspec
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from mtc.config import RunConfig, make_config
+from mtc.results import FORMAT_VERSION as ANALYSIS_VERSION
+from mtc.results import Analysis
+from mtc.storage.files import PATIENCE, absolute, patiently, write_atomic
+
+logger = logging.getLogger(__name__)
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WRITER = "writer.json"
+
+
+class RunError(RuntimeError):
+    """A run directory is missing, unfinished, damaged or of an unknown format; the message says which."""
+
+
+class FileEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    """Digest of the file, hexadecimal."""
+
+
+class Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    """Layout of the run directory; readers refuse one they do not know."""
+    run_id: str
+    """Name of the run: its directory's, for one layer of several `<run id>/layer<N>`."""
+    created: str
+    """When the run was finished, ISO 8601, UTC."""
+    files: dict[str, FileEntry]
+    """Every file of the run by its relative path."""
+
+
+class RunDirectory:
+    """Reads and atomically writes the files of one run; `url` is a local path or an fsspec URL."""
+
+    def __init__(self, url: str, run_id: str | None = None):
+        self.url = absolute(url)
+        self.fs, self.path = fsspec.core.url_to_fs(self.url)
+        self.run_id = run_id or posixpath.basename(self.path.rstrip("/"))
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({self.url!r})"
+
+    def location(self, name: str) -> str:
+        """The URL or path of a file of this run."""
+        return posixpath.join(self.url, name)
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file, or the directory itself, is there; raises the storage's error if that cannot be known."""
+        path = posixpath.join(self.path, name) if name else self.path
+        self.fs.invalidate_cache()  # others write here too
+        try:
+            patiently(lambda: self.fs.info(path))  # `fs.exists` takes every error for a no
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def names(self) -> list[str]:
+        """What lies directly here; nothing if there is no such directory."""
+        self.fs.invalidate_cache()
+        try:
+            found = patiently(lambda: self.fs.ls(self.path, detail=False))
+        except FileNotFoundError:
+            return []
+        return [posixpath.basename(path.rstrip("/")) for path in found]
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes; raises RunError if it is not there."""
+        try:
+            return bytes(patiently(lambda: self.fs.cat_file(posixpath.join(self.path, name))))
+        except FileNotFoundError:
+            raise RunError(f"{self.url} has no file {name!r}") from None
+
+    def write(self, name: str, data: bytes | str, patience: float = PATIENCE) -> None:
+        """Write a file so that a reader sees the old content or the new, never a part.
+
+        Storage that fails is asked again for `patience` seconds, then its error is raised.
+        """
+        content = data.encode() if isinstance(data, str) else data
+        patiently(lambda: write_atomic(self.location(name), content), patience)
+
+    def remove(self, name: str = "") -> None:
+        """Remove a file, or the whole directory."""
+        path = posixpath.join(self.path, name) if name else self.path
+        patiently(lambda: self.fs.rm(path, recursive=not name))
+
+    def config(self) -> RunConfig:
+        return make_config(yaml.safe_load(self.read("config.yaml")))
+
+    def for_layer(self, layer: int) -> RunDirectory:
+        """Where the files of one layer's transcoder lie: here, or in a directory of its own if there are several."""
+        if len(self.config().model.sites) == 1:
+            return self
+        return RunDirectory(self.location(f"layer{layer}"), f"{self.run_id}/layer{layer}")
+
+    def is_finished(self) -> bool:
+        return self.exists(MANIFEST)
+
+    def manifest(self) -> Manifest:
+        """The manifest; raises RunError for a run that is not there, not finished, or of an unknown format."""
+        if not self.exists():
+            raise RunError(f"no run at {self.url}")
+        if not self.is_finished():
+            raise RunError(f"{self.url} has no {MANIFEST}: the run is not finished, or it failed")
+        raw: dict[str, Any] = json.loads(self.read(MANIFEST))
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise RunError(
+                f"{self.url}/{MANIFEST}: format_version {raw.get('format_version')!r} is unknown; "
+                f"this version reads {FORMAT_VERSION}"
+            )
+        return Manifest.model_validate(raw)
+
+    def verify(self, names: Sequence[str] | None = None) -> Manifest:
+        """Check the size and sha256 of all files, or of some, against the manifest.
+
+        Raises RunError that names the file which is damaged or not in the manifest.
+        """
+        manifest = self.manifest()
+        for name in manifest.files if names is None else names:
+            if name not in manifest.files:
+                raise RunError(f"{self.url}: {MANIFEST} names no {name}")
+            entry = manifest.files[name]
+            data = self.read(name)
+            if len(data) != entry.bytes:
+                raise RunError(f"{self.url}: {name} has {len(data)} bytes, the manifest says {entry.bytes}")
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise RunError(f"{self.url}: {name} is damaged, its sha256 differs from the manifest's")
+        return manifest
+
+    def publish(self, latest: bool = True) -> Manifest:
+        """Write the manifest of all files present, then let `latest` name this run unless it is told not to."""
+        prefix = self.path.rstrip("/") + "/"
+        files = {}
+        for found in sorted(patiently(lambda: self.fs.find(self.path))):
+            name = found.removeprefix(prefix)
+            if name in (MANIFEST, WRITER) or name.startswith("checkpoints/") or name.endswith(".tmp"):
+                continue
+            data = self.read(name)
+            files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            run_id=self.run_id,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=files,
+        )
+        self.write(MANIFEST, manifest.model_dump_json(indent=1))
+        if latest:
+            latest_url = posixpath.join(posixpath.dirname(self.url.rstrip("/")), "latest")
+            patiently(lambda: write_atomic(latest_url, self.run_id.encode()))
+        return manifest
+
+
+def open_run(url: str, verify: bool = True) -> RunDirectory:
+    """A finished run by its directory, or `<root>/latest`, or one layer of either (`<root>/latest/layer9`).
+
+    Raises RunError if it is missing, unfinished or damaged.
+    """
+    run = named_run(url)
+    run.run_id = (run.verify() if verify else run.manifest()).run_id
+    return run
+
+
+def named_run(url: str) -> RunDirectory:
+    """What `open_run` opens, unread: there may be no run. Raises RunError if `latest` names none."""
+    url = absolute(url).rstrip("/")
+    above, name = posixpath.split(url)
+    if name == "latest":
+        url = _latest(url)
+    elif posixpath.basename(above) == "latest":
+        url = posixpath.join(_latest(above), name)
+    return RunDirectory(url)
+
+
+def open_layer_run(url: str, verify: bool = True) -> RunDirectory:
+    """Like `open_run`, for readers of one transcoder: also raises RunError if the run holds those of several layers."""
+    run = open_run(url, verify)
+    require_one_layer(run)
+    return run
+
+
+def require_one_layer(run: RunDirectory) -> None:
+    """Raises RunError if the run holds the transcoders of several layers, saying where each of them is."""
+    sites = run.config().model.sites
+    if len(sites) > 1:
+        places = ", ".join(run.for_layer(part.layer).url for part in sites)
+        raise RunError(f"{run.url} holds the transcoders of {len(sites)} layers; name one of them: {places}")
+
+
+def _latest(url: str) -> str:
+    fs, path = fsspec.core.url_to_fs(url)
+    try:
+        name = bytes(patiently(lambda: fs.cat_file(path))).decode().strip()
+    except FileNotFoundError:
+        raise RunError(f"no finished run in {posixpath.dirname(url)}") from None
+    return posixpath.join(posixpath.dirname(url), name)
+
+
+def load_analysis(run: RunDirectory) -> Analysis:
+    """The run's analysis; raises RunError if there is none, or one of another version."""
+    return parse_analysis(run.read("analysis.json"), run.url)
+
+
+def parse_analysis(data: bytes, name: str) -> Analysis:
+    """An analysis.json of the run `name`; raises RunError for another version, ValueError for what is none."""
+    raw: dict[str, Any] = json.loads(data)
+    if raw.get("format_version") != ANALYSIS_VERSION:
+        raise RunError(
+            f"{name}/analysis.json: format_version {raw.get('format_version')!r} is unknown; this version reads "
+            f"{ANALYSIS_VERSION}: analyse the run again (jobs/analyze.py --run {name})"
+        )
+    return Analysis.model_validate(raw)

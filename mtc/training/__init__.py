@@ -1,0 +1,22 @@
+"""From activations to weights: shuffle buffer, trainer, calibration, and the ledger of what was trained."""
+
+from mtc.training.calibration import Calibrator
+from mtc.training.clock import Clock
+from mtc.training.health import Health
+from mtc.training.shuffle_buffer import ShuffleBuffer, Taken, Unit
+from mtc.training.trainer import StepMetrics, StepResult, Trainer
+from mtc.training.upload import Upload, on_device
+
+__all__ = [
+    "Calibrator",
+    "Clock",
+    "Health",
+    "ShuffleBuffer",
+    "StepMetrics",
+    "StepResult",
+    "Taken",
+    "Trainer",
+    "Unit",
+    "Upload",
+    "on_device",
+]

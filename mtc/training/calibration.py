@@ -1,0 +1,44 @@
+"""The inference threshold, from fresh tokens after training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtc.transcoder import MatryoshkaTranscoder, agree, kth_largest
+
+
+class Calibrator:
+    """Finds the inference threshold: the activation that k entries per token exceed, on fresh tokens of all ranks.
+
+    It keeps the strongest pre-activations of each batch, so memory is a small multiple of k per token; exact as long as
+    no batch needs more than `headroom` times its share.
+    """
+
+    def __init__(self, transcoder: MatryoshkaTranscoder, headroom: int = 4):
+        self.transcoder = transcoder
+        self.headroom = headroom
+        self.tokens = 0
+        self.strongest: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, source: Tensor) -> None:
+        """Take in raw source activations [tokens, d_source]."""
+        if not len(source):
+            return
+        z = self.transcoder.pre_activations(source.to(self.transcoder.W_enc.device)).flatten()
+        share = min(z.numel(), self.headroom * self.transcoder.shape.k * len(source))
+        border = z.topk(share).values[-1]
+        self.strongest.append(z[(z >= border) & (z > 0)])
+        self.tokens += len(source)
+
+    @torch.no_grad()
+    def finish(self) -> float:
+        """Set and return the threshold; call on every rank."""
+        device = self.transcoder.W_enc.device
+        (total,) = agree(self.tokens)
+        values = torch.cat([*self.strongest, torch.zeros(0, device=device)])
+        # Entries strictly above the threshold are active, so it is the first value that is not among the k per token.
+        threshold = float(kth_largest(values, self.transcoder.shape.k * int(total) + 1))
+        self.transcoder.threshold.fill_(threshold)
+        return threshold

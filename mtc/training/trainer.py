@@ -1,0 +1,301 @@
+"""The training loop's parts: the Trainer, whose step is the whole algorithm, and calibration.
+
+No Ray and no I/O. When torch.distributed is set up, every rank makes the same calls with its share of each batch, and
+the result is that of one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtc.config import RunConfig
+from mtc.devices import choose_bfloat16, device_name, is_gpu, synchronise
+from mtc.training.backends import choose_backend
+from mtc.transcoder import (
+    Averaging,
+    Compute,
+    MatryoshkaTranscoder,
+    Objective,
+    TrainOutput,
+    TranscoderShape,
+    Workspace,
+    agree,
+    all_reduce,
+    native,
+    world_size,
+)
+
+BACKENDS: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
+DEAD_REFRESH = 8
+"""Steps between two looks at which features AuxK works on."""
+
+
+class StepMetrics(NamedTuple):
+    """One training step, over the batches of all ranks."""
+
+    step: int
+    """Steps done, this one included."""
+    tokens: int
+    """Tokens trained on, over all steps and ranks."""
+    loss: float
+    """Training loss: weighted mean over prefixes, plus AuxK."""
+    fvu: tuple[float, ...]
+    """Per prefix, squared error over squared deviation from the batch's mean."""
+    l0: float
+    """Active features per token."""
+    dead: int
+    """Features that have not fired for `dead_after_tokens`."""
+    dead_groups: tuple[int, ...]
+    """The same by group of the dictionary."""
+    lr: float
+    """Learning rate of this step."""
+    gradient_norm: float
+    """Global gradient norm before clipping."""
+    skipped: int = 0
+    """Steps up to now whose gradient was not finite, so that they changed no weights."""
+    skipped_in_a_row: int = 0
+    """How many of them are the newest."""
+
+
+class StepResult(NamedTuple):
+    """What a step leaves on the device; `metrics` waits for it."""
+
+    step: int
+    """Steps done, this one included."""
+    tokens: int
+    """Tokens trained on, over all steps and ranks."""
+    batch: int
+    """Tokens of this step, over all ranks."""
+    lr: float
+    """Learning rate of this step."""
+    ranks: int
+    """Processes that trained together."""
+    gradient_norm: Tensor
+    """Scalar, before clipping."""
+    dead: Tensor
+    """[groups], features that have not fired for `dead_after_tokens`."""
+    totals: TrainOutput
+    """Sums over all ranks."""
+    skipped: Tensor
+    """[2]: steps without a finite gradient, in all and in a row."""
+
+    def loss_and_l0(self) -> Tensor:
+        """[2], on the device."""
+        return torch.stack((self.totals.loss.reshape(()) / self.ranks, self.totals.num_active.reshape(()) / self.batch))
+
+    def metrics(self) -> StepMetrics:
+        totals = self.totals
+        loss = float(totals.loss) / self.ranks
+        deviation = float(totals.target_square) - float(totals.target_sum.square().sum()) / self.batch
+        fvu = tuple(error / max(deviation, 1e-30) for error in totals.errors.tolist())
+        l0 = float(totals.num_active) / self.batch
+        norm = float(self.gradient_norm)
+        skipped, in_a_row = self.skipped.tolist()
+        dead = tuple(self.dead.tolist())
+        return StepMetrics(self.step, self.tokens, loss, fvu, l0, sum(dead), dead, self.lr, norm, skipped, in_a_row)
+
+
+class Trainer:
+    """Owns the transcoder, its optimizer and its schedule; `state_dict` holds all that must survive a restart."""
+
+    def __init__(self, config: RunConfig, d_source: int, d_target: int, device: str | torch.device = "cpu"):
+        self.config = config
+        self.device = torch.device(device)
+        settings, optimizer = config.transcoder, config.optimizer
+        shape = TranscoderShape(d_source, d_target, settings.group_sizes, settings.k, config.input_norm, settings.skip)
+        self.transcoder = MatryoshkaTranscoder(shape, settings.seed).to(self.device)
+        self.averaging = Averaging(self.transcoder, self.device)
+        self.optimizer: Any = torch.optim.Adam(
+            self.transcoder.parameters(), lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
+        )
+        self.compute: Compute | None = None
+        """How losses are computed; chosen at the first step."""
+        self.compute_timings: dict[str, float] = {}
+        """Seconds of each backend's forward and backward pass, where `auto` measured them."""
+        self.compute_reason = ""
+        """Why `auto` took it on a GPU."""
+        self.workspace = Workspace()
+        self.dead = torch.zeros(self.transcoder.num_features, dtype=torch.bool, device=self.device)
+        """[features]: what AuxK works on; looked up every DEAD_REFRESH steps, since that waits for the device."""
+        self.dead_index = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
+        """Steps without a finite gradient, in all and in a row; on the device, so that looking for them waits for
+        nothing."""
+        self.step_number = 0
+        self.tokens = 0
+
+    def initialise(self, source: Tensor, target: Tensor) -> None:
+        """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d]."""
+        self.transcoder.initialise(source.to(self.device), target.to(self.device), self.config.transcoder.seed)
+
+    def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
+        """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations.
+
+        `global_tokens` is the size of all ranks' shares together; it must be given where they are not equal.
+        """
+        source, target = source.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+        tokens = global_tokens or len(source) * world_size()
+        if self.step_number % DEAD_REFRESH == 0:
+            self._find_dead(self.transcoder.tokens_since_fired >= self.config.transcoder.dead_after_tokens)
+        objective = self._objective(tokens)
+        if self.compute is None:
+            self._choose_compute(source, target, objective)
+        self._recycle_gradients()
+        output = self.averaging.module(source, target, objective, self.compute, self.workspace)
+        self.averaging.backward(output.loss)
+
+        norm = nn.utils.get_total_norm([p.grad for p in self.transcoder.parameters() if p.grad is not None])
+        # Fused Adam divides gradients by this on the way, so that clipping costs no pass of its own.
+        self.optimizer.grad_scale = (norm / self.config.optimizer.gradient_clip).clamp(min=1)
+        bad = ~norm.isfinite()  # then Adam changes nothing
+        self.optimizer.found_inf = bad.float()
+        lr = self.learning_rate(self.step_number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+        self.step_number += 1
+        self.tokens += tokens
+        sums = [part.detach().double().reshape(-1) for part in output]
+        total = torch.cat(sums)
+        all_reduce(total)
+        totals = TrainOutput(*total.split([len(part) for part in sums]))
+        self.skipped = torch.stack((self.skipped[0] + bad, (self.skipped[1] + 1) * bad))
+        dead = self._count_silence((totals.fired > 0) & ~bad, tokens)
+        return StepResult(self.step_number, self.tokens, tokens, lr, world_size(), norm, dead, totals, self.skipped)
+
+    def healthy(self) -> bool:
+        """Whether the newest step changed the weights; waits for the device."""
+        return not int(self.skipped[1])
+
+    def describe_compute(self) -> str:
+        """How losses are computed, for the run's record: "sparse, compiled (auto: dense 80.1 ms, sparse 21.4 ms)"."""
+        if self.compute is None:
+            return "not chosen yet"
+        how = ""
+        if is_gpu(self.device):
+            how = f" on {device_name(self.device)}"
+        elif self.compute.backend == "sparse":
+            how = f", {native.status()}"
+        timings = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in self.compute_timings.items())
+        why = timings or self.compute_reason
+        return f"{self.compute.backend}{how}" + (f" (auto: {why})" if why else "")
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, a constant, then a linear decay to `final_lr_fraction` at the last step; counts from 0."""
+        settings, total = self.config.optimizer, self.config.total_steps
+        if step < settings.warmup_steps:
+            return self.config.lr * (step + 1) / settings.warmup_steps
+        start = max(settings.warmup_steps, round(total * (1 - settings.decay_fraction)))
+        progress = min(1.0, max(0.0, (step - start) / max(1, total - 1 - start)))
+        return self.config.lr * (1 - (1 - settings.final_lr_fraction) * progress)
+
+    def _objective(self, tokens: int) -> Objective:
+        """What a global batch of `tokens` is asked to do."""
+        settings, ends = self.config.transcoder, self.transcoder.prefixes
+        per_token = world_size() / (tokens * self.transcoder.shape.d_target)  # DDP averages over ranks
+        weights = settings.prefix_weights or (1.0,) * len(ends)
+        return Objective(
+            ends=ends,
+            weights=tuple(w / sum(weights) * per_token for w in weights),
+            num_entries=settings.k * tokens,
+            dead=self.dead_index if settings.aux_coefficient else self.dead_index[:0],
+            aux_k=settings.aux_k,
+            aux_weight=settings.aux_coefficient * per_token,
+        )
+
+    def _choose_compute(self, source: Tensor, target: Tensor, objective: Objective) -> None:
+        settings = self.config.optimizer
+        # Ranks must make the same collective calls.
+        (everywhere,) = agree(choose_bfloat16(settings.precision, self.device), op=dist.ReduceOp.MIN)
+        bfloat16 = bool(everywhere)
+        if settings.backend != "auto":
+            self.compute = Compute(settings.backend, bfloat16)
+            return
+        if is_gpu(self.device):
+            tokens, features = settings.batch_tokens // world_size(), self.transcoder.num_features
+            found, self.compute_reason = choose_backend(device_name(self.device), features, tokens, bfloat16)
+            (dense,) = agree(found == "dense", op=dist.ReduceOp.MIN)
+            self.compute = Compute("dense", False) if dense else Compute("sparse", bfloat16)
+            if self.compute.backend != found:
+                self.compute_reason = "another trainer's GPU takes it"
+            return
+        for backend in BACKENDS:
+            self.compute_timings[backend] = self._time(Compute(backend, bfloat16), source, target, objective)
+        fastest = min(BACKENDS, key=lambda backend: self.compute_timings[backend])
+        self.compute = Compute(fastest, bfloat16)
+
+    def _time(self, compute: Compute, source: Tensor, target: Tensor, objective: Objective) -> float:
+        """Median seconds of forward and backward on the slowest rank; the same number on all ranks."""
+        seconds = []
+        for _ in range(4):
+            synchronise(self.device)
+            start = time.perf_counter()
+            self._recycle_gradients()
+            self.transcoder(source, target, objective, compute, self.workspace).loss.backward()
+            synchronise(self.device)
+            seconds.append(time.perf_counter() - start)
+        (slowest,) = agree(statistics.median(seconds[1:]), op=dist.ReduceOp.MAX)  # the first one warms up
+        return slowest
+
+    def _recycle_gradients(self) -> None:
+        """Drop the last step's gradients; the sparse backward writes the large ones into the same memory again."""
+        for name, parameter in self.transcoder.named_parameters():
+            sparse = self.compute is not None and self.compute.backend == "sparse"
+            if sparse and name in ("W_enc", "W_dec") and parameter.grad is not None and native.runs(parameter.grad):
+                self.workspace.give(name, parameter.grad)
+            parameter.grad = None
+
+    def _find_dead(self, dead: Tensor) -> None:
+        self.dead = dead
+        self.dead_index = dead.nonzero().squeeze(1)
+
+    def _count_silence(self, fired: Tensor, tokens: int) -> Tensor:
+        """Advance the dead-feature counter by the global batch; returns how many features are dead, [groups]."""
+        since = self.transcoder.tokens_since_fired
+        since.add_(tokens).masked_fill_(fired, 0)
+        dead = since >= self.config.transcoder.dead_after_tokens
+        return torch.stack([group.sum() for group in dead.split(list(self.config.transcoder.group_sizes))])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything stateful as flat named tensors: a snapshot, which later steps do not change."""
+        state = {f"transcoder.{name}": value for name, value in self.transcoder.state_dict().items()}
+        for name, parameter in self.transcoder.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"optimizer.{key}.{name}"] = value
+        if self.compute is not None:
+            state["compute"] = torch.tensor([BACKENDS.index(self.compute.backend), self.compute.bfloat16])
+            state["compute_seconds"] = torch.tensor([self.compute_timings.get(b, 0.0) for b in BACKENDS])
+        state["dead"] = self.dead
+        state["skipped"] = self.skipped
+        state["step"] = torch.tensor(self.step_number)
+        state["tokens"] = torch.tensor(self.tokens)
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        prefix = "transcoder."
+        self.transcoder.load_state_dict({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
+        for name, parameter in self.transcoder.named_parameters():
+            moments: dict[str, Any] = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"optimizer.{key}.{name}" in state:
+                    # Adam compares its step counter on the host unless it is fused on a GPU.
+                    moments[key] = state[f"optimizer.{key}.{name}"].to(self.device)
+            if moments:
+                self.optimizer.state[parameter] = moments
+        if "compute" in state:  # a run goes on as it began, on the same rounding
+            backend, bfloat16 = state["compute"].tolist()
+            self.compute = Compute(BACKENDS[backend], bool(bfloat16))
+            seconds = zip(BACKENDS, state["compute_seconds"].tolist(), strict=True)
+            self.compute_timings = {name: value for name, value in seconds if value}
+            if self.config.optimizer.backend == "auto":
+                self.compute_reason = "as the run began"
+        self._find_dead(state["dead"].to(self.device))
+        self.skipped = state["skipped"].to(self.device)
+        self.step_number, self.tokens = int(state["step"]), int(state["tokens"])

@@ -1,0 +1,29 @@
+"""The Matryoshka transcoder: weights, BatchTopK over all ranks, the nested loss dense and sparse."""
+
+from mtc.transcoder.batch_topk import kth_largest
+from mtc.transcoder.distributed import Averaging, agree, all_gather, all_reduce, backend, waits, world_size
+from mtc.transcoder.objective import Objective
+from mtc.transcoder.products import Workspace, entry_dots
+from mtc.transcoder.saved import load_transcoder
+from mtc.transcoder.transcoder import RMS_EPS, Codes, Compute, MatryoshkaTranscoder, TrainOutput, TranscoderShape
+
+__all__ = [
+    "RMS_EPS",
+    "Averaging",
+    "Codes",
+    "Compute",
+    "MatryoshkaTranscoder",
+    "Objective",
+    "TrainOutput",
+    "TranscoderShape",
+    "Workspace",
+    "agree",
+    "all_gather",
+    "all_reduce",
+    "backend",
+    "entry_dots",
+    "kth_largest",
+    "load_transcoder",
+    "waits",
+    "world_size",
+]

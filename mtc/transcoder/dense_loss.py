@@ -1,0 +1,35 @@
+"""The training loss written down as it is defined, for autograd: the reference of the sparse one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mtc.transcoder.batch_topk import keep_largest
+from mtc.transcoder.objective import LossOutput, Objective, Weights
+
+# Dense: the reference, and the faster choice where products are cheap -----------------------------------------------
+
+
+def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> LossOutput:
+    """The loss by dense products and autograd. x [tokens, d_source] normalised, y [tokens, d_target] scaled."""
+    before = linear(x, weights.W_enc, weights.b_enc)
+    z = torch.relu(before)
+    keep, _ = keep_largest(z.detach().float().flatten(), objective.num_entries)
+    keep = keep.view_as(z)
+    a = z * keep
+    residual, errors, start = weights.b_dec - y, [], 0
+    for end in objective.ends:
+        residual = residual + a[:, start:end] @ weights.W_dec[start:end]
+        errors.append(residual.square().sum())
+        start = end
+    loss = sum(w * e for w, e in zip(objective.weights, errors, strict=True))
+    aux_error = y.new_zeros(())
+    if len(objective.dead):
+        candidates = before[:, objective.dead]
+        strongest = candidates.topk(min(objective.aux_k, len(objective.dead)), dim=1)
+        a_dead = torch.zeros_like(candidates).scatter(1, strongest.indices, strongest.values)
+        aux_error = (residual.detach() + a_dead @ weights.W_dec[objective.dead]).square().sum()
+        loss = loss + objective.aux_weight * aux_error
+    return LossOutput(loss, torch.stack(errors).detach(), aux_error.detach(), keep.sum(), keep.any(0))  # type: ignore[arg-type]

@@ -1,0 +1,48 @@
+"""What the training loss is made of, and what it gives back; the same for the dense and the sparse computation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Objective(NamedTuple):
+    """What the loss is made of at one step, equal on all ranks."""
+
+    ends: tuple[int, ...]
+    """One past the last feature of each prefix, increasing; the last is the whole dictionary."""
+    weights: tuple[float, ...]
+    """Weight of each prefix's squared error, summed over tokens and dimensions."""
+    num_entries: int
+    """Entries to choose, over all ranks: k * tokens."""
+    dead: Tensor
+    """[dead features] int64, sorted: the features that AuxK may use."""
+    aux_k: int
+    """Dead features per token that reconstruct the residual."""
+    aux_weight: float
+    """Weight of AuxK's squared error."""
+
+
+class LossOutput(NamedTuple):
+    loss: Tensor
+    """Scalar, this rank's part of the weighted sum; differentiable."""
+    errors: Tensor
+    """[prefixes], squared error summed over this rank's tokens and dimensions."""
+    aux_error: Tensor
+    """Scalar, the same for AuxK; 0 without dead features."""
+    num_active: Tensor
+    """Scalar, chosen entries of this rank."""
+    fired: Tensor
+    """[features], bool: chosen at least once on this rank."""
+
+
+class Weights(NamedTuple):
+    W_enc: Tensor
+    """[features, d_source]"""
+    b_enc: Tensor
+    """[features]"""
+    W_dec: Tensor
+    """[features, d_target]"""
+    b_dec: Tensor
+    """[d_target]"""

@@ -1,0 +1,18 @@
+"""The transcoder of a finished run."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+
+from mtc.storage import RunDirectory
+from mtc.transcoder.transcoder import MatryoshkaTranscoder
+
+
+def load_transcoder(run: RunDirectory, device: str | torch.device = "cpu") -> MatryoshkaTranscoder:
+    """The run's transcoder, through a temporary local file where the run is remote."""
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(run.read("transcoder.safetensors"))
+        file.flush()
+        return MatryoshkaTranscoder.load(file.name, device)

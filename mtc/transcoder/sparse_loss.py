@@ -1,0 +1,241 @@
+"""The training loss of a Matryoshka transcoder and its gradients, twice: dense, and sparse after the selection.
+
+    z     = ReLU(x W_enc^T + b_enc)                        [tokens, features]
+    a     = BatchTopK(z)                                   k entries per token on average
+    R_p   = b_dec + sum over groups g <= p of a_g W_dec_g - y     residual of prefix p, [tokens, d_target]
+    loss  = sum over p of w_p ||R_p||^2  +  w_aux ||stop(R_last) + a_dead W_dec_dead||^2
+
+`dense_loss` writes this down and lets autograd differentiate: five products of [tokens, d] x [d, features].
+`sparse_loss` makes one such product, for z, and then touches only the chosen entries (about 1 % of z). Per token the
+residuals follow from one decode, cut at the prefix borders and accumulated. With H_p = 2 sum over q >= p of w_q R_q,
+
+    dL/da[t, j]     = H_group(j)[t] . W_dec[j]             at chosen entries only
+    dL/dW_dec[j]    = sum over chosen t of a[t, j] H_group(j)[t]
+    dL/dW_enc[j]    = sum over chosen t of dL/da[t, j] x[t]
+
+AuxK (Gao et al. 2024, arXiv:2406.04093) is one more slot behind the prefixes: its entries are each token's strongest
+dead features, its residual starts from the last prefix's, and its H flows to its own entries alone. Its values are
+those before the ReLU, since a feature that is negative on every token gets no gradient through one and stays dead.
+On CPUs the loops run compiled (kernels.c) for float32; everywhere else as torch operations, the same on CPU and GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from mtc.devices import is_gpu
+from mtc.transcoder import native
+from mtc.transcoder.batch_topk import Chosen, keep_largest, largest_entries
+from mtc.transcoder.objective import LossOutput, Objective, Weights
+from mtc.transcoder.products import Bags, Workspace, bag_sums, entry_dots, make_bags
+
+REFINE = 1.1
+"""How many times the wanted entries the bfloat16 product proposes; their values, computed again, decide."""
+
+
+class Entries(NamedTuple):
+    """Chosen entries of z, ordered by token, then slot (prefix group, AuxK last), then feature."""
+
+    token: Tensor
+    """[entries] int64"""
+    feature: Tensor
+    """[entries] int64"""
+    slot: Tensor
+    """[entries] int64: token * slots + slot, non-decreasing."""
+    slots: Bags
+    """One for each slot of each token, tokens * slots."""
+    by_feature: Tensor
+    """[entries]: the order that sorts entries by feature."""
+    features: Bags
+    """One for each feature, of the entries in that order."""
+
+
+def sparse_loss(
+    x: Tensor, y: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool = False
+) -> LossOutput:
+    """The same as `dense_loss`, up to rounding, with gradients computed from the chosen entries.
+
+    `bfloat16_product` finds the entries by a bfloat16 product and computes their values again in x's dtype.
+    """
+    aux = len(objective.dead) > 0
+    slots = len(objective.ends) + aux
+    assert len(objective.weights) == len(objective.ends)
+    with torch.no_grad():
+        z = _product(x, weights, workspace, bfloat16_product)
+        token, feature, value = _choose(z, x, weights, objective, workspace, bfloat16_product)
+        active = value > 0
+        num_active = active.sum()
+        fired = torch.zeros_like(weights.b_enc).index_add_(0, feature, value) > 0
+        # Of the sums only the sign is read, so it does not matter that a GPU adds in any order.
+        # Numbers go to a GPU as arguments of its kernels: a small tensor made on the host would wait for the device.
+        slot = token * slots + sum((feature >= end).long() for end in objective.ends[:-1])
+        if aux:
+            dead = _choose_dead(z, objective)
+            if bfloat16_product:
+                dead = dead._replace(value=_refine(x, weights, dead.token, dead.feature))
+            slot, order = torch.cat([slot, dead.token * slots + slots - 1]).sort(stable=True)
+            token, feature, value = (
+                torch.cat(parts)[order] for parts in ((token, dead.token), (feature, dead.feature), (value, dead.value))
+            )
+            active = torch.cat([active, torch.ones_like(dead.value, dtype=torch.bool)])[order]
+        workspace.give("z", z)
+        # A token that is not finite has no entries: without this its NaN would go unnoticed.
+        value = value + 0 * x.sum()
+        entries = _arrange(token, feature, slot, slots, len(x), len(weights.b_enc))
+    value = _EncodeChosen.apply(x, weights.W_enc, weights.b_enc, value, active, entries, workspace)
+    slot_weights = (*objective.weights, objective.aux_weight) if aux else objective.weights
+    loss, errors = _NestedLoss.apply(value, weights.W_dec, weights.b_dec, y, entries, slot_weights, aux, workspace)
+    aux_error = errors[-1] if aux else errors.new_zeros(())
+    return LossOutput(loss, errors[: len(objective.ends)], aux_error, num_active, fired)
+
+
+class _EncodeChosen(Function):
+    """Values of the chosen entries, x[t] . W_enc[j] + b_enc[j], which are known already; adds their gradients, where
+    `active` [entries]: the others only fill up the shape."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, value: Tensor, active: Tensor, entries: Entries,
+        workspace: Workspace,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, W_enc, active)
+        ctx.entries, ctx.workspace = entries, workspace
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, active = ctx.saved_tensors
+        entries: Entries = ctx.entries
+        gradient = torch.where(active, gradient, 0.0)
+        order = entries.by_feature
+        token, by_feature = entries.token[order], gradient[order]
+        d_W = bag_sums(x, token, by_feature, entries.features, ctx.workspace, "W_enc")
+        d_b = bag_sums(x.new_ones(len(x), 1), token, by_feature, entries.features).squeeze(1)  # in a fixed order
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            slots = (len(entries.slots.offsets) - 1) // len(x)
+            tokens = make_bags(entries.slots.offsets[::slots].contiguous(), len(gradient))
+            d_x = bag_sums(W_enc, entries.feature, gradient, tokens)
+        return d_x, d_W, d_b, None, None, None, None
+
+
+class _NestedLoss(Function):
+    """Weighted squared error of every slot, with H computed on the way: forward does most of the backward's work."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, entries: Entries, weights: tuple[float, ...],
+        aux: bool, workspace: Workspace,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        H, d_value, errors = nested_residuals(value, W_dec, b_dec, y, entries, weights, aux, workspace)
+        ctx.save_for_backward(value, H, d_value)
+        ctx.entries, ctx.workspace = entries, workspace
+        ctx.mark_non_differentiable(errors)
+        return torch.stack([w * e for w, e in zip(weights, errors, strict=True)]).sum(), errors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        value, H, d_value = ctx.saved_tensors
+        entries, workspace = ctx.entries, ctx.workspace
+        order = entries.by_feature
+        d_y = None
+        if any(ctx.needs_input_grad[2:4]):
+            d_y = -gradient * H[:, 0]  # every prefix holds b_dec - y, and H_0 sums over all of them
+        bags = entries.slot[order], (gradient * value)[order], entries.features
+        d_W = bag_sums(H.flatten(0, 1), *bags, workspace, "W_dec")
+        d_b = None if d_y is None else -d_y.sum(0)
+        if native.runs(H):
+            workspace.give("H", H)
+        return gradient * d_value, d_W, d_b, d_y if ctx.needs_input_grad[3] else None, None, None, None, None
+
+
+def nested_residuals(
+    value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, entries: Entries, weights: tuple[float, ...], aux: bool,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """H [tokens, slots, d_target], dL/d value [entries] and the squared error of each slot [slots]."""
+    tokens, slots = len(y), len(weights)
+    prefixes = slots - aux
+    if native.runs(W_dec):
+        doubled = torch.tensor([2 * w for w in weights])
+        H = workspace.take("H", (tokens, slots, W_dec.shape[1]), y)
+        d_value, errors = value.new_empty(len(value)), y.new_empty(tokens, slots)
+        tables = (value, entries.feature, entries.slots.offsets, W_dec, b_dec, y.contiguous(), doubled)
+        native.call("nested_pass", *tables, int(aux), H, d_value, errors, tokens, slots, W_dec.shape[1])
+        return H, d_value, errors.sum(0)
+    H = bag_sums(W_dec, entries.feature, value, entries.slots).view(tokens, slots, W_dec.shape[1])
+    H[:, 0] += b_dec - y
+    for slot in range(1, slots):
+        H[:, slot] += H[:, slot - 1]  # residuals R of each prefix, and of AuxK behind the last
+    errors = H.square().sum((0, 2))
+    for slot in range(slots - 1, -1, -1):
+        H[:, slot] *= 2 * weights[slot]
+        if slot < prefixes - 1:
+            H[:, slot] += H[:, slot + 1]
+    return H, entry_dots(H.flatten(0, 1), entries.slot, W_dec, entries.feature), errors
+
+
+# Choosing entries ---------------------------------------------------------------------------------------------------
+
+
+def _product(x: Tensor, weights: Weights, workspace: Workspace, bfloat16_product: bool) -> Tensor:
+    """x W_enc^T + b_enc, [tokens, features], in x's dtype; its values are bfloat16's if the product was."""
+    if bfloat16_product and x.device.type != "cpu":  # where the sums of products need not be rounded to bfloat16 again
+        return torch.mm(x.bfloat16(), weights.W_enc.bfloat16().t(), out_dtype=x.dtype).add_(weights.b_enc)
+    z = workspace.take("z", (len(x), len(weights.b_enc)), x)
+    if bfloat16_product:
+        return z.copy_(linear(x.bfloat16(), weights.W_enc.bfloat16(), weights.b_enc.bfloat16()))
+    return torch.addmm(weights.b_enc, x, weights.W_enc.t(), out=z)
+
+
+def _choose(
+    z: Tensor, x: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool
+) -> Chosen:
+    """The global batch's largest positive entries."""
+    count = objective.num_entries
+    if not bfloat16_product:
+        chosen, workspace.border = largest_entries(z, count, workspace.border)
+        return chosen
+    proposed, workspace.border = largest_entries(z, round(count * REFINE), workspace.border)
+    value = torch.where(proposed.value > 0, _refine(x, weights, proposed.token, proposed.feature).relu(), 0.0)
+    keep, _ = keep_largest(value.float(), count)
+    if is_gpu(z.device):  # shapes that depend on values would wait for the host; zeros add nothing
+        return proposed._replace(value=torch.where(keep, value, 0.0))
+    return Chosen(proposed.token[keep], proposed.feature[keep], value[keep])
+
+
+def _choose_dead(z: Tensor, objective: Objective) -> Chosen:
+    """Each token's strongest dead features; values may be negative."""
+    strongest = z[:, objective.dead].topk(min(objective.aux_k, len(objective.dead)), dim=1)
+    column, order = strongest.indices.sort(dim=1)
+    token = torch.arange(len(z), device=z.device).repeat_interleave(column.shape[1])
+    return Chosen(token, objective.dead[column.flatten()], strongest.values.gather(1, order).flatten())
+
+
+def _refine(x: Tensor, weights: Weights, token: Tensor, feature: Tensor) -> Tensor:
+    """x W_enc^T + b_enc at some entries, in x's dtype."""
+    return entry_dots(x, token, weights.W_enc, feature) + weights.b_enc[feature]
+
+
+def _arrange(token: Tensor, feature: Tensor, slot: Tensor, slots: int, tokens: int, features: int) -> Entries:
+    """Entries with their orders; `slot` [entries] as in Entries, non-decreasing."""
+    by_feature = feature.argsort(stable=True)
+    by_slot, of_feature = (
+        make_bags(_offsets(index, size), len(token)) for index, size in ((slot, tokens * slots), (feature, features))
+    )
+    return Entries(token, feature, slot, by_slot, by_feature, of_feature)
+
+
+def _offsets(index: Tensor, size: int) -> Tensor:
+    """[size + 1]: how many of `index` are less than each number."""
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+    counts[1:].scatter_add_(0, index, torch.ones_like(index))
+    return counts.cumsum(0)

@@ -1,0 +1,329 @@
+"""The Matryoshka transcoder: a sparse one-hidden-layer network whose dictionary is nested in prefixes.
+
+    z   = ReLU(norm(x) W_enc^T + b_enc)                    pre-activations of all F features
+    a   = z where z is among the k * B largest of the global batch (training), or z > threshold (inference)
+    y_m = sum over features j < m of a_j W_dec[j] + b_dec  one per prefix m; with `skip`, + W_skip norm(x)
+
+BatchTopK: Bussmann et al. 2024, arXiv:2412.06410. Matryoshka dictionaries: Bussmann et al. 2025, arXiv:2503.17547.
+Transcoders: Dunefsky et al. 2024, arXiv:2406.11944. AuxK: Gao et al. 2024, arXiv:2406.04093.
+Callers always pass and get raw activations; the scaling of inputs and targets lives in the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from mtc.transcoder.dense_loss import dense_loss
+from mtc.transcoder.distributed import agree, all_gather, all_reduce, distributed
+from mtc.transcoder.objective import Objective, Weights
+from mtc.transcoder.products import Workspace, bag_sums, entry_dots, make_bags
+from mtc.transcoder.sparse_loss import sparse_loss
+
+FORMAT_VERSION = 1
+RMS_EPS = 1e-6
+
+
+class TranscoderShape(NamedTuple):
+    """What a weights file needs to be read again."""
+
+    d_source: int
+    d_target: int
+    group_sizes: tuple[int, ...]
+    k: int
+    input_norm: str
+    skip: bool = False
+    """Whether an affine map of the source is added to every reconstruction."""
+
+
+class Codes(NamedTuple):
+    """Sparse feature activations, token by token, features ascending within each."""
+
+    tokens: int
+    """Tokens that were encoded."""
+    token: Tensor
+    """[entries] int64, non-decreasing."""
+    feature: Tensor
+    """[entries] int64."""
+    value: Tensor
+    """[entries] float32, above 0."""
+
+
+class Compute(NamedTuple):
+    """How the training loss is computed; see `mtc.transcoder.sparse_loss`."""
+
+    backend: Literal["dense", "sparse"] = "dense"
+    bfloat16: bool = False
+    """dense: all products in bfloat16. sparse: the encoder's, with chosen values computed again in float32."""
+
+
+class TrainOutput(NamedTuple):
+    """Result of a training forward pass over this rank's share of the batch."""
+
+    loss: Tensor
+    """Scalar, differentiable."""
+    errors: Tensor
+    """[prefixes], squared error in scaled units, summed over tokens and dimensions."""
+    aux_error: Tensor
+    """Scalar, the same for AuxK; 0 without dead features."""
+    num_active: Tensor
+    """Scalar, selected entries of this rank."""
+    fired: Tensor
+    """[features], bool: selected at least once on this rank."""
+    target_sum: Tensor
+    """[d_target], scaled targets summed over tokens."""
+    target_square: Tensor
+    """Scalar, their squares summed over tokens and dimensions."""
+
+
+class MatryoshkaTranscoder(nn.Module):
+    """Weights W_enc [features, d_source], b_enc [features], W_dec [features, d_target], b_dec [d_target], float32, and
+    with `shape.skip` W_skip [d_target, d_source] (Paulo et al. 2025, arXiv:2501.18823).
+
+    Buffers: `input_scale` and `target_scale` (scalars that multiply sources and targets), `threshold` (scalar, NaN
+    until calibrated; [features] in dictionaries that were imported with one for each) and `tokens_since_fired`
+    [features], int64.
+    """
+
+    input_scale: Tensor
+    target_scale: Tensor
+    threshold: Tensor
+    tokens_since_fired: Tensor
+
+    def __init__(self, shape: TranscoderShape, seed: int = 0):
+        super().__init__()
+        self.shape = shape
+        features = sum(shape.group_sizes)
+        generator = torch.Generator().manual_seed(seed)
+        encoder = torch.randn(features, shape.d_source, generator=generator)
+        self.W_enc = nn.Parameter(encoder / encoder.norm(dim=1, keepdim=True))
+        self.b_enc = nn.Parameter(torch.zeros(features))
+        # A decoder that starts at zero lets each feature take its direction from the first residuals it sees.
+        self.W_dec = nn.Parameter(torch.zeros(features, shape.d_target))
+        self.b_dec = nn.Parameter(torch.zeros(shape.d_target))
+        self.W_skip = nn.Parameter(torch.zeros(shape.d_target, shape.d_source)) if shape.skip else None
+        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("target_scale", torch.ones(()))
+        self.register_buffer("threshold", torch.full((), float("nan")))
+        self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
+
+    @property
+    def num_features(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return tuple(end for _, end in self.groups)
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """First and one-past-last feature of each group."""
+        ends = [0]
+        for size in self.shape.group_sizes:
+            ends.append(ends[-1] + size)
+        return list(pairwise(ends))
+
+    # Inference ------------------------------------------------------------------------------------------------------
+
+    def encode(self, source: Tensor, prefix: int | None = None) -> Tensor:
+        """Feature activations of raw source activations: [tokens, d_source] -> [tokens, prefix or features].
+
+        Raises ValueError if the threshold was never calibrated or `prefix` is not one of `prefixes`.
+        """
+        self._check_calibrated()
+        z = self.pre_activations(source, self._check_prefix(prefix))
+        return z * (z > (self.threshold[:prefix] if self.threshold.dim() else self.threshold))
+
+    def decode(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
+        """Raw reconstruction from activations of all features or of one prefix: [tokens, m] -> [tokens, d_target].
+
+        A transcoder with a skip connection needs the raw `source` [tokens, d_source] too; raises ValueError without.
+        """
+        m = self._check_prefix(activations.shape[-1])
+        return (activations @ self.W_dec[:m] + self.base(source)) / self.target_scale
+
+    def decode_prefixes(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
+        """Raw reconstruction of every prefix: [tokens, features] -> [prefixes, tokens, d_target]; as `decode`."""
+        parts = [(activations[:, a:b] @ self.W_dec[a:b]).float() for a, b in self.groups]
+        return (torch.stack(parts).cumsum(0) + self.base(source)) / self.target_scale
+
+    @torch.no_grad()
+    def encode_sparse(self, source: Tensor, bfloat16_search: bool = False, prefix: int | None = None) -> Codes:
+        """What is not zero in `encode(source, prefix)`; raises ValueError as that does.
+
+        `bfloat16_search` proposes entries by a product in bfloat16, which some CPUs multiply many times faster, with as
+        much room below the threshold as rounding can take; their float32 values decide.
+        """
+        self._check_calibrated()
+        m = self._check_prefix(prefix)
+        x, threshold, W_enc, b_enc = self.normalise(source), self.threshold.clamp(min=0), self.W_enc[:m], self.b_enc[:m]
+        if threshold.dim():
+            threshold = threshold[:m]
+        if not bfloat16_search:
+            z = torch.nn.functional.linear(x, W_enc, b_enc).float()
+            token, feature = (index.contiguous() for index in (z > threshold).nonzero(as_tuple=True))
+            return Codes(len(source), token, feature, z[token, feature])
+        z = torch.nn.functional.linear(x.bfloat16(), W_enc.bfloat16())
+        # Both factors and the result are rounded by at most 2^-9 of themselves, and |x . w| <= ||x|| ||w||; so is the
+        # border.
+        largest = x.norm(dim=1).amax() if len(x) else x.new_zeros(())
+        border = threshold - b_enc - 2**-7 * largest * W_enc.norm(dim=1)
+        found = (z > (border - 2**-8 * border.abs()).bfloat16()).nonzero(as_tuple=True)
+        token, feature = (index.contiguous() for index in found)
+        value = entry_dots(x, token, W_enc, feature) + b_enc[feature]
+        fires = value > (threshold[feature] if threshold.dim() else threshold)
+        return Codes(len(source), token[fires], feature[fires], value[fires])
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Codes, source: Tensor | None = None) -> Tensor:
+        """Raw reconstruction of every prefix, [prefixes, tokens, d_target]; as `decode_prefixes`, but only active
+        features cost anything."""
+        groups = len(self.groups)
+        ends = torch.tensor(self.prefixes, device=codes.feature.device)
+        bag = codes.token * groups + torch.bucketize(codes.feature, ends, right=True)
+        counts = torch.bincount(bag, minlength=codes.tokens * groups)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        bags = make_bags(offsets, len(codes.feature))
+        parts = bag_sums(self.W_dec, codes.feature, codes.value, bags).view(codes.tokens, groups, self.shape.d_target)
+        return (parts.transpose(0, 1).cumsum(0) + self.base(source)) / self.target_scale
+
+    def reconstruct(self, source: Tensor, prefix: int | None = None) -> Tensor:
+        return self.decode(self.encode(source, prefix), source)
+
+    def pre_activations(self, source: Tensor, prefix: int | None = None) -> Tensor:
+        """z = ReLU(norm(x) W_enc^T + b_enc), float32, [tokens, prefix or features]."""
+        x = self.normalise(source)
+        return torch.relu(torch.nn.functional.linear(x, self.W_enc[:prefix], self.b_enc[:prefix]).float())
+
+    def normalise(self, source: Tensor) -> Tensor:
+        """Scale raw sources: `rms` divides each token by its root mean square, `scalar` is one number."""
+        x = source.float()
+        if self.shape.input_norm == "rms":
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+            return x * torch.rsqrt(mean_square + RMS_EPS)
+        return x * self.input_scale if self.shape.input_norm == "scalar" else x
+
+    def base(self, source: Tensor | None) -> Tensor:
+        """The part of a reconstruction that is no feature's, scaled: [d_target], with a skip [tokens, d_target]."""
+        if self.W_skip is None:
+            return self.b_dec
+        if source is None:
+            raise ValueError("this transcoder has a skip connection: decoding needs the source activations too")
+        return torch.nn.functional.linear(self.normalise(source), self.W_skip, self.b_dec)
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, source: Tensor, target: Tensor, objective: Objective, compute: Compute, workspace: Workspace
+    ) -> TrainOutput:
+        """Training loss of raw activations [tokens, d_source] and [tokens, d_target] with global-batch BatchTopK.
+
+        `objective` is equal on all ranks. Called on every rank at once when torch.distributed is set up.
+        """
+        rounded = torch.autocast(source.device.type, dtype=torch.bfloat16) if compute == ("dense", True) else None
+        with rounded or nullcontext():
+            x, y = self.normalise(source), target.float() * self.target_scale
+            residual = y if self.W_skip is None else y - torch.nn.functional.linear(x, self.W_skip).float()
+            weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+            if compute.backend == "dense":
+                output = dense_loss(x, residual, weights, objective)
+            else:
+                output = sparse_loss(x, residual, weights, objective, workspace, compute.bfloat16)
+        square = torch.linalg.vector_norm(y, dim=1).double().square().sum()
+        return TrainOutput(*output, y.sum(0), square)
+
+    @torch.no_grad()
+    def initialise(self, source: Tensor, target: Tensor, seed: int = 0) -> None:
+        """Set scalars, encoder and biases from raw activations of all ranks.
+
+        Targets get a mean squared norm of d_target and b_dec is their mean. Each feature starts out looking for one
+        source token: W_enc's rows are sources drawn by `seed`, less the mean, with norm 1; b_enc = -W_enc mean(x)
+        centres the pre-activations.
+        """
+        y = target.double()
+        self.target_scale.copy_((y.shape[1] / _mean_over_ranks(y.square().sum(1))).sqrt())
+        if self.shape.input_norm == "scalar":
+            x = source.double()
+            self.input_scale.copy_((x.shape[1] / _mean_over_ranks(x.square().sum(1))).sqrt())
+        self.b_dec.copy_(_mean_over_ranks(y) * self.target_scale)
+        x = self.normalise(source)
+        mean = _mean_over_ranks(x.double()).float()
+        rows = _draw_over_ranks(x - mean, self.num_features, seed)
+        self.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True).clamp(min=RMS_EPS))
+        self.b_enc.copy_(-(self.W_enc @ mean))
+
+    def _check_calibrated(self) -> None:
+        if bool(self.threshold.isnan().any()):
+            raise ValueError("the transcoder's threshold is not calibrated; train it, or set it, before encoding")
+
+    def _check_prefix(self, prefix: int | None) -> int:
+        if prefix is None:
+            return self.num_features
+        if prefix not in self.prefixes:
+            raise ValueError(f"prefix={prefix} is not one of the nested dictionaries {list(self.prefixes)}")
+        return prefix
+
+    # Files ----------------------------------------------------------------------------------------------------------
+
+    def to_bytes(self) -> bytes:
+        """The weights as a safetensors file, with the shape in its metadata."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        metadata = {"format": "mtc-transcoder", "format_version": str(FORMAT_VERSION)}
+        return save_safetensors(tensors, metadata | {"shape": json.dumps(self.shape._asdict())})
+
+    @classmethod
+    def load(cls, path: str, device: str | torch.device = "cpu") -> MatryoshkaTranscoder:
+        """Read a local weights file; raises ValueError for a file that is no transcoder or of an unknown version."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                version = metadata.get("format_version")
+                if metadata.get("format") != "mtc-transcoder" or version != str(FORMAT_VERSION):
+                    raise ValueError(
+                        f"{path}: format {metadata.get('format')!r} version {version!r} is not readable here; "
+                        f"expected 'mtc-transcoder' version '{FORMAT_VERSION}'"
+                    )
+                shape = json.loads(metadata["shape"])
+                transcoder = cls(TranscoderShape(**shape | {"group_sizes": tuple(shape["group_sizes"])}))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if "threshold" in tensors and tensors["threshold"].shape == (transcoder.num_features,):
+                    transcoder.threshold = torch.empty(transcoder.num_features)
+                transcoder.load_state_dict(tensors)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+        return transcoder.to(device)
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean over the first dimension of all ranks' rows."""
+    total = values.sum(0)
+    all_reduce(total)
+    (count,) = agree(len(values))
+    return total / count
+
+
+def _draw_over_ranks(values: Tensor, count: int, seed: int) -> Tensor:
+    """`count` random rows of all ranks' `values` [rows, d], the same on every rank and however rows are spread.
+
+    Where there are fewer rows than that, they are repeated with as much noise, so that no two are equal.
+    """
+    sizes = all_gather(torch.tensor(len(values)))
+    total, before = int(sizes.sum()), int(sizes[: dist.get_rank() if distributed() else 0].sum())
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]
+    mine = ((index >= before) & (index < before + len(values))).nonzero().squeeze(1)
+    drawn = values.new_zeros(count, values.shape[1])
+    drawn[mine] = values[index[mine] - before]
+    all_reduce(drawn)
+    if count > total:
+        noise = torch.randn(count - total, values.shape[1], generator=generator).to(drawn)
+        drawn[total:] += noise * (drawn[total:].norm(dim=1) / noise.norm(dim=1)).unsqueeze(1)
+    return drawn
