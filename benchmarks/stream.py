@@ -43,7 +43,7 @@ import torch
 
 from cluster.activations import map_on_model_actors
 from cluster.blocks import ActorCosts, iterate_units, to_binary
-from cluster.capture import CaptureActor
+from cluster.capture import UnitCapture
 from cluster.resources import Node, Plan
 from mtc.config import RunConfig, load_preset
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
@@ -416,7 +416,7 @@ def _alone(config: RunConfig, facts: RunFacts) -> tuple[float, float]:
     store = TokenStore.open(facts.token_store)
     work = work_units(store, config)
     units = [*work.training, *work.calibration][1:]
-    actor = CaptureActor(config, store.url, "cpu", 2)
+    actor = UnitCapture(config, store.url, "cpu", 2)
     trainer = Trainer(config, actor.model.d_model, actor.model.d_model)
     buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens, [0])
     batch = config.optimizer.batch_tokens

@@ -101,7 +101,7 @@ class Batches:
         self.own_tokens += share.rows
         with self.clock.part("transport"):
             taken = self.buffer.take(share.rows)
-            self.ledger.train(taken)
+            self.ledger.train(taken.units, taken.rows)
             return taken.columns
 
     def calibration(self) -> Iterator[Unit]:
@@ -122,7 +122,7 @@ class Batches:
                 self.buffer.close()
                 return
             with self.clock.part("transport"):
-                self.ledger.receive(unit)
+                self.ledger.receive(unit.number, unit.tokens, unit.dropped)
                 if unit.number in self.filters:
                     unit = _only(unit, self.filters[unit.number])
                 self.buffer.add(unit)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import torch
 
-if TYPE_CHECKING:
-    import torch
-
-    from mtc.training import Unit
+from mtc.training import Unit
 
 
 class ActorCosts:
@@ -33,10 +32,6 @@ def iterate_units(shard: Any, start: str = "") -> Iterator[Unit]:
 
     Raises RuntimeError if the Dataset continues another checkpoint than `start`.
     """
-    import numpy as np
-
-    from mtc.training import Unit
-
     for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         if table["start"][0].as_py() != start:
             raise RuntimeError(f"the stream continues {table['start'][0].as_py() or 'nothing'}, the trainers {start}")
@@ -54,9 +49,6 @@ def iterate_units(shard: Any, start: str = "") -> Iterator[Unit]:
 
 def to_binary(activations: torch.Tensor) -> pa.Array:
     """[tokens, d] bfloat16 on the host -> one large_binary value that shares its memory."""
-    import numpy as np
-    import torch
-
     bits = activations.contiguous().view(torch.int16).numpy()
     offsets = pa.py_buffer(np.array([0, bits.nbytes], np.int64))
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(bits)])
@@ -66,9 +58,6 @@ def from_binary(column: pa.ChunkedArray, width: int) -> torch.Tensor:
     """The inverse of `to_binary` for a column of one value, [tokens, width]: a view of its memory, which is not to be
     written."""
     import warnings
-
-    import numpy as np
-    import torch
 
     (chunk,) = column.chunks
     _, offsets, data = chunk.buffers()  # a scalar of the column would be a copy

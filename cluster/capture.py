@@ -6,29 +6,24 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
+import torch
 
 from cluster.blocks import to_binary
+from cluster.job_metrics import RayMeter
 from mtc.config import RunConfig
+from mtc.devices import measure_device, open_device
+from mtc.language_model import Capture, LanguageModel, Pending, pack_windows
+from mtc.telemetry import PROCESS
+from mtc.text import TokenStore
 
-if TYPE_CHECKING:
-    from mtc.language_model import Pending
 
-
-class CaptureActor:
+class UnitCapture:
     """Holds the truncated language model and the token store; turns work units into activations."""
 
     def __init__(self, config: RunConfig, store_url: str, device: str, threads: int, start: str = ""):
-        import torch
-
-        from cluster.job_metrics import RayMeter
-        from mtc.devices import measure_device, open_device
-        from mtc.language_model import Capture, LanguageModel
-        from mtc.telemetry import PROCESS
-        from mtc.text import TokenStore
-
         torch.set_num_threads(threads)
         self.name = uuid.uuid4().hex
         self.meter = RayMeter(PROCESS, run_id=config.output.run_id or "")
@@ -54,10 +49,6 @@ class CaptureActor:
         self.done_at = time.perf_counter()
 
     def _start(self, window_ids: list[int]) -> Pending:
-        import numpy as np
-
-        from mtc.language_model import pack_windows
-
         ids = np.asarray(window_ids, np.int64)
         # Windows of one length next to each other are attended to without being gathered first.
         ids = ids[np.argsort(-self.store.positions(ids), kind="stable")]

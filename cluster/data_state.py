@@ -11,7 +11,7 @@ import numpy as np
 from cluster.batches import Batches
 from cluster.resume import Position, read_position, read_progress
 from mtc.config import RunConfig
-from mtc.storage import Checkpoint, Ledger, rows_left, to_parquet
+from mtc.storage import Checkpoint, Ledger, progress_to_parquet, rows_left
 from mtc.training import ShuffleBuffer
 
 
@@ -67,5 +67,5 @@ def position_files(batches: Batches, generation: int, rank: int) -> dict[str, Ca
     table = batches.ledger.table()
     return {
         f"position-{rank}.json": lambda: json.dumps(position._asdict()).encode(),
-        f"units-{rank}.parquet": lambda: to_parquet(table),
+        f"units-{rank}.parquet": lambda: progress_to_parquet(table),
     }

@@ -14,7 +14,7 @@ from cluster.held_out import HeldOutResults, analyse_heldout
 from cluster.probing import check_optional
 from cluster.resources import Plan, cluster_nodes, make_plan
 from cluster.tokenise import build_token_store
-from mtc.analysis import to_parquet
+from mtc.analysis import features_to_parquet
 from mtc.analysis.analyse import analyse
 from mtc.config import ConfigError, RunConfig, make_config
 from mtc.language_model import check_model
@@ -138,7 +138,7 @@ def _files(
     analysis, features = analyse(config, load_transcoder(run), results.found, history, facts)
     files = {
         "examples.parquet": results.found.examples.to_parquet(),
-        "features.parquet": to_parquet(features),
+        "features.parquet": features_to_parquet(features),
         "analysis.json": analysis.model_dump_json(indent=1).encode(),
     }
     return analysis, files | {f"report/{n}": data for n, data in write_report(analysis, features, history).items()}

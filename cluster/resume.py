@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from mtc.storage import Checkpoint, Progress, from_parquet, merge
+from mtc.storage import Checkpoint, Progress, merge_progress, progress_from_parquet
 
 
 class Position(NamedTuple):
@@ -35,9 +35,10 @@ class Position(NamedTuple):
 def read_progress(checkpoint: Checkpoint) -> Progress:
     """What is trained, from all ranks' counts."""
     tables: Iterable[Any] = (
-        from_parquet(checkpoint.read(f"units-{rank}.parquet")) for rank in range(checkpoint.manifest.world_size)
+        progress_from_parquet(checkpoint.read(f"units-{rank}.parquet"))
+        for rank in range(checkpoint.manifest.world_size)
     )
-    return merge(tables)
+    return merge_progress(tables)
 
 
 def unneeded_units(checkpoint: Checkpoint, world: int) -> set[int]:

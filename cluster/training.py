@@ -34,7 +34,7 @@ from cluster.stream import StreamConfig, TellFailures
 from cluster.train_worker import train_worker
 from mtc.config import RunConfig
 from mtc.results import StreamTiming
-from mtc.storage import LISTING_SECONDS, Checkpoint, Checkpoints, RunDirectory, RunError, to_parquet
+from mtc.storage import LISTING_SECONDS, Checkpoint, Checkpoints, RunDirectory, RunError, progress_to_parquet
 from mtc.text import TokenStore, Work
 from mtc.transcoder import backend
 
@@ -162,7 +162,7 @@ def _result(checkpoint: Checkpoint, run: RunDirectory) -> Trained:
         )
     progress = read_progress(checkpoint)
     for layer in layers:
-        run.for_layer(layer.layer).write("ledger.parquet", to_parquet(progress.table))
+        run.for_layer(layer.layer).write("ledger.parquet", progress_to_parquet(progress.table))
     return Trained(layers, StreamTiming(**result["timing"]), progress)
 
 

@@ -20,7 +20,7 @@ from jobs.command_line import make_parser, parse_overrides
 from mtc.analysis import compare_runs
 from mtc.config import ConfigError
 from mtc.language_model import ModelError
-from mtc.report.comparison import write_comparison
+from mtc.report import write_comparison
 from mtc.storage import RunError, open_layer_run, open_run
 from mtc.telemetry import configure, fail
 from mtc.text import DataError

@@ -11,7 +11,7 @@ import yaml
 from pydantic import create_model
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from mtc.config import ConfigError, RunConfig, load_preset, make_config, merge, preset_names
+from mtc.config import ConfigError, RunConfig, load_preset, make_config, merge_settings, preset_names
 from mtc.telemetry import FORMAT_VARIABLE, Format
 
 
@@ -29,7 +29,7 @@ def parse_command_line(
     start.add_argument("--config", metavar="FILE", help="a YAML file with the same fields as a preset")
     parser.add_argument("--print-config", action="store_true", help="show the resulting configuration and exit")
     arguments, overrides = parse_overrides(parser, argv, tuple(RunConfig.model_fields))
-    overrides = merge(known or {}, overrides)
+    overrides = merge_settings(known or {}, overrides)
     if arguments.preset:
         return load_preset(arguments.preset, overrides), arguments
     base: dict[str, Any] = {}

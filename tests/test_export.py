@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from jobs.export import main
-from mtc.analysis import Findings, LogitEffects, to_parquet
+from mtc.analysis import Findings, LogitEffects, features_to_parquet
 from mtc.analysis.analyse import analyse
 from mtc.analysis.examples import EDGES, ExampleCollector
 from mtc.analysis.token_sums import SparseActivations
@@ -279,7 +279,7 @@ def analysed(tmp_path: Path) -> RunDirectory:
     found = Findings(evaluation, collector.statistics, examples, np.zeros((100, 4)), 1.0, None, effects)
     analysis, features = analyse(config, transcoder, found, [], facts)
     run.write("examples.parquet", examples.to_parquet())
-    run.write("features.parquet", to_parquet(features))
+    run.write("features.parquet", features_to_parquet(features))
     run.write("analysis.json", analysis.model_dump_json())
     run.publish()
     np.savez(tmp_path / "truth.npz", activations=activations, ids=ids)

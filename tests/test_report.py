@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mtc.report import report_files, report_names, write_report
+from mtc.report import write_report
 from mtc.report.format import context, escape, token
 from mtc.report.html import render_html
 from mtc.report.layers import write_layers_report
 from mtc.report.markdown import render_markdown
 from mtc.report.sections import document
-from mtc.results import PLOTS, Analysis, RunFacts, number, percent
+from mtc.results import PLOTS, Analysis, RunFacts, number, percent, report_files, report_names
 from tests.report_example import (
     COUNTS,
     HOSTILE,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mtc.report import report_names, write_report
+from mtc.report import write_report
+from mtc.results import report_names
 from tests import chromium
 from tests.report_example import make_analysis, make_history
 

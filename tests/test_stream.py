@@ -23,7 +23,7 @@ from cluster.accounts import stream_timing
 from cluster.activations import activation_dataset, map_on_model_actors
 from cluster.batches import Batches
 from cluster.blocks import ActorCosts, from_binary, iterate_units, to_binary
-from cluster.capture import CaptureActor
+from cluster.capture import UnitCapture
 from cluster.pipeline import run_pipeline
 from cluster.progress import RESUMED, ProgressReader, balance, progress_line, start_metrics_log
 from cluster.resources import Node, Plan, make_plan
@@ -213,7 +213,7 @@ def test_a_unit_that_is_started_before_another_is_sent_changes_nothing(config: R
     store = TokenStore.open(build_token_store(config))
     units = work_units(store, config).training[:3]
     rows = pa.table({"unit": [7, 8, 9], "windows": pa.array([ids.tolist() for ids in units])})
-    actor = CaptureActor(config, store.url, "cpu", 2)
+    actor = UnitCapture(config, store.url, "cpu", 2)
     at_once = list(actor(rows))
     actor.capture.ahead = 1
     ahead = list(actor(rows))
@@ -240,8 +240,8 @@ def test_tokens_whose_activations_are_not_finite_are_left_out_and_named(
     bad = config.model_copy(update={"model": config.model.model_copy(update={"name": str(tmp_path / "model")})})
 
     rows = pa.table({"unit": [0, -1], "windows": pa.array([unit_ids.tolist(), []], activations.UNIT_TYPE)})
-    (unit,) = iterate_units(Shard(CaptureActor(bad, store.url, "cpu", 2)(rows)))  # the empty unit only holds a place
-    (whole,) = iterate_units(Shard(CaptureActor(config, store.url, "cpu", 2)(rows)))
+    (unit,) = iterate_units(Shard(UnitCapture(bad, store.url, "cpu", 2)(rows)))  # the empty unit only holds a place
+    (whole,) = iterate_units(Shard(UnitCapture(config, store.url, "cpu", 2)(rows)))
     after, clean = [], []
     for window in windows:
         seen, text = np.cumsum(window == rare) > 0, ~np.isin(window, store.info.special_ids)

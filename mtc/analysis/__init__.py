@@ -3,7 +3,7 @@
 from mtc.analysis.analyse import Findings
 from mtc.analysis.compare import compare_runs
 from mtc.analysis.evaluation import loss_recovered
-from mtc.analysis.feature_table import read_feature, to_parquet
+from mtc.analysis.feature_table import features_to_parquet, read_feature
 from mtc.analysis.held_out import HeldOutPass, count_tokens, number_documents
 from mtc.analysis.intervals import MAX_BLOCKS, interval, resample, share
 from mtc.analysis.logits import LogitEffects, logit_effects
@@ -19,6 +19,7 @@ __all__ = [
     "analyse_nesting",
     "compare_runs",
     "count_tokens",
+    "features_to_parquet",
     "interval",
     "logit_effects",
     "loss_recovered",
@@ -26,5 +27,4 @@ __all__ = [
     "read_feature",
     "resample",
     "share",
-    "to_parquet",
 ]

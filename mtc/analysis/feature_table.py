@@ -93,7 +93,7 @@ def features_table(
     return pa.table(arrays, schema=SCHEMA)
 
 
-def to_parquet(table: pa.Table) -> bytes:
+def features_to_parquet(table: pa.Table) -> bytes:
     """Row groups of a few hundred features, so that one reads without the rest."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=512, compression="zstd")

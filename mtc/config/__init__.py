@@ -1,6 +1,6 @@
 """What a run is told: the RunConfig, its presets, and how one is loaded."""
 
-from mtc.config.loading import load_preset, make_config, merge, preset_names, to_yaml
+from mtc.config.loading import load_preset, make_config, merge_settings, preset_names, to_yaml
 from mtc.config.run_config import ConfigError, DataConfig, LayerConfig, ModelConfig, RunConfig
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "RunConfig",
     "load_preset",
     "make_config",
-    "merge",
+    "merge_settings",
     "preset_names",
     "to_yaml",
 ]

@@ -29,7 +29,7 @@ def make_config(*layers: dict[str, Any]) -> RunConfig:
     """Merge nested dicts, later ones winning, and validate; raises ConfigError with one line per bad field."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = merge(merged, layer)
+        merged = merge_settings(merged, layer)
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -40,12 +40,12 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge_settings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """Nested values, those of `top` winning."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        merged[key] = merge_settings(merged[key], value) if both else value
     return merged
 
 

@@ -1,37 +1,6 @@
 """The report of one run: Markdown, HTML, JSON and plots, all from one Analysis."""
 
-from __future__ import annotations
+from mtc.report.comparison import write_comparison
+from mtc.report.write import write_report
 
-from typing import Any
-
-import pyarrow as pa
-
-from mtc.results import PLOTS, Analysis, plot_path, report_files, report_names
-
-__all__ = ["report_files", "report_names", "write_report"]
-
-
-def write_report(analysis: Analysis, features: pa.Table, history: list[dict[str, Any]]) -> dict[str, bytes]:
-    """The report's files by name; `features` is the table of all features, `history` has a dict per logged step.
-
-    The same arguments give the same bytes.
-    """
-    # Who only reads or computes an Analysis should not pay for matplotlib.
-    from mtc.report.html import render_html
-    from mtc.report.markdown import render_markdown
-    from mtc.report.plots import PlotData, render_plot
-    from mtc.report.sections import document
-
-    layer = analysis.config.model.layer
-    names = report_names(layer)
-    content = document(analysis)
-    pictures = {plot: render_plot(plot, PlotData(analysis, features, history)) for plot in PLOTS}
-    paths = {plot: plot_path(plot, layer) for plot in PLOTS}
-    files = {
-        names.markdown: render_markdown(content, {plot: f"{path}.png" for plot, path in paths.items()}).encode(),
-        names.html: render_html(content, {plot: picture.svg for plot, picture in pictures.items()}).encode(),
-        names.json: analysis.model_dump_json(indent=1).encode(),
-    }
-    for plot, picture in pictures.items():
-        files |= {f"{paths[plot]}.png": picture.png, f"{paths[plot]}.svg": picture.svg.encode()}
-    return files
+__all__ = ["write_comparison", "write_report"]

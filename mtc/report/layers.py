@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mtc.report import report_names
 from mtc.report.blocks import Block, Document, Link, Paragraph, Plots, Section, Table, Text
 from mtc.report.drawing import MARKERS, colours, new_figure, picture, style
 from mtc.report.html import render_html
 from mtc.report.markdown import render_markdown
 from mtc.report.sections.configuration import timing_blocks
 from mtc.report.sections.provenance import provenance, stamp
-from mtc.results import NOT_MEASURED, Analysis, interval, number, percent
+from mtc.results import NOT_MEASURED, Analysis, interval, number, percent, report_names
 
 MARKDOWN, HTML, JSON = "layers_report.md", "layers_report.html", "layers_report.json"
 PLOT = "layers_overview"

@@ -7,8 +7,6 @@ if the training counter says that it had not fired for `transcoder.dead_after_to
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from mtc.config import RunConfig
 from mtc.record import Record
 from mtc.results.evaluation import Evaluation, LossRecovered
@@ -16,7 +14,7 @@ from mtc.results.features import Histogram, ShownFeature, TopFeature, Weights
 from mtc.results.intervals import Intervals
 from mtc.results.nesting import PrefixStep, Tree
 from mtc.results.probing import Probing, Spelling
-from mtc.results.run import File, RunFacts, Training, Trend, _AsDict
+from mtc.results.run import File, RunFacts, Training, Trend
 
 FORMAT_VERSION = 2
 
@@ -72,7 +70,7 @@ class Summary(Record):
     """Active features per held-out token, full dictionary."""
     k: int
     """Active features per token that were asked for."""
-    loss: Annotated[LossRecovered | None, _AsDict]
+    loss: LossRecovered | None
     """The language model with the transcoder in the MLP's place; None if it was not measured."""
     trend: Trend | None
     """Training at its end; None with too few logged steps to fit a line."""
@@ -110,7 +108,7 @@ class Analysis(Record):
     """what follows from it,"""
     facts: RunFacts
     """and what happened."""
-    evaluation: Annotated[Evaluation, _AsDict]
+    evaluation: Evaluation
     """Section 3: held-out metrics as they were measured."""
     weights: Weights
     """Section 4: the trained matrices."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from mtc.record import Record
 
 MIN_DOCUMENTS = 5
 """With fewer there is no interval: the resampled values would be those of a handful of texts."""
 Intervals = list[tuple[float, float]]
 
 
-class Interval(BaseModel):
+class Interval(Record):
     """A measured value and its 95 % interval."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     value: float
     """What was measured."""

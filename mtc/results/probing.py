@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mtc.record import Record
 from mtc.results.intervals import Interval
@@ -52,10 +52,8 @@ class PrefixAbsorption(Record):
     """The same for the absorption fraction."""
 
 
-class ProbeTask(BaseModel):
+class ProbeTask(Record):
     """Two classes of text. A row of the source is one text, or names a file with it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
     """What the report calls it."""
@@ -149,10 +147,8 @@ class Probing(Record):
     """Results, one for each task."""
 
 
-class Spelling(BaseModel):
+class Spelling(Record):
     """First-letter spelling of a language model, and absorption in a transcoder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     layer: int
     """Layer whose MLP the transcoder imitates."""

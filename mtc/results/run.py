@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, PlainSerializer
+from typing import Any
 
 from mtc.record import Record
 
@@ -20,14 +18,6 @@ RUN_FILES = {
 PARTS = ("waiting", "transport", "step", "all_reduce", "checkpoint", "other")
 """Of a trainer's wall time: waiting for activations; copying them into the shuffle buffer and batches out of it;
 training, without what ranks waited for each other; that; writing checkpoints; the rest (logging)."""
-
-
-def _as_dict(part: BaseModel | None) -> dict[str, Any] | None:
-    return None if part is None else part.model_dump()
-
-
-# Models of other modules keep their own JSON settings; as dicts they follow `Record`'s.
-_AsDict = PlainSerializer(_as_dict, when_used="json")
 
 
 class RunFacts(Record):
@@ -72,7 +62,7 @@ class RunFacts(Record):
     """Processes that held the language model."""
     seconds: dict[str, float] = {}
     """Wall time per stage (tokenise, train, analyse), seconds."""
-    timing: Annotated[StreamTiming | None, _AsDict] = None
+    timing: StreamTiming | None = None
     """What waited on what during training, since the run's last start; None if it was not measured."""
     other_layers: tuple[int, ...] = ()
     """Layers whose transcoders were trained from the same forward passes."""
@@ -135,10 +125,8 @@ class File(Record):
     """What it holds."""
 
 
-class StreamTiming(BaseModel):
+class StreamTiming(Record):
     """Wall time from the first activations to the last batch, since the run's last start."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tokens: int
     """Tokens that left the shuffle buffers: trained on, and used for calibration."""

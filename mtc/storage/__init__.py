@@ -3,7 +3,7 @@
 from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, CheckpointWriter
 from mtc.storage.files import absolute, cache_directory, patiently, write_atomic
 from mtc.storage.lease import Lease
-from mtc.storage.ledger import Ledger, Progress, from_parquet, merge, rows_left, to_parquet
+from mtc.storage.ledger import Ledger, Progress, merge_progress, progress_from_parquet, progress_to_parquet, rows_left
 from mtc.storage.runs import (
     Manifest,
     RunDirectory,
@@ -30,16 +30,16 @@ __all__ = [
     "absolute",
     "cache_directory",
     "describe",
-    "from_parquet",
     "load_analysis",
-    "merge",
+    "merge_progress",
     "open_layer_run",
     "open_run",
     "parse_analysis",
     "patiently",
+    "progress_from_parquet",
+    "progress_to_parquet",
     "require_one_layer",
     "rows_left",
     "run_status",
-    "to_parquet",
     "write_atomic",
 ]

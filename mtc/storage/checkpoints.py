@@ -22,8 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
+from mtc.record import Record
 from mtc.storage.runs import FileEntry, RunDirectory, RunError
 
 logger = logging.getLogger(__name__)
@@ -39,9 +38,7 @@ class DamagedError(RunError):
     """A checkpoint's files are not those that were written."""
 
 
-class CheckpointManifest(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class CheckpointManifest(Record):
     format_version: int
     """Layout of the checkpoint; another one is refused."""
     step: int

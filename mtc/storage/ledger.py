@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from mtc.training import Taken, Unit
 
 SCHEMA = pa.schema(
     {
@@ -66,7 +63,7 @@ class Progress(NamedTuple):
         return {name: self.table[name].to_numpy() for name in SCHEMA.names}
 
 
-def merge(tables: Iterable[pa.Table]) -> Progress:
+def merge_progress(tables: Iterable[pa.Table]) -> Progress:
     """Put the counts of several ranks and starts together."""
     groups = pa.concat_tables([SCHEMA.empty_table(), *tables]).group_by("unit", use_threads=False)
     sums = groups.aggregate(list(_TOGETHER.items()))
@@ -91,17 +88,17 @@ class Ledger:
         self.dropped_tokens = sum(carried["dropped"])
         """Of those, the ones that are not finite."""
 
-    def receive(self, unit: Unit) -> None:
-        """A unit has arrived; its tokens that are not finite are accounted for."""
-        self._open[unit.number] = [unit.tokens, len(unit.dropped), int(unit.dropped.sum()), 0, 0]
-        self.received_tokens += unit.tokens
-        self.dropped_tokens += len(unit.dropped)
+    def receive(self, unit: int, tokens: int, dropped: NDArray[np.int32]) -> None:
+        """A unit of so many trainable tokens has arrived; `dropped` are the numbers of those that are not finite."""
+        self._open[unit] = [tokens, len(dropped), int(dropped.sum()), 0, 0]
+        self.received_tokens += tokens
+        self.dropped_tokens += len(dropped)
 
-    def train(self, taken: Taken) -> None:
-        """These rows are in a training step."""
-        units, owner = np.unique(taken.units, return_inverse=True)
+    def train(self, units: NDArray[np.int64], rows: NDArray[np.int32]) -> None:
+        """Tokens are in a training step: [rows] the unit of each, and its number in the unit."""
+        units, owner = np.unique(units, return_inverse=True)
         counts = np.bincount(owner, minlength=len(units))
-        sums = np.bincount(owner, weights=taken.rows, minlength=len(units))
+        sums = np.bincount(owner, weights=rows, minlength=len(units))
         for unit, count, total in zip(units.tolist(), counts.tolist(), sums.tolist(), strict=True):
             row = self._open[unit]
             row[3] += count
@@ -111,22 +108,24 @@ class Ledger:
         """What is trained up to now, as SCHEMA."""
         names = SCHEMA.names[1:]
         rows = [{"unit": unit, **dict(zip(names, row, strict=True))} for unit, row in self._open.items()]
-        together = merge([self._settled, pa.Table.from_pylist(rows, schema=SCHEMA)])
+        together = merge_progress([self._settled, pa.Table.from_pylist(rows, schema=SCHEMA)])
         finished = set(together.finished().tolist()) & set(self._open)
         if finished:  # so that a long run does not make Python objects of all its units at each checkpoint
             done = [row for row in rows if row["unit"] in finished]
-            self._settled = merge([self._settled, pa.Table.from_pylist(done, schema=SCHEMA)]).table
+            self._settled = merge_progress([self._settled, pa.Table.from_pylist(done, schema=SCHEMA)]).table
             self._open = {unit: row for unit, row in self._open.items() if unit not in finished}
         return together.table
 
 
-def to_parquet(table: pa.Table) -> bytes:
+def progress_to_parquet(table: pa.Table) -> bytes:
+    """A table of SCHEMA as a file."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def from_parquet(data: bytes) -> pa.Table:
+def progress_from_parquet(data: bytes) -> pa.Table:
+    """The table in such a file."""
     return pq.read_table(io.BytesIO(data), schema=SCHEMA)
 
 

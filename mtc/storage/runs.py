@@ -33,9 +33,9 @@ from typing import Any
 
 import fsspec
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from mtc.config import RunConfig, make_config
+from mtc.record import Record
 from mtc.results import FORMAT_VERSION as ANALYSIS_VERSION
 from mtc.results import Analysis
 from mtc.storage.files import PATIENCE, absolute, patiently, write_atomic
@@ -50,18 +50,14 @@ class RunError(RuntimeError):
     """A run directory is missing, unfinished, damaged or of an unknown format; the message says which."""
 
 
-class FileEntry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class FileEntry(Record):
     bytes: int
     """Size of the file."""
     sha256: str
     """Digest of the file, hexadecimal."""
 
 
-class Manifest(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class Manifest(Record):
     format_version: int
     """Layout of the run directory; readers refuse one they do not know."""
     run_id: str

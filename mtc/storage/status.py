@@ -7,8 +7,7 @@ import time
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from mtc.record import Record
 from mtc.storage.checkpoints import Checkpoints
 from mtc.storage.lease import STALE_SECONDS
 from mtc.storage.runs import WRITER, RunDirectory, RunError, named_run
@@ -17,10 +16,8 @@ State = Literal["finished", "running", "stopped"]
 """Published; some job works on it; no job works on it, the same command continues it."""
 
 
-class RunStatus(BaseModel):
+class RunStatus(Record):
     """One run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     run_id: str
     """Its name."""

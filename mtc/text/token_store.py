@@ -31,9 +31,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from mtc.config import RunConfig
+from mtc.record import Record
 from mtc.storage import RunDirectory, absolute, cache_directory, patiently, write_atomic
 from mtc.text.budget import tokens_wanted
 from mtc.text.sources import DataError, is_hub_dataset, source_files
@@ -75,9 +75,7 @@ def store_fingerprint(config: RunConfig, tokenizer: Any) -> tuple[str, dict[str,
 # The store ----------------------------------------------------------------------------------------------------------
 
 
-class ShardInfo(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class ShardInfo(Record):
     name: str
     """File name inside the store."""
     rows: int
@@ -86,9 +84,7 @@ class ShardInfo(BaseModel):
     """Size of the file."""
 
 
-class StoreInfo(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class StoreInfo(Record):
     format_version: int
     """Layout of the store; readers refuse one they do not know."""
     fingerprint: str

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from mtc.report import report_names
+from mtc.results import report_names
 from serve.contract import ServiceError
 from serve.http.media_types import HTML, JSON, MARKDOWN, media_type_of
 from serve.http.routes.common import BINARY, TheService, errors, wanted
