@@ -29,6 +29,7 @@ lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
 
 format: $(TEST_INSTALLED)
 	$(BIN)/ruff format .

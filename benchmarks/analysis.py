@@ -82,8 +82,7 @@ def make_run(config: RunConfig, store_url: str) -> RunDirectory:
     import torch
 
     from mtc.language_model import LanguageModel, pack_windows
-    from mtc.text import TokenStore
-    from mtc.text.work_units import work_units
+    from mtc.text import TokenStore, work_units
     from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 
     store, model = TokenStore.open(store_url), LanguageModel(config.model)

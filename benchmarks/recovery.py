@@ -164,8 +164,7 @@ def _rows(job: Job) -> list[dict[str, Any]]:
 
 def _account(job: Job) -> dict[str, Any]:
     from mtc.storage import Progress, open_run
-    from mtc.text import TokenStore
-    from mtc.text.work_units import work_units
+    from mtc.text import TokenStore, work_units
 
     run = open_run(str(job.run))
     progress = Progress(pq.read_table(f"{run.url}/ledger.parquet"))

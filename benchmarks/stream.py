@@ -48,9 +48,8 @@ from cluster.resources import Node, Plan
 from mtc.config import RunConfig, load_preset
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
 from mtc.results import RunFacts
-from mtc.text import TokenStore, special_ids
+from mtc.text import TokenStore, special_ids, work_units
 from mtc.text.sources import source_files
-from mtc.text.work_units import work_units
 from mtc.training import ShuffleBuffer
 
 ROOT = Path(__file__).parent.parent

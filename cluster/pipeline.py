@@ -29,8 +29,7 @@ from mtc.results import RunFacts
 from mtc.storage import Lease, RunDirectory, absolute
 from mtc.telemetry import check_trackers, prints_as_lines, say, set_run, stderr_without
 from mtc.telemetry.tracking import tracking
-from mtc.text import StoreInfo, TokenStore, heldout_units
-from mtc.text.work_units import work_units
+from mtc.text import StoreInfo, TokenStore, heldout_units, work_units
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,7 @@ from cluster.resources import Plan, beside, cluster_nodes, make_plan
 from cluster.resume import unneeded_units
 from mtc.config import ConfigError, RunConfig
 from mtc.storage import Checkpoints
-from mtc.text import TokenStore
-from mtc.text.work_units import work_units
+from mtc.text import TokenStore, work_units
 
 logger = logging.getLogger(__name__)
 

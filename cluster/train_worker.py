@@ -27,8 +27,7 @@ from mtc.config import RunConfig
 from mtc.devices import open_device
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import PROCESS, configure, set_run
-from mtc.text import TokenStore
-from mtc.text.work_units import work_units
+from mtc.text import TokenStore, work_units
 from mtc.training import Calibrator, Clock, Trainer, on_device
 from mtc.transcoder import agree
 from mtc.transcoder.distributed import distributed

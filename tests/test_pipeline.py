@@ -20,8 +20,7 @@ import torch
 
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
 from mtc.storage import Progress, RunError, open_run
-from mtc.text import TokenStore
-from mtc.text.work_units import work_units
+from mtc.text import TokenStore, work_units
 from mtc.transcoder import load_transcoder
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -37,8 +37,7 @@ from mtc.report.sections.configuration import timing_blocks
 from mtc.results import NOT_MEASURED, PARTS, Analysis, StreamTiming
 from mtc.storage import Ledger, RunDirectory, RunError, merge, open_layer_run, open_run
 from mtc.telemetry.logs import EVENTS
-from mtc.text import TokenStore, heldout_units
-from mtc.text.work_units import work_units
+from mtc.text import TokenStore, heldout_units, work_units
 from mtc.training import Clock, ShuffleBuffer, Unit
 from mtc.transcoder import load_transcoder
 

@@ -39,10 +39,10 @@ from mtc.text import (
     store_fingerprint,
     tokens_wanted,
     windows_table,
+    work_units,
 )
 from mtc.text.documents import _open_hub
 from mtc.text.windows import text_parts
-from mtc.text.work_units import work_units
 
 CONTEXT = 16
 

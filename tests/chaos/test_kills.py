@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from benchmarks.faults import TITLES, Job, ray_head
 from mtc.storage import open_run
-from mtc.text import TokenStore
-from mtc.text.work_units import work_units
+from mtc.text import TokenStore, work_units
 from tests.chaos.runs import OPTIONS, each_once
 
 pytestmark = pytest.mark.chaos
