@@ -54,6 +54,7 @@ from numpy.typing import NDArray
 from benchmarks.load import Connection, Plan, Record, request, run
 from mtc.config import load_preset, to_yaml
 from mtc.storage import RunDirectory
+from mtc.text import token_batches
 from serve.contract import Encoded, Options, RunKey, Tokenised
 from serve.http import formats
 from serve.service import WEIGHTS, ServedRun
@@ -276,11 +277,8 @@ def plan(port: int, texts: Texts, inputs: int, seconds: float) -> Plan:
 
 def offline_rate(encoder: RunEncoder, texts: Texts, max_batch_tokens: int, seconds: float) -> float:
     """Tokens per second of whole batches, one after another."""
-    batches: list[list[NDArray[np.int32]]] = [[]]
-    for ids in texts.ids:
-        if sum(map(len, batches[-1])) + len(ids) > max_batch_tokens:
-            batches.append([])
-        batches[-1].append(ids)
+    rows = token_batches([len(ids) for ids in texts.ids], max_batch_tokens)
+    batches = [[texts.ids[i] for i in part] for part in rows]
     tokens, number, start = 0, 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         batch = batches[number % (len(batches) - 1)]  # the last one may not be full

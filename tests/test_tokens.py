@@ -37,6 +37,7 @@ from mtc.text import (
     source_pieces,
     special_ids,
     store_fingerprint,
+    token_batches,
     tokens_wanted,
     windows_table,
     work_units,
@@ -297,6 +298,17 @@ def test_ids_of_a_store_are_mapped_from_one_copy_that_all_readers_share(store: T
 
 
 # Work units ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_take_as_many_rows_as_fit() -> None:
+    assert token_batches([], 8) == []
+    rng = np.random.default_rng(0)
+    for lengths in ([3, 5, 1], [9, 1, 9, 9, 2, 6], rng.integers(1, 12, 200)):
+        batches = token_batches(lengths, 8)
+        assert [i for batch in batches for i in batch] == list(range(len(lengths)))
+        tokens = [sum(lengths[i] for i in batch) for batch in batches]
+        assert all(total <= 8 or len(batch) == 1 for total, batch in zip(tokens, batches, strict=True))
+        assert all(total + lengths[batch.stop] > 8 for total, batch in zip(tokens, batches[:-1], strict=False))
 
 
 @pytest.mark.parametrize("num_tokens", [2048, 5000])

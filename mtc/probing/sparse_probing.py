@@ -10,7 +10,7 @@ texts that the transcoder was trained on are left out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from mtc.language_model import pack_windows
 from mtc.probing.linear_probes import FOLDS, auc, fit_probe, grouped_folds, rank_dimensions, require_sklearn
 from mtc.probing.tasks import Labelled, load_task
 from mtc.results import Pooling, ProbeResult, ProbeTask, Probing, TaskResult
-from mtc.text import document_id, make_windows, special_ids
+from mtc.text import document_id, make_windows, special_ids, token_batches
 
 if TYPE_CHECKING:
     import torch
@@ -208,7 +208,7 @@ def pool(
 
     dense = np.empty((len(windows), transcoder.shape.d_source), np.float32)
     features = np.empty((len(windows), transcoder.num_features), np.float32)
-    for rows in _batches(windows, unit_tokens):
+    for rows in token_batches([len(window) for window in windows], unit_tokens):
         packed = pack_windows([windows[i] for i in rows], special)
         source = language_model.capture(packed, packed.trainable.nonzero().squeeze(1))[at].source.float()
         if not bool(source.isfinite().all()):
@@ -233,20 +233,6 @@ def _pool_rows(values: torch.Tensor, owner: torch.Tensor, count: int, pooling: P
         empty = values.new_full((count, values.shape[1]), -torch.inf)
         return empty.scatter_reduce(0, owner.unsqueeze(1).expand_as(values), values, "amax")
     return values.new_zeros(count, values.shape[1]).index_add(0, owner, values) / tokens.unsqueeze(1)
-
-
-def _batches(windows: Sequence[Array], unit_tokens: int) -> Iterator[list[int]]:
-    """Numbers of windows that hold at most `unit_tokens` together, or one."""
-    rows: list[int] = []
-    tokens = 0
-    for i, window in enumerate(windows):
-        if rows and tokens + len(window) > unit_tokens:
-            yield rows
-            rows, tokens = [], 0
-        rows.append(i)
-        tokens += len(window)
-    if rows:
-        yield rows
 
 
 def _balanced(labelled: Labelled, texts: list[int], most: int, seed: int) -> list[int]:

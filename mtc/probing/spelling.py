@@ -21,7 +21,7 @@ from mtc.language_model import LanguageModel, PackedWindows, load_tokenizer, pac
 from mtc.probing.absorption import MIN_LETTERS, MIN_WORDS, Readings, measure_absorption
 from mtc.probing.linear_probes import require_sklearn
 from mtc.results import MIN_ACCURACY, Spelling
-from mtc.text import special_ids
+from mtc.text import special_ids, token_batches
 from mtc.transcoder import MatryoshkaTranscoder
 
 LINES = 10
@@ -150,23 +150,23 @@ def _prompts(
     middle, end = _ids(tokenizer, MIDDLE), _ids(tokenizer, "\n")
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rng = np.random.default_rng(seed)
-    windows: list[Array] = []
-    places: list[int] = []
-    total = 0
+    prompts: list[Array] = []
+    places: list[Array] = []
     for at in range(0, len(wanted), LINES):
         asked = wanted[at : at + LINES]
         others = [words.train[i] for i in rng.permutation(len(words.train))[: 2 * LINES]]
         lines = [word for word in others if word not in asked][:LINES] + asked
+        found = []
         ids = list(start)
-        for i, word in enumerate(lines):
-            if i >= len(lines) - len(asked):
-                places.append(total + len(ids))
+        for word in lines:
+            found.append(len(ids))
             ids += [words.token[word], *middle, *_ids(tokenizer, f" {word[0].upper()}"), *end]
-        windows.append(np.array(ids, np.int32))
-        total += len(ids)
-        if total + len(ids) > unit_tokens or at + LINES >= len(wanted):
-            yield pack_windows(windows, special_ids(tokenizer)), np.array(places)
-            windows, places, total = [], [], 0
+        prompts.append(np.array(ids, np.int32))
+        places.append(np.array(found[-len(asked) :]))
+    for rows in token_batches([len(prompt) for prompt in prompts], unit_tokens):
+        packed = pack_windows([prompts[i] for i in rows], special_ids(tokenizer))
+        starts = np.cumsum(packed.lengths) - packed.lengths
+        yield packed, np.concatenate([places[i] + first for i, first in zip(rows, starts, strict=True)])
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -5,7 +5,7 @@ from mtc.text.documents import Document, Piece, check_hub, read_piece, source_pi
 from mtc.text.sources import DataError, is_hub_dataset
 from mtc.text.token_store import StoreInfo, TokenStore, TokenStoreWriter, find_store, new_store_url, store_fingerprint
 from mtc.text.windows import SCHEMA, Window, document_id, document_split, make_windows, special_ids, windows_table
-from mtc.text.work import Work, heldout_units, work_units
+from mtc.text.work import Work, heldout_units, token_batches, work_units
 
 __all__ = [
     "SCHEMA",
@@ -30,6 +30,7 @@ __all__ = [
     "source_pieces",
     "special_ids",
     "store_fingerprint",
+    "token_batches",
     "tokens_wanted",
     "unusable",
     "windows_table",

@@ -7,6 +7,7 @@ of finished work counts.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,6 +18,17 @@ from mtc.config import RunConfig
 from mtc.text.budget import rows_wanted, tokens_wanted
 from mtc.text.sources import DataError
 from mtc.text.token_store import TokenStore
+
+
+def token_batches(lengths: Sequence[int] | NDArray[np.int64], max_tokens: int) -> list[range]:
+    """Rows of so many tokens each, in order, cut into batches of at most `max_tokens`, or of one row that has more."""
+    ends = np.cumsum(lengths)
+    borders = [0]
+    while borders[-1] < len(ends):
+        start = borders[-1]
+        before = int(ends[start - 1]) if start else 0
+        borders.append(max(start + 1, int(np.searchsorted(ends, before + max_tokens, side="right"))))
+    return [range(start, end) for start, end in pairwise(borders)]
 
 
 class Work(NamedTuple):
@@ -102,11 +114,4 @@ def _wanted_windows(store: TokenStore, config: RunConfig, split: str) -> NDArray
 
 
 def _cut(store: TokenStore, windows: NDArray[np.int64], unit_tokens: int) -> list[NDArray[np.int64]]:
-    """Units of as many windows as fit into `unit_tokens` positions, at least one."""
-    ends = np.cumsum(store.positions(windows))
-    borders = [0]
-    while borders[-1] < len(windows):
-        start = borders[-1]
-        before = int(ends[start - 1]) if start else 0
-        borders.append(max(start + 1, int(np.searchsorted(ends, before + unit_tokens, side="right"))))
-    return [windows[start:end] for start, end in pairwise(borders)]
+    return [windows[rows.start : rows.stop] for rows in token_batches(store.positions(windows), unit_tokens)]

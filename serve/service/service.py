@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mtc.text import token_batches
 from serve.contract import (
     DecodeRequest,
     Encoded,
@@ -174,7 +175,7 @@ class Service:
     ) -> AsyncIterator[tuple[int, Encoded]]:
         """Index and features of each input, in order, as batches are done."""
         start = time.perf_counter()
-        parts = _parts([len(each.ids) for each in inputs], self.settings.max_batch_tokens)
+        parts = token_batches([len(each.ids) for each in inputs], self.settings.max_batch_tokens)
         tasks = [
             asyncio.create_task(self.backend.encode(run.key, [inputs[i].ids for i in part], options)) for part in parts
         ]
@@ -253,19 +254,6 @@ def _matrix(request: DecodeRequest) -> tuple[NDArray[np.int64], NDArray[np.int64
     if not np.isfinite(value).all():
         raise ServiceError(422, "validation", "activations must be finite float32 numbers")
     return indptr, feature, value
-
-
-def _parts(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in order, in parts of at most so many tokens, or of one input that has more."""
-    parts: list[list[int]] = []
-    tokens = 0
-    for index, length in enumerate(lengths):
-        if not parts or tokens + length > max_tokens:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(index)
-        tokens += length
-    return parts
 
 
 def _too_many(kind: str, what: str, limit: int, value: int, index: int | None = None) -> ServiceError:
