@@ -10,20 +10,24 @@ import torch.distributed as dist
 
 from cluster.batches import Batches
 from cluster.blocks import ActorCosts
+from cluster.job_metrics import ray_metric
 from mtc.results import PARTS, StreamTiming
 from mtc.training import Clock, Health
 from mtc.transcoder import agree, world_size
 
 if TYPE_CHECKING:
-    from mtc.telemetry import Meter
     from mtc.training import StepMetrics, StepResult, Trainer
 
 
 class Account:
     """What this rank has done and waited for, told to the driver and to Prometheus whenever metrics are logged."""
 
-    def __init__(self, log: Any, meter: Meter, rank: int, batches: Batches):
-        self.log, self.meter, self.rank, self.batches = log, meter, rank, batches
+    def __init__(self, log: Any, run_id: str, rank: int, batches: Batches):
+        self.log, self.rank, self.batches = log, rank, batches
+        of_rank = {"run_id": run_id, "rank": str(rank)}
+        self._all_tokens = ray_metric("mtc_trainer_tokens_total", **of_rank)
+        self._seconds = ray_metric("mtc_trainer_seconds_total", **of_rank)
+        self._durations = ray_metric("mtc_trainer_step_duration_seconds", **of_rank)
         self.before = dict.fromkeys(batches.clock.seconds, 0.0)  # the clock starts anew with the first activations
         self.costs_before = dict(batches.costs.sums)
         self.tokens_before = batches.own_tokens
@@ -58,12 +62,13 @@ class Account:
         }
         self.before, self.costs_before, self.tokens_before = now, dict(sums), self.batches.own_tokens
         self.log.append.remote(account)
-        rank = str(self.rank)
-        self.meter.add("mtc_trainer_tokens_total", tokens, rank=rank)
+        if tokens:
+            self._all_tokens.inc(tokens)
         for part, value in spent.items():
-            self.meter.add("mtc_trainer_seconds_total", max(value, 0.0), rank=rank, part=part)
+            if value > 0:
+                self._seconds.inc(value, {"part": part})
         for value in self.steps:
-            self.meter.observe("mtc_trainer_step_duration_seconds", value, rank=rank)
+            self._durations.observe(value)
         self.steps = []
         return account
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from cluster.blocks import to_binary
-from cluster.job_metrics import RayMeter
+from cluster.job_metrics import ray_metric
 from mtc.config import RunConfig
 from mtc.devices import measure_device, open_device
 from mtc.language_model import Capture, LanguageModel, Pending, pack_windows
@@ -26,7 +26,9 @@ class UnitCapture:
     def __init__(self, config: RunConfig, store_url: str, device: str, threads: int, start: str = ""):
         torch.set_num_threads(threads)
         self.name = uuid.uuid4().hex
-        self.meter = RayMeter(PROCESS, run_id=config.output.run_id or "")
+        run_id = config.output.run_id or ""
+        self._positions = ray_metric("mtc_model_actor_tokens_total", run_id=run_id)
+        self._seconds = ray_metric("mtc_model_actor_seconds_total", run_id=run_id)
         self.start = start
         self.store = TokenStore.open(store_url)
         self.model = LanguageModel(config.model, open_device(device))
@@ -72,9 +74,11 @@ class UnitCapture:
             "flops": pa.array([pending.flops], pa.float64()),
             "device_flops": pa.array([self.device_flops], pa.float64()),
         }
-        self.meter.add("mtc_model_actor_tokens_total", pending.positions)
+        if pending.positions:  # else the unit only holds a place
+            self._positions.inc(pending.positions)
         for stage in ("forward", "sending", "idle"):
-            self.meter.add("mtc_model_actor_seconds_total", columns[stage][0].as_py(), stage=stage)
+            if seconds := columns[stage][0].as_py():
+                self._seconds.inc(seconds, {"stage": stage})
         self.idle, self.sending, self.sent_at = 0.0, 0.0, start
         for i, column in enumerate(captured.columns):
             columns[f"activations_{i}"] = to_binary(column)

@@ -16,97 +16,80 @@ from prometheus_client import CollectorRegistry, start_http_server
 from ray.util import metrics
 
 from mtc.config import ConfigError, RunConfig
-from mtc.telemetry import CATALOGUE, JOB, Instrument, RegistryMeter, say
-
-
-class RayMeter:
-    """Writes some instruments to the metrics agent of this process's Ray node; see `mtc.telemetry.metrics.Meter`."""
-
-    def __init__(self, instruments: tuple[Instrument, ...], **fixed: str):
-        self._metrics = {instrument.name: _ray_metric(instrument) for instrument in instruments}
-        self._fixed = fixed
-
-    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        if amount:  # Ray refuses to add nothing
-            self._metrics[name].inc(amount, tags=self._fixed | labels)
-
-    def set(self, name: str, value: float, **labels: str) -> None:
-        self._metrics[name].set(value, tags=self._fixed | labels)
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        self._metrics[name].observe(value, tags=self._fixed | labels)
+from mtc.telemetry import CATALOGUE, JOB, make, say
 
 
 class JobMetrics:
     """Follows a run and counts; see `cluster.progress.Follower`."""
 
     def __init__(self, config: RunConfig, run_id: str):
-        self.meter = RegistryMeter(JOB, CollectorRegistry(), run_id=run_id)
-        self.config = config
+        self.registry = CollectorRegistry()
+        self._metrics = {instrument.name: make(instrument.name, self.registry) for instrument in JOB}
+        self.config, self._run_id = config, run_id
         self._skipped: dict[int, int] = {}
         self._stage: str | None = None
         self.url: str | None = None
         """Where scrapes are answered."""
         for instrument in JOB:  # a rate needs the zero before the first increase
             if instrument.kind == "counter" and instrument.labels == ("run_id",):
-                self.meter.add(instrument.name, 0.0)
-        self.meter.set("mtc_train_target_steps", config.total_steps)
+                self._of(instrument.name)
+        self._of("mtc_train_target_steps").set(config.total_steps)
         layers = ",".join(str(sites.layer) for sites in config.model.sites)
         self._about = {"model": config.model.name, "layers": layers}
 
     def plan(self, device: str, trainers: int, model_actors: int) -> None:
         """What the cluster gives to the run."""
-        self.meter.set("mtc_job_info", 1.0, device=device, **self._about)
-        self.meter.set("mtc_job_trainers", trainers)
-        self.meter.set("mtc_job_model_actors", model_actors)
+        self._of("mtc_job_info", device=device, **self._about).set(1.0)
+        self._of("mtc_job_trainers").set(trainers)
+        self._of("mtc_job_model_actors").set(model_actors)
 
     def stage(self, name: str) -> None:
         """What the job does from now on."""
         if self._stage:
-            self.meter.set("mtc_job_stage", 0.0, stage=self._stage)
-        self.meter.set("mtc_job_stage", 1.0, stage=name)
+            self._of("mtc_job_stage", stage=self._stage).set(0.0)
+        self._of("mtc_job_stage", stage=name).set(1.0)
         self._stage = name
 
     def row(self, row: dict[str, Any]) -> None:
         layer = str(row["layer"])
-        self.meter.set("mtc_train_step", row["step"])
-        self.meter.set("mtc_train_loss", row["loss"], layer=layer)
-        self.meter.set("mtc_train_learning_rate", row["lr"], layer=layer)
-        self.meter.set("mtc_train_gradient_norm", row["gradient_norm"], layer=layer)
-        self.meter.set("mtc_l0_features", row["l0"], layer=layer)
-        self.meter.set("mtc_last_progress_timestamp_seconds", row["time"])
+        self._of("mtc_train_step").set(row["step"])
+        self._of("mtc_train_loss", layer=layer).set(row["loss"])
+        self._of("mtc_train_learning_rate", layer=layer).set(row["lr"])
+        self._of("mtc_train_gradient_norm", layer=layer).set(row["gradient_norm"])
+        self._of("mtc_l0_features", layer=layer).set(row["l0"])
+        self._of("mtc_last_progress_timestamp_seconds").set(row["time"])
         for prefix, fvu in zip(self.config.transcoder.prefixes, row["fvu"], strict=True):
-            self.meter.set("mtc_fvu_ratio", fvu, layer=layer, prefix=str(prefix))
+            self._of("mtc_fvu_ratio", layer=layer, prefix=str(prefix)).set(fvu)
         for group, (size, dead) in enumerate(zip(self.config.transcoder.group_sizes, row["dead_groups"], strict=True)):
-            self.meter.set("mtc_features", size, layer=layer, group=str(group))
-            self.meter.set("mtc_dead_features", dead, layer=layer, group=str(group))
+            self._of("mtc_features", layer=layer, group=str(group)).set(size)
+            self._of("mtc_dead_features", layer=layer, group=str(group)).set(dead)
         before = self._skipped.get(row["layer"], 0)
-        self.meter.add("mtc_train_skipped_steps_total", max(row["skipped"] - before, 0), layer=layer)
+        self._of("mtc_train_skipped_steps_total", layer=layer).inc(max(row["skipped"] - before, 0))
         self._skipped[row["layer"]] = row["skipped"]
 
     def account(self, account: dict[str, Any]) -> None:
         seconds, model = account["seconds"], account["model_seconds"]
-        self.meter.add("mtc_train_tokens_total", account["tokens"])
-        self.meter.add("mtc_stream_tokens_total", account["positions"])
-        self.meter.add("mtc_stream_forward_seconds_total", model["forward"])
+        self._of("mtc_train_tokens_total").inc(account["tokens"])
+        self._of("mtc_stream_tokens_total").inc(account["positions"])
+        self._of("mtc_stream_forward_seconds_total").inc(model["forward"])
         for part, value in seconds.items():
-            self.meter.add("mtc_train_seconds_total", max(value, 0.0), part=part)
+            self._of("mtc_train_seconds_total", part=part).inc(max(value, 0.0))
         waits = {"trainer": seconds["waiting"], "all_reduce": seconds["all_reduce"]}
         waits |= {"model_actor": model["idle"], "object_store": model["sending"]}
         for stage, value in waits.items():
-            self.meter.add("mtc_stream_wait_seconds_total", max(value, 0.0), stage=stage)
+            self._of("mtc_stream_wait_seconds_total", stage=stage).inc(max(value, 0.0))
         if account["rank"] == 0:
             for value in account["step_seconds"]:
-                self.meter.observe("mtc_train_step_duration_seconds", value)
+                self._of("mtc_train_step_duration_seconds").observe(value)
 
     def event(self, event: dict[str, Any]) -> None:
         if event["kind"] == "checkpoint":
-            self.meter.add("mtc_checkpoints_total")
+            self._of("mtc_checkpoints_total").inc()
             at = datetime.fromisoformat(event["time"]).timestamp()
-            self.meter.set("mtc_last_checkpoint_timestamp_seconds", at)
+            self._of("mtc_last_checkpoint_timestamp_seconds").set(at)
         else:
-            self.meter.add("mtc_events_total", kind=event["kind"])
-        self.meter.add("mtc_train_repeated_steps_total", event.get("undone", 0))
+            self._of("mtc_events_total", kind=event["kind"]).inc()
+        self._of("mtc_train_repeated_steps_total").inc(event.get("undone", 0))
 
     @contextmanager
     def served(self) -> Iterator[None]:
@@ -116,7 +99,7 @@ class JobMetrics:
             yield
             return
         try:
-            server, thread = start_http_server(cluster.metrics_port, cluster.metrics_host, self.meter.registry)
+            server, thread = start_http_server(cluster.metrics_port, cluster.metrics_host, self.registry)
         except OSError as error:
             raise ConfigError(
                 f"cluster.metrics_port={cluster.metrics_port}: cannot listen on {cluster.metrics_host}: "
@@ -131,9 +114,16 @@ class JobMetrics:
             server.server_close()
             thread.join()
 
+    def _of(self, name: str, **labels: str) -> Any:
+        return self._metrics[name].labels(run_id=self._run_id, **labels)
 
-def _ray_metric(instrument: Instrument) -> Any:
-    arguments = (instrument.name, CATALOGUE[instrument.name].documentation)
-    if instrument.kind == "histogram":
-        return metrics.Histogram(*arguments, boundaries=list(instrument.buckets), tag_keys=instrument.labels)
-    return (metrics.Counter if instrument.kind == "counter" else metrics.Gauge)(*arguments, tag_keys=instrument.labels)
+
+def ray_metric(name: str, **fixed: str) -> Any:
+    """`ray.util.metrics`' Counter, Gauge or Histogram of a name in the catalogue, for the agent of this Ray node.
+
+    `fixed` are labels that need not be given again. A counter refuses to add 0.
+    """
+    instrument = CATALOGUE[name]
+    metric: Any = {"counter": metrics.Counter, "gauge": metrics.Gauge, "histogram": metrics.Histogram}[instrument.kind]
+    more = {"boundaries": list(instrument.buckets)} if instrument.buckets else {}
+    return metric(name, instrument.documentation, tag_keys=instrument.labels, **more).set_default_tags(fixed)

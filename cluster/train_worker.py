@@ -20,13 +20,12 @@ from cluster.accounts import Account, Journal, stream_timing
 from cluster.batches import Batches
 from cluster.blocks import iterate_units
 from cluster.data_state import data_state, position_files
-from cluster.job_metrics import RayMeter
 from cluster.outcome import TrainingStopped, TrainResult, post_event, weights_file
 from cluster.progress import RESUMED, STOPPED
 from mtc.config import RunConfig
 from mtc.devices import open_device
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
-from mtc.telemetry import PROCESS, configure, set_run
+from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
 from mtc.training import Calibrator, Clock, Trainer, on_device
 from mtc.transcoder import agree
@@ -87,7 +86,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         batches = Batches(
             units, data.buffer, config.optimizer.batch_tokens, data.ledger, clock, len(work.training), data.filters
         )
-        account = Account(log, RayMeter(PROCESS, run_id=settings["run_id"]), rank, batches)
+        account = Account(log, settings["run_id"], rank, batches)
         journal = Journal(log, trainers, clock) if rank == 0 else None
         nothing = (torch.empty(0, d_model, device=device),) * (2 * len(trainers))
         while lead.step_number < total:

@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.job_metrics import JobMetrics
 from mtc.config import ConfigError, load_preset
-from mtc.telemetry import CATALOGUE, JOB, PROCESS
-from mtc.telemetry.metrics import RAY_PREFIX, SERVICE
+from mtc.telemetry import CATALOGUE, JOB
+from mtc.telemetry.metrics import PROCESS, RAY_PREFIX, SERVICE
 
 MONITORING = Path(__file__).parent.parent / "k8s" / "monitoring"
 needs_promtool = pytest.mark.skipif(not prometheus.found(), reason="Debian's prometheus is not installed")

@@ -12,7 +12,7 @@ from mtc.telemetry.logs import (
     set_run,
     stderr_without,
 )
-from mtc.telemetry.metrics import CATALOGUE, JOB, PROCESS, Instrument, Meter, RegistryMeter, make
+from mtc.telemetry.metrics import CATALOGUE, JOB, make
 from mtc.telemetry.provenance import describe_machine, git_revision, package_versions
 from mtc.telemetry.tracking import check_trackers
 
@@ -20,11 +20,7 @@ __all__ = [
     "CATALOGUE",
     "FORMAT_VARIABLE",
     "JOB",
-    "PROCESS",
     "Format",
-    "Instrument",
-    "Meter",
-    "RegistryMeter",
     "check_trackers",
     "configure",
     "describe_machine",

@@ -1,4 +1,4 @@
-"""Every metric that any part of the product exports: one catalogue, and the facade through which it is written.
+"""Every metric that any part of the product exports: one catalogue, from which they are all made.
 
 Names follow Prometheus: a unit as suffix, `_total` for counters, labels for what is summed over. Who exports what:
 
@@ -12,7 +12,7 @@ Dashboards and alerts (k8s/monitoring) are generated and checked against this li
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -107,40 +107,6 @@ ENCODER = (
 CONTROL = (_gauge("mtc_model_info", "1; the current run.", RUN, "sha256"),)
 SERVICE = INGRESS + ENCODER + CONTROL
 CATALOGUE = {instrument.name: instrument for instrument in (*JOB, *PROCESS, *SERVICE)}
-
-
-class Meter(Protocol):
-    """Where a process writes its metrics. Raises KeyError for a name that is not in its part of the catalogue."""
-
-    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        """More of a counter."""
-
-    def set(self, name: str, value: float, **labels: str) -> None:
-        """A gauge's value."""
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        """One more value of a histogram."""
-
-
-class RegistryMeter:
-    """Writes some instruments to a registry of prometheus-client; `fixed` are labels that all of them have."""
-
-    def __init__(self, instruments: tuple[Instrument, ...], registry: CollectorRegistry, **fixed: str):
-        self.registry, self._fixed = registry, fixed
-        self._metrics = {instrument.name: make(instrument.name, registry) for instrument in instruments}
-
-    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        self._child(name, labels).inc(amount)
-
-    def set(self, name: str, value: float, **labels: str) -> None:
-        self._child(name, labels).set(value)
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        self._child(name, labels).observe(value)
-
-    def _child(self, name: str, labels: dict[str, str]) -> Any:
-        metric, labels = self._metrics[name], self._fixed | labels
-        return metric.labels(**labels) if labels else metric
 
 
 def make(name: str, registry: CollectorRegistry) -> Any:
