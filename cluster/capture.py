@@ -16,7 +16,6 @@ from cluster.job_metrics import ray_metric
 from mtc.config import RunConfig
 from mtc.devices import measure_device, open_device
 from mtc.language_model import Capture, LanguageModel, Pending, pack_windows
-from mtc.telemetry import PROCESS
 from mtc.text import TokenStore
 
 
