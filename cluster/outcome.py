@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mtc.errors import MtcError
+
 if TYPE_CHECKING:
     from mtc.results import StreamTiming
     from mtc.storage import Progress
@@ -41,8 +43,11 @@ class Trained(NamedTuple):
     """What was trained of each work unit."""
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(MtcError):
     """The run cannot go on, and starting it again would not help; the message says why."""
+
+    exit_code = 1
+    event = "stopped"
 
 
 def check_ledger(progress: Progress, units: int) -> None:

@@ -41,6 +41,9 @@ NOISE = "has constructor arguments in the object store"
 class FinishedError(ConfigError):
     """The run is finished already: there is nothing left to do."""
 
+    exit_code = 3
+    event = "nothing_to_do"
+
 
 LIMITS = ("data.max_skipped_share", "optimizer.max_skipped_steps")  # may be raised to continue a run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import threading
 import time
 import uuid
@@ -13,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mtc.config import ConfigError
+from mtc.errors import one_line
 from mtc.storage import RunDirectory
 from mtc.telemetry import for_people, output, say
 
@@ -256,15 +256,6 @@ class ProgressReader:
             return
         output().write(f"\r{line}\x1b[K" + ("\n" if final else ""))
         output().flush()
-
-
-def one_line(error: BaseException) -> str:
-    """What a person needs of an error that Ray may have wrapped in pages: its kind, and the line that says why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    low = next((line for line in lines if "low on memory" in line), None)  # what follows is the whole node's account
-    reason = low or (lines[-1] if lines else "")
-    reason = re.split(r"\s*(?:Some common causes|There are some potential)", reason)[0]
-    return f"{type(error).__name__}: {reason}"[:400]
 
 
 def _newest(history: Mapping[int, Any]) -> int:

@@ -16,10 +16,10 @@ import ray.train
 from ray.train import DataConfig
 
 from cluster.activations import activation_dataset, configure_data_context
-from cluster.progress import one_line
 from cluster.resources import Plan, beside, cluster_nodes, make_plan
 from cluster.resume import unneeded_units
 from mtc.config import ConfigError, RunConfig
+from mtc.errors import one_line
 from mtc.storage import Checkpoints
 from mtc.text import TokenStore, work_units
 

@@ -27,12 +27,12 @@ from ray.util import placement_group_table
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cluster.outcome import Trained, TrainResult, check_ledger, post_event, weights_file
-from cluster.progress import one_line
 from cluster.resources import Plan
 from cluster.resume import read_progress
 from cluster.stream import StreamConfig, TellFailures
 from cluster.train_worker import train_worker
 from mtc.config import RunConfig
+from mtc.errors import MtcError, one_line
 from mtc.results import StreamTiming
 from mtc.storage import LISTING_SECONDS, Checkpoint, Checkpoints, RunDirectory, RunError, progress_to_parquet
 from mtc.text import TokenStore, Work
@@ -40,6 +40,13 @@ from mtc.transcoder import backend
 
 logger = logging.getLogger(__name__)
 LONGEST_PAUSE = 60.0  # seconds before the job starts Ray Train again
+
+
+class TrainingFailed(MtcError):
+    """The trainers died more often than `cluster.max_failures` allows; the message says why they did at last."""
+
+    exit_code = 1
+    event = "failed"
 
 
 def train(
@@ -57,9 +64,8 @@ def train(
 
     Continues from the run's last checkpoint if there is one. Ray Train starts dead trainers again, up to
     `cluster.max_failures` times; if it gives up although there was a new checkpoint in between, or if its controller
-    dies, it is started again here. Raises ray.train.TrainingFailedError or ray.exceptions.RayActorError if that does
-    not help either, TrainingStopped, also if the ledger does not have every token once, and RunError for checkpoints
-    that cannot be used.
+    dies, it is started again here. Raises TrainingFailed if that does not help either, TrainingStopped, also if the
+    ledger does not have every token once, and RunError for checkpoints that cannot be used.
     """
     checkpoints = Checkpoints(run.url)
     tell = partial(post_event, log)
@@ -85,7 +91,11 @@ def train(
             failures = 1 if progress else failures + 1
             tried_by_train = isinstance(error, ray.train.TrainingFailedError)
             if failures > config.cluster.max_failures or (tried_by_train and not progress):
-                raise
+                logger.error("the trainers' last failure", exc_info=error)
+                raise TrainingFailed(
+                    f"cluster.max_failures={config.cluster.max_failures}: no new checkpoint in so many restarts; "
+                    f"at last: {one_line(error)}"
+                ) from None
             pause = min(2.0**failures, LONGEST_PAUSE)
             tell("restart", f"training is started again in {pause:.0f} s: {one_line(error)}")
             time.sleep(pause)

@@ -16,14 +16,12 @@ import sys
 from cluster.pipeline import connected
 from cluster.probing import check_optional
 from cluster.reporting import analyse_run, changed_config
-from jobs.command_line import make_parser, parse_overrides
+from jobs.command_line import failed, make_parser, parse_overrides
 from mtc.analysis import compare_runs
 from mtc.config import ConfigError
-from mtc.language_model import ModelError
 from mtc.report import write_comparison
-from mtc.storage import RunError, open_layer_run, open_run
-from mtc.telemetry import configure, fail
-from mtc.text import DataError
+from mtc.storage import open_layer_run, open_run
+from mtc.telemetry import fail
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,9 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs; each of one layer")
     parser.add_argument("--output", help="directory for the comparison (default: comparison)")
     try:
-        configure()
         arguments, overrides = parse_overrides(parser, sys.argv[1:] if argv is None else argv, ("analysis", "cluster"))
-        configure(arguments.verbose, arguments.log_format)
         if arguments.compare:
             first, second = arguments.compare
             return compare(first, second, arguments.output or "comparison", overrides)
@@ -46,9 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)
             analyse_run(arguments.run, overrides)
-    except (ConfigError, ModelError, DataError, RunError) as error:
-        fail("error", f"error: {error}")
-        return 2
+    except Exception as error:
+        return failed(error)
     except KeyboardInterrupt:
         fail("interrupted", "interrupted")
         return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,10 @@ from pydantic import create_model
 from pydantic_settings import BaseSettings, CliSettingsSource
 
 from mtc.config import ConfigError, RunConfig, load_preset, make_config, merge_settings, preset_names
-from mtc.telemetry import FORMAT_VARIABLE, Format
+from mtc.errors import MtcError, one_line
+from mtc.telemetry import FORMAT_VARIABLE, Format, configure, fail
+
+logger = logging.getLogger(__name__)
 
 
 def parse_command_line(
@@ -64,7 +68,9 @@ def parse_overrides(
     """Parse the options of a parser of `make_parser` and one option per field of some parts of RunConfig.
 
     Returns the parsed arguments, and what was given of the fields as nested values, not validated. Exits for `--help`.
+    From here on logs are as the options say.
     """
+    configure()  # what is wrong with the environment is said first
     if {"-h", "--help"} & set(argv):
         parser.epilog = _overview(parts)
         parser.print_help()
@@ -78,7 +84,23 @@ def parse_overrides(
         parser.print_help()
         parser.exit()
     arguments = parser.parse_args(list(argv))
+    configure(arguments.verbose, arguments.log_format)
     return arguments, source(parsed_args=arguments)()
+
+
+def failed(error: Exception) -> int:
+    """Exit code of a job that `error` ended; says why as the last line on standard error.
+
+    What is no MtcError may be a fault of this package: its traceback comes first.
+    """
+    cause = getattr(error, "cause", None)  # what Ray wraps
+    known = cause if isinstance(cause, MtcError) else error
+    if isinstance(known, MtcError):
+        fail(known.event, f"{known.event.replace('_', ' ')}: {known}")
+        return known.exit_code
+    logger.error("a job ends", exc_info=error)
+    fail("failed", f"failed: {one_line(error)}")
+    return 1
 
 
 def _overview(parts: Sequence[str]) -> str:

@@ -5,7 +5,7 @@
         --preset gemma-2-2b-layer17 --output.root runs --output.run_id gemma-scope-5
 
 An import takes the options of jobs/train.py. Formats, and what is exact in them: docs/export.md. Exit codes: 0 done,
-2 unusable run, files or configuration.
+1 failed while running, 2 unusable run, files or configuration.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import argparse
 import sys
 from datetime import UTC, datetime
 
-from jobs.command_line import parse_command_line
-from mtc.config import ConfigError, to_yaml
+from jobs.command_line import failed, parse_command_line
+from mtc.config import to_yaml
 from mtc.export import (
-    ExportError,
-    ImportFailure,
     Subject,
     load_subject,
     new_directory,
@@ -30,8 +28,8 @@ from mtc.export import (
     write_run,
     write_saelens,
 )
-from mtc.language_model import ModelError, check_model
-from mtc.storage import RunDirectory, RunError, open_run
+from mtc.language_model import check_model
+from mtc.storage import RunDirectory, open_run
 
 FORMATS = ("saelens", "circuit-tracer", "gemma-scope-npz", "neuronpedia")
 IMPORTS = ("saelens", "gemma-scope-npz")
@@ -45,9 +43,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"imported {run.url}")
         else:
             export_run(_export_parser().parse_args(arguments))
-    except (ConfigError, ExportError, ImportFailure, ModelError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return failed(error)
     return 0
 
 

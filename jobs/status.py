@@ -3,7 +3,8 @@
     python jobs/status.py runs/smollm2-135m-1
     python jobs/status.py s3://bucket/runs/latest --json
 
-Exit codes: 0 the run is finished, 2 there is no such run, 3 a job works on it, 4 it is not finished and no job does.
+Exit codes: 0 the run is finished, 1 nobody knows (its storage fails), 2 there is no such run, 3 a job works on it, 4 it
+is not finished and no job does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mtc.storage import RunError, describe, run_status
+from jobs.command_line import failed
+from mtc.storage import describe, run_status
 
 CODES = {"finished": 0, "running": 3, "stopped": 4}
 
@@ -23,9 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         status = run_status(arguments.run)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return failed(error)
     print(status.model_dump_json() if arguments.json else describe(status))
     return CODES[status.state]
 

@@ -13,38 +13,25 @@ import os
 import signal
 import sys
 
-from cluster.outcome import TrainingStopped
-from cluster.pipeline import FinishedError, check, connected, run_pipeline
-from jobs.command_line import parse_command_line
-from mtc.config import ConfigError, to_yaml
-from mtc.language_model import ModelError
-from mtc.storage import RunError
-from mtc.telemetry import configure, fail
-from mtc.text import DataError
+from cluster.pipeline import check, connected, run_pipeline
+from jobs.command_line import failed, parse_command_line
+from mtc.config import to_yaml
+from mtc.telemetry import fail
 
 
 def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        configure()
         config, arguments = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__ or "")
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
-        configure(arguments.verbose, arguments.log_format)
         check(config)
         with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)  # again, since ray.init has taken it
             run_pipeline(config)
-    except FinishedError as error:
-        fail("nothing_to_do", f"nothing to do: {error}")
-        return 3
-    except (ConfigError, ModelError, DataError, RunError) as error:
-        fail("error", f"error: {error}")
-        return 2
-    except TrainingStopped as error:
-        fail("stopped", f"stopped: {error}")
-        return 1
+    except Exception as error:
+        return failed(error)
     except KeyboardInterrupt:
         fail("interrupted", "interrupted: nothing was published; the same output.run_id continues the run")
         return 130

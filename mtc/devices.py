@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtc.errors import MtcError
+
 PRETENDING = os.environ.get("MTC_PRETEND_GPU") == "1"
 """Whether the CPU is taken for a GPU."""
 
 
-class DeviceError(RuntimeError):
+class DeviceError(MtcError):
     """The device that was asked for can't be used; the message says why."""
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import ray.exceptions
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+import cluster.training
+from jobs import analyze, export, status, train
+from mtc.config import RunConfig
+from mtc.errors import MtcError
 from mtc.storage import RunDirectory
+from mtc.telemetry.logs import EVENTS
+from mtc.text import DataError, TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--preset", "tiny", "--cluster.num_model_actors", "1", "--cluster.num_trainers", "1")
@@ -44,3 +58,102 @@ def test_a_run_that_another_job_takes(tmp_path: Path) -> None:
     assert last["message"].endswith("run_id=run: another job writes this run now, process 7 on elsewhere")
     assert run.exists("writer.json"), "it is the other's now"
     assert not run.is_finished()
+
+
+@pytest.fixture
+def logs_as_before() -> Iterator[None]:
+    before = [(logger, logger.handlers[:], logger.level) for logger in (EVENTS, logging.getLogger())]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+
+
+ACTOR_DIED = ray.exceptions.RayActorError(error_msg="The actor died: its node ran out of memory.")
+RANK_DIED = WorkerGroupError(
+    "[Rank 1 Error Snippet]:\nTraceback (most recent call last):\n  ...\nFloatingPointError: no finite gradient", {}
+)
+
+
+@pytest.mark.usefixtures("logs_as_before")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ACTOR_DIED, "its node ran out of memory."), (RANK_DIED, "FloatingPointError: no finite gradient")],
+)
+def test_trainers_that_die_for_good(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    reason: str,
+) -> None:
+    def fit() -> None:
+        raise error
+
+    def run_pipeline(config: RunConfig) -> None:
+        nothing: Any = SimpleNamespace(digest=lambda store: "digest", event=SimpleNamespace(remote=lambda *event: None))
+        run = RunDirectory(f"{config.output.root}/run")
+        cluster.training.train(config, nothing, run, "store", 32, nothing, lambda: None, nothing)
+
+    monkeypatch.setattr(cluster.training, "_trainer", lambda *arguments: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(cluster.training, "_placement_groups", set)
+    monkeypatch.setattr(TokenStore, "open", lambda url: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(train, "check", lambda config: None)
+    monkeypatch.setattr(train, "connected", lambda verbose: nullcontext())
+    monkeypatch.setattr(train, "run_pipeline", run_pipeline)
+    monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
+    code = train.main([*TINY, "--output.root", str(tmp_path), "--log-format", "json"])
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert (code, lines[-1]["event"], lines[-1]["level"]) == (1, "failed", "error")
+    assert lines[-1]["message"].startswith("failed: cluster.max_failures=3: ")
+    assert lines[-1]["message"].endswith(reason)
+    assert "Traceback" in lines[-2]["message"], "all of it, for whoever looks"
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_what_no_one_has_foreseen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise PermissionError("Access Denied:\n the bucket's policy")
+
+    monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
+    for job, entry, options in (
+        (train, "check", ["--preset", "tiny"]),
+        (analyze, "open_run", ["--run", "runs/latest"]),
+        (export, "open_run", ["--run", "runs/latest", "--format", "saelens", "--output", "exported"]),
+        (status, "run_status", ["runs/latest"]),
+    ):
+        monkeypatch.setattr(job, entry, fail)
+        assert job.main(options) == 1
+        err = capsys.readouterr().err.splitlines()
+        assert err[-1] == "failed: PermissionError: the bucket's policy"
+        assert any("Traceback" in line for line in err[:-1])
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_a_wrong_option_is_told_in_the_format_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert analyze.main(["--run", "nowhere", "--analysis.num_tokens", "5", "--log-format", "json"]) == 2
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["event"] == "error"
+    assert train.main([*TINY, "--transcoder.k", "1000", "--log-format", "json"]) == 2
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["message"].startswith("error: transcoder.k=1000")
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_data_that_a_task_refuses(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise DataError("data.name='x' has no text")
+
+    monkeypatch.setattr(train, "check", lambda config: ray.get(ray.remote(refuse).remote()))
+    monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
+    assert train.main(["--preset", "tiny"]) == 2
+    assert capsys.readouterr().err == "error: data.name='x' has no text\n"
+
+
+def test_every_error_of_ours_ends_a_job_with_a_documented_code() -> None:
+    reliability = (ROOT / "docs" / "reliability.md").read_text()
+    kinds: list[type[MtcError]] = [MtcError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        assert f"| {kind.exit_code} | " in reliability

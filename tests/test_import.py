@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save
 
 from jobs.export import main
-from mtc.export import ImportFailure, read_gemma_scope, read_saelens
+from mtc.export import read_gemma_scope, read_saelens
+from mtc.export.importing import ImportFailure
 from mtc.language_model import LanguageModel, pack_windows
 from mtc.storage import RunDirectory, open_layer_run
 from mtc.transcoder import load_transcoder

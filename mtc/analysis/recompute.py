@@ -24,10 +24,11 @@ from mtc.analysis.evaluation import evaluation, loss_recovered
 from mtc.analysis.held_out import HeldOutPass
 from mtc.analysis.loss_sums import LossSums, loss_sums
 from mtc.config import RunConfig
+from mtc.errors import MtcError
 from mtc.language_model import LanguageModel, PackedWindows, pack_windows
 from mtc.results import Evaluation
-from mtc.storage import RunError, load_analysis, open_layer_run
-from mtc.text import DataError, TokenStore, heldout_units
+from mtc.storage import load_analysis, open_layer_run
+from mtc.text import TokenStore, heldout_units
 from mtc.transcoder import MatryoshkaTranscoder, load_transcoder
 
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         analysis = load_analysis(run)
         config = analysis.config
         store = TokenStore.open(analysis.facts.token_store)
-    except (RunError, DataError) as error:
+    except MtcError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

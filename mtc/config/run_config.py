@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from mtc.errors import MtcError
 from mtc.record import Record
 
 LR_AT_1152 = 6e-3
@@ -20,7 +21,7 @@ LR_AT_1152 = 6e-3
 Site = Literal["resid_mid", "mlp_in", "mlp_out"]
 
 
-class ConfigError(ValueError):
+class ConfigError(MtcError, ValueError):
     """The configuration cannot be used; the message names the fields, the limits and the values."""
 
 

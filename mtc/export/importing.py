@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtc.config import RunConfig, to_yaml
+from mtc.errors import MtcError
 from mtc.language_model import MODULES, ModelInfo
 from mtc.storage import RunDirectory, RunError
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
@@ -30,7 +31,7 @@ LAYER_NORM = ("gpt2", "gpt_neox")
 SAELENS_ARCHITECTURES = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 
 
-class ImportFailure(ValueError):
+class ImportFailure(MtcError):
     """The files are no transcoder that we can use; the message says why."""
 
 

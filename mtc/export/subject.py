@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from mtc.config import RunConfig
+from mtc.errors import MtcError
 from mtc.language_model import MODULES, ModelError, check_model
 from mtc.results import Analysis
 from mtc.storage import RunDirectory, load_analysis, require_one_layer
 from mtc.transcoder import RMS_EPS, MatryoshkaTranscoder, load_transcoder
 
 
-class ExportError(ValueError):
+class ExportError(MtcError):
     """The run cannot be written in this format, or not there; the message says why and what can be done."""
 
 

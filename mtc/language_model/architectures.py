@@ -10,9 +10,10 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from mtc.config import ConfigError, ModelConfig
+from mtc.errors import MtcError
 
 
-class ModelError(RuntimeError):
+class ModelError(MtcError):
     """The model can't be loaded; the message says what is missing."""
 
 

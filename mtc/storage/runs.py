@@ -35,6 +35,7 @@ import fsspec
 import yaml
 
 from mtc.config import RunConfig, make_config
+from mtc.errors import MtcError
 from mtc.record import Record
 from mtc.results import FORMAT_VERSION as ANALYSIS_VERSION
 from mtc.results import Analysis
@@ -46,7 +47,7 @@ MANIFEST = "manifest.json"
 WRITER = "writer.json"
 
 
-class RunError(RuntimeError):
+class RunError(MtcError):
     """A run directory is missing, unfinished, damaged or of an unknown format; the message says which."""
 
 

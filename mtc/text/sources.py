@@ -9,12 +9,13 @@ from typing import NamedTuple
 import fsspec
 
 from mtc.config import DataConfig
+from mtc.errors import MtcError
 from mtc.storage import absolute
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
-class DataError(RuntimeError):
+class DataError(MtcError):
     """The text or its token store cannot be used; the message names the fields or the files."""
 
 

@@ -1,0 +1,27 @@
+"""What ends a job: one class for all that whoever started it can do something about."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+
+class MtcError(Exception):
+    """A job cannot go on; the message names the fields, files or limits, and what can be done.
+
+    Jobs end with `exit_code` and show the message as their last line, without a traceback.
+    """
+
+    exit_code: ClassVar[int] = 2
+    """Of a job that it ends; 2 is what comes again until something is changed."""
+    event: ClassVar[str] = "error"
+    """Its kind in JSON lines, and the beginning of the line."""
+
+
+def one_line(error: BaseException) -> str:
+    """What a person needs of an error that Ray may have wrapped in pages: its kind, and the line that says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    low = next((line for line in lines if "low on memory" in line), None)  # what follows is the whole node's account
+    reason = low or (lines[-1] if lines else "")
+    reason = re.split(r"\s*(?:Some common causes|There are some potential)", reason)[0]
+    return f"{type(error).__name__}: {reason}"[:400]
