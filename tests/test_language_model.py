@@ -1,5 +1,6 @@
 """Sites, truncation, splicing and preparation of the language model, on tiny random models of every architecture."""
 
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -384,6 +385,30 @@ def test_gguf_header_and_digest(tmp_path: Path) -> None:
     write_gguf(tmp_path / "other.gguf", "mamba")
     with pytest.raises(ConfigError, match="unknown architecture 'mamba'"):
         check_model(config.model_copy(update={"gguf_file": "other.gguf"}))
+
+
+def test_weights_are_hashed_once_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    opened = Path.open
+
+    def count(self: Path, *arguments: Any, **options: Any) -> Any:
+        read.append(self.name)
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", count)
+    file = tmp_path / "m.gguf"
+    first = write_gguf(file)
+    config = ModelConfig(name=str(tmp_path), gguf_file="m.gguf", layer=1, sha256=hashlib.sha256(first).hexdigest())
+    read.clear()
+    for _ in range(3):
+        check_model(config)
+    assert read.count("m.gguf") == 1 + 3, "hashed once; the head is read each time"
+    changed = first[:-1] + bytes([first[-1] ^ 1])
+    before = file.stat()
+    file.write_bytes(changed)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ModelError, match=rf"is {hashlib.sha256(changed).hexdigest()}, expected"):
+        check_model(config)
 
 
 def test_parts_of_a_file_in_dependency_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

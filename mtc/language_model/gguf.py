@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import struct
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from mtc.config import ConfigError, ModelConfig
 from mtc.language_model.architectures import ModelError, ModelInfo
+from mtc.storage import cache_directory, write_atomic
 
 _GGUF_NAMES = {"gemma3": "gemma3_text"}  # where GGUF's architecture is called otherwise than transformers' model type
 
@@ -63,17 +65,26 @@ def _files_named(distribution: str, pattern: str) -> dict[str, Path]:
 
 
 def gguf_digest(config: ModelConfig, parts: list[Path]) -> str:
-    """sha256 of the parts put together; raises ModelError if `model.sha256` is another."""
-    sha = hashlib.sha256()
-    for part in parts:
-        with part.open("rb") as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
-    if config.sha256 and sha.hexdigest() != config.sha256:
-        raise ModelError(
-            f"sha256 of {config.gguf_file} in {config.name} is {sha.hexdigest()}, expected {config.sha256}"
-        )
-    return sha.hexdigest()
+    """sha256 of the parts put together; raises ModelError if `model.sha256` is another.
+
+    The cache directory remembers it for as long as no file changes: every process asks for it, and weights are large.
+    """
+    files = [(str(part.absolute()), part.stat()) for part in parts]
+    state = json.dumps([(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in files])
+    record = Path(cache_directory()).absolute() / "models" / "digests" / hashlib.sha256(state.encode()).hexdigest()
+    if record.is_file():
+        found = record.read_text()
+    else:
+        sha = hashlib.sha256()
+        for part in parts:
+            with part.open("rb") as file:
+                while block := file.read(1 << 20):
+                    sha.update(block)
+        found = sha.hexdigest()
+        write_atomic(str(record), found.encode())
+    if config.sha256 and found != config.sha256:
+        raise ModelError(f"sha256 of {config.gguf_file} in {config.name} is {found}, expected {config.sha256}")
+    return found
 
 
 def gguf_info(path: Path) -> ModelInfo:
