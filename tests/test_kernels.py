@@ -235,3 +235,39 @@ def test_without_a_compiler_torch_does_the_work_and_says_so(environment, reason)
     code = "from mtc import native; assert native.load() is None; print(native.status())"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0 and reason in done.stdout, done.stderr
+
+
+def test_memory_is_guarded_under_python_O_too():
+    """Raw pointers say nothing of strides, types or lengths."""
+    if native.load() is None:
+        pytest.skip(native.status())
+    code = """
+import torch
+from mtc import kernels, native
+from mtc.kernels import Objective, Weights, Workspace
+
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+table, counts = torch.ones(4, 6), torch.zeros(6, dtype=torch.int64)
+for wrong in (table.T, table.double(), table.to("meta")):
+    print(refused(native.call, "count_above", wrong, 6, 4, 0.5, counts))
+x, index = torch.ones(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+print(refused(kernels.entry_dots, x.T.contiguous().T, index, x, index))
+weights = Weights(torch.ones(6, 4), torch.ones(6), torch.ones(6, 4), torch.ones(4))
+wanted = Objective((2, 4, 6), (1.0,), 3, index[:0], 1, 0.1)
+print(refused(kernels.sparse_loss, x.float(), x.float(), weights, wanted, Workspace()))
+native.load = lambda: None
+print(refused(native.call, "count_above", table, 4, 6, 0.5, counts))
+"""
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    for line, told in zip(
+        lines,
+        ("strides [1, 6]", "float64", "on meta", "contiguous", "1 weights for 3 prefixes", "not compiled"),
+        strict=True,
+    ):
+        assert told in line, done.stdout + done.stderr

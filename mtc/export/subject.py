@@ -196,7 +196,8 @@ def describe_norm(subject: Subject, normalised: bool, divides_itself: bool = Fal
             f"transcoder does. That one adds {RMS_EPS:g} to the mean square first and the library adds nothing, so "
             f"inputs differ by {RMS_EPS / 2:g} / (mean square) of themselves."
         )
-    assert normalised
+    if not normalised:
+        raise ValueError("a transcoder that normalises reads what is not normalised: who divides?")
     return (
         f"It reads `{site}` divided by its root mean square, before the norm's gain, not raw `{site}`: the hook point "
         f"`ln2.hook_normalized`. The run's transcoder adds {RMS_EPS:g} to the mean square before it divides, the "

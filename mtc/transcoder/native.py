@@ -51,17 +51,23 @@ def runs(tensor: Tensor) -> bool:
 def call(name: str, *arguments: Tensor | float | bool) -> None:
     """Run a loop: tensors go as pointers, ints as int64, floats as float32; torch's thread count comes last.
 
-    Tensors must be contiguous and on the CPU; all but indices are float32.
+    Tensors must be contiguous and on the CPU; all but indices are float32. Raises ValueError for others, RuntimeError
+    where the loops are not compiled.
     """
     library = load()
-    assert library is not None
+    if library is None:
+        raise RuntimeError(f"{name}: the loops are not compiled here: {status()}")
     converted = [_argument(value) for value in arguments]
     getattr(library, name)(*converted, ctypes.c_int(torch.get_num_threads()))
 
 
 def _argument(value: Tensor | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
     if isinstance(value, Tensor):
-        assert value.is_contiguous() and value.device.type == "cpu" and value.dtype in (torch.float32, torch.int64)
+        if not (value.is_contiguous() and value.device.type == "cpu" and value.dtype in (torch.float32, torch.int64)):
+            raise ValueError(
+                f"the loops take contiguous float32 and int64 on the CPU, not {value.dtype} of shape "
+                f"{list(value.shape)} and strides {list(value.stride())} on {value.device}"
+            )
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 

@@ -97,6 +97,7 @@ def entry_dots(left: Tensor, left_index: Tensor, right: Tensor, right_index: Ten
         return out
     # What embedding_bag's own backward calls: the products are summed without being written down. It is private, and
     # reads rows as if they were contiguous.
-    assert all(t.is_contiguous() for t in (left, left_index, right, right_index))
+    if not all(t.is_contiguous() for t in (left, left_index, right, right_index)):
+        raise ValueError("entry_dots takes contiguous tensors")
     offsets = torch.searchsorted(left_index, torch.arange(len(left), device=left.device))
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, right_index, offsets, left_index, 0)

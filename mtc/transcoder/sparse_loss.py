@@ -61,11 +61,13 @@ def sparse_loss(
 ) -> LossOutput:
     """The same as `dense_loss`, up to rounding, with gradients computed from the chosen entries.
 
-    `bfloat16_product` finds the entries by a bfloat16 product and computes their values again in x's dtype.
+    `bfloat16_product` finds the entries by a bfloat16 product and computes their values again in x's dtype. Raises
+    ValueError for another number of weights than of prefixes.
     """
     aux = len(objective.dead) > 0
     slots = len(objective.ends) + aux
-    assert len(objective.weights) == len(objective.ends)
+    if len(objective.weights) != len(objective.ends):
+        raise ValueError(f"{len(objective.weights)} weights for {len(objective.ends)} prefixes")
     with torch.no_grad():
         z = _product(x, weights, workspace, bfloat16_product)
         token, feature, value = _choose(z, x, weights, objective, workspace, bfloat16_product)
