@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from cluster.local_ray import make_temporary_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLES = {
@@ -75,7 +76,7 @@ class Head:
 @contextmanager
 def ray_head(cpus: float = 2, environment: dict[str, str] | None = None) -> Iterator[Head]:
     """`ray start --head --block` in a session of its own, which is how its processes are told from others."""
-    port, directory = _free_port(), tempfile.mkdtemp(prefix="mtc-chaos-")
+    port, directory = _free_port(), make_temporary_directory()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
     command += ["--num-cpus", str(cpus), "--object-store-memory", "200000000", f"--dashboard-port={_free_port()}"]
     command += ["--temp-dir", directory, "--node-ip-address", "127.0.0.1", "--disable-usage-stats"]

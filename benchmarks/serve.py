@@ -52,6 +52,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.load import Connection, Plan, Record, request, run
+from cluster.local_ray import make_temporary_directory
 from mtc.config import load_preset, to_yaml
 from mtc.storage import RunDirectory
 from mtc.text import token_batches
@@ -133,11 +134,13 @@ def deployed(settings: Settings) -> Iterator[int]:
     from ray import serve as ray_serve
 
     from serve.app import build
+    from serve.contract import proxy_files
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    temporary = tempfile.mkdtemp(prefix="mtc-bench-")  # Ray's socket paths must be short
+    temporary = make_temporary_directory()
+    os.environ.update(proxy_files(temporary))
     ray.init(
         address="local", num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False,
         _temp_dir=temporary,

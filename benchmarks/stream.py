@@ -44,6 +44,7 @@ import torch
 from cluster.activations import map_on_model_actors
 from cluster.blocks import ActorCosts, iterate_units, to_binary
 from cluster.capture import UnitCapture
+from cluster.local_ray import make_temporary_directory
 from cluster.resources import Node, Plan
 from mtc.config import RunConfig, load_preset
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
@@ -246,7 +247,7 @@ def local_ray(object_store: int) -> Iterator[None]:
 
     from cluster.activations import configure_data_context
 
-    temporary = tempfile.mkdtemp(prefix="mtc-bench-")
+    temporary = make_temporary_directory()
     ray.init(
         address="local", num_cpus=2, object_store_memory=object_store, include_dashboard=False, log_to_driver=False,
         logging_level="ERROR", _temp_dir=temporary,

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.activations import configure_data_context
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
+from cluster.local_ray import check_installation, temporary_root
 from cluster.outcome import Trained, TrainingStopped, TrainResult
 from cluster.probing import check_optional
 from cluster.progress import ProgressReader, balance, start_metrics_log
@@ -69,7 +70,8 @@ def check(config: RunConfig) -> None:
 def connected(verbose: bool = False) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS or of the surrounding Ray job; without one, run a local Ray for this process.
 
-    What Ray, its daemons and workers print is left to Ray's log files unless `verbose`.
+    What Ray, its daemons and workers print is left to Ray's log files unless `verbose`. Raises ConfigError where a
+    local Ray cannot run.
     """
     how: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     how |= {"configure_logging": False}  # its records go where all others go
@@ -78,9 +80,10 @@ def connected(verbose: bool = False) -> Iterator[None]:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(address="auto", **how)
         else:
+            check_installation()
             os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            ray.init(address="local", dashboard_host="127.0.0.1", **how)
+            ray.init(address="local", dashboard_host="127.0.0.1", _temp_dir=f"{temporary_root()}/ray", **how)
         try:
             yield
         finally:

@@ -122,7 +122,8 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
         dataset_config=StreamConfig(config, plan, run.url, store_url, d_model, log),
         run_config=ray.train.RunConfig(
             name=run.run_id,
-            storage_path=os.path.join(tempfile.gettempdir(), "ray-train"),  # only a marker lies there
+            # Only a marker lies there; another user of the machine can't write into ours.
+            storage_path=os.path.join(tempfile.gettempdir(), f"ray-train-{os.getuid()}"),
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             callbacks=[TellFailures(log)],  # type: ignore[list-item]
             worker_runtime_env=plan.runtime_env,  # type: ignore[call-arg]  # of Train v2

@@ -20,7 +20,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -30,9 +29,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from cluster.local_ray import check_installation, make_temporary_directory
+from mtc.config import ConfigError
 from mtc.storage import absolute
 from mtc.telemetry import git_revision
-from serve.contract import ENVIRONMENT, free_ports
+from serve.contract import ENVIRONMENT, free_ports, proxy_files
 
 SOURCE = Path(__file__).resolve().parent.parent
 IN_TREE = (SOURCE / "pyproject.toml").is_file()
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             print_usage(serve_run(start_head(), arguments.run), arguments.run)
         else:
             quickstart(arguments.preset, arguments.root, arguments.overrides)
-    except QuickstartError as error:
+    except (QuickstartError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -100,8 +101,9 @@ def start_head() -> dict[str, Any]:
         if _runs(head) and _answers(f"{head['dashboard']}/api/version"):
             return head
         stop_head()
+    check_installation()
     port, dashboard, agent, client, metrics, job_metrics = _free_ports(6)
-    temporary = tempfile.mkdtemp(prefix="mtc-ray-")  # Ray's socket paths must be short
+    temporary = make_temporary_directory()
     STATE.parent.mkdir(exist_ok=True)
     log = STATE.parent / "head.log"
     command = [_tool("ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
@@ -110,7 +112,7 @@ def start_head() -> dict[str, Any]:
     command += [f"--metrics-export-port={metrics}", f"--temp-dir={temporary}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     print(f"starting a local Ray head (log: {log})", flush=True)
-    environment = _environment() | free_ports() | {MARK: temporary}
+    environment = _environment() | free_ports() | proxy_files(temporary) | {MARK: temporary}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=STATE.parent, env=environment, stdout=output, stderr=output, start_new_session=True

@@ -2,18 +2,19 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve.contract import ENVIRONMENT, free_ports
+from cluster.local_ray import make_temporary_directory
+from serve.contract import ENVIRONMENT, free_ports, proxy_files
 
 os.environ.update(RAY_AUTH_MODE="disabled", OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0", HF_HUB_OFFLINE="1")
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
-os.environ.pop("RAY_ADDRESS", None)
+for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_NAMESPACE"):  # of a Ray that is not ours
+    os.environ.pop(name, None)
 os.environ.update(ENVIRONMENT)
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
 os.environ.update(free_ports())  # another Ray on this machine may have the usual ones
@@ -30,7 +31,8 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_cluster(cache_directory: Path) -> Iterator[Any]:
     import ray
 
-    temporary = tempfile.mkdtemp(prefix="mtc-test-")  # Ray's socket paths must be short
+    temporary = make_temporary_directory()
+    os.environ.update(proxy_files(temporary))
     context = ray.init(
         address="local",
         num_cpus=2,

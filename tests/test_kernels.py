@@ -208,18 +208,24 @@ def test_the_guessed_border_never_changes_the_choice():
         assert border == z.flatten()[order].min().item() == chosen.value.min().item()
 
 
-def test_loops_do_not_depend_on_threads():
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_loops_do_not_depend_on_threads(set_threads):
     if native.load() is None:
         pytest.skip(native.status())
     generator = torch.Generator().manual_seed(0)
     table, weight = torch.randn(500, 700, generator=generator), torch.randn(3000, generator=generator)
     index = torch.randint(500, (3000,), generator=generator)
     offsets = torch.randint(3001, (99,), generator=generator).sort().values
-    threads, results = torch.get_num_threads(), []
+    results = []
     for number in (1, 2, 3):
-        torch.set_num_threads(number)
+        set_threads(number)
         results.append(kernels.bag_sums(table, index, weight, kernels.Bags(offsets)))
-    torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

@@ -124,9 +124,11 @@ async def load(
 
 def replicas(deployment: str) -> list[int]:
     """Process ids of a deployment's live replicas."""
+    import ray
     from ray.util.state import list_actors
 
-    actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+    cluster = ray.get_runtime_context().gcs_address  # another Ray may be running here
+    actors = list_actors(cluster, filters=[("state", "=", "ALIVE")], limit=1000)
     return [actor.pid for actor in actors if (actor.name or "").startswith(f"SERVE_REPLICA::mtc#{deployment}#")]
 
 

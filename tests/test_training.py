@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -111,10 +112,9 @@ def chosen_among_ties(rank, world):
     chosen = {}
     for count in (1, 40, 60, 100, 200, 390):
         chosen[count] = keep_largest(part, count)[0].tolist()
-        devices.PRETENDING = True
-        assert keep_largest(part, count)[0].tolist() == chosen[count]
-        entries, _ = largest_entries(part.unsqueeze(0), count)
-        devices.PRETENDING = False
+        with mock.patch.object(devices, "PRETENDING", True):
+            assert keep_largest(part, count)[0].tolist() == chosen[count]
+            entries, _ = largest_entries(part.unsqueeze(0), count)
         found = entries.feature[entries.value > 0]
         assert found.tolist() == torch.tensor(chosen[count]).nonzero().squeeze(1).tolist()
         assert torch.equal(entries.value[entries.value > 0], part[found])
@@ -231,6 +231,8 @@ def test_health_tells_spikes_collapse_and_skipped_steps_once():
 
 
 def test_memory_is_written_again_at_every_step():
+    if native.load() is None:
+        pytest.skip(native.status())
     trainer = Trainer(small_config(), D, D)
     pointers = []
     for x, y in batches(4):
@@ -238,8 +240,7 @@ def test_memory_is_written_again_at_every_step():
             trainer.initialise(x, y)
         trainer.step(x, y)
         pointers.append([trainer.transcoder.W_enc.grad.data_ptr(), trainer.transcoder.W_dec.grad.data_ptr()])
-    if native.load() is not None:
-        assert pointers[1] == pointers[2] == pointers[3]
+    assert pointers[1] == pointers[2] == pointers[3]
 
 
 def test_training_lowers_the_loss_of_every_prefix_and_is_bit_identical_for_a_seed():

@@ -24,7 +24,7 @@ from serve.contract.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from serve.contract.settings import ENVIRONMENT, Settings, free_ports
+from serve.contract.settings import ENVIRONMENT, Settings, free_ports, proxy_files
 
 __all__ = [
     "ENVIRONMENT",
@@ -59,6 +59,7 @@ __all__ = [
     "TokenizeRequest",
     "TokenizeResponse",
     "free_ports",
+    "proxy_files",
     "render_metrics",
     "take_snapshot",
 ]  # fmt: skip

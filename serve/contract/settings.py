@@ -39,6 +39,19 @@ def free_ports() -> dict[str, str]:
         return {name: str(probe.getsockname()[1]) for name, probe in zip(_PORTS, probes, strict=True)}
 
 
+_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg", "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock", "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+}  # fmt: skip
+
+
+def proxy_files(directory: str) -> dict[str, str]:
+    """Environment that puts HAProxy's files and sockets into a directory of its own: the usual one, /tmp/haproxy-serve,
+    is that of the first user of the machine, and no other can write there. Sockets' paths must be short."""
+    return {name: f"{directory}/{file}".rstrip("/") for name, file in _FILES.items()}
+
+
 class Settings(BaseModel):
     """Arguments of `serve.app:build`."""
 

@@ -1,0 +1,43 @@
+"""Where a Ray of one's own can run: what its processes can't do with, said before they fail one by one."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+
+from mtc.config import ConfigError
+
+LONGEST_ROOT = 36
+"""Bytes of a path below which Ray can make its sockets: theirs have 107 at most."""
+LONGEST_PROXY_ROOT = 14
+"""HAProxy's lie deeper: ROOT/mtc-xxxxxxxx/NODE ID/admin.sock.PROCESS ID.tmp."""
+
+
+def check_installation() -> None:
+    """Raises ConfigError if Ray cannot start from this environment: it preloads a library by its path, in a list that
+    whitespace separates."""
+    if re.search(r"\s", sys.prefix):
+        raise ConfigError(
+            f"Ray cannot start from a Python environment whose path holds whitespace: {sys.prefix}; "
+            "make one elsewhere (python3 -m venv) and install there"
+        )
+
+
+def temporary_root(longest: int = LONGEST_ROOT) -> str:
+    """The directory for Ray's temporary one: RAY_TMPDIR's or TMPDIR's if sockets can lie there (`longest` bytes, ASCII,
+    no whitespace), else /tmp. Raises ConfigError if nothing can be written there."""
+    wanted = [os.environ[name] for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)]
+    for root in [*wanted, "/tmp"]:
+        if re.fullmatch(rf"/[!-~]{{0,{longest - 1}}}", root) and os.access(root, os.W_OK | os.X_OK):
+            return root
+    raise ConfigError(
+        f"Ray's sockets can lie neither in {', '.join(wanted) or 'TMPDIR (not set)'} nor in /tmp: give in RAY_TMPDIR a "
+        f"directory that can be written, whose path has at most {longest} ASCII letters and no whitespace"
+    )
+
+
+def make_temporary_directory() -> str:
+    """For a Ray that serves, with room for HAProxy's sockets (`serve.contract.proxy_files`). Raises ConfigError."""
+    return tempfile.mkdtemp(prefix="mtc-", dir=temporary_root(LONGEST_PROXY_ROOT))
