@@ -101,12 +101,12 @@ def _check_units(model: LanguageModel, findings: Findings, name: str) -> None:
     right = True
     for unit, captured in zip(units, found, strict=True):
         if not unit.lengths:
-            right &= captured == Captured([], 0, [])
+            right &= captured == Captured({}, 0, [])
             continue
         (pair,) = model.capture(unit, unit.trainable.nonzero().squeeze(1))
         expected = [column.bfloat16().cpu() for column in pair]
         right &= captured.tokens == len(expected[0]) and not captured.dropped
-        right &= all(torch.equal(a, b) for a, b in zip(captured.columns, expected, strict=True))
+        right &= all(torch.equal(a, b) for a, b in zip(captured.activations.values(), expected, strict=True))
     findings.check(f"units on the host, {name}", right)
 
 
@@ -138,7 +138,7 @@ def _check_nan(model: LanguageModel, findings: Findings, name: str) -> None:
         f"a NaN, {name}: dropped is what is not finite", captured.dropped == (~finite).nonzero().flatten().tolist()
     )
     findings.check(f"a NaN, {name}: all that depends on it is dropped", not bool(finite[depends[chosen]].any()))
-    for found, truth in zip(captured.columns, clean, strict=True):
+    for found, truth in zip(captured.activations.values(), clean, strict=True):
         findings.compare(f"a NaN, {name}: the others are right", relative_error(found, truth[finite].bfloat16()), 1e-2)
     elsewhere = torch.isin(owner[chosen], torch.tensor([1, 3, 5]), invert=True)
     lost = int((~finite & elsewhere).sum())

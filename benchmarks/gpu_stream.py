@@ -187,9 +187,9 @@ def _produce(stream: Stream, free: Any, ready: Any, answers: Any, stop: Any) -> 
         if slot is None:
             break
         waited += time.perf_counter() - asked
-        for place, column in zip(slots[slot], captured.columns, strict=True):
-            place[: len(column)] = column
-        ready.put((sent, slot, len(captured.columns[0])))
+        for place, rows in zip(slots[slot], captured.activations.values(), strict=True):
+            place[: len(rows)] = rows
+        ready.put((sent, slot, captured.tokens))
         sent += 1
     seconds = time.perf_counter() - began
     answer = {"seconds to load": loaded - start, "seconds to compile": warm - loaded, "compute": model.compute}
@@ -212,7 +212,9 @@ def _consume(stream: Stream, free: Any, ready: Any, answers: Any, stop: Any) -> 
         while (item := _until(stop, ready)) is not None:
             number, slot, rows = item
             numbers.append(number)
-            yield Unit(number, tuple(slots[slot, :, :rows]), np.arange(rows, dtype=np.int32), rows)
+            source, target = slots[slot, :, :rows]
+            activations = {(0, "resid_mid"): source, (0, "mlp_out"): target}
+            yield Unit(number, activations, np.arange(rows, dtype=np.int32), rows)
             free.put(slot)  # asked for the next one, the upload has copied this one
 
     first = begin = 0.0
@@ -224,8 +226,8 @@ def _consume(stream: Stream, free: Any, ready: Any, answers: Any, stop: Any) -> 
             buffer.add(unit)
             while buffer.available >= batch:
                 if not trainer.step_number:
-                    trainer.initialise(*(column[:INITIAL_ROWS] for column in buffer.peek()))
-                result = trainer.step(*buffer.take(batch).columns)
+                    trainer.initialise(*(rows[:INITIAL_ROWS] for rows in buffer.peek().values()))
+                result = trainer.step(*buffer.take(batch).activations.values())
                 if result.step % stream.training.cluster.log_every_steps == 0:
                     metrics = result.metrics()
                 if result.step == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.gpu_checks import PATIENCE, Findings, Setting, host_only, no_waiting, relative_error
-from mtc.config import RunConfig, load_preset
+from mtc.config import RunConfig, SiteKey, load_preset
 from mtc.devices import synchronise
 from mtc.training import ShuffleBuffer, Trainer, Unit, on_device
 from mtc.training.trainer import DEAD_REFRESH
@@ -317,10 +317,11 @@ def upload(setting: Setting, findings: Findings) -> None:
 
     def units() -> Iterator[Unit]:
         for number, which in enumerate(drawn):
-            yield Unit(number, (pool[which], -pool[which]), np.arange(len(which), dtype=np.int32), len(which))
+            activations = {(0, "resid_mid"): pool[which], (0, "mlp_out"): -pool[which]}
+            yield Unit(number, activations, np.arange(len(which), dtype=np.int32), len(which))
 
-    def sums(columns: Sequence[Tensor]) -> Tensor:
-        return torch.stack([row_sums(column) for column in columns], 1)
+    def sums(activations: Mapping[SiteKey, Tensor]) -> Tensor:
+        return torch.stack([row_sums(rows) for rows in activations.values()], 1)
 
     square = torch.randn(size, size, device=setting.device)
     arrived: list[tuple[int, Tensor]] = []
@@ -329,16 +330,16 @@ def upload(setting: Setting, findings: Findings) -> None:
         for unit in stream:
             for _ in range(3):  # so that the next copies run ahead of what reads this one
                 square = torch.mm(square, square).div_(size)
-            arrived.append((unit.number, sums(unit.columns)))
+            arrived.append((unit.number, sums(unit.activations)))
             buffer.add(unit)
             del unit
             torch.full((rows, d), 1.0, dtype=torch.bfloat16, device=setting.device)  # takes memory that became free
             while buffer.available >= rows // 3:
                 part = buffer.take(rows // 3)
-                taken.append((part.units * rows + part.rows, sums(part.columns)))
+                taken.append((part.units * rows + part.rows, sums(part.activations)))
     buffer.close()
     part = buffer.take(buffer.available)
-    taken.append((part.units * rows + part.rows, sums(part.columns)))
+    taken.append((part.units * rows + part.rows, sums(part.activations)))
     findings.check("units in order", [number for number, _ in arrived] == list(range(40)))
     whole = all(torch.equal(found.cpu(), truth[which]) for (_, found), which in zip(arrived, drawn, strict=True))
     findings.check("every row of 40 units", whole, rows=sum(counts))

@@ -42,7 +42,7 @@ import ray
 import torch
 
 from cluster.activations import map_on_model_actors
-from cluster.blocks import ActorCosts, iterate_units, to_binary
+from cluster.blocks import ActorCosts, iterate_units, to_binary, to_columns
 from cluster.capture import UnitCapture
 from cluster.local_ray import make_temporary_directory
 from cluster.resources import Node, Plan
@@ -199,15 +199,16 @@ class SleepingActor:
     def __init__(self, seconds: float, tokens: int, width: int, device: str, threads: int):
         self.seconds = seconds
         self.name = str(os.getpid())
-        self.columns = [torch.ones(tokens, width, dtype=torch.bfloat16) for _ in range(2)]
+        rows = torch.ones(tokens, width, dtype=torch.bfloat16)
+        self.activations = {(0, "resid_mid"): rows, (0, "mlp_out"): rows.clone()}
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for number in batch["unit"].to_pylist():
             time.sleep(self.seconds)
             row = {name: pa.array([0.0]) for name in (*ActorCosts.FIELDS, "device_flops")}
             row |= {"unit": pa.array([number]), "actor": pa.array([self.name])}
-            row |= {"tokens": pa.array([len(self.columns[0])])}
-            yield pa.table(row | {f"activations_{i}": to_binary(column) for i, column in enumerate(self.columns)})
+            row |= {"tokens": pa.array([len(self.activations[0, "mlp_out"])])}
+            yield pa.table(row | to_columns(self.activations))
 
 
 class Consumer:
@@ -216,13 +217,12 @@ class Consumer:
     def run(self, shard: Any, copy: bool) -> list[tuple[float, str]]:
         """When which actor's unit was there, and copied if `copy`."""
         torch.set_num_threads(1)
-        buffers: list[torch.Tensor] = []
+        buffers: dict[Any, torch.Tensor] = {}
         log = []
         for unit in iterate_units(shard):
             if copy:
-                buffers = buffers or [torch.empty_like(column) for column in unit.columns]
-                for buffer, column in zip(buffers, unit.columns, strict=True):
-                    buffer.copy_(column)
+                for key, rows in unit.activations.items():
+                    buffers.setdefault(key, torch.empty_like(rows)).copy_(rows)
             log.append((time.perf_counter(), unit.costs["actor"]))
         return log
 
@@ -431,11 +431,11 @@ def _alone(config: RunConfig, facts: RunFacts) -> tuple[float, float]:
         positions += table["positions"][0].as_py()
         unit = next(iterate_units(_One(table)))
         if not trainer.tokens:
-            trainer.initialise(*unit.columns)
+            trainer.initialise(*unit.activations.values())
         start = time.perf_counter()
         buffer.add(unit)
         while buffer.available >= batch:
-            trainer.step(*buffer.take(batch).columns)
+            trainer.step(*buffer.take(batch).activations.values())
             trained += batch
         step += time.perf_counter() - start
     forward *= timing.captured_tokens / positions

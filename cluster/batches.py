@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cluster.blocks import ActorCosts
+from mtc.config import SiteKey
 from mtc.devices import synchronise
 from mtc.storage import Ledger
 from mtc.training import Clock, ShuffleBuffer, Unit, Upload
@@ -28,11 +29,11 @@ class Share(NamedTuple):
     """What the ranks agreed on for one step."""
 
     rows: int
-    """Of this rank."""
+    """Rows of the global batch that this rank takes."""
     tokens: int
-    """Of all ranks."""
+    """Rows of the global batch, over all ranks."""
     save: bool
-    """Whether rank 0 wants a checkpoint first."""
+    """Whether rank 0 wants a checkpoint before the step."""
 
 
 class Batches:
@@ -59,15 +60,15 @@ class Batches:
         self.filters = dict(filters)
         """Of units that were trained in part on other trainers, the rows that are left."""
         self.costs = ActorCosts()
-        """Of all units but the first."""
+        """What the model actors spent on all units but the first."""
         self.tokens = 0
-        """Taken by all ranks for steps."""
+        """Tokens taken by all ranks for steps."""
         self.own_tokens = 0
-        """Of these, by this rank."""
+        """Tokens taken by this rank for steps."""
         self.calibrated = 0
-        """Given to this rank for calibration."""
+        """Tokens given to this rank for calibration."""
         self.startup_seconds = 0.0
-        """Until the first unit arrived."""
+        """Seconds until the first unit arrived."""
         self._started = time.perf_counter()
         self._waited = 0.0
         self._held: Unit | None = None
@@ -95,14 +96,14 @@ class Batches:
         shares = rows if total == sum(rows) else _shares(equal, rows)
         return Share(shares[rank], total, bool(states[0][2]))
 
-    def take(self, share: Share) -> tuple[Any, ...]:
-        """This rank's rows of the step."""
+    def take(self, share: Share) -> Mapping[SiteKey, torch.Tensor]:
+        """This rank's rows of the step by layer and site, [rows, d]; empty if no unit ever came."""
         self.tokens += share.tokens
         self.own_tokens += share.rows
         with self.clock.part("transport"):
             taken = self.buffer.take(share.rows)
             self.ledger.train(taken.units, taken.rows)
-            return taken.columns
+            return taken.activations
 
     def calibration(self) -> Iterator[Unit]:
         """What comes after the training units; not the same number on all ranks. Raises RuntimeError for another."""
@@ -173,5 +174,6 @@ def _shares(equal: Sequence[int], rows: Sequence[int]) -> list[int]:
 def _only(unit: Unit, rows: NDArray[np.int32]) -> Unit:
     """The unit without its other rows."""
     kept = np.isin(unit.rows, rows)
-    chosen = torch.from_numpy(np.flatnonzero(kept)).to(unit.columns[0].device)
-    return unit._replace(columns=tuple(column[chosen] for column in unit.columns), rows=unit.rows[kept])
+    chosen = torch.from_numpy(np.flatnonzero(kept))
+    activations = {key: part[chosen.to(part.device)] for key, part in unit.activations.items()}
+    return unit._replace(activations=activations, rows=unit.rows[kept])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from mtc.config import SiteKey
 from mtc.training import Unit
 
 
@@ -28,7 +29,7 @@ class ActorCosts:
 
 
 def iterate_units(shard: Any, start: str = "") -> Iterator[Unit]:
-    """The units of a shard of the Dataset, their columns bfloat16 views of shared memory, [tokens, d].
+    """The units of a shard of the Dataset, their activations bfloat16 views of shared memory.
 
     Raises RuntimeError if the Dataset continues another checkpoint than `start`.
     """
@@ -38,13 +39,30 @@ def iterate_units(shard: Any, start: str = "") -> Iterator[Unit]:
         tokens = table["tokens"][0].as_py()
         if not tokens:
             continue
-        names = [name for name in table.column_names if name.startswith("activations_")]
         costs = {name: table[name][0].as_py() for name in (*ActorCosts.FIELDS, "device_flops", "actor")}
         dropped = np.array(table["dropped"][0].as_py(), np.int32)
         rows = np.delete(np.arange(tokens, dtype=np.int32), dropped)
-        widths = table["widths"][0].as_py()
-        columns = tuple(from_binary(table[name], width) for name, width in zip(names, widths, strict=True))
-        yield Unit(table["unit"][0].as_py(), columns, rows, tokens, dropped, costs)
+        yield Unit(table["unit"][0].as_py(), from_columns(table), rows, tokens, dropped, costs)
+
+
+def to_columns(activations: Mapping[SiteKey, torch.Tensor]) -> dict[str, pa.Array]:
+    """Columns of one row: `activations_LAYER_SITE` holds [tokens, d] bfloat16 as bytes, `width_LAYER_SITE` says d."""
+    columns = {}
+    for (layer, site), rows in activations.items():
+        columns[f"activations_{layer}_{site}"] = to_binary(rows)
+        columns[f"width_{layer}_{site}"] = pa.array([rows.shape[1]], pa.int64())
+    return columns
+
+
+def from_columns(table: pa.Table) -> dict[SiteKey, torch.Tensor]:
+    """The inverse of `to_columns` for a table of one row: views of its memory, which are not to be written."""
+    activations = {}
+    for name in table.column_names:
+        if name.startswith("activations_"):
+            _, layer, site = name.split("_", 2)
+            width = table[f"width_{layer}_{site}"][0].as_py()
+            activations[int(layer), site] = from_binary(table[name], width)
+    return activations
 
 
 def to_binary(activations: torch.Tensor) -> pa.Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cluster.blocks import to_binary
+from cluster.blocks import to_columns
 from cluster.job_metrics import ray_metric
 from mtc.config import RunConfig
 from mtc.devices import measure_device, open_device
@@ -63,7 +63,6 @@ class UnitCapture:
             "start": pa.array([self.start]),
             "tokens": pa.array([captured.tokens], pa.int64()),
             "dropped": pa.array([captured.dropped], pa.list_(pa.int32())),
-            "widths": pa.array([[column.shape[1] for column in captured.columns]], pa.list_(pa.int64())),
             "actor": pa.array([self.name]),
             "forward": pa.array([pending.watch.seconds()], pa.float64()),
             "sending": pa.array([self.sending], pa.float64()),
@@ -79,7 +78,5 @@ class UnitCapture:
             if seconds := columns[stage][0].as_py():
                 self._seconds.inc(seconds, {"stage": stage})
         self.idle, self.sending, self.sent_at = 0.0, 0.0, start
-        for i, column in enumerate(captured.columns):
-            columns[f"activations_{i}"] = to_binary(column)
-        yield pa.table(columns)
+        yield pa.table(columns | to_columns(captured.activations))
         self.sending += time.perf_counter() - start  # Ray has written the table into shared memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,17 +17,18 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 
 from cluster.accounts import Account, Journal, stream_timing
-from cluster.batches import Batches
+from cluster.batches import Batches, Share
 from cluster.blocks import iterate_units
 from cluster.data_state import data_state, position_files
 from cluster.outcome import TrainingStopped, TrainResult, post_event, weights_file
 from cluster.progress import RESUMED, STOPPED
-from mtc.config import RunConfig
+from cluster.resources import Plan
+from mtc.config import RunConfig, SiteKey
 from mtc.devices import open_device
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
-from mtc.training import Calibrator, Clock, Trainer, on_device
+from mtc.training import Calibrator, Clock, StepResult, Trainer, on_device
 from mtc.transcoder import agree
 from mtc.transcoder.distributed import distributed
 
@@ -40,55 +41,37 @@ class _Start(NamedTuple):
     """What a rank continues from."""
 
     checkpoint: Checkpoint | None
+    """The newest intact checkpoint; None for a run that begins."""
     number: int
-    """Of this start; the same on all ranks."""
+    """Names this start among the run's; the same on all ranks."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """One rank. Every rank makes the same collective calls in the same order, whatever its shard holds."""
     configure()
     set_run(settings["run_id"])
-    config, plan, log = settings["config"], settings["plan"], settings["log"]
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(plan.trainer_threads)
-    device = open_device(plan.device)
-    if device.type == "cuda":
-        device = ray.train.torch.get_device()  # which of those that it sees
-    d_model = settings["d_model"]
+    config, log = settings["config"], settings["log"]
+    rank, world, device = _take_place(settings["plan"])
     tell = partial(post_event, log)
     checkpoints = Checkpoints(settings["run_url"])
     start = _agree_on_start(checkpoints, rank, log)
     if start.checkpoint is not None and start.checkpoint.is_result:
         return  # another trainer died after the last checkpoint was complete
-    trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
-    if start.checkpoint is not None:
-        for trainer in trainers:
-            _load(trainer, start.checkpoint)
-    data = data_state(config, start.checkpoint, rank, world, device)
+    trainers = _open_trainers(config, settings["d_model"], device, start.checkpoint)
     lead, total = trainers[0], config.total_steps
+    data = data_state(config, start.checkpoint, rank, world, device)
     if rank == 0 and start.checkpoint is not None:
-        tell(
-            RESUMED,
-            f"on {world} trainer{'s' * (world > 1)} after the checkpoint of step {lead.step_number:,}"
-            f" ({data.run_again:,} trained tokens run through the language model again)",
-            lead.step_number,
-        )
+        _tell_resumed(tell, lead.step_number, world, data.run_again)
     store = TokenStore.open(settings["store_url"])
     work = work_units(store, config)
-    keep, patience = config.cluster.keep_checkpoints, config.cluster.storage_seconds
-    digest = work.digest(store)
-    writer = CheckpointWriter(checkpoints, start.number, rank, world, keep, tell, patience, digest)
-    clock = Clock()
+    writer = _open_writer(checkpoints, start.number, rank, world, config, tell, work.digest(store))
     due = _Due(config, lead.step_number)
-    name = start.checkpoint.name if start.checkpoint else ""
-    with on_device(iterate_units(ray.train.get_dataset_shard("train"), name), device) as units:
-        batches = Batches(
-            units, data.buffer, config.optimizer.batch_tokens, data.ledger, clock, len(work.training), data.filters
-        )
+    shard = ray.train.get_dataset_shard("train")
+    with on_device(iterate_units(shard, start.checkpoint.name if start.checkpoint else ""), device) as units:
+        batch, clock = config.optimizer.batch_tokens, Clock()
+        batches = Batches(units, data.buffer, batch, data.ledger, clock, len(work.training), data.filters)
         account = Account(log, settings["run_id"], rank, batches)
         journal = Journal(log, trainers, clock) if rank == 0 else None
-        nothing = (torch.empty(0, d_model, device=device),) * (2 * len(trainers))
         while lead.step_number < total:
             save = rank == 0 and due.now(lead.step_number) and not writer.busy
             save = save and all(trainer.healthy() for trainer in trainers)
@@ -100,31 +83,89 @@ def train_worker(settings: dict[str, Any]) -> None:
                     writer.save(lead.step_number, files_of(trainers, batches, data.generation, rank))
                     due.saved(lead.step_number)
             if lead.step_number == 0:
-                with clock.part("step"):
-                    rows = [column[:INITIAL_ROWS] for column in data.buffer.peek() or nothing]
-                    for trainer, source, target in zip(trainers, rows[::2], rows[1::2], strict=True):
-                        trainer.initialise(source, target)
-            columns = batches.take(share) or nothing
-            with clock.part("step"):
-                done = [
-                    trainer.step(source, target, share.tokens)
-                    for trainer, source, target in zip(trainers, columns[::2], columns[1::2], strict=True)
-                ]
+                _initialise(trainers, batches)
+            done = _step(trainers, batches, share)
             account.step()
             if journal:
                 journal.look(done)
-            last = lead.step_number == total
-            if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number == 1 or last:
-                batches.settle_waits()  # on every rank, so that spans on a GPU don't pile up
-                metrics = journal.read(done) if journal else []
-                spent = account.write()
-                if journal:
-                    journal.write(metrics, spent)
+            if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number in (1, total):
+                _write_down(account, journal, batches, done)
                 _check_health(config, trainers)
                 _check_dropped(config, batches, tell, DROPPED_OF)
         _check_dropped(config, batches, tell, 0)
         calibrated = _calibrate(trainers, batches)
     _finish(config, trainers, batches, writer, data.generation, rank, calibrated)
+
+
+def _take_place(plan: Plan) -> tuple[int, int, torch.device]:
+    """This process's rank, the number of ranks, and the device that it computes on."""
+    torch.set_num_threads(plan.trainer_threads)
+    context = ray.train.get_context()
+    device = open_device(plan.device)
+    if device.type == "cuda":
+        device = ray.train.torch.get_device()  # which of those that it sees
+    return context.get_world_rank(), context.get_world_size(), device
+
+
+def _open_trainers(
+    config: RunConfig, d_model: int, device: torch.device, checkpoint: Checkpoint | None
+) -> list[Trainer]:
+    """One for each entry of `model.sites`, as the checkpoint left it or new."""
+    trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
+    if checkpoint is not None:
+        for trainer in trainers:
+            _load(trainer, checkpoint)
+    return trainers
+
+
+def _open_writer(
+    checkpoints: Checkpoints, start: int, rank: int, world: int, config: RunConfig, tell: Callable[..., Any], work: str
+) -> CheckpointWriter:
+    keep, patience = config.cluster.keep_checkpoints, config.cluster.storage_seconds
+    return CheckpointWriter(checkpoints, start, rank, world, keep, tell, patience, work)
+
+
+def _tell_resumed(tell: Callable[..., Any], step: int, world: int, run_again: int) -> None:
+    tell(
+        RESUMED,
+        f"on {world} trainer{'s' * (world > 1)} after the checkpoint of step {step:,}"
+        f" ({run_again:,} trained tokens run through the language model again)",
+        step,
+    )
+
+
+def _rows_of(trainer: Trainer, activations: Mapping[SiteKey, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Source and target of a trainer's layer, [rows, d] each; no rows for a rank that never got a unit."""
+    (sites,) = trainer.config.model.sites
+    if not activations:
+        weights = trainer.transcoder
+        return weights.W_enc.new_empty(0, weights.W_enc.shape[1]), weights.W_dec.new_empty(0, weights.W_dec.shape[1])
+    return activations[sites.source_key], activations[sites.target_key]
+
+
+def _initialise(trainers: list[Trainer], batches: Batches) -> None:
+    """Set scales and biases by the first rows; called on all ranks at once."""
+    with batches.clock.part("step"):
+        first = batches.buffer.peek()
+        for trainer in trainers:
+            source, target = _rows_of(trainer, first)
+            trainer.initialise(source[:INITIAL_ROWS], target[:INITIAL_ROWS])
+
+
+def _step(trainers: list[Trainer], batches: Batches, share: Share) -> list[StepResult]:
+    """One step of every layer's trainer on its sites' rows; called on all ranks at once."""
+    taken = batches.take(share)
+    with batches.clock.part("step"):
+        return [trainer.step(*_rows_of(trainer, taken), share.tokens) for trainer in trainers]
+
+
+def _write_down(account: Account, journal: Journal | None, batches: Batches, done: list[StepResult]) -> None:
+    """Metrics and the account of time, told to the driver; called on all ranks at once."""
+    batches.settle_waits()  # on every rank, so that spans on a GPU don't pile up
+    metrics = journal.read(done) if journal else []
+    spent = account.write()
+    if journal:
+        journal.write(metrics, spent)
 
 
 def _agree_on_start(checkpoints: Checkpoints, rank: int, log: Any) -> _Start:
@@ -194,8 +235,9 @@ def _calibrate(trainers: list[Trainer], batches: Batches) -> int:
     calibrators = [Calibrator(trainer.transcoder) for trainer in trainers]
     for unit in batches.calibration():
         with batches.clock.part("step"):
-            for calibrator, source in zip(calibrators, unit.columns[::2], strict=True):
-                for rows in source.split(CALIBRATION_ROWS):
+            for trainer, calibrator in zip(trainers, calibrators, strict=True):
+                (sites,) = trainer.config.model.sites
+                for rows in unit.activations[sites.source_key].split(CALIBRATION_ROWS):
                     calibrator.add(rows)
     with batches.clock.part("step"):
         (calibrated,) = agree(batches.calibrated)

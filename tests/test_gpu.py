@@ -198,20 +198,23 @@ def test_a_unit_without_windows_lies_on_the_models_device(pretending):
             return 0.0
 
     capture, seen = Capture(Model()), []
-    capture._to_host = lambda columns: (seen.extend(columns), (columns, None))[1]
+    capture._to_host = lambda tensors: (seen.extend(tensors), (tensors, None))[1]
     pending = capture.start(pack_windows([], []))
-    assert [column.device.type for column in seen] == ["meta"]
-    assert pending.columns == [] and pending.positions == 0
+    assert [tensor.device.type for tensor in seen] == ["meta"]
+    assert pending.activations == {} and pending.positions == 0
 
 
 def test_uploaded_units_are_the_units_and_the_thread_ends(pretending):
-    made = [Unit(n, (torch.randn(5 + 7 * n % 11, 4), torch.randn(5 + 7 * n % 11, 3)), None, 0) for n in range(12)]
+    sizes = {(0, "resid_mid"): 4, (0, "mlp_out"): 3}
+    made = [Unit(n, {key: torch.randn(5 + 7 * n % 11, d) for key, d in sizes.items()}, None, 0) for n in range(12)]
     with on_device(iter(made), torch.device("cpu")) as units:
         assert isinstance(units, Upload)
         for expected, unit in zip(made, units, strict=True):
             assert unit.number == expected.number
-            for got, column in zip(unit.columns, expected.columns, strict=True):
-                assert torch.equal(got, column) and got.data_ptr() != column.data_ptr()
+            assert unit.activations.keys() == expected.activations.keys()
+            for key, rows in expected.activations.items():
+                got = unit.activations[key]
+                assert torch.equal(got, rows) and got.data_ptr() != rows.data_ptr()
 
     def failing():
         yield made[0]
@@ -230,14 +233,14 @@ def test_rows_that_leave_the_shuffle_buffer_survive_what_comes_next(pretending):
     made = []
     for n in range(9):
         rows = torch.arange(6 * n, 6 * n + 6).float().unsqueeze(1).expand(6, 4).contiguous()
-        made.append(Unit(n, (rows,), np.arange(6, dtype=np.int32), 6))
+        made.append(Unit(n, {(0, "resid_mid"): rows}, np.arange(6, dtype=np.int32), 6))
     buffer, seen = ShuffleBuffer(24, [0]), []
     with on_device(iter(made), torch.device("cpu")) as units:
         for unit in units:
             buffer.add(unit)
-            seen += buffer.take(buffer.available).columns[0][:, 0].tolist() if buffer.available else []
+            seen += buffer.take(buffer.available).activations[0, "resid_mid"][:, 0].tolist() if buffer.available else []
     buffer.close()
-    seen += buffer.take(buffer.available).columns[0][:, 0].tolist()
+    seen += buffer.take(buffer.available).activations[0, "resid_mid"][:, 0].tolist()
     assert sorted(seen) == list(range(54))
 
 

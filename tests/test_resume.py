@@ -43,11 +43,11 @@ def make_unit(number):
     rows = np.delete(np.arange(tokens, dtype=np.int32), dropped)
     column = torch.from_numpy(number * 1000.0 + rows).unsqueeze(1)
     costs = dict.fromkeys((*ActorCosts.FIELDS, "device_flops"), 1.0)
-    return Unit(number, (column, -column), rows, tokens, dropped, costs)
+    return Unit(number, {(0, "resid_mid"): column, (0, "mlp_out"): -column}, rows, tokens, dropped, costs)
 
 
 def every_row():
-    return Counter(int(v) for n in range(TRAINING) for v in make_unit(n).columns[0])
+    return Counter(int(v) for n in range(TRAINING) for v in make_unit(n).activations[0, "resid_mid"])
 
 
 def train_some(rank, world, url, output, steps, lost):
@@ -73,7 +73,7 @@ def train_some(rank, world, url, output, steps, lost):
         if share is None:
             break
         shares.append(share.tokens)
-        done.append(batches.take(share)[0].flatten().int().tolist() if share.rows else [])
+        done.append(batches.take(share)[0, "resid_mid"].flatten().int().tolist() if share.rows else [])
     held = sum(len(unit.rows) for unit in batches.calibration()) if steps is None else 0
     wrong = [int(unit) for unit in state.ledger.table()["unit"].to_numpy() if unit >= TRAINING]
     Path(output, f"{rank}.json").write_text(json.dumps([done, shares, held, wrong]))
@@ -117,7 +117,7 @@ def test_a_resumed_training_has_the_same_bits_as_one_that_was_not_interrupted(tm
     def unit(number):
         made = make_unit(number)
         source, target = rows[number * 1000 + torch.from_numpy(made.rows).long()].to(torch.bfloat16).unbind(1)
-        return made._replace(columns=(source, target))
+        return made._replace(activations={(0, "resid_mid"): source, (0, "mlp_out"): target})
 
     def run(stop=None, checkpoint=None):
         trainer = Trainer(config, 8, 8)

@@ -193,7 +193,7 @@ def test_activations_arrive_as_views_of_shared_memory(
     assert [unit.number for unit in arrived] == [number for number, _ in units]
     regions = plasma_regions()
     for unit in arrived:
-        for column in unit.columns:
+        for column in unit.activations.values():
             start, end = column.data_ptr(), column.data_ptr() + column.numel() * 2
             assert any(a <= start and end <= b for a, b in regions), "a copy in this process's own memory"
     assert all(0 < unit.costs["forward"] < unit.costs["elapsed"] for unit in arrived)
@@ -203,7 +203,10 @@ def test_activations_arrive_as_views_of_shared_memory(
     ids = ids[np.argsort(-store.positions(ids), kind="stable")]
     windows = pack_windows(store.input_ids(ids), store.info.special_ids)
     pairs = LanguageModel(config.model).capture(windows)
-    for got, expected in zip(arrived[3].columns, [c for pair in pairs for c in pair], strict=True):
+    sites = [key for part in config.model.sites for key in (part.source_key, part.target_key)]
+    assert list(arrived[3].activations) == sites
+    for key, expected in zip(sites, [c for pair in pairs for c in pair], strict=True):
+        got = arrived[3].activations[key]
         torch.testing.assert_close(got.float(), expected[windows.trainable].float(), rtol=1e-2, atol=1e-2)
 
 
@@ -250,7 +253,9 @@ def test_tokens_whose_activations_are_not_finite_are_left_out_and_named(
     assert set(np.flatnonzero(clean)) <= set(unit.rows.tolist())
     assert 0 < len(unit.dropped) < unit.tokens == len(after)
     assert sorted([*unit.rows, *unit.dropped]) == list(range(unit.tokens))
-    for column, good in zip(unit.columns, whole.columns, strict=True):
+    assert unit.activations.keys() == whole.activations.keys()
+    for key, column in unit.activations.items():
+        good = whole.activations[key]
         assert column.isfinite().all()
         torch.testing.assert_close(column[np.isin(unit.rows, np.flatnonzero(clean))], good[np.array(clean)])
 
@@ -296,9 +301,9 @@ def test_the_pool_grows_while_there_is_more_work_than_actors_take(ray_cluster: A
 
 
 def make_unit(number: int, rows: int = 100) -> Unit:
-    columns = tuple(torch.full((rows, 4), float(number)) for _ in range(2))
+    activations = {(0, site): torch.full((rows, 4), float(number)) for site in ("resid_mid", "mlp_out")}
     costs = dict.fromkeys(ActorCosts.FIELDS, 2.0) | {"device_flops": 10.0, "flops": 5.0}
-    return Unit(number, columns, np.arange(rows, dtype=np.int32), rows, costs=costs)
+    return Unit(number, activations, np.arange(rows, dtype=np.int32), rows, costs=costs)
 
 
 @pytest.mark.parametrize("units", [1, 3])
@@ -309,7 +314,7 @@ def test_the_account_of_a_short_stream(units: int) -> None:
     batches = Batches(stream, ShuffleBuffer(100, [0]), 50, ledger, clock, units)
     taken = 0
     while (share := batches.agree(last=False)) is not None:
-        source, target = batches.take(share)
+        source, target = batches.take(share).values()
         assert torch.equal(source, target)
         taken += len(source)
     assert taken == 100 * units

@@ -325,7 +325,7 @@ def make_unit(number, rows=20, without=()):
     """Rows that say what they are: unit * 1000 + row."""
     kept = np.setdiff1d(np.arange(rows, dtype=np.int32), np.array(without, np.int32))
     column = torch.from_numpy(number * 1000.0 + kept).unsqueeze(1)
-    return Unit(number, (column, -column), kept, rows, np.array(without, np.int32))
+    return Unit(number, {(0, "resid_mid"): column, (0, "mlp_out"): -column}, kept, rows, np.array(without, np.int32))
 
 
 def drain(buffer, units, batch, stop_after=None):
@@ -341,7 +341,7 @@ def drain(buffer, units, batch, stop_after=None):
         part = buffer.take(min(batch, buffer.available))
         if not len(part.rows):
             break
-        source, target = part.columns
+        source, target = part.activations.values()
         assert torch.equal(source, -target)
         assert (part.units * 1000 + part.rows).tolist() == source.flatten().int().tolist()
         taken.append(source.flatten().int().tolist())

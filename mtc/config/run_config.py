@@ -19,6 +19,8 @@ from mtc.record import Record
 LR_AT_1152 = 6e-3
 """Default learning rate of 1,152 features and batches of 1,024 tokens; see docs/quality.md."""
 Site = Literal["resid_mid", "mlp_in", "mlp_out"]
+SiteKey = tuple[int, str]
+"""Layer and site: under this name activations travel from the language model to the trainers."""
 
 
 class ConfigError(MtcError, ValueError):
@@ -34,6 +36,16 @@ class LayerConfig(Record):
     """What the transcoder reads."""
     target: Literal["mlp_out"] = "mlp_out"
     """What the transcoder reconstructs."""
+
+    @property
+    def source_key(self) -> SiteKey:
+        """Names the activations that the transcoder reads."""
+        return self.layer, self.source
+
+    @property
+    def target_key(self) -> SiteKey:
+        """Names the activations that the transcoder reconstructs."""
+        return self.layer, self.target
 
 
 class ModelConfig(Record):

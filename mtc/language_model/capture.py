@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtc.config import SiteKey
 from mtc.devices import Stopwatch, current_stream, is_gpu, on_stream, pinned, record, side_stream, used_on
 from mtc.language_model.model import LanguageModel
 from mtc.language_model.packing import PackedWindows
@@ -19,29 +20,29 @@ from mtc.language_model.packing import PackedWindows
 class Pending(NamedTuple):
     """A unit whose forward pass was started."""
 
-    columns: list[Tensor]
-    """Source and target of each layer, [tokens, d_model] bfloat16, on the host once the copy is over."""
+    activations: dict[SiteKey, Tensor]
+    """By layer and site, [tokens, d_model] bfloat16, on the host once the copy is over; empty without windows."""
     sums: Tensor
-    """[columns, tokens] float32, sums over d_model: not finite where an activation is not."""
+    """[sites, tokens] float32, sums over d_model: not finite where an activation is not."""
     copied: Any
     """The event at which they are on the host; None on a CPU."""
     watch: Stopwatch
-    """Of the forward pass."""
+    """The seconds of the forward pass."""
     positions: int
-    """Tokens that it took, special ones included."""
+    """Tokens that the forward pass took, special ones included."""
     flops: float
-    """Operations of its matrix products."""
+    """Operations of the forward pass's matrix products."""
 
 
 class Captured(NamedTuple):
     """A unit's activations on the host."""
 
-    columns: list[Tensor]
-    """Source and target of each layer, [tokens, d_model] bfloat16, of the tokens whose activations are all finite."""
+    activations: dict[SiteKey, Tensor]
+    """By layer and site, [tokens, d_model] bfloat16, of the tokens whose activations are all finite at every site."""
     tokens: int
     """Trainable tokens of the unit."""
     dropped: list[int]
-    """The numbers of those that are left out because an activation is not finite."""
+    """The numbers of the trainable tokens that are left out because an activation is not finite."""
 
 
 class Capture:
@@ -60,37 +61,41 @@ class Capture:
         with watch.running():
             if windows.lengths:
                 pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
-                columns = [column.to(torch.bfloat16) for pair in pairs for column in pair]
-                sums = torch.stack([column.sum(1, dtype=torch.float32) for column in columns])
+                found = {}
+                for sites, pair in zip(self.model.config.sites, pairs, strict=True):
+                    found[sites.source_key] = pair.source.to(torch.bfloat16)
+                    found[sites.target_key] = pair.target.to(torch.bfloat16)
+                sums = torch.stack([rows.sum(1, dtype=torch.float32) for rows in found.values()])
             else:
-                columns, sums = [], torch.zeros(0, device=self.model.device)
+                found, sums = {}, torch.zeros(0, device=self.model.device)
         flops = self.model.flops(windows.lengths)
-        (sums, *columns), copied = self._to_host([sums, *columns])
-        return Pending(columns, sums, copied, watch, sum(windows.lengths), flops)
+        (sums, *copies), copied = self._to_host([sums, *found.values()])
+        activations = dict(zip(found, copies, strict=True))
+        return Pending(activations, sums, copied, watch, sum(windows.lengths), flops)
 
     def finish(self, pending: Pending) -> Captured:
         """Wait until the unit is on the host."""
         if pending.copied is not None:
             pending.copied.synchronize()  # not the stream: the next unit is on it too
-        columns = pending.columns
-        tokens = len(columns[0]) if columns else 0
+        activations = pending.activations
+        tokens = pending.sums.shape[-1]
         if bool(pending.sums.isfinite().all()):
-            return Captured(columns, tokens, [])
-        finite = columns[0].isfinite().all(1)
-        for column in columns[1:]:
-            finite &= column.isfinite().all(1)
+            return Captured(activations, tokens, [])
+        finite = torch.ones(tokens, dtype=torch.bool)
+        for rows in activations.values():
+            finite &= rows.isfinite().all(1)
         dropped: list[int] = (~finite).nonzero().squeeze(1).tolist()
-        return Captured([column[finite] for column in columns], tokens, dropped)
+        return Captured({key: rows[finite] for key, rows in activations.items()}, tokens, dropped)
 
-    def _to_host(self, columns: list[Tensor]) -> tuple[list[Tensor], Any]:
+    def _to_host(self, tensors: list[Tensor]) -> tuple[list[Tensor], Any]:
         """From a GPU into pinned memory, on a stream of its own, and the event at which they are there."""
         if self._stream is None:
-            return columns, None
+            return tensors, None
         self._stream.wait_stream(current_stream(self.model.device))
         copies = []
         with on_stream(self._stream):
-            for column in columns:
-                copies.append(pinned(column.shape, column.dtype).copy_(column, non_blocking=True))
-                used_on(column, self._stream)
+            for tensor in tensors:
+                copies.append(pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True))
+                used_on(tensor, self._stream)
             copied = record(self._stream)
         return copies, copied

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtc.config import SiteKey
 from mtc.devices import send
 
 
@@ -19,15 +20,16 @@ class Unit(NamedTuple):
     """The activations of one work unit."""
 
     number: int
-    """Which one."""
-    columns: tuple[Tensor, ...]
-    """Each [tokens, d]: source and target of the first layer, of the second, ..."""
+    """The work unit's number in the run."""
+    activations: Mapping[SiteKey, Tensor]
+    """By layer and site, [tokens, d]."""
     rows: NDArray[np.int32]
-    """[tokens]: which of the unit's tokens these are; all, unless some were not finite or are trained already."""
+    """[tokens]: which of the unit's tokens the rows of `activations` are; all, unless some were not finite or are
+    trained already."""
     tokens: int
     """Trainable tokens that the unit has in the token store."""
     dropped: NDArray[np.int32] = np.empty(0, np.int32)
-    """Those whose activations are not finite; no rows of `columns`."""
+    """Numbers of the tokens whose activations are not finite; `activations` has no rows of them."""
     costs: Mapping[str, Any] = MappingProxyType({})
     """What making it has cost, for the account of time."""
 
@@ -35,8 +37,8 @@ class Unit(NamedTuple):
 class Taken(NamedTuple):
     """Rows that left the buffer."""
 
-    columns: tuple[Tensor, ...]
-    """Each [rows, d]."""
+    activations: Mapping[SiteKey, Tensor]
+    """By layer and site, [rows, d]."""
     units: NDArray[np.int64]
     """[rows]: the unit that each came from."""
     rows: NDArray[np.int32]
@@ -59,10 +61,10 @@ class ShuffleBuffer:
         self.seed = tuple(seed)
         self.device = torch.device(device)
         self._complete: deque[_Chunk] = deque()
-        self._free: list[tuple[Tensor, ...]] = []
+        self._free: list[dict[SiteKey, Tensor]] = []
         self._resume: tuple[list[int], int, int] = ([], 0, 0)
         self._collecting = _Chunk(0)
-        self._no_rows: tuple[Tensor, ...] = ()
+        self._no_rows: dict[SiteKey, Tensor] = {}
 
     def restore(self, index: int, units: Sequence[int], taken: int, size: int) -> None:
         """Continue with chunk `index`, of whose `size` rows `taken` left another buffer; `units` are added next, in
@@ -73,9 +75,9 @@ class ShuffleBuffer:
     def add(self, unit: Unit) -> None:
         """Copy in the rows of a unit."""
         chunk = self._collecting
-        self._no_rows = self._no_rows or tuple(column[:0].to(self.device) for column in unit.columns)
-        if not chunk.columns and self._free:
-            chunk.columns = self._free.pop()
+        self._no_rows = self._no_rows or {key: rows[:0].to(self.device) for key, rows in unit.activations.items()}
+        if not chunk.memory and self._free:
+            chunk.memory = self._free.pop()
         chunk.add(unit, self.chunk_rows, self.device)
         if chunk.size >= self.chunk_rows:
             self.close()
@@ -123,15 +125,15 @@ class ShuffleBuffer:
             missing -= len(part.rows)
             parts.append(part)
             if not chunk.left:
-                self._free.append(chunk.columns)
+                self._free.append(chunk.memory)
                 self._complete.popleft()
         if not parts:
             return Taken(self._no_rows, np.empty(0, np.int64), np.empty(0, np.int32))
         if len(parts) == 1:
             return parts[0]
-        columns = tuple(torch.cat(column) for column in zip(*(part.columns for part in parts), strict=True))
+        together = {key: torch.cat([part.activations[key] for part in parts]) for key in self._no_rows}
         return Taken(
-            columns, np.concatenate([part.units for part in parts]), np.concatenate([part.rows for part in parts])
+            together, np.concatenate([part.units for part in parts]), np.concatenate([part.rows for part in parts])
         )
 
     def position(self) -> tuple[int, list[int], int, int]:
@@ -151,10 +153,10 @@ class ShuffleBuffer:
         ends = np.searchsorted(owner[rest], np.arange(len(chunk.units)), side="right")
         return dict(zip(chunk.units, np.split(rows[rest], ends)[:-1], strict=True))
 
-    def peek(self) -> tuple[Tensor, ...]:
-        """The rows of the first chunk, unmixed and not removed."""
+    def peek(self) -> dict[SiteKey, Tensor]:
+        """The rows of the first chunk, unmixed and not removed; empty if no unit came."""
         chunk = self._complete[0] if self._complete else self._collecting
-        return tuple(column[: chunk.size] for column in chunk.columns)
+        return {key: memory[: chunk.size] for key, memory in chunk.memory.items()}
 
 
 class _Chunk:
@@ -163,7 +165,8 @@ class _Chunk:
     def __init__(self, index: int):
         self.index = index
         self.units: list[int] = []
-        self.columns: tuple[Tensor, ...] = ()
+        self.memory: dict[SiteKey, Tensor] = {}
+        """By layer and site, [room for rows, d], of which the first `size` are in use."""
         self.size = 0
         self.order: NDArray[np.int64] | None = None
         self.taken = 0
@@ -176,10 +179,10 @@ class _Chunk:
 
     def add(self, unit: Unit, room: int, device: torch.device) -> None:
         need = self.size + len(unit.rows)
-        if not self.columns or need > len(self.columns[0]):
-            self._grow(unit.columns, max(need, room + unit.tokens), device)
-        for column, rows in zip(self.columns, unit.columns, strict=True):
-            column[self.size : need] = rows
+        if need > self._room():
+            self._grow(unit.activations, max(need, room + unit.tokens), device)
+        for key, rows in unit.activations.items():
+            self.memory[key][self.size : need] = rows
         self.units.append(unit.number)
         self._rows.append(unit.rows)
         self.size = need
@@ -198,11 +201,17 @@ class _Chunk:
         self.taken += rows
         owner, numbers = self.labels()
         index = send(torch.from_numpy(chosen), device)
-        columns = tuple(column[index] for column in self.columns)
-        return Taken(columns, np.array(self.units, np.int64)[owner[chosen]], numbers[chosen])
+        activations = {key: memory[index] for key, memory in self.memory.items()}
+        return Taken(activations, np.array(self.units, np.int64)[owner[chosen]], numbers[chosen])
 
-    def _grow(self, like: Sequence[Tensor], rows: int, device: torch.device) -> None:
-        old = self.columns
-        self.columns = tuple(torch.empty((rows, *n.shape[1:]), dtype=n.dtype, device=device) for n in like)
-        for new, before in zip(self.columns, old, strict=False):
-            new[: self.size] = before[: self.size]
+    def _room(self) -> int:
+        """Rows that fit into the memory."""
+        return min((len(memory) for memory in self.memory.values()), default=0)
+
+    def _grow(self, like: Mapping[SiteKey, Tensor], rows: int, device: torch.device) -> None:
+        old = self.memory
+        self.memory = {
+            key: torch.empty((rows, *part.shape[1:]), dtype=part.dtype, device=device) for key, part in like.items()
+        }
+        for key, before in old.items():
+            self.memory[key][: self.size] = before[: self.size]

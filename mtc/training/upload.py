@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtc.config import SiteKey
 from mtc.devices import current_stream, is_gpu, on_stream, pinned, record, side_stream, used_on
 from mtc.training.shuffle_buffer import Unit
 
@@ -39,7 +40,7 @@ class Upload:
         self._device = device
         self._stream = side_stream(device)
         self._ready: queue.Queue[tuple[Unit, Any] | BaseException | None] = queue.Queue(ahead)
-        self._slots: list[tuple[list[Tensor], Any]] = [([], None) for _ in range(2)]
+        self._slots: list[tuple[dict[SiteKey, Tensor], Any]] = [({}, None) for _ in range(2)]
         self._closed = threading.Event()
         threading.Thread(target=self._run, args=(units,), daemon=True).start()
 
@@ -60,8 +61,8 @@ class Upload:
         unit, copied = item
         current = current_stream(self._device)
         current.wait_event(copied)
-        for column in unit.columns:
-            used_on(column, current)  # its memory was taken on the side stream
+        for rows in unit.activations.values():
+            used_on(rows, current)  # its memory was taken on the side stream
         return unit
 
     def close(self) -> None:
@@ -81,16 +82,16 @@ class Upload:
         staged, used = self._slots[slot]
         if used is not None:
             used.synchronize()  # the copy from this pinned memory is over
-        if not staged or any(len(s) < c.numel() for s, c in zip(staged, unit.columns, strict=True)):
-            staged = [pinned((c.numel(),), c.dtype) for c in unit.columns]
-        columns = []
+        if any(key not in staged or len(staged[key]) < rows.numel() for key, rows in unit.activations.items()):
+            staged = {key: pinned((rows.numel(),), rows.dtype) for key, rows in unit.activations.items()}
+        activations = {}
         with on_stream(self._stream):
-            for column, memory in zip(unit.columns, staged, strict=True):
-                source = memory[: column.numel()].view_as(column).copy_(column)
-                columns.append(source.to(self._device, non_blocking=True, copy=True))
+            for key, rows in unit.activations.items():
+                source = staged[key][: rows.numel()].view_as(rows).copy_(rows)
+                activations[key] = source.to(self._device, non_blocking=True, copy=True)
             copied = record(self._stream)
         self._slots[slot] = (staged, copied)
-        return unit._replace(columns=tuple(columns)), copied
+        return unit._replace(activations=activations), copied
 
     def _put(self, item: tuple[Unit, Any] | BaseException | None) -> bool:
         """False if the consumer is gone."""
