@@ -16,22 +16,22 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.local_ray import check_installation, make_temporary_directory
 from mtc.config import ConfigError
-from mtc.storage import absolute
+from mtc.storage import RunDirectory, absolute, named_run
 from mtc.telemetry import git_revision
 from serve.contract import ENVIRONMENT, free_ports, proxy_files
 
@@ -42,12 +42,13 @@ ROOT = SOURCE if IN_TREE else Path.cwd()
 STATE = ROOT / ".quickstart" / "head.json"
 SENTENCE = "The Congress of the United States shall have power to lay and collect taxes."
 OBJECT_STORE_BYTES = 1_000_000_000
-RAY_LINE = re.compile(r"\s(INFO|SUCC|WARNING) [a-z_]+\.py:\d+ -- ")
-"""What Ray's own command says about the job that it submits."""
+RAY_LINE = re.compile(r"\s(INFO|SUCC|WARNING) [a-z_]+\.py:\d+ -- |has constructor arguments in the object store")
+"""What Ray's own command says about the job that it submits, and its core of every pool of actors that Ray Data starts:
+nobody can act on that."""
 MARK = "MTC_QUICKSTART_HEAD"
 """In the environment of all processes of a head: the head's temporary directory."""
-PROXY_STOP_S = 5.0
-"""After which HAProxy is killed."""
+STOP_S = 30.0
+"""After which processes that were asked to end are killed."""
 
 
 class QuickstartError(RuntimeError):
@@ -88,7 +89,7 @@ def quickstart(preset: str, root: str, overrides: list[str]) -> None:
     arguments = ["--preset", preset, "--output.root", root, "--output.run_id", run_id]
     arguments += ["--cluster.metrics_port", str(head["metrics_port"]), *overrides]
     submit_job(head, run_id, arguments)
-    run = f"{root}/{run_id}"
+    run = f"{root.rstrip('/')}/{run_id}"
     base = serve_run(head, run)
     print_answer(ask(base, SENTENCE), top_tokens(run))
     print_usage(base, run)
@@ -98,7 +99,7 @@ def start_head() -> dict[str, Any]:
     """The running head of this checkout, or a new one."""
     if STATE.exists():
         head: dict[str, Any] = json.loads(STATE.read_text())
-        if _runs(head) and _answers(f"{head['dashboard']}/api/version"):
+        if _processes(head) and _answers(f"{head['dashboard']}/api/version"):
             return head
         stop_head()
     check_installation()
@@ -113,14 +114,14 @@ def start_head() -> dict[str, Any]:
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     print(f"starting a local Ray head (log: {log})", flush=True)
     environment = _environment() | free_ports() | proxy_files(temporary) | {MARK: temporary}
+    head = {"temporary": temporary, "address": f"127.0.0.1:{port}", "dashboard": f"http://127.0.0.1:{dashboard}"}
+    head |= {"http_port": _free_ports(1, first=8000)[0], "metrics_port": job_metrics}
+    STATE.write_text(json.dumps(head))  # before it runs: whatever happens, `stop` knows what to look for
+    STATE.with_name("prometheus.yml").write_text(json.dumps(scrape_config(head), indent=1))  # JSON is YAML
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=STATE.parent, env=environment, stdout=output, stderr=output, start_new_session=True
         )
-    head = {"pid": process.pid, "address": f"127.0.0.1:{port}", "dashboard": f"http://127.0.0.1:{dashboard}"}
-    head |= {"temporary": temporary, "http_port": _free_ports(1, first=8000)[0], "metrics_port": job_metrics}
-    STATE.write_text(json.dumps(head))
-    STATE.with_name("prometheus.yml").write_text(json.dumps(scrape_config(head), indent=1))  # JSON is YAML
     deadline = time.monotonic() + 120
     while not _answers(f"{head['dashboard']}/api/version"):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -151,21 +152,18 @@ def stop_head() -> bool:
     if not STATE.exists():
         return False
     head = json.loads(STATE.read_text())
-    was_alive = _runs(head)
-    if was_alive:
-        os.kill(head["pid"], signal.SIGTERM)  # `ray start --block` takes its processes down with it
-        deadline = time.monotonic() + 60
-        while _runs(head):
-            if time.monotonic() > deadline:
-                os.killpg(head["pid"], signal.SIGKILL)
-            time.sleep(0.2)
-        with contextlib.suppress(ChildProcessError):  # it has let go of its memory, but may not have ended yet
-            os.waitpid(head["pid"], 0)
-    _stop_proxies(head["temporary"])
+    running = found = _processes(head)
+    deadline = time.monotonic() + STOP_S
+    while running:
+        for process in running:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate() if time.monotonic() < deadline else process.kill()
+        psutil.wait_procs(running, timeout=5)
+        running = _processes(head)  # what they started meanwhile
     shutil.rmtree(head["temporary"], ignore_errors=True)
     STATE.with_name("prometheus.yml").unlink(missing_ok=True)
     STATE.unlink()
-    return was_alive
+    return bool(found)
 
 
 def submit_job(head: dict[str, Any], run_id: str, arguments: list[str]) -> None:
@@ -196,7 +194,7 @@ def submit_job(head: dict[str, Any], run_id: str, arguments: list[str]) -> None:
 
 def serve_run(head: dict[str, Any], run: str) -> str:
     """Deploy the Serve application on a finished run; returns its base URL once it is ready."""
-    command = [sys.executable, "-m", "serve.app", "--run", str(Path(run).resolve() if "://" not in run else run)]
+    command = [sys.executable, "-m", "serve.app", "--run", absolute(run)]
     command += ["--address", head["address"], "--port", str(head["http_port"])]
     if subprocess.run(command, cwd=ROOT, env=_environment(), check=False).returncode:
         raise QuickstartError("the service could not be deployed; its output is above")
@@ -210,16 +208,14 @@ def serve_run(head: dict[str, Any], run: str) -> str:
 
 
 def ask(base: str, text: str, top_k: int = 5) -> dict[str, Any]:
-    body = json.dumps({"inputs": text, "top_k": top_k}).encode()
-    request = urllib.request.Request(f"{base}/encode", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        answer: dict[str, Any] = json.load(response)
-    return answer
+    answer = httpx.post(f"{base}/encode", json={"inputs": text, "top_k": top_k}, timeout=60).raise_for_status()
+    return dict(answer.json())
 
 
 def top_tokens(run: str) -> dict[int, list[str]]:
     """The tokens that each feature is strongest on, most frequent first."""
-    rows = pq.read_table(Path(run, "features.parquet"), columns=["feature", "top_tokens"]).to_pylist()
+    table = pa.BufferReader(RunDirectory(run).read("features.parquet"))
+    rows = pq.read_table(table, columns=["feature", "top_tokens"]).to_pylist()
     return {row["feature"]: [token["token"] for token in row["top_tokens"][:4]] for row in rows}
 
 
@@ -245,9 +241,9 @@ def print_usage(base: str, run: str) -> None:
     example = f'{base}/encode -H "Content-Type: application/json" -d \'{{"inputs": "We the people"}}\''
     print(f"browse     {base}/ui   (texts and features; report: {base}/report, API: {base}/docs)")
     print(f"try        curl {example}")
-    report = Path(run, "report")
-    if report.is_dir():
-        print("report     " + "\n           ".join(str(path) for path in sorted(report.iterdir())))
+    report = RunDirectory(named_run(run).location("report"))
+    if names := report.names():
+        print("report     " + "\n           ".join(report.location(name) for name in sorted(names)))
 
 
 def _environment() -> dict[str, str]:
@@ -268,45 +264,20 @@ def _environment() -> dict[str, str]:
     return inherited | local
 
 
-def _stop_proxies(temporary: str) -> None:
-    """HAProxy goes on, on the service's port, if the process that started it was killed; gone when this returns."""
-    start = time.monotonic()
-    while (marked := _marked(temporary)) and time.monotonic() < 2 * PROXY_STOP_S + start:
-        for pid in marked:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM if time.monotonic() < start + PROXY_STOP_S else signal.SIGKILL)
-        time.sleep(0.05)
-
-
-def _marked(temporary: str) -> list[int]:
-    """Processes that a head started and that are not done."""
-    found = []
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it ended, or is somebody else's
-            if f"{MARK}={temporary}".encode() in environment.read_bytes().split(b"\0"):
-                found.append(int(environment.parent.name))
-    return found
+def _processes(head: dict[str, Any]) -> list[psutil.Process]:
+    """What a head started and that runs, jobs and HAProxy among it, which outlive a head that was killed."""
+    processes = psutil.process_iter(["environ"])  # None where somebody else's
+    return [process for process in processes if (process.info["environ"] or {}).get(MARK) == head["temporary"]]
 
 
 def _tool(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def _runs(head: dict[str, Any]) -> bool:
-    """Whether the head's process lives; another process that got its number since does not count."""
-    with contextlib.suppress(ChildProcessError):  # reap it; the head of an earlier command is not our child
-        os.waitpid(head["pid"], os.WNOHANG)
-    try:
-        return head["temporary"].encode() in Path(f"/proc/{head['pid']}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
         return False
 
 

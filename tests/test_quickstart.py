@@ -1,0 +1,80 @@
+"""The quickstart without a Ray: what it prints of a run that lies anywhere, and that it leaves no process."""
+
+import io
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import quickstart
+from mtc.storage import RunDirectory
+
+ANSWER = {"results": [{"tokens": ["<s>", " tax"], "is_special": [True, False], "features": [[], [
+    {"feature_index": 3, "activation_value": 1.5}
+]]}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_run_is_shown_wherever_its_root_is(
+    remote: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = "memory://quickstart/runs" if remote else str(tmp_path)
+
+    def train(head: dict[str, Any], run_id: str, arguments: list[str]) -> None:
+        table = io.BytesIO()
+        pq.write_table(pa.table({"feature": [3], "top_tokens": [[{"token": " levy"}, {"token": " duty"}]]}), table)
+        run = RunDirectory(f"{arguments[arguments.index('--output.root') + 1]}/{run_id}")
+        run.write("features.parquet", table.getvalue())
+        run.write("report/report.md", "# Report")
+
+    monkeypatch.setattr(quickstart, "start_head", lambda: {"metrics_port": 1})
+    monkeypatch.setattr(quickstart, "submit_job", train)
+    monkeypatch.setattr(quickstart, "serve_run", lambda head, run: "http://127.0.0.1:1")
+    monkeypatch.setattr(quickstart, "ask", lambda base, text: ANSWER)
+    assert quickstart.main(["run", "--preset", "tiny", "--root", root]) == 0
+    printed = capsys.readouterr().out
+    assert "#3 (1.50: ' levy' ' duty')" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("report ")]
+    assert line.split()[1].startswith(f"{root}/tiny-") and line.endswith("/report/report.md")
+
+
+def test_ctrl_c_while_the_head_starts_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt comes as soon as the head's process is there."""
+    (tmp_path / "ray").write_text("#!/bin/sh\nexec sleep 300\n")
+    (tmp_path / "ray").chmod(0o755)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any, **options: Any) -> None:
+        started.append(popen(*arguments, **options))
+        raise KeyboardInterrupt
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(quickstart, "STATE", tmp_path / "state" / "head.json")
+    monkeypatch.setattr(quickstart, "_tool", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(quickstart, "git_revision", lambda: None)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    try:
+        assert quickstart.main(["serve", "--run", "runs/latest"]) == 130
+        started[0].wait(timeout=10)
+        assert not quickstart.STATE.exists()
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_of_what_ray_says_about_a_job_only_the_jobs_own_lines_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        "2026-11-25 19:30:05,123\\tINFO cli.py:41 -- Job submission server address: http://127.0.0.1:8265",
+        "19:30:05 a-run  trained 49,152 tokens",
+        "[2026-11-25 19:30:05,1 E 7 7] core_worker.cc:2465: Actor X has constructor arguments in the object store and",
+    ]
+    (tmp_path / "ray").write_text("#!/bin/sh\ncat <<END\n" + "\n".join(lines).replace("\\t", "\t") + "\nEND\n")
+    (tmp_path / "ray").chmod(0o755)
+    monkeypatch.setattr(quickstart, "_tool", lambda name: str(tmp_path / name))
+    quickstart.submit_job({"dashboard": "http://127.0.0.1:1"}, "a-run", [])
+    assert capsys.readouterr().out.splitlines()[1:] == [lines[1]]
