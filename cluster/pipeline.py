@@ -6,7 +6,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,15 +28,11 @@ from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.language_model import check_model, prepare_model
 from mtc.results import RunFacts
 from mtc.storage import Lease, RunDirectory, absolute
-from mtc.telemetry import check_trackers, prints_as_lines, say, set_run, stderr_without
+from mtc.telemetry import check_trackers, prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
 from mtc.text import StoreInfo, TokenStore, heldout_units, work_units
 
 logger = logging.getLogger(__name__)
-
-
-NOISE = "has constructor arguments in the object store"
-"""What Ray's core says of every pool of actors that Ray Data starts; nobody can act on it."""
 
 
 class FinishedError(ConfigError):
@@ -76,7 +72,7 @@ def connected(verbose: bool = False) -> Iterator[None]:
     how: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     how |= {"configure_logging": False}  # its records go where all others go
     logging.getLogger("ray").setLevel(how["logging_level"])
-    with prints_as_lines(verbose), nullcontext() if verbose else stderr_without(NOISE):
+    with prints_left_out(verbose):
         if os.environ.get("RAY_ADDRESS"):
             ray.init(address="auto", **how)
         else:

@@ -7,10 +7,9 @@ from mtc.telemetry.logs import (
     fail,
     for_people,
     output,
-    prints_as_lines,
+    prints_left_out,
     say,
     set_run,
-    stderr_without,
 )
 from mtc.telemetry.metrics import CATALOGUE, JOB, make
 from mtc.telemetry.provenance import describe_machine, git_revision, package_versions
@@ -30,8 +29,7 @@ __all__ = [
     "make",
     "output",
     "package_versions",
-    "prints_as_lines",
+    "prints_left_out",
     "say",
     "set_run",
-    "stderr_without",
 ]
