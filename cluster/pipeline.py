@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.activations import configure_data_context
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
 from cluster.local_ray import check_installation, temporary_root
 from cluster.outcome import Trained, TrainingStopped, TrainResult
+from cluster.places import check_same_run, check_unfinished, output_root, run_directory, share_places
 from cluster.probing import check_optional
 from cluster.progress import ProgressReader, balance, start_metrics_log
 from cluster.reporting import analyse_and_write, publish, timed
@@ -27,22 +26,12 @@ from cluster.training import train
 from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.language_model import check_model, prepare_model
 from mtc.results import RunFacts
-from mtc.storage import Lease, RunDirectory, absolute
+from mtc.storage import Lease, RunDirectory
 from mtc.telemetry import check_trackers, prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
-from mtc.text import StoreInfo, TokenStore, heldout_units, work_units
+from mtc.text import TokenStore, heldout_units, work_units
 
 logger = logging.getLogger(__name__)
-
-
-class FinishedError(ConfigError):
-    """The run is finished already: there is nothing left to do."""
-
-    exit_code = 3
-    event = "nothing_to_do"
-
-
-LIMITS = ("data.max_skipped_share", "optimizer.max_skipped_steps")  # may be raised to continue a run
 
 
 def check(config: RunConfig) -> None:
@@ -51,11 +40,11 @@ def check(config: RunConfig) -> None:
     Raises ConfigError (FinishedError for a finished run), ModelError or DataError.
     """
     try:
-        RunDirectory(_output_root(config))
+        RunDirectory(output_root(config))
     except ImportError as error:
         raise ConfigError(f"output.root={config.output.root}: {error}; pip install -e '.[s3]' or '.[gcs]'") from None
     if config.output.run_id:
-        _check_unfinished(RunDirectory(f"{_output_root(config)}/{config.output.run_id}"))
+        check_unfinished(RunDirectory(f"{output_root(config)}/{config.output.run_id}"))
     check_model(config.model)
     check_data(config)
     check_optional(config)
@@ -95,80 +84,141 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     d_model = check_model(config.model).d_model
     plan = make_plan(config, cluster_nodes(), d_model)
     check_devices(config, plan)
-    run = _run_directory(config)
+    run = run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
     set_run(run.run_id)
     log = start_metrics_log(run)
     with Lease(run) as lease:  # nobody writes into a run that another job writes
-        _check_unfinished(run)
-        config = _shared_places(config, run)
-        _check_same_run(config, run)
+        check_unfinished(run)
+        config = share_places(config, run)
+        check_same_run(config, run)
         metrics = JobMetrics(config, run.run_id)
         with metrics.served():
-            _run(config, plan, run, d_model, log, lease, metrics)
+            _Job(config, plan, run, d_model, log, lease, metrics).run_stages()
     return run
 
 
-def _run(
-    config: RunConfig, plan: Plan, run: RunDirectory, d_model: int, log: Any, lease: Lease, metrics: JobMetrics
-) -> None:
-    say("run", f"run {run.run_id} in {run.url}", url=run.url)
-    say("plan", plan.describe(), device=plan.device, trainers=plan.num_trainers, model_actors=plan.num_model_actors)
-    if config.model.notice:
-        say("notice", config.model.notice)
-    metrics.plan(plan.device, plan.num_trainers, plan.num_model_actors)
-    metrics.stage("prepare")
-    say("prepare", "preparing the language model (the first time, weights are converted or downloaded into the cache)")
-    prepare_model(config.model)
-    run.write("config.yaml", to_yaml(config))
-    layers = config.for_layers()
-    runs = [run.for_layer(alone.model.layer) for alone in layers]
-    if len(layers) > 1:
-        for alone, own in zip(layers, runs, strict=True):
-            own.write("config.yaml", to_yaml(alone))
-    seconds: dict[str, float] = {}
+@dataclass(frozen=True)
+class _Job:
+    """What all stages of one job know; each hands the next what that needs."""
 
-    metrics.stage("tokenise")
-    with timed(seconds, "tokenise"):
-        store_url = build_token_store(config, plan.label_selector)
-    store = TokenStore.open(store_url)
-    info = store.info
-    counts = {"windows": info.windows, "tokens": info.tokens, "documents": info.documents}
-    about = ", ".join(f"{sum(each.values()):,} {name}" for name, each in counts.items())
-    say("token_store", f"token store {store_url}: {about}", url=store_url, **counts)
-    work = work_units(store, config)  # a text that is too short is found here, not after the training
-    heldout_units(store, config, config.analysis.num_tokens)
+    config: RunConfig
+    plan: Plan
+    run: RunDirectory
+    d_model: int
+    """Width of the residual stream."""
+    log: Any
+    """Handle of the MetricsLog actor."""
+    lease: Lease
+    metrics: JobMetrics
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of the stages that are over, by name."""
 
-    metrics.stage("train")
-    with timed(seconds, "train"), tracking(config, run) as trackers, on_one_gpu(config, plan) as together:
-        histories = {alone.model.layer: own for alone, own in zip(layers, runs, strict=True)}
-        with ProgressReader(log, histories, config.total_steps, [metrics, *trackers]) as progress:
+    def run_stages(self) -> None:
+        run, plan = self.run, self.plan
+        say("run", f"run {run.run_id} in {run.url}", url=run.url)
+        say("plan", plan.describe(), device=plan.device, trainers=plan.num_trainers, model_actors=plan.num_model_actors)
+        self.metrics.plan(plan.device, plan.num_trainers, plan.num_model_actors)
+        self._prepare()
+        store = self._tokenise()
+        trained, progress = self._train(store)
+        self._analyse(store, trained, progress)
 
-            def go_on() -> None:
-                lease.require()
-                if progress.stopped:
-                    raise TrainingStopped(progress.stopped)
+    def _layer_runs(self) -> list[RunDirectory]:
+        """The directories of the layers that are read, in their order."""
+        return [self.run.for_layer(sites.layer) for sites in self.config.model.sites]
 
-            trained = train(config, together, run, store_url, d_model, log, go_on, work)
-    first = trained.layers[0]
-    done = f"trained {first.tokens:,} tokens in {first.steps:,} steps; " + _thresholds(trained)
-    say("trained", done, tokens=first.tokens, steps=first.steps)
-    say("ledger", _account(trained))
-    say("balance", balance(trained.timing), **trained.timing.model_dump())
+    def _prepare(self) -> None:
+        """The language model is made ready, and the configuration written down."""
+        self.metrics.stage("prepare")
+        config = self.config
+        if config.model.notice:
+            say("notice", config.model.notice)
+        say(
+            "prepare",
+            "preparing the language model (the first time, weights are converted or downloaded into the cache)",
+        )
+        prepare_model(config.model)
+        self.run.write("config.yaml", to_yaml(config))
+        if len(config.model.sites) > 1:
+            for alone, own in zip(config.for_layers(), self._layer_runs(), strict=True):
+                own.write("config.yaml", to_yaml(alone))
 
-    facts = [
-        _facts(config, plan, own, store_url, info, layer, trained, seconds, progress.events)
-        for own, layer in zip(runs, trained.layers, strict=True)
-    ]
-    rows = [progress.rows(layer.layer) for layer in trained.layers]
-    metrics.stage("analyse")
-    analyses = analyse_and_write(config, plan, run, store_url, facts, rows, lease.require)
-    lease.require()
-    publish(run, latest=True)
-    seconds = analyses[0].facts.seconds
-    metrics.stage("finished")
-    took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    say("finished", f"finished {run.url} in {took}", url=run.url, seconds=seconds)
+    def _tokenise(self) -> TokenStore:
+        """The text as windows of token ids. Raises DataError if there is too little of it."""
+        self.metrics.stage("tokenise")
+        with timed(self.seconds, "tokenise"):
+            store = TokenStore.open(build_token_store(self.config, self.plan.label_selector))
+        info = store.info
+        counts = {"windows": info.windows, "tokens": info.tokens, "documents": info.documents}
+        about = ", ".join(f"{sum(each.values()):,} {name}" for name, each in counts.items())
+        say("token_store", f"token store {store.url}: {about}", url=store.url, **counts)
+        work_units(store, self.config)  # a text that is too short is found here, not after the training
+        heldout_units(store, self.config, self.config.analysis.num_tokens)
+        return store
+
+    def _train(self, store: TokenStore) -> tuple[Trained, ProgressReader]:
+        """Every layer's weights, and what was read of the training's progress."""
+        config, run = self.config, self.run
+        self.metrics.stage("train")
+        histories = {sites.layer: own for sites, own in zip(config.model.sites, self._layer_runs(), strict=True)}
+        with timed(self.seconds, "train"), tracking(config, run) as trackers, on_one_gpu(config, self.plan) as plan:
+            with ProgressReader(self.log, histories, config.total_steps, [self.metrics, *trackers]) as progress:
+
+                def go_on() -> None:
+                    self.lease.require()
+                    if progress.stopped:
+                        raise TrainingStopped(progress.stopped)
+
+                work = work_units(store, config)
+                trained = train(config, plan, run, store.url, self.d_model, self.log, go_on, work)
+        first = trained.layers[0]
+        done = f"trained {first.tokens:,} tokens in {first.steps:,} steps; " + _thresholds(trained)
+        say("trained", done, tokens=first.tokens, steps=first.steps)
+        say("ledger", _account(trained))
+        say("balance", balance(trained.timing), **trained.timing.model_dump())
+        return trained, progress
+
+    def _analyse(self, store: TokenStore, trained: Trained, progress: ProgressReader) -> None:
+        """The held-out pass, every layer's report, and the manifest with which the run is finished."""
+        self.metrics.stage("analyse")
+        facts = [self._facts(store, trained, layer, progress.events) for layer in trained.layers]
+        rows = [progress.rows(layer.layer) for layer in trained.layers]
+        analyses = analyse_and_write(self.config, self.plan, self.run, store.url, facts, rows, self.lease.require)
+        self.lease.require()
+        publish(self.run, latest=True)
+        seconds = analyses[0].facts.seconds
+        self.metrics.stage("finished")
+        took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+        say("finished", f"finished {self.run.url} in {took}", url=self.run.url, seconds=seconds)
+
+    def _facts(self, store: TokenStore, trained: Trained, layer: TrainResult, events: list[dict[str, Any]]) -> RunFacts:
+        """What is known of one layer's run before its analysis."""
+        sites, info = self.config.model.sites, store.info
+        return RunFacts(
+            run_id=self.run.for_layer(layer.layer).run_id,
+            steps=layer.steps,
+            trained_tokens=layer.tokens,
+            calibration_tokens=layer.calibration_tokens,
+            precision=layer.precision,
+            compute=layer.compute,
+            other_layers=tuple(other.layer for other in sites if other.layer != layer.layer),
+            timing=trained.timing,
+            dropped_tokens=trained.progress.dropped_tokens(),
+            language_model_dtype="",  # the analysis tells
+            devices=(self.plan.device,),
+            num_trainers=self.plan.num_trainers,
+            num_model_actors=self.plan.num_model_actors,
+            data_name=self.config.data.name,
+            token_store=store.url,
+            windows=dict(info.windows),
+            documents=dict(info.documents),
+            skipped_documents=info.skipped,
+            skipped_examples=tuple(info.skipped_examples),
+            data_fingerprint=info.fingerprint,
+            seconds=self.seconds,
+            events=tuple(events),
+        )
 
 
 def _account(trained: Trained) -> str:
@@ -186,118 +236,3 @@ def _thresholds(trained: Trained) -> str:
     if len(trained.layers) == 1:
         return f"threshold {trained.layers[0].threshold:.4f}"
     return "thresholds " + ", ".join(f"{layer.threshold:.4f} (layer {layer.layer})" for layer in trained.layers)
-
-
-def _run_directory(config: RunConfig) -> RunDirectory:
-    run_id = config.output.run_id
-    if run_id is None:
-        model = config.model.name.removeprefix("pip:").replace("random:", "random-").rstrip("/").split("/")[-1]
-        run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{model}-{_layer_names(config)}"
-    return RunDirectory(f"{_output_root(config)}/{run_id}")
-
-
-def _check_unfinished(run: RunDirectory) -> None:
-    if run.is_finished():
-        raise FinishedError(f"output.run_id={run.run_id} is a finished run: {run.url}")
-
-
-def _layer_names(config: RunConfig) -> str:
-    layers = [str(sites.layer) for sites in config.model.sites]
-    return (
-        f"layer{layers[0]}" if len(layers) == 1 else f"layers{'-'.join(layers[:4])}" + "-and-more" * (len(layers) > 4)
-    )
-
-
-def _output_root(config: RunConfig) -> str:
-    """`output.root`; a relative path counts from the home directory in a submitted job, whose own is a copy that Ray
-    deletes."""
-    root = config.output.root
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return absolute(os.path.join("~", root) if submitted and "://" not in root else root)
-
-
-def _shared_places(config: RunConfig, run: RunDirectory) -> RunConfig:
-    """On several nodes: checks that all reach the run directory, and puts the token store beside it.
-
-    Raises ConfigError that names the nodes which do not.
-    """
-    here = ray.get_runtime_context().get_node_id()
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    if not others:
-        return config
-    if config.output.token_store is None and "://" not in config.output.root:
-        places = config.output.model_copy(update={"token_store": f"{_output_root(config)}/tokens"})
-        config = config.model_copy(update={"output": places})
-    probe = f".reached-by-{uuid.uuid4().hex[:8]}"
-    run.write(probe, probe)
-    try:
-        answers = {
-            node["NodeManagerAddress"]: ray.remote(_reaches)
-            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            .remote(run.url, probe)
-            for node in others
-        }
-        missing = [address for address, answer in answers.items() if not ray.get(answer)]
-    finally:
-        run.remove(probe)
-    if missing:
-        raise ConfigError(
-            f"output.root={config.output.root}: {len(missing)} of {len(others) + 1} nodes do not see what is written "
-            f"there ({', '.join(missing[:5])}); on several nodes give a disk that all of them share, or s3:// or gs://"
-        )
-    return config
-
-
-def _reaches(url: str, name: str) -> bool:
-    return RunDirectory(url).exists(name)
-
-
-def _check_same_run(config: RunConfig, run: RunDirectory) -> None:
-    """Refuse to continue an unfinished run with settings that would mix two runs."""
-    if not run.exists("config.yaml"):
-        return
-    before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in (run.config(), config))
-    changed = [f"{part}.{f}" for part in now for f in now[part] if now[part][f] != before[part].get(f)]
-    changed = [field for field in changed if field not in LIMITS]
-    if changed:
-        raise ConfigError(
-            f"output.run_id={run.run_id} is an unfinished run with other values of {', '.join(changed)}: "
-            "give another output.run_id, or the same values to continue it"
-        )
-
-
-def _facts(
-    config: RunConfig,
-    plan: Plan,
-    run: RunDirectory,
-    store_url: str,
-    info: StoreInfo,
-    trained: TrainResult,
-    whole: Trained,
-    seconds: dict[str, float],
-    events: list[dict[str, Any]],
-) -> RunFacts:
-    return RunFacts(
-        run_id=run.run_id,
-        steps=trained.steps,
-        trained_tokens=trained.tokens,
-        calibration_tokens=trained.calibration_tokens,
-        token_store=store_url,
-        data_name=config.data.name,
-        windows=dict(info.windows),
-        documents=dict(info.documents),
-        language_model_dtype="",  # the analysis tells
-        precision=trained.precision,
-        compute=trained.compute,
-        devices=(plan.device,),
-        num_trainers=plan.num_trainers,
-        num_model_actors=plan.num_model_actors,
-        seconds=seconds,
-        timing=whole.timing,
-        dropped_tokens=whole.progress.dropped_tokens(),
-        skipped_documents=info.skipped,
-        skipped_examples=tuple(info.skipped_examples),
-        events=tuple(events),
-        other_layers=tuple(s.layer for s in config.model.sites if s.layer != trained.layer),
-        data_fingerprint=info.fingerprint,
-    )

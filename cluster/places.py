@@ -1,0 +1,102 @@
+"""Where a run goes: its directory, whether it may be written, and that every node reaches it. Without torch."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from datetime import UTC, datetime
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mtc.config import ConfigError, RunConfig
+from mtc.storage import RunDirectory, absolute
+
+LIMITS = ("data.max_skipped_share", "optimizer.max_skipped_steps")  # may be raised to continue a run
+
+
+class FinishedError(ConfigError):
+    """The run is finished already: there is nothing left to do."""
+
+    exit_code = 3
+    event = "nothing_to_do"
+
+
+def output_root(config: RunConfig) -> str:
+    """`output.root`; a relative path counts from the home directory in a submitted job, whose own is a copy that Ray
+    deletes."""
+    root = config.output.root
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return absolute(os.path.join("~", root) if submitted and "://" not in root else root)
+
+
+def run_directory(config: RunConfig) -> RunDirectory:
+    """The directory of `output.run_id`, or of a new name that says when, which model and which layers."""
+    run_id = config.output.run_id
+    if run_id is None:
+        model = config.model.name.removeprefix("pip:").replace("random:", "random-").rstrip("/").split("/")[-1]
+        run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{model}-{_layer_names(config)}"
+    return RunDirectory(f"{output_root(config)}/{run_id}")
+
+
+def check_unfinished(run: RunDirectory) -> None:
+    """Raises FinishedError for a finished run."""
+    if run.is_finished():
+        raise FinishedError(f"output.run_id={run.run_id} is a finished run: {run.url}")
+
+
+def check_same_run(config: RunConfig, run: RunDirectory) -> None:
+    """Refuse to continue an unfinished run with settings that would mix two runs."""
+    if not run.exists("config.yaml"):
+        return
+    before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in (run.config(), config))
+    changed = [f"{part}.{f}" for part in now for f in now[part] if now[part][f] != before[part].get(f)]
+    changed = [field for field in changed if field not in LIMITS]
+    if changed:
+        raise ConfigError(
+            f"output.run_id={run.run_id} is an unfinished run with other values of {', '.join(changed)}: "
+            "give another output.run_id, or the same values to continue it"
+        )
+
+
+def share_places(config: RunConfig, run: RunDirectory) -> RunConfig:
+    """On several nodes: checks that all reach the run directory, and puts the token store beside it.
+
+    Raises ConfigError that names the nodes which do not.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if not others:
+        return config
+    if config.output.token_store is None and "://" not in config.output.root:
+        places = config.output.model_copy(update={"token_store": f"{output_root(config)}/tokens"})
+        config = config.model_copy(update={"output": places})
+    probe = f".reached-by-{uuid.uuid4().hex[:8]}"
+    run.write(probe, probe)
+    try:
+        answers = {
+            node["NodeManagerAddress"]: ray.remote(_reaches)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote(run.url, probe)
+            for node in others
+        }
+        missing = [address for address, answer in answers.items() if not ray.get(answer)]
+    finally:
+        run.remove(probe)
+    if missing:
+        raise ConfigError(
+            f"output.root={config.output.root}: {len(missing)} of {len(others) + 1} nodes do not see what is written "
+            f"there ({', '.join(missing[:5])}); on several nodes give a disk that all of them share, or s3:// or gs://"
+        )
+    return config
+
+
+def _layer_names(config: RunConfig) -> str:
+    layers = [str(sites.layer) for sites in config.model.sites]
+    return (
+        f"layer{layers[0]}" if len(layers) == 1 else f"layers{'-'.join(layers[:4])}" + "-and-more" * (len(layers) > 4)
+    )
+
+
+def _reaches(url: str, name: str) -> bool:
+    return RunDirectory(url).exists(name)
