@@ -18,10 +18,10 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.attention.flex_attention import create_block_mask
 
 from mtc import devices
-from mtc import language_model as lm
-from mtc.analysis import token_sums as sums
+from mtc.analysis import loss_sums, token_sums
 from mtc.config import ModelConfig
 from mtc.language_model import LanguageModel, PackedWindows, SitePair, attention, flex, pack_windows
+from mtc.language_model import model as lm
 from mtc.language_model.attention import Windows
 from mtc.language_model.flex import Kernel
 
@@ -426,17 +426,17 @@ def test_by_default_a_gpu_without_triton_is_eager(gpu: None, monkeypatch: pytest
 def test_sums_by_label_equal_index_add() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 7, (1000,), generator=generator).mul(3)
-    add = sums._by_label(labels, 30)
+    add = token_sums.sum_by_label(labels, 30)
     for shape in ((1000,), (1000, 5)):
         values = torch.randn(shape, generator=generator)
         expected = torch.zeros((30, *shape[1:]), dtype=torch.float64).index_add_(0, labels, values.double())
         np.testing.assert_allclose(add(values), expected.numpy(), rtol=1e-12, atol=1e-12)
-    nothing = sums._by_label(labels[:0], 30)
+    nothing = token_sums.sum_by_label(labels[:0], 30)
     assert nothing(torch.zeros(0, 5)).shape == (30, 5)
 
 
 def test_logits_at_a_time_follow_the_memory() -> None:
-    assert sums.max_logits(torch.device("cpu")) == sums.MAX_LOGITS
-    assert sums._logits_in(0) == sums._logits_in(1 << 30) == sums.MAX_LOGITS
-    assert sums._logits_in(64 << 30) == 1 << 30  # 4 GiB of float32
-    assert sums._logits_in((64 << 30) - 1) == 1 << 29
+    assert loss_sums.max_logits(torch.device("cpu")) == loss_sums.MAX_LOGITS
+    assert loss_sums._logits_in(0) == loss_sums._logits_in(1 << 30) == loss_sums.MAX_LOGITS
+    assert loss_sums._logits_in(64 << 30) == 1 << 30  # 4 GiB of float32
+    assert loss_sums._logits_in((64 << 30) - 1) == 1 << 29

@@ -271,7 +271,7 @@ def test_packages_are_installed(package: str) -> None:
 
 
 def status(environment: dict[str, str]) -> str:
-    code = "from mtc import native; native.load(); print(native.status())"
+    code = "from mtc.transcoder import native; native.load(); print(native.status())"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
     )
@@ -287,10 +287,10 @@ def test_loops_that_were_compiled_elsewhere_are_used_where_the_processor_allows(
     without = {"MTC_NATIVE": str(library), "CC": "/nonexistent/cc"}
     assert status(without) == "compiled"
     code = (
-        "import torch; from mtc import kernels; g = torch.Generator().manual_seed(0)\n"
+        "import torch; from mtc.transcoder import products; g = torch.Generator().manual_seed(0)\n"
         "table = torch.randn(64, 16, generator=g); index = torch.randint(64, (48,), generator=g)\n"
-        "weight = torch.rand(48, generator=g); bags = kernels.make_bags(torch.arange(0, 49, 8), 48)\n"
-        "print(kernels.bag_sums(table, index, weight, bags).double().sum().item())"
+        "weight = torch.rand(48, generator=g); bags = products.make_bags(torch.arange(0, 49, 8), 48)\n"
+        "print(products.bag_sums(table, index, weight, bags).double().sum().item())"
     )
     sums = [
         float(subprocess.run([sys.executable, "-c", code], env=os.environ | e, capture_output=True, check=True).stdout)

@@ -249,8 +249,9 @@ def test_memory_is_guarded_under_python_O_too():
         pytest.skip(native.status())
     code = """
 import torch
-from mtc import kernels, native
-from mtc.kernels import Objective, Weights, Workspace
+from mtc.transcoder import native, products, sparse_loss
+from mtc.transcoder.objective import Objective, Weights
+from mtc.transcoder.products import Workspace
 
 def refused(call, *arguments):
     try:
@@ -262,10 +263,10 @@ table, counts = torch.ones(4, 6), torch.zeros(6, dtype=torch.int64)
 for wrong in (table.T, table.double(), table.to("meta")):
     print(refused(native.call, "count_above", wrong, 6, 4, 0.5, counts))
 x, index = torch.ones(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
-print(refused(kernels.entry_dots, x.T.contiguous().T, index, x, index))
+print(refused(products.entry_dots, x.T.contiguous().T, index, x, index))
 weights = Weights(torch.ones(6, 4), torch.ones(6), torch.ones(6, 4), torch.ones(4))
 wanted = Objective((2, 4, 6), (1.0,), 3, index[:0], 1, 0.1)
-print(refused(kernels.sparse_loss, x.float(), x.float(), weights, wanted, Workspace()))
+print(refused(sparse_loss.sparse_loss, x.float(), x.float(), weights, wanted, Workspace()))
 native.load = lambda: None
 print(refused(native.call, "count_above", table, 4, 6, 0.5, counts))
 """

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtc import language_model as lm
 from mtc.config import ConfigError, ModelConfig
+from mtc.devices import choose_dtype
 from mtc.language_model import (
     LanguageModel,
     ModelError,
@@ -34,7 +34,9 @@ from mtc.language_model import (
     pack_windows,
     prepare_model,
 )
+from mtc.language_model import model as lm
 from mtc.language_model import weights as model_files
+from mtc.language_model.gguf import gguf_parts
 
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2", "gpt_neox"]
 LAYER = 1
@@ -421,7 +423,7 @@ def test_parts_of_a_file_in_dependency_wheels(tmp_path: Path, monkeypatch: pytes
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     config = ModelConfig(name="pip:weights", gguf_file="m.gguf", layer=1)
     assert check_model(config) == ("llama", 5, 48)
-    parts = model_files._gguf_parts(config)
+    parts = gguf_parts(config)
     assert b"".join(p.read_bytes() for p in parts) == whole
     shutil.rmtree(tmp_path / "site" / "weights_part2-1.0.dist-info")
     importlib.invalidate_caches()
@@ -468,15 +470,15 @@ def test_hub_errors_say_what_to_do(error: Exception, words: list[str], monkeypat
 
 
 def test_choose_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lm.choose_dtype("bfloat16", "cpu") == torch.bfloat16
-    assert lm.choose_dtype("float32", "cuda") == torch.float32
+    assert choose_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert choose_dtype("float32", "cuda") == torch.float32
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    assert lm.choose_dtype("auto", "cpu") == torch.float32
+    assert choose_dtype("auto", "cpu") == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert lm.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert lm.choose_dtype("auto", "cuda:0") == torch.float32
+    assert choose_dtype("auto", "cuda:0") == torch.float32
 
 
 def test_never_imports_ray() -> None:

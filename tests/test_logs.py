@@ -16,7 +16,7 @@ from mtc.telemetry import logs
 ROOT = Path(__file__).parent.parent
 SAYS = """
 import logging, os, sys
-from mtc.logs import configure, fail, prints_left_out, say, set_run
+from mtc.telemetry.logs import configure, fail, prints_left_out, say, set_run
 configure(verbose={verbose}, form={form!r})
 set_run("a-run")
 say("trained", "trained 10 tokens", tokens=10, message="not this")

@@ -133,7 +133,7 @@ def test_templates_loops_and_service_come_from_the_wheel(installed: Path, tmp_pa
     code = """
 import asyncio, pathlib, sys
 import mtc
-from mtc import native
+from mtc.transcoder import native
 from mtc.config import load_preset, preset_names
 from mtc.report import html
 from serve.http import pages

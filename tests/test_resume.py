@@ -356,7 +356,7 @@ def test_unknown_formats_are_refused(tmp_path):
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     code = """
 import sys
-from mtc.checkpoints import Checkpoints, CheckpointWriter
+from mtc.storage import Checkpoints, CheckpointWriter
 checkpoints = Checkpoints(sys.argv[1])
 writer = CheckpointWriter(checkpoints, 1, 0, 1, 2, lambda *news: None)
 first = checkpoints.latest()

@@ -103,8 +103,8 @@ def test_a_killed_jobs_run_is_free_and_one_that_comes_back_stops(tmp_path, monke
     run = RunDirectory(str(tmp_path / "run"))
     code = f"""
 import os, signal
-from mtc.lease import Lease
-from mtc.runs import RunDirectory
+from mtc.storage import Lease
+from mtc.storage import RunDirectory
 with Lease(RunDirectory({run.url!r})):
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -35,7 +35,7 @@ from mtc.language_model.weights import _make_random
 from mtc.report.markdown import render_blocks
 from mtc.report.sections.configuration import timing_blocks
 from mtc.results import NOT_MEASURED, PARTS, Analysis, StreamTiming
-from mtc.storage import Ledger, RunDirectory, RunError, merge, open_layer_run, open_run
+from mtc.storage import Ledger, RunDirectory, RunError, merge_progress, open_layer_run, open_run
 from mtc.telemetry.logs import EVENTS
 from mtc.text import TokenStore, heldout_units, work_units
 from mtc.training import Clock, ShuffleBuffer, Unit
@@ -318,7 +318,7 @@ def test_the_account_of_a_short_stream(units: int) -> None:
         assert torch.equal(source, target)
         taken += len(source)
     assert taken == 100 * units
-    progress = merge([ledger.table()])
+    progress = merge_progress([ledger.table()])
     assert progress.finished().tolist() == list(range(units))
     assert not len(progress.wrong_units())
     timing = stream_timing(batches)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mtc import training
 from mtc.config import load_preset
 from mtc.training import Calibrator, Health, ShuffleBuffer, StepMetrics, Trainer, Unit
+from mtc.training import trainer as training
 from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape, native
 
 D = 12

@@ -111,7 +111,7 @@ for _ in range(2):
 ray.init(address=cluster.address, log_to_driver=False)
 
 from cluster.pipeline import run_pipeline
-from mtc.command_line import parse_command_line
+from jobs.command_line import parse_command_line
 
 config, _ = parse_command_line(sys.argv[1:], "test")
 run = Path(config.output.root, config.output.run_id)
