@@ -238,7 +238,7 @@ def test_loops_do_not_depend_on_threads(set_threads):
     ],
 )
 def test_without_a_compiler_torch_does_the_work_and_says_so(environment, reason):
-    code = "from mtc import native; assert native.load() is None; print(native.status())"
+    code = "from mtc.transcoder import native; assert native.load() is None; print(native.status())"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0 and reason in done.stdout, done.stderr
 
