@@ -144,7 +144,7 @@ def test_a_resumed_training_has_the_same_bits_as_one_that_was_not_interrupted(tm
     assert again.tokens == whole.tokens
     assert whole.dead.any(), "AuxK must be active for this test to say anything"
     for name, value in whole.state_dict().items():
-        if name != "compute_seconds":
+        if not name.startswith("compute_seconds."):
             torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtc.config import load_preset
+from mtc.config import ConfigError, load_preset
 from mtc.training import Calibrator, Health, ShuffleBuffer, StepMetrics, Trainer, Unit
 from mtc.training import trainer as training
 from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape, native
@@ -178,6 +178,24 @@ def test_auto_times_both_backends_and_keeps_its_choice_over_a_restart():
     resumed = Trainer(config, D, D)
     resumed.load_state_dict(trainer.state_dict())
     assert resumed.compute == Compute("dense", False)
+
+
+def test_a_checkpoint_names_the_backend(monkeypatch):
+    config = small_config("auto")
+    trainer = Trainer(config, D, D)
+    trainer.compute, trainer.compute_timings = Compute("sparse", True), {"dense": 0.5, "sparse": 0.25}
+    state = trainer.state_dict()
+    older = {name: value for name, value in state.items() if not name.startswith("compute")}
+    older |= {"compute": torch.tensor([1, True]), "compute_seconds": torch.tensor([0.5, 0.25])}
+    monkeypatch.setattr(training, "BACKENDS", ("another", "sparse", "dense"))
+    for saved in (state, older):
+        resumed = Trainer(config, D, D)
+        resumed.load_state_dict(saved)
+        assert resumed.compute == ("sparse", True)
+        assert resumed.compute_timings == trainer.compute_timings
+    monkeypatch.setattr(training, "BACKENDS", ("dense",))
+    with pytest.raises(ConfigError, match=r"'sparse', which this version lacks .*the version that began it"):
+        Trainer(config, D, D).load_state_dict(state)
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight_and_is_counted():
@@ -395,7 +413,7 @@ def test_mtc_trains_without_ray():
 import sys
 sys.modules["ray"] = None
 import torch, mtc.analysis.recompute, mtc.language_model, mtc.storage, mtc.training, mtc.text, mtc.probing, mtc.report
-from mtc.config import load_preset
+from mtc.config import ConfigError, load_preset
 from mtc.training import Trainer
 trainer = Trainer(load_preset("tiny"), 8, 8)
 x, y = torch.randn(256, 8), torch.randn(256, 8)

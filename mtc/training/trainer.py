@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtc.config import RunConfig
+from mtc.config import ConfigError, RunConfig
 from mtc.devices import choose_bfloat16, device_name, is_gpu, synchronise
-from mtc.training.backends import choose_backend
+from mtc.training.backends import Backend, choose_backend
 from mtc.transcoder import (
     Averaging,
     Compute,
@@ -31,7 +31,7 @@ from mtc.transcoder import (
     world_size,
 )
 
-BACKENDS: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
+BACKENDS: tuple[Backend, ...] = ("dense", "sparse")
 DEAD_REFRESH = 8
 """Steps between two looks at which features AuxK works on."""
 
@@ -270,8 +270,9 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items():
                 state[f"optimizer.{key}.{name}"] = value
         if self.compute is not None:
-            state["compute"] = torch.tensor([BACKENDS.index(self.compute.backend), self.compute.bfloat16])
-            state["compute_seconds"] = torch.tensor([self.compute_timings.get(b, 0.0) for b in BACKENDS])
+            state[f"compute.{self.compute.backend}"] = torch.tensor(self.compute.bfloat16)
+        for name, seconds in self.compute_timings.items():
+            state[f"compute_seconds.{name}"] = torch.tensor(seconds)
         state["dead"] = self.dead
         state["skipped"] = self.skipped
         state["step"] = torch.tensor(self.step_number)
@@ -279,8 +280,8 @@ class Trainer:
         return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        prefix = "transcoder."
-        self.transcoder.load_state_dict({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
+        """Go on from what `state_dict` gave; raises ConfigError if it names a backend that this version lacks."""
+        self.transcoder.load_state_dict(_part(state, "transcoder."))
         for name, parameter in self.transcoder.named_parameters():
             moments: dict[str, Any] = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -289,13 +290,36 @@ class Trainer:
                     moments[key] = state[f"optimizer.{key}.{name}"].to(self.device)
             if moments:
                 self.optimizer.state[parameter] = moments
-        if "compute" in state:  # a run goes on as it began, on the same rounding
-            backend, bfloat16 = state["compute"].tolist()
-            self.compute = Compute(BACKENDS[backend], bool(bfloat16))
-            seconds = zip(BACKENDS, state["compute_seconds"].tolist(), strict=True)
-            self.compute_timings = {name: value for name, value in seconds if value}
+        state = _name_backends(state)
+        for backend, bfloat16 in _part(state, "compute.").items():  # a run goes on as it began, on the same rounding
+            self.compute = Compute(_known(backend), bool(bfloat16))
+            self.compute_timings = {name: float(s) for name, s in _part(state, "compute_seconds.").items()}
             if self.config.optimizer.backend == "auto":
                 self.compute_reason = "as the run began"
         self._find_dead(state["dead"].to(self.device))
         self.skipped = state["skipped"].to(self.device)
         self.step_number, self.tokens = int(state["step"]), int(state["tokens"])
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _known(backend: str) -> Backend:
+    for known in BACKENDS:
+        if backend == known:
+            return known
+    raise ConfigError(
+        f"the checkpoint needs the backend {backend!r}, which this version lacks (it has {', '.join(BACKENDS)}); "
+        "continue the run with the version that began it, or give another output.run_id"
+    )
+
+
+def _name_backends(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with backends by name; the first checkpoints held their places in ("dense", "sparse")."""
+    if "compute" not in state:
+        return state
+    names: tuple[Backend, ...] = ("dense", "sparse")
+    place, bfloat16 = state["compute"].tolist()
+    seconds = {f"compute_seconds.{n}": s for n, s in zip(names, state["compute_seconds"], strict=True) if s}
+    return state | {f"compute.{names[place]}": torch.tensor(bool(bfloat16))} | seconds
