@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +13,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from safetensors.torch import load, save
 
 from cluster.accounts import Account, Journal, stream_timing
@@ -29,8 +28,7 @@ from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
 from mtc.training import Calibrator, Clock, StepResult, Trainer, on_device
-from mtc.transcoder import agree
-from mtc.transcoder.distributed import distributed
+from mtc.transcoder import agree, broadcast
 
 INITIAL_ROWS = 16_384  # tokens per rank from which scales and biases are set
 DROPPED_OF = 100_000  # tokens, before a share of them says something
@@ -170,19 +168,15 @@ def _write_down(account: Account, journal: Journal | None, batches: Batches, don
 
 def _agree_on_start(checkpoints: Checkpoints, rank: int, log: Any) -> _Start:
     """Rank 0 chooses the checkpoint and a number for this start; the others and the stream follow."""
-    chosen = torch.zeros(65, dtype=torch.uint8)
-    checkpoint = None
+    checkpoint, name, number = None, "", 0
     if rank == 0:
         checkpoint = checkpoints.latest_intact(lambda message: post_event(log, "checkpoint_damaged", message))
-        name = checkpoint.name if checkpoint else ""
+        name, number = checkpoint.name if checkpoint else "", secrets.randbits(32)
         ray.get(log.choose.remote(name))
-        chosen = torch.tensor([*os.urandom(4), *name.encode().ljust(61)], dtype=torch.uint8)
-    if distributed():
-        dist.broadcast(chosen, 0)
-        name = bytes(chosen[4:].tolist()).decode().strip()
-        if rank and name:
-            checkpoint = checkpoints.wait_for(name)
-    return _Start(checkpoint, int.from_bytes(chosen[:4].tolist()))
+    name, number = broadcast(name, number)
+    if rank and name:
+        checkpoint = checkpoints.wait_for(name)
+    return _Start(checkpoint, number)
 
 
 class _Due:

@@ -1,7 +1,7 @@
 """The Matryoshka transcoder: weights, BatchTopK over all ranks, the nested loss dense and sparse."""
 
 from mtc.transcoder.batch_topk import kth_largest
-from mtc.transcoder.distributed import Averaging, agree, all_gather, all_reduce, backend, waits, world_size
+from mtc.transcoder.distributed import Averaging, agree, all_gather, all_reduce, backend, broadcast, waits, world_size
 from mtc.transcoder.objective import Objective
 from mtc.transcoder.products import Workspace, entry_dots
 from mtc.transcoder.saved import load_transcoder
@@ -21,6 +21,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "backend",
+    "broadcast",
     "entry_dots",
     "kth_largest",
     "load_transcoder",

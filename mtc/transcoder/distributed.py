@@ -74,6 +74,14 @@ def agree(*numbers: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> l
     return values.tolist()
 
 
+def broadcast(*objects: Any) -> list[Any]:
+    """Rank 0's objects on all ranks, from host to host: small ones, as pickles."""
+    shared = list(objects)
+    if distributed():
+        dist.broadcast_object_list(shared, 0, device=torch.device("cpu"))
+    return shared
+
+
 def backend(device: str) -> str:
     """Process group for trainers on "cpu" or "cuda": what GPUs hold goes by NCCL, what hosts agree on by gloo."""
     return "cpu:gloo,cuda:nccl" if device == "cuda" and not devices.PRETENDING else "gloo"
