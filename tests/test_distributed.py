@@ -2,16 +2,20 @@
 
 import json
 import multiprocessing
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import ray
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 from cluster.train_worker import _agree_on_start
 from mtc.storage import Checkpoints, CheckpointWriter
+from mtc.transcoder import Averaging
 
 WORLD = 2
 
@@ -51,3 +55,22 @@ def test_ranks_start_from_the_same_checkpoint_whatever_its_name(tmp_path):
     assert none is None
     assert name == checkpoints.latest().name
     assert number != other, "of a start"
+
+
+def average(directory, rank):
+    """Ranks' buffers are their own; gradients are of all."""
+    module = nn.BatchNorm1d(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        averaging = Averaging(module, torch.device("cpu"))
+        module.running_mean += rank
+        averaging.backward((averaging.module(torch.ones(2, 3)) * (1 + rank)).sum())
+    module.eval()
+    averaging.module(torch.ones(2, 3))
+    return [module.running_mean.tolist(), module.bias.grad.tolist()]
+
+
+def test_gradients_are_averaged_and_buffers_stay_without_a_warning(tmp_path):
+    (first, gradient), (second, same) = run_ranks(average, tmp_path)
+    assert gradient == same == [3.0] * 3
+    assert second == pytest.approx([a + 0.9 for a in first])
