@@ -104,8 +104,8 @@ class Averaging:
         self._device = device
         self._last_ready: Any = None
         if distributed():
-            # Buffers are reduced by meaning elsewhere; broadcasting rank 0's would lose the other ranks' counts. They are
-            # once, here, where a new module's are the same on all ranks.
+            # Buffers are reduced by meaning elsewhere; broadcasting rank 0's would lose the other ranks' counts. They
+            # are once, here, where a new module's are the same on all ranks.
             wrapped = DistributedDataParallel(module, forward_sync_buffers=False)
             wrapped.register_comm_hook(self, _average)
             self.module = wrapped
