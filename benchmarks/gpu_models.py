@@ -271,7 +271,8 @@ def inference(setting: Setting, findings: Findings) -> None:
         findings.compare(f"{name}: values", relative_error(codes.value, a[token, feature]), FLOAT32)
     parts = [a[:, start:end] @ weights["W_dec"][start:end] for start, end in transcoder.groups]
     exact = (torch.stack(parts).cumsum(0) + weights["b_dec"]) / weights["target_scale"]
-    dense = transcoder.decode_prefixes(transcoder.encode(source))
+    activations = transcoder.encode(source)
+    dense = torch.stack([transcoder.decode(activations[:, :m], source) for m in transcoder.prefixes])
     findings.compare("decoded from codes", relative_error(transcoder.decode_codes(codes, source), exact), FLOAT32)
     findings.compare("decoded from activations", relative_error(dense, exact), FLOAT32)
     _check_heldout(findings, config, transcoder, packed, SitePair(data.source, data.target))

@@ -282,10 +282,6 @@ class ExampleCollector:
             rows.take(order), is_top[order], rank, quantile, self.before, windows, special, document_ids, decode
         )
 
-    def merge(self, other: ExampleCollector) -> None:
-        """Take in everything that `other` saw."""
-        self.merge_arrays(other.arrays())
-
     def arrays(self) -> dict[str, Array]:
         """Everything, to travel between processes."""
         columns = {f"statistics.{n}": np.asarray(v) for n, v in self.statistics._asdict().items()}

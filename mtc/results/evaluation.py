@@ -81,7 +81,3 @@ class Evaluation(Record):
     """Tokens by how often their id occurs among all held-out tokens of the pass."""
     loss: LossRecovered | None
     """None if not measured."""
-
-    @property
-    def explained_variance(self) -> list[float]:
-        return [1 - value for value in self.fvu]

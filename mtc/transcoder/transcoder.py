@@ -150,11 +150,6 @@ class MatryoshkaTranscoder(nn.Module):
         m = self._check_prefix(activations.shape[-1])
         return (activations @ self.W_dec[:m] + self.base(source)) / self.target_scale
 
-    def decode_prefixes(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
-        """Raw reconstruction of every prefix: [tokens, features] -> [prefixes, tokens, d_target]; as `decode`."""
-        parts = [(activations[:, a:b] @ self.W_dec[a:b]).float() for a, b in self.groups]
-        return (torch.stack(parts).cumsum(0) + self.base(source)) / self.target_scale
-
     @torch.no_grad()
     def encode_sparse(self, source: Tensor, bfloat16_search: bool = False, prefix: int | None = None) -> Codes:
         """What is not zero in `encode(source, prefix)`; raises ValueError as that does.
@@ -184,8 +179,8 @@ class MatryoshkaTranscoder(nn.Module):
 
     @torch.no_grad()
     def decode_codes(self, codes: Codes, source: Tensor | None = None) -> Tensor:
-        """Raw reconstruction of every prefix, [prefixes, tokens, d_target]; as `decode_prefixes`, but only active
-        features cost anything."""
+        """Raw reconstruction of every prefix, [prefixes, tokens, d_target]; as `decode` of each, but only
+        active features cost anything."""
         groups = len(self.groups)
         ends = torch.tensor(self.prefixes, device=codes.feature.device)
         bag = codes.token * groups + torch.bucketize(codes.feature, ends, right=True)
