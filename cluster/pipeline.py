@@ -162,16 +162,20 @@ class _Job:
         config, run = self.config, self.run
         self.metrics.stage("train")
         histories = {sites.layer: own for sites, own in zip(config.model.sites, self._layer_runs(), strict=True)}
-        with timed(self.seconds, "train"), tracking(config, run) as trackers, on_one_gpu(config, self.plan) as plan:
-            with ProgressReader(self.log, histories, config.total_steps, [self.metrics, *trackers]) as progress:
+        with (
+            timed(self.seconds, "train"),
+            tracking(config, run) as trackers,
+            on_one_gpu(config, self.plan) as plan,
+            ProgressReader(self.log, histories, config.total_steps, [self.metrics, *trackers]) as progress,
+        ):
 
-                def go_on() -> None:
-                    self.lease.require()
-                    if progress.stopped:
-                        raise TrainingStopped(progress.stopped)
+            def go_on() -> None:
+                self.lease.require()
+                if progress.stopped:
+                    raise TrainingStopped(progress.stopped)
 
-                work = work_units(store, config)
-                trained = train(config, plan, run, store.url, self.d_model, self.log, go_on, work)
+            work = work_units(store, config)
+            trained = train(config, plan, run, store.url, self.d_model, self.log, go_on, work)
         first = trained.layers[0]
         done = f"trained {first.tokens:,} tokens in {first.steps:,} steps; " + _thresholds(trained)
         say("trained", done, tokens=first.tokens, steps=first.steps)
