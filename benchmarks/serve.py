@@ -168,7 +168,10 @@ def measure_latency(port: int, encoder: RunEncoder, served: ServedRun, pairs: in
         if status != 200:
             raise SystemExit(f"the service answered {status}")
 
-    ways: dict[str, Callable[[], Any]] = {"http": over_http, "bare": lambda: encoder.encode([ids], [Options(top_k=16)])}
+    ways: dict[str, Callable[[], Any]] = {
+        "http": over_http,
+        "bare": lambda: encoder.encode_batch([ids], [Options(top_k=16)]),
+    }
     for turn in range(pairs + 20):
         for name in ways:  # always in turn: each pass finds the caches filled by the other process's
             time.sleep(PAUSE_S)
@@ -258,7 +261,7 @@ def measure_recovery(port: int, times: int) -> dict[str, Any]:
 
     for _ in range(times):
         children = psutil.Process().children(recursive=True)
-        (victim,) = [child for child in children if "ServeReplica:mtc:Encoder" in " ".join(child.cmdline())]
+        (victim,) = [child for child in children if "ServeReplica:mtc:Server" in " ".join(child.cmdline())]
         victim.kill()
         victim.wait()
         start = time.perf_counter()
@@ -285,7 +288,7 @@ def offline_rate(encoder: RunEncoder, texts: Texts, max_batch_tokens: int, secon
     tokens, number, start = 0, 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         batch = batches[number % (len(batches) - 1)]  # the last one may not be full
-        encoder.encode(batch, [Options(by_index=True)] * len(batch))
+        encoder.encode_batch(batch, [Options(by_index=True)] * len(batch))
         tokens, number = tokens + sum(map(len, batch)), number + 1
     return tokens / (time.perf_counter() - start)
 

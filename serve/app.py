@@ -3,7 +3,7 @@
     serve run serve.app:build run=runs/latest           through Serve's own command line or a serveConfigV2
     python -m serve.app --run runs/latest --port 8000   deploys to a running Ray cluster
 
-Three deployments: `Ingress` speaks HTTP and tokenises, `Encoder` holds the models, `Control` decides which runs answer.
+Two deployments: the replicas of `Server` answer, `Control` decides by which runs.
 """
 
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` as a class, not as a string.
@@ -22,7 +22,7 @@ from ray import serve as ray_serve
 
 from mtc.storage import RunError
 from serve.contract import Settings
-from serve.deployments import Control, Encoder, Ingress
+from serve.deployments import Control, Server
 from serve.http import check_binding
 from serve.service import Catalogue
 
@@ -43,14 +43,9 @@ def build(args: Settings) -> ray_serve.Application:
                 "target_ongoing_requests": args.target_ongoing_requests,
             }
         }
-    encoder_options = {"num_cpus": args.num_cpus_encoder, "num_gpus": args.num_gpus_encoder}
-    encoder = _deployment(Encoder).options(ray_actor_options=encoder_options, logging_config=QUIET, **replicas)
-    ingress = _deployment(Ingress).options(
-        ray_actor_options={"num_cpus": args.num_cpus_ingress},
-        num_replicas=args.num_ingress_replicas,
-        logging_config=QUIET,
-    )
-    return ingress.bind(args, encoder.bind(args, control), control)
+    resources = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
+    server = _deployment(Server).options(ray_actor_options=resources, logging_config=QUIET, **replicas)
+    return server.bind(args, control)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

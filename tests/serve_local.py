@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.report import write_report
 from mtc.storage import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-from serve.contract import Encoded, LoadResponse, Options, RunKey, RunSummary, ServiceError, Settings, State
+from serve.contract import LoadResponse, ReplicaMetrics, RunKey, RunSummary, ServiceError, Settings, State
 from serve.http import create_app
-from serve.service import RunEncoder, ServedRun, Service
+from serve.service import Models, ServedRun, Service
 
 
 def make_config() -> RunConfig:
@@ -76,27 +75,17 @@ def key_of(run: RunDirectory) -> RunKey:
     return RunKey(run.run_id, run.url, manifest.files["transcoder.safetensors"].sha256, manifest.created)
 
 
-class LocalBackend:
-    """Models in this process; every run of the root is loaded at once."""
+class LocalControl:
+    """`serve.service.Control` of a service of one process; every run that it is given answers at once."""
 
     def __init__(self, *runs: RunDirectory):
         self.keys = [key_of(run) for run in runs]
-        self.encoders = {key: RunEncoder(run) for key, run in zip(self.keys, runs, strict=True)}
-        self._state = State(1, self.keys[0], tuple(self.keys), True)
-
-    async def state(self) -> State:
-        return self._state
+        self.state = State(1, self.keys[0], tuple(self.keys))
 
     async def want(self, run_id: str) -> RunKey:
         raise ServiceError(
             404, "unknown_model", f"there is no run {run_id!r}", {"models": [k.run_id for k in self.keys]}
         )
-
-    async def encode(self, key: RunKey, windows: Sequence[Any], options: Options) -> list[Encoded]:
-        return await asyncio.to_thread(self.encoders[key].encode, windows, [options] * len(windows))
-
-    async def decode(self, key: RunKey, tokens: int, token: Any, feature: Any, value: Any, prefix: int | None) -> Any:
-        return await asyncio.to_thread(self.encoders[key].decode, tokens, token, feature, value, prefix)
 
     async def runs(self) -> list[RunSummary]:
         found = []
@@ -106,25 +95,30 @@ class LocalBackend:
                 RunSummary(
                     run_id=key.run_id, created=run.manifest.created, base_model=run.identity.base_model, layer=1,
                     num_features=run.num_features, prefixes=list(run.prefixes), k=run.identity.k,
-                    state="current" if key == self._state.current else "loaded",
+                    state="current" if key == self.state.current else "loaded",
                 )
             )  # fmt: skip
         return found
 
     async def load(self, run_id: str) -> LoadResponse:
         key = next((k for k in self.keys if k.run_id == run_id), None) or await self.want(run_id)
-        previous, self._state = self._state.current, State(self._state.version + 1, key, tuple(self.keys), True)
+        previous, self.state = self.state.current, State(self.state.version + 1, key, tuple(self.keys))
         return LoadResponse(model=ServedRun(key).identity, previous=previous.run_id, seconds=0.0)
 
     async def metrics(self) -> bytes:
         return b"# EOF\n"
 
 
+def make_service(control: LocalControl, models: type[Models] = Models, **settings: Any) -> Service:
+    """A replica of the service; the models are loaded when they are first asked for."""
+    wanted, metrics = Settings(run=control.keys[0].url, **settings), ReplicaMetrics()
+    return Service(wanted, models(wanted, metrics), control, control.state, metrics)
+
+
 @contextmanager
 def served(*runs: RunDirectory, **settings: Any) -> Iterator[str]:
     """The base URL of a server for the runs, the first one current."""
-    backend = LocalBackend(*runs)
-    service = Service(Settings(run=runs[0].url, **settings), backend, asyncio.run(backend.state()))
+    service = make_service(LocalControl(*runs), **settings)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -94,7 +94,7 @@ def test_cpus_find_the_same_figures_of_what_it_learnt(run):
 
 def test_the_service_encodes_on_the_gpu_that_it_was_given(head, run):
     command = [sys.executable, "-m", "serve.app", "--run", run.url, "--address", head["address"]]
-    command += ["--port", str(head["http_port"]), "--set", "num_gpus_encoder=1"]
+    command += ["--port", str(head["http_port"]), "--set", "num_gpus=1"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     base, text = f"http://127.0.0.1:{head['http_port']}", "We the people of the United States"

@@ -119,7 +119,7 @@ def test_gemma_scope_npz_is_the_formula_and_can_be_served(tmp_path: Path) -> Non
 
     ids = Tokeniser(config.model).text("We the people").ids
     (pair,) = LanguageModel(config.model).capture(pack_windows([ids], []))
-    (found,) = RunEncoder(run).encode([ids], [Options()])
+    (found,) = RunEncoder(run).encode_batch([ids], [Options()])
     for token, row in list(enumerate(formula(pair.source.numpy())))[1:]:
         entries = slice(found.indptr[token], found.indptr[token + 1])
         got = dict(zip(found.indices[entries].tolist(), found.values[entries].tolist(), strict=True))

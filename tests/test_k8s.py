@@ -508,16 +508,13 @@ def test_the_run_fits_the_pods_that_are_there_when_it_starts(overlay: str) -> No
 def test_the_service_fits_its_pods(overlay: str) -> None:
     wanted = settings(overlay)
     (workers,) = [pod for pod in pods(overlay, "RayService") if not pod.is_head]
-    for resource, encoder, ingress in (
-        ("cpu", wanted.num_cpus_encoder, wanted.num_cpus_ingress),
-        ("nvidia.com/gpu", wanted.num_gpus_encoder, 0),
-    ):
+    for resource, needed in (("cpu", wanted.num_cpus), ("nvidia.com/gpu", wanted.num_gpus)):
         each = requested(workers.container, resource)
-        for encoders, replicas in (
+        for servers, workers_there in (
             (wanted.num_replicas, workers.group["minReplicas"]),
             (wanted.max_replicas or wanted.num_replicas, workers.group["maxReplicas"]),
         ):
-            assert encoders * encoder + wanted.num_ingress_replicas * ingress <= each * replicas
+            assert servers * needed <= each * workers_there
 
 
 @every_overlay

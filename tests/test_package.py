@@ -136,17 +136,16 @@ import mtc
 from mtc.transcoder import native
 from mtc.config import load_preset, preset_names
 from mtc.report import html
-from serve.http import pages
-from serve.http import create_app
-from serve.contract import RunKey, State
+from serve.contract import ReplicaMetrics, RunKey, Settings, State
+from serve.http import create_app, pages
 from serve.service import Service
-from serve.contract import Settings
 
 assert [load_preset(name) for name in preset_names()]
 assert "ui.css" in pages.static_files()
 assert list((pathlib.Path(html.__file__).parent / "templates").iterdir())
 key = RunKey("one", "runs/one", "0" * 64, "")
-app = create_app(Service(Settings(run="runs/latest"), None, State(1, key, (key,), True)))
+metrics = ReplicaMetrics()
+app = create_app(Service(Settings(run="runs/latest"), None, None, State(1, key, (key,)), metrics))
 print(native.status(), pathlib.Path(mtc.__file__).parent / "transcoder/kernels.c")
 """
     printed = outside(installed, tmp_path, "-c", code)

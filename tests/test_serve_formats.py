@@ -15,12 +15,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
-from serve_local import LocalBackend, make_config, make_run, served
+from serve_local import make_config, make_run, served
 
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
 from mtc.storage import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder
 from serve.contract import ServiceError
+from serve.service import Models
 
 TEXTS = ["Hello, world", "a", "<bos> is spelled out", "naïve – ünïcode", "x" * 200, "two\nlines", "Ж", "Hello, world"]
 JSON, NDJSON = "application/json", "application/x-ndjson"
@@ -304,7 +305,7 @@ NO_ROOM = ServiceError(429, "overloaded", "no room", {"limit": 1}, {"Retry-After
 def test_lines_come_as_batches_are_done(run: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception | None) -> None:
     """The second batch is held until the first one's lines have been read; then it may fail."""
     read = threading.Event()
-    monkeypatch.setattr(LocalBackend, "encode", held_back(read, failure))
+    monkeypatch.setattr(Models, "encode_windows", held_back(read, failure))
     headers = {"Accept": NDJSON, "X-Request-ID": "mine-2"}
     with served(RunDirectory(str(run)), max_batch_tokens=16) as url:
         body = {"inputs": [TEXTS[0], TEXTS[4]]}
@@ -329,7 +330,7 @@ def test_lines_come_as_batches_are_done(run: Path, monkeypatch: pytest.MonkeyPat
 
 def test_batches_of_a_reader_that_left_are_cancelled(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, cancelled = threading.Event(), threading.Event()
-    monkeypatch.setattr(LocalBackend, "encode", held_back(read, None, cancelled))
+    monkeypatch.setattr(Models, "encode_windows", held_back(read, None, cancelled))
     with served(RunDirectory(str(run)), max_batch_tokens=16) as url:
         body, headers = {"inputs": [TEXTS[0], TEXTS[4]]}, {"Accept": NDJSON}
         with httpx.stream("POST", f"{url}/encode", json=body, headers=headers, timeout=60) as response:
@@ -339,10 +340,10 @@ def test_batches_of_a_reader_that_left_are_cancelled(run: Path, monkeypatch: pyt
 
 
 def held_back(read: threading.Event, failure: Exception | None, cancelled: threading.Event | None = None) -> Any:
-    """`LocalBackend.encode`, but long inputs wait until `read` is set, and then fail with `failure`."""
-    encode_batch = LocalBackend.encode
+    """`Models.encode_windows`, but long inputs wait until `read` is set, and then fail with `failure`."""
+    encode_windows = Models.encode_windows
 
-    async def encode(self: LocalBackend, key: Any, windows: Any, options: Any) -> Any:
+    async def encode(self: Models, key: Any, windows: Any, options: Any) -> Any:
         if len(windows[0]) > 100:
             try:
                 assert await asyncio.to_thread(read.wait, 60)
@@ -352,6 +353,6 @@ def held_back(read: threading.Event, failure: Exception | None, cancelled: threa
                 raise
             if failure is not None:
                 raise failure
-        return await encode_batch(self, key, windows, options)
+        return await encode_windows(self, key, windows, options)
 
     return encode

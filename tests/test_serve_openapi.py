@@ -14,6 +14,9 @@ from serve_local import make_analysed_run, served
 
 from serve.http import ROUTES, keys
 
+ANALYSIS = {"AbsorbedFeature", "Feature", "LogitEffect", "Neighbour", "Parent", "SplitFeature", "TokenCount"}
+"""Parts of the report, which are described for it."""
+
 
 class Api(NamedTuple):
     url: str
@@ -75,3 +78,22 @@ def test_document_is_complete(document: dict[str, Any]) -> None:
     assert set(encode["200"]["content"]) == {
         "application/json", "application/x-ndjson", "application/vnd.msgpack", "application/vnd.safetensors"
     }  # fmt: skip
+
+
+def test_every_field_and_parameter_is_described(document: dict[str, Any]) -> None:
+    """In words that need no neighbour: a description that begins with "Of", "Its" or the like leans on another."""
+    fields = {
+        f"{name}.{field}": schema.get("description", "")
+        for name, parts in document["components"]["schemas"].items()
+        for field, schema in parts.get("properties", {}).items()
+    }
+    fields |= {
+        f"{path} {parameter['name']}": parameter.get("description", "")
+        for path, methods in document["paths"].items()
+        for operation in methods.values()
+        for parameter in operation.get("parameters", [])
+    }
+    assert len(fields) > 120
+    assert [name for name, description in fields.items() if not description] == []
+    own = {name: description for name, description in fields.items() if name.split(".")[0] not in ANALYSIS}
+    assert [name for name, text in own.items() if re.match(r"(Of|Its|Their|These|Only these|The run\.)\b", text)] == []

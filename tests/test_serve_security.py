@@ -2,10 +2,11 @@
 
 import asyncio
 import hashlib
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from serve_local import LocalBackend, make_analysed_run, make_run, served
+from serve_local import LocalControl, make_analysed_run, make_run, make_service, served
 
 from mtc.storage import RunDirectory
-from serve.contract import Encoded, Options, RunKey, ServiceError, Settings
-from serve.http import ROUTES, check_binding, check_routes, keys
-from serve.service import Service
+from serve.contract import Encoded, Options, ReplicaMetrics, RunKey, ServiceError, Settings
+from serve.http import ROUTES, check_binding, check_routes, create_app, keys
+from serve.service import Models, Service
 
 TODAY = datetime.now(UTC).date()
 BODY = {"inputs": "Hello"}
@@ -214,34 +215,32 @@ def test_every_answer_has_the_headers(client: httpx.Client, user: str) -> None:
         assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
 
 
-class Slow(LocalBackend):
-    """Answers when it is told to."""
+class SlowModels(Models):
+    """Answer when they are told to."""
 
-    def __init__(self, *runs: RunDirectory):
-        super().__init__(*runs)
+    def __init__(self, settings: Settings, metrics: ReplicaMetrics):
+        super().__init__(settings, metrics)
         self.asked, self.go = 0, asyncio.Event()
 
-    async def encode(self, key: RunKey, windows: Sequence[Any], options: Options) -> list[Encoded]:
+    async def encode_windows(self, key: RunKey, windows: Any, options: Options) -> list[Encoded]:
         self.asked += 1
         await self.go.wait()
-        return await super().encode(key, windows, options)
+        return await super().encode_windows(key, windows, options)
 
 
-def talk(backend: LocalBackend, **settings: Any) -> httpx.AsyncClient:
+def talk(service: Service) -> httpx.AsyncClient:
     """A client of the application in this event loop."""
-    from serve.http import create_app
-
-    service = Service(Settings(run=backend.keys[0].url, **settings), backend, backend._state)
     transport = httpx.ASGITransport(create_app(service), client=("127.0.0.1", 9))
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60)
 
 
 def test_too_much_at_once_is_refused_unread(tmp_path: Path) -> None:
     async def check() -> None:
-        backend = Slow(make_run(tmp_path / "one"))
-        async with talk(backend, max_concurrent_requests=2) as client:
+        service = make_service(LocalControl(make_run(tmp_path / "one")), SlowModels, max_concurrent_requests=2)
+        models: Any = service.models
+        async with talk(service) as client:
             waiting = [asyncio.create_task(client.post("/encode", json=BODY)) for _ in range(2)]
-            while backend.asked < 2:
+            while models.asked < 2:
                 await asyncio.sleep(0)
             refused = await client.post("/encode", content=b"not even JSON")
             assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
@@ -249,71 +248,101 @@ def test_too_much_at_once_is_refused_unread(tmp_path: Path) -> None:
             assert refused.headers["retry-after"] == "1"
             assert (await client.get("/healthz")).status_code == 200  # probes and pages are answered meanwhile
             assert (await client.get("/info")).status_code == 200
-            backend.go.set()
+            models.go.set()
             assert [(await each).status_code for each in waiting] == [200, 200]
             assert (await client.post("/encode", json=BODY)).status_code == 200
 
     asyncio.run(check())
 
 
-def test_late_models_and_loading_ones(tmp_path: Path) -> None:
+def test_late_models(tmp_path: Path) -> None:
     async def check() -> None:
-        backend = Slow(make_run(tmp_path / "one"))
-        async with talk(backend, request_timeout_s=0.05) as client:
+        control = LocalControl(make_run(tmp_path / "one"))
+        async with talk(make_service(control, SlowModels, request_timeout_s=0.05)) as client:
             late = await client.post("/encode", json=BODY)
-            assert (late.status_code, late.json()["error_type"], late.json()["detail"]) == (
-                504,
-                "timeout",
-                {"limit": 0.05},
-            )
-        backend._state = backend._state._replace(ready=False)
-        async with talk(backend) as client:
+            assert (late.status_code, late.json()["error_type"]) == (504, "timeout")
+            assert late.json()["detail"] == {"limit": 0.05}
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/x-ndjson"])
+def test_the_time_limit_is_one_for_all_parts_of_a_request(tmp_path: Path, media_type: str) -> None:
+    """Six parts, one after another, each well within the limit, all together beyond it."""
+
+    class OneByOne(Models):
+        free = asyncio.Lock()
+
+        async def encode_windows(self, key: RunKey, windows: Any, options: Options) -> list[Encoded]:
+            await self.load(key)  # that takes its time, too
+            async with self.free:
+                await asyncio.sleep(0.2)
+            return await super().encode_windows(key, windows, options)
+
+    async def check() -> None:
+        control = LocalControl(make_run(tmp_path / "one"))
+        service = make_service(control, OneByOne, request_timeout_s=0.8, max_batch_tokens=8)
+        await service.models.load(service.state.current)
+        async with talk(service) as client:
+            short = await client.post("/encode", json={"inputs": ["abcdef"]}, headers={"Accept": media_type})
+            assert short.status_code == 200 and "timeout" not in short.text
+            late = await client.post("/encode", json={"inputs": ["abcdef"] * 6}, headers={"Accept": media_type})
+            error = late.json() if media_type == "application/json" else json.loads(late.text.splitlines()[-1])
+            assert (error["error_type"], error["detail"]) == ("timeout", {"limit": 0.8})
+
+    asyncio.run(check())
+
+
+def test_what_is_said_while_a_run_is_loaded(tmp_path: Path) -> None:
+    class Loading(LocalControl):
+        async def want(self, run_id: str) -> RunKey:
+            raise ServiceError(503, "loading", f"run {run_id} is being loaded", headers={"Retry-After": "1"})
+
+    async def check() -> None:
+        async with talk(make_service(Loading(make_run(tmp_path / "one")))) as client:
             for path in ("/encode", "/tokenize"):
-                answer = await client.post(path, json=BODY)
+                answer = await client.post(path, json=BODY | {"model": "two"})
                 assert (answer.status_code, answer.json()["error_type"]) == (503, "loading")
                 assert answer.headers["retry-after"] == "1"
-            ready = await client.get("/readyz")
-            assert (ready.status_code, ready.json()["error_type"]) == (503, "not_ready")
-            page = await client.get("/ui", headers={"Accept": "text/html"})
+            page = await client.get("/ui", params={"model": "two"}, headers={"Accept": "text/html"})
             assert (page.status_code, page.headers["refresh"]) == (503, "2")
-            assert "the models are being loaded" in page.text
-            assert (await client.get("/healthz")).status_code == 200
+            assert "run two is being loaded" in page.text
 
     asyncio.run(check())
 
 
 def test_readiness_is_a_real_pass_and_is_remembered(tmp_path: Path) -> None:
-    class Broken(LocalBackend):
+    class Broken(Models):
         passes, broken = 0, False
 
-        async def encode(self, key: RunKey, windows: Sequence[Any], options: Options) -> list[Encoded]:
+        async def encode_windows(self, key: RunKey, windows: Any, options: Options) -> list[Encoded]:
             self.passes += 1
             if self.broken:
-                raise ServiceError(503, "encoder_unavailable", "the processes that hold the models are lost")
-            return await super().encode(key, windows, options)
+                raise ServiceError(429, "overloaded", "too much waits")
+            return await super().encode_windows(key, windows, options)
 
     async def check() -> None:
-        backend = Broken(make_run(tmp_path / "one"))
-        async with talk(backend) as client:
+        service = make_service(LocalControl(make_run(tmp_path / "one")), Broken)
+        models: Any = service.models
+        async with talk(service) as client:
             assert [(await client.get("/readyz")).status_code for _ in range(5)] == [200] * 5
-            assert backend.passes == 1
-        backend.broken = True
-        async with talk(backend) as client:
+            assert models.passes == 1
+        models.broken, service._ready = True, None
+        async with talk(service) as client:
             answer = await client.get("/readyz")
-            assert (answer.status_code, answer.json()["error"]) == (
-                503, "not ready: the processes that hold the models are lost"
-            )  # fmt: skip
+            assert (answer.status_code, answer.json()["error"]) == (503, "not ready: too much waits")
+            assert (await client.get("/healthz")).status_code == 200
 
     asyncio.run(check())
 
 
 def test_what_nobody_expected_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Failing(LocalBackend):
-        async def encode(self, key: RunKey, windows: Sequence[Any], options: Options) -> list[Encoded]:
+    class Failing(Models):
+        async def encode_windows(self, key: RunKey, windows: Any, options: Options) -> list[Encoded]:
             raise RuntimeError("secret detail")
 
     async def check() -> None:
-        async with talk(Failing(make_run(tmp_path / "one"))) as client:
+        async with talk(make_service(LocalControl(make_run(tmp_path / "one")), Failing)) as client:
             answer = await client.post("/encode", json=BODY)
             assert (answer.status_code, answer.json()["error_type"]) == (500, "internal")
             assert answer.json()["request_id"] == answer.headers["x-request-id"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from mtc.config import load_preset
-from serve.contract import RunKey, Settings, State
+from serve.contract import ReplicaMetrics, RunKey, Settings, State
 from serve.http import ROUTES, create_app, document
-from serve.service import Backend, Service
+from serve.service import Service
 
 VOCABULARY = 256_000
 """Of the reference run's model."""
@@ -18,7 +18,8 @@ VOCABULARY = 256_000
 def openapi() -> dict[str, Any]:
     """The document for the default settings, with API keys, and a run of the reference shape."""
     key = RunKey("reference", "runs/reference", "0" * 64, "")
-    service = Service(Settings(run="runs/latest"), cast(Backend, None), State(1, key, (key,), True))
+    nothing: Any = None  # no route is asked
+    service = Service(Settings(run="runs/latest"), nothing, nothing, State(1, key, (key,)), ReplicaMetrics())
     transcoder = load_preset("gemma-2-2b-layer17").transcoder
     run: Any = SimpleNamespace(
         num_features=transcoder.num_features,

@@ -160,8 +160,6 @@ SERVING = Dashboard("serving", "Transcoder service", False, (
         Query(whole("mtc_runs_loaded"), "in memory, over all replicas"),
         Query(f"sum by (outcome) ({whole(f'increase(mtc_run_loads_total[{WINDOW}])')})", "{{outcome}}"),
     ), "none"),
-    Panel("Replicas lost in the middle of a request",
-          (Query(whole(f"increase(mtc_encode_retries_total[{WINDOW}])"), "asked again"),), "none"),
     Panel("Current run", (Query(whole("mtc_model_info"), "{{run_id}}"),), "none"),
 ))  # fmt: skip
 DASHBOARDS = (TRAINING, STREAM, SERVING)

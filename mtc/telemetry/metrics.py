@@ -87,7 +87,7 @@ PROCESS = (
     _counter("mtc_model_actor_seconds_total", "Wall time of this actor by stage: forward, sending, idle.", RUN,
              "stage"),
 )  # fmt: skip
-INGRESS = (
+REPLICA = (
     _counter("mtc_http_requests_total", "Answers, by route, method and status.", "route", "method", "code"),
     _gauge("mtc_http_requests_in_flight", "Requests being worked on."),
     _counter("mtc_encode_requests_total", "Answers to POST /encode, by status.", "code"),
@@ -95,17 +95,14 @@ INGRESS = (
                "(queue and forward pass), serialise.", ("stage",), SECONDS),
     _counter("mtc_encode_tokens_total", "Tokens of encoded inputs."),
     _counter("mtc_encode_rejected_total", "Requests to encode that were refused, by the error's type.", "reason"),
-    _counter("mtc_encode_retries_total", "Encodings that were asked for again because a replica was lost."),
-)  # fmt: skip
-ENCODER = (
     Instrument("mtc_encode_batch_tokens", "histogram", "Tokens of a forward pass.", (), TOKENS),
     Instrument("mtc_encode_forward_seconds", "histogram", "Time of a forward pass.", (), SECONDS),
     _gauge("mtc_encode_queue_tokens", "Tokens that wait for a forward pass."),
     _gauge("mtc_runs_loaded", "Runs in memory, over all replicas."),
     _counter("mtc_run_loads_total", "Runs that were loaded, by outcome.", "outcome"),
-)
+)  # fmt: skip
 CONTROL = (_gauge("mtc_model_info", "1; the current run.", RUN, "sha256"),)
-SERVICE = INGRESS + ENCODER + CONTROL
+SERVICE = REPLICA + CONTROL
 CATALOGUE = {instrument.name: instrument for instrument in (*JOB, *PROCESS, *SERVICE)}
 
 

@@ -1,18 +1,15 @@
 """What all parts of the service agree on: settings, what is sent and answered, errors and counts."""
 
 from serve.contract.errors import ServiceError
+from serve.contract.feature_schemas import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
 from serve.contract.messages import Encoded, Options, RunKey, State, Tokenised
-from serve.contract.metrics import EncoderMetrics, Family, IngressMetrics, Snapshot, render_metrics, take_snapshot
+from serve.contract.metrics import Family, ReplicaMetrics, Snapshot, render_metrics, take_snapshot
 from serve.contract.schemas import (
     DecodeRequest,
     DecodeResponse,
     EncodeRequest,
     EncodeResponse,
     ErrorResponse,
-    ExamplesResponse,
-    FeatureResponse,
-    FeaturesQuery,
-    FeaturesResponse,
     InfoResponse,
     Limits,
     LoadRequest,
@@ -33,7 +30,6 @@ __all__ = [
     "EncodeRequest",
     "EncodeResponse",
     "Encoded",
-    "EncoderMetrics",
     "ErrorResponse",
     "ExamplesResponse",
     "Family",
@@ -41,12 +37,12 @@ __all__ = [
     "FeaturesQuery",
     "FeaturesResponse",
     "InfoResponse",
-    "IngressMetrics",
     "Limits",
     "LoadRequest",
     "LoadResponse",
     "ModelIdentity",
     "Options",
+    "ReplicaMetrics",
     "RunKey",
     "RunSummary",
     "RunsResponse",

@@ -30,8 +30,6 @@ class State(NamedTuple):
     """Answers where no run is named."""
     loaded: tuple[RunKey, ...]
     """In memory, the current one among them, the last that was loaded first."""
-    ready: bool
-    """Whether the models of the current run were ever ready."""
 
 
 class Options(NamedTuple):

@@ -31,8 +31,8 @@ class Family(NamedTuple):
 Snapshot = tuple[Family, ...]
 
 
-class IngressMetrics:
-    """What a replica that speaks HTTP counts: INGRESS of `mtc.telemetry.metrics`."""
+class ReplicaMetrics:
+    """What a replica counts: REPLICA of `mtc.telemetry.metrics`."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -42,14 +42,6 @@ class IngressMetrics:
         self.tokens = make("mtc_encode_tokens_total", registry)
         self.rejected = make("mtc_encode_rejected_total", registry)
         self.in_flight = make("mtc_http_requests_in_flight", registry)
-        self.retries = make("mtc_encode_retries_total", registry)
-
-
-class EncoderMetrics:
-    """What a replica that holds the models counts: ENCODER of `mtc.telemetry.metrics`."""
-
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
         self.batch_tokens = make("mtc_encode_batch_tokens", registry)
         self.forward = make("mtc_encode_forward_seconds", registry)
         self.queued = make("mtc_encode_queue_tokens", registry)

@@ -6,8 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mtc.results import AbsorbedFeature, Feature, SplitFeature
-
 MAX_TOP_K = 1024
 MAX_LIST = 1 << 20  # beyond any body's limit; the service's own limits are in Settings
 
@@ -32,13 +30,14 @@ FeatureIndex = Annotated[_Index, WHOLE]
 Prefix = Annotated[int, Field(ge=1, lt=1 << 31), WHOLE]
 
 
-class _Model(BaseModel):
+class SchemaModel(BaseModel):
+    # No field that is not documented, no value of another type.
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), strict=True, populate_by_name=True
     )
 
 
-class _Input(_Model):
+class _Input(SchemaModel):
     """Texts, or token ids; exactly one of the two."""
 
     inputs: Text | Annotated[list[Text], Field(min_length=1)] | None = None
@@ -69,58 +68,62 @@ class _Input(_Model):
 
 
 class EncodeRequest(_Input):
+    """Texts or token ids to features."""
+
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K), WHOLE] | None = None
     """Strongest active features returned for each token; by default 16, in CSR form all."""
     features: Annotated[list[_Index], Field(min_length=1, max_length=4096), WHOLE] | None = None
-    """Only these features."""
+    """Indices of the only features to return."""
     min_activation: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Only activations of at least this size."""
+    """Least activation that is returned."""
     prefix: Prefix | None = None
-    """Use only the first `prefix` features, one of the nested dictionaries: cheaper and coarser. By default all."""
+    """Number of features used, the first ones: one of the nested dictionaries, cheaper and coarser. By default all."""
     form: Literal["topk", "csr"] = Field(default="topk", alias="return")
     """Features token by token, strongest first, or all inputs' tokens as one sparse matrix (CSR)."""
     include: list[Literal["l0", "fvu"]] = Field(default=[], max_length=8)
-    """Figures for each token: `l0`, the number of active features, and `fvu`, see there. Both are those of the whole
-    prefix, whatever `top_k`, `features` and `min_activation` leave out."""
+    """Figures for each token: `l0`, the number of active features, and `fvu`, the share of the MLP output that is not
+    reconstructed. Both are those of the whole prefix, whatever `top_k`, `features` and `min_activation` leave out."""
 
 
 class TokenizeRequest(_Input):
-    pass
+    """Texts or token ids to tokens, as the model reads them."""
 
 
-class FeatureActivation(_Model):
+class FeatureActivation(SchemaModel):
+    """One active feature of one token."""
+
     feature_index: FeatureIndex
-    """Row of the transcoder's encoder."""
+    """Index of the feature in the dictionary."""
     activation_value: float
     """The float32 activation, not rounded."""
 
 
-class Csr(_Model):
+class Csr(SchemaModel):
     """Activations as a sparse matrix, [tokens, features]: row t has the entries indptr[t] to indptr[t + 1]."""
 
     indptr: Annotated[list[_Index], Field(min_length=2), WHOLE]
-    """Where each row starts, and the end: [tokens + 1]."""
+    """Where each row's entries start, and where the last ones end: [tokens + 1]."""
     indices: Annotated[list[_Index], WHOLE]
-    """Features, ascending in each row: [entries]."""
+    """Feature of each entry, ascending in each row: [entries]."""
     values: list[float]
-    """float32 activations, not rounded: [entries]."""
+    """float32 activation of each entry, not rounded: [entries]."""
 
 
-class ModelIdentity(_Model):
+class ModelIdentity(SchemaModel):
     """Which transcoder answered."""
 
     run_id: str
-    """The run."""
+    """Id of the transcoder's run."""
     sha256: str
-    """Digest of its weights file."""
+    """Digest of the transcoder's weights file."""
     base_model: str
-    """The language model."""
+    """The language model whose activations the transcoder reads."""
     layer: int
-    """Its layer that is read."""
+    """Layer of the language model that is read, from 0."""
     source: str
     """Site that the transcoder reads."""
     target: str
-    """Site that it reconstructs."""
+    """Site that the transcoder reconstructs."""
     d_source: int
     """Width of the source site."""
     d_target: int
@@ -133,71 +136,84 @@ class ModelIdentity(_Model):
     """Sizes of the nested dictionaries."""
 
 
-class Tokens(_Model):
+class Tokens(SchemaModel):
     """An input as the model reads it; all lists have one entry for each token."""
 
     tokens: list[str]
-    """Each id decoded on its own; a character of several tokens cannot be read in any of them."""
+    """Tokens as text, each id decoded on its own; a character of several tokens cannot be read in any of them."""
     token_ids: list[int]
-    """Ids in the model's vocabulary."""
+    """Token ids in the language model's vocabulary."""
     offsets: list[tuple[int, int]] | None
-    """First and one-past-last character of the text; BOS has an empty range. None for `input_ids`."""
+    """First and one-past-last character of each token in the text; BOS has an empty range. None for `input_ids`."""
     is_special: list[bool]
-    """BOS or another token that stands for no text; such tokens were never trained on and have no features."""
+    """Whether each token is BOS or another that stands for no text: never trained on, and without features."""
     truncated: bool
-    """Whether the input was cut."""
+    """Whether the input was cut at its end."""
 
 
 class InputResult(Tokens):
+    """An input's tokens and their features."""
+
     features: list[list[FeatureActivation]] | None = None
     """With `return: topk`: each token's active features, strongest first, equal ones by index."""
     csr: Csr | None = None
-    """With `return: csr`: the same as a sparse matrix."""
+    """With `return: csr`: the tokens' active features as a sparse matrix."""
     l0: list[int] | None = None
-    """Active features of each token."""
+    """Number of active features of each token, with `include: l0`."""
     fvu: list[float | None] | None = None
-    """Of each token, ||y - y_m||^2 / ||y - b_dec||^2 for the MLP output y, its reconstruction y_m by the prefix m, and
-    the decoder's bias in the units of y: 0 is perfect, 1 no better than the bias. None for special tokens."""
+    """Fraction of variance unexplained of each token, with `include: fvu`: ||y - y_m||^2 / ||y - b_dec||^2 for the MLP
+    output y, its reconstruction y_m by the prefix m, and the decoder's bias in the units of y. 0 is perfect, 1 no
+    better than the bias; None for special tokens."""
 
 
-class Usage(_Model):
+class Usage(SchemaModel):
+    """How much a request made the service read."""
+
     inputs: int
-    """Texts or windows."""
+    """Number of texts or windows that were read."""
     tokens: int
-    """Tokens that were read, BOS included."""
+    """Number of tokens that were read, BOS included."""
 
 
-class EncodeResponse(_Model):
+class EncodeResponse(SchemaModel):
+    """Features of the tokens of all inputs."""
+
     model: ModelIdentity
+    """The transcoder that answered."""
     prefix: int
-    """The nested dictionary used."""
+    """Number of features of the nested dictionary that was used."""
     results: list[InputResult]
-    """One for each input, in the order of the request."""
+    """Answers for the inputs, in the order of the request."""
     usage: Usage
+    """How much was read."""
     request_id: str
-    """Equal to the X-Request-ID header."""
+    """Id of the request, equal to the X-Request-ID header."""
 
 
-class TokenizeResponse(_Model):
+class TokenizeResponse(SchemaModel):
+    """Tokens of all inputs."""
+
     model: ModelIdentity
+    """The transcoder that answered."""
     results: list[Tokens]
-    """One for each input, in the order of the request."""
+    """Answers for the inputs, in the order of the request."""
     usage: Usage
+    """How much was read."""
     request_id: str
-    """Equal to the X-Request-ID header."""
+    """Id of the request, equal to the X-Request-ID header."""
 
 
-class DecodeRequest(_Model):
+class DecodeRequest(SchemaModel):
     """Sparse features to a reconstruction; exactly one of `features` and `csr`."""
 
     features: Annotated[list[list[FeatureActivation]], Field(min_length=1)] | None = None
-    """Token by token."""
+    """Active features of each token."""
     csr: Csr | None = None
-    """As a sparse matrix; features may come in any order, repeated ones add up."""
+    """Active features of all tokens as a sparse matrix; they may come in any order, repeated ones add up."""
     model: str | None = Field(default=None, min_length=1, max_length=200)
     """Id of the run that answers; by default the current one."""
     prefix: Prefix | None = None
-    """Leave out features beyond the first `prefix`, one of the nested dictionaries."""
+    """Number of features used, the first ones: one of the nested dictionaries. By default all."""
 
     @model_validator(mode="after")
     def _one_form(self) -> DecodeRequest:
@@ -206,28 +222,32 @@ class DecodeRequest(_Model):
         return self
 
 
-class DecodeResponse(_Model):
+class DecodeResponse(SchemaModel):
+    """The reconstruction of the target site from features."""
+
     model: ModelIdentity
+    """The transcoder that answered."""
     prefix: int
-    """The nested dictionary used."""
+    """Number of features of the nested dictionary that was used."""
     reconstruction: list[list[float]]
-    """At the target site, raw (not scaled): [tokens, d_target], float32, not rounded."""
+    """Reconstruction of the target site, raw (not scaled): [tokens, d_target], float32, not rounded."""
     usage: Usage
+    """How much was read."""
     request_id: str
-    """Equal to the X-Request-ID header."""
+    """Id of the request, equal to the X-Request-ID header."""
 
 
-class RunSummary(_Model):
+class RunSummary(SchemaModel):
     """A finished run that can be asked for as `model`."""
 
     run_id: str
-    """Its id, for one layer of several `<run id>/layer<N>`."""
+    """Id of the run, for one layer of several `<run id>/layer<N>`."""
     created: str
-    """When it was finished, ISO 8601, UTC."""
+    """When the run was finished, ISO 8601, UTC."""
     base_model: str
-    """The language model."""
+    """The language model whose activations the run reads."""
     layer: int
-    """Its layer that is read."""
+    """Layer of the language model that is read, from 0."""
     num_features: int
     """Size of the whole dictionary."""
     prefixes: list[int]
@@ -235,175 +255,80 @@ class RunSummary(_Model):
     k: int
     """Active features per token on average, as trained."""
     state: Literal["current", "loaded", "loading", "not_loaded", "failed"]
-    """`current` answers where no `model` is named; `loaded` answers at once; the first request for any other loads it;
-    `failed` could not be loaded."""
+    """Whether the run can answer: `current` answers where no `model` is named; `loaded` answers at once; the first
+    request for any other loads it; `failed` could not be loaded."""
     reason: str | None = None
-    """Why it failed."""
+    """Why the run could not be loaded, if it failed."""
 
 
-class RunsResponse(_Model):
+class RunsResponse(SchemaModel):
+    """The finished runs."""
+
     runs: list[RunSummary]
-    """Newest first."""
+    """Finished runs, newest first."""
 
 
-class LoadRequest(_Model):
+class LoadRequest(SchemaModel):
+    """Which run is to answer."""
+
     model: str = Field(min_length=1, max_length=200)
     """Id of the run that is to answer from now on, one of `GET /runs`; `latest` is what the service was started with,
     as it is now."""
 
 
-class LoadResponse(_Model):
+class LoadResponse(SchemaModel):
+    """Which run answers now."""
+
     model: ModelIdentity
-    """The run that answers now."""
+    """The transcoder that answers now."""
     previous: str
     """Id of the run that answered before."""
     seconds: float
     """Time that verifying, loading and warming up took."""
 
 
-class Limits(_Model):
+class Limits(SchemaModel):
     """What a request may ask for; more is answered with 413."""
 
     max_body_bytes: int
-    """Length of a request's body."""
+    """Longest body of a request, in bytes."""
     max_inputs: int
-    """Texts or windows in a request."""
+    """Most texts or windows in a request."""
     max_input_tokens: int
-    """Tokens of each, BOS included."""
+    """Most tokens of one text or window, BOS included."""
     max_request_tokens: int
-    """Tokens of all together."""
+    """Most tokens of all texts or windows of a request together."""
     max_json_depth: int
-    """Nested lists and objects in a body."""
+    """Deepest nesting of lists and objects in a body."""
 
 
-class InfoResponse(_Model):
+class InfoResponse(SchemaModel):
+    """What answers, within which limits."""
+
     model: ModelIdentity
-    """The run that answers where no `model` is named."""
+    """The transcoder that answers where no `model` is named."""
     created: str
-    """When it was finished, ISO 8601, UTC."""
+    """When the run was finished, ISO 8601, UTC."""
     fingerprint: str
-    """Changes with every setting that changes the run's numbers."""
+    """Digest of the run's settings, of those that change its numbers."""
     data: str
-    """The text it was trained on."""
+    """Name of the text that the run was trained on."""
     input_norm: str
-    """How the transcoder scales its source."""
+    """How the transcoder scales what it reads."""
     limits: Limits
+    """What a request may ask for."""
     versions: dict[str, str]
-    """Of the packages that matter."""
+    """Versions of Python and of the packages that change numbers."""
 
 
-class Status(_Model):
+class Status(SchemaModel):
+    """How a process is."""
+
     status: Literal["ok", "ready"]
+    """`ok`: the process lives; `ready`: a token was encoded."""
 
 
-class FeaturesQuery(BaseModel):
-    """Parameters of `GET /features`; a feature must pass all filters."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-    model: str | None = Field(default=None, min_length=1, max_length=200)
-    """Id of a run; by default the current one."""
-    feature: list[FeatureIndex] = Field(default=[], max_length=500)
-    """Only these; may be given several times."""
-    group: int | None = Field(default=None, ge=0, lt=1 << 31)
-    """Only of this group of the nested dictionary, from 0."""
-    min_density: float | None = Field(default=None, ge=0, le=1)
-    """Only those that fire on this share of the tokens at least."""
-    max_density: float | None = Field(default=None, ge=0, le=1)
-    """Only those that fire on this share of the tokens at most."""
-    token: str | None = Field(default=None, min_length=1, max_length=200)
-    """Only with this top token; case and space around it do not count."""
-    text: str | None = Field(default=None, min_length=1, max_length=200)
-    """Only with this in a stored context; case does not count."""
-    sort: Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"] = "feature"
-    order: Literal["ascending", "descending"] = "ascending"
-    limit: int = Field(default=50, ge=1, le=500)
-    """Features of a page."""
-    cursor: str | None = Field(default=None, min_length=1, max_length=200, pattern="^[A-Za-z0-9_-]+$")
-    """Where the page begins, as the page before said."""
-
-
-class FeatureRow(_Model):
-    """One feature on the analysed held-out tokens, in short."""
-
-    feature: int
-    """Index in the dictionary."""
-    group: int
-    """Group of the nested dictionary, from 0."""
-    density: float
-    """Share of tokens on which it fired."""
-    count: int
-    """Tokens on which it fired."""
-    max_activation: float
-    """Strongest activation, in scaled units."""
-    mean_activation: float
-    """Mean over the tokens on which it fired; 0 if it never fired."""
-    decoder_norm: float
-    """Euclidean norm of its decoder row, in scaled target units."""
-    top_tokens: list[str]
-    """Most frequent peak tokens of its samples."""
-    parent: int | None
-    """The earlier feature that it refines, if one is known."""
-    children: int
-    """How many features refine it."""
-
-
-class FeaturesResponse(_Model):
-    run_id: str
-    """The run."""
-    total: int
-    """Features that pass the filters."""
-    features: list[FeatureRow]
-    cursor: str | None
-    """Where the next page begins, for the same filters and order; null after the last one."""
-
-
-class FeatureResponse(_Model):
-    run_id: str
-    """The run."""
-    feature: Feature
-    """The feature's row of the run's features.parquet; see docs/analysis.md."""
-    histogram_edges: list[float]
-    """Borders of the histogram's bins."""
-    splits: list[SplitFeature]
-    """Splitting candidates of the report of which it is parent or child."""
-    absorption: list[AbsorbedFeature]
-    """Absorption candidates of the report of which it is a part."""
-
-
-class ExampleRow(_Model):
-    """A place in held-out text where the feature fires."""
-
-    kind: Literal["top", "sample"]
-    """One of the strongest, or drawn uniformly."""
-    rank: int
-    """Place among those of its kind, from 0."""
-    activation: float
-    """At the peak, in scaled units."""
-    quantile: float | None
-    """Share of the uniformly drawn activations that are weaker; null for the strongest."""
-    document_id: str
-    """The document."""
-    tokens: list[str]
-    """Decoded tokens around the peak."""
-    activations: list[float]
-    """The feature's activation on each of them."""
-    peak: int
-    """Index of the peak among them."""
-
-
-class ExamplesResponse(_Model):
-    run_id: str
-    """The run."""
-    feature: int
-    """The feature."""
-    total: int
-    """Stored examples of the kinds that were asked for."""
-    examples: list[ExampleRow]
-    """The strongest first, then the uniformly drawn ones."""
-
-
-class ErrorResponse(_Model):
+class ErrorResponse(SchemaModel):
     """The body of every answer with a status of 400 or more."""
 
     error: str
@@ -411,6 +336,6 @@ class ErrorResponse(_Model):
     error_type: str
     """What was wrong, for a program: a fixed word for each kind of error."""
     request_id: str
-    """Equal to the X-Request-ID header; the service's logs name it."""
+    """Id of the request, equal to the X-Request-ID header; the service's logs name it."""
     detail: Any = None
-    """More for a program, such as the limit and the value, or the list of invalid fields."""
+    """What was wrong in numbers, such as the limit and the value, or the list of invalid fields."""

@@ -1,7 +1,6 @@
 """The service's processes, as Ray Serve deployments."""
 
 from serve.deployments.control import Control
-from serve.deployments.encoder import Encoder
-from serve.deployments.ingress import Ingress
+from serve.deployments.server import Server
 
-__all__ = ["Control", "Encoder", "Ingress"]
+__all__ = ["Control", "Server"]

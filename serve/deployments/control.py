@@ -1,7 +1,7 @@
 """The deployment that decides which runs answer, and adds up what the replicas count. There is one replica of it.
 
 Requests do not pass it: while it restarts, the service answers as before. What it knows is told to it again by the
-ingress replicas, each second.
+replicas, each second.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Control:
         self._settings = settings
         self._catalogue = Catalogue(settings.run)
         entry = await asyncio.to_thread(self._catalogue.served)
-        self._state = State(1, entry.key, (entry.key,), False)
+        self._state = State(1, entry.key, (entry.key,))
         self._seen = entry.key
         self._used: dict[RunKey, float] = {}
         self._failed: dict[RunKey, str] = {}
@@ -57,17 +57,8 @@ class Control:
         """Which runs answer."""
         return self._state
 
-    async def encoder_is_ready(self) -> None:
-        """An encoder replica has loaded the current run."""
-        if not self._state.ready:
-            await self._change(self._state._replace(version=self._state.version + 1, ready=True))
-
-    async def keep_totals(self, replica_id: str, totals: Snapshot) -> None:
-        """A replica's counts, in case that it dies."""
-        self._totals[replica_id] = totals
-
     async def report(self, replica_id: str, totals: Snapshot, state: State, used: tuple[RunKey, ...]) -> State:
-        """An ingress replica's counts and the runs that it used lately; the newest state is the answer.
+        """A replica's counts, in case that it dies, and the runs that it used lately; the newest state is the answer.
 
         A state that is newer than this one was decided before a restart, and holds.
         """
@@ -78,7 +69,7 @@ class Control:
         return self._state
 
     async def want(self, run_id: str) -> RunKey | ServiceError:
-        """See `serve.service.Backend.want`."""
+        """See `serve.service.Control.want`."""
         entry = await self._find(run_id)
         if isinstance(entry, ServiceError):
             return entry
@@ -95,7 +86,7 @@ class Control:
         return ServiceError(503, "loading", message, {"model": run_id}, {"Retry-After": "1"})
 
     async def load(self, run_id: str) -> LoadResponse | ServiceError:
-        """See `serve.service.Backend.load`; a run that failed before is tried again."""
+        """See `serve.service.Control.load`; a run that failed before is tried again."""
         entry = await self._find(run_id, latest=True)
         if isinstance(entry, ServiceError):
             return entry
@@ -114,8 +105,8 @@ class Control:
 
     async def metrics(self) -> bytes:
         """All replicas' counts, as they are now, in Prometheus's text format."""
-        answers = await asyncio.gather(self._everywhere("Ingress", "totals"), self._everywhere("Encoder", "totals"))
-        live = {answer[0]: answer[1] for many in answers for answer in many if not isinstance(answer, Exception)}
+        answers = await self._broadcast("totals")
+        live = {answer[0]: answer[1] for answer in answers if not isinstance(answer, Exception)}
         self._totals.update(live)
         gone = [totals for replica, totals in self._totals.items() if replica not in live]
         return await asyncio.to_thread(render_metrics, live.values(), gone, [self._info()])
@@ -145,9 +136,9 @@ class Control:
             self._used[key] = time.monotonic()
             chosen = key if current else self._state.current
             kept, evicted = self._keep(chosen, key)
-            await self._change(State(self._state.version + 1, chosen, kept, self._state.ready))
+            await self._change(State(self._state.version + 1, chosen, kept))
             for old in evicted:
-                await self._everywhere("Encoder", "unload", old)
+                await self._broadcast("unload", old)
             logger.info("run %s is %s", key.run_id, "current" if current else "loaded")
         return None
 
@@ -156,16 +147,13 @@ class Control:
             await asyncio.to_thread(RunDirectory(key.url, key.run_id).verify)
         except (RunError, OSError, ValueError) as error:
             return str(error)
-        answers = await self._everywhere("Encoder", "load", key, timeout_s=LOAD_TIMEOUT_S)
+        answers = await self._broadcast("load", key, timeout_s=LOAD_TIMEOUT_S)
         # A replica that died meanwhile is replaced by one that loads what is needed.
         problems = [str(each) for each in answers if each is not None and not isinstance(each, RayActorError)]
         if not problems and not answers:
-            problems = ["no encoder replica is there"]
-        if not problems:
-            answers = await self._everywhere("Ingress", "open", key, timeout_s=LOAD_TIMEOUT_S)
-            problems = [str(each) for each in answers if each is not None and not isinstance(each, RayActorError)]
+            problems = ["no replica is there"]
         if problems:
-            await self._everywhere("Encoder", "unload", key)
+            await self._broadcast("unload", key)
         return problems[0] if problems else None
 
     def _keep(self, *needed: RunKey) -> tuple[tuple[RunKey, ...], list[RunKey]]:
@@ -179,20 +167,17 @@ class Control:
 
     async def _change(self, state: State) -> None:
         self._state = state
-        await self._everywhere("Ingress", "use", state)
+        await self._broadcast("use", state)
 
-    async def _everywhere(
-        self, deployment: str, method: str, *arguments: Any, timeout_s: float | None = None
-    ) -> list[Any]:
-        """Call a method of all replicas of a deployment; their answers or errors."""
+    async def _broadcast(self, method: str, *arguments: Any, timeout_s: float = BROADCAST_TIMEOUT_S) -> list[Any]:
+        """Call a method of all replicas of `serve.deployments.Server`; their answers or errors."""
         app_name = ray_serve.get_replica_context().app_name
-        handle: DeploymentHandle = ray_serve.get_deployment_handle(deployment, app_name)
+        handle: DeploymentHandle = ray_serve.get_deployment_handle("Server", app_name)
         response = handle.broadcast(method, *arguments)
-        timeout = timeout_s or BROADCAST_TIMEOUT_S
         try:
-            return list(await response.results_async(timeout_s=timeout, return_exceptions=True))
+            return list(await response.results_async(timeout_s=timeout_s, return_exceptions=True))
         except TimeoutError:
-            return [TimeoutError(f"no answer to {method} within {timeout:g} s")]
+            return [TimeoutError(f"no answer to {method} within {timeout_s:g} s")]
 
     async def _watch(self) -> None:
         """Take over what is published under the name that is served."""

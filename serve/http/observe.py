@@ -8,7 +8,7 @@ import time
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.contract import IngressMetrics
+from serve.contract import ReplicaMetrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -18,7 +18,7 @@ CLIENT_GONE = 499
 class Observe:
     """Counts and logs by the route's template, never by path, query or body: those may hold prompts."""
 
-    def __init__(self, app: ASGIApp, metrics: IngressMetrics):
+    def __init__(self, app: ASGIApp, metrics: ReplicaMetrics):
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

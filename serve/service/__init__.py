@@ -5,17 +5,30 @@ from typing import TYPE_CHECKING, Any
 from serve.service.batching import QueueFullError, TokenBatcher
 from serve.service.catalogue import Catalogue, Entry
 from serve.service.feature_table import FeatureTable, Filters
+from serve.service.models import Models
 from serve.service.served_run import WEIGHTS, ServedRun, identity_of
-from serve.service.service import Backend, Service
+from serve.service.service import Control, Service
 from serve.service.tokenising import Tokeniser
 
 if TYPE_CHECKING:
     from serve.service.run_encoder import RunEncoder
 
 __all__ = [
-    "WEIGHTS", "Backend", "Catalogue", "Entry", "FeatureTable", "Filters", "QueueFullError", "RunEncoder", "ServedRun",
-    "Service", "TokenBatcher", "Tokeniser", "identity_of",
-]  # fmt: skip
+    "WEIGHTS",
+    "Catalogue",
+    "Control",
+    "Entry",
+    "FeatureTable",
+    "Filters",
+    "Models",
+    "QueueFullError",
+    "RunEncoder",
+    "ServedRun",
+    "Service",
+    "TokenBatcher",
+    "Tokeniser",
+    "identity_of",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -51,10 +51,10 @@ class RunEncoder:
         with self._one_at_a_time:
             self._model.warm_up(max_tokens)
         for length in (1, 16):  # lengths differ in what they set up
-            self.encode([np.zeros(length, np.int32)], [Options(top_k=1, fvu=True)])
+            self.encode_batch([np.zeros(length, np.int32)], [Options(top_k=1, fvu=True)])
         return self._model.compute
 
-    def encode(self, windows: Sequence[NDArray[np.int32]], options: Sequence[Options]) -> list[Encoded]:
+    def encode_batch(self, windows: Sequence[NDArray[np.int32]], options: Sequence[Options]) -> list[Encoded]:
         """Features of windows of token ids, one [tokens] and one `Options` each, from one forward pass."""
         packed = pack_windows(windows, self._special)
         starts = np.cumsum([0, *packed.lengths])
@@ -75,7 +75,7 @@ class RunEncoder:
                     results[i] = found.of_window(int(end - packed.lengths[i]), int(end), options[i])
         return [results[i] for i in range(len(windows))]
 
-    def decode(
+    def reconstruct(
         self, tokens: int, token: NDArray[np.int64], feature: NDArray[np.int64], value: NDArray[np.float32],
         prefix: int | None,
     ) -> NDArray[np.float32]:  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the routes ask of the service, without HTTP and without Ray: `Backend` does the work that needs models."""
+"""What the routes ask of the service, without HTTP and without Ray."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from serve.contract import (
     DecodeRequest,
     Encoded,
     EncodeRequest,
-    IngressMetrics,
     LoadResponse,
     Options,
+    ReplicaMetrics,
     RunKey,
     RunSummary,
     ServiceError,
@@ -26,6 +26,7 @@ from serve.contract import (
     Tokenised,
     TokenizeRequest,
 )
+from serve.service.models import Models
 from serve.service.served_run import ServedRun
 
 T = TypeVar("T")
@@ -39,23 +40,11 @@ SHORT_TEXT = 1000
 """Characters that are tokenised at once: a thread would take longer to begin than they do."""
 
 
-class Backend(Protocol):
-    """The models, wherever they are. All raise ServiceError with what the client is to be told."""
-
-    async def state(self) -> State:
-        """Which runs answer now."""
+class Control(Protocol):
+    """What is decided in one place for all replicas. All raise ServiceError with what the client is to be told."""
 
     async def want(self, run_id: str) -> RunKey:
         """A run that was asked for by name: 404 if there is none, 503 while it is loaded, 409 if it can't be."""
-
-    async def encode(self, key: RunKey, windows: Sequence[NDArray[np.int32]], options: Options) -> list[Encoded]:
-        """Features of windows by the weights of `key` and no others: 429 if too many tokens wait."""
-
-    async def decode(
-        self, key: RunKey, tokens: int, token: NDArray[np.int64], feature: NDArray[np.int64],
-        value: NDArray[np.float32], prefix: int | None,
-    ) -> NDArray[np.float32]:  # fmt: skip
-        """Raw reconstruction, [tokens, d_target]."""
 
     async def runs(self) -> list[RunSummary]:
         """All finished runs beside the one that is served, newest first."""
@@ -70,21 +59,19 @@ class Backend(Protocol):
 class Service:
     """One replica's view of the service."""
 
-    def __init__(self, settings: Settings, backend: Backend, state: State, metrics: IngressMetrics | None = None):
-        self.settings, self.backend, self.state = settings, backend, state
-        self.metrics = metrics or IngressMetrics()
+    def __init__(self, settings: Settings, models: Models, control: Control, state: State, metrics: ReplicaMetrics):
+        self.settings, self.models, self.control, self.state, self.metrics = settings, models, control, state, metrics
+        self._used: set[RunKey] = set()
         self._ready: tuple[RunKey, float] | None = None
         self._listed: tuple[float, list[RunSummary]] | None = None
         self._opened: dict[RunKey, asyncio.Task[ServedRun]] = {}
 
     async def run(self, model: str | None) -> ServedRun:
-        """The run that answers a request; the whole answer is to come from it. Raises ServiceError as Backend.want."""
-        if not self.state.ready:
-            raise ServiceError(503, "loading", "the models are being loaded", headers={"Retry-After": "1"})
+        """The run that answers a request; the whole answer is to come from it. Raises ServiceError as Control.want."""
         if model is None or model == self.state.current.run_id:
             key = self.state.current
         else:
-            key = next((k for k in self.state.loaded if k.run_id == model), None) or await self.backend.want(model)
+            key = next((k for k in self.state.loaded if k.run_id == model), None) or await self.control.want(model)
         return await self.open(key)
 
     async def open(self, key: RunKey) -> ServedRun:
@@ -106,10 +93,15 @@ class Service:
             for key in [key for key in self._opened if key not in state.loaded]:
                 del self._opened[key]
 
+    def take_used(self) -> tuple[RunKey, ...]:
+        """Runs that models were asked for since the last call."""
+        used, self._used = tuple(self._used), set()
+        return used
+
     async def listed_runs(self) -> list[RunSummary]:
         """All finished runs, newest first, as they were within the last LISTED_FOR_S."""
         if self._listed is None or time.monotonic() > self._listed[0] + LISTED_FOR_S:
-            self._listed = time.monotonic(), await self.backend.runs()
+            self._listed = time.monotonic(), await self.control.runs()
         return self._listed[1]
 
     async def tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
@@ -170,18 +162,20 @@ class Service:
             message = f"prefix={prefix} is not one of the nested dictionaries {prefixes}"
             raise ServiceError(422, "validation", message, {"prefixes": prefixes, "value": prefix})
 
-    async def encode(
+    async def encode_inputs(
         self, run: ServedRun, inputs: Sequence[Tokenised], options: Options
     ) -> AsyncIterator[tuple[int, Encoded]]:
         """Index and features of each input, in order, as batches are done."""
-        start = time.perf_counter()
+        start, deadline = time.perf_counter(), self._deadline()
+        self._used.add(run.key)
         parts = token_batches([len(each.ids) for each in inputs], self.settings.max_batch_tokens)
         tasks = [
-            asyncio.create_task(self.backend.encode(run.key, [inputs[i].ids for i in part], options)) for part in parts
+            asyncio.create_task(self.models.encode_windows(run.key, [inputs[i].ids for i in part], options))
+            for part in parts
         ]
         try:
             for part, task in zip(parts, tasks, strict=True):
-                found = await self._in_time(task)
+                found = await self._in_time(task, deadline)
                 for index, encoded in zip(part, found, strict=True):
                     yield index, encoded
             self.metrics.duration.labels("models").observe(time.perf_counter() - start)
@@ -190,7 +184,7 @@ class Service:
             for task in tasks:
                 task.cancel()
 
-    async def decode(self, run: ServedRun, request: DecodeRequest) -> NDArray[np.float32]:
+    async def decode_request(self, run: ServedRun, request: DecodeRequest) -> NDArray[np.float32]:
         """The reconstruction of the request's features, [tokens, d_target]. Raises ServiceError for a bad matrix."""
         self.check_prefix(run, request.prefix)
         if run.config.transcoder.skip:
@@ -203,29 +197,33 @@ class Service:
         if len(feature) and feature.max() >= run.num_features:
             raise _beyond("features", int(feature.max()), run.num_features)
         token = np.repeat(np.arange(tokens), np.diff(indptr))
-        return await self._in_time(self.backend.decode(run.key, tokens, token, feature, value, request.prefix))
+        self._used.add(run.key)
+        answer = self.models.decode_entries(run.key, tokens, token, feature, value, request.prefix)
+        return await self._in_time(answer, self._deadline())
 
-    async def _in_time(self, answer: Awaitable[T]) -> T:
-        limit = self.settings.request_timeout_s
+    def _deadline(self) -> float:
+        """When the request that begins now has waited for `request_timeout_s`, in the event loop's time."""
+        return asyncio.get_running_loop().time() + self.settings.request_timeout_s
+
+    async def _in_time(self, answer: Awaitable[T], deadline: float) -> T:
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout_at(deadline):
                 return await answer
         except TimeoutError:
+            limit = self.settings.request_timeout_s
             raise ServiceError(504, "timeout", f"no answer within {limit:g} s", {"limit": limit}) from None
 
     async def check_ready(self) -> None:
         """One real token through the current run's models; a success is believed for READY_FOR_S.
 
-        Raises ServiceError 503 if that fails or takes too long.
+        Raises ServiceError 503 if that is refused or takes too long, and what the models raise.
         """
         key, now = self.state.current, time.monotonic()
         if self._ready is not None and self._ready[0] == key and now < self._ready[1] + READY_FOR_S:
             return
         try:
-            if not self.state.ready:
-                raise ServiceError(503, "loading", "the models are being loaded")
             async with asyncio.timeout(READY_TIMEOUT_S):
-                await self.backend.encode(key, [np.zeros(1, np.int32)], Options(top_k=1))
+                await self.models.encode_windows(key, [np.zeros(1, np.int32)], Options(top_k=1))
         except (ServiceError, TimeoutError) as error:
             what = str(error) or f"no answer within {READY_TIMEOUT_S:g} s"
             raise ServiceError(503, "not_ready", f"not ready: {what}", headers={"Retry-After": "1"}) from error

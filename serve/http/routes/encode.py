@@ -52,7 +52,7 @@ async def encode(request: Request, service: TheService) -> Response:
     options = service.options(run, asked, csr or media_type == formats.SAFETENSORS)
     inputs = await service.tokenise(run, asked)
     envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
-    found = service.encode(run, inputs, options)
+    found = service.encode_inputs(run, inputs, options)
     if media_type == formats.NDJSON:
         return await _stream(service, envelope, csr, inputs, found)
     encoded = [each async for _, each in found]
@@ -94,7 +94,7 @@ async def decode(request: Request, service: TheService) -> Response:
     asked = await read_json(request, DecodeRequest, service.settings)
     run = await service.run(asked.model)
     request.state.run_id = run.key.run_id
-    reconstruction = await service.decode(run, asked)
+    reconstruction = await service.decode_request(run, asked)
     envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
     body = await _written(reconstruction.size, lambda: formats.decode_answer(media_type, envelope, reconstruction))
     return Response(body, media_type=media_type, headers={"Vary": "Accept"})

@@ -16,7 +16,7 @@ router = APIRouter(tags=["features"])
 Model = Annotated[
     str | None, Query(min_length=1, max_length=200, description="Id of a run; by default the current one.")
 ]
-Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index in the dictionary.")]
+Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index of the feature in the dictionary.")]
 
 
 @router.get("/features", response_model=FeaturesResponse, responses=errors(404, 409, 422, 503))
@@ -43,9 +43,9 @@ async def examples(
     service: TheService,
     feature: Index,
     model: Model = None,
-    kind: Literal["top", "sample"] | None = None,
-    offset: Annotated[int, Query(ge=0, lt=1 << 31)] = 0,
-    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    kind: Annotated[Literal["top", "sample"] | None, Query(description="Which kind; by default both.")] = None,
+    offset: Annotated[int, Query(ge=0, lt=1 << 31, description="Number of examples to leave out, the first ones.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=500, description="Most examples of an answer.")] = 50,
 ) -> Response:
     """Places in held-out text where the feature fires."""
     run, table = await analysed(service, model)

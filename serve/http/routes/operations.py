@@ -32,13 +32,13 @@ async def readyz(service: TheService) -> Status:
 @router.get("/metrics", response_class=Response, responses=errors(503))
 async def metrics(service: TheService) -> Response:
     """What all replicas have counted, in Prometheus's text format."""
-    return Response(await service.backend.metrics(), media_type=CONTENT_TYPE_LATEST)
+    return Response(await service.control.metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/runs", response_model=RunsResponse, responses=errors())
 async def runs(service: TheService) -> RunsResponse:
     """The finished runs that can be asked for as `model`."""
-    return RunsResponse(runs=await service.backend.runs())
+    return RunsResponse(runs=await service.control.runs())
 
 
 @router.post(
@@ -50,7 +50,7 @@ async def runs(service: TheService) -> RunsResponse:
 async def load(request: Request, service: TheService) -> LoadResponse:
     """Let another run answer: it is verified, loaded and warmed up, then takes over between two requests."""
     asked = await read_json(request, LoadRequest, service.settings)
-    return await service.backend.load(asked.model)
+    return await service.control.load(asked.model)
 
 
 @router.get("/info", response_model=InfoResponse, responses=errors(503))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from mtc.results import report_names
 from serve.contract import ServiceError
@@ -18,6 +18,7 @@ router = APIRouter(tags=["report"])
 Model = Annotated[
     str | None, Query(min_length=1, max_length=200, description="Id of a run; by default the current one.")
 ]
+Name = Annotated[str, Path(description="Name of a file of the report, such as `plots/loss.png`.")]
 PAGE = (
     "sandbox allow-scripts allow-popups; default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -48,7 +49,7 @@ async def report(request: Request, service: TheService, model: Model = None) -> 
     response_class=Response,
     responses=errors(404, 409, 422, 503) | {200: {"content": {"*/*": BINARY}}, 304: {"description": "It is the same."}},
 )
-async def report_file(request: Request, service: TheService, name: str, model: Model = None) -> Response:
+async def report_file(request: Request, service: TheService, name: Name, model: Model = None) -> Response:
     """A file of the report, such as a plot."""
     run = await service.run(model)
     media_type = media_type_of(name)

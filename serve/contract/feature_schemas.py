@@ -1,0 +1,126 @@
+"""What the service answers about features, as JSON: pages of them, one of them, its examples."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mtc.results import AbsorbedFeature, Feature, SplitFeature
+from serve.contract.schemas import FeatureIndex, SchemaModel
+
+
+class FeaturesQuery(BaseModel):
+    """Parameters of `GET /features`; a feature must pass all filters."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    model: str | None = Field(default=None, min_length=1, max_length=200)
+    """Id of a run; by default the current one."""
+    feature: list[FeatureIndex] = Field(default=[], max_length=500)
+    """Only features with this index; may be given several times."""
+    group: int | None = Field(default=None, ge=0, lt=1 << 31)
+    """Only features of this group of the nested dictionary, from 0."""
+    min_density: float | None = Field(default=None, ge=0, le=1)
+    """Only features that fire on this share of the tokens at least."""
+    max_density: float | None = Field(default=None, ge=0, le=1)
+    """Only features that fire on this share of the tokens at most."""
+    token: str | None = Field(default=None, min_length=1, max_length=200)
+    """Only features with this top token; case and space around it do not count."""
+    text: str | None = Field(default=None, min_length=1, max_length=200)
+    """Only features with this text in a stored context; case does not count."""
+    sort: Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"] = "feature"
+    """Figure that features are sorted by; equal ones by index."""
+    order: Literal["ascending", "descending"] = "ascending"
+    """Direction in which features are sorted."""
+    limit: int = Field(default=50, ge=1, le=500)
+    """Most features of a page."""
+    cursor: str | None = Field(default=None, min_length=1, max_length=200, pattern="^[A-Za-z0-9_-]+$")
+    """Where the page begins: `cursor` of the page before."""
+
+
+class FeatureRow(SchemaModel):
+    """One feature on the analysed held-out tokens, in short."""
+
+    feature: int
+    """Index of the feature in the dictionary."""
+    group: int
+    """Group of the nested dictionary that the feature belongs to, from 0."""
+    density: float
+    """Share of the tokens on which the feature fired."""
+    count: int
+    """Number of tokens on which the feature fired."""
+    max_activation: float
+    """Strongest activation of the feature, in scaled units."""
+    mean_activation: float
+    """Mean activation over the tokens on which the feature fired; 0 if it never fired."""
+    decoder_norm: float
+    """Euclidean norm of the feature's decoder row, in scaled target units."""
+    top_tokens: list[str]
+    """Most frequent peak tokens of the feature's samples."""
+    parent: int | None
+    """Index of the earlier feature that this one refines, if one is known."""
+    children: int
+    """Number of features that refine this one."""
+
+
+class FeaturesResponse(SchemaModel):
+    """A page of features."""
+
+    run_id: str
+    """Id of the run that was asked."""
+    total: int
+    """Number of features that pass the filters."""
+    features: list[FeatureRow]
+    """Features of this page."""
+    cursor: str | None
+    """Where the next page begins, for the same filters and order; null after the last page."""
+
+
+class FeatureResponse(SchemaModel):
+    """All that the analysis says of one feature."""
+
+    run_id: str
+    """Id of the run that was asked."""
+    feature: Feature
+    """The feature's row of the run's features.parquet; see docs/analysis.md."""
+    histogram_edges: list[float]
+    """Borders of the bins of the feature's histogram."""
+    splits: list[SplitFeature]
+    """Splitting candidates of the report of which the feature is parent or child."""
+    absorption: list[AbsorbedFeature]
+    """Absorption candidates of the report of which the feature is parent or child."""
+
+
+class ExampleRow(SchemaModel):
+    """A place in held-out text where the feature fires."""
+
+    kind: Literal["top", "sample"]
+    """Whether the example is one of the strongest, `top`, or drawn uniformly, `sample`."""
+    rank: int
+    """Place of the example among those of its kind, from 0."""
+    activation: float
+    """The feature's activation at the peak, in scaled units."""
+    quantile: float | None
+    """Share of the uniformly drawn activations that are weaker; null for the strongest."""
+    document_id: str
+    """Id of the document that the example was found in."""
+    tokens: list[str]
+    """Decoded tokens around the peak."""
+    activations: list[float]
+    """The feature's activation on each of the tokens."""
+    peak: int
+    """Index of the peak among the tokens."""
+
+
+class ExamplesResponse(SchemaModel):
+    """Examples of one feature."""
+
+    run_id: str
+    """Id of the run that was asked."""
+    feature: int
+    """Index of the feature in the dictionary."""
+    total: int
+    """Number of stored examples of the kinds that were asked for."""
+    examples: list[ExampleRow]
+    """Examples of the feature: the strongest first, then the uniformly drawn ones."""

@@ -1,0 +1,133 @@
+"""The deployment that answers: HTTP, tokeniser and models in one process, so that a request makes one hop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import TypeVar
+
+import ray
+from fastapi import FastAPI
+from ray import serve as ray_serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.handle import DeploymentHandle
+
+from serve.contract import (
+    LoadResponse,
+    ReplicaMetrics,
+    RunKey,
+    RunSummary,
+    ServiceError,
+    Settings,
+    Snapshot,
+    State,
+    take_snapshot,
+)
+from serve.http import check_binding, create_app
+from serve.service import Models, Service
+
+logger = logging.getLogger("ray.serve")
+T = TypeVar("T")
+
+
+class RemoteControl:
+    """`serve.service.Control` by the deployment of that name."""
+
+    def __init__(self, control: DeploymentHandle):
+        self._control = control
+
+    async def want(self, run_id: str) -> RunKey:
+        return _value(await self._control.want.remote(run_id))
+
+    async def runs(self) -> list[RunSummary]:
+        return await self._control.runs.remote()
+
+    async def load(self, run_id: str) -> LoadResponse:
+        return _value(await self._control.load.remote(run_id))
+
+    async def metrics(self) -> bytes:
+        return await self._control.metrics.remote()
+
+
+# Larger than this service's own limits, so that it refuses first, with its error shape, and the probes are answered.
+@ray_serve.deployment(max_ongoing_requests=2048, max_queued_requests=2048, health_check_timeout_s=60)
+@ray_serve.ingress()
+class Server:
+    """A replica. It is ready when the runs that answer are loaded."""
+
+    async def __init__(self, settings: Settings, control: DeploymentHandle):  # type: ignore[misc]
+        await _check_binding(settings)
+        _use_threads(settings)
+        self._control = control
+        self._metrics = ReplicaMetrics()
+        self._models = Models(settings, self._metrics)
+        state = await control.state.remote()
+        self._service = Service(settings, self._models, RemoteControl(control), state, self._metrics)
+        self.replica_id = ray_serve.get_replica_context().replica_id.unique_id
+        for key in state.loaded:  # a replica that can't answer must not become healthy
+            await self._open(key)
+        self._reporter = asyncio.create_task(self._report())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._service)
+
+    async def load(self, key: RunKey) -> str | None:
+        """Have a run ready; what is wrong with it, or None."""
+        try:
+            await self._open(key)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    async def unload(self, key: RunKey) -> None:
+        """Let go of a run's models."""
+        self._models.unload(key)
+
+    async def use(self, state: State) -> None:
+        """Answer by these runs from now on; requests that have begun end with theirs."""
+        self._service.use(state)
+
+    async def totals(self) -> tuple[str, Snapshot]:
+        """This replica's id and counts."""
+        return self.replica_id, take_snapshot(self._metrics.registry)
+
+    async def _open(self, key: RunKey) -> None:
+        await self._models.load(key)
+        await self._service.open(key)
+
+    async def _report(self) -> None:
+        """Leave the counts where they outlive this replica, and learn the state, should a call have been missed."""
+        while True:
+            await asyncio.sleep(1)
+            used = self._service.take_used()
+            try:
+                _, totals = await self.totals()
+                self._service.use(await self._control.report.remote(self.replica_id, totals, self._service.state, used))
+            except Exception as error:
+                logger.warning("no word from the control: %s", type(error).__name__)
+
+
+async def _check_binding(settings: Settings) -> None:
+    """Refuse to start without keys where others can connect. Raises ValueError, and what Serve raises: then nobody
+    knows who could."""
+    if settings.api_keys_file is None:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        options = await controller.get_http_config.remote()
+        check_binding(options.host or "0.0.0.0", None)
+
+
+def _use_threads(settings: Settings) -> None:
+    """Ray sets one thread for an actor that reserves less than two CPUs."""
+    if settings.device == "cpu":
+        # Not at the top: whoever only deploys the service can do without PyTorch, 2 s and 220 MB.
+        import torch
+
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(settings.num_threads or max(1, cores // settings.num_replicas))
+
+
+def _value(answer: T | ServiceError) -> T:
+    if isinstance(answer, ServiceError):
+        raise answer
+    return answer
