@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 P = TypeVar("P")
 R = TypeVar("R")
+C = TypeVar("C")
 
 
 class QueueFullError(RuntimeError):
@@ -73,7 +74,7 @@ class TokenBatcher(Generic[P, R]):
             if item in self._waiting:
                 self._waiting.remove(item)
 
-    async def call(self, function: Callable[..., R], *arguments: object) -> R:
+    async def call(self, function: Callable[..., C], *arguments: object) -> C:
         """Run something else between two batches."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
@@ -81,7 +82,7 @@ class TokenBatcher(Generic[P, R]):
         while batch := self._take():
             try:
                 payloads: list[P] = [item.payload for item in batch]  # type: ignore[misc]
-                answers = await self.call(self._run, batch[0].key, payloads)  # type: ignore[arg-type]
+                answers = await self.call(self._run, batch[0].key, payloads)
             except Exception as error:
                 for item in batch:
                     if not item.answer.done():
