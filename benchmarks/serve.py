@@ -19,7 +19,7 @@ serve/contract/settings.py; the load comes over the loopback interface from a pr
   loop, at random moments whatever is answered. Tokens per second of answers with status 200, over those of the closed
   loop; median of the rounds. `refused_p50_ms`, `refused_p99_ms`, `refused_max_ms`: from the moment at which a request
   was to leave until its 429 was there. `healthz_max_ms`: the slowest `GET /healthz` meanwhile.
-- `recovery_s`: from SIGKILL to the only process with models until the next answer with status 200, asked every
+- `recovery_s`: from SIGKILL to the only replica until the next answer with status 200, asked every
   `RECOVERY_PAUSE_S`; `recovery_statuses`, what was answered until then. Medians and sums of `recoveries` kills.
 - `csr_speedup`, `csr_size_ratio`: 1,024 tokens x 96 features as an object for each entry, by the standard library's
   json from objects that lie ready, over the whole answer in safetensors from the model's arrays. `json_speedup` is the
@@ -60,6 +60,7 @@ from serve.contract import Encoded, Options, RunKey, Tokenised
 from serve.http import formats
 from serve.service import WEIGHTS, ServedRun
 
+# What brings PyTorch along is imported in functions: it reads the environment that `main` sets.
 if TYPE_CHECKING:
     from serve.contract import Settings
     from serve.service import RunEncoder
@@ -242,7 +243,7 @@ def measure_load(
 
 
 def measure_recovery(port: int, times: int) -> dict[str, Any]:
-    """Kill the process that holds the models, and ask until it is replaced."""
+    """Kill the only replica, and ask until it is replaced."""
     import psutil
 
     sent = request("POST", "/encode", "127.0.0.1", formats.JSON, json.dumps({"inputs": SENTENCE}))
@@ -371,7 +372,7 @@ def measure(pairs: int, rounds: int, seconds: float, kills: int) -> dict[str, An
 
             from serve.service import RunEncoder
 
-            torch.set_num_threads(len(os.sched_getaffinity(0)))  # as the service's only encoder
+            torch.set_num_threads(len(os.sched_getaffinity(0)))  # as the service's only replica
             encoder = RunEncoder(run_directory)
             if pairs:
                 found |= measure_latency(port, encoder, served, pairs)
@@ -390,12 +391,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=1000, help="of requests and forward passes (default: 1,000)")
     parser.add_argument("--rounds", type=int, default=5, help="of loads (default: 5)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load (default: 20)")
-    parser.add_argument("--kills", type=int, default=3, help="of the process with the models (default: 3)")
+    parser.add_argument("--kills", type=int, default=3, help="of the only replica (default: 3)")
     arguments = parser.parse_args(argv)
     from serve.contract import ENVIRONMENT, free_ports
 
     # Before torch's and Ray's processes start.
     os.environ.update(RAY_AUTH_MODE="disabled", KMP_BLOCKTIME="0", OMP_WAIT_POLICY="PASSIVE")
+    # Ray lets its workers go behind all other processes (nice 15), here the load generator, which stands for other
+    # machines.
+    os.environ["RAY_worker_niceness"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.update(ENVIRONMENT | free_ports())
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):

@@ -298,6 +298,12 @@ def test_tokenize_and_who_answered(client: httpx.Client, truth: Truth) -> None:
         assert response.headers["x-request-id"] == "mine-1" and b"mine-1" in response.content
 
 
+@pytest.mark.parametrize("accept", ["application/json; charset=utf-8", "APPLICATION/JSON", "text/html, */*;q=0.1"])
+def test_what_clients_send_as_accept(client: httpx.Client, accept: str) -> None:
+    response = client.post("/tokenize", json={"inputs": "a"}, headers={"Accept": accept})
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+
+
 NO_ROOM = ServiceError(429, "overloaded", "no room", {"limit": 1}, {"Retry-After": "1"})
 
 

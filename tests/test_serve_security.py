@@ -276,19 +276,19 @@ def test_the_time_limit_is_one_for_all_parts_of_a_request(tmp_path: Path, media_
         async def encode_windows(self, key: RunKey, windows: Any, options: Options) -> list[Encoded]:
             await self.load(key)  # that takes its time, too
             async with self.free:
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.5)
             return await super().encode_windows(key, windows, options)
 
     async def check() -> None:
         control = LocalControl(make_run(tmp_path / "one"))
-        service = make_service(control, OneByOne, request_timeout_s=0.8, max_batch_tokens=8)
+        service = make_service(control, OneByOne, request_timeout_s=2.0, max_batch_tokens=8)
         await service.models.load(service.state.current)
         async with talk(service) as client:
             short = await client.post("/encode", json={"inputs": ["abcdef"]}, headers={"Accept": media_type})
             assert short.status_code == 200 and "timeout" not in short.text
             late = await client.post("/encode", json={"inputs": ["abcdef"] * 6}, headers={"Accept": media_type})
             error = late.json() if media_type == "application/json" else json.loads(late.text.splitlines()[-1])
-            assert (error["error_type"], error["detail"]) == ("timeout", {"limit": 0.8})
+            assert (error["error_type"], error["detail"]) == ("timeout", {"limit": 2.0})
 
     asyncio.run(check())
 
