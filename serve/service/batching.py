@@ -88,7 +88,7 @@ class TokenBatcher(Generic[P, R]):
                     if not item.answer.done():
                         item.answer.set_exception(error)
                 continue
-            for item, answer in zip(batch, answers, strict=True):  # type: ignore[call-overload]
+            for item, answer in zip(batch, answers, strict=True):
                 if not item.answer.done():  # else it was cancelled meanwhile
                     item.answer.set_result(answer)
 
