@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ def check(config: RunConfig) -> None:
     except ImportError as error:
         raise ConfigError(f"output.root={config.output.root}: {error}; pip install -e '.[s3]' or '.[gcs]'") from None
     if config.output.run_id:
-        check_unfinished(RunDirectory(f"{output_root(config)}/{config.output.run_id}"))
+        check_unfinished(RunDirectory(posixpath.join(output_root(config), config.output.run_id)))
     check_model(config.model)
     check_data(config)
     check_optional(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import uuid
 from datetime import UTC, datetime
 
@@ -36,7 +37,7 @@ def run_directory(config: RunConfig) -> RunDirectory:
     if run_id is None:
         model = config.model.name.removeprefix("pip:").replace("random:", "random-").rstrip("/").split("/")[-1]
         run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{model}-{_layer_names(config)}"
-    return RunDirectory(f"{output_root(config)}/{run_id}")
+    return RunDirectory(posixpath.join(output_root(config), run_id))
 
 
 def check_unfinished(run: RunDirectory) -> None:
@@ -69,7 +70,7 @@ def share_places(config: RunConfig, run: RunDirectory) -> RunConfig:
     if not others:
         return config
     if config.output.token_store is None and "://" not in config.output.root:
-        places = config.output.model_copy(update={"token_store": f"{output_root(config)}/tokens"})
+        places = config.output.model_copy(update={"token_store": posixpath.join(output_root(config), "tokens")})
         config = config.model_copy(update={"output": places})
     probe = f".reached-by-{uuid.uuid4().hex[:8]}"
     run.write(probe, probe)

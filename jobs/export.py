@@ -11,6 +11,7 @@ An import takes the options of jobs/train.py. Formats, and what is exact in them
 from __future__ import annotations
 
 import argparse
+import posixpath
 import sys
 from datetime import UTC, datetime
 
@@ -82,7 +83,7 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
     info = check_model(config.model)
     name = config.model.name.rstrip("/").split("/")[-1].split(":")[-1]
     run_id = config.output.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-layer{config.model.layer}-imported"
-    run = RunDirectory(f"{config.output.root}/{run_id}")
+    run = RunDirectory(posixpath.join(config.output.root, run_id))
     write_run(imported, config, info, run)
     return run
 

@@ -219,3 +219,9 @@ def test_files_that_are_no_files_of_that_kind_are_refused(tmp_path: Path) -> Non
         (tmp_path / "cfg.json").write_text(cfg)
         with pytest.raises(ImportFailure, match="is not a readable SAELens folder"):
             read_saelens(str(tmp_path))
+
+
+@pytest.mark.parametrize("read", [read_gemma_scope, read_saelens])
+def test_a_url_is_refused_as_it_was_given(read: Any) -> None:
+    with pytest.raises(ImportFailure, match="--import s3://bucket/layer_5: imports are read from local directories"):
+        read("s3://bucket/layer_5")

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import fsspec
 import pytest
 
+from cluster.pipeline import _run_directory
 from mtc.config import load_preset, to_yaml
 from mtc.storage import Lease, RunDirectory, RunError, open_run, write_atomic
 
@@ -26,6 +27,22 @@ def make(root, name):
     run.write("report/plot.png", b"\x89PNG" + bytes(300))
     run.write("checkpoints/x/big.bin", b"not part of the run")
     return run
+
+
+def test_a_root_may_end_with_a_slash(root):
+    config = load_preset("tiny", {"output": {"root": f"{root}/", "run_id": "a"}})
+    run = _run_directory(config)
+    assert run.url == f"{root}/a"
+    run.write("config.yaml", to_yaml(config))
+    run.publish()
+    assert open_run(f"{root}/latest").url == run.url
+
+
+def test_lines_of_json(root):
+    run = make(root, "a")
+    assert run.read_lines("events.jsonl") == []
+    run.write("events.jsonl", '{"kind": "a"}\n\n{"kind": "\u2028b\x85"}\n')
+    assert run.read_lines("events.jsonl") == [{"kind": "a"}, {"kind": "\u2028b\x85"}]
 
 
 def test_only_published_runs_are_found(root):

@@ -65,7 +65,7 @@ def read_gemma_scope(path: str) -> Imported:
     `resid_mid` with `input_norm: rms`. Layer and k are taken from the path where it says them (`layer_5`,
     `average_l0_59`).
     """
-    file = Path(path)
+    file = _local(path)
     file = file / "params.npz" if file.is_dir() else file
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -84,7 +84,7 @@ def read_gemma_scope(path: str) -> Imported:
 
 def read_saelens(path: str) -> Imported:
     """A folder with `cfg.json` and `sae_weights.safetensors`. Raises ImportFailure for what is no usable transcoder."""
-    folder = Path(path)
+    folder = _local(path)
     config_file, weights_file = folder / "cfg.json", folder / "sae_weights.safetensors"
     try:
         cfg = json.loads(config_file.read_text())
@@ -167,6 +167,12 @@ def write_run(imported: Imported, config: RunConfig, info: ModelInfo, run: RunDi
     run.write("transcoder.safetensors", transcoder.to_bytes())
     run.write("import.json", json.dumps(imported.origin, indent=1))
     run.publish()
+
+
+def _local(path: str) -> Path:
+    if "://" in path:
+        raise ImportFailure(f"--import {path}: imports are read from local directories; copy the files to one")
+    return Path(path)
 
 
 def _imported(
