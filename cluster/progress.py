@@ -130,8 +130,8 @@ class ProgressReader:
         """Of each layer, rows by step, in the order of steps."""
         self.events: list[dict[str, Any]] = []
         for layer, run in runs.items():
-            self.histories[layer] = {row["step"]: row for row in _read_lines(run, "metrics.jsonl")}
-            self.events = _read_lines(run, "events.jsonl")
+            self.histories[layer] = {row["step"]: row for row in run.read_lines("metrics.jsonl")}
+            self.events = run.read_lines("events.jsonl")
         self.stopped: str | None = None
         """Why a trainer wants the whole run to end."""
         self._name, self._position = "", 0
@@ -261,12 +261,6 @@ class ProgressReader:
 def _newest(history: Mapping[int, Any]) -> int:
     """The last step; 0 before the first."""
     return next(reversed(history), 0)
-
-
-def _read_lines(run: RunDirectory, name: str) -> list[dict[str, Any]]:
-    if not run.exists(name):
-        return []
-    return [json.loads(line) for line in run.read(name).decode().splitlines()]
 
 
 def balance(timing: StreamTiming) -> str:

@@ -113,7 +113,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         store_url = build_token_store(config, plan.label_selector)
         store = TokenStore.open(store_url).info
         facts = [_earlier_facts(config, run.for_layer(s.layer), store, plan) for s in config.model.sites]
-        histories = [_history(run.for_layer(s.layer)) for s in config.model.sites]
+        histories = [run.for_layer(s.layer).read_lines("metrics.jsonl") for s in config.model.sites]
         analyses = analyse_and_write(config, plan, run, store_url, facts, histories, lease.require)
         lease.require()
         publish(run, latest=False)
@@ -167,12 +167,6 @@ def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan:
         num_model_actors=plan.num_model_actors,
         **about,
     )
-
-
-def _history(run: RunDirectory) -> list[dict[str, Any]]:
-    if not run.exists("metrics.jsonl"):
-        return []
-    return [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from mtc.config import ConfigError, ModelConfig
 from mtc.language_model.architectures import ModelError, ModelInfo
 from mtc.storage import cache_directory, write_atomic
+from mtc.wheels import wheel_files
 
 _GGUF_NAMES = {"gemma3": "gemma3_text"}  # where GGUF's architecture is called otherwise than transformers' model type
 
@@ -60,8 +61,7 @@ def gguf_parts(config: ModelConfig) -> list[Path]:
 
 def _files_named(distribution: str, pattern: str) -> dict[str, Path]:
     """Installed files of a distribution whose name matches, by name."""
-    files = metadata.files(distribution) or []
-    return {f.name: Path(str(f.locate())) for f in files if re.fullmatch(pattern, f.name)}
+    return {path.name: path for path in wheel_files(distribution).values() if re.fullmatch(pattern, path.name)}
 
 
 def gguf_digest(config: ModelConfig, parts: list[Path]) -> str:

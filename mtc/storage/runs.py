@@ -110,6 +110,13 @@ class RunDirectory:
         except FileNotFoundError:
             raise RunError(f"{self.url} has no file {name!r}") from None
 
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """The objects of a file of JSON lines; none if it is not there."""
+        try:
+            return json_lines(self.read(name))
+        except RunError:
+            return []
+
     def write(self, name: str, data: bytes | str, patience: float = PATIENCE) -> None:
         """Write a file so that a reader sees the old content or the new, never a part.
 
@@ -232,6 +239,11 @@ def _latest(url: str) -> str:
     except FileNotFoundError:
         raise RunError(f"no finished run in {posixpath.dirname(url)}") from None
     return posixpath.join(posixpath.dirname(url), name)
+
+
+def json_lines(content: bytes) -> list[Any]:
+    """What the lines of a file hold, blank ones left out; raises ValueError for one that is no JSON."""
+    return [json.loads(line) for line in content.split(b"\n") if line.strip()]
 
 
 def load_analysis(run: RunDirectory) -> Analysis:

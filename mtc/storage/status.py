@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 from mtc.record import Record
 from mtc.storage.checkpoints import Checkpoints
@@ -62,7 +62,7 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
         raise RunError(f"no run at {run.url}: there is no config.yaml")
     config = run.config()
     layer = run.for_layer(config.model.sites[0].layer)
-    history, events = _lines(layer, "metrics.jsonl"), _lines(layer, "events.jsonl")
+    history, events = layer.read_lines("metrics.jsonl"), layer.read_lines("events.jsonl")
     row = history[-1] if history else {}
     finished = run.is_finished()
     state: State = "finished" if finished else "running" if _has_job(run, watch_seconds) else "stopped"
@@ -131,12 +131,6 @@ def _sign(run: RunDirectory) -> bytes | None:
         return run.read(WRITER)
     except RunError:
         return None
-
-
-def _lines(run: RunDirectory, name: str) -> list[dict[str, Any]]:
-    if not run.exists(name):
-        return []
-    return [json.loads(line) for line in run.read(name).decode().splitlines()]
 
 
 def _iso(seconds: float | None) -> str | None:

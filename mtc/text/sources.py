@@ -11,6 +11,7 @@ import fsspec
 from mtc.config import DataConfig
 from mtc.errors import MtcError
 from mtc.storage import absolute
+from mtc.wheels import wheel_files
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -69,17 +70,16 @@ def source_files(data: DataConfig) -> list[SourceFile]:
 
 def _wheel_files(distribution: str) -> list[SourceFile]:
     try:
-        found = importlib.metadata.files(distribution) or []
+        found = wheel_files(distribution)
     except importlib.metadata.PackageNotFoundError:
         raise DataError(
             f"data.name='pip:{distribution}': the wheel is not installed; pip install {distribution}"
         ) from None
     files = []
-    for path in sorted(found, key=str):
+    for name, path in found.items():
         # A wheel's own metadata (top_level.txt, entry_points.txt) is not its text.
-        if path.suffix == ".txt" and not path.parts[0].endswith((".dist-info", ".egg-info")):
-            location = str(path.locate())
-            files.append(SourceFile(location, str(path), str(fsspec.filesystem("file").size(location))))
+        if path.suffix == ".txt" and not name.split("/")[0].endswith((".dist-info", ".egg-info")):
+            files.append(SourceFile(str(path), name, str(path.stat().st_size)))
     if not files:
         raise DataError(f"data.name='pip:{distribution}': the wheel has no .txt files")
     return files
