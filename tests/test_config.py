@@ -124,6 +124,49 @@ def test_several_layers_are_numbers_or_mappings_and_each_is_a_run_of_its_own():
     assert one.for_layers() == (one,)
 
 
+def model_as_saved(config):
+    return yaml.safe_load(to_yaml(config))["model"]
+
+
+def test_layers_are_saved_in_one_way():
+    one, several = (
+        load_preset("tiny"),
+        load_preset("tiny", {"model": {"layers": [2, {"layer": 0, "source": "mlp_in"}]}}),
+    )
+    assert {"layer": 1, "source": "resid_mid", "target": "mlp_out"}.items() <= model_as_saved(one).items()
+    assert "layers" not in model_as_saved(one)
+    assert not {"layer", "source", "target"} & model_as_saved(several).keys()
+    assert model_as_saved(several)["layers"][1] == {"layer": 0, "source": "mlp_in", "target": "mlp_out"}
+    assert load_preset("tiny", {"model": {"layers": [1]}}) == one, "a list of one is one"
+    for config in (one, several):  # as they were saved before
+        older = config.model_dump(mode="json")
+        assert {"layer", "layers"} <= older["model"].keys()
+        assert make_config(older) == make_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_an_option_replaces_what_a_file_says_of_layers_in_the_other_way(tmp_path):
+    several = load_preset("tiny", {"model": {"layers": [2, {"layer": 0, "source": "mlp_in"}]}})
+    older, saved = tmp_path / "older.yaml", tmp_path / "saved.yaml"
+    older.write_text(yaml.safe_dump(several.model_dump(mode="json")))
+    saved.write_text(to_yaml(several))
+
+    def sites(*options):
+        config, _ = parse_command_line(options, "")
+        assert config.model.layer == config.model.sites[0].layer
+        assert config.model.source == config.model.sites[0].source
+        return [(s.layer, s.source) for s in config.model.sites]
+
+    for file in (older, saved):
+        assert sites("--config", str(file)) == [(2, "resid_mid"), (0, "mlp_in")]
+        assert sites("--config", str(file), "--model.layer=1") == [(1, "resid_mid")]
+        assert sites("--config", str(file), "--model.layers", "[1]") == [(1, "resid_mid")]
+        assert sites("--config", str(file), "--model.source", "mlp_in") == [(2, "mlp_in"), (0, "mlp_in")]
+    assert sites("--preset", "tiny", "--model.layers", "[0, 2]") == [(0, "resid_mid"), (2, "resid_mid")]
+    assert sites("--preset", "tiny", "--model.layer", "0", "--model.layers", "[0, 2]")[0] == (0, "resid_mid")
+    with pytest.raises(ConfigError, match=r"model\.layer=1 and model\.layers=\[0, 2\] disagree: give one of them"):
+        sites("--preset", "tiny", "--model.layer", "1", "--model.layers", "[0, 2]")
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

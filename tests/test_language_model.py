@@ -64,7 +64,8 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> ModelConfig:
 
 
 def make_config(architecture: str, **settings: Any) -> ModelConfig:
-    return ModelConfig(name=f"random:{architecture}", dtype="float32", **({"layer": LAYER} | settings))
+    where = {} if "layers" in settings else {"layer": LAYER}
+    return ModelConfig(name=f"random:{architecture}", dtype="float32", **(where | settings))
 
 
 LENGTHS = (20, 20, 17, 3, 20, 1, 9)
@@ -105,7 +106,7 @@ def test_resid_mid_plus_mlp_out_is_the_layers_output(config: ModelConfig) -> Non
 def test_several_layers_of_one_pass_equal_each_layer_alone(config: ModelConfig) -> None:
     packed, only = windows(), torch.tensor([3, 40, 89, 1])
     layers = [{"layer": 2, "source": "mlp_in"}, {"layer": 0}]
-    several = ModelConfig.model_validate(config.model_dump() | {"layers": layers})
+    several = ModelConfig.model_validate(config.model_dump(exclude={"layer"}) | {"layers": layers})
     pairs = LanguageModel(several).capture(packed, only)
     for pair, alone in zip(pairs, layers, strict=True):
         expected = capture(config.model_copy(update=alone), alone.get("source", "resid_mid"), packed)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from mtc.config.run_config import ConfigError, RunConfig
+from mtc.config.run_config import ConfigError, LayerConfig, RunConfig, _without_replaced_layers
 
 
 def preset_names() -> list[str]:
@@ -37,15 +37,22 @@ def make_config(*layers: dict[str, Any]) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """As it is saved: of `model.layer` and `model.layers` only the one that decides."""
+    parts = config.model_dump(mode="json")
+    for name in LayerConfig.model_fields if config.model.layers else ("layers",):
+        del parts["model"][name]
+    return yaml.safe_dump(parts, sort_keys=False)
 
 
 def merge_settings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """Nested values, those of `top` winning."""
     merged = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge_settings(merged[key], value) if both else value
+        below = merged.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            merged[key] = merge_settings(_without_replaced_layers(below, value) if key == "model" else below, value)
+        else:
+            merged[key] = value
     return merged
 
 

@@ -70,7 +70,7 @@ class ModelConfig(Record):
     """What the transcoder reconstructs."""
     layers: tuple[LayerConfig, ...] | None = Field(default=None, min_length=1)
     """Several layers that one forward pass is read at, each with a transcoder of its own: numbers, or mappings of
-    `layer`, `source` and `target`. `layer`, `source` and `target` above are then those of the first."""
+    `layer`, `source` and `target`. Given instead of `layer`; `source` and `target` above hold for numbers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the language model; `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
     compile: bool | None = None
@@ -85,14 +85,21 @@ class ModelConfig(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_layers(cls, values: Any) -> Any:
-        """Numbers in `layers` stand for layers with the sites given outside; the first one fills `layer`."""
+        """Makes one form of all: several layers are `layers`, with `layer`, `source` and `target` those of the first;
+        a single one is `layer`, `source` and `target`."""
         if not isinstance(values, dict) or not isinstance(values.get("layers"), list | tuple) or not values["layers"]:
             return values
         shared = {name: values[name] for name in ("source", "target") if name in values}
-        layers = [entry if isinstance(entry, dict | LayerConfig) else {"layer": entry} for entry in values["layers"]]
-        full = [shared | entry if isinstance(entry, dict) else entry.model_dump() for entry in layers]
+        layers = [dict(entry) if isinstance(entry, LayerConfig) else entry for entry in values["layers"]]
+        full = [shared | (entry if isinstance(entry, dict) else {"layer": entry}) for entry in layers]
         first = {name: full[0][name] for name in LayerConfig.model_fields if name in full[0]}
-        return values | {"layers": full} | first
+        if (
+            "layer" in values and "layer" in first and str(values["layer"]) != str(first["layer"])
+        ):  # options are strings
+            numbers = [entry.get("layer") for entry in full]
+            raise ValueError(f"model.layer={values['layer']} and model.layers={numbers} disagree: give one of them")
+        alone = len(full) == 1 and full[0].keys() == first.keys() and isinstance(first["layer"], int)
+        return values | {"layers": None if alone else full} | first
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -360,3 +367,15 @@ class RunConfig(Record):
                 f"(data.num_tokens={self.data.num_tokens} / optimizer.batch_tokens={batch})"
             )
         return self
+
+
+def _without_replaced_layers(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` without what it says of layers in another way than `top` does."""
+    if top.get("layers"):
+        return {name: value for name, value in base.items() if name != "layer"}
+    if "layer" in top:
+        return {name: value for name, value in base.items() if name != "layers"}
+    sites = {name: top[name] for name in ("source", "target") if name in top}
+    if not sites or not isinstance(base.get("layers"), list | tuple):
+        return base
+    return base | {"layers": [(e if isinstance(e, dict) else {"layer": e}) | sites for e in base["layers"]]}
