@@ -399,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(RAY_AUTH_MODE="disabled", KMP_BLOCKTIME="0", OMP_WAIT_POLICY="PASSIVE")
     # Ray lets its workers go behind all other processes (nice 15), here the load generator, which stands for other
     # machines.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - what Ray calls it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.update(ENVIRONMENT | free_ports())
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):

@@ -19,8 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from mtc.config import ConfigError, ModelConfig
 from mtc.language_model.architectures import ModelError, ModelInfo
-from mtc.storage import cache_directory, write_atomic
-from mtc.wheels import wheel_files
+from mtc.storage import cache_directory, wheel_files, write_atomic
 
 _GGUF_NAMES = {"gemma3": "gemma3_text"}  # where GGUF's architecture is called otherwise than transformers' model type
 

@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mtc.results import ProbeTask
-from mtc.storage import absolute, json_lines
+from mtc.storage import absolute, json_lines, wheel_files
 from mtc.text import DataError, document_id
-from mtc.wheels import wheel_files
 
 SAE_PROBES = "sae_probes/data/cleaned_data"
 BLOCK_BYTES = 1 << 25

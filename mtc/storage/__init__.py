@@ -17,6 +17,7 @@ from mtc.storage.runs import (
     require_one_layer,
 )
 from mtc.storage.status import describe, run_status
+from mtc.storage.wheels import wheel_files
 
 __all__ = [
     "LISTING_SECONDS",
@@ -45,5 +46,6 @@ __all__ = [
     "require_one_layer",
     "rows_left",
     "run_status",
+    "wheel_files",
     "write_atomic",
 ]

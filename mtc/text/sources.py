@@ -10,8 +10,7 @@ import fsspec
 
 from mtc.config import DataConfig
 from mtc.errors import MtcError
-from mtc.storage import absolute
-from mtc.wheels import wheel_files
+from mtc.storage import absolute, wheel_files
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
