@@ -1,5 +1,10 @@
-"""One local Ray for the whole session; models and token stores in a cache of the session's own."""
+"""One local Ray for the whole session; models and token stores in a cache of the session's own.
 
+With `-n` (pytest-xdist), what uses the session's Ray stays in one process and each other file in one, so that modules'
+fixtures are made once; what takes longest starts first.
+"""
+
+import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,11 +23,31 @@ for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_NAMESPACE"):  # of a 
 os.environ.update(ENVIRONMENT)
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
 os.environ.update(free_ports())  # another Ray on this machine may have the usual ones
+# Of processes that tests fork. torch imports the last two by itself when DDP or an optimizer first works.
+PRELOADED = ["cluster.training", "cluster.resume", "cluster.batches", "mtc.training.trainer", "torch._dynamo", "sympy"]
+multiprocessing.set_forkserver_preload(PRELOADED)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            shared = "ray_cluster" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ray" if shared else item.path.stem))
+
+    def order(item: pytest.Item) -> tuple[bool, bool]:
+        marks = [mark.args[0] for mark in item.iter_markers("xdist_group")]
+        return "ray" not in marks, item.get_closest_marker("slow") is None
+
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cache")
+    """That of all processes of the session."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    path.mkdir(exist_ok=True)
     os.environ["MTC_CACHE"] = str(path)
     return path
 
@@ -37,7 +62,7 @@ def ray_cluster(cache_directory: Path) -> Iterator[Any]:
         address="local",
         num_cpus=2,
         object_store_memory=120_000_000,  # small: streams must not depend on room
-        dashboard_host="127.0.0.1",
+        include_dashboard=False,
         log_to_driver=False,
         _temp_dir=temporary,
     )

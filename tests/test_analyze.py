@@ -54,19 +54,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def analysed(ray_cluster: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
-    """The same weights analysed by one model actor and by three, and other weights."""
+    """The same weights analysed by one model actor and by two, and other weights."""
     root = tmp_path_factory.mktemp("runs")
-    runs = [make_run(root, name, seed, text) for name, seed in (("one", 0), ("three", 0), ("other", 1))]
-    for run, actors, loss_tokens in zip(runs, (1, 3, 1), (400, 400, 0), strict=True):
+    runs = [make_run(root, name, seed, text) for name, seed in (("one", 0), ("two", 0), ("other", 1))]
+    for run, actors, loss_tokens in zip(runs, (1, 2, 1), (400, 400, 0), strict=True):
         settings = {"cluster": {"num_model_actors": actors}, "analysis": {"loss_tokens": loss_tokens}}
         analyse_run(run.url, settings)
     return runs
 
 
 def test_any_number_of_actors_writes_the_same_files(analysed: list[RunDirectory]) -> None:
-    one, three, other = (open_run(run.url) for run in analysed)  # verifies every digest
+    one, two, other = (open_run(run.url) for run in analysed)  # verifies every digest
     for name in ("examples.parquet", "features.parquet"):
-        assert one.read(name) == three.read(name)
+        assert one.read(name) == two.read(name)
         assert one.read(name) != other.read(name)
 
     def figures(run: RunDirectory) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_any_number_of_actors_writes_the_same_files(analysed: list[RunDirectory]
         del found["config"]["cluster"], found["config"]["output"]
         return found
 
-    assert figures(one) == figures(three)
+    assert figures(one) == figures(two)
 
 
 def test_every_figure_is_filled(analysed: list[RunDirectory]) -> None:
@@ -149,8 +149,8 @@ def test_what_cannot_be_analysed_is_refused(
 
 
 def test_two_runs_side_by_side(analysed: list[RunDirectory], tmp_path: Path) -> None:
-    one, three, other = (run.url for run in analysed)
-    assert analyze.main(["--compare", one, three, "--output", str(tmp_path / "same")]) == 0
+    one, two, other = (run.url for run in analysed)
+    assert analyze.main(["--compare", one, two, "--output", str(tmp_path / "same")]) == 0
     same = Comparison.model_validate_json((tmp_path / "same" / "comparison.json").read_bytes())
     pairs = pq.read_table(tmp_path / "same" / "matches.parquet")
     assert pairs["feature_a"].to_pylist() == pairs["feature_b"].to_pylist() == list(range(64))

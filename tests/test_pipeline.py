@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kustomize import find, pods
 
+from mtc.analysis import recompute as evaluation
+from mtc.config import load_preset
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
 from mtc.storage import Progress, RunError, open_run
 from mtc.text import TokenStore, work_units
@@ -78,13 +82,11 @@ def test_job_trains_analyses_and_publishes(served):
     assert {f"report/{name}" for name in report} <= names
 
 
-def test_recomputation_from_the_run_directory_agrees(served):
+def test_recomputation_from_the_run_directory_agrees(served, capsys):
     _, run = served
-    done = subprocess.run(
-        [sys.executable, "-m", "mtc.analysis.recompute", run.url], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "fvu[64]" in done.stdout
+    code, said = evaluation.main([run.url]), capsys.readouterr()
+    assert code == 0, said.out + said.err
+    assert "fvu[64]" in said.out
 
 
 def test_encode_equals_an_offline_forward(served):
@@ -178,21 +180,24 @@ def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():
 
 
 def test_interrupted_and_killed_run_trains_every_token_once(tmp_path):
-    """Ctrl-C of a direct run with a Ray of its own: no process left, no run that a reader would pick up. The same
+    """The job's entrypoint, as the operator starts it: by a shell, with the pod's environment, a small run in the place
+    of the mounted one and a Ray of its own. Ctrl-C: no process left, no run that a reader would pick up. The same
     command then continues from the last checkpoint, loses its trainer to SIGKILL, and ends with each token trained
     once, and says what happened."""
-    command = [sys.executable, "jobs/train.py", "--preset", "tiny", "--data.num_tokens", "300000"]
-    command += [
-        "--cluster.checkpoint_every_steps",
-        "50",
-        "--optimizer.backend",
-        "sparse",
-        "--analysis.loss_tokens",
-        "0",
-    ]
-    command += ["--output.root", str(tmp_path / "runs"), "--output.run_id"]
-    process, output = _start([*command, "cut"])
-    _wait_for_another_start(tmp_path / "runs" / "cut", process)
+    runs, mounted = tmp_path / "storage" / "runs", tmp_path / "run.yaml"
+    small = {
+        "data": {"num_tokens": 200_000}, "cluster": {"checkpoint_every_steps": 50}, "optimizer": {"backend": "sparse"},
+        "analysis": {"loss_tokens": 0}, "output": {"run_id": "cut"},
+    }  # fmt: skip
+    mounted.write_text(json.dumps(load_preset("tiny", small).model_dump(mode="json", exclude_unset=True)))
+    entrypoint = find("local", "RayJob")["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", shlex.quote(str(mounted)))
+    command = ["sh", "-c", entrypoint]
+    pod = next(pods("local", "RayJob")).container
+    environment = os.environ | {v["name"]: v["value"] for v in pod["env"] if "value" in v} | {"MTC_STORAGE": str(runs)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    process, output = _start(command, environment)
+    _wait_for_another_start(runs / "cut", process)
     assert _addresses_of_the_dashboard(process.pid) == {"127.0.0.1"}
     process.send_signal(signal.SIGINT)
     text = "".join(output)
@@ -203,18 +208,19 @@ def test_interrupted_and_killed_run_trains_every_token_once(tmp_path):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
     with pytest.raises(RunError, match="no finished run"):
-        open_run(str(tmp_path / "runs" / "latest"))
+        open_run(str(runs / "latest"))
     with pytest.raises(RunError, match="not finished"):
-        open_run(str(tmp_path / "runs" / "cut"))
+        open_run(str(runs / "cut"))
 
+    options = ["--config", str(mounted), "--output.root", str(runs), "--optimizer.lr", "0.1"]
     other = subprocess.run(
-        [*command, "cut", "--optimizer.lr", "0.1"], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "jobs/train.py", *options], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert other.returncode == 2
     assert "unfinished run with other values of optimizer.lr" in other.stderr
 
-    process, output = _start([*command, "cut"])
-    _wait_for_another_start(tmp_path / "runs" / "cut", process)
+    process, output = _start(command, environment)
+    _wait_for_another_start(runs / "cut", process)
     for pid, name in _processes_of_session(process.pid).items():
         if name.startswith("ray::RayTrainWorker"):
             os.kill(pid, signal.SIGKILL)
@@ -222,7 +228,9 @@ def test_interrupted_and_killed_run_trains_every_token_once(tmp_path):
     assert process.wait(120) == 0, text
     assert "failure: trainer 0 died" in text
     assert "each once" in text
-    run = open_run(str(tmp_path / "runs" / "latest"))
+    events = [json.loads(line)["event"] for line in text.splitlines() if line.startswith("{")]
+    assert events[-1] == "finished"
+    run = open_run(str(runs / "latest"))
     history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
     assert [row["step"] for row in history] == sorted({row["step"] for row in history})
     assert history[-1]["step"] == run.config().total_steps
@@ -236,10 +244,11 @@ def test_interrupted_and_killed_run_trains_every_token_once(tmp_path):
     assert progress.finished().tolist() == list(range(len(work.training)))
 
 
-def _start(command):
+def _start(command, environment):
     """The process, and its lines as they come."""
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )  # fmt: skip
     assert process.stdout is not None

@@ -1,7 +1,5 @@
 """Checkpoints and what continues from them: no token lost or trained twice, whatever the moment and the trainers."""
 
-import json
-import multiprocessing
 import os
 import random
 import signal
@@ -10,16 +8,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from fsspec.implementations.local import LocalFileSystem
+from ranks import run_ranks
 
 from cluster.batches import Batches
 from cluster.blocks import ActorCosts
@@ -50,11 +46,8 @@ def every_row():
     return Counter(int(v) for n in range(TRAINING) for v in make_unit(n).activations[0, "resid_mid"])
 
 
-def train_some(rank, world, url, output, steps, lost):
+def train_some(url, steps, lost, rank, world):
     """A trainer without a model: `steps` steps, a checkpoint, `lost` more steps, the end. All steps if it is None."""
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{output}/group", rank=rank, world_size=world)
-        dist.barrier()
     checkpoints = Checkpoints(url)
     checkpoint = checkpoints.latest()
     state = data_state(CONFIG, checkpoint, rank, world, "cpu")
@@ -76,23 +69,12 @@ def train_some(rank, world, url, output, steps, lost):
         done.append(batches.take(share)[0, "resid_mid"].flatten().int().tolist() if share.rows else [])
     held = sum(len(unit.rows) for unit in batches.calibration()) if steps is None else 0
     wrong = [int(unit) for unit in state.ledger.table()["unit"].to_numpy() if unit >= TRAINING]
-    Path(output, f"{rank}.json").write_text(json.dumps([done, shares, held, wrong]))
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    return done, shares, held, wrong
 
 
 def run_start(directory, number, world, steps, lost):
     """One start of `world` trainers; returns their rows by step, and the sizes of the global batches."""
-    output = directory / str(number)
-    output.mkdir()
-    arguments = (world, str(directory / "run"), str(output), steps, lost)
-    if world == 1:
-        train_some(0, *arguments)
-    else:
-        multiprocessing.set_forkserver_preload(["cluster.training", "cluster.resume", "cluster.batches", "test_resume"])
-        mp.start_processes(train_some, args=arguments, nprocs=world, start_method="forkserver")
-    found = [json.loads((output / f"{rank}.json").read_text()) for rank in range(world)]
+    found = run_ranks(train_some, world, directory / str(number), str(directory / "run"), steps, lost)
     assert all(f[1] == found[0][1] for f in found), "ranks disagree on the global batch"
     assert not any(f[3] for f in found), "calibration units in the ledger"
     by_step = [[row for f in found for row in f[0][step]] for step in range(len(found[0][0]))]

@@ -117,11 +117,11 @@ async def load(
 def replicas(deployment: str) -> list[int]:
     """Process ids of a deployment's live replicas."""
     import ray
-    from ray.util.state import list_actors
 
-    cluster = ray.get_runtime_context().gcs_address  # another Ray may be running here
-    actors = list_actors(cluster, filters=[("state", "=", "ALIVE")], limit=1000)
-    return [actor.pid for actor in actors if (actor.name or "").startswith(f"SERVE_REPLICA::mtc#{deployment}#")]
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    details = ray.get(controller.get_serve_instance_details.remote())
+    found = details["applications"]["mtc"]["deployments"][deployment]["replicas"]
+    return [replica["pid"] for replica in found if replica["state"] == "RUNNING"]
 
 
 def test_encode_equals_offline_forward(client: httpx.Client, offline: Any, root: Path) -> None:

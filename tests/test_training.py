@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 
 from mtc.config import ConfigError, load_preset
 from mtc.training import Calibrator, Health, ShuffleBuffer, StepMetrics, Trainer, Unit
@@ -53,43 +54,18 @@ def train_rank(steps, rank, world, backend="sparse"):
     return metrics, trainer
 
 
-def run_ranks(function, world, file, *arguments):
-    """Call `function(*arguments, rank, world)` of this module on every rank of a gloo group, each in a process."""
-    import os
-
-    import ray
-
-    @ray.remote(num_cpus=0.3)
-    class Rank:  # an actor, so that each rank has a process of its own
-        def run(self, rank):
-            import torch.distributed as dist
-
-            sys.path.insert(0, os.path.dirname(__file__))
-            import test_training
-
-            torch.set_num_threads(1)
-            dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-            dist.barrier()  # where the first collective is one-way, as in DDP, gloo may hang while it connects
-            result = getattr(test_training, function)(*arguments, rank, world)
-            dist.destroy_process_group()
-            return result
-
-    ranks = [Rank.remote() for _ in range(world)]
-    return ray.get([rank.run.remote(r) for r, rank in enumerate(ranks)], timeout=300)
-
-
 def trained_rank(backend, rank, world):
     metrics, trainer = train_rank(50, rank, world, backend)
     return [m._asdict() for m in metrics], {n: v.numpy() for n, v in trainer.transcoder.state_dict().items()}
 
 
 @pytest.mark.parametrize("backend", ["dense", "sparse"])
-def test_training_on_two_and_three_ranks_equals_one(ray_cluster, tmp_path, backend):
+def test_training_on_two_and_three_ranks_equals_one(tmp_path, backend):
     """Global-batch BatchTopK over 50 steps, through real gloo process groups, with AuxK active."""
     metrics, trainer = train_rank(50, 0, 1, backend)
     assert sum(m.dead > 0 for m in metrics) > 10, "AuxK must be active for this test to say anything"
     for world in (2, 3):
-        results = run_ranks("trained_rank", world, tmp_path / f"group{world}", backend)
+        results = run_ranks(trained_rank, world, tmp_path / str(world), backend)
         for history, state in results:
             for one, many in zip(metrics, history, strict=True):
                 assert one.loss == pytest.approx(many["loss"], rel=2e-4)
@@ -131,14 +107,14 @@ def automatic_choice(rank, world):
     return trainer.compute
 
 
-def test_ties_across_ranks_go_to_the_earlier_rank(ray_cluster, tmp_path):
-    results = run_ranks("chosen_among_ties", 3, tmp_path / "group")
+def test_ties_across_ranks_go_to_the_earlier_rank(tmp_path):
+    results = run_ranks(chosen_among_ties, 3, tmp_path / "ranks")
     for count, mask in chosen_among_ties(0, 1).items():
         assert [value for chosen in results for value in chosen[count]] == mask
 
 
-def test_automatic_choices_are_the_same_on_all_ranks(ray_cluster, tmp_path):
-    first, second = run_ranks("automatic_choice", 2, tmp_path / "group")
+def test_automatic_choices_are_the_same_on_all_ranks(tmp_path):
+    first, second = run_ranks(automatic_choice, 2, tmp_path / "ranks")
     assert first == second
     assert not first.bfloat16
 

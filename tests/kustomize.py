@@ -1,0 +1,67 @@
+"""The manifests of k8s/ as `kubectl apply -k` would send them to a cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+OVERLAYS = {"base": ROOT / "k8s" / "base"} | {n: ROOT / "k8s" / "overlays" / n for n in ("local", "gpu", "prod")}
+CLUSTERS = {"RayCluster": [], "RayJob": ["rayClusterSpec"], "RayService": ["rayClusterConfig"]}
+KUBECTL = Path(sys.executable).parent / "kubectl"
+Document = dict[str, Any]
+
+
+def kustomize(directory: Path) -> list[Document]:
+    done = subprocess.run([KUBECTL, "kustomize", directory], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
+
+
+@cache
+def rendered(overlay: str) -> list[Document]:
+    return kustomize(OVERLAYS[overlay])
+
+
+def find(overlay: str, kind: str, name: str | None = None) -> Document:
+    (found,) = [d for d in rendered(overlay) if d["kind"] == kind and name in (None, d["metadata"]["name"])]
+    return found
+
+
+def cluster_of(document: Document) -> Document:
+    spec: Document = document["spec"]
+    for step in CLUSTERS[document["kind"]]:
+        spec = spec[step]
+    return spec
+
+
+class Pods(NamedTuple):
+    """One group of a cluster's pods."""
+
+    kind: str
+    """That of the document that asks for them."""
+    cluster: Document
+    group: Document
+    spec: Document
+    container: Document
+    """The one that runs Ray."""
+    is_head: bool
+    labels: dict[str, str]
+    """Of the template, and those that the operator adds."""
+
+
+def pods(overlay: str, kind: str | None = None) -> Iterator[Pods]:
+    for document in rendered(overlay):
+        if document["kind"] in CLUSTERS and kind in (None, document["kind"]):
+            cluster = cluster_of(document)
+            for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+                is_head = group is cluster["headGroupSpec"]
+                spec = group["template"]["spec"]
+                labels = {"ray.io/node-type": "head" if is_head else "worker"} | group["template"]["metadata"]["labels"]
+                yield Pods(document["kind"], cluster, group, spec, spec["containers"][0], is_head, labels)
