@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-test
-# Two processes at once, what shares fixtures in one of them (tests/conftest.py); of any machine, for the memory's sake.
-IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+# Not one for each core: a Ray of its own runs beside every process.
+TEST_PROCESSES := 2
 PEERS_VENV := .venv-peers
 PEERS_INSTALLED := $(PEERS_VENV)/.installed
 
@@ -22,7 +22,7 @@ stop: $(INSTALLED)
 	$(BIN)/python -m jobs.quickstart stop
 
 test: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest $(IN_TWO)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 test-chaos: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest tests/chaos -m chaos -s

@@ -25,6 +25,7 @@ from mtc.language_model import model as lm
 from mtc.language_model.attention import Windows
 from mtc.language_model.flex import Kernel
 
+pytestmark = pytest.mark.slow
 MIXED = ([300, 70, 1, 5, 200], [128, 127, 1, 128], [40, 250], [257])
 compile_ = torch.compile
 

@@ -20,6 +20,7 @@ from benchmarks.gpu import SECTIONS, STEPS
 from benchmarks.gpu_checks import DeviceWatch, Findings, Waiting
 from mtc.training.backends import MeasuredStep, choose_backend
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 OURS = ("mtc", "benchmarks", "cluster")
 ON_A_GPU_MACHINE = {

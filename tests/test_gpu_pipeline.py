@@ -23,6 +23,7 @@ from mtc.storage import Progress, open_run
 from mtc.text import TokenStore, heldout_units
 from mtc.transcoder import load_transcoder
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"--preset": "tiny", "--model.dtype": "float32", "--model.compile": "false"}
 

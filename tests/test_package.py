@@ -15,6 +15,7 @@ import yaml
 
 from mtc.config import preset_names
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mtc", "cluster", "jobs", "serve")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

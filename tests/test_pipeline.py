@@ -27,6 +27,7 @@ from mtc.storage import Progress, RunError, open_run
 from mtc.text import TokenStore, work_units
 from mtc.transcoder import load_transcoder
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 
 
