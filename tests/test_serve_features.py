@@ -62,7 +62,7 @@ FILTERS: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("filters", "passes"), FILTERS, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(("filters", "passes"), FILTERS, ids=[str(filters)[:40] for filters, _ in FILTERS])
 def test_filters(client: httpx.Client, rows: list[dict[str, Any]], filters: dict[str, Any], passes: Any) -> None:
     answer = client.get("/features", params=filters).json()
     expected = [row["feature"] for row in rows if passes(row)]
