@@ -1,5 +1,8 @@
 """The sparse loss against the dense one under autograd, against finite differences, and against token-by-token sums."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.autograd import gradcheck
