@@ -25,7 +25,7 @@ from mtc.storage import RunDirectory
 from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--preset", "tiny", "--cluster.num_model_actors", "1", "--cluster.num_trainers", "1")
 
 

@@ -38,7 +38,7 @@ def document(api: Api) -> dict[str, Any]:
 
 
 def test_schemathesis_finds_nothing(api: Api, document: dict[str, Any], tmp_path: Path) -> None:
-    config = Path(__file__).parent / "schemathesis.toml"
+    config = Path(__file__).parents[1] / "schemathesis.toml"
     arguments = [f"{api.url}/openapi.json", "-H", f"Authorization: {api.headers['Authorization']}", "--checks", "all",
                  "--max-examples", "20", "--generation-deterministic", "--no-color"]  # fmt: skip
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(config), "run", *arguments]

@@ -24,7 +24,7 @@ from mtc.text import TokenStore, heldout_units
 from mtc.transcoder import load_transcoder
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {"--preset": "tiny", "--model.dtype": "float32", "--model.compile": "false"}
 
 

@@ -28,7 +28,7 @@ from mtc.text import TokenStore, work_units
 from mtc.transcoder import load_transcoder
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import fsspec
 import pytest
 
-from cluster.pipeline import _run_directory
+from cluster.places import run_directory
 from mtc.config import load_preset, to_yaml
 from mtc.storage import Lease, RunDirectory, RunError, open_run, write_atomic
 
@@ -31,7 +31,7 @@ def make(root, name):
 
 def test_a_root_may_end_with_a_slash(root):
     config = load_preset("tiny", {"output": {"root": f"{root}/", "run_id": "a"}})
-    run = _run_directory(config)
+    run = run_directory(config)
     assert run.url == f"{root}/a"
     run.write("config.yaml", to_yaml(config))
     run.publish()

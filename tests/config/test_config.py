@@ -9,7 +9,7 @@ from jobs.command_line import parse_command_line
 from mtc.config import ConfigError, load_preset, make_config, preset_names, to_yaml
 from mtc.language_model import check_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_reference_preset_is_the_reference_run():

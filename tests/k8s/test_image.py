@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPILERS = {"gcc", "g++", "cc", "clang", "build-essential", "make", "libc6-dev", "python3-dev", "tcc"}
 
 
@@ -252,7 +252,7 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
         ".venv/bin/python",
         "runs/x",
         "keys.json",
-        "tests/test_k8s.py",
+        "tests/k8s/test_k8s.py",
         "mtc/__pycache__/a.pyc",
     ):
         assert ignored(path), path

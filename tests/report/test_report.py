@@ -43,7 +43,7 @@ from tests.report_example import (
 )
 from tests.report_pages import Page, read_html, read_markdown, squeeze
 
-SCHEMA = Path(__file__).parent.parent / "docs" / "analysis.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "analysis.schema.json"
 MARKDOWN, HTML, JSON = report_names(1)
 Files = dict[str, bytes]
 

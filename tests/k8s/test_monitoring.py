@@ -18,7 +18,7 @@ from mtc.config import ConfigError, load_preset
 from mtc.telemetry import CATALOGUE, JOB
 from mtc.telemetry.metrics import PROCESS, RAY_PREFIX, SERVICE
 
-MONITORING = Path(__file__).parent.parent / "k8s" / "monitoring"
+MONITORING = Path(__file__).parents[2] / "k8s" / "monitoring"
 needs_promtool = pytest.mark.skipif(not prometheus.found(), reason="Debian's prometheus is not installed")
 
 

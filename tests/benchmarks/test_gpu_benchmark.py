@@ -21,7 +21,7 @@ from benchmarks.gpu_checks import DeviceWatch, Findings, Waiting
 from mtc.training.backends import MeasuredStep, choose_backend
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OURS = ("mtc", "benchmarks", "cluster")
 ON_A_GPU_MACHINE = {
     "torch", "numpy", "scipy", "pyarrow", "yaml", "fsspec", "filelock", "transformers", "tokenizers", "huggingface_hub",

@@ -13,7 +13,7 @@ import pytest
 from mtc.config import ConfigError
 from mtc.telemetry import logs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SAYS = """
 import logging, os, sys
 from mtc.telemetry.logs import configure, fail, prints_left_out, say, set_run
