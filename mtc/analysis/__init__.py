@@ -11,20 +11,7 @@ from mtc.analysis.loss_sums import LossSums
 from mtc.analysis.nesting import analyse_nesting
 
 __all__ = [
-    "MAX_BLOCKS",
-    "Findings",
-    "HeldOutPass",
-    "LogitEffects",
-    "LossSums",
-    "analyse_nesting",
-    "compare_runs",
-    "count_tokens",
-    "features_to_parquet",
-    "interval",
-    "logit_effects",
-    "loss_recovered",
-    "number_documents",
-    "read_feature",
-    "resample",
-    "share",
-]
+    "MAX_BLOCKS", "Findings", "HeldOutPass", "LogitEffects", "LossSums", "analyse_nesting", "compare_runs",
+    "count_tokens", "features_to_parquet", "interval", "logit_effects", "loss_recovered", "number_documents",
+    "read_feature", "resample", "share",
+]  # fmt: skip

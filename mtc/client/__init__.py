@@ -14,6 +14,6 @@ from mtc.client.calls import EncodeOptions
 from mtc.client.failures import Retry, ServiceError
 
 __all__ = [
-    "AsyncClient", "Client", "Decoding", "EncodeOptions", "EncodedInput", "Encoding", "Model", "Retry", "ServiceError",
-    "Tokenisation", "TokenisedInput", "Usage",
+    "AsyncClient", "Client", "Decoding", "EncodeOptions", "EncodedInput", "Encoding", "Model", "Retry",
+    "ServiceError", "Tokenisation", "TokenisedInput", "Usage",
 ]  # fmt: skip

@@ -8,14 +8,6 @@ from mtc.export.saelens import write_saelens
 from mtc.export.subject import Subject, load_subject, new_directory
 
 __all__ = [
-    "Subject",
-    "load_subject",
-    "new_directory",
-    "read_gemma_scope",
-    "read_saelens",
-    "write_circuit_tracer",
-    "write_gemma_scope",
-    "write_neuronpedia",
-    "write_run",
-    "write_saelens",
-]
+    "Subject", "load_subject", "new_directory", "read_gemma_scope", "read_saelens", "write_circuit_tracer",
+    "write_gemma_scope", "write_neuronpedia", "write_run", "write_saelens",
+]  # fmt: skip

@@ -7,16 +7,6 @@ from mtc.language_model.packing import PackedWindows, pack_windows
 from mtc.language_model.weights import check_model, load_tokenizer, prepare_model
 
 __all__ = [
-    "MODULES",
-    "Capture",
-    "LanguageModel",
-    "ModelError",
-    "ModelInfo",
-    "PackedWindows",
-    "Pending",
-    "SitePair",
-    "check_model",
-    "load_tokenizer",
-    "pack_windows",
-    "prepare_model",
-]
+    "MODULES", "Capture", "LanguageModel", "ModelError", "ModelInfo", "PackedWindows", "Pending", "SitePair",
+    "check_model", "load_tokenizer", "pack_windows", "prepare_model",
+]  # fmt: skip

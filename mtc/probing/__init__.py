@@ -7,13 +7,6 @@ from mtc.probing.spelling import measure_spelling
 from mtc.probing.tasks import available_tasks, load_task, task_named
 
 __all__ = [
-    "auc",
-    "available_tasks",
-    "load_task",
-    "main_features",
-    "measure_spelling",
-    "probe",
-    "require_sklearn",
-    "task_named",
-    "trained_documents",
-]
+    "auc", "available_tasks", "load_task", "main_features", "measure_spelling", "probe", "require_sklearn",
+    "task_named", "trained_documents",
+]  # fmt: skip

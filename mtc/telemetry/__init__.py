@@ -16,20 +16,6 @@ from mtc.telemetry.provenance import describe_machine, git_revision, package_ver
 from mtc.telemetry.tracking import check_trackers
 
 __all__ = [
-    "CATALOGUE",
-    "FORMAT_VARIABLE",
-    "JOB",
-    "Format",
-    "check_trackers",
-    "configure",
-    "describe_machine",
-    "fail",
-    "for_people",
-    "git_revision",
-    "make",
-    "output",
-    "package_versions",
-    "prints_left_out",
-    "say",
-    "set_run",
-]
+    "CATALOGUE", "FORMAT_VARIABLE", "JOB", "Format", "check_trackers", "configure", "describe_machine", "fail",
+    "for_people", "git_revision", "make", "output", "package_versions", "prints_left_out", "say", "set_run",
+]  # fmt: skip

@@ -8,23 +8,7 @@ from mtc.transcoder.saved import load_transcoder
 from mtc.transcoder.transcoder import RMS_EPS, Codes, Compute, MatryoshkaTranscoder, TrainOutput, TranscoderShape
 
 __all__ = [
-    "RMS_EPS",
-    "Averaging",
-    "Codes",
-    "Compute",
-    "MatryoshkaTranscoder",
-    "Objective",
-    "TrainOutput",
-    "TranscoderShape",
-    "Workspace",
-    "agree",
-    "all_gather",
-    "all_reduce",
-    "backend",
-    "broadcast",
-    "entry_dots",
-    "kth_largest",
-    "load_transcoder",
-    "waits",
-    "world_size",
-]
+    "RMS_EPS", "Averaging", "Codes", "Compute", "MatryoshkaTranscoder", "Objective", "TrainOutput",
+    "TranscoderShape", "Workspace", "agree", "all_gather", "all_reduce", "backend", "broadcast", "entry_dots",
+    "kth_largest", "load_transcoder", "waits", "world_size",
+]  # fmt: skip
