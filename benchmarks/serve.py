@@ -250,6 +250,12 @@ def measure_recovery(port: int, times: int) -> dict[str, Any]:
     seconds: list[float] = []
     statuses: dict[str, int] = {}
 
+    def command_of(process: psutil.Process) -> str:
+        try:
+            return " ".join(process.cmdline())
+        except psutil.Error:  # it has just ended
+            return ""
+
     def ask() -> int:
         try:
             connection = Connection("127.0.0.1", port)
@@ -262,7 +268,7 @@ def measure_recovery(port: int, times: int) -> dict[str, Any]:
 
     for _ in range(times):
         children = psutil.Process().children(recursive=True)
-        (victim,) = [child for child in children if "ServeReplica:mtc:Server" in " ".join(child.cmdline())]
+        (victim,) = [child for child in children if "ServeReplica:mtc:Server" in command_of(child)]
         victim.kill()
         victim.wait()
         start = time.perf_counter()
@@ -399,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(RAY_AUTH_MODE="disabled", KMP_BLOCKTIME="0", OMP_WAIT_POLICY="PASSIVE")
     # Ray lets its workers go behind all other processes (nice 15), here the load generator, which stands for other
     # machines.
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - what Ray calls it
+    os.environ.update(RAY_worker_niceness="0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.update(ENVIRONMENT | free_ports())
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 P = TypeVar("P")
 R = TypeVar("R")
-C = TypeVar("C")
+T = TypeVar("T")
 
 
 class QueueFullError(RuntimeError):
@@ -74,7 +74,7 @@ class TokenBatcher(Generic[P, R]):
             if item in self._waiting:
                 self._waiting.remove(item)
 
-    async def call(self, function: Callable[..., C], *arguments: object) -> C:
+    async def call(self, function: Callable[..., T], *arguments: object) -> T:
         """Run something else between two batches."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
