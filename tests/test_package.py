@@ -116,7 +116,7 @@ def test_everything_imports_from_the_wheel(installed: Path, tmp_path: Path) -> N
     code = "import importlib\n" + "\n".join(
         f"print(importlib.import_module({name!r}).__file__)" for name in modules
     )  # fmt: skip
-    for name, path in zip(modules, outside(installed, tmp_path, "-c", code).split(), strict=True):
+    for name, path in zip(modules, outside(installed, tmp_path, "-c", code).splitlines(), strict=True):
         assert Path(path).is_relative_to(installed), name
         assert not Path(path).is_relative_to(ROOT)
 
