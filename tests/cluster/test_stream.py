@@ -210,7 +210,7 @@ def test_activations_arrive_as_views_of_shared_memory(
         torch.testing.assert_close(got.float(), expected[windows.trainable].float(), rtol=1e-2, atol=1e-2)
 
 
-def test_a_unit_that_is_started_before_another_is_sent_changes_nothing(config: RunConfig) -> None:
+def test_a_unit_that_is_started_before_another_is_sent_changes_nothing(ray_cluster: Any, config: RunConfig) -> None:
     """As on a GPU, where it is computed meanwhile."""
     store = TokenStore.open(build_token_store(config))
     units = work_units(store, config).training[:3]
@@ -225,7 +225,7 @@ def test_a_unit_that_is_started_before_another_is_sent_changes_nothing(config: R
 
 
 def test_tokens_whose_activations_are_not_finite_are_left_out_and_named(
-    config: RunConfig, wide_model: str, tmp_path: Path
+    ray_cluster: Any, config: RunConfig, wide_model: str, tmp_path: Path
 ) -> None:
     """The embedding of one token is not a number: neither is what follows it in a window, while other windows are
     untouched."""
