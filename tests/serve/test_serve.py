@@ -182,8 +182,8 @@ def test_totals_of_all_replicas_are_exact(client: httpx.Client, url: str) -> Non
 
 @pytest.mark.parametrize("length", [0, 200_000])
 def test_replica_killed_under_load(client: httpx.Client, url: str, offline: Any, root: Path, length: int) -> None:
-    """The proxy asks another replica, whose answer is right. What the killed one had not read yet breaks the connection or
-    gets the proxy's own answer, which a client can tell by its shape: no more of them than requests at a time."""
+    """The proxy asks another replica, whose answer is right. What the killed one had not read yet breaks the connection
+    or gets the proxy's own answer, which a client can tell by its shape: no more of them than requests at a time."""
     expected = [offline(root / "one", text) for text in TEXTS]
     victim, counted = replicas("Server")[0], metric(client, "mtc_encode_requests_total")
     answers, broken = 0, list[str]()
