@@ -242,7 +242,7 @@ class CheckpointWriter:
         except Exception as error:
             self.report("checkpoint_failed", f"the checkpoint was given up: {type(error).__name__}: {error}", step)
             if self.rank == 0:
-                self._quietly(lambda: None if directory.exists(MANIFEST) else directory.remove())
+                self._quietly(lambda: None if directory.exists(MANIFEST, self.patience) else directory.remove())
             raise
         if self.rank == 0:
             size = sum(entry.bytes for entry in entries.values())

@@ -84,12 +84,13 @@ class RunDirectory:
         """The URL or path of a file of this run."""
         return posixpath.join(self.url, name)
 
-    def exists(self, name: str = "") -> bool:
-        """Whether a file, or the directory itself, is there; raises the storage's error if that cannot be known."""
+    def exists(self, name: str = "", patience: float = PATIENCE) -> bool:
+        """Whether a file, or the directory itself, is there; raises the storage's error if that cannot be known within
+        `patience` seconds."""
         path = posixpath.join(self.path, name) if name else self.path
         self.fs.invalidate_cache()  # others write here too
         try:
-            patiently(lambda: self.fs.info(path))  # `fs.exists` takes every error for a no
+            patiently(lambda: self.fs.info(path), patience)  # `fs.exists` takes every error for a no
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True

@@ -4,8 +4,7 @@ In a single process every function does nothing, so the same code runs with and 
 between the devices that they are on; what hosts agree on stays on hosts, where no one waits for a GPU.
 """
 
-from __future__ import annotations
-
+# Without `annotations` from __future__: DDP compares those of a hook with its types.
 import time
 from typing import Any
 

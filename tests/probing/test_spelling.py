@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-import mtc.language_model.weights
 from mtc.config import load_preset
 from mtc.language_model import LanguageModel, pack_windows
 from mtc.probing import main_features, measure_spelling
@@ -210,7 +209,7 @@ def test_a_random_model_cannot_spell(tokenizer, transcoder, monkeypatch):
     assert found.not_measured == "the vocabulary has 0 letters with 40 words of one token, 5 are needed"
     assert found.accuracy is None
 
-    monkeypatch.setattr(mtc.language_model.weights, "load_tokenizer", lambda config: tokenizer)
+    monkeypatch.setattr("mtc.probing.spelling.load_tokenizer", lambda config: tokenizer)
     found = measure_spelling(config, transcoder, asked=60)
     assert found.asked == 60 and found.words == 204  # with those of the prompt itself
     assert found.accuracy.value < 0.4 and found.accuracy.low < found.chance
@@ -220,7 +219,7 @@ def test_a_random_model_cannot_spell(tokenizer, transcoder, monkeypatch):
 
 
 def test_a_model_that_can_spell_is_measured(tokenizer, transcoder, monkeypatch):
-    monkeypatch.setattr(mtc.language_model.weights, "load_tokenizer", lambda config: tokenizer)
+    monkeypatch.setattr("mtc.probing.spelling.load_tokenizer", lambda config: tokenizer)
     monkeypatch.setattr("mtc.probing.spelling.spells", lambda *arguments: np.ones(len(arguments[3]), bool))
     found = measure_spelling(load_preset("tiny").model, transcoder)
     assert found.accuracy.value == 1
