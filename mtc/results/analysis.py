@@ -20,10 +20,10 @@ FORMAT_VERSION = 2
 
 
 class Summary(Record):
-    """The run in figures."""
+    """The run's key figures, from training and from held-out text."""
 
     total_features: int
-    """Size of the dictionary."""
+    """Features of the whole dictionary."""
     trained_tokens: int
     """Tokens trained on."""
     analysed_tokens: int
@@ -31,49 +31,50 @@ class Summary(Record):
     silent_features: int
     """Features that did not fire on the analysed held-out tokens."""
     silent_fraction: float
-    """Their share of all features."""
+    """Share of all features that did not fire on the analysed held-out tokens, from 0 to 1."""
     dead_features: int | None
     """Features whose training counter reached transcoder.dead_after_tokens; None if the training is not known."""
     dead_fraction: float | None
-    """Their share of all features."""
+    """Share of all features that are dead by the training counter, from 0 to 1; None if the training is not known."""
     features_with_samples: int
-    """Features with at least one sample."""
+    """Features with at least one stored top example."""
     total_samples: int
-    """Samples of all features."""
+    """Stored top examples of all features."""
     average_samples: float
-    """Samples per feature, over features with samples; 0 without any."""
+    """Stored top examples per feature, over the features that have any; 0 if none has."""
     uniform_examples: int
-    """Examples drawn uniformly, whatever their size, of all features."""
+    """Stored examples of all features that were drawn uniformly from their activations."""
     few_samples_fraction: float | None
-    """Share of the features that fired which have fewer samples than analysis.max_per_feature; None if none fired."""
+    """Share of the features that fired which have fewer top examples than analysis.max_per_feature, from 0 to 1; None
+    if none fired."""
     dense_features: int
     """Features that fire on more than 10 % of the analysed tokens."""
     dense_fraction: float
-    """Their share of all features."""
+    """Share of all features that fire on more than 10 % of the analysed tokens, from 0 to 1."""
     dense_activation_share: float
-    """Share of all activations (counted, not summed) that are theirs."""
+    """Share of all activations (counted, not summed) that belong to dense features, from 0 to 1."""
     evaluated_tokens: int
     """Held-out tokens on which FVU and L0 were measured."""
     documents: int
-    """Documents that they are of: intervals come from resampling these."""
+    """Documents of the tokens on which FVU and L0 were measured; their intervals come from resampling documents."""
     prefixes: tuple[int, ...]
-    """Sizes of the nested dictionaries."""
+    """Sizes of the nested dictionaries in features, ascending."""
     fvu: tuple[float, ...]
     """Held-out fraction of variance unexplained, per prefix."""
     fvu_interval: Intervals | None
     """95 % interval of `fvu`, from resampled documents; None with too few of them."""
     explained_variance: tuple[float, ...]
-    """1 - FVU, per prefix."""
+    """Held-out share of the targets' variance that is explained, 1 - FVU, per prefix."""
     cosine: tuple[float, ...]
-    """Mean cosine between target and reconstruction, per prefix."""
+    """Mean cosine between target and reconstruction over held-out tokens, per prefix."""
     l0: float
-    """Active features per held-out token, full dictionary."""
+    """Active features of the whole dictionary per held-out token, mean."""
     k: int
-    """Active features per token that were asked for."""
+    """Active features per token that the configuration asks for."""
     loss: LossRecovered | None
-    """The language model with the transcoder in the MLP's place; None if it was not measured."""
+    """Next-token loss of the language model with the transcoder in its MLP's place; None if it was not measured."""
     trend: Trend | None
-    """Training at its end; None with too few logged steps to fit a line."""
+    """How the batch FVU moved at the end of training; None with too few logged steps to fit a line."""
 
 
 class Finding(Record):
@@ -82,55 +83,57 @@ class Finding(Record):
     rule: str
     """Name of the rule."""
     condition: str
-    """The rule in words, threshold included."""
+    """Condition of the rule in words, threshold included."""
     value: float
-    """The measured number that is held against the threshold."""
+    """Number that was measured and is held against the rule's threshold."""
     threshold: float
     """The rule's limit, in the unit of `value`."""
     met: bool
-    """Whether the condition holds."""
+    """Whether the rule's condition holds for this run."""
     text: str
-    """What was measured; in a recommendation, what to change."""
+    """Sentence that tells what was measured; in a recommendation, what to change."""
     field: str | None = None
-    """Configuration field to change; only in recommendations."""
+    """Configuration field that a recommendation says to change; None in an insight."""
 
 
 class Analysis(Record):
-    """Everything that the report says."""
+    """All figures of one transcoder's report."""
 
     format_version: int = FORMAT_VERSION
-    """Layout of this file; readers refuse one they do not know."""
+    """Version of the layout of analysis.json; readers refuse one they do not know."""
     summary: Summary
-    """Section 1: the run in figures."""
+    """Key figures of the run (section 1)."""
     config: RunConfig
-    """Section 2: the configuration,"""
+    """Configuration that the transcoder was trained with (section 2)."""
     training: Training
-    """what follows from it,"""
+    """Scales, threshold and sizes that training derived from the configuration (section 2)."""
     facts: RunFacts
-    """and what happened."""
+    """What happened during the run: counts, timing, hardware, events (section 2)."""
     evaluation: Evaluation
-    """Section 3: held-out metrics as they were measured."""
+    """Metrics on held-out text at the calibrated threshold (section 3)."""
     weights: Weights
-    """Section 4: the trained matrices."""
+    """Distributions of the trained matrices' entries and norms (section 4)."""
     density: Histogram
-    """log10 of the share of tokens on which features fire; silent features are left out."""
+    """Features by log10 of the share of tokens on which they fire, silent features left out (section 3)."""
     activation_edges: tuple[float, ...]
-    """Borders of the bins of Feature.histogram; the outer bins take what lies beyond."""
+    """Borders of the bins of Feature.histogram, in scaled units; the outer bins take what lies beyond."""
     top_features: tuple[TopFeature, ...]
-    """Section 5: the strongest features that fired."""
+    """Strongest features that fired, by maximum activation (section 5)."""
     features: tuple[ShownFeature, ...]
-    """Section 6: the features that are shown in full; features.parquet has all."""
+    """Features that the report shows in full (section 6); features.parquet has all of them."""
     prefix_steps: tuple[PrefixStep, ...]
-    """Section 7: what each group adds,"""
+    """What each group of features adds to the groups before it (section 7)."""
     tree: Tree | None
-    """and the nested tree; None with a single group, or if no tokens were sampled."""
+    """Parents, children, splitting and absorption in the nested dictionary (section 7); None with a single group, or if
+    no tokens were sampled."""
     probing: Probing | None
-    """Section 8: what linear probes read from the features; None if it was not asked for."""
+    """What linear probes read from the features (section 8); None if it was not asked for."""
     spelling: Spelling | None
-    """Whether the model can spell, and absorption on first letters; None if it was not asked for."""
+    """Whether the language model can spell, and absorption on first letters (section 8); None if it was not asked
+    for."""
     insights: tuple[Finding, ...]
-    """Section 9: every rule that could be measured."""
+    """Every rule that could be measured, met or not (section 9)."""
     recommendations: tuple[Finding, ...]
-    """Section 10: the rules that are met."""
+    """Rules that are met, with what to change (section 10)."""
     files: tuple[File, ...]
-    """Section 11: files generated."""
+    """Files of the run and of its report (section 11)."""

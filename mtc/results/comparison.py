@@ -8,72 +8,73 @@ SHOWN = 20
 
 
 class Side(Record):
-    """One run in figures."""
+    """One of the two runs that are compared, in figures."""
 
     run_id: str
-    """Name of the run."""
+    """Name of the compared run."""
     model: str
-    """Language model."""
+    """Name of the language model whose MLP is imitated."""
     layer: int
-    """Layer whose MLP is imitated."""
+    """Layer whose MLP is imitated, from 0."""
     sites: str
-    """What is read and reconstructed."""
+    """Sites that the transcoder reads and reconstructs, as `SOURCE to TARGET`."""
     fingerprint: str
-    """Of the configuration."""
+    """Fingerprint of the configuration, 16 hex digits."""
     data_fingerprint: str
-    """Of the tokenised text."""
+    """Fingerprint of the tokenised text, 16 hex digits."""
     figures: dict[str, float | None]
-    """Held-out figures by name; None if not measured."""
+    """Held-out figures of the run by name; None for one that was not measured."""
 
 
 class Match(Record):
-    """A feature of each run."""
+    """A feature of the first run and the feature of the second run that it is matched with."""
 
     feature_a: int
-    """Of the first run."""
+    """Index of the first run's feature."""
     feature_b: int
-    """Of the second."""
+    """Index of the second run's feature."""
     cosine: float
-    """Between their decoder rows."""
+    """Cosine between the two features' decoder rows, from -1 to 1."""
     token_a: str | None
-    """Most frequent peak token of the first; None without samples."""
+    """Most frequent peak token of the first run's feature; None without samples."""
     token_b: str | None
-    """Of the second."""
+    """Most frequent peak token of the second run's feature; None without samples."""
 
 
 class Matching(Record):
-    """The assignment as a whole."""
+    """One-to-one assignment of two runs' features, in figures."""
 
     pairs: int
-    """Features that have a partner: the size of the smaller dictionary."""
+    """Matched pairs of features: as many as the smaller dictionary has features."""
     mean: float
-    """Mean cosine of the pairs."""
+    """Mean decoder cosine of the matched pairs."""
     median: float
-    """Median cosine."""
+    """Median decoder cosine of the matched pairs."""
     shares: dict[str, float]
-    """Share of the pairs with at least that cosine."""
+    """Share of the matched pairs, from 0 to 1, whose decoder cosine is at least the number that is the key."""
     group_medians: tuple[float, ...]
-    """Median cosine by group of the first run; NaN for a group without pairs."""
+    """Median decoder cosine of the matched pairs by group of the first run; NaN for a group without pairs."""
     same_token: float | None
-    """Share of the pairs, of those that both have samples, whose most frequent peak token is the same."""
+    """Share of the pairs whose most frequent peak token is the same, from 0 to 1, of those that both have samples; None
+    if no pair has."""
     nearest: tuple[Match, ...]
-    """The pairs that agree best."""
+    """Matched pairs with the largest decoder cosines."""
     farthest: tuple[Match, ...]
-    """Those that agree least."""
+    """Matched pairs with the smallest decoder cosines."""
 
 
 class Comparison(Record):
-    """Two runs, the first one called a and the second b."""
+    """Two runs side by side, the first one called a and the second b."""
 
     format_version: int = 1
-    """Layout of this file."""
+    """Version of the layout of comparison.json."""
     a: Side
-    """The first run."""
+    """Figures of the first run."""
     b: Side
-    """The second run."""
+    """Figures of the second run."""
     differences: tuple[str, ...]
     """Settings that differ, as `field: a, b`."""
     matching: Matching | None
-    """None where features cannot be matched."""
+    """How well the two runs' features match; None where they cannot be matched."""
     not_matched: str | None
-    """Why not."""
+    """Why the features were not matched; None if they were."""

@@ -8,103 +8,105 @@ from mtc.record import Record
 
 
 class Distribution(Record):
-    """Of a set of float32 numbers, computed in float64."""
+    """Mean, spread and ends of a set of float32 numbers, computed in float64."""
 
     mean: float
-    """Mean."""
+    """Mean of the numbers."""
     std: float
-    """Population standard deviation."""
+    """Population standard deviation of the numbers."""
     min: float
-    """Smallest."""
+    """Smallest of the numbers."""
     max: float
-    """Largest."""
+    """Largest of the numbers."""
 
 
 class Histogram(Record):
     """Counts of features between borders, by group."""
 
     edges: tuple[float, ...]
-    """Borders of the bins, ascending, one more than there are bins."""
+    """Borders of the histogram's bins, ascending, one more than there are bins."""
     counts: tuple[tuple[int, ...], ...]
-    """[groups][bins]."""
+    """[groups][bins]: features of each group in each bin."""
 
 
 class Group(Record):
     """The features that one nested prefix adds."""
 
     group: int
-    """Index from 0."""
+    """Index of the group in the nested dictionary, from 0."""
     first: int
-    """First feature."""
+    """Index of the group's first feature."""
     end: int
-    """One past the last feature: the prefix that this group completes."""
+    """Index one past the group's last feature: the size of the prefix that it completes."""
     silent_features: int
-    """Features that did not fire on the analysed tokens."""
+    """Features of the group that did not fire on the analysed tokens."""
     mean_density: float
-    """Mean over features of the share of tokens on which they fire."""
+    """Mean over the group's features of the share of tokens on which they fire, from 0 to 1."""
     decoder_norm: float
-    """Mean Euclidean norm of the decoder rows, in scaled target units."""
+    """Mean Euclidean norm of the group's decoder rows, in scaled target units."""
     alignment: float | None
-    """Mean cosine between a feature's encoder and decoder row; None if source and target differ in width."""
+    """Mean cosine between the encoder and decoder rows of the group's features; None if source and target differ in
+    width."""
 
 
 class Weights(Record):
-    """The trained matrices."""
+    """Distributions of the trained matrices' entries and row norms."""
 
     encoder: Distribution
-    """Entries of W_enc [features, d_source]."""
+    """Distribution of the entries of W_enc [features, d_source]."""
     decoder: Distribution
-    """Entries of W_dec [features, d_target]."""
+    """Distribution of the entries of W_dec [features, d_target]."""
     encoder_norm: Distribution
-    """Euclidean norms of W_enc's rows."""
+    """Distribution of the Euclidean norms of W_enc's rows."""
     decoder_norm: Distribution
-    """Euclidean norms of W_dec's rows, in scaled target units."""
+    """Distribution of the Euclidean norms of W_dec's rows, in scaled target units."""
     alignment: Distribution | None
-    """Cosines between encoder and decoder rows; None if source and target differ in width."""
+    """Distribution of the cosines between a feature's encoder and decoder row; None if source and target differ in
+    width."""
     groups: tuple[Group, ...]
-    """Per group of the nested dictionary."""
+    """Figures of each group of the nested dictionary."""
 
 
 class TokenCount(Record):
     """A token at the peaks of a feature's samples."""
 
     token_id: int
-    """Id in the language model's vocabulary."""
+    """Id of the token in the language model's vocabulary."""
     token: str
-    """Decoded."""
+    """Text of the token."""
     count: int
-    """Samples of the feature that peak on it."""
+    """Samples of the feature that peak on the token."""
 
 
 class LogitEffect(Record):
     """What one unit of a feature's activation adds to a token's logit on the direct way out."""
 
     token_id: int
-    """Id in the language model's vocabulary."""
+    """Id of the token in the language model's vocabulary."""
     token: str
-    """Decoded."""
+    """Text of the token."""
     value: float
-    """Logits per unit of activation, less the mean over the vocabulary."""
+    """Change of the token's logit per unit of activation, less the mean change over the vocabulary."""
 
 
 class Neighbour(Record):
-    """Another feature whose decoder row is near."""
+    """Another feature whose decoder row is near a feature's own."""
 
     feature: int
-    """Index in the dictionary."""
+    """Index of the neighbour in the dictionary."""
     cosine: float
-    """Between the two decoder rows."""
+    """Cosine between the neighbour's decoder row and the feature's own, from -1 to 1."""
 
 
 class Parent(Record):
     """The earlier feature that a feature refines."""
 
     feature: int
-    """Index in the dictionary."""
+    """Index of the parent in the dictionary."""
     cosine: float
-    """Between the two decoder rows."""
+    """Cosine between the decoder rows of parent and child, from -1 to 1."""
     coactivation: float
-    """P(parent fires | this feature fires) on the sampled tokens."""
+    """P(parent fires | child fires) on the sampled tokens."""
     base_rate: float
     """P(parent fires) on the sampled tokens."""
 
@@ -113,83 +115,85 @@ class Feature(Record):
     """One feature on the analysed held-out tokens: a row of features.parquet."""
 
     feature: int
-    """Index in the dictionary."""
+    """Index of the feature in the dictionary."""
     group: int
-    """Group of the nested dictionary, from 0."""
+    """Group of the nested dictionary that the feature is in, from 0."""
     max_activation: float
-    """Strongest activation, in scaled units; 0 if it never fired."""
+    """Strongest activation of the feature, in scaled units; 0 if it never fired."""
     mean_activation: float
-    """Mean over the tokens on which it fired; 0 if it never fired."""
+    """Mean activation over the tokens on which the feature fired, in scaled units; 0 if it never fired."""
     count: int
-    """Tokens on which it fired."""
+    """Analysed tokens on which the feature fired."""
     density: float
-    """Share of tokens on which it fired."""
+    """Share of the analysed tokens on which the feature fired, from 0 to 1."""
     samples: int
-    """Stored top examples."""
+    """Stored top examples of the feature."""
     tokens_since_fired: int | None
-    """Training tokens since it last fired, when training ended; None if the training is not known."""
+    """Training tokens since the feature last fired, when training ended; None if the training is not known."""
     decoder_norm: float
-    """Euclidean norm of its decoder row, in scaled target units."""
+    """Euclidean norm of the feature's decoder row, in scaled target units."""
     alignment: float | None
-    """Cosine between its encoder and decoder row; None if source and target differ in width."""
+    """Cosine between the feature's encoder and decoder row; None if source and target differ in width."""
     histogram: tuple[int, ...]
-    """Activations by size: counts between the borders `Analysis.activation_edges`."""
+    """Activations of the feature by size: counts between the borders `Analysis.activation_edges`."""
     top_tokens: tuple[TokenCount, ...]
-    """Up to ten most frequent peak tokens of its samples; equal counts in order of strength."""
+    """Up to ten most frequent peak tokens of the feature's samples; equal counts in order of strength."""
     positive_logits: tuple[LogitEffect, ...] | None
-    """The ten tokens whose logits it raises most; None if it was not measured."""
+    """The ten tokens whose logits the feature raises most; None if it was not measured."""
     negative_logits: tuple[LogitEffect, ...] | None
-    """The ten whose logits it lowers most."""
+    """The ten tokens whose logits the feature lowers most; None if it was not measured."""
     neighbours: tuple[Neighbour, ...]
-    """Up to five nearest features by decoder cosine."""
+    """Up to five features with the nearest decoder rows, by cosine."""
     parent: Parent | None
-    """Of a nested dictionary's later groups; None without one, or if it fired too rarely to tell."""
+    """Earlier feature that a feature of a later group refines; None without one, or if it fired too rarely to tell."""
     children: tuple[int, ...]
-    """Features whose parent it is."""
+    """Indices of the later features whose parent the feature is."""
 
 
 class Example(Record):
     """A place in the held-out text where a feature fires."""
 
     kind: Literal["top", "sample"]
-    """One of the strongest, or drawn uniformly."""
+    """`top` for one of the feature's strongest activations, `sample` for one that was drawn uniformly."""
     activation: float
-    """At the peak, in scaled units."""
+    """Activation of the feature at the peak, in scaled units."""
     quantile: float | None
-    """Share of the uniformly drawn activations that are weaker; None for the strongest."""
+    """Share of the feature's uniformly drawn activations that are weaker than the peak, from 0 to 1; None for a top
+    example."""
     document_id: str
-    """The document."""
+    """Id of the document that the example is from, 16 hex digits."""
     tokens: tuple[str, ...]
     """Decoded tokens around the peak."""
     activations: tuple[float, ...]
-    """The feature's activation on each of them."""
+    """Activation of the feature on each token of `tokens`, in scaled units."""
     peak: int
-    """Index of the peak among them."""
+    """Index in `tokens` of the token where the activation is strongest."""
 
 
 class ShownFeature(Record):
     """A feature that the report shows in full."""
 
     reason: Literal["strongest", "drawn"]
-    """Why it is shown: among the strongest, or drawn at random from its group's features that fired."""
+    """Why the feature is shown: among the strongest, or drawn at random from its group's features that fired."""
     figures: Feature
-    """Its row of features.parquet."""
+    """Figures of the feature: its row of features.parquet."""
     examples: tuple[Example, ...]
-    """Contexts: the strongest, then one of each fifth of the uniformly drawn activations, strongest fifth first."""
+    """Contexts in which the feature fires: the strongest, then one of each fifth of the uniformly drawn activations,
+    strongest fifth first."""
 
 
 class TopFeature(Record):
     """A row of the table of strongest features."""
 
     rank: int
-    """From 1, by maximum activation."""
+    """Place of the feature by maximum activation, from 1."""
     feature: int
-    """Index in the dictionary."""
+    """Index of the feature in the dictionary."""
     group: int
-    """Group of the nested dictionary, from 0."""
+    """Group of the nested dictionary that the feature is in, from 0."""
     max_activation: float
-    """Strongest activation, in scaled units."""
+    """Strongest activation of the feature, in scaled units."""
     samples: int
-    """Stored top examples."""
+    """Stored top examples of the feature."""
     top_token: str | None
-    """Most frequent peak token, decoded; None without samples."""
+    """Most frequent peak token of the feature, decoded; None without samples."""

@@ -23,7 +23,7 @@ PLOTS = {
 
 
 class ReportNames(NamedTuple):
-    """One report in three forms; paths inside the report directory."""
+    """File names of one report in its three forms; paths inside the report directory."""
 
     markdown: str
     html: str
@@ -43,7 +43,7 @@ def plot_path(plot: str, layer: int) -> str:
 
 
 def report_files(layer: int) -> dict[str, str]:
-    """Every file of the report with what it holds, in the order in which they are listed."""
+    """Every file of the report with what it holds, in the order in which the report lists them."""
     names = report_names(layer)
     files = {
         names.markdown: "this report as text",

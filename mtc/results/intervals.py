@@ -5,7 +5,8 @@ from __future__ import annotations
 from mtc.record import Record
 
 MIN_DOCUMENTS = 5
-"""With fewer there is no interval: the resampled values would be those of a handful of texts."""
+"""Fewest documents that an interval is given for: the resampled values of fewer would be those of a handful of
+texts."""
 Intervals = list[tuple[float, float]]
 
 
@@ -13,8 +14,8 @@ class Interval(Record):
     """A measured value and its 95 % interval."""
 
     value: float
-    """What was measured."""
+    """Value that was measured."""
     low: float
-    """Lower end of the interval."""
+    """Lower end of the 95 % interval."""
     high: float
-    """Upper end of the interval."""
+    """Upper end of the 95 % interval."""

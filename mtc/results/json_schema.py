@@ -17,13 +17,13 @@ from mtc.results.analysis import FORMAT_VERSION, Analysis
 
 class _Generator(GenerateJsonSchema):
     def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
-        """JSON has no NaN and no infinity: the report writes them as strings."""
+        """A number, or the string that stands for it where JSON has none: NaN and the infinities."""
         number = super().float_schema(schema)
         return {"anyOf": [number, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
 
 
 def analysis_schema() -> dict[str, Any]:
-    """As a dict, JSON Schema 2020-12."""
+    """The schema of an Analysis as a dict, JSON Schema 2020-12."""
     schema = Analysis.model_json_schema(schema_generator=_Generator)
     schema["properties"]["format_version"]["const"] = FORMAT_VERSION
     head = {
@@ -35,7 +35,7 @@ def analysis_schema() -> dict[str, Any]:
 
 
 def render() -> str:
-    """As the file's text."""
+    """The schema as the text of docs/analysis.schema.json."""
     return json.dumps(analysis_schema(), indent=1) + "\n"
 
 

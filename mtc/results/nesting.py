@@ -9,128 +9,129 @@ class TokenGain(Record):
     """A token that is reconstructed better with a group of features than without."""
 
     token_id: int
-    """Id in the language model's vocabulary."""
+    """Id of the token in the language model's vocabulary."""
     token: str
-    """Decoded."""
+    """Text of the token."""
     count: int
-    """How often it occurs in the evaluated text."""
+    """How often the token occurs in the evaluated text."""
     before: float
-    """Mean squared error without the group, over the mean squared deviation of all targets."""
+    """Mean squared error on the token without the group, over the mean squared deviation of all targets."""
     after: float
-    """The same with it."""
+    """Mean squared error on the token with the group, over the mean squared deviation of all targets."""
 
 
 class PrefixStep(Record):
     """What a group of features adds to those before it."""
 
     group: int
-    """Index from 0."""
+    """Index of the group in the nested dictionary, from 0."""
     prefix: int
-    """Features up to and with this group."""
+    """Features up to and with the group."""
     fvu_before: float
-    """FVU without the group; for the first group 1, that of the mean."""
+    """FVU without the group; for the first group 1, the FVU of the mean."""
     fvu_after: float
-    """FVU with it."""
+    """FVU with the group."""
     recovered_before: float | None
     """Loss recovered against zero ablation without the group; None for the first group and if it was not measured."""
     recovered_after: float | None
-    """The same with it."""
+    """Loss recovered against zero ablation with the group; None if it was not measured."""
     tokens: tuple[TokenGain, ...]
-    """Of the tokens that occur at least `min_count` times, those whose error falls most."""
+    """Tokens whose error falls most with the group, of those that occur at least `min_count` times."""
     min_count: int
-    """Least occurrences of a token in `tokens`."""
+    """Fewest occurrences in the evaluated text of a token in `tokens`."""
 
 
 class SplitFeature(Record):
     """A feature that several later ones divide among themselves; see mtc.analysis.nesting."""
 
     feature: int
-    """The parent."""
+    """Index of the feature that is split: the parent."""
     top_token: str | None
-    """Its most frequent peak token."""
+    """Most frequent peak token of the parent, decoded; None without samples."""
     children: tuple[int, ...]
-    """Features whose parent it is."""
+    """Indices of the later features whose parent the split feature is."""
     child_tokens: tuple[str | None, ...]
-    """Their most frequent peak tokens."""
+    """Most frequent peak token of each child in `children`, decoded; None without samples."""
     fired: int
     """Sampled tokens on which the parent fires."""
     coverage: float
-    """Share of these on which a child fires."""
+    """Share of the sampled tokens where the parent fires on which at least one child fires, from 0 to 1."""
     overlap: float
-    """Share of those on which two or more children fire."""
+    """Share of the sampled tokens where the parent and a child fire on which two or more children do, from 0 to 1."""
 
 
 class AbsorbedFeature(Record):
     """An earlier feature that is silent where a later one fires, though it should fire; see mtc.analysis.nesting."""
 
     parent: int
-    """The earlier feature."""
+    """Index of the earlier feature that may be absorbed."""
     parent_token: str | None
-    """Its most frequent peak token."""
+    """Most frequent peak token of the earlier feature, decoded; None without samples."""
     child: int
-    """The later one."""
+    """Index of the later feature that may absorb the earlier one."""
     child_token: str | None
-    """Its most frequent peak token."""
+    """Most frequent peak token of the later feature, decoded; None without samples."""
     cosine: float
-    """Between the two decoder rows."""
+    """Cosine between the decoder rows of the earlier and the later feature, from -1 to 1."""
     expected: int
     """Sampled tokens on which the child fires and the parent should."""
     absorbed: int
-    """Of these, tokens on which the parent is silent."""
+    """Sampled tokens on which the child fires, the parent should but is silent, and the child's own part of the reach
+    along the parent's direction is at least ABSORBER_SHARE (mtc.analysis.nesting)."""
 
 
 class Child(Record):
-    """A branch of the tree."""
+    """A later feature under its parent in the nested tree."""
 
     feature: int
-    """The later feature."""
+    """Index of the child in the dictionary."""
     group: int
-    """Its group."""
+    """Group of the nested dictionary that the child is in, from 0."""
     top_token: str | None
-    """Its most frequent peak token."""
+    """Most frequent peak token of the child, decoded; None without samples."""
     cosine: float
-    """Between its decoder row and its parent's."""
+    """Cosine between the decoder rows of child and parent, from -1 to 1."""
     coactivation: float
-    """P(parent fires | it fires)."""
+    """P(parent fires | child fires) on the sampled tokens."""
     base_rate: float
-    """P(parent fires)."""
+    """P(parent fires) on the sampled tokens."""
 
 
 class Family(Record):
     """A parent and its children in the nested tree."""
 
     feature: int
-    """The parent."""
+    """Index of the parent in the dictionary."""
     group: int
-    """Its group."""
+    """Group of the nested dictionary that the parent is in, from 0."""
     top_token: str | None
-    """Its most frequent peak token."""
+    """Most frequent peak token of the parent, decoded; None without samples."""
     num_children: int
-    """How many features have it as their parent."""
+    """Features that have this family's parent as theirs, shown or not."""
     children: tuple[Child, ...]
-    """Some of them, the strongest bonds (cosine times co-activation) first."""
+    """Some of the parent's children, the strongest bonds (cosine times co-activation) first."""
 
 
 class Tree(Record):
     """The nested dictionary as a tree, on a sample of the held-out tokens; docs/analysis.md says how it is found."""
 
     tokens: int
-    """Sampled tokens."""
+    """Held-out tokens on which it was sampled which features fire together."""
     with_parent: tuple[int, ...]
-    """Features of each group that have a parent; 0 for the first."""
+    """Features of each group that have a parent; 0 for the first group."""
     judged: tuple[int, ...]
-    """Features of each group that fired often enough to tell."""
+    """Features of each group that fired often enough on the sampled tokens to be judged."""
     families: tuple[Family, ...]
-    """The parents with most children."""
+    """Parents with the most children, each with some of these."""
     splits: tuple[SplitFeature, ...]
     """Splitting candidates, those with most tokens first."""
     num_splits: int
-    """How many there are in all."""
+    """Splitting candidates in all, listed in `splits` or not."""
     absorptions: tuple[AbsorbedFeature, ...]
     """Absorption candidates, those with most absorbed tokens first."""
     num_absorptions: int
-    """How many there are in all."""
+    """Absorption candidates in all, listed in `absorptions` or not."""
     tested_pairs: int
-    """Pairs for which absorption could be looked at."""
+    """Pairs of features for which absorption could be looked at."""
     limits: dict[str, float]
     """The thresholds of mtc.analysis.nesting by name."""

@@ -30,7 +30,7 @@ def percent(fraction: float | None) -> str:
 
 
 def interval(intervals: Sequence[tuple[float, float]] | None, i: int) -> str:
-    """The two ends of one of several intervals."""
+    """The two ends of interval `i` of several."""
     return NOT_MEASURED if intervals is None else " to ".join(map(number, intervals[i]))
 
 
@@ -39,5 +39,5 @@ def percent_interval(intervals: Sequence[tuple[float, float]] | None, i: int) ->
 
 
 def whole_range(low: int, high: int) -> str:
-    """Whole numbers from `low` to `high`."""
+    """The whole numbers from `low` to `high`, as text."""
     return number(low) if low == high else f"{number(low)} to {number(high)}"

@@ -11,101 +11,107 @@ from mtc.results.intervals import Interval
 
 Pooling = Literal["mean", "max", "last"]
 MIN_ACCURACY = 0.5
-"""Share of right first letters from which on the model can spell."""
+"""Share of right first letters, from 0 to 1, from which on the language model is said to spell."""
 
 
 class LetterAbsorption(Record):
-    """One letter, in one nested dictionary, on test words."""
+    """Absorption of one first letter in one nested dictionary, on test words."""
 
     letter: str
-    """The first letter."""
+    """First letter of the words."""
     words: int
-    """Words with it that the probe of the target finds: those that absorption is measured on."""
+    """Test words with the letter that the probe of the target finds: those that absorption is measured on."""
     main_features: tuple[int, ...]
-    """Features that stand for the letter."""
+    """Indices of the features that stand for the letter."""
     main_precision: float
-    """Share of the test words that a probe of these features picks which have the letter; from MIN_PRECISION on, the
-    dictionary has a feature for the letter."""
+    """Share of the test words picked by a probe of the main features that have the letter, from 0 to 1; from
+    MIN_PRECISION on, the dictionary has a feature for the letter."""
     main_f1: float
-    """F1 score of that probe."""
+    """F1 score of the probe of the main features on test words, from 0 to 1."""
     fully_absorbed: int
-    """Words on which all of them are silent and one other feature takes their place."""
+    """Words on which all main features are silent and one other feature takes their place."""
     full_rate: Interval
-    """Share of such words, with Wilson's interval."""
+    """Share of the words that are fully absorbed, from 0 to 1, with Wilson's interval."""
     fraction: Interval
-    """Mean absorption fraction, with the interval of bootstrap resamples of words."""
+    """Mean absorption fraction of the words, from 0 to 1, with the interval of bootstrap resamples of words."""
 
 
 class PrefixAbsorption(Record):
-    """One nested dictionary."""
+    """First-letter absorption in one nested dictionary."""
 
     prefix: int
-    """Number of its features."""
+    """Size of the nested dictionary in features."""
     letters: tuple[LetterAbsorption, ...]
-    """Letters that could be measured."""
+    """Absorption of each letter that could be measured."""
     with_feature: int
-    """Letters among them that the dictionary has a feature for."""
+    """Measured letters that the dictionary has a feature for."""
     full_rate: Interval | None
-    """Mean over these letters of the share of fully absorbed words, with the interval of bootstrap resamples of words;
-    None if they are fewer than MIN_LETTERS."""
+    """Mean over the letters with a feature of the share of fully absorbed words, from 0 to 1, with the interval of
+    bootstrap resamples of words; None for fewer than MIN_LETTERS letters."""
     fraction: Interval | None
-    """The same for the absorption fraction."""
+    """Mean over the letters with a feature of the absorption fraction, from 0 to 1, with the interval of bootstrap
+    resamples of words; None for fewer than MIN_LETTERS letters."""
 
 
 class ProbeTask(Record):
-    """Two classes of text. A row of the source is one text, or names a file with it."""
+    """A labelled data set that probes tell two classes of text in. A row of the source is one text, or names a file
+    with it."""
 
     name: str
-    """What the report calls it."""
+    """Name of the task in the report."""
     source: str
     """`pip:DISTRIBUTION/PATH` of a file in an installed wheel, or a path or URL: .csv, .tsv, .jsonl or .parquet, CSV
     also compressed as .csv.zst or .csv.gz."""
     text_field: str = "text"
-    """Column of the text."""
+    """Column that holds the text."""
     text_file: str | None = None
-    """Where text_field holds names of text files: their path from the source's directory, `{}` being the name."""
+    """Path of the text files from the source's directory, `{}` being the name that text_field holds; None where it
+    holds the text itself."""
     label_field: str = "label"
-    """Column of the label."""
+    """Column that holds the label."""
     positive: tuple[str, ...] = ()
     """Labels of the positive class, as text; by default the second of the only two labels in alphabetical order."""
     negative: tuple[str, ...] = ()
-    """Labels of the negative class; by default all others. Rows with neither are left out."""
+    """Labels of the negative class, as text; by default all that are not positive. Rows with a label of neither class
+    are left out."""
     at_least: float | None = None
-    """Instead of the two above: labels are numbers, and from this one on they are positive."""
+    """Number from which on a label is positive, instead of `positive` and `negative`; None for labels that are no
+    numbers."""
     group_field: str | None = None
-    """Texts with the same value here lie on one side of the split; by default each text is alone."""
+    """Column whose equal values keep texts on one side of the split; None if each text is alone."""
     windows_per_text: int = Field(default=1, ge=1)
-    """Examples cut out of a text, evenly spread; if one, its end."""
+    """Windows of a text that become examples, evenly spread; if one, the end of the text."""
 
 
 class ProbeResult(Record):
-    """One probe, judged on the test part."""
+    """One probe of one task, judged on the test part."""
 
     prefix: int | None
-    """The dictionary it reads: the first so many features. None: the source activations."""
+    """Size of the nested dictionary that the probe reads, in features; None for a probe of the source activations."""
     k: int | None
-    """Dimensions it reads. None: all."""
+    """Number of dimensions that the probe reads; None for all."""
     dimensions: tuple[int, ...]
-    """Which ones, the strongest first: features, or dimensions of the source. Empty: all."""
+    """Indices of the features, or of the source's dimensions, that the probe reads, the strongest first; empty for
+    all."""
     auc: Interval
-    """Area under the ROC curve, with the percentiles of bootstrap resamples of whole test groups."""
+    """Area under the probe's ROC curve, with the percentiles of bootstrap resamples of whole test groups."""
     accuracy: float
-    """Share of examples on the right side of probability one half."""
+    """Share of the test examples on the right side of probability one half, from 0 to 1."""
     beyond_dense: Interval
-    """AUC less that of the probe of all source activations, on the same resamples."""
+    """Area under the ROC curve less that of the probe of all source activations, on the same resamples."""
     strength: float
     """Inverse strength C of the L2 penalty, chosen by cross-validation."""
 
 
 class TaskResult(Record):
-    """All probes of one task."""
+    """All probes of one labelled data set."""
 
     task: ProbeTask
-    """Which text, and which classes."""
+    """Labelled data set: which text, and which classes."""
     texts: int
-    """Texts of the source in either class."""
+    """Texts of the source that are in either class."""
     dropped: int
-    """Rows left out because they repeat a text, or because it stands in both classes."""
+    """Rows of the source left out because they repeat a text, or because it stands in both classes."""
     trained_texts: int
     """Texts left out because the transcoder was trained on them."""
     used_texts: int
@@ -113,59 +119,60 @@ class TaskResult(Record):
     train_examples: int = 0
     """Windows that probes were fitted to."""
     test_examples: int = 0
-    """Windows that they were judged on."""
+    """Windows that probes were judged on."""
     test_groups: int = 0
-    """Groups that these come from; a text without a group is one of its own."""
+    """Groups that the test examples come from; a text without a group is one of its own."""
     majority_accuracy: float | None = None
     """Accuracy on the test part of always naming the class that is more frequent in the training part."""
     dense: ProbeResult | None = None
-    """The probe of all source activations."""
+    """Probe of all source activations; None if nothing was measured."""
     dense_sparse: tuple[ProbeResult, ...] = ()
-    """Probes of the best k source dimensions."""
+    """Probes of the k source dimensions with the largest difference of class means, for each k."""
     sparse: tuple[ProbeResult, ...] = ()
-    """Probes of the best k features of each nested dictionary."""
+    """Probes of the k features with the largest difference of class means, for each nested dictionary and k."""
     not_measured: str | None = None
-    """Why there are no probes, or None."""
+    """Why the task has no probes; None if it has."""
 
 
 class Probing(Record):
-    """Sparse probing of one transcoder."""
+    """Sparse probing of one transcoder on several tasks."""
 
     layer: int
-    """Layer of the language model."""
+    """Layer whose MLP the transcoder imitates, from 0."""
     source: str
-    """Site of the source activations."""
+    """Site of the source activations that the transcoder reads."""
     pooling: Pooling
     """How the tokens of a window become one example, special tokens left out: their mean, maximum or the last one."""
     context_length: int
-    """Most tokens in a window."""
+    """Most tokens in a window that is probed."""
     ks: tuple[int, ...]
-    """Sizes of the sparse probes."""
+    """Numbers of dimensions that the sparse probes read."""
     prefixes: tuple[int, ...]
-    """Sizes of the nested dictionaries."""
+    """Sizes of the nested dictionaries in features, ascending."""
     tasks: tuple[TaskResult, ...]
-    """Results, one for each task."""
+    """Results of each task."""
 
 
 class Spelling(Record):
     """First-letter spelling of a language model, and absorption in a transcoder."""
 
     layer: int
-    """Layer whose MLP the transcoder imitates."""
+    """Layer whose MLP the transcoder imitates, from 0."""
     words: int
-    """Words: single tokens of lower-case letters a to z, at least three, with a space in front."""
+    """Words that were used: single tokens of at least three lower-case letters a to z with a space in front."""
     asked: int
-    """Test words that the language model was asked for."""
+    """Test words whose first letter the language model was asked for."""
     accuracy: Interval | None = None
-    """Share of these for which the likeliest next token is the right letter, with Wilson's interval."""
+    """Share of the asked words for which the likeliest next token is the right letter, from 0 to 1, with Wilson's
+    interval; None if none was asked."""
     chance: float | None = None
-    """Share of them with the most frequent letter."""
+    """Share of the asked words that begin with the most frequent letter, from 0 to 1; None if none was asked."""
     min_accuracy: float = MIN_ACCURACY
-    """Accuracy from which on the model can spell."""
+    """Share of right first letters, from 0 to 1, from which on the language model is said to spell."""
     probe_auc: dict[str, float] = {}
     """Area under the ROC curve of each letter's probe of the target, on test words; letters below MIN_AUC are not
     measured."""
     prefixes: tuple[PrefixAbsorption, ...] = ()
     """Absorption in each nested dictionary."""
     not_measured: str | None = None
-    """Why there is no mean absorption, or None."""
+    """Why there is no mean absorption; None if there is."""

@@ -16,8 +16,9 @@ RUN_FILES = {
     "manifest.json": "sizes and sha256 of all files",
 }
 PARTS = ("waiting", "transport", "step", "all_reduce", "checkpoint", "other")
-"""Of a trainer's wall time: waiting for activations; copying them into the shuffle buffer and batches out of it;
-training, without what ranks waited for each other; that; writing checkpoints; the rest (logging)."""
+"""Parts of a trainer's wall time. `waiting`: for activations. `transport`: copying them into the shuffle buffer and
+batches out of it. `step`: training, without what ranks waited for each other, which is `all_reduce`. `checkpoint`:
+writing checkpoints. `other`: the rest, such as logging."""
 
 
 class RunFacts(Record):
@@ -34,131 +35,136 @@ class RunFacts(Record):
     calibration_tokens: int = 0
     """Fresh tokens that the threshold was calibrated on."""
     precision: str = "float32"
-    """Arithmetic of the transcoder's products; weights, loss and optimizer are float32. With the sparse backend, of the
-    search for active features only."""
+    """Arithmetic of the transcoder's products, with the sparse backend of the search for active features only; weights,
+    loss and optimizer are float32."""
     compute: str = ""
     """How the training loss was computed, and how long the alternatives took."""
     token_store: str = ""
     """URL of the tokenised text."""
     data_name: str
-    """The text, as it was found."""
+    """Name of the text, as it was found."""
     documents: dict[str, int] = {}
-    """Documents per split."""
+    """Documents of the token store by split."""
     windows: dict[str, int] = {}
-    """Windows per split."""
+    """Windows of the token store by split."""
     skipped_documents: dict[str, int] = {}
     """Documents that could not be used, by reason."""
     skipped_examples: tuple[str, ...] = ()
-    """The first few of them: reason and name."""
+    """First few documents that could not be used, each as `reason: name`."""
     language_model_dtype: str
-    """Arithmetic of the language model."""
+    """Arithmetic of the language model's passes."""
     language_model_compute: tuple[str, ...] = ()
-    """How its passes ran, in the processes of the analysis: compiled, or eager and why."""
+    """How the language model's passes ran in the processes of the analysis: compiled, or eager and why."""
     devices: tuple[str, ...]
-    """Kinds of device that were used."""
+    """Kinds of device that trainers and model actors computed on."""
     num_trainers: int
     """Data-parallel trainer processes."""
     num_model_actors: int
     """Processes that held the language model."""
     seconds: dict[str, float] = {}
-    """Wall time per stage (tokenise, train, analyse), seconds."""
+    """Wall time by stage (tokenise, train, analyse), seconds."""
     timing: StreamTiming | None = None
     """What waited on what during training, since the run's last start; None if it was not measured."""
     other_layers: tuple[int, ...] = ()
     """Layers whose transcoders were trained from the same forward passes."""
     events: tuple[dict[str, Any], ...] = ()
-    """What happened, in order: at least `time` (ISO 8601), `kind` and `message`, and `step` where there is one."""
+    """Events of the run, in order: at least `time` (ISO 8601), `kind` and `message`, and `step` where there is one."""
     versions: dict[str, str] = {}
-    """Versions of the packages that matter."""
+    """Versions by name of the packages that figures depend on, and of Python."""
     data_fingerprint: str = ""
-    """Of the token store: text, tokenizer and window settings."""
+    """Fingerprint of the token store, which changes with text, tokenizer and window settings."""
     git_revision: str | None = None
     """Commit of the code that wrote the report, with `-dirty` behind it if files differed; None if it is not known."""
     hardware: tuple[str, ...] = ()
-    """Kinds of nodes: processor, CPUs, memory, GPUs."""
+    """Kinds of nodes that the run was on: processor, CPUs, memory, GPUs."""
     analysed: str = ""
     """When the analysis was made, ISO 8601, UTC."""
     files: tuple[str, ...] = tuple(RUN_FILES)
-    """Files of the run, the report's own left out."""
+    """Names of the run's files, the report's own left out."""
 
 
 class Training(Record):
-    """What the configuration leaves open or derives."""
+    """What training derived from the configuration and from the first activations."""
 
     d_source: int
-    """Width of the source site."""
+    """Width of the source site, in dimensions."""
     d_target: int
-    """Width of the target site."""
+    """Width of the target site, in dimensions."""
     prefixes: tuple[int, ...]
-    """Sizes of the nested dictionaries."""
+    """Sizes of the nested dictionaries in features, ascending."""
     input_norm: str
-    """How sources are scaled."""
+    """How sources are scaled: `rms`, `scalar` or `none`."""
     input_scale: float
-    """Factor on sources; 1 unless input_norm is `scalar`."""
+    """Factor that sources are multiplied by; 1 unless input_norm is `scalar`."""
     target_scale: float
-    """Factor on targets."""
+    """Factor that targets are multiplied by."""
     threshold: float
     """Pre-activation above which a feature is active at inference; the mean if each feature has its own."""
     planned_steps: int
     """Steps that the configuration asks for."""
     fingerprint: str
-    """Changes with every setting that changes the run's numbers."""
+    """Fingerprint of the configuration, which changes with every setting that changes the run's numbers."""
 
 
 class Trend(Record):
     """A line fitted to the full dictionary's batch FVU over the last fifth of the logged steps."""
 
     rows: int
-    """Logged steps that were fitted."""
+    """Logged steps that the line was fitted to."""
     fall: float
-    """How far the line falls from the first to the last of them, as a share of its mean; negative if it rises."""
+    """How far the line falls from the first to the last fitted step, as a share of its mean; negative if it rises."""
     standard_error: float
     """Standard error of `fall`, from the residuals."""
 
 
 class File(Record):
-    """A file of the run."""
+    """A file of the run or of its report."""
 
     name: str
-    """Path inside the run directory, or inside its report directory."""
+    """Path of the file inside the run directory, or inside its report directory."""
     description: str
-    """What it holds."""
+    """What the file holds."""
 
 
 class StreamTiming(Record):
-    """Wall time from the first activations to the last batch, since the run's last start."""
+    """Where the time of training went, from the first activations to the last batch, since the run's last start."""
 
     tokens: int
     """Tokens that left the shuffle buffers: trained on, and used for calibration."""
     wall_seconds: float
-    """From the first activations to the last batch."""
+    """Wall time from the first activations to the last batch, seconds."""
     startup_seconds: float
-    """Before that: the model actors load the language model and run their first unit."""
+    """Wall time before the first activations, seconds: the model actors load the language model and run their first
+    unit."""
     trainers: int
-    """Data-parallel trainers."""
+    """Data-parallel trainer processes."""
     trainer_seconds: dict[str, float]
-    """Seconds of `wall_seconds` by part of PARTS, mean over trainers; they add up to it."""
+    """Seconds of `wall_seconds` by part (waiting, transport, step, all_reduce, checkpoint, other), mean over trainers;
+    they add up to it."""
     actor_seconds: float
-    """Wall time of the model actors, summed, over the units that trainers received after their first."""
+    """Wall time of the model actors, summed, over the units that trainers received after their first, seconds."""
     forward_seconds: float
-    """Of these, in forward passes; on a GPU sending goes on meanwhile."""
+    """Seconds of `actor_seconds` in forward passes; on a GPU sending goes on meanwhile."""
     sending_seconds: float
-    """Of these, putting activations into shared memory, or held back there."""
+    """Seconds of `actor_seconds` putting activations into shared memory, or held back there."""
     idle_seconds: float
-    """Of these, without a work unit: waiting for the trainers or for the scheduler."""
+    """Seconds of `actor_seconds` without a work unit: waiting for the trainers or for the scheduler."""
     captured_tokens: int
     """Token positions that ran through the language model, special tokens included."""
     forward_flops: float
-    """Floating-point operations of these passes' matrix products."""
+    """Floating-point operations of the matrix products in the language model's forward passes."""
     device_flops: float
-    """Rate that a model actor measured at its start with a large matrix product in the model's dtype, per second."""
+    """Floating-point operations per second that a model actor measured at its start with a large matrix product in the
+    model's dtype."""
 
     tokens_per_second: float
-    """`tokens` / `wall_seconds`."""
+    """Tokens that left the shuffle buffers per second of wall time: `tokens` / `wall_seconds`."""
     forward_mfu: float | None
-    """Share of the measured rate that forward passes reached while they ran; None if no unit followed the first."""
+    """Share of `device_flops` that forward passes reached while they ran, from 0 to 1; None if no unit followed the
+    first."""
     mfu: float | None
-    """The same over all of `actor_seconds`: what the run made of the model actors' devices."""
+    """Share of `device_flops` that the model actors reached over all of `actor_seconds`, from 0 to 1; None if no unit
+    followed the first."""
 
     @property
     def waiting_share(self) -> float:
