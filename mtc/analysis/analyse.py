@@ -48,10 +48,10 @@ from mtc.transcoder import MatryoshkaTranscoder
 __all__ = ["Analysis", "Findings", "RunFacts", "analyse"]
 Array = NDArray[Any]
 DENSE = 0.1
-"""A feature that fires on a larger share of the tokens is called dense."""
+"""Share of the tokens above which a feature that fires on them is called dense."""
 TOP_CONTEXTS = 5
 QUANTILE_PARTS = 5
-"""Uniformly drawn activations are shown by fifths of their size."""
+"""Parts, by size, that a feature's uniformly drawn activations are cut into to be shown: fifths."""
 CONTEXTS_PER_PART = 2
 GAIN_TOKENS = 10
 MIN_GAIN_COUNT = 10
@@ -63,9 +63,9 @@ class Findings(NamedTuple):
     """What the held-out pass found about one transcoder."""
 
     evaluation: Evaluation
-    """Metrics at the calibrated threshold."""
+    """Metrics of the transcoder at the calibrated threshold."""
     statistics: FeatureStatistics
-    """Counts and maxima per feature."""
+    """Counts, maxima and histograms of activations per feature."""
     examples: Examples
     """Activating examples ordered by feature."""
     token_errors: Array
@@ -75,11 +75,11 @@ class Findings(NamedTuple):
     nesting: nested.Nesting | None
     """The nested tree; None with one group, or without sampled tokens."""
     effects: LogitEffects | None
-    """On the output logits; None if the whole model was not run."""
+    """What each feature does to the output logits; None if the whole model was not run."""
     probing: Probing | None = None
-    """None if it was not asked for."""
+    """What linear probes read from the features; None if it was not asked for."""
     spelling: Spelling | None = None
-    """None if it was not asked for."""
+    """Whether the model can spell, and absorption on first letters; None if it was not asked for."""
 
 
 def analyse(
@@ -204,7 +204,7 @@ def _top_features(features: pa.Table, limit: int) -> tuple[TopFeature, ...]:
 
 
 def _shown(config: RunConfig, features: pa.Table, examples: Examples, strongest: list[int]) -> tuple[ShownFeature, ...]:
-    """The strongest features, and some of each group drawn by the run's seed."""
+    """The features that are shown in full: the strongest, and some of each group drawn by the run's seed."""
     group, count = features["group"].to_numpy(), features["count"].to_numpy()
     generator = np.random.default_rng(config.data.seed)
     drawn: list[int] = []
@@ -228,7 +228,8 @@ def _shown(config: RunConfig, features: pa.Table, examples: Examples, strongest:
 
 
 def _contexts(rows: list[dict[str, Any]]) -> tuple[Example, ...]:
-    """The strongest, then of each fifth of the sample, from the strongest fifth down, the first ones."""
+    """A feature's contexts for the report: the strongest, then the first ones of each fifth of the sample, from the
+    strongest fifth down."""
     chosen = [row for row in rows if row["kind"] == "top"][:TOP_CONTEXTS]
     sample = [row for row in rows if row["kind"] == "sample"]
     for part in reversed(range(QUANTILE_PARTS)):
@@ -360,7 +361,7 @@ def _tree(transcoder: MatryoshkaTranscoder, nesting: nested.Nesting | None, feat
 
 
 def _density(transcoder: MatryoshkaTranscoder, statistics: FeatureStatistics) -> Histogram:
-    """Half decades from 10^-8 to 1."""
+    """Features by density, in half decades from 10^-8 to 1, for each group."""
     edges = np.arange(-8, 0.25, 0.5)
     counts = []
     for a, b in transcoder.groups:

@@ -13,7 +13,7 @@ from mtc.transcoder import MatryoshkaTranscoder
 
 Array = NDArray[Any]
 PARENT_CANDIDATES = 4
-"""Earlier features, the nearest by decoder cosine, for which absorption is looked at."""
+"""How many earlier features, the nearest by decoder cosine, are looked at for absorption of each feature."""
 CHUNK = 1 << 22  # entries of dense [children, earlier features] held at a time
 
 
@@ -21,20 +21,21 @@ class CoactivationSample(NamedTuple):
     """Entries (token, feature) of sparse activations on some tokens."""
 
     tokens: int
-    """Sampled tokens, whether or not a feature fired there."""
+    """Sampled tokens, whether or not a feature fired on them."""
     token: Array
-    """[entries] int64, window id * 2^20 + position."""
+    """[entries] int64, where the feature fired: window id * 2^20 + position."""
     feature: Array
-    """[entries] int32."""
+    """[entries] int32, index of the feature that fired."""
     activation: Array
-    """[entries] uint16, a bfloat16: half the room, and weights from elsewhere may have any scale; see `to_bfloat16`."""
+    """[entries] uint16, the activation as a bfloat16: half the room, and weights from elsewhere may have any scale; see
+    `to_bfloat16`."""
     projection: Array
-    """[entries] the same: (y - base) . W_dec[feature] / ||W_dec[feature]||, y the scaled target, base what is no
-    feature's."""
+    """[entries] uint16, as bfloat16 the target along the feature's direction: (y - base) . W_dec[feature] /
+    ||W_dec[feature]||, y the scaled target, base what is no feature's."""
     candidate_projection: Array
-    """[entries, candidates] the same along the feature's parent candidates."""
+    """[entries, candidates] uint16, as bfloat16 the target along each parent candidate's direction."""
     candidate_fired: Array
-    """[entries, candidates] bool."""
+    """[entries, candidates] bool, whether the parent candidate fired on the token."""
 
     @classmethod
     def empty(cls, candidates: int) -> CoactivationSample:
@@ -65,7 +66,7 @@ def parent_candidates(transcoder: MatryoshkaTranscoder, limit: int = PARENT_CAND
 
 
 def to_bfloat16(values: torch.Tensor) -> Array:
-    """Rounded, as uint16, which numpy and safetensors know."""
+    """Numbers rounded to bfloat16, as the uint16 of their bits, which numpy and safetensors know."""
     return values.bfloat16().view(torch.uint16).cpu().numpy()
 
 

@@ -21,7 +21,8 @@ from mtc.storage import RunDirectory, load_analysis
 from mtc.transcoder import load_transcoder
 
 MAX_FEATURES = 16_384
-"""Larger dictionaries are not matched: the method needs the whole matrix of cosines and its third power in time."""
+"""Most features of a dictionary that is matched: the method needs the whole matrix of cosines and its third power in
+time."""
 LIMITS = (0.9, 0.7, 0.5)
 
 

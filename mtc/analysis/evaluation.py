@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def loss_recovered(sums: LossSums, documents: int | None = None) -> LossRecovered:
-    """The figures of sums whose labels are documents, or blocks of so many."""
+    """LossRecovered of sums whose labels are documents, or blocks of `documents` documents in all."""
     sums = sums.nonempty()
     blocks = len(sums.tokens)
     total = sums.weighted(np.ones((1, len(sums.tokens))))
@@ -45,7 +45,7 @@ def _kl(sums: LossSums) -> Array:
 
 
 def evaluation(heldout: HeldOutPass, loss: LossRecovered | None, documents: int | None = None) -> Evaluation:
-    """The figures of a pass over held-out text, of as many documents as its blocks if their number is not given."""
+    """Evaluation of a pass over held-out text, of as many documents as its blocks if `documents` is not given."""
     blocks = heldout.blocks.nonempty()
     size = len(blocks.tokens)
     total = blocks.total()

@@ -9,11 +9,11 @@ from mtc.config import RunConfig
 from mtc.results import Evaluation, Slice, Summary, Tree, interval, number, percent, whole_range
 
 MIN_RARE = 100
-"""Tokens that a slice by frequency must have to be judged."""
+"""Fewest tokens of a slice by frequency that is judged."""
 
 
 class Evidence(NamedTuple):
-    """What rules look at."""
+    """What the rules of mtc.analysis.rules look at: figures of one run."""
 
     s: Summary
     c: RunConfig
@@ -65,7 +65,8 @@ def loss_sentence(e: Evidence) -> str:
 
 
 def trend_value(e: Evidence, sign: int) -> float | None:
-    """Change in the direction `sign` (1 falls, -1 rises) less two standard errors; None if it goes the other way."""
+    """Change of the batch FVU in the direction `sign` (1 falls, -1 rises) less two standard errors; None if it goes the
+    other way."""
     if e.s.trend is None or sign * e.s.trend.fall < 0:
         return None
     return sign * e.s.trend.fall - 2 * e.s.trend.standard_error
@@ -103,7 +104,7 @@ def interval_sentence(e: Evidence) -> str:
 
 
 def rarest(e: Evidence) -> Slice | None:
-    """The rarest tokens of which there are enough."""
+    """The slice of the rarest tokens of which there are at least MIN_RARE."""
     return next((s for s in e.evaluation.by_frequency if s.tokens >= MIN_RARE), None)
 
 
@@ -136,7 +137,8 @@ def gap_sentence(e: Evidence) -> str:
 
 
 def later(e: Evidence) -> tuple[int, int, int]:
-    """Of the groups after the first: features, features that fired often enough to tell, features with a parent."""
+    """Sums over the groups after the first: features, features that fired often enough to tell, features with a
+    parent."""
     assert e.tree is not None
     return sum(e.c.transcoder.group_sizes[1:]), sum(e.tree.judged[1:]), sum(e.tree.with_parent[1:])
 

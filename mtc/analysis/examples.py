@@ -30,15 +30,15 @@ class FeatureStatistics(NamedTuple):
     """How often and how strongly each feature fired."""
 
     count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
-    """[features] int64, activations above the threshold."""
+    """[features] int64, tokens on which the activation is above the threshold."""
     maximum: Array
-    """[features] float32, strongest activation; 0 if none."""
+    """[features] float32, strongest activation in scaled units; 0 if none."""
     total: Array
-    """[features] float64, sum of activations."""
+    """[features] float64, sum of activations in scaled units."""
     histogram: Array
-    """[features, len(EDGES) - 1] int64, activations by size."""
+    """[features, len(EDGES) - 1] int64, activations between the borders EDGES."""
     tokens: int
-    """Analysed tokens."""
+    """Tokens that were analysed, whether or not a feature fired on them."""
 
 
 class _Rows(NamedTuple):
@@ -91,28 +91,29 @@ class Examples:
         self._windows, self._special, self._document_ids, self._decode = windows, special, document_ids, decode
         self._texts: dict[int, str] = {}
         self.is_top = is_top
-        """[examples] bool: a strongest example, not a uniformly drawn one."""
+        """[examples] bool: one of the feature's strongest examples, not a uniformly drawn one."""
         self.feature = rows.feature
-        """[examples] int32."""
+        """[examples] int32, index of the feature that fires."""
         self.token_id = self._peak_ids()
-        """[examples] int32, token at the peak."""
+        """[examples] int32, id of the token at the peak."""
 
     def __len__(self) -> int:
         return len(self.feature)
 
     def token(self, token_id: int) -> str:
-        """The text of one token."""
+        """The text of the token with this id."""
         if token_id not in self._texts:
             self._texts[token_id] = self._decode(token_id)
         return self._texts[token_id]
 
     def table(self, features: Sequence[int] | None = None) -> pa.Table:
-        """The examples of some features, or of all; columns as in SCHEMA."""
+        """The examples of some features, or of all, with their text; columns as in SCHEMA."""
         wanted = np.arange(len(self)) if features is None else np.flatnonzero(np.isin(self.feature, features))
         return pa.Table.from_batches([b for t in self._tables(wanted) for b in t.to_batches()], self.SCHEMA)
 
     def to_parquet(self) -> bytes:
-        """Parquet in small row groups ordered by feature, so that one feature reads without the rest."""
+        """The examples as a Parquet file in small row groups ordered by feature, so that one feature reads without the
+        rest."""
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, self.SCHEMA, compression="zstd", write_statistics=True) as writer:
             for table in self._tables(np.arange(len(self))):
@@ -176,7 +177,8 @@ class Examples:
 
 
 class ExampleCollector:
-    """A mergeable accumulator; `context_tokens` is half before the peak and half after."""
+    """A mergeable accumulator of examples and statistics; half of `context_tokens` lie before the peak and half
+    after."""
 
     def __init__(
         self,
@@ -261,7 +263,8 @@ class ExampleCollector:
         document_ids: Callable[[Array], Sequence[str]],
         decode: Callable[[int], str],
     ) -> Examples:
-        """All examples; the token store gives the token ids and documents of windows, `decode` one token's text.
+        """All examples kept; `windows` gives the token ids of windows, `document_ids` their documents, `decode` one
+        token's text.
 
         Tokens among the `special` ids are left out of contexts.
         """
@@ -283,7 +286,7 @@ class ExampleCollector:
         )
 
     def arrays(self) -> dict[str, Array]:
-        """Everything, to travel between processes."""
+        """Everything that was collected, to travel between processes."""
         columns = {f"statistics.{n}": np.asarray(v) for n, v in self.statistics._asdict().items()}
         for name, kept in (("top", self._top), ("sample", self._sample)):
             columns |= {f"{name}.{n}": column for n, column in kept.rows()._asdict().items()}
@@ -315,7 +318,7 @@ class _Kept:
         ]  # fmt: skip
         self._pending = 0
         self._bound: Array | None = None
-        """[features], first key of the last row kept of features that are full, the largest value for others."""
+        """[features], first key of the last row kept of a feature that is full, the largest value for others."""
         self._num_features = num_features
 
     def add(self, rows: _Rows) -> None:
@@ -367,7 +370,7 @@ def _place_in_feature(feature: Array) -> Array:
 
 
 def _rank(feature: Array, key: Array) -> Array:
-    """Of each entry within its feature, by `key`."""
+    """[entries] int64, place of each entry among those of its feature by `key`, from 0."""
     order = np.lexsort((key, feature))
     rank = np.empty(len(feature), np.int64)
     rank[order] = _place_in_feature(feature[order])

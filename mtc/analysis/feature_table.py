@@ -55,7 +55,8 @@ def features_table(
     effects: LogitEffects | None,
     nesting: Nesting | None,
 ) -> pa.Table:
-    """All features, ordered; columns as in SCHEMA. `effects` and `nesting` are None where they were not measured.
+    """The table of all features, ordered by index; columns as in SCHEMA. `effects` and `nesting` are None where they
+    were not measured.
 
     Raises ValueError if the statistics belong to another dictionary.
     """
@@ -94,14 +95,15 @@ def features_table(
 
 
 def features_to_parquet(table: pa.Table) -> bytes:
-    """Row groups of a few hundred features, so that one reads without the rest."""
+    """The table of features as a Parquet file with row groups of a few hundred features, so that one reads without the
+    rest."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=512, compression="zstd")
     return bytes(sink.getvalue())
 
 
 def read_feature(table: pa.Table, feature: int) -> Feature:
-    """One row as an object."""
+    """One row of the table of features as an object."""
     return Feature.model_validate(table.slice(feature, 1).to_pylist()[0])
 
 

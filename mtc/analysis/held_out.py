@@ -65,15 +65,15 @@ class HeldOutPass:
             )  # fmt: skip
 
         self.blocks = zeros(self._num_blocks)
-        """By document, or block of documents."""
+        """Sums of the tokens by document, or by block of documents."""
         self.positions = zeros(POSITION_BINS)
-        """By the number of bits of the position in the window."""
+        """Sums of the tokens by the number of bits of their position in the window."""
         self.frequencies = zeros(FREQUENCY_BINS)
-        """By the decimal digits of `occurrences`, less one."""
+        """Sums of the tokens by the decimal digits of their id's `occurrences`, less one."""
         self.l0_counts = np.zeros(transcoder.num_features + 1, np.int64)
-        """[features + 1], tokens by their number of active features."""
+        """[features + 1] int64, tokens by their number of active features."""
         self.token_errors = np.zeros((len(occurrences), 1 + len(self.prefixes)))
-        """[vocabulary, 1 + prefixes]: tokens with each id, and the sum of their squared errors."""
+        """[vocabulary, 1 + prefixes]: tokens with each id, and the sum of their squared errors per prefix."""
         self.examples = ExampleCollector(
             transcoder.num_features,
             settings.max_per_feature,
@@ -82,7 +82,8 @@ class HeldOutPass:
             settings.min_activation,
         )
         self.candidates = parent_candidates(transcoder) if candidates is None else candidates
-        """[features, PARENT_CANDIDATES] int64: where absorption is looked for."""
+        """[features, PARENT_CANDIDATES] int64: earlier features for which absorption is looked for; -1 where there are
+        fewer."""
         self._samples = [CoactivationSample.empty(self.candidates.shape[1])]
 
     @torch.inference_mode()
@@ -168,14 +169,14 @@ class HeldOutPass:
         return self._samples[0]
 
     def arrays(self) -> dict[str, Array]:
-        """Everything that was found, to travel between processes."""
+        """Everything that the pass found, to travel between processes."""
         found = {"l0_counts": self.l0_counts, "token_errors": self.token_errors}
         for name in ("blocks", "positions", "frequencies", "sample"):
             found |= {f"{name}.{n}": np.asarray(v) for n, v in getattr(self, name)._asdict().items()}
         return found | {f"examples.{n}": v for n, v in self.examples.arrays().items()}
 
     def merge(self, arrays: dict[str, Any]) -> None:
-        """Take in what another pass with the same settings found."""
+        """Take in what another pass with the same settings found, as its `arrays`."""
         self.l0_counts += arrays["l0_counts"]
         self.token_errors += arrays["token_errors"]
         for name in ("blocks", "positions", "frequencies"):
@@ -214,7 +215,7 @@ def _by_feature(codes: Codes, start: int, finite: Tensor) -> SparseActivations:
 
 
 def _in_order(parts: list[SparseActivations]) -> SparseActivations:
-    """Several parts of the tokens as one."""
+    """Activations of several parts of the tokens as one SparseActivations."""
     if len(parts) == 1:
         return parts[0]
     empty = SparseActivations(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))

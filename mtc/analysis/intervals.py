@@ -19,7 +19,8 @@ from mtc.results import MIN_DOCUMENTS, Interval, Intervals
 RESAMPLES = 1000
 LEVEL = 0.95
 MAX_BLOCKS = 1024
-"""More documents than that are resampled in as many blocks of whole documents, which bounds the memory."""
+"""Most blocks that are resampled: more documents than that are put together in blocks of whole documents, which bounds
+the memory."""
 Array = NDArray[Any]
 
 

@@ -31,16 +31,16 @@ class LogitEffects(NamedTuple):
     """The most raised and the most lowered tokens of each feature, strongest first."""
 
     positive_ids: Array
-    """[features, TOP_LOGITS] int64."""
+    """[features, TOP_LOGITS] int64, ids of the tokens whose logits the feature raises most."""
     positive: Array
-    """[features, TOP_LOGITS] float32, logits per unit of activation."""
+    """[features, TOP_LOGITS] float32, changes of the raised tokens' logits per unit of activation."""
     negative_ids: Array
-    """[features, TOP_LOGITS] int64."""
+    """[features, TOP_LOGITS] int64, ids of the tokens whose logits the feature lowers most."""
     negative: Array
-    """[features, TOP_LOGITS] float32."""
+    """[features, TOP_LOGITS] float32, changes of the lowered tokens' logits per unit of activation."""
 
     def scaled(self, factor: float) -> LogitEffects:
-        """Times the mean factor of the final norm."""
+        """The effects times `factor`, the mean factor of the final norm."""
         f = np.float32(factor)
         return self._replace(positive=self.positive * f, negative=self.negative * f)
 

@@ -26,24 +26,26 @@ class LossSums(NamedTuple):
     """Sums of cross-entropies and KL over predicted tokens by label, float64."""
 
     tokens: Array
-    """[labels], predicted tokens."""
+    """[labels] float64, predicted tokens."""
     ce: Array
-    """[labels, 3 + prefixes]: clean, zero-ablated, mean-ablated, spliced per prefix."""
+    """[labels, 3 + prefixes] float64, sums of the cross-entropies in nats: clean, zero-ablated, mean-ablated, spliced
+    per prefix."""
     kl: Array
-    """[labels, prefixes], KL(clean || spliced)."""
+    """[labels, prefixes] float64, sums of KL(clean || spliced) in nats."""
     norm_scale: Array
-    """[labels], sum of 1 / rms of what the final norm read in the clean run (around its mean for a LayerNorm)."""
+    """[labels] float64, sum of 1 / rms of what the final norm read in the clean run (around its mean for a
+    LayerNorm)."""
 
     def __add__(self, other: object) -> LossSums:
         assert isinstance(other, LossSums)
         return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
 
     def weighted(self, weights: Array) -> LossSums:
-        """Labels combined with `weights` [results, labels]: one label per result."""
+        """Sums of the labels combined with `weights` [results, labels]: one label per result."""
         return LossSums(*(np.tensordot(weights, column, 1) for column in self))
 
     def nonempty(self) -> LossSums:
-        """The labels that have tokens."""
+        """Sums of only those labels that have tokens."""
         return LossSums(*(column[self.tokens > 0] for column in self))
 
     def recovered(self, ablation: int) -> Array:
@@ -55,7 +57,7 @@ class LossSums(NamedTuple):
 
 
 def max_logits(device: torch.device) -> int:
-    """Logits to hold at a time, of which there are a few copies: MAX_LOGITS, on a GPU with room more.
+    """Logits to hold at a time: MAX_LOGITS, on a GPU more where its memory has room. A few copies of them are made.
 
     Each pass for a few more tokens costs a GPU as much as one for many.
     """
@@ -111,7 +113,7 @@ def _loss_sums(
     num_labels: int,
     labelled: Tensor,
 ) -> list[LossSums]:
-    """Of the predictions of the tokens with the indices `labelled`."""
+    """LossSums of the predictions of the tokens with the indices `labelled`."""
     trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
     next_ids = windows.input_ids[labelled].to(model.device)
     by_label = sum_by_label(labels[labelled].to(model.device), num_labels)
@@ -150,7 +152,8 @@ def _loss_sums(
 
 
 def _split(windows: PackedWindows, labels: Tensor, tokens: int) -> Iterator[tuple[PackedWindows, Tensor]]:
-    """Parts of whole windows with at most this many tokens each, or one window; and their labels."""
+    """A batch of windows cut into parts of whole windows with at most this many tokens each, or one window; and their
+    labels."""
     start, end = 0, 0
     first = 0
     for i, length in enumerate(windows.lengths):

@@ -29,31 +29,33 @@ from mtc.transcoder import MatryoshkaTranscoder
 
 Array = NDArray[Any]
 MIN_EXCESS = 0.1
-"""A parent fires at least so much more often with the child than without regard to it."""
+"""Least excess of a parent: how much more often it fires with the child than without regard to it, from 0 to 1."""
 MIN_FIRED = 10
-"""Tokens on which a feature must fire in the sample before anything is said about it."""
+"""Fewest tokens of the sample on which a feature must fire before anything is said about it."""
 SPLIT_COVERAGE = 0.5
-"""Share of a split feature's tokens on which at least one child fires."""
+"""Least share of a split feature's tokens on which at least one child fires."""
 SPLIT_OVERLAP = 0.1
-"""Largest share of these on which two or more do."""
+"""Largest share of the tokens where a split feature and a child fire on which two or more children do."""
 ABSORBER_SHARE = 0.4
-"""Share of the reach along the parent's direction that is the child's own where it absorbs; the paper's limit."""
+"""Least share of the reach along the parent's direction that is the child's own where it absorbs; the paper's limit."""
 ABSORBED_RATE = 0.5
-"""Share of the tokens where the child fires and the parent should that makes a pair a candidate if absorbed."""
+"""Least share of absorbed tokens, among those where the child fires and the parent should, of a pair that is a
+candidate."""
 _ENTRIES = 1 << 19  # of the sample looked at at a time
 
 
 class Parents(NamedTuple):
-    """For each feature the earlier one that it refines."""
+    """For each feature the earlier one that it refines, its parent."""
 
     parent: Array
-    """[features] int64, -1 for the first group, for features that fired too rarely and for those without one."""
+    """[features] int64, index of the parent; -1 for the first group, for features that fired too rarely and for those
+    without one."""
     cosine: Array
-    """[features] float64, between the two decoder rows."""
+    """[features] float64, cosine between the decoder rows of feature and parent; NaN without a parent."""
     coactivation: Array
-    """[features] float64, P(parent fires | feature fires)."""
+    """[features] float64, P(parent fires | feature fires); NaN without a parent."""
     base_rate: Array
-    """[features] float64, P(parent fires)."""
+    """[features] float64, P(parent fires); NaN without a parent."""
     fired: Array
     """[features] int64, sampled tokens on which the feature fired: the support of `coactivation`."""
 
@@ -63,13 +65,14 @@ class Split(NamedTuple):
 
     feature: int
     children: tuple[int, ...]
-    """Later features whose parent it is, by index."""
+    """Indices of the later features whose parent the split feature is."""
     fired: int
-    """Sampled tokens on which it fires."""
+    """Sampled tokens on which the split feature fires."""
     coverage: float
-    """Share of these on which a child fires too."""
+    """Share of the split feature's sampled tokens on which a child fires too, from 0 to 1."""
     overlap: float
-    """Share of those on which two or more children fire."""
+    """Share of the sampled tokens where the split feature and a child fire on which two or more children do, from 0 to
+    1."""
 
 
 class Absorption(NamedTuple):
@@ -78,27 +81,28 @@ class Absorption(NamedTuple):
     parent: int
     child: int
     cosine: float
-    """Between the two decoder rows."""
+    """Cosine between the decoder rows of the earlier and the later feature, from -1 to 1."""
     expected: int
     """Sampled tokens on which the child fires and the parent should."""
     absorbed: int
-    """Of these, tokens on which the parent is silent and the child makes up ABSORBER_SHARE of the reach."""
+    """Sampled tokens on which the child fires, the parent should but is silent, and the child makes up ABSORBER_SHARE
+    of the reach."""
 
 
 class Nesting(NamedTuple):
-    """The whole of it."""
+    """Parents, split features and absorption of one dictionary."""
 
     tokens: int
-    """Sampled tokens."""
+    """Tokens of the sample that was looked at."""
     parents: Parents
     splits: list[Split]
-    """Features that meet both limits, those with most tokens first."""
+    """Features that meet both limits of splitting, those with most tokens first."""
     absorptions: list[Absorption]
-    """Pairs that meet the limits, those with most absorbed tokens first."""
+    """Pairs that meet the limits of absorption, those with most absorbed tokens first."""
     min_cosine: float
-    """What the decoders of a pair must exceed to be called near; see `chance_cosine`."""
+    """Cosine that the decoder rows of a pair must exceed to be called near; see `chance_cosine`."""
     tested_pairs: int
-    """Pairs for which absorption could be looked at: expected on at least MIN_FIRED tokens."""
+    """Pairs for which absorption could be looked at: the parent is expected on at least MIN_FIRED tokens."""
 
 
 def analyse_nesting(transcoder: MatryoshkaTranscoder, sample: CoactivationSample, candidates: Array) -> Nesting | None:

@@ -17,27 +17,27 @@ from mtc.results.numbers import numbers
 
 
 class Rule(NamedTuple):
-    """One row of the table."""
+    """A rule: a measured value, the threshold that it is held against, and what to say."""
 
     name: str
     condition: str
-    """In words, with the threshold."""
+    """When the rule is met, in words, with the threshold."""
     comparison: Literal["<", ">"]
     threshold: float
     value: Callable[[Evidence], float | None]
-    """The number that is compared; None if it was not measured."""
+    """Number that is held against the threshold; None if it was not measured."""
     sentence: Callable[[Evidence], str]
-    """What was measured, true whether or not the condition holds."""
+    """Sentence that tells what was measured, true whether or not the condition holds."""
     field: str
     advice: str
-    """What to do about `field` where the condition holds; the field and its present value are put behind."""
+    """What to do about `field` where the rule is met; the field and its present value are put behind."""
 
     def met(self, value: float) -> bool:
         return value > self.threshold if self.comparison == ">" else value < self.threshold
 
 
 def judge(found: Evidence) -> tuple[list[Finding], list[Finding]]:
-    """Insights and recommendations of all rules that have a value."""
+    """Insights of all rules that have a value, and recommendations of those that are met."""
     insights, recommendations = [], []
     for rule in RULES:
         value = rule.value(found)

@@ -21,15 +21,15 @@ class SparseActivations(NamedTuple):
     """The entries of feature activations that are not zero, ordered by feature, then token."""
 
     feature: Array
-    """[entries] int64."""
+    """[entries] int64, index of the active feature."""
     token: Array
     """[entries] int64, row of the activations that were encoded."""
     value: Array
-    """[entries] float32, above 0."""
+    """[entries] float32, activation in scaled units, above 0."""
 
 
 class TokenSums(NamedTuple):
-    """Sums over the tokens that share a label, for each label; total() is over all of them."""
+    """Sums over the tokens that share a label, for each label; all are float64, and `total()` is over all labels."""
 
     tokens: Array
     """[labels], number of tokens."""
@@ -40,24 +40,24 @@ class TokenSums(NamedTuple):
     target_square: Array
     """[labels], sum of ||y||^2."""
     cosine: Array
-    """[labels, prefixes], sum of the cosine between y and y_m, both as they are, the mean not removed."""
+    """[labels, prefixes], sum of the cosine between y and y_m, the mean of neither removed."""
     active: Array
-    """[labels, prefixes], active features within each prefix."""
+    """[labels, prefixes], sum over tokens of the active features within each prefix."""
 
     def __add__(self, other: object) -> TokenSums:
         assert isinstance(other, TokenSums)
         return TokenSums(*(a + b for a, b in zip(self, other, strict=True)))
 
     def total(self) -> TokenSums:
-        """One label for all."""
+        """The sums over the tokens of all labels, as one label."""
         return TokenSums(*(column.sum(0, keepdims=True) for column in self))
 
     def weighted(self, weights: Array) -> TokenSums:
-        """Labels combined with `weights` [results, labels]: one label per result."""
+        """Sums of the labels combined with `weights` [results, labels]: one label per result."""
         return TokenSums(*(np.tensordot(weights, column, 1) for column in self))
 
     def mean(self) -> Array:
-        """[d_target], mean of all targets."""
+        """[d_target], mean of the targets of all labels' tokens."""
         return self.target.sum(0) / self.tokens.sum()
 
     def mean_deviation(self) -> float:
@@ -66,7 +66,7 @@ class TokenSums(NamedTuple):
         return float((self.target_square.sum() - np.square(self.target.sum(0)).sum() / tokens) / tokens)
 
     def nonempty(self) -> TokenSums:
-        """The labels that have tokens."""
+        """Sums of only those labels that have tokens."""
         return TokenSums(*(column[self.tokens > 0] for column in self))
 
     def fvu(self, mean: Array | None = None) -> Array:
@@ -94,15 +94,15 @@ class TokenErrors(NamedTuple):
     errors: Tensor
     """[tokens, prefixes], ||y - y_m||^2 in raw units."""
     target: Tensor
-    """[tokens, d_target], y."""
+    """[tokens, d_target], target y in raw units."""
     cosine: Tensor
-    """[tokens, prefixes], between y and y_m."""
+    """[tokens, prefixes], cosine between y and y_m."""
     active: Tensor
     """[tokens, prefixes], active features within each prefix."""
 
     @classmethod
     def of(cls, reconstructions: Tensor, target: Tensor, active: Tensor) -> TokenErrors:
-        """Of reconstructions [prefixes, tokens, d_target] and target [tokens, d_target], both raw.
+        """Errors of reconstructions [prefixes, tokens, d_target] of the target [tokens, d_target], both raw.
 
         Products are float32, sums float64.
         """
@@ -116,7 +116,7 @@ class TokenErrors(NamedTuple):
         return cls(torch.stack(errors, 1), y.double(), torch.stack(cosines, 1), active.double())
 
     def sums(self, labels: Tensor, num_labels: int) -> TokenSums:
-        """Summed over the tokens of each label; `labels` is [tokens] int64."""
+        """The errors summed over the tokens of each label; `labels` is [tokens] int64."""
         by_label = sum_by_label(labels, num_labels)
         return TokenSums(
             tokens=by_label(torch.ones_like(self.errors[:, 0])),
