@@ -18,43 +18,43 @@ MEDIA_TYPES = {"json": JSON, "msgpack": MSGPACK, "safetensors": SAFETENSORS}
 
 
 class Model(NamedTuple):
-    """Which transcoder answered."""
+    """The transcoder that answered, and what it stands for."""
 
     run_id: str
     sha256: str
-    """Digest of its weights file."""
+    """Digest of the transcoder's weights file, hexadecimal."""
     base_model: str
     layer: int
     source: str
-    """Site that it reads."""
+    """Site that the transcoder reads."""
     target: str
-    """Site that it reconstructs."""
+    """Site that the transcoder reconstructs."""
     d_source: int
     d_target: int
     num_features: int
     k: int
     """Active features per token on average, as trained."""
     prefixes: tuple[int, ...]
-    """Sizes of the nested dictionaries."""
+    """Sizes of the nested dictionaries in features, ascending."""
 
 
 class Usage(NamedTuple):
     inputs: int
     tokens: int
-    """BOS included."""
+    """Tokens that the request took, BOS included."""
 
 
 class TokenisedInput(NamedTuple):
     """One input as the model reads it."""
 
     tokens: tuple[str, ...]
-    """Each id decoded on its own."""
+    """Texts of the input's tokens, each id decoded on its own."""
     token_ids: NDArray[np.int32]
-    """[tokens]"""
+    """[tokens] int32, ids of the input's tokens."""
     offsets: NDArray[np.int32] | None
     """[tokens, 2] first and one-past-last character of the text; None for an input of ids."""
     is_special: NDArray[np.bool_]
-    """[tokens]: BOS or another that stands for no text; has no features."""
+    """[tokens] bool: BOS or another token that stands for no text; has no features."""
     truncated: bool
     """Whether the input was cut."""
 
@@ -74,25 +74,25 @@ class EncodedInput(NamedTuple):
     """One input and its tokens' features: token t has the entries from indptr[t] to indptr[t + 1]."""
 
     tokens: tuple[str, ...]
-    """Each id decoded on its own."""
+    """Texts of the input's tokens, each id decoded on its own."""
     token_ids: NDArray[np.int32]
-    """[tokens]"""
+    """[tokens] int32, ids of the input's tokens."""
     offsets: NDArray[np.int32] | None
     """[tokens, 2] first and one-past-last character of the text; None for an input of ids."""
     is_special: NDArray[np.bool_]
-    """[tokens]: BOS or another that stands for no text; has no features."""
+    """[tokens] bool: BOS or another token that stands for no text; has no features."""
     truncated: bool
     """Whether the input was cut."""
     indptr: NDArray[np.int64]
-    """[tokens + 1]"""
+    """[tokens + 1] int64: token t has the entries from indptr[t] to indptr[t + 1]."""
     indices: NDArray[np.int32]
-    """[entries] features, ascending in each row."""
+    """[entries] int32, indices of the active features, ascending for each token."""
     values: NDArray[np.float32]
-    """[entries] activations, above 0."""
+    """[entries] float32, activations of the features in `indices`, above 0."""
     l0: NDArray[np.int32] | None
-    """[tokens] active features, if they were asked for."""
+    """[tokens] int32, number of active features of each token; None if it was not asked for."""
     fvu: NDArray[np.float32] | None
-    """[tokens] unexplained share, NaN for special tokens, if it was asked for."""
+    """[tokens] float32, unexplained share of each token, NaN for special tokens; None if it was not asked for."""
 
     def top(self, token: int, k: int = 16) -> list[tuple[int, float]]:
         """A token's `k` strongest features and their activations, equal ones by index."""
@@ -101,7 +101,8 @@ class EncodedInput(NamedTuple):
         return list(zip(self.indices[start:end][order].tolist(), self.values[start:end][order].tolist(), strict=True))
 
     def dense(self, num_features: int) -> NDArray[np.float32]:
-        """[tokens, num_features], zero where nothing was returned. Raises IndexError if there are more features."""
+        """[tokens, num_features] activations, zero where nothing was returned. Raises IndexError if there are more
+        features."""
         found = np.zeros((len(self.tokens), num_features), np.float32)
         found[np.repeat(np.arange(len(self.tokens)), np.diff(self.indptr)), self.indices] = self.values
         return found
@@ -112,7 +113,7 @@ class Encoding(NamedTuple):
 
     model: Model
     prefix: int
-    """The nested dictionary used."""
+    """Size in features of the nested dictionary that encoded."""
     inputs: tuple[EncodedInput, ...]
     usage: Usage
     request_id: str
@@ -132,15 +133,15 @@ class Decoding(NamedTuple):
 
     model: Model
     prefix: int
-    """The nested dictionary used."""
+    """Size in features of the nested dictionary that decoded."""
     reconstruction: NDArray[np.float32]
-    """[tokens, d_target], raw."""
+    """[tokens, d_target] float32, reconstruction of the target site, in raw units."""
     usage: Usage
     request_id: str
 
 
 def model_of(found: dict[str, Any]) -> Model:
-    """Fields that a newer service adds are left out."""
+    """The Model that an answer names; fields that a newer service adds are left out."""
     known = {name: found[name] for name in Model._fields}
     return Model(**known | {"prefixes": tuple(found["prefixes"])})
 
@@ -232,7 +233,7 @@ def _unpacked(media_type: str, content: bytes) -> dict[str, Any]:
 
 
 def _array(found: Any, dtype: type[np.generic]) -> NDArray[Any]:
-    """A list of numbers, or msgpack's {"dtype", "shape", "data"}."""
+    """An array from a list of numbers, or from msgpack's {"dtype", "shape", "data"}."""
     if isinstance(found, dict):
         little = np.dtype(found["dtype"]).newbyteorder("<")
         found = np.frombuffer(found["data"], little).reshape(found["shape"])
@@ -240,6 +241,6 @@ def _array(found: Any, dtype: type[np.generic]) -> NDArray[Any]:
 
 
 def csr_of(rows: SparseRows) -> dict[str, Sequence[float]]:
-    """As `POST /decode` takes it; numbers are the float32s'."""
+    """Rows of features as `POST /decode` takes them; numbers are the float32s'."""
     parts = (("indptr", rows.indptr), ("indices", rows.indices), ("values", np.asarray(rows.values, np.float32)))
     return {name: np.asarray(part).tolist() for name, part in parts}

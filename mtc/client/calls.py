@@ -35,23 +35,23 @@ class EncodeOptions(TypedDict, total=False):
     """What `encode` may be asked beside its inputs; see `POST /encode`."""
 
     input_ids: Any
-    """Instead of text: a window of token ids or several."""
+    """A window of token ids, or several, to encode instead of text."""
     model: str
     """Id of the run that answers."""
     top_k: int
-    """Strongest features of each token; by default all."""
+    """Most features returned for each token, its strongest; by default all."""
     features: Sequence[int]
-    """Only these."""
+    """Indices of the only features that are returned; by default all."""
     min_activation: float
     prefix: int
-    """Only the first so many features, one of the nested dictionaries."""
+    """Size in features of the nested dictionary that encodes; by default the whole dictionary."""
     truncate: bool
-    """Cut what is too long instead of refusing it."""
+    """Cut an input that is too long instead of refusing it."""
     include: Sequence[Literal["l0", "fvu"]]
 
 
 class Call(NamedTuple, Generic[T]):
-    """A request, and how its answer is read."""
+    """One request of a client, and how its answer is read."""
 
     method: str
     path: str
@@ -138,7 +138,7 @@ class Lines:
         self._parts.append(rest)
 
     def end(self) -> None:
-        """Raises ServiceError if the last line has not come."""
+        """The answer has ended; raises ServiceError if its last line has not come."""
         if not self._whole:
             raise ServiceError(None, "incomplete", "the answer ended before its last line")
 
@@ -164,7 +164,7 @@ def _media_type(format: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, and sequences of arrays, as lists."""
+    """A value for JSON: arrays, and sequences of arrays, become lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return [_plain(each) for each in value] if isinstance(value, list | tuple | range) else value

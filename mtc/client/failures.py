@@ -22,13 +22,14 @@ class ServiceError(Exception):
     ):  # fmt: skip
         super().__init__(status, error_type, message, detail, request_id, retry_after)
         self.status = status
-        """Of HTTP; None if no whole answer came."""
+        """HTTP status of the answer; None if no whole answer came."""
         self.error_type, self.message = error_type, message
-        """The service's word for it and its text; without a whole answer `unreachable`, `timeout`, `incomplete` or
-        `unreadable`; for one that is not in the service's shape, such as a proxy's, `http_error`."""
+        """The service's word for the error and its text; without a whole answer the word is `unreachable`, `timeout`,
+        `incomplete` or `unreadable`; for an answer that is not in the service's shape, such as a proxy's,
+        `http_error`."""
         self.detail, self.request_id = detail, request_id
         self.retry_after = retry_after
-        """Seconds after which to ask again, if the service said."""
+        """Seconds after which the service says to ask again; None if it did not say."""
 
     def __str__(self) -> str:
         return f"{self.status or 'no answer'} {self.error_type}: {self.message}"
@@ -46,13 +47,13 @@ class Retry:
     """When to ask again: exponential back-off with full jitter, never earlier than the service's Retry-After."""
 
     attempts: int = 10
-    """At most so many in all; 1 never asks again."""
+    """Most attempts of one call; 1 never asks again."""
     first_s: float = 0.1
-    """The first pause is drawn from 0 to this, every further one from 0 to twice as much."""
+    """Longest first pause, seconds: it is drawn from 0 to this, every further one from 0 to twice as much."""
     longest_s: float = 10.0
-    """No pause, and no Retry-After, counts as more."""
+    """Longest pause, seconds; a Retry-After counts as no more either."""
     deadline_s: float = 60.0
-    """No attempt begins later than this after the first."""
+    """Seconds after the first attempt from which on no other begins."""
 
 
 DEFAULT_RETRY = Retry()
@@ -88,7 +89,7 @@ def refusal(response: httpx.Response) -> ServiceError:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Retry-After is a number of seconds or a date."""
+    """Seconds that a Retry-After header asks for, which is a number of them or a date."""
     if retry_after is None:
         return None
     if retry_after.isdecimal():
