@@ -27,7 +27,7 @@ from mtc.storage import RunDirectory, RunError
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 
 LAYER_NORM = ("gpt2", "gpt_neox")
-"""Architectures whose norm before the MLP is no RMS norm."""
+"""Architectures whose norm before the MLP is a LayerNorm, not an RMS norm."""
 SAELENS_ARCHITECTURES = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 
 
@@ -36,30 +36,32 @@ class ImportFailure(MtcError):
 
 
 class Imported(NamedTuple):
-    """A transcoder of another library, as it was read."""
+    """A transcoder of another library, as it was read; all tensors are float32."""
 
     W_enc: Tensor
-    """[features, d_source] float32, like all of these."""
+    """[features, d_source] float32, encoder rows."""
     b_enc: Tensor
-    """[features]"""
+    """[features] float32, encoder biases."""
     W_dec: Tensor
-    """[features, d_target]"""
+    """[features, d_target] float32, decoder rows."""
     b_dec: Tensor
-    """[d_target]"""
+    """[d_target] float32, decoder bias."""
     threshold: Tensor
-    """[features]; 0 for a plain ReLU."""
+    """[features] float32, pre-activation above which each feature is active; 0 for a plain ReLU."""
     W_skip: Tensor | None
-    """[d_target, d_source]"""
+    """[d_target, d_source] float32, skip connection; None without one."""
     normalised: bool
-    """Whether it reads what the language model's own norm divided, which is our `rms` only if that is an RMS norm."""
+    """Whether the transcoder reads what the language model's own norm divided, which is our `rms` only if that is an
+    RMS norm."""
     known: dict[str, Any]
     """What the files say of the configuration: nested values for `jobs.command_line.parse_command_line`."""
     origin: dict[str, str]
-    """Format, names and sha256 of the files."""
+    """Where the transcoder comes from: format, names and sha256 of the files."""
 
 
 def read_gemma_scope(path: str) -> Imported:
-    """`params.npz`, or the directory that holds it. Raises ImportFailure for a file of another layout.
+    """Read Gemma Scope's `params.npz`, or the directory that holds it. Raises ImportFailure for a file of another
+    layout.
 
     Gemma Scope's transcoders read the residual stream divided by its root mean square, before the norm's gain: our
     `resid_mid` with `input_norm: rms`. Layer and k are taken from the path where it says them (`layer_5`,
@@ -83,7 +85,8 @@ def read_gemma_scope(path: str) -> Imported:
 
 
 def read_saelens(path: str) -> Imported:
-    """A folder with `cfg.json` and `sae_weights.safetensors`. Raises ImportFailure for what is no usable transcoder."""
+    """Read SAELens's folder of `cfg.json` and `sae_weights.safetensors`. Raises ImportFailure for what is no usable
+    transcoder."""
     folder = _local(path)
     config_file, weights_file = folder / "cfg.json", folder / "sae_weights.safetensors"
     try:
@@ -266,7 +269,7 @@ def _check_names(file: Path, found: set[str], needed: set[str]) -> None:
 
 
 def _in_path(file: Path, field: str, pattern: str) -> dict[str, int]:
-    """The number in the name of one of the directories above."""
+    """The number that `pattern` finds in the name of one of the directories above."""
     matches = [match for part in file.absolute().parts if (match := re.fullmatch(pattern, part))]
     return {field: int(matches[-1][1])} if matches else {}
 

@@ -20,7 +20,7 @@ from mtc.results import Analysis, Feature
 from mtc.storage import RunDirectory
 
 BATCH = 128
-"""Features in a file."""
+"""Features in one batch file."""
 DECIMALS = 4
 
 

@@ -17,7 +17,7 @@ from mtc.export.card import model_card
 from mtc.export.subject import Subject, describe_norm, find_hooks, plain_weights
 
 FORMAT_OF = "6.54.12"
-"""The SAELens version whose files these are; it converts older versions' configurations when it loads them."""
+"""Version of SAELens whose files are written; it converts older versions' configurations when it loads them."""
 
 
 def write_saelens(subject: Subject, directory: Path) -> None:

@@ -31,20 +31,20 @@ class ExportError(MtcError):
 
 
 class Subject(NamedTuple):
-    """One transcoder that is exported."""
+    """What an export writes: one transcoder, one of its prefixes, and what is known of them."""
 
     run_id: str
     """Name of the run."""
     config: RunConfig
-    """Its configuration, of one layer."""
+    """Configuration that the transcoder was trained with, of one layer."""
     transcoder: MatryoshkaTranscoder
-    """The weights, all of them."""
+    """Trained transcoder with all of its features, exported or not."""
     model_type: str
     """Architecture of the language model, a key of `mtc.language_model.architectures.MODULES`."""
     prefix: int
-    """Features that are exported: one of the nested dictionaries."""
+    """Number of features that are exported: one of the nested dictionaries."""
     analysis: Analysis | None = None
-    """What was measured on held-out text; None if the run was never analysed."""
+    """Analysis of the run on held-out text; None if the run was never analysed."""
     license: str | None = None
     """Licence identifier for the model card."""
     imported: bool = False
@@ -52,7 +52,7 @@ class Subject(NamedTuple):
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        """Groups inside the exported prefix."""
+        """Numbers of features of the groups inside the exported prefix."""
         sizes = self.transcoder.shape.group_sizes
         return sizes[: self.transcoder.prefixes.index(self.prefix) + 1]
 
@@ -72,33 +72,34 @@ class PlainWeights(NamedTuple):
     """
 
     W_enc: Tensor
-    """[features, d_source]"""
+    """[features, d_source] float32, encoder rows."""
     b_enc: Tensor
-    """[features]"""
+    """[features] float32, encoder biases."""
     W_dec: Tensor
-    """[features, d_target]"""
+    """[features, d_target] float32, decoder rows."""
     b_dec: Tensor
-    """[d_target]"""
+    """[d_target] float32, decoder bias."""
     threshold: Tensor
-    """[features], at least 0: a feature is active where its pre-activation is larger."""
+    """[features] float32, at least 0: a feature is active where its pre-activation is larger."""
     W_skip: Tensor | None
-    """[d_target, d_source]"""
+    """[d_target, d_source] float32, skip connection; None without one."""
 
 
 class Hooks(NamedTuple):
     """Where the exported transcoder reads and writes, in TransformerLens's names and in those of transformers."""
 
     source: str
-    """Hook in the block, `hook_resid_mid`."""
+    """TransformerLens's hook inside the block where the transcoder reads, such as `hook_resid_mid`."""
     target: str
-    """Hook in the block, `hook_mlp_out`."""
+    """TransformerLens's hook inside the block where the transcoder writes, `hook_mlp_out`."""
     source_module: str | None
-    """`model.layers.9.post_attention_layernorm.input`; None if no module reads or returns exactly this."""
+    """Module of transformers whose input or output the transcoder reads, such as
+    `model.layers.9.post_attention_layernorm.input`; None if no module reads or returns exactly that."""
     target_module: str
-    """The same for the target."""
+    """Module of transformers whose output the transcoder replaces, such as `model.layers.9.mlp.output`."""
 
     def full(self, layer: int) -> tuple[str, str]:
-        """Both with the block: `blocks.9.hook_resid_mid`."""
+        """TransformerLens's hooks of source and target with the block's name: `blocks.9.hook_resid_mid`."""
         return f"blocks.{layer}.{self.source}", f"blocks.{layer}.{self.target}"
 
 
