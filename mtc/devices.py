@@ -19,7 +19,7 @@ from torch import Tensor
 from mtc.errors import MtcError
 
 PRETENDING = os.environ.get("MTC_PRETEND_GPU") == "1"
-"""Whether the CPU is taken for a GPU."""
+"""Whether the CPU is taken for a GPU, which MTC_PRETEND_GPU=1 asks for."""
 
 
 class DeviceError(MtcError):
@@ -54,7 +54,7 @@ def is_gpu(device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """What torch calls the GPU, or the device's type."""
+    """Name of the GPU as torch gives it, or the device's type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -74,7 +74,8 @@ def current_stream(device: torch.device) -> Any:
 
 
 def record(stream: Any) -> Any:
-    """An event that happens when what is on `stream` now is done; `synchronize` waits for it, without using a core."""
+    """An event that happens when the work that is on `stream` now is done; `synchronize` waits for it, without using a
+    core."""
     event = torch.cpu.Event() if isinstance(stream, torch.cpu.Stream) else torch.cuda.Event(blocking=True)
     event.record(stream)
     return event
@@ -152,7 +153,7 @@ class Stopwatch:
 
 
 def measure_device(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large square matrix product, median of a few."""
+    """Floating-point operations per second of a large square matrix product, median of a few runs."""
     size = MATRIX if device.type == "cuda" else MATRIX // 4
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 

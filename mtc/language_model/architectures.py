@@ -21,24 +21,24 @@ class ModelInfo(NamedTuple):
     """What is known of a model before its weights are read."""
 
     model_type: str
-    """Architecture, as transformers names it."""
+    """Architecture of the model, as transformers names it."""
     num_layers: int
-    """Layers of the whole model."""
+    """Layers of the whole model, loaded or not."""
     d_model: int
     """Width of the residual stream."""
 
 
 class Modules(NamedTuple):
-    """Module paths of an architecture, the first from the base model, the others from a layer."""
+    """Module paths of one architecture: the first from the base model, the others from a layer."""
 
     layers: str
     norm: str = "post_attention_layernorm"
-    """The norm that the MLP reads from."""
+    """Path of the norm whose output the MLP reads, from the layer."""
     mlp_out: str = "mlp"
-    """The module whose output is added to the residual stream."""
+    """Path of the module whose output is added to the residual stream, from the layer."""
     attention: str = "self_attn"
     final_norm: str = "norm"
-    """The norm before the unembedding; from the base model."""
+    """Path of the norm before the unembedding, from the base model."""
 
 
 _GEMMA = Modules("layers", norm="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm")

@@ -33,20 +33,21 @@ from mtc.language_model.flex import Kernel, block_mask
 
 NAME = "mtc_windows"
 LEAST_FILL = 0.8
-"""A window joins a rectangle if it fills at least this share of its width."""
+"""Smallest share of a rectangle's width that a window which joins it fills."""
 LEAST_FLEX = 256
-"""Tokens of a row from which one compiled kernel is worth its mask; two blocks, so that no dimension of it is 1."""
+"""Fewest tokens of a row for which a compiled kernel is worth its mask; two blocks, so that no dimension of the mask is
+1."""
 LEAST_HEAD = 16
-"""Width of a head from which Triton multiplies matrices."""
+"""Smallest width of a head for which Triton multiplies matrices."""
 
 
 class Rectangle(NamedTuple):
     """Windows of similar lengths that attention takes together."""
 
     windows: int
-    """Rows."""
+    """Number of windows in the rectangle: its rows."""
     width: int
-    """Positions of the longest."""
+    """Positions of the rectangle's longest window: its columns."""
     first: int
     """First token in the packed row, if the windows lie there without a gap and have one length; else -1."""
     gather: Tensor | None
@@ -54,7 +55,7 @@ class Rectangle(NamedTuple):
     real: Tensor | None
     """[tokens] int64: places of the rectangle that are not padding."""
     scatter: Tensor | None
-    """[tokens] int64: their packed positions."""
+    """[tokens] int64: packed positions of the places in `real`."""
 
 
 class Windows:
@@ -90,7 +91,7 @@ class Windows:
         return [_rectangle([(starts[i], self.lengths[i]) for i in group], self._device) for group in groups]
 
     def mask(self, reach: int | None) -> Any:
-        """The BlockMask of the row; `reach` is how far a token sees, itself included."""
+        """FlexAttention's BlockMask of the row of windows; `reach` is how far a token sees, itself included."""
         if reach not in self._masks:
             self._masks[reach] = block_mask(self.lengths, reach, self._device)
         return self._masks[reach]
@@ -137,7 +138,7 @@ AttentionInterface.register(NAME, attend)
 
 
 def _as_one_row(windows: Windows, query: Tensor, softcap: float | None, reach: int | None) -> bool:
-    """Whether the compiled kernel is the faster way."""
+    """Whether the compiled kernel over the whole row is faster than rectangles."""
     if windows.tokens < LEAST_FLEX or query.shape[-1] < LEAST_HEAD:
         return False
     return softcap is not None or reach is not None or not windows.alike
@@ -147,7 +148,7 @@ def _as_one_row(windows: Windows, query: Tensor, softcap: float | None, reach: i
 
 
 def _rectangle(group: list[tuple[int, int]], device: torch.device | str) -> Rectangle:
-    """Of windows given as (first token, length), longest first."""
+    """The Rectangle of windows given as (first token, length), longest first."""
     width, first = group[0][1], group[0][0]
     if all(length == width and start == first + i * width for i, (start, length) in enumerate(group)):
         return Rectangle(len(group), width, first, None, None, None)
@@ -196,7 +197,7 @@ def _soft_capped(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, 
 
 
 def _repeat(column: Tensor, query: Tensor) -> Tensor:
-    """Key or value heads, one for each query head."""
+    """Key or value heads repeated, so that each query head has one."""
     times = query.shape[1] // column.shape[1]
     return column if times == 1 else column.repeat_interleave(times, dim=1)
 

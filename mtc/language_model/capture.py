@@ -21,42 +21,43 @@ class Pending(NamedTuple):
     """A unit whose forward pass was started."""
 
     activations: dict[SiteKey, Tensor]
-    """By layer and site, [tokens, d_model] bfloat16, on the host once the copy is over; empty without windows."""
+    """[tokens, d_model] bfloat16 by layer and site, on the host once the copy is over; empty without windows."""
     sums: Tensor
     """[sites, tokens] float32, sums over d_model: not finite where an activation is not."""
     copied: Any
-    """The event at which they are on the host; None on a CPU."""
+    """Event at which the activations are on the host; None on a CPU."""
     watch: Stopwatch
-    """The seconds of the forward pass."""
+    """Stopwatch of the forward pass."""
     positions: int
     """Tokens that the forward pass took, special ones included."""
     flops: float
-    """Operations of the forward pass's matrix products."""
+    """Floating-point operations of the forward pass's matrix products."""
 
 
 class Captured(NamedTuple):
     """A unit's activations on the host."""
 
     activations: dict[SiteKey, Tensor]
-    """By layer and site, [tokens, d_model] bfloat16, of the tokens whose activations are all finite at every site."""
+    """[tokens, d_model] bfloat16 by layer and site, of the tokens whose activations are all finite at every site."""
     tokens: int
-    """Trainable tokens of the unit."""
+    """Trainable tokens of the unit, those that are left out included."""
     dropped: list[int]
-    """The numbers of the trainable tokens that are left out because an activation is not finite."""
+    """Numbers of the trainable tokens that are left out because an activation is not finite."""
 
 
 class Capture:
-    """Runs one language model, whose sites it reads at all trainable tokens."""
+    """Runs one language model over work units, and reads its sites at all trainable tokens."""
 
     def __init__(self, model: LanguageModel):
         self.model = model
         on_gpu = is_gpu(model.device)
         self.ahead = 1 if on_gpu else 0
-        """Units that are worth starting before an earlier one is finished."""
+        """How many units are worth starting before an earlier one is finished."""
         self._stream = side_stream(model.device) if on_gpu else None
 
     def start(self, windows: PackedWindows) -> Pending:
-        """Run the model; on a GPU this returns before it is done. No windows make a unit that only holds a place."""
+        """Run the model on a unit; on a GPU this returns before it is done. A unit without windows only holds a
+        place."""
         watch = Stopwatch(self.model.device)
         with watch.running():
             if windows.lengths:
@@ -74,7 +75,7 @@ class Capture:
         return Pending(activations, sums, copied, watch, sum(windows.lengths), flops)
 
     def finish(self, pending: Pending) -> Captured:
-        """Wait until the unit is on the host."""
+        """Wait until a unit that was started is on the host."""
         if pending.copied is not None:
             pending.copied.synchronize()  # not the stream: the next unit is on it too
         activations = pending.activations
@@ -88,7 +89,8 @@ class Capture:
         return Captured({key: rows[finite] for key, rows in activations.items()}, tokens, dropped)
 
     def _to_host(self, tensors: list[Tensor]) -> tuple[list[Tensor], Any]:
-        """From a GPU into pinned memory, on a stream of its own, and the event at which they are there."""
+        """Copy activations from a GPU into pinned memory, on a stream of its own; returns them and the event at which
+        they are there."""
         if self._stream is None:
             return tensors, None
         self._stream.wait_stream(current_stream(self.model.device))

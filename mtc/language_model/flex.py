@@ -22,21 +22,21 @@ from mtc.devices import send
 
 logger = logging.getLogger(__name__)
 BLOCK = 128
-"""Queries and keys of a block of the mask: FlexAttention's own, which the blocks of its kernels divide."""
+"""Queries, and keys, of one block of the mask: FlexAttention's own, which the blocks of its kernels divide."""
 MOST_KERNELS = 64
-"""Compilations of one function before torch would give up, of all models of a process together; 8 by default."""
+"""Compilations of one function, of all models of a process together, before torch would give up; its default is 8."""
 
 
 class Kernel:
-    """FlexAttention, compiled; of one model, which takes rectangles again once it can't be compiled."""
+    """Compiled FlexAttention of one model, which takes rectangles again once it can't be compiled."""
 
     failed: str | None = None
-    """What kept it from being compiled, such as "InductorError: ..."."""
+    """What kept the kernel from being compiled, such as "InductorError: ..."; None if nothing did."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None
     ) -> Tensor | None:
-        """[1, heads, tokens, head_dim], from a query of that shape and keys and values that may have fewer heads.
+        """Attention [1, heads, tokens, head_dim] of a query of that shape to keys and values that may have fewer heads.
 
         None where it can't be compiled, said once. Every other error is raised, a lack of memory above all: it passes.
         Where `compiler_settings` are not in force, a second scale or cap may fail to compile.
@@ -177,7 +177,7 @@ def _needed(hopper: bool, rows: int, columns: int, stages: int, width: int, item
 
 @contextmanager
 def compiler_settings() -> Iterator[None]:
-    """What holds while a forward pass runs that may compile, in whichever thread (torch's settings are a thread's own).
+    """A context for a forward pass that may compile, in whichever thread (torch's settings are a thread's own).
 
     Floats are constants of a kernel: FlexAttention takes its scale and cap only as such. Dimensions that happen to be
     equal when something is compiled, such as blocks and heads, are not taken for one. 40 us, so once a pass.
@@ -189,7 +189,8 @@ def compiler_settings() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _patches() -> tuple[Any, Any]:
-    """Made once: every new patch would leave a variable of its own behind in each thread that it was used in."""
+    """torch's settings while something compiles. Made once: every new patch would leave a variable of its own behind in
+    each thread that it was used in."""
     import torch._dynamo
     from torch.fx.experimental import _config
 
@@ -217,7 +218,7 @@ def compiler_failure(error: BaseException) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from."""
+    """An error and the errors that it came from."""
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:

@@ -64,7 +64,7 @@ def _files_named(distribution: str, pattern: str) -> dict[str, Path]:
 
 
 def gguf_digest(config: ModelConfig, parts: list[Path]) -> str:
-    """sha256 of the parts put together; raises ModelError if `model.sha256` is another.
+    """sha256 of the GGUF file's parts put together; raises ModelError if `model.sha256` is another.
 
     The cache directory remembers it for as long as no file changes: every process asks for it, and weights are large.
     """
@@ -87,7 +87,8 @@ def gguf_digest(config: ModelConfig, parts: list[Path]) -> str:
 
 
 def gguf_info(path: Path) -> ModelInfo:
-    """Read the shape from the file's head. The gguf package's reader takes up to 20 s to parse the vocabulary first."""
+    """Read the model's shape from the GGUF file's head. The gguf package's reader takes up to 20 s to parse the
+    vocabulary first."""
     values: dict[Any, Any] = {}
     try:
         with path.open("rb") as file:
@@ -105,7 +106,8 @@ def gguf_info(path: Path) -> ModelInfo:
 
 
 def _gguf_value(file: BinaryIO, kind: int) -> Any:
-    """The next value; kinds are numbered as in the GGUF specification: 8 is a string, 9 an array."""
+    """The next value of a GGUF file's head; kinds are numbered as in the GGUF specification: 8 is a string, 9 an
+    array."""
     if kind == 8:
         return file.read(*struct.unpack("<Q", file.read(8))).decode()
     if kind == 9:
@@ -132,7 +134,8 @@ def convert_gguf(parts: list[Path], directory: Path) -> None:
 
 
 def save_prepared(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype) -> None:
-    """Write what `from_pretrained` reads. The model's own save_pretrained fails on a model that came from GGUF."""
+    """Write the directory that `from_pretrained` reads. The model's own save_pretrained fails on a model that came from
+    GGUF."""
     tied = model.config.tie_word_embeddings
     head = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith("lm_head.weight")]
     tensors = {

@@ -43,7 +43,7 @@ class SitePair(NamedTuple):
     source: Tensor
     """[tokens, d_model] in the model's dtype: what the transcoder reads."""
     target: Tensor
-    """[tokens, d_model] in the model's dtype: what it reconstructs."""
+    """[tokens, d_model] in the model's dtype: what the transcoder reconstructs."""
 
 
 class LanguageModel:
@@ -95,7 +95,7 @@ class LanguageModel:
         inside = self._base.get_submodule(modules.layers).modules()
         products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
         self._warm_for = 0
-        """Tokens that `warm_up` was called for."""
+        """Largest number of tokens that `warm_up` was called for."""
         self._context_length: int | None = getattr(text, "max_position_embeddings", None)
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or info.d_model // heads
@@ -109,8 +109,8 @@ class LanguageModel:
 
     @property
     def compute(self) -> str:
-        """How forward passes run: "compiled", or "eager" with the reason in parentheses, such as
-        "eager (model.compile=false)", "eager (no C compiler)" or "eager (InductorError: ...)".
+        """How forward passes run: "compiled", or "eager" with the reason in parentheses, such as "eager
+        (model.compile=false)", "eager (no C compiler)" or "eager (InductorError: ...)".
 
         "compiled, attention eager (...)" if only attention lost its kernel. Known after `warm_up`: before the first
         passes it says what will be tried.
@@ -121,7 +121,7 @@ class LanguageModel:
         return f"compiled, attention eager ({failed})" if failed else "compiled"
 
     def warm_up(self, tokens: int) -> None:
-        """Run passes of the kinds that come, with up to `tokens` tokens each, so that none of them compiles later.
+        """Run passes of the kinds that come, with up to `tokens` tokens each, so that none of these compiles later.
 
         Compilation that fails is noticed here: the model then runs eager. On a CPU that compiles nothing there is
         nothing to do. Raises torch.OutOfMemoryError if passes of that many tokens do not fit.
@@ -319,7 +319,7 @@ def _why_eager(requested: bool | None, device: torch.device) -> str | None:
 
 
 def _missing_for_triton() -> str | None:
-    """What is not there of what compiling for a GPU takes, None if all is.
+    """What compiling for a GPU lacks on this machine, None if nothing.
 
     Triton compiles its launcher with the C compiler that CC names, else with gcc or clang (its runtime/build.py).
     """

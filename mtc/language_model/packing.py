@@ -18,9 +18,9 @@ class PackedWindows(NamedTuple):
     input_ids: torch.Tensor
     """[tokens] int64, one window after another."""
     position_ids: torch.Tensor
-    """[tokens] int64, from 0 in each window."""
+    """[tokens] int64, position of each token in its window, from 0."""
     trainable: torch.Tensor
-    """[tokens] bool: neither BOS nor another special token."""
+    """[tokens] bool: the token is neither BOS nor another special one."""
     lengths: tuple[int, ...]
     """Tokens of each window."""
 

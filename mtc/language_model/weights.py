@@ -71,7 +71,7 @@ def check_model(config: ModelConfig) -> ModelInfo:
 
 
 def prepare_model(config: ModelConfig) -> str:
-    """What `from_pretrained` reads: a hub id or a local directory.
+    """What `from_pretrained` reads for a configuration: a hub id or a local directory.
 
     GGUF weights are converted and random ones made on the first call, then found in the cache directory; several
     processes may call at once. Raises ModelError and ConfigError like `check_model`.
@@ -199,7 +199,7 @@ def _make_random(model_config: PretrainedConfig, directory: Path) -> None:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token: 256 of them, then <bos>, <eos> and <pad>."""
+    """A tokenizer whose tokens are bytes: 256 of them, then <bos>, <eos> and <pad>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
