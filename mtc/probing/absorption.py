@@ -38,9 +38,9 @@ from mtc.probing.linear_probes import auc, fit_probe, grouped_folds
 from mtc.results import LetterAbsorption, PrefixAbsorption
 
 MIN_LETTERS = 5
-"""Letters that must be measured for a mean over letters."""
+"""Fewest measured letters that a mean over letters is given for."""
 MIN_WORDS = 20
-"""Test words of a letter, and of these those that the probe finds, that its absorption is measured on."""
+"""Fewest test words of a letter, and of these fewest that the probe finds, that its absorption is measured on."""
 MIN_AUC = 0.9
 """Area under the ROC curve of a letter's probe from which on the target is said to know the letter. SAEBench asks for
 an F1 score of 0.6, which depends on how rare the letter is."""
@@ -57,23 +57,23 @@ STRENGTHS = (1e-3, 1e-2, 1e-1)
 
 
 class Absorbed(NamedTuple):
-    """Absorption of some words of one letter."""
+    """Absorption of each of some words of one letter."""
 
     fraction: Array
-    """[words] float64, from 0 to 1."""
+    """[words] float64, absorption fraction of each word, from 0 to 1."""
     full: Array
-    """[words] bool."""
+    """[words] bool: the word is fully absorbed."""
 
 
 class Readings(NamedTuple):
     """What the transcoder reads, rebuilds and finds at the tokens of words."""
 
     target: Array
-    """[words, d_target] float32, raw."""
+    """[words, d_target] float32, target activations at the words' tokens, in raw units."""
     rest: Array
-    """[words, d_target] float32: the target less what the transcoder adds without features."""
+    """[words, d_target] float32, the target less what the transcoder adds without features, in raw units."""
     features: Array
-    """[words, features] float32."""
+    """[words, features] float32, feature activations at the words' tokens."""
 
 
 def measure_absorption(

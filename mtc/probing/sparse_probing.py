@@ -32,15 +32,16 @@ if TYPE_CHECKING:
 
 KS = (1, 2, 4, 8, 16)
 SIDES = 3
-"""One part in three is the test part."""
+"""Parts that a task's groups are cut into, one of which is the test part."""
 MIN_GROUPS = 15
-"""Groups that each class must have before they are split."""
+"""Fewest groups that each class must have for a task to be split."""
 MIN_TEST_GROUPS = 5
-"""Groups that each class must have on the test side: groups may be of very different size, and whole ones are moved."""
+"""Fewest groups that each class must have on the test side: groups may be of very different size, and whole ones are
+moved."""
 
 
 class Pooled(NamedTuple):
-    """Examples of a task."""
+    """Examples of a task, each pooled over the tokens of a window."""
 
     dense: Array
     """[examples, d_source] float32, pooled raw source activations."""
@@ -132,7 +133,8 @@ def too_few(positive: Array, groups: Array) -> str | None:
 def measure_task(
     pooled: Pooled, positive: Array, groups: Array, prefixes: Sequence[int], ks: Sequence[int], seed: int = 0
 ) -> dict[str, Any]:
-    """The measured fields of a TaskResult, from examples with `positive` [examples] bool and `groups` [examples]."""
+    """The measured fields of a TaskResult, from pooled examples with `positive` [examples] bool and `groups`
+    [examples]."""
     train, test = grouped_folds(positive, groups, SIDES, seed)[0]
     for rows, least, where in ((train, FOLDS, "training"), (test, MIN_TEST_GROUPS, "test")):
         found = min(len(np.unique(groups[rows][positive[rows] == side])) for side in (True, False))
@@ -223,7 +225,7 @@ def pool(
 
 
 def _pool_rows(values: torch.Tensor, owner: torch.Tensor, count: int, pooling: Pooling) -> torch.Tensor:
-    """[tokens, d] of windows `owner` [tokens], in order -> [count, d]."""
+    """Rows [tokens, d] of windows `owner` [tokens], in order, pooled over each window: [count, d]."""
     import torch
 
     tokens = torch.bincount(owner, minlength=count)

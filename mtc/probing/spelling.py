@@ -25,7 +25,7 @@ from mtc.text import special_ids, token_batches
 from mtc.transcoder import MatryoshkaTranscoder
 
 LINES = 10
-"""Lines of examples in front of the measured ones of a prompt, and number of those."""
+"""Lines of a prompt with measured words, and as many lines of examples in front of them."""
 MIDDLE = " has the first letter:"
 
 
@@ -33,11 +33,11 @@ class Words(NamedTuple):
     """Words of a vocabulary, in two halves with the same letters."""
 
     train: list[str]
-    """Half of each letter's words."""
+    """Words that probes are fitted to: half of each letter's."""
     test: list[str]
-    """The other half."""
+    """Words that probes are judged on and the language model is asked for: the other half of each letter's."""
     token: dict[str, int]
-    """The token of each word, with its space."""
+    """Id of the single token that each word is, with its space."""
 
 
 def measure_spelling(
@@ -51,7 +51,8 @@ def measure_spelling(
     unit_tokens: int = 4096,
     seed: int = 0,
 ) -> Spelling:
-    """Measure both, in this process: the whole language model for spelling, then the lower part for activations.
+    """Measure spelling and absorption in this process: the whole language model spells, then its lower part gives
+    activations.
 
     `at` is the entry of `config.sites` that the transcoder belongs to. At most `words_per_letter` words of each letter
     are used, half of them to fit probes, and the model is asked for `asked` test words. Raises ConfigError without
@@ -174,7 +175,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _unusable(words: Words, tokenizer: Any) -> str | None:
-    """Why this vocabulary does not do, or None."""
+    """Why this vocabulary does not do for spelling, or None."""
     first = [word[0] for word in words.test]
     letters = sum(first.count(letter) >= MIN_WORDS for letter in set(first))
     if letters < MIN_LETTERS:

@@ -25,20 +25,20 @@ from mtc.text import DataError, document_id
 
 SAE_PROBES = "sae_probes/data/cleaned_data"
 BLOCK_BYTES = 1 << 25
-"""More than a row of a CSV file."""
+"""Bytes of a CSV file that are parsed at once: more than any row has."""
 
 
 class Labelled(NamedTuple):
-    """The texts of a task."""
+    """The texts of a task with their classes and groups."""
 
     texts: list[str]
-    """Each different text once."""
+    """Different texts of the task, each once."""
     positive: NDArray[np.bool_]
-    """[texts]: which of the two classes."""
+    """[texts] bool: the text is of the positive class."""
     groups: list[str]
-    """What must not be split, for each text."""
+    """Group of each text, which a split keeps together."""
     dropped: int
-    """Rows that repeat a text, or whose text stands in both classes."""
+    """Rows left out because they repeat a text, or because it stands in both classes."""
 
 
 def _sotu(name: str, label_field: str, **classes: Any) -> ProbeTask:
@@ -90,7 +90,7 @@ def task_named(name: str) -> ProbeTask:
 
 
 def available_tasks() -> tuple[ProbeTask, ...]:
-    """Those of TASKS whose wheels are installed."""
+    """Names of those of TASKS whose wheels are installed."""
     return tuple(task for task in TASKS.values() if _is_installed(task.source))
 
 
@@ -123,7 +123,7 @@ def load_task(task: ProbeTask) -> Labelled:
 
 
 def _classes(task: ProbeTask, labels: list[str]) -> list[bool | None]:
-    """True, False or, for rows of neither class, None."""
+    """Class of each row: True for positive, False for negative or, for rows of neither, None."""
     if task.at_least is not None:
         try:
             return [float(label) >= task.at_least for label in labels]
@@ -171,7 +171,7 @@ def _locate(task: ProbeTask) -> str:
 
 
 def _read(url: str, columns: list[str], task: ProbeTask) -> list[tuple[Any, ...]]:
-    """The columns of every row."""
+    """The wanted columns of every row of the source."""
     stem, _, last = url.rpartition(".")
     packing = {"zst": "zstd", "gz": "gzip"}.get(last)
     kind = stem.rpartition(".")[2] if packing else last
@@ -203,7 +203,7 @@ def _read(url: str, columns: list[str], task: ProbeTask) -> list[tuple[Any, ...]
 
 
 def _read_text(url: str, task: ProbeTask) -> str:
-    """As mtc.text.documents reads a text file, so that it has the same document id."""
+    """A text file read as mtc.text.documents reads it, so that it has the same document id."""
     try:
         with fsspec.open(url, "rb") as file:
             return file.read().decode("utf-8-sig")
