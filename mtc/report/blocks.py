@@ -47,7 +47,7 @@ Text = Piece | tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Heading:
-    """Of a part of a section."""
+    """Heading of a part of a section."""
 
     text: str
 
@@ -68,7 +68,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Branch:
-    """A line of a tree and what hangs on it."""
+    """A line of a tree and the lines that hang on it."""
 
     text: Text
     twigs: tuple[Text, ...]
@@ -89,24 +89,24 @@ class Table:
     headers: tuple[str, ...]
     rows: tuple[tuple[Text, ...], ...]
     folded: bool = False
-    """Shown on demand, where that is possible."""
+    """Whether the table is shown on demand, where that is possible."""
     searchable: bool = False
-    """Sorted and filtered on demand, where that is possible."""
+    """Whether rows are sorted and filtered on demand, where that is possible."""
 
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """A number to be seen first."""
+    """A figure of the run that is seen first."""
 
     label: str
     value: str
     note: str
-    """Its interval, or what it is held against."""
+    """The figure's interval, or what it is held against."""
 
 
 @dataclass(frozen=True)
 class KeyFigures:
-    """The numbers to be seen first."""
+    """The figures of the run that are seen first."""
 
     caption: str
     figures: tuple[KeyFigure, ...]
@@ -139,11 +139,11 @@ class Contexts:
 
 @dataclass(frozen=True)
 class Findings:
-    """What rules say."""
+    """What rules say about the run: insights or recommendations."""
 
     findings: tuple[Finding, ...]
     advice: bool
-    """They are recommendations."""
+    """Whether the findings are recommendations."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Card:
     feature: int
     title: str
     summary: Text
-    """In one line."""
+    """The feature's figures in one line."""
     blocks: tuple[Block, ...]
 
 
@@ -171,18 +171,18 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """Its name in links."""
+        """The section's name in links."""
         return self.title.lower().replace(" ", "-")
 
 
 @dataclass(frozen=True)
 class Document:
-    """The whole report."""
+    """A whole report as blocks, before it is Markdown or HTML."""
 
     title: str
     subtitle: str
     sections: tuple[Section, ...]
     provenance: Section
-    """Where the figures come from, at the end."""
+    """Where the figures come from, as the report's last section."""
     stamp: str
-    """The same in one line, for the foot of printed pages."""
+    """Where the figures come from in one line, for the foot of printed pages."""

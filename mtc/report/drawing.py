@@ -45,7 +45,7 @@ class Picture(NamedTuple):
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures must be made and drawn in it."""
+    """A context in which figures are made and drawn, with the report's fonts and colours."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -53,12 +53,12 @@ def style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float, dpi: int) -> Figure:
-    """A figure of its own, without pyplot's state; inches."""
+    """A figure of so many inches, without pyplot's state."""
     return Figure(figsize=(width, height), dpi=dpi, layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
 
 
 def picture(figure: Figure) -> Picture:
-    """Both files."""
+    """A figure as both of its files."""
     bitmap, text = io.BytesIO(), io.StringIO()
     FigureCanvasAgg(figure).print_png(bitmap, metadata={"Software": None})
     figure.set_layout_engine("none")  # it has been laid out; once more would take as long as drawing
@@ -75,7 +75,7 @@ def colours(count: int) -> list[str]:
 
 
 def say(axes: Axes, text: str) -> None:
-    """In the place of what could not be drawn."""
+    """Write in the place of a plot why it could not be drawn."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -86,7 +86,7 @@ def whole_numbers(bins: int = 6) -> MaxNLocator:
 
 
 def short(value: float, position: object = None) -> str:
-    """Token counts as 500k, 1.5M."""
+    """A token count in short: 500k, 1.5M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"

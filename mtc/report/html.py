@@ -25,12 +25,12 @@ from mtc.results import NOT_MEASURED, number
 
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( %)?( to [-+]?[\d,.]+(e[-+]?\d+)?( %)?)?|–|undefined")
 STRENGTHS = 5
-"""Steps of the marks in a context."""
+"""Shades of the marks on the tokens of a context."""
 _BAR_WIDTH, _BAR_HEIGHT = 14, 60
 
 
 def render_html(document: blocks.Document, pictures: Mapping[str, str]) -> str:
-    """Args: `pictures` are the plots' SVG texts by name."""
+    """The document as one HTML page; `pictures` are the plots' SVG texts by name."""
     parts = [block for section in document.sections for block in section.blocks]
     cards = {block.feature for block in parts if isinstance(block, blocks.Card)}
     page = _environment().get_template("page.html")
@@ -59,18 +59,18 @@ def _environment() -> Environment:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names it."""
+    """The digest of a style or script as a content security policy names it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _print_foot(stamp: str) -> str:
-    """The provenance on every printed page; every character but letters and digits as its code."""
+    """Style that puts the provenance on every printed page; every character but letters and digits as its code."""
     safe = "".join(c if c.isascii() and c.isalnum() else f"\\{ord(c):x} " for c in visible(stamp))
     return f'@page {{ @bottom-left {{ content: "{safe}"; }} }}\n'
 
 
 class Renderer:
-    """Blocks as HTML, with what they refer to.
+    """Renders blocks as HTML, with what they refer to.
 
     Args:
         link: the address of what is said of a feature, None if nothing is.
@@ -86,7 +86,7 @@ class Renderer:
         self._pictures, self._link = pictures or {}, link
 
     def block(self, block: blocks.Block) -> Markup:
-        """By the macro that bears the block's name."""
+        """A block rendered by the macro that bears its name."""
         return Markup(getattr(self._macros, type(block).__name__.lower())(block))
 
     def text(self, text: blocks.Text) -> Markup:
@@ -110,7 +110,7 @@ class Renderer:
         return Markup(inline_svg(self._pictures[name], f"plot-{name}", alternative))
 
     def _places(self, block: blocks.Bars) -> dict[str, Any]:
-        """Places of the bars: one empty bin on either side of those that are filled."""
+        """Places of a histogram's bars and ticks: one empty bin on either side of those that are filled."""
         filled = [i for i, count in enumerate(block.counts) if count]
         if not filled:
             return {}
@@ -129,7 +129,7 @@ class Renderer:
         return {"bars": bars, "ticks": ticks, "width": width, "tallest": number(tallest), "height": _BAR_HEIGHT}
 
     def _marked(self, example: blocks.Example, strongest: float) -> Markup:
-        """The text, marked where the feature fires: the stronger, the darker; the peak is bold."""
+        """A context's text, marked where the feature fires: the stronger, the darker; the peak is bold."""
         parts = []
         for i, (token, value) in enumerate(zip(example.tokens, example.activations, strict=True)):
             if value <= 0 and i != example.peak:
@@ -143,7 +143,7 @@ class Renderer:
 
 
 def _numeric(table: blocks.Table) -> list[bool]:
-    """Which columns hold numbers, and go to the right."""
+    """Which columns of a table hold numbers, and go to the right."""
 
     def is_number(cell: blocks.Text) -> bool:
         return isinstance(cell, str) and (cell == NOT_MEASURED or _NUMBER.fullmatch(cell) is not None)

@@ -43,7 +43,8 @@ def _directory(analysis: Analysis) -> str:
 
 
 def _document(analyses: Sequence[Analysis], form: int) -> Document:
-    """Args: `form` says to which form of the layers' own reports it leads, an index into ReportNames."""
+    """The report of all layers as blocks; `form` says to which form of the layers' own reports it leads, an index into
+    ReportNames."""
     first = analyses[0]
     model, f = first.config.model, first.facts
     blocks: list[Block] = [

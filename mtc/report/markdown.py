@@ -11,7 +11,7 @@ from mtc.results import number
 
 
 def render_markdown(document: blocks.Document, pictures: Mapping[str, str]) -> str:
-    """Args: `pictures` are the plots' files by name."""
+    """The document as Markdown; `pictures` are the plots' files by name."""
     parts = [f"# {escape(document.title)}", escape(document.subtitle)]
     for i, section in enumerate(document.sections, 1):
         parts += [f"## {i}. {escape(section.title)}", *render_blocks(section.blocks, pictures)]
@@ -20,7 +20,7 @@ def render_markdown(document: blocks.Document, pictures: Mapping[str, str]) -> s
 
 
 def render_blocks(parts: Sequence[blocks.Block], pictures: Mapping[str, str]) -> list[str]:
-    """Paragraphs of Markdown."""
+    """Blocks as paragraphs of Markdown."""
     return [line for block in parts for line in _RENDERERS[type(block)](block, pictures)]
 
 
@@ -78,7 +78,7 @@ def _bars(block: blocks.Bars, pictures: Mapping[str, str]) -> list[str]:
 
 
 def bars_in_words(block: blocks.Bars) -> str:
-    """The bins that are not empty, with their counts."""
+    """A histogram in words: the bins that are not empty, with their counts."""
     filled = [
         f"{number(block.edges[i])} to {number(block.edges[i + 1])}: {number(count)}"
         for i, count in enumerate(block.counts)
@@ -96,7 +96,7 @@ def _contexts(block: blocks.Contexts, pictures: Mapping[str, str]) -> list[str]:
 
 
 def context_note(example: blocks.Example) -> str:
-    """What stands beside a context."""
+    """What stands beside a context: its activation and where it is from."""
     kind = "" if example.quantile is None else f", quantile {number(example.quantile)}"
     return f"{number(example.activation)}{kind}, document {example.document_id}"
 

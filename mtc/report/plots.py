@@ -32,17 +32,17 @@ from mtc.results import OVERVIEW, Analysis, Intervals, Slice, number
 
 _BINS = 40
 MANY_DOTS = 2000
-"""More dots than that are a bitmap inside the SVG."""
+"""Dots of a scatter plot above which it is a bitmap inside the SVG."""
 
 
 class PlotData(NamedTuple):
-    """What plots show."""
+    """What the plots of one run show."""
 
     analysis: Analysis
     features: pa.Table
-    """All features, as in features.parquet."""
+    """Table of all features, as in features.parquet."""
     history: list[dict[str, Any]]
-    """A dict per logged training step."""
+    """Rows of the metrics history, one dict per logged training step."""
 
     @property
     def fired(self) -> pa.Table:
@@ -240,7 +240,7 @@ def samples(axes: Axes, data: PlotData) -> None:
 
 
 def _histogram(axes: Axes, data: PlotData, values: NDArray[Any]) -> None:
-    """Counts per bin, one colour per group on top of each other."""
+    """A histogram with one colour per group, the groups' counts on top of each other."""
     axes.set_ylabel("features")
     if len(values) == 0:
         return say(axes, "no feature fired")

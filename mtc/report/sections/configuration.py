@@ -9,11 +9,11 @@ from mtc.results import NOT_MEASURED, Analysis, RunFacts, StreamTiming, number, 
 from mtc.results.numbers import numbers
 
 EVENTS = 50
-"""Rows of the table of events; the JSON report has all of them."""
+"""Most rows of the table of events; the JSON report has all of them."""
 
 
 def configuration(analysis: Analysis) -> Section:
-    """Settings with what they came to; skipped input; events; timing; every field of the configuration."""
+    """Section 2: settings with what they came to; skipped input; events; timing; every field of the configuration."""
     blocks: list[Block] = [
         _settings(analysis),
         Heading("Skipped input"),
@@ -87,7 +87,7 @@ def _skipped(facts: RunFacts) -> list[Block]:
 
 
 def _events(facts: RunFacts) -> list[Block]:
-    """Nothing if nothing happened."""
+    """The table of the run's events; nothing if nothing happened."""
     rows = tuple(
         (
             str(event["time"]),
@@ -107,7 +107,7 @@ def _events(facts: RunFacts) -> list[Block]:
 
 
 def timing_blocks(timing: StreamTiming | None) -> list[Block]:
-    """What waited on what."""
+    """Where the time of training went: what waited on what."""
     title = Heading("What waited on what")
     if timing is None:
         return [title, Paragraph(f"The time of training was {NOT_MEASURED}.")]
@@ -155,7 +155,7 @@ def timing_blocks(timing: StreamTiming | None) -> list[Block]:
 
 
 def _fields(analysis: Analysis) -> Table:
-    """Every field under the name that the command line and the recommendations give it."""
+    """Every field of the configuration under the name that the command line and the recommendations give it."""
     rows: list[tuple[Text, ...]] = []
     for part, values in analysis.config.model_dump(mode="json").items():
         rows += [(Code(f"{part}.{name}"), setting(value)) for name, value in values.items()]
@@ -163,7 +163,7 @@ def _fields(analysis: Analysis) -> Table:
 
 
 def setting(value: Any) -> str:
-    """The value of a field: exact, so that it can be typed again."""
+    """The value of a configuration field: exact, so that it can be typed again."""
     if value is None:
         return "not set"
     if isinstance(value, bool):

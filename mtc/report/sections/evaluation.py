@@ -21,7 +21,8 @@ SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def evaluation(analysis: Analysis) -> Section:
-    """How many features are active, how often each, what is reconstructed badly, and what it costs the model."""
+    """Section 3: how many features are active, how often each, what is reconstructed badly, and what that costs the
+    model."""
     e = analysis.evaluation
     blocks: list[Block] = [
         Heading("Active features per token"),

@@ -37,7 +37,7 @@ def maybe_token(text: str | None) -> Piece:
 
 
 def top_features(analysis: Analysis) -> Section:
-    """The strongest features that fired."""
+    """Section 5: the strongest features that fired."""
     density = {f.figures.feature: f.figures.density for f in analysis.features}
     rows: tuple[tuple[Text, ...], ...] = tuple(
         (
@@ -58,7 +58,7 @@ def top_features(analysis: Analysis) -> Section:
 
 
 def feature_cards(analysis: Analysis) -> Section:
-    """The strongest, then those drawn from each group."""
+    """Section 6: features in full, the strongest, then those drawn from each group."""
     blocks: list[Block] = [
         Paragraph(
             "The features of section 5, and some drawn at random from each group's features that fired; "

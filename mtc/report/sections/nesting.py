@@ -20,7 +20,7 @@ from mtc.results import NOT_MEASURED, Analysis, Family, PrefixStep, Tree, number
 
 
 def nesting(analysis: Analysis) -> Section:
-    """Prefix by prefix, then parents and children, splitting and absorption."""
+    """Section 7: prefix by prefix, then parents and children, splitting and absorption."""
     blocks: list[Block] = [Heading("What each prefix adds"), *_steps(analysis), Heading("Tree of features")]
     tree = analysis.tree
     if tree is None:

@@ -19,7 +19,7 @@ from mtc.results import (
 
 
 def probing(analysis: Analysis) -> Section:
-    """Sparse probes beside the dense baseline, by task; spelling and absorption."""
+    """Section 8: sparse probes beside the dense baseline, by task; spelling and absorption."""
     return Section(
         "Probing", (*_probes(analysis.probing, analysis.facts.trained_tokens > 0), *_spelling(analysis.spelling))
     )

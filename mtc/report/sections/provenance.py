@@ -9,7 +9,7 @@ NOT_KNOWN = "not known"
 
 
 def provenance(analysis: Analysis) -> Section:
-    """Configuration, data, code, seeds, tokens, hardware and time."""
+    """Where the figures come from: configuration, data, code, seeds, tokens, hardware and time."""
     f, t, c, s = analysis.facts, analysis.training, analysis.config, analysis.summary
     rows = [
         ("Run", f.run_id),

@@ -7,7 +7,8 @@ from mtc.results import MIN_DOCUMENTS, NOT_MEASURED, Analysis, interval, number,
 
 
 def summary(analysis: Analysis) -> Section:
-    """Key figures with their intervals, what the rules found, the quality of each prefix, and all other figures."""
+    """Section 1: key figures with their intervals, what the rules found, the quality of each prefix, and all other
+    figures."""
     blocks: list[Block] = [
         _key_figures(analysis),
         Paragraph(_intervals(analysis)),

@@ -7,7 +7,7 @@ from mtc.results import NOT_MEASURED, Analysis, Distribution, number, whole_rang
 
 
 def weights(analysis: Analysis) -> Section:
-    """Entries, row norms, and how encoder and decoder rows align, of all features and by group."""
+    """Section 4: entries, row norms, and how encoder and decoder rows align, of all features and by group."""
     w = analysis.weights
 
     def row(name: str, d: Distribution | None) -> tuple[Text, ...]:
