@@ -13,13 +13,13 @@ class MtcError(Exception):
     """
 
     exit_code: ClassVar[int] = 2
-    """Of a job that it ends; 2 is what comes again until something is changed."""
+    """Exit code of a job that the error ends; 2 is for what comes again until something is changed."""
     event: ClassVar[str] = "error"
-    """Its kind in JSON lines, and the beginning of the line."""
+    """Kind of the error in JSON lines, and the beginning of its line."""
 
 
 def one_line(error: BaseException) -> str:
-    """What a person needs of an error that Ray may have wrapped in pages: its kind, and the line that says why."""
+    """An error in one line, also one that Ray has wrapped in pages: its kind, and the line that says why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     low = next((line for line in lines if "low on memory" in line), None)  # what follows is the whole node's account
     reason = low or (lines[-1] if lines else "")

@@ -30,7 +30,7 @@ FORMAT_VERSION = 3
 MANIFEST = "checkpoint.json"
 DAMAGED = "damaged.json"
 LISTING_SECONDS = 90.0
-"""For so long an NFS client may show what a directory held before."""
+"""Seconds for which an NFS client may show what a directory held before."""
 _NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}(-result)?")
 
 
@@ -40,26 +40,26 @@ class DamagedError(RunError):
 
 class CheckpointManifest(Record):
     format_version: int
-    """Layout of the checkpoint; another one is refused."""
+    """Layout of the checkpoint; readers refuse another one."""
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps that were done when the checkpoint was begun."""
     world_size: int
-    """Trainers that wrote it."""
+    """Trainers that wrote the checkpoint."""
     work: str
     """Digest of the run's work units: their numbers in the checkpoint mean these windows."""
     created: str
-    """ISO time."""
+    """When the checkpoint was completed, ISO 8601, UTC."""
     files: dict[str, FileEntry]
-    """Every file but this one."""
+    """Size and digest of every file of the checkpoint but the manifest."""
 
 
 class Checkpoint(NamedTuple):
-    """One that was completed."""
+    """A checkpoint that was completed."""
 
     directory: RunDirectory
-    """Where its files are."""
+    """Directory that holds the checkpoint's files."""
     manifest: CheckpointManifest
-    """What they must be."""
+    """What the checkpoint's files must be."""
 
     @property
     def name(self) -> str:
@@ -67,15 +67,15 @@ class Checkpoint(NamedTuple):
 
     @property
     def is_result(self) -> bool:
-        """Whether training ended with it."""
+        """Whether training ended with this checkpoint."""
         return "result.json" in self.manifest.files
 
     def read(self, name: str) -> bytes:
-        """A file's bytes; raises DamagedError if they are not those that were written."""
+        """The bytes of one of the checkpoint's files; raises DamagedError if they are not those that were written."""
         return _intact(self.directory, name, self.manifest.files[name])
 
     def verify(self) -> None:
-        """Raises DamagedError that names the first damaged file."""
+        """Check every file of the checkpoint; raises DamagedError that names the first damaged one."""
         for name in self.manifest.files:
             self.read(name)
 
@@ -88,7 +88,7 @@ class Checkpoints:
         self.directory = RunDirectory(self.url)
 
     def latest(self) -> Checkpoint | None:
-        """The completed one of most steps, its files not checked; None if there is none.
+        """The completed checkpoint of most steps, its files not checked; None if there is none.
 
         Raises RunError for one of another format.
         """
@@ -96,7 +96,7 @@ class Checkpoints:
         return self.open(names[-1]) if names else None
 
     def latest_intact(self, report: Callable[[str], None]) -> Checkpoint | None:
-        """The completed one of most steps whose files are those that were written.
+        """The completed checkpoint of most steps whose files are those that were written.
 
         Damaged ones are set aside, so that `latest` agrees, and reported. Raises RunError if all are damaged.
         """
@@ -119,7 +119,7 @@ class Checkpoints:
         return None
 
     def sweep(self, keep: int) -> None:
-        """Remove all completed ones but the last `keep`, and those before the last that were never completed.
+        """Remove all completed checkpoints but the last `keep`, and those before the last that were never completed.
 
         Later ones may be in work. Removes all that can be removed, then raises the first error.
         """
@@ -148,7 +148,8 @@ class Checkpoints:
         return [name for name in self._names() if self.subdirectory(name).exists(MANIFEST)]
 
     def open(self, name: str) -> Checkpoint:
-        """A completed one; raises RunError if it is of another format, DamagedError if its manifest is damaged."""
+        """A completed checkpoint; raises RunError if it is of another format, DamagedError if its manifest is
+        damaged."""
         directory = self.subdirectory(name)
         try:
             raw = json.loads(directory.read(MANIFEST))
@@ -159,7 +160,7 @@ class Checkpoints:
             raise DamagedError(f"{directory.location(MANIFEST)} is damaged: {error}") from None
 
     def wait_for(self, name: str, seconds: float = LISTING_SECONDS) -> Checkpoint:
-        """A completed one that another node may just have written; raises RunError if it does not appear."""
+        """A completed checkpoint that another node may just have written; raises RunError if it does not appear."""
         deadline = time.monotonic() + seconds
         while not self.subdirectory(name).exists(MANIFEST):
             if time.monotonic() > deadline:
@@ -199,7 +200,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether one is being written; reports it if that takes suspiciously long."""
+        """Whether a checkpoint is being written; reports it if that takes suspiciously long."""
         if self._last is None or self._last.done():
             return False
         seconds = time.monotonic() - self._began
@@ -210,7 +211,8 @@ class CheckpointWriter:
         return True
 
     def save(self, step: int, files: Mapping[str, Callable[[], bytes]], result: bool = False) -> Future[None]:
-        """Begin to write; `files` are called in the thread and must hold a snapshot. `result` marks the last one.
+        """Begin to write a checkpoint; `files` are called in the thread and must hold a snapshot. `result` marks the
+        last one.
 
         The future ends when this rank's part is written, on rank 0 when the checkpoint is complete; it raises what
         prevented that, which is reported too.
@@ -221,7 +223,7 @@ class CheckpointWriter:
         return self._last
 
     def close(self) -> None:
-        """Wait for what was begun."""
+        """Wait for the checkpoint that is being written."""
         self._thread.shutdown(wait=True)
 
     def _save(self, step: int, files: Mapping[str, Callable[[], bytes]], result: bool) -> None:
@@ -251,7 +253,7 @@ class CheckpointWriter:
             self._quietly(lambda: self.checkpoints.sweep(self.keep))
 
     def _quietly(self, clean: Callable[[], None]) -> None:
-        """Remove what nobody reads; what is left of it is swept away after the next checkpoint."""
+        """Remove files that nobody reads; what is left of them is swept away after the next checkpoint."""
         try:
             clean()
         except Exception as error:  # of the storage

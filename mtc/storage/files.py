@@ -14,7 +14,7 @@ import tenacity
 
 logger = logging.getLogger(__name__)
 PATIENCE = 60.0
-"""Seconds for which storage that fails is asked again."""
+"""Seconds for which storage that fails is asked again, by default."""
 LONGEST_PAUSE = 15.0
 
 

@@ -22,7 +22,7 @@ from mtc.storage.runs import WRITER, RunDirectory, RunError
 logger = logging.getLogger(__name__)
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0
-"""A job of another machine whose file does not change for so long is dead."""
+"""Seconds without a change of its file after which a job of another machine is dead."""
 
 
 class Lease:
@@ -53,7 +53,8 @@ class Lease:
             logger.warning("%s could not be removed: %s", self.run.location(WRITER), error)
 
     def require(self) -> None:
-        """Raises RunError if this job must not write any longer: another one took the run, for this one seemed dead."""
+        """Raises RunError if this job must not write the run any longer: another one took it, for this one seemed
+        dead."""
         if self._lost:
             raise RunError(self._lost)
 
@@ -116,7 +117,7 @@ def _alive(pid: Any) -> bool:
 
 
 def _host() -> str:
-    """The machine, and the space in which process numbers count."""
+    """Name of the machine and of the space in which its process numbers count."""
     parts = [socket.gethostname()]
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),

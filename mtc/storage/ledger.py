@@ -29,13 +29,13 @@ SCHEMA = pa.schema(
 
 
 class Progress(NamedTuple):
-    """What is trained, over all ranks and starts."""
+    """What is trained of each work unit, over all ranks and starts."""
 
     table: pa.Table
-    """One row of SCHEMA for each unit that was begun, ordered by unit."""
+    """One row of SCHEMA for each work unit that was begun, ordered by unit."""
 
     def finished(self) -> NDArray[np.int64]:
-        """Units of which nothing is left."""
+        """Numbers of the work units of which nothing is left to train."""
         column = self._columns()
         return column["unit"][column["trained"] + column["dropped"] >= column["tokens"]]
 
@@ -46,12 +46,12 @@ class Progress(NamedTuple):
         return int(self._columns()["trained"].sum())
 
     def repeated_tokens(self) -> int:
-        """Tokens beyond those that the units have: trained twice, for certain."""
+        """Tokens that were trained twice, for certain: beyond those that the units have."""
         column = self._columns()
         return int(np.maximum(column["trained"] + column["dropped"] - column["tokens"], 0).sum())
 
     def wrong_units(self) -> NDArray[np.int64]:
-        """Units in which a token was trained twice, or one instead of another."""
+        """Numbers of the work units in which a token was trained twice, or one instead of another."""
         column = self._columns()
         tokens = column["tokens"]
         all_numbers = tokens * (tokens - 1) // 2
@@ -84,18 +84,19 @@ class Ledger:
         carried = self._settled.to_pydict()
         self._open: dict[int, list[int]] = {}
         self.received_tokens = sum(carried["tokens"])
-        """Of the units that this rank received, and of those that it carries."""
+        """Tokens of the units that this rank received, and of those that it carries from earlier starts."""
         self.dropped_tokens = sum(carried["dropped"])
-        """Of those, the ones that are not finite."""
+        """Received tokens whose activations are not finite."""
 
     def receive(self, unit: int, tokens: int, dropped: NDArray[np.int32]) -> None:
-        """A unit of so many trainable tokens has arrived; `dropped` are the numbers of those that are not finite."""
+        """Count a unit that arrived with `tokens` trainable tokens; `dropped` are the numbers of those that are not
+        finite."""
         self._open[unit] = [tokens, len(dropped), int(dropped.sum()), 0, 0]
         self.received_tokens += tokens
         self.dropped_tokens += len(dropped)
 
     def train(self, units: NDArray[np.int64], rows: NDArray[np.int32]) -> None:
-        """Tokens are in a training step: [rows] the unit of each, and its number in the unit."""
+        """Count the tokens of a training step: [rows] the unit of each, and its number in the unit."""
         units, owner = np.unique(units, return_inverse=True)
         counts = np.bincount(owner, minlength=len(units))
         sums = np.bincount(owner, weights=rows, minlength=len(units))
@@ -105,7 +106,7 @@ class Ledger:
             row[4] += int(total)
 
     def table(self) -> pa.Table:
-        """What is trained up to now, as SCHEMA."""
+        """What is trained up to now, as a table of SCHEMA."""
         names = SCHEMA.names[1:]
         rows = [{"unit": unit, **dict(zip(names, row, strict=True))} for unit, row in self._open.items()]
         together = merge_progress([self._settled, pa.Table.from_pylist(rows, schema=SCHEMA)])
@@ -118,21 +119,21 @@ class Ledger:
 
 
 def progress_to_parquet(table: pa.Table) -> bytes:
-    """A table of SCHEMA as a file."""
+    """A table of SCHEMA as the bytes of a Parquet file."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
 
 def progress_from_parquet(data: bytes) -> pa.Table:
-    """The table in such a file."""
+    """The table of SCHEMA in the bytes of a Parquet file."""
     return pq.read_table(io.BytesIO(data), schema=SCHEMA)
 
 
 def rows_left(
     earlier: Mapping[int, NDArray[np.int32]], now: Iterable[Mapping[int, NDArray[np.int32]]]
 ) -> dict[int, NDArray[np.int32]]:
-    """Of units that are begun but not finished, the rows still to be trained: the fewest that anybody knows of."""
+    """Rows still to be trained of each unit that is begun but not finished: the fewest that anybody knows of."""
     left = dict(earlier)
     for part in now:
         for unit, rows in part.items():

@@ -53,7 +53,7 @@ class RunError(MtcError):
 
 class FileEntry(Record):
     bytes: int
-    """Size of the file."""
+    """Size of the file in bytes."""
     sha256: str
     """Digest of the file, hexadecimal."""
 
@@ -96,7 +96,7 @@ class RunDirectory:
         return True
 
     def names(self) -> list[str]:
-        """What lies directly here; nothing if there is no such directory."""
+        """Names of the files and directories that lie directly here; none if there is no such directory."""
         self.fs.invalidate_cache()
         try:
             found = patiently(lambda: self.fs.ls(self.path, detail=False))
@@ -105,7 +105,7 @@ class RunDirectory:
         return [posixpath.basename(path.rstrip("/")) for path in found]
 
     def read(self, name: str) -> bytes:
-        """The file's bytes; raises RunError if it is not there."""
+        """The bytes of a file of this run; raises RunError if it is not there."""
         try:
             return bytes(patiently(lambda: self.fs.cat_file(posixpath.join(self.path, name))))
         except FileNotFoundError:
@@ -144,7 +144,7 @@ class RunDirectory:
         return self.exists(MANIFEST)
 
     def manifest(self) -> Manifest:
-        """The manifest; raises RunError for a run that is not there, not finished, or of an unknown format."""
+        """The run's manifest; raises RunError for a run that is not there, not finished, or of an unknown format."""
         if not self.exists():
             raise RunError(f"no run at {self.url}")
         if not self.is_finished():
@@ -208,7 +208,7 @@ def open_run(url: str, verify: bool = True) -> RunDirectory:
 
 
 def named_run(url: str) -> RunDirectory:
-    """What `open_run` opens, unread: there may be no run. Raises RunError if `latest` names none."""
+    """The directory that `open_run` opens, unread: there may be no run. Raises RunError if `latest` names none."""
     url = absolute(url).rstrip("/")
     above, name = posixpath.split(url)
     if name == "latest":
@@ -243,7 +243,7 @@ def _latest(url: str) -> str:
 
 
 def json_lines(content: bytes) -> list[Any]:
-    """What the lines of a file hold, blank ones left out; raises ValueError for one that is no JSON."""
+    """The objects in lines of JSON, blank lines left out; raises ValueError for a line that is no JSON."""
     return [json.loads(line) for line in content.split(b"\n") if line.strip()]
 
 

@@ -13,42 +13,43 @@ from mtc.storage.lease import STALE_SECONDS
 from mtc.storage.runs import WRITER, RunDirectory, RunError, named_run
 
 State = Literal["finished", "running", "stopped"]
-"""Published; some job works on it; no job works on it, the same command continues it."""
+"""Whether a run is published, some job works on it, or no job does, so that the same command continues it."""
 
 
 class RunStatus(Record):
-    """One run."""
+    """How far one run is, as its directory tells."""
 
     run_id: str
-    """Its name."""
+    """Name of the run."""
     url: str
-    """Where it lies."""
+    """Path or URL of the run's directory."""
     state: State
-    """Whether anything more is to be expected."""
+    """Whether anything more is to be expected of the run."""
     stage: str
-    """prepare, train, analyse, finished: what is done next or now."""
+    """Stage that is done now or next: prepare, train, analyse, finished."""
     step: int
     """Optimizer steps done, by the metrics history."""
     total_steps: int
-    """That the run has in all."""
+    """Optimizer steps that the run has in all."""
     tokens: int
     """Tokens trained on."""
     tokens_per_second: float | None
-    """At the newest row of the history."""
+    """Speed of training at the newest row of the metrics history; None without a row."""
     fvu: list[float] | None
-    """By prefix: of held-out tokens if the run is finished, of the newest logged batch otherwise."""
+    """Fraction of variance unexplained by prefix: of held-out tokens if the run is finished, of the newest logged batch
+    otherwise."""
     l0: float | None
-    """Active features per token, likewise."""
+    """Active features per token: of held-out tokens if the run is finished, of the newest logged batch otherwise."""
     dead: int | None
-    """Dead features, by the training counter."""
+    """Features that are dead by the training counter; None if that is not known."""
     seconds_left: float | None
-    """Until training ends, at that speed; None if it is not running."""
+    """Seconds until training ends at the present speed; None if the run is not training."""
     checkpoint_step: int | None
-    """Of the newest complete checkpoint."""
+    """Optimizer steps at the newest complete checkpoint; None if there is none."""
     newest_row: str | None
-    """When the newest row was made, ISO 8601."""
+    """When the newest row of the metrics history was made, ISO 8601; None without a row."""
     events: list[str]
-    """What else happened, the last ones."""
+    """Last events of the run, as text."""
 
 
 def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
@@ -94,7 +95,7 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
 
 
 def describe(status: RunStatus) -> str:
-    """For people."""
+    """The status as text for people."""
     share = status.step / status.total_steps
     lines = [f"{status.run_id}: {status.state}" + (f" ({status.stage})" if status.state != "finished" else "")]
     lines.append(f"  {status.url}")
