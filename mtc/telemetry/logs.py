@@ -49,18 +49,18 @@ def set_run(run_id: str) -> None:
 
 
 def say(event: str, message: str, /, **fields: Any) -> None:
-    """Something happened: `event` is its kind, `message` for people, `fields` the same for machines."""
+    """Log an event: `event` is its kind, `message` for people, `fields` the same for machines."""
     EVENTS.info(message, extra={"event": event, "fields": fields})
 
 
 def fail(event: str, message: str) -> None:
-    """Why the job ends, as the last line on standard error."""
+    """Log why the job ends, as the last line on standard error."""
     record = EVENTS.makeRecord(EVENTS.name, logging.ERROR, "", 0, message, (), None, None, {"event": event})
     print(JsonFormatter().format(record) if not for_people() else message, file=sys.stderr, flush=True)
 
 
 class TextFormatter(logging.Formatter):
-    """Time, run, and what happened."""
+    """Lines for people: time, run, and what happened."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
@@ -70,7 +70,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line; what an event adds cannot replace what every line has."""
+    """Lines for machines, one object each; what an event adds cannot replace what every line has."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -83,13 +83,13 @@ class JsonFormatter(logging.Formatter):
 
 
 def for_people() -> bool:
-    """Whether lines are text."""
+    """Whether log lines are text, not JSON."""
     return not any(isinstance(handler.formatter, JsonFormatter) for handler in EVENTS.handlers)
 
 
 @contextmanager
 def prints_left_out(verbose: bool) -> Iterator[None]:
-    """What libraries `print` meanwhile goes to standard error if `verbose`, and nowhere otherwise.
+    """A context in which what libraries `print` goes to standard error if `verbose`, and nowhere otherwise.
 
     Ray prints what its daemons report into the driver's standard output, beside `log_to_driver`.
     """

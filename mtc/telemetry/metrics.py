@@ -23,16 +23,16 @@ RAY_PREFIX = "ray_"
 
 
 class Instrument(NamedTuple):
-    """One metric."""
+    """One metric that Prometheus may see."""
 
     name: str
-    """As Prometheus shows it; counters end in `_total`."""
+    """Name of the metric as Prometheus shows it; counters end in `_total`."""
     kind: Kind
-    """What it is."""
+    """Kind of metric: counter, gauge or histogram."""
     documentation: str
-    """One sentence."""
+    """What the metric counts or shows, in one sentence."""
     labels: tuple[str, ...] = ()
-    """Their names."""
+    """Names of the metric's labels."""
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram's buckets."""
 

@@ -17,7 +17,7 @@ from mtc.storage import RunDirectory
 
 logger = logging.getLogger(__name__)
 SHOWN = ("loss", "l0", "dead", "lr", "gradient_norm", "tokens_per_second")
-"""Of a row of the metrics history, beside FVU by prefix."""
+"""Figures of a row of the metrics history that trackers get, beside FVU by prefix."""
 LONGEST_PARAMETER = 500  # MLflow refuses longer ones
 
 
@@ -25,10 +25,10 @@ class Tracker(Protocol):
     """One open run of one tracker."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of a training step."""
+        """Hand over the figures of a training step."""
 
     def finish(self, failed: bool) -> None:
-        """The run is over."""
+        """Say that the run is over."""
 
 
 class TensorBoard:
