@@ -25,7 +25,7 @@ def tokens_wanted(config: RunConfig) -> dict[str, int]:
 def rows_wanted(
     heldout: NDArray[np.bool_], trainable: NDArray[np.int64], wanted: Mapping[str, int]
 ) -> tuple[int, bool]:
-    """How many of the rows are needed until each split has its wanted tokens, and whether they are enough.
+    """How many rows of the token store are needed until each split has its wanted tokens, and whether they are enough.
 
     `heldout` and `trainable` are [rows]; a row is taken whole.
     """

@@ -22,16 +22,16 @@ from mtc.config import DataConfig
 from mtc.text.sources import DataError, is_hub_dataset, source_files
 
 UTF8_BYTES, JSON_BYTES = 4, 12
-"""The most that a character takes in a file: JSON may spell it as two escapes of six bytes."""
+"""Most bytes that a character takes in a text file, and in JSON, which may spell it as two escapes of six bytes."""
 FIELDS_BYTES = 4 * 2**20
-"""Allowed to a line of JSON beside its text."""
+"""Bytes allowed to a line of JSON beside its text."""
 DETAIL_CHARS = 200
-"""Of a library's error message, which may quote the document."""
+"""Most characters that are kept of a library's error message, which may quote the document."""
 HUB_TIMEOUT_S = 10.0
 
 
 def check_hub(data: DataConfig) -> None:
-    """One request with a short limit, because opening a data set without a network retries for minutes."""
+    """Ask the hub for the data set with a short limit, because opening one without a network retries for minutes."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
 
 
 def source_pieces(data: DataConfig) -> list[Piece]:
-    """All of the source, in an order shuffled by `data.seed`."""
+    """The pieces of the whole source, in an order shuffled by `data.seed`."""
     if is_hub_dataset(data):
         total = _open_hub(data).num_shards
         pieces = [Piece("", shard, total) for shard in range(total)]
@@ -83,13 +83,14 @@ class Document(NamedTuple):
     """A document, or what takes the place of one that cannot be used."""
 
     name: str
-    """File, URL or data set, and in it the line (from 1), the row, row group or shard (from 0)."""
+    """Where the document is: file, URL or data set, and in it the line (from 1), the row, row group or shard (from
+    0)."""
     text: str | None
-    """None if it cannot be used."""
+    """Text of the document; None if it cannot be used."""
     reason: str = ""
-    """Why not, in words that are the same for all documents of that kind."""
+    """Why the document cannot be used, in words that are the same for all documents of that kind; empty if it can."""
     detail: str = ""
-    """Why not, exactly."""
+    """Why exactly the document cannot be used; empty if it can."""
     documents: int = 1
     """How many documents this is: a damaged row group loses its rows."""
 
@@ -138,7 +139,8 @@ def _text_file(url: str, data: DataConfig) -> Iterator[Document]:
 
 
 def _json_lines(url: str, data: DataConfig) -> Iterator[Document]:
-    """Lines are read as bytes, so that one which is not UTF-8, or does not fit in memory, is skipped alone."""
+    """The documents of a file of JSON lines, read as bytes, so that a line which is not UTF-8, or does not fit in
+    memory, is skipped alone."""
     limit = JSON_BYTES * data.max_document_chars + FIELDS_BYTES
     blank = True
     with fsspec.open(url, "rb") as raw:
@@ -223,7 +225,8 @@ def _scalar(name: str, scalar: Any, data: DataConfig) -> Document:
 
 
 def _hub_documents(piece: Piece, data: DataConfig) -> Iterator[Document]:
-    """The hub's reader cannot go on after damage, so the rest of that shard is lost; it counts as one document."""
+    """The documents of a shard of a hub data set. The hub's reader cannot go on after damage, so the rest of that shard
+    is lost; it counts as one document."""
     where = f"{data.name} (shard {piece.shard})"
     rows = iter(_open_hub(data).shard(piece.total, piece.shard))
     for number in count():
@@ -259,7 +262,8 @@ def unusable(name: str, reason: str, detail: object = "") -> Document:
 
 
 def _utf8(text: str) -> str:
-    """JSON can spell half of a surrogate pair, and Python spells odd bytes of file names so; UTF-8 cannot."""
+    """The text with `?` for what UTF-8 cannot hold: JSON can spell half of a surrogate pair, and Python spells odd
+    bytes of file names so."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -268,7 +272,8 @@ def _no_column(data: DataConfig, names: Iterable[str]) -> str:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether Arrow could not decode what it read; errors of reading keep their own type or number inside Arrow."""
+    """Whether an error says that Arrow could not decode what it read; errors of reading keep their own type or number
+    inside Arrow."""
     import pyarrow as pa
 
     return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)

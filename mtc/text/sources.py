@@ -24,9 +24,9 @@ class DataError(MtcError):
 
 class SourceFile(NamedTuple):
     url: str
-    """Path or URL to read."""
+    """Path or URL that the file is read from."""
     name: str
-    """Name that does not depend on where a wheel is installed."""
+    """Name of the file that does not depend on where a wheel is installed."""
     version: str
     """Size and time of change (size alone for wheels, whose version is pinned by the distribution)."""
 

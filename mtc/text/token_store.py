@@ -77,11 +77,11 @@ def store_fingerprint(config: RunConfig, tokenizer: Any) -> tuple[str, dict[str,
 
 class ShardInfo(Record):
     name: str
-    """File name inside the store."""
+    """Name of the shard's file inside the store."""
     rows: int
-    """Windows in it."""
+    """Windows in the shard."""
     bytes: int
-    """Size of the file."""
+    """Size of the shard's file in bytes."""
 
 
 class StoreInfo(Record):
@@ -90,11 +90,11 @@ class StoreInfo(Record):
     fingerprint: str
     """`store_fingerprint` of what the store was made from."""
     settings: dict[str, Any]
-    """What went into the fingerprint."""
+    """Settings that went into the fingerprint."""
     special_ids: list[int]
     """Token ids that are never trained on, sampled or counted."""
     context_length: int
-    """Most ids in a window."""
+    """Most token ids in a window."""
     windows: dict[str, int]
     """Windows of each split."""
     tokens: dict[str, int]
@@ -102,13 +102,13 @@ class StoreInfo(Record):
     documents: dict[str, int]
     """Distinct documents of each split."""
     shards: list[ShardInfo]
-    """Files in the order of their rows."""
+    """Files of the store in the order of their rows."""
     exhausted: bool
-    """Whether this is all of the text, because it ended before the wanted number of tokens."""
+    """Whether the store holds all of the text, because it ended before the wanted number of tokens."""
     skipped: dict[str, int] = {}
     """Documents that could not be used, by reason."""
     skipped_examples: list[str] = []
-    """The first few of them, in the order of the text: "reason: name"."""
+    """First few documents that could not be used, in the order of the text: "reason: name"."""
 
 
 class TokenStoreWriter:
@@ -247,11 +247,11 @@ class TokenStore:
         return self._index[3][window_ids]
 
     def document_ids(self, window_ids: NDArray[np.int64]) -> list[str]:
-        """The document of each window."""
+        """The id of the document that each window is from."""
         return [value.decode() for value in self._index[0][window_ids]]
 
     def input_ids(self, window_ids: NDArray[np.int64]) -> list[NDArray[np.int32]]:
-        """The ids of each window, int32 views of length 1..context_length."""
+        """The token ids of each window, int32 views of length 1..context_length."""
         flat, offsets = self._ids
         return [flat[offsets[i] : offsets[i + 1]] for i in window_ids]
 
@@ -269,7 +269,7 @@ class TokenStore:
 
     @cached_property
     def _ids(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """All ids one after another, and where each window starts; the last offset is the end.
+        """All token ids one after another, and where each window starts; the last offset is the end.
 
         Mapped from a copy in the cache directory that the first reader on a node makes, so that all processes there
         share one copy of a text that may be larger than their memory.

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 SPLITS = ("train", "heldout")
 PART_CHARS = 1_000_000
-"""Characters that the tokenizer is given at once: until its call returns it holds some 150 bytes for each of them."""
+"""Most characters that the tokenizer is given at once: until its call returns it holds some 150 bytes for each of
+them."""
 # Private ------------------------------------------------------------------------------------------------------------
 
 # The longest text that may be a part, in order of preference: before a single space, before any whitespace.
@@ -33,9 +34,9 @@ SCHEMA = pa.schema(
 
 class Window(NamedTuple):
     document_id: str
-    """`document_id` of the text."""
+    """`document_id` of the text that the window is cut from."""
     split: str
-    """"train" or "heldout"."""
+    """Split that the window's document belongs to: "train" or "heldout"."""
     input_ids: list[int]
     """At most context_length token ids of one document, BOS first where the tokenizer has one."""
 
@@ -46,13 +47,15 @@ def document_id(text: str) -> str:
 
 
 def document_split(document_id: str, heldout_fraction: float, seed: int) -> str:
-    """ "heldout" for a `heldout_fraction` of all ids, else "train"; decided by a hash of the id and the seed alone."""
+    """The split of a document: "heldout" for a `heldout_fraction` of all ids, else "train"; decided by a hash of the id
+    and the seed alone."""
     digest = hashlib.sha256(f"{seed}:{document_id}".encode()).digest()
     return "heldout" if int.from_bytes(digest[:8]) < heldout_fraction * 2**64 else "train"
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """Sorted ids that stand for no text: the named special tokens and those that the vocabulary marks as special."""
+    """Sorted token ids that stand for no text: the named special tokens and those that the vocabulary marks as
+    special."""
     return sorted(_special_ids(tokenizer))
 
 

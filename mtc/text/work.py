@@ -21,7 +21,8 @@ from mtc.text.token_store import TokenStore
 
 
 def token_batches(lengths: Sequence[int] | NDArray[np.int64], max_tokens: int) -> list[range]:
-    """Rows of so many tokens each, in order, cut into batches of at most `max_tokens`, or of one row that has more."""
+    """Numbers of rows with so many tokens each, in order, cut into batches of at most `max_tokens`, or of one row that
+    has more."""
     ends = np.cumsum(lengths)
     borders = [0]
     while borders[-1] < len(ends):
@@ -36,12 +37,12 @@ class Work(NamedTuple):
     `data.unit_tokens` positions. Units are numbered through, those for calibration after those for training."""
 
     training: list[NDArray[np.int64]]
-    """Trained on, each token of them once."""
+    """Work units that are trained on, each token of them once."""
     calibration: list[NDArray[np.int64]]
-    """Set the threshold; no epoch trains on them."""
+    """Work units that set the threshold; no epoch trains on them."""
 
     def digest(self, store: TokenStore) -> str:
-        """Hexadecimal, the same as long as the units hold the same windows of the same text."""
+        """A hexadecimal digest, the same as long as the units hold the same windows of the same text."""
         found = hashlib.sha256(store.info.fingerprint.encode())
         for unit in (*self.training, *self.calibration):
             # Lengths and counts tell a text that has changed behind the same name.
