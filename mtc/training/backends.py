@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 Backend = Literal["dense", "sparse"]
 WITHIN = 2.0
-"""A shape is near another if neither features nor tokens differ by more than this factor."""
+"""Largest factor by which the features, and the tokens, of two shapes that are near each other differ."""
 
 
 class MeasuredStep(NamedTuple):
@@ -23,20 +23,20 @@ class MeasuredStep(NamedTuple):
     device: str
     """Name of the GPU as torch gives it."""
     features: int
-    """Features of the dictionary."""
+    """Features of the dictionary that was trained."""
     tokens: int
-    """Tokens of the batch."""
+    """Tokens of the batch that was trained on."""
     backend: Backend
-    """How the loss was computed."""
+    """How the step's loss was computed."""
     bfloat16: bool
-    """Whether its products were bfloat16."""
+    """Whether the step's products were bfloat16."""
     milliseconds: float
-    """Median time of the whole step."""
+    """Median time of the whole step, milliseconds."""
 
 
 @cache
 def measured_steps() -> tuple[MeasuredStep, ...]:
-    """The record."""
+    """All training steps of the record gpu_steps.json."""
     rows = json.loads((resources.files("mtc.training") / "gpu_steps.json").read_text())
     return tuple(MeasuredStep(**row) for row in rows)
 
@@ -56,7 +56,7 @@ def choose_backend(
         shapes.setdefault((row.features, row.tokens), {})[row.backend] = row.milliseconds
 
     def distance(shape: tuple[int, int]) -> float:
-        """The larger of the two ratios, as a logarithm."""
+        """How far a measured shape is from this one: the larger of the two ratios, as a logarithm."""
         return max(abs(math.log(shape[0] / features)), abs(math.log(shape[1] / tokens)))
 
     both = [shape for shape, times in shapes.items() if len(times) == 2 and distance(shape) <= math.log(WITHIN)]

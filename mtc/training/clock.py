@@ -14,7 +14,7 @@ from mtc.results import PARTS
 
 
 class Clock:
-    """Seconds by part; a part inside another is not counted in the outer one."""
+    """Seconds of this process's wall time by part of PARTS; a part inside another is not counted in the outer one."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)

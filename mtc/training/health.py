@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from mtc.training.trainer import StepMetrics
 
 SPIKE = 3.0
-"""A loss beyond so many times the median of the last HISTORY rows is a spike."""
+"""Factor on the median of the last HISTORY rows above which a loss is a spike."""
 COLLAPSE = 0.5
-"""An L0 below this share of k has collapsed: fewer entries than that are positive at all."""
+"""Share of k below which an L0 has collapsed: fewer entries than that are positive at all."""
 HISTORY = 50
 LEAST_HISTORY = 5
 
@@ -22,7 +22,7 @@ class Health:
     """Looks at one transcoder's steps, in order; says when a trouble begins, once."""
 
     def __init__(self, k: int, skipped: int = 0):
-        """`skipped` steps are known already."""
+        """Trouble with `skipped` steps is known already."""
         self.k = k
         self._losses: deque[float] = deque(maxlen=HISTORY)
         self._spiking = False

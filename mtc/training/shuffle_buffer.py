@@ -20,29 +20,29 @@ class Unit(NamedTuple):
     """The activations of one work unit."""
 
     number: int
-    """The work unit's number in the run."""
+    """Number of the work unit in the run."""
     activations: Mapping[SiteKey, Tensor]
-    """By layer and site, [tokens, d]."""
+    """[tokens, d] activations by layer and site."""
     rows: NDArray[np.int32]
-    """[tokens]: which of the unit's tokens the rows of `activations` are; all, unless some were not finite or are
+    """[tokens] int32: which of the unit's tokens the rows of `activations` are; all, unless some were not finite or are
     trained already."""
     tokens: int
     """Trainable tokens that the unit has in the token store."""
     dropped: NDArray[np.int32] = np.empty(0, np.int32)
     """Numbers of the tokens whose activations are not finite; `activations` has no rows of them."""
     costs: Mapping[str, Any] = MappingProxyType({})
-    """What making it has cost, for the account of time."""
+    """Seconds and operations that making the unit has cost, for the account of time."""
 
 
 class Taken(NamedTuple):
-    """Rows that left the buffer."""
+    """Rows that left the shuffle buffer, with where they came from."""
 
     activations: Mapping[SiteKey, Tensor]
-    """By layer and site, [rows, d]."""
+    """[rows, d] activations by layer and site."""
     units: NDArray[np.int64]
-    """[rows]: the unit that each came from."""
+    """[rows] int64: number of the work unit that each row came from."""
     rows: NDArray[np.int32]
-    """[rows]: which of the unit's tokens it is."""
+    """[rows] int32: which of its unit's tokens each row is."""
 
 
 class ShuffleBuffer:
@@ -83,7 +83,7 @@ class ShuffleBuffer:
             self.close()
 
     def close(self) -> None:
-        """What is collected makes a chunk, because it is large enough or because nothing more comes.
+        """Make a chunk of what is collected, because it is large enough or because nothing more comes.
 
         Raises RuntimeError if it should continue one that had other units.
         """
@@ -105,16 +105,16 @@ class ShuffleBuffer:
 
     @property
     def available(self) -> int:
-        """Rows that can be taken."""
+        """Rows that can be taken from the buffer now."""
         return sum(chunk.left for chunk in self._complete)
 
     @property
     def size(self) -> int:
-        """Rows held: those and what is being collected."""
+        """Rows that the buffer holds: those that can be taken and those that are being collected."""
         return self.available + self._collecting.size
 
     def take(self, rows: int) -> Taken:
-        """Remove and return the next rows; raises ValueError if fewer are available."""
+        """Remove and return the next `rows` rows; raises ValueError if fewer are available."""
         if rows > self.available:
             raise ValueError(f"{rows} rows were asked of a shuffle buffer that has {self.available} to give")
         parts = []
@@ -160,13 +160,13 @@ class ShuffleBuffer:
 
 
 class _Chunk:
-    """Rows of consecutive units."""
+    """Rows of consecutive units that are mixed together."""
 
     def __init__(self, index: int):
         self.index = index
         self.units: list[int] = []
         self.memory: dict[SiteKey, Tensor] = {}
-        """By layer and site, [room for rows, d], of which the first `size` are in use."""
+        """[room for rows, d] by layer and site, of which the first `size` rows are in use."""
         self.size = 0
         self.order: NDArray[np.int64] | None = None
         self.taken = 0
@@ -205,7 +205,7 @@ class _Chunk:
         return Taken(activations, np.array(self.units, np.int64)[owner[chosen]], numbers[chosen])
 
     def _room(self) -> int:
-        """Rows that fit into the memory."""
+        """Rows that fit into the chunk's memory."""
         return min((len(memory) for memory in self.memory.values()), default=0)
 
     def _grow(self, like: Mapping[SiteKey, Tensor], rows: int, device: torch.device) -> None:

@@ -33,60 +33,60 @@ from mtc.transcoder import (
 
 BACKENDS: tuple[Backend, ...] = ("dense", "sparse")
 DEAD_REFRESH = 8
-"""Steps between two looks at which features AuxK works on."""
+"""Steps between two looks at which features are dead, for AuxK to work on."""
 
 
 class StepMetrics(NamedTuple):
-    """One training step, over the batches of all ranks."""
+    """Figures of one training step, over the batches of all ranks."""
 
     step: int
-    """Steps done, this one included."""
+    """Training steps done, this one included."""
     tokens: int
-    """Tokens trained on, over all steps and ranks."""
+    """Tokens trained on up to now, over all steps and ranks."""
     loss: float
     """Training loss: weighted mean over prefixes, plus AuxK."""
     fvu: tuple[float, ...]
-    """Per prefix, squared error over squared deviation from the batch's mean."""
+    """Squared error over squared deviation from the batch's mean, per prefix."""
     l0: float
-    """Active features per token."""
+    """Active features per token of the batch, mean."""
     dead: int
     """Features that have not fired for `dead_after_tokens`."""
     dead_groups: tuple[int, ...]
-    """The same by group of the dictionary."""
+    """Features of each group that have not fired for `dead_after_tokens`."""
     lr: float
-    """Learning rate of this step."""
+    """Learning rate of the step."""
     gradient_norm: float
     """Global gradient norm before clipping."""
     skipped: int = 0
     """Steps up to now whose gradient was not finite, so that they changed no weights."""
     skipped_in_a_row: int = 0
-    """How many of them are the newest."""
+    """Steps in a row, up to now, whose gradient was not finite."""
 
 
 class StepResult(NamedTuple):
-    """What a step leaves on the device; `metrics` waits for it."""
+    """What a training step leaves on the device; `metrics` waits for it."""
 
     step: int
-    """Steps done, this one included."""
+    """Training steps done, this one included."""
     tokens: int
-    """Tokens trained on, over all steps and ranks."""
+    """Tokens trained on up to now, over all steps and ranks."""
     batch: int
-    """Tokens of this step, over all ranks."""
+    """Tokens of the step's global batch, over all ranks."""
     lr: float
-    """Learning rate of this step."""
+    """Learning rate of the step."""
     ranks: int
     """Processes that trained together."""
     gradient_norm: Tensor
-    """Scalar, before clipping."""
+    """Scalar, global gradient norm before clipping."""
     dead: Tensor
-    """[groups], features that have not fired for `dead_after_tokens`."""
+    """[groups], features of each group that have not fired for `dead_after_tokens`."""
     totals: TrainOutput
-    """Sums over all ranks."""
+    """The step's TrainOutput, summed over all ranks."""
     skipped: Tensor
     """[2]: steps without a finite gradient, in all and in a row."""
 
     def loss_and_l0(self) -> Tensor:
-        """[2], on the device."""
+        """[2], training loss and active features per token, on the device."""
         return torch.stack((self.totals.loss.reshape(()) / self.ranks, self.totals.num_active.reshape(()) / self.batch))
 
     def metrics(self) -> StepMetrics:
@@ -115,17 +115,18 @@ class Trainer:
             self.transcoder.parameters(), lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
         )
         self.compute: Compute | None = None
-        """How losses are computed; chosen at the first step."""
+        """How losses are computed, which is chosen at the first step; None before."""
         self.compute_timings: dict[str, float] = {}
-        """Seconds of each backend's forward and backward pass, where `auto` measured them."""
+        """Seconds of each backend's forward and backward pass, where `optimizer.backend: auto` measured them."""
         self.compute_reason = ""
-        """Why `auto` took it on a GPU."""
+        """Why `optimizer.backend: auto` took its backend on a GPU."""
         self.workspace = Workspace()
         self.dead = torch.zeros(self.transcoder.num_features, dtype=torch.bool, device=self.device)
-        """[features]: what AuxK works on; looked up every DEAD_REFRESH steps, since that waits for the device."""
+        """[features] bool: the dead features that AuxK works on; looked up every DEAD_REFRESH steps, since that waits
+        for the device."""
         self.dead_index = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
-        """Steps without a finite gradient, in all and in a row; on the device, so that looking for them waits for
+        """[2], steps without a finite gradient, in all and in a row; on the device, so that looking for them waits for
         nothing."""
         self.step_number = 0
         self.tokens = 0
@@ -188,7 +189,8 @@ class Trainer:
         return f"{self.compute.backend}{how}" + (f" (auto: {why})" if why else "")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, a constant, then a linear decay to `final_lr_fraction` at the last step; counts from 0."""
+        """Learning rate of a step, counted from 0: linear warm-up, a constant, then a linear decay to
+        `final_lr_fraction` at the last step."""
         settings, total = self.config.optimizer, self.config.total_steps
         if step < settings.warmup_steps:
             return self.config.lr * (step + 1) / settings.warmup_steps
@@ -197,7 +199,7 @@ class Trainer:
         return self.config.lr * (1 - (1 - settings.final_lr_fraction) * progress)
 
     def _objective(self, tokens: int) -> Objective:
-        """What a global batch of `tokens` is asked to do."""
+        """The Objective of a global batch of `tokens` tokens."""
         settings, ends = self.config.transcoder, self.transcoder.prefixes
         per_token = world_size() / (tokens * self.transcoder.shape.d_target)  # DDP averages over ranks
         weights = settings.prefix_weights or (1.0,) * len(ends)
@@ -232,7 +234,7 @@ class Trainer:
         self.compute = Compute(fastest, bfloat16)
 
     def _time(self, compute: Compute, source: Tensor, target: Tensor, objective: Objective) -> float:
-        """Median seconds of forward and backward on the slowest rank; the same number on all ranks."""
+        """Median seconds of a backend's forward and backward pass on the slowest rank; the same number on all ranks."""
         seconds = []
         for _ in range(4):
             synchronise(self.device)
@@ -264,7 +266,8 @@ class Trainer:
         return torch.stack([group.sum() for group in dead.split(list(self.config.transcoder.group_sizes))])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything stateful as flat named tensors: a snapshot, which later steps do not change."""
+        """Everything of the trainer that must survive a restart, as flat named tensors: a snapshot, which later steps
+        do not change."""
         state = {f"transcoder.{name}": value for name, value in self.transcoder.state_dict().items()}
         for name, parameter in self.transcoder.named_parameters():
             for key, value in self.optimizer.state[parameter].items():

@@ -18,7 +18,7 @@ from mtc.training.shuffle_buffer import Unit
 
 @contextmanager
 def on_device(units: Iterator[Unit], device: torch.device, ahead: int = 1) -> Iterator[Iterator[Unit]]:
-    """The same units with their rows on `device`, of which `ahead` are on their way while one is used.
+    """The units in their order with their rows on `device`, of which `ahead` are on their way while one is used.
 
     On a CPU the units themselves, uncopied. For a GPU a thread copies them into pinned memory and from there, on a
     stream of its own, to the device; it ends with the context.
@@ -66,7 +66,7 @@ class Upload:
         return unit
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Let the thread that copies end."""
         self._closed.set()
 
     def _run(self, units: Iterator[Unit]) -> None:
@@ -94,7 +94,7 @@ class Upload:
         return unit._replace(activations=activations), copied
 
     def _put(self, item: tuple[Unit, Any] | BaseException | None) -> bool:
-        """False if the consumer is gone."""
+        """Hand a unit on; False if the consumer is gone."""
         while not self._closed.is_set():
             try:
                 self._ready.put(item, timeout=1.0)
