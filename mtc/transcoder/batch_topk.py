@@ -19,18 +19,18 @@ from mtc.transcoder import native
 from mtc.transcoder.distributed import all_gather, all_reduce, distributed
 
 GUESS = 0.9
-"""Share of an earlier border above which entries are listed first."""
+"""Share of the last step's border above which entries are listed first."""
 
 
 class Chosen(NamedTuple):
-    """Entries of a matrix [tokens, features], ordered by token, then feature."""
+    """Chosen entries of a matrix [tokens, features], ordered by token, then feature."""
 
     token: Tensor
-    """[entries] int64"""
+    """[entries] int64, row of each entry."""
     feature: Tensor
-    """[entries] int64"""
+    """[entries] int64, column of each entry."""
     value: Tensor
-    """[entries]"""
+    """[entries], value of each entry in the matrix's dtype."""
 
 
 def largest_entries(z: Tensor, count: int, border: float = 0.0) -> tuple[Chosen, float]:
@@ -54,7 +54,8 @@ def _largest_cpu(z: Tensor, count: int, border: float) -> tuple[Chosen, float]:
 
 
 def _largest_gpu(z: Tensor, count: int) -> Chosen:
-    """By torch's topk, which knows no order among equal values: the first ones of those at the border are put in."""
+    """The largest entries by torch's topk, which knows no order among equal values: the first ones of those at the
+    border are put in."""
     flat = torch.where(z > 0, z, 0.0).flatten()  # NaN counts as nothing
     size = min(count, flat.numel())
     value, index = flat.topk(size, sorted=False)
@@ -75,7 +76,7 @@ def _largest_gpu(z: Tensor, count: int) -> Chosen:
 
 
 def _list_above(z: Tensor, floor: float) -> Chosen:
-    """All entries above `floor`."""
+    """All entries of the matrix above `floor`."""
     if not native.runs(z):
         index = (z > floor).flatten().nonzero().squeeze(1)
         token = index.div(z.shape[1], rounding_mode="floor")
@@ -128,8 +129,8 @@ def _largest_values(values: Tensor, count: int) -> Tensor:
 
 
 def _border(largest: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count`-th largest of all ranks, 0 if it is not positive, and how many values of each rank [ranks] are above
-    and at it, of at most `count` each.
+    """The `count`-th largest value of all ranks, 0 if it is not positive, and how many values of each rank [ranks] are
+    above and at it, of at most `count` each.
 
     `largest` are each rank's own `count` largest, at least 0, or fewer if it has no more. Nothing waits for the host,
     and ranks talk once, `count` numbers each.
@@ -143,7 +144,7 @@ def _border(largest: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_histogram(values: Tensor, count: int) -> Tensor:
-    """Two histograms, of the upper and of the lower 16 bits: two small all-reduces."""
+    """The `count`-th largest value by two histograms, of the upper and of the lower 16 bits: two small all-reduces."""
     bits = values[values > 0].view(torch.int32)
     upper = torch.bincount(bits >> 16, minlength=1 << 15)
     all_reduce(upper)

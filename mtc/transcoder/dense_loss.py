@@ -13,7 +13,8 @@ from mtc.transcoder.objective import LossOutput, Objective, Weights
 
 
 def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> LossOutput:
-    """The loss by dense products and autograd. x [tokens, d_source] normalised, y [tokens, d_target] scaled."""
+    """The training loss by dense products and autograd. x [tokens, d_source] normalised, y [tokens, d_target]
+    scaled."""
     before = linear(x, weights.W_enc, weights.b_enc)
     z = torch.relu(before)
     keep, _ = keep_largest(z.detach().float().flatten(), objective.num_entries)

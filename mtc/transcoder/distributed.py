@@ -24,7 +24,7 @@ class Waits:
         self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def mark(self, device: torch.device) -> Any:
-        """This moment."""
+        """A mark of this moment: the clock's time, on a GPU an event."""
         if device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -38,7 +38,7 @@ class Waits:
             self._open.append((start, end))
 
     def seconds(self) -> float:
-        """Of all spans so far; waits for the device where the spans are its own."""
+        """Seconds of all spans so far; waits for the device where the spans are its own."""
         for start, end in self._open:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
@@ -47,7 +47,8 @@ class Waits:
 
 
 waits = Waits()
-"""Of this process: `all_reduce`, and `Averaging.backward` after this rank's own gradients were ready."""
+"""What this process waited for other ranks: in `all_reduce`, and in `Averaging.backward` after this rank's own
+gradients were ready."""
 
 
 def distributed() -> bool:
@@ -59,7 +60,7 @@ def world_size() -> int:
 
 
 def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-    """Reduce in place over all ranks; does nothing in a single process."""
+    """Reduce a tensor in place over all ranks; does nothing in a single process."""
     if distributed():
         start = waits.mark(tensor.device)
         dist.all_reduce(tensor, op)
@@ -87,7 +88,7 @@ def backend(device: str) -> str:
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """[...] on each rank -> [ranks, ...]."""
+    """A tensor [...] on each rank -> those of all ranks, [ranks, ...]."""
     if not distributed():
         return tensor.unsqueeze(0)
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]

@@ -42,7 +42,7 @@ def status() -> str:
 
 
 def runs(tensor: Tensor) -> bool:
-    """Whether the loops take this tensor: float32 on a CPU, where they are compiled."""
+    """Whether the compiled loops take this tensor: float32 on a CPU, where they are compiled."""
     if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or devices.PRETENDING:
         return False
     return load() is not None
@@ -105,11 +105,11 @@ def _prebuilt(library: Path) -> tuple[ctypes.CDLL | None, str]:
 
 
 LEVELS = {"x86-64-v2": ("sse4_2", "popcnt"), "x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512vl")}
-"""What a processor must have for a value of -march, of the flags in /proc/cpuinfo."""
+"""Flags of /proc/cpuinfo that a processor must have, for each value of -march."""
 
 
 def build(library: Path, march: str) -> None:
-    """Compile for any processor of a kind, with a note beside it of what that needs.
+    """Compile the loops for any processor of a kind, with a note beside the library of what that needs.
 
     Raises ValueError for a kind that is not in LEVELS, CalledProcessError if the compiler fails.
     """
@@ -122,7 +122,7 @@ def build(library: Path, march: str) -> None:
 
 
 def _flags() -> list[str]:
-    """Of this processor."""
+    """Flags of this processor, as in /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
             return line.partition(":")[2].split()
@@ -146,7 +146,7 @@ def _compile(compiler: str) -> Path:
 
 
 def _processor() -> bytes:
-    """What -march=native depends on: a cache directory may be shared by different machines."""
+    """This processor as -march=native depends on it: a cache directory may be shared by different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

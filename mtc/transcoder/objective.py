@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Objective(NamedTuple):
-    """What the loss is made of at one step, equal on all ranks."""
+    """What the training loss of one step is made of, equal on all ranks."""
 
     ends: tuple[int, ...]
     """One past the last feature of each prefix, increasing; the last is the whole dictionary."""
@@ -19,30 +19,31 @@ class Objective(NamedTuple):
     dead: Tensor
     """[dead features] int64, sorted: the features that AuxK may use."""
     aux_k: int
-    """Dead features per token that reconstruct the residual."""
+    """Dead features per token that reconstruct the residual in AuxK."""
     aux_weight: float
     """Weight of AuxK's squared error."""
 
 
 class LossOutput(NamedTuple):
     loss: Tensor
-    """Scalar, this rank's part of the weighted sum; differentiable."""
+    """Scalar, this rank's part of the weighted sum of squared errors; differentiable."""
     errors: Tensor
-    """[prefixes], squared error summed over this rank's tokens and dimensions."""
+    """[prefixes], squared error of each prefix in scaled units, summed over this rank's tokens and dimensions."""
     aux_error: Tensor
-    """Scalar, the same for AuxK; 0 without dead features."""
+    """Scalar, squared error of AuxK in scaled units, summed over this rank's tokens and dimensions; 0 without dead
+    features."""
     num_active: Tensor
-    """Scalar, chosen entries of this rank."""
+    """Scalar, entries of this rank that were chosen."""
     fired: Tensor
-    """[features], bool: chosen at least once on this rank."""
+    """[features] bool: the feature was chosen at least once on this rank."""
 
 
 class Weights(NamedTuple):
     W_enc: Tensor
-    """[features, d_source]"""
+    """[features, d_source], encoder rows."""
     b_enc: Tensor
-    """[features]"""
+    """[features], encoder biases."""
     W_dec: Tensor
-    """[features, d_target]"""
+    """[features, d_target], decoder rows."""
     b_dec: Tensor
-    """[d_target]"""
+    """[d_target], decoder bias."""

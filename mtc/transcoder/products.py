@@ -12,7 +12,7 @@ from mtc.devices import is_gpu
 from mtc.transcoder import native
 
 LONGEST_PIECE = 64
-"""Entries that a GPU sums one after another."""
+"""Most entries that a GPU sums one after another."""
 
 
 class Workspace:
@@ -46,7 +46,7 @@ class Bags(NamedTuple):
     pieces: Tensor | None = None
     """[pieces + 1] int64, on a GPU: where parts of at most LONGEST_PIECE entries begin, empty ones at the end."""
     first: Tensor | None = None
-    """[bags + 1] int64, on a GPU: the first piece of each bag."""
+    """[bags + 1] int64, on a GPU: where each bag's pieces begin."""
 
 
 # The loops: compiled on CPUs, torch elsewhere -----------------------------------------------------------------------

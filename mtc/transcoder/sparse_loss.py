@@ -43,23 +43,23 @@ class Entries(NamedTuple):
     """Chosen entries of z, ordered by token, then slot (prefix group, AuxK last), then feature."""
 
     token: Tensor
-    """[entries] int64"""
+    """[entries] int64, token of each entry."""
     feature: Tensor
-    """[entries] int64"""
+    """[entries] int64, feature of each entry."""
     slot: Tensor
     """[entries] int64: token * slots + slot, non-decreasing."""
     slots: Bags
-    """One for each slot of each token, tokens * slots."""
+    """Bags of the entries of each token's slot, tokens * slots of them."""
     by_feature: Tensor
-    """[entries]: the order that sorts entries by feature."""
+    """[entries] int64, the order that sorts entries by feature."""
     features: Bags
-    """One for each feature, of the entries in that order."""
+    """Bags of the entries of each feature, in the order `by_feature`."""
 
 
 def sparse_loss(
     x: Tensor, y: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool = False
 ) -> LossOutput:
-    """The same as `dense_loss`, up to rounding, with gradients computed from the chosen entries.
+    """The same numbers as `dense_loss` gives, up to rounding, with gradients computed from the chosen entries.
 
     `bfloat16_product` finds the entries by a bfloat16 product and computes their values again in x's dtype. Raises
     ValueError for another number of weights than of prefixes.
@@ -201,7 +201,7 @@ def _product(x: Tensor, weights: Weights, workspace: Workspace, bfloat16_product
 def _choose(
     z: Tensor, x: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool
 ) -> Chosen:
-    """The global batch's largest positive entries."""
+    """Entries of this rank among the global batch's largest positive ones."""
     count = objective.num_entries
     if not bfloat16_product:
         chosen, workspace.border = largest_entries(z, count, workspace.border)
@@ -215,7 +215,7 @@ def _choose(
 
 
 def _choose_dead(z: Tensor, objective: Objective) -> Chosen:
-    """Each token's strongest dead features; values may be negative."""
+    """Entries of each token's strongest dead features; values may be negative."""
     strongest = z[:, objective.dead].topk(min(objective.aux_k, len(objective.dead)), dim=1)
     column, order = strongest.indices.sort(dim=1)
     token = torch.arange(len(z), device=z.device).repeat_interleave(column.shape[1])
@@ -237,7 +237,7 @@ def _arrange(token: Tensor, feature: Tensor, slot: Tensor, slots: int, tokens: i
 
 
 def _offsets(index: Tensor, size: int) -> Tensor:
-    """[size + 1]: how many of `index` are less than each number."""
+    """[size + 1] int64: how many of `index` are less than each number."""
     counts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
     counts[1:].scatter_add_(0, index, torch.ones_like(index))
     return counts.cumsum(0)

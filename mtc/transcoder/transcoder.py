@@ -33,7 +33,7 @@ RMS_EPS = 1e-6
 
 
 class TranscoderShape(NamedTuple):
-    """What a weights file needs to be read again."""
+    """Sizes and settings of a transcoder that its weights file needs to be read again."""
 
     d_source: int
     d_target: int
@@ -45,16 +45,16 @@ class TranscoderShape(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """Sparse feature activations, token by token, features ascending within each."""
+    """Sparse feature activations of some tokens, token by token, features ascending within each."""
 
     tokens: int
-    """Tokens that were encoded."""
+    """Tokens that were encoded, whether or not a feature is active."""
     token: Tensor
-    """[entries] int64, non-decreasing."""
+    """[entries] int64, non-decreasing: token of each active feature."""
     feature: Tensor
-    """[entries] int64."""
+    """[entries] int64, index of each active feature."""
     value: Tensor
-    """[entries] float32, above 0."""
+    """[entries] float32, activation of each active feature, above 0."""
 
 
 class Compute(NamedTuple):
@@ -62,26 +62,28 @@ class Compute(NamedTuple):
 
     backend: Literal["dense", "sparse"] = "dense"
     bfloat16: bool = False
-    """dense: all products in bfloat16. sparse: the encoder's, with chosen values computed again in float32."""
+    """Whether products run in bfloat16: with the dense backend all of them, with the sparse one the encoder's, whose
+    chosen values are computed again in float32."""
 
 
 class TrainOutput(NamedTuple):
     """Result of a training forward pass over this rank's share of the batch."""
 
     loss: Tensor
-    """Scalar, differentiable."""
+    """Scalar, this rank's part of the training loss; differentiable."""
     errors: Tensor
-    """[prefixes], squared error in scaled units, summed over tokens and dimensions."""
+    """[prefixes], squared error of each prefix in scaled units, summed over this rank's tokens and dimensions."""
     aux_error: Tensor
-    """Scalar, the same for AuxK; 0 without dead features."""
+    """Scalar, squared error of AuxK in scaled units, summed over this rank's tokens and dimensions; 0 without dead
+    features."""
     num_active: Tensor
-    """Scalar, selected entries of this rank."""
+    """Scalar, entries of this rank that were chosen."""
     fired: Tensor
-    """[features], bool: selected at least once on this rank."""
+    """[features] bool: the feature was chosen at least once on this rank."""
     target_sum: Tensor
     """[d_target], scaled targets summed over tokens."""
     target_square: Tensor
-    """Scalar, their squares summed over tokens and dimensions."""
+    """Scalar, squares of scaled targets summed over tokens and dimensions."""
 
 
 class MatryoshkaTranscoder(nn.Module):
@@ -125,7 +127,7 @@ class MatryoshkaTranscoder(nn.Module):
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """First and one-past-last feature of each group."""
+        """First and one-past-last feature of each group of the nested dictionary."""
         ends = [0]
         for size in self.shape.group_sizes:
             ends.append(ends[-1] + size)
@@ -152,7 +154,7 @@ class MatryoshkaTranscoder(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, source: Tensor, bfloat16_search: bool = False, prefix: int | None = None) -> Codes:
-        """What is not zero in `encode(source, prefix)`; raises ValueError as that does.
+        """The features that are not zero in `encode(source, prefix)`; raises ValueError as that does.
 
         `bfloat16_search` proposes entries by a product in bfloat16, which some CPUs multiply many times faster, with as
         much room below the threshold as rounding can take; their float32 values decide.
@@ -237,7 +239,7 @@ class MatryoshkaTranscoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, source: Tensor, target: Tensor, seed: int = 0) -> None:
-        """Set scalars, encoder and biases from raw activations of all ranks.
+        """Set scalars, encoder and biases from the first raw activations of all ranks.
 
         Targets get a mean squared norm of d_target and b_dec is their mean. Each feature starts out looking for one
         source token: W_enc's rows are sources drawn by `seed`, less the mean, with norm 1; b_enc = -W_enc mean(x)
