@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Account:
-    """What this rank has done and waited for, told to the driver and to Prometheus whenever metrics are logged."""
+    """What one rank has done and waited for, told to the driver and to Prometheus whenever metrics are logged."""
 
     def __init__(self, log: Any, run_id: str, rank: int, batches: Batches):
         self.log, self.rank, self.batches = log, rank, batches
@@ -35,14 +35,14 @@ class Account:
         self.stepped_at: float | None = None
 
     def step(self) -> None:
-        """One step is done; waits for nothing."""
+        """Count a step that is done; waits for nothing."""
         now = time.perf_counter()
         if self.stepped_at is not None:
             self.steps.append(now - self.stepped_at)
         self.stepped_at = now
 
     def write(self) -> dict[str, Any]:
-        """Send and return what came since the last time.
+        """Send and return what this rank did since the last time.
 
         `seconds` are this rank's by part, `model_seconds` what the units that it received have cost the model actors,
         `step_seconds` the times between its steps, `positions` the token positions of those units.
@@ -85,7 +85,7 @@ class Journal:
         """For each layer the highest [loss, l0] and the lowest since the last row, on the device."""
 
     def look(self, done: list[StepResult]) -> None:
-        """Every step, whether it is written or not; waits for nothing."""
+        """Take note of a step, whether it is written down or not; waits for nothing."""
         seen = [result.loss_and_l0() for result in done]
         before = self.extremes or [(values, values) for values in seen]
         self.extremes = [
@@ -114,7 +114,7 @@ class Journal:
 
 
 def stream_timing(batches: Batches) -> StreamTiming:
-    """The account of all ranks together; called on all at once."""
+    """The account of time of all ranks together; called on all at once."""
     clock, costs = batches.clock, batches.costs
     batches.settle_waits()
     seconds, ranks = clock.read(), world_size()

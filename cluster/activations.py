@@ -21,7 +21,7 @@ from mtc.config import RunConfig
 
 UNIT_TYPE = pa.list_(pa.int64())
 TASKS_WANTED = 4096
-"""Beyond so many tasks in a run, several units share one: each costs the scheduler about a millisecond."""
+"""Most tasks of a run before several units share one: each costs the scheduler about a millisecond."""
 MOST_UNITS_PER_TASK = 16
 GPU_UNITS_PER_TASK = 8  # one unit is sent while the next is computed; at a task's end there is no next
 IN_FLIGHT = 4  # tasks per actor: Ray Data looks for finished ones only about ten times a second

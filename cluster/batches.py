@@ -29,7 +29,7 @@ class Share(NamedTuple):
     """What the ranks agreed on for one step."""
 
     rows: int
-    """Rows of the global batch that this rank takes."""
+    """Rows of this rank's share of the global batch."""
     tokens: int
     """Rows of the global batch, over all ranks."""
     save: bool
@@ -56,11 +56,11 @@ class Batches:
         self.units, self.buffer, self.batch, self.ledger = units, buffer, batch, ledger
         self.clock = clock
         self.num_training = num_training
-        """Units of smaller numbers are for training, the others for calibration."""
+        """Number of the first unit that is for calibration; those before are for training."""
         self.filters = dict(filters)
-        """Of units that were trained in part on other trainers, the rows that are left."""
+        """Rows that are left of units which were trained in part on other trainers, by unit."""
         self.costs = ActorCosts()
-        """What the model actors spent on all units but the first."""
+        """What the model actors spent on all units that this rank received but the first."""
         self.tokens = 0
         """Tokens taken by all ranks for steps."""
         self.own_tokens = 0
@@ -68,7 +68,7 @@ class Batches:
         self.calibrated = 0
         """Tokens given to this rank for calibration."""
         self.startup_seconds = 0.0
-        """Seconds until the first unit arrived."""
+        """Seconds from the start of this rank until its first unit arrived."""
         self._started = time.perf_counter()
         self._waited = 0.0
         self._held: Unit | None = None
@@ -115,7 +115,7 @@ class Batches:
             self._held = self._next()
 
     def _fill(self, rows: float) -> None:
-        """Until `rows` can be taken and a chunk is mixed, or the training units end."""
+        """Take in units until `rows` can be taken and a chunk is mixed, or the training units end."""
         while not self._ended and (self.buffer.available < rows or self.buffer.size < self.buffer.chunk_rows):
             unit = self._next()
             if unit is None or unit.number >= self.num_training:
@@ -141,27 +141,30 @@ class Batches:
         return unit
 
     def _gather(self, *state: int) -> list[list[int]]:
-        """Every rank's numbers."""
+        """The numbers of every rank, put together."""
         if not distributed():
             return [list(state)]
         with self.clock.part("all_reduce"):
             return all_gather(torch.tensor(state)).tolist()
 
     def settle_waits(self) -> None:
-        """Count what ranks waited for each other inside their steps as such; on a GPU this waits for the device."""
+        """Count as `all_reduce` what ranks waited for each other inside their steps; on a GPU this waits for the
+        device."""
         with self.clock.part("step"):
             waited = waits.seconds()
         self.clock.move("step", "all_reduce", waited - self._waited)
         self._waited = waited
 
     def _finish_steps(self) -> None:
-        """What a GPU still computes before the host has to wait anyway belongs to training, not to the waiting."""
+        """Wait for the steps that a GPU still computes before the host has to wait anyway: that belongs to training,
+        not to the waiting."""
         with self.clock.part("step"):
             synchronise(self.buffer.device)
 
 
 def _shares(equal: Sequence[int], rows: Sequence[int]) -> list[int]:
-    """Equal shares of a batch where the ranks have enough rows; what some lack, the first others give."""
+    """Rows of each rank in a batch: equal shares where the ranks have enough rows; what some lack, the first others
+    give."""
     shares = [min(wanted, have) for wanted, have in zip(equal, rows, strict=True)]
     missing = sum(equal) - sum(shares)
     for rank, have in enumerate(rows):
@@ -172,7 +175,7 @@ def _shares(equal: Sequence[int], rows: Sequence[int]) -> list[int]:
 
 
 def _only(unit: Unit, rows: NDArray[np.int32]) -> Unit:
-    """The unit without its other rows."""
+    """A unit with only some of its rows."""
     kept = np.isin(unit.rows, rows)
     chosen = torch.from_numpy(np.flatnonzero(kept))
     activations = {key: part[chosen.to(part.device)] for key, part in unit.activations.items()}

@@ -16,22 +16,22 @@ from mtc.training import ShuffleBuffer
 
 
 class DataState(NamedTuple):
-    """Where one rank's data is."""
+    """What one rank's data begins with: buffer, ledger and what is left of units."""
 
     buffer: ShuffleBuffer
-    """Empty; it continues within a chunk."""
+    """Empty shuffle buffer that continues within a chunk."""
     ledger: Ledger
-    """What is trained; rank 0's holds the earlier starts' too."""
+    """Counts of what is trained; rank 0's holds those of earlier starts too."""
     filters: dict[int, np.ndarray]
-    """Of units that other numbers of trainers left in part, the rows to be trained."""
+    """Rows to be trained of units that other numbers of trainers left in part, by unit."""
     generation: int
-    """How often the number of trainers changed before."""
+    """How often the number of trainers changed before this start."""
     run_again: int
     """Tokens of all ranks' begun chunks that are trained already: the stream has them again, training has not."""
 
 
 def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, world: int, device: Any) -> DataState:
-    """What a rank starts with.
+    """The DataState that a rank starts with, from a checkpoint or new.
 
     As many trainers as before go on within their chunks; other numbers of trainers share what is left of those.
     """

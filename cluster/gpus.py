@@ -20,7 +20,7 @@ from mtc.telemetry import say
 logger = logging.getLogger(__name__)
 
 FREE_SECONDS = 60.0
-"""How long it is waited for a free GPU on every node; a run waits longer, for Ray."""
+"""Seconds that a free GPU on every node is waited for; a run waits longer, for Ray."""
 
 
 def check_devices(config: RunConfig, plan: Plan) -> None:
@@ -63,7 +63,7 @@ def _device_error() -> str | None:
 
 @contextmanager
 def on_one_gpu(config: RunConfig, plan: Plan) -> Iterator[Plan]:
-    """The plan with what its processes need to compute on their GPU at the same time, if `cluster.mps` asks for that.
+    """The plan with what its processes need to compute on one GPU at the same time, if `cluster.mps` asks for that.
 
     Raises ConfigError where MPS can't be had.
     """

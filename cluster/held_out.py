@@ -50,14 +50,14 @@ FEATURES_PER_ROW = 1024
 
 
 class HeldOutResults(NamedTuple):
-    """What the pass finds about the transcoder of one layer."""
+    """What the held-out pass finds about the transcoder of one layer."""
 
     found: Findings
-    """The figures."""
+    """Figures, examples and optional measurements of the transcoder."""
     dtype: str
     """Arithmetic that the language model ran in."""
     compute: tuple[str, ...]
-    """How its passes ran: compiled, or eager and why."""
+    """How the language model's passes ran: compiled, or eager and why."""
     machines: tuple[str, ...]
     """What the model actors ran on."""
 
@@ -141,7 +141,7 @@ def _findings(
 
 
 class _HeldOutActor:
-    """Loads what both passes need: the language model, each layer's transcoder and the token store."""
+    """A model actor with what both passes need: the language model, each layer's transcoder and the token store."""
 
     full_model = False
 
@@ -157,7 +157,7 @@ class _HeldOutActor:
 
 
 class FeatureActor(_HeldOutActor):
-    """Several units -> for each layer one row with all that a HeldOutPass finds in them."""
+    """A model actor: several units -> for each layer one row with all that a HeldOutPass finds in them."""
 
     def __init__(self, occurrences: np.ndarray, num_documents: int, candidates: list[np.ndarray], **arguments: Any):
         super().__init__(**arguments)
@@ -183,7 +183,8 @@ class FeatureActor(_HeldOutActor):
 
 
 class WholeModelActor(_HeldOutActor):
-    """One unit -> for each layer one row of losses by document; a range of features -> their effects on the logits."""
+    """A model actor: one unit -> for each layer one row of losses by document; a range of features -> their effects on
+    the logits."""
 
     full_model = True
 
@@ -209,7 +210,8 @@ class WholeModelActor(_HeldOutActor):
 def _feature_rows(
     store: TokenStore, config: RunConfig, units: list[np.ndarray], document_of: dict[int, int]
 ) -> list[pa.Table]:
-    """Units by rows; the first rows, until they hold analysis.coactivation_tokens, are sampled for co-activations."""
+    """Rows of work of several units each; the first rows, until they hold analysis.coactivation_tokens, are sampled for
+    co-activations."""
     per_row = max(1, min(UNITS_PER_ROW, len(units) // ROWS_WANTED))
     rows, sampled = [], 0
     for i in range(0, len(units), per_row):
@@ -239,7 +241,7 @@ def _row(
 
 
 def _found(kind: str, at: int, arrays: dict[str, Any], **more: str) -> pa.Table:
-    """One row of results: arrays as a safetensors file, what they are, and which layer's."""
+    """One row of results: arrays as a safetensors file, what they are, and which layer they are of."""
     data = save({name: np.asarray(value, order="C") for name, value in arrays.items()})
     columns = {"kind": [kind], "at": [at], "found": pa.array([data], pa.large_binary())}
     return pa.table(columns | {name: [value] for name, value in more.items()})
@@ -250,7 +252,7 @@ def _arrays(data: bytes) -> dict[str, Any]:
 
 
 def _results(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    """Rows in the order of the work."""
+    """Rows of results in the order of the work."""
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(table, pa.Table)
         yield from table.to_pylist()

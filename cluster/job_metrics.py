@@ -20,7 +20,7 @@ from mtc.telemetry import CATALOGUE, JOB, make, say
 
 
 class JobMetrics:
-    """Follows a run and counts; see `cluster.progress.Follower`."""
+    """Counts for Prometheus what a run's trainers say; see `cluster.progress.Follower`."""
 
     def __init__(self, config: RunConfig, run_id: str):
         self.registry = CollectorRegistry()
@@ -29,7 +29,7 @@ class JobMetrics:
         self._skipped: dict[int, int] = {}
         self._stage: str | None = None
         self.url: str | None = None
-        """Where scrapes are answered."""
+        """Address where scrapes are answered; None if they are not."""
         for instrument in JOB:  # a rate needs the zero before the first increase
             if instrument.kind == "counter" and instrument.labels == ("run_id",):
                 self._of(instrument.name)
@@ -38,13 +38,13 @@ class JobMetrics:
         self._about = {"model": config.model.name, "layers": layers}
 
     def plan(self, device: str, trainers: int, model_actors: int) -> None:
-        """What the cluster gives to the run."""
+        """Show what the plan gives to the run: trainers and model actors."""
         self._of("mtc_job_info", device=device, **self._about).set(1.0)
         self._of("mtc_job_trainers").set(trainers)
         self._of("mtc_job_model_actors").set(model_actors)
 
     def stage(self, name: str) -> None:
-        """What the job does from now on."""
+        """Show which stage the job does from now on."""
         if self._stage:
             self._of("mtc_job_stage", stage=self._stage).set(0.0)
         self._of("mtc_job_stage", stage=name).set(1.0)
@@ -93,7 +93,8 @@ class JobMetrics:
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """Answer scrapes meanwhile, if `cluster.metrics_port` asks for it. Raises ConfigError if the port is taken."""
+        """A context in which scrapes are answered, if `cluster.metrics_port` asks for it. Raises ConfigError if the
+        port is taken."""
         cluster = self.config.cluster
         if cluster.metrics_port is None:
             yield

@@ -10,9 +10,10 @@ import tempfile
 from mtc.config import ConfigError
 
 LONGEST_ROOT = 36
-"""Bytes of a path below which Ray can make its sockets: theirs have 107 at most."""
+"""Longest path, in bytes, in which Ray can make its sockets: theirs have 107 at most."""
 LONGEST_PROXY_ROOT = 14
-"""HAProxy's lie deeper: ROOT/mtc-xxxxxxxx/NODE ID/admin.sock.PROCESS ID.tmp."""
+"""Longest path, in bytes, for a Ray that serves: HAProxy's sockets lie deeper, ROOT/mtc-xxxxxxxx/NODE
+ID/admin.sock.PROCESS ID.tmp."""
 
 
 def check_installation() -> None:
@@ -39,5 +40,6 @@ def temporary_root(longest: int = LONGEST_ROOT) -> str:
 
 
 def make_temporary_directory() -> str:
-    """For a Ray that serves, with room for HAProxy's sockets (`serve.contract.proxy_files`). Raises ConfigError."""
+    """A new temporary directory for a Ray that serves, with room for HAProxy's sockets (`serve.contract.proxy_files`).
+    Raises ConfigError."""
     return tempfile.mkdtemp(prefix="mtc-", dir=temporary_root(LONGEST_PROXY_ROOT))

@@ -33,15 +33,15 @@ PROGRAM = "nvidia-cuda-mps-control"
 DEFAULT_PIPES = "/tmp/nvidia-mps"
 """Where CUDA looks for a daemon while CUDA_MPS_PIPE_DIRECTORY is not set."""
 LONGEST_DIRECTORY = 80
-"""Bytes of a directory's path; a socket in it has 107 for its own."""
+"""Longest path, in bytes, of a daemon's directory; a socket in it has 107 for its own."""
 ANSWER_S = 10.0
-"""How long a daemon may take to answer a command."""
+"""Seconds that a daemon may take to answer a command."""
 START_S = 30.0
-"""How long a daemon and its server may take to start."""
+"""Seconds that a daemon and its server may take to start."""
 QUIT_S = 5
-"""How long a daemon waits for its clients to end before it stops without."""
+"""Seconds that a daemon waits for its clients to end before it stops without."""
 STOP_S = 20.0
-"""How long all of stopping may take before the daemon is killed."""
+"""Seconds that all of stopping may take before the daemon is killed."""
 
 # Its standard input ends when this process closes it or dies, in whatever way: a daemon never outlives its run.
 _STOPPER = 'cat >/dev/null; echo "quit -t $1" | timeout "$2" "$3"; rm -rf -- "$4"'
@@ -123,7 +123,7 @@ def _renumbers(visible: str | None) -> bool:
 
 
 def _private_directory() -> str:
-    """A new directory that no other user may read."""
+    """A context with a new directory that no other user may read."""
     directory = tempfile.mkdtemp(prefix="mtc-mps-")
     if len(os.fsencode(directory)) <= LONGEST_DIRECTORY:
         return directory
@@ -198,7 +198,7 @@ def _ask(program: str, command: str, environment: dict[str, str]) -> str | None:
 
 
 def _last_words(logs: str) -> str:
-    """The last line of the first of the logs that has one: the server's, the daemon's, what the daemon printed."""
+    """The last line of the first log that has one: the server's, the daemon's, what the daemon printed."""
     for name in ("server.log", "control.log", "output"):
         path = os.path.join(logs, name)
         if os.path.exists(path):
@@ -209,7 +209,7 @@ def _last_words(logs: str) -> str:
 
 
 def _stop(processes: list[Process]) -> None:
-    """End what `_start` started: the daemon by its own command, or if it does not obey by force."""
+    """End the processes that `_start` started: the daemon by its own command, or if it does not obey by force."""
     daemon, stopper = [*processes, None, None][:2]
     if stopper is not None and stopper.stdin is not None:
         stopper.stdin.close()

@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 class TrainResult(NamedTuple):
-    """What the trainers report at the end, of one layer."""
+    """What the trainers report at the end about one layer's transcoder."""
 
     layer: int
-    """Layer of the language model."""
+    """Layer of the language model whose MLP is imitated, from 0."""
     steps: int
-    """Optimizer steps."""
+    """Optimizer steps done."""
     tokens: int
     """Tokens trained on."""
     threshold: float
     """Calibrated inference threshold."""
     calibration_tokens: int
-    """Fresh tokens that it was calibrated on."""
+    """Fresh tokens that the threshold was calibrated on."""
     precision: str
     """Arithmetic of the transcoder's products."""
     compute: str = ""
@@ -33,12 +33,12 @@ class TrainResult(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What training leaves beside the weights."""
+    """What training leaves beside the weights, of all layers."""
 
     layers: tuple[TrainResult, ...]
-    """One for each entry of `model.sites`."""
+    """Result of each entry of `model.sites`, in order."""
     timing: StreamTiming
-    """What waited on what."""
+    """Where the time of training went: what waited on what."""
     progress: Progress
     """What was trained of each work unit."""
 

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def check(config: RunConfig) -> None:
-    """Everything that can be known to fail, before any cluster work, within seconds.
+    """Check everything that can be known to fail, before any cluster work, within seconds.
 
     Raises ConfigError (FinishedError for a finished run), ModelError or DataError.
     """
@@ -107,7 +107,7 @@ class _Job:
     plan: Plan
     run: RunDirectory
     d_model: int
-    """Width of the residual stream."""
+    """Width of the language model's residual stream."""
     log: Any
     """Handle of the MetricsLog actor."""
     lease: Lease
@@ -126,11 +126,11 @@ class _Job:
         self._analyse(store, trained, progress)
 
     def _layer_runs(self) -> list[RunDirectory]:
-        """The directories of the layers that are read, in their order."""
+        """The run directories of the layers that are read, in their order."""
         return [self.run.for_layer(sites.layer) for sites in self.config.model.sites]
 
     def _prepare(self) -> None:
-        """The language model is made ready, and the configuration written down."""
+        """Make the language model ready, and write the configuration down."""
         self.metrics.stage("prepare")
         config = self.config
         if config.model.notice:
@@ -146,7 +146,7 @@ class _Job:
                 own.write("config.yaml", to_yaml(alone))
 
     def _tokenise(self) -> TokenStore:
-        """The text as windows of token ids. Raises DataError if there is too little of it."""
+        """Have the text as windows of token ids. Raises DataError if there is too little of it."""
         self.metrics.stage("tokenise")
         with timed(self.seconds, "tokenise"):
             store = TokenStore.open(build_token_store(self.config, self.plan.label_selector))
@@ -159,7 +159,7 @@ class _Job:
         return store
 
     def _train(self, store: TokenStore) -> tuple[Trained, ProgressReader]:
-        """Every layer's weights, and what was read of the training's progress."""
+        """Train every layer's weights; returns what was read of the training's progress too."""
         config, run = self.config, self.run
         self.metrics.stage("train")
         histories = {sites.layer: own for sites, own in zip(config.model.sites, self._layer_runs(), strict=True)}
@@ -185,7 +185,7 @@ class _Job:
         return trained, progress
 
     def _analyse(self, store: TokenStore, trained: Trained, progress: ProgressReader) -> None:
-        """The held-out pass, every layer's report, and the manifest with which the run is finished."""
+        """Run the held-out pass, write every layer's report, and the manifest with which the run is finished."""
         self.metrics.stage("analyse")
         facts = [self._facts(store, trained, layer, progress.events) for layer in trained.layers]
         rows = [progress.rows(layer.layer) for layer in trained.layers]
@@ -198,7 +198,7 @@ class _Job:
         say("finished", f"finished {self.run.url} in {took}", url=self.run.url, seconds=seconds)
 
     def _facts(self, store: TokenStore, trained: Trained, layer: TrainResult, events: list[dict[str, Any]]) -> RunFacts:
-        """What is known of one layer's run before its analysis."""
+        """RunFacts of one layer's run, as far as they are known before its analysis."""
         sites, info = self.config.model.sites, store.info
         return RunFacts(
             run_id=self.run.for_layer(layer.layer).run_id,
@@ -227,7 +227,7 @@ class _Job:
 
 
 def _account(trained: Trained) -> str:
-    """What the ledger, which was checked, says of the training tokens."""
+    """A line of what the ledger, which was checked, says of the training tokens."""
     progress = trained.progress
     line = f"ledger: {len(progress.finished())} work units, {progress.trained_tokens():,} tokens trained, each once"
     if dropped := progress.dropped_tokens():

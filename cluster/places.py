@@ -61,7 +61,7 @@ def check_same_run(config: RunConfig, run: RunDirectory) -> None:
 
 
 def share_places(config: RunConfig, run: RunDirectory) -> RunConfig:
-    """On several nodes: checks that all reach the run directory, and puts the token store beside it.
+    """Check that all of several nodes reach the run directory, and put the token store beside it.
 
     Raises ConfigError that names the nodes which do not.
     """

@@ -35,7 +35,8 @@ def check_optional(config: RunConfig) -> None:
 
 
 def measure_optional(config: RunConfig, plan: Plan, run_urls: list[str], store_url: str) -> list[dict[str, Any]]:
-    """Of each layer what was asked for besides, as fields of Findings; one Ray task each, where model actors run."""
+    """Measure for each layer what was asked for besides, as fields of Findings; one Ray task each, where model actors
+    run."""
     options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
     options |= {"runtime_env": plan.runtime_env}
     options |= {"label_selector": plan.label_selector} if plan.label_selector else {}

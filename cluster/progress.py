@@ -26,7 +26,7 @@ SHOWN = ("step", "tokens", "tokens_per_second", "loss", "fvu", "l0", "dead")  # 
 QUIET = ("checkpoint",)  # kinds that are neither kept nor shown: one a minute, for weeks
 DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
 WAITING = 0.2
-"""Share of its time beyond which a side counts as waiting for the other."""
+"""Share of its time, from 0 to 1, beyond which a side counts as waiting for the other."""
 WRITE_SECONDS = 10.0  # between writes of the history, which is written whole,
 WRITE_SHARE = 0.05  # and may take at most this share of the time
 
@@ -35,13 +35,13 @@ class Follower(Protocol):
     """Whoever else wants to know what the trainers say, as it arrives."""
 
     def row(self, row: dict[str, Any]) -> None:
-        """A row of the metrics history."""
+        """Take a row of the metrics history."""
 
     def account(self, account: dict[str, Any]) -> None:
-        """What one rank did since its last account; see `cluster.accounts.Account`."""
+        """Take what one rank did since its last account; see `cluster.accounts.Account`."""
 
     def event(self, event: dict[str, Any]) -> None:
-        """Something happened; `undone` steps if it was a step back."""
+        """Take an event of the run; `undone` steps if it was a step back."""
 
 
 class MetricsLog:
@@ -54,11 +54,11 @@ class MetricsLog:
         self.start: str | None = None
 
     def append(self, row: dict[str, Any]) -> None:
-        """A row of the metrics history."""
+        """Take a row of the metrics history."""
         self.rows.append(row)
 
     def event(self, kind: str, message: str, step: int | None = None) -> None:
-        """Something happened."""
+        """Take an event of the run."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.rows.append({"time": now, "kind": kind, "message": message, "step": step})
 
@@ -75,7 +75,7 @@ class MetricsLog:
         return self.name, self.rows
 
     def choose(self, checkpoint: str) -> None:
-        """The trainers continue this checkpoint, by its name, or none."""
+        """Note the name of the checkpoint that the trainers continue, or that they continue none."""
         self.start = checkpoint
 
     def chosen(self) -> str | None:
@@ -127,13 +127,13 @@ class ProgressReader:
         self.log, self.runs, self.total_steps, self.seconds = log, runs, total_steps, seconds
         self.followers = list(followers)
         self.histories: dict[int, dict[int, dict[str, Any]]] = {}
-        """Of each layer, rows by step, in the order of steps."""
+        """Rows of the metrics history by step, in the order of steps, for each layer."""
         self.events: list[dict[str, Any]] = []
         for layer, run in runs.items():
             self.histories[layer] = {row["step"]: row for row in run.read_lines("metrics.jsonl")}
             self.events = run.read_lines("events.jsonl")
         self.stopped: str | None = None
-        """Why a trainer wants the whole run to end."""
+        """Why a trainer wants the whole run to end; None if none does."""
         self._name, self._position = "", 0
         self._shown_at = 0.0
         self._changed = False
@@ -235,7 +235,7 @@ class ProgressReader:
 
     @staticmethod
     def _live() -> bool:
-        """Whether one line is redrawn."""
+        """Whether one line of a terminal is redrawn."""
         return output().isatty() and for_people()
 
     def _show(self, final: bool = False) -> None:
@@ -259,7 +259,7 @@ class ProgressReader:
 
 
 def _newest(history: Mapping[int, Any]) -> int:
-    """The last step; 0 before the first."""
+    """The last step of a layer's history; 0 before the first."""
     return next(reversed(history), 0)
 
 

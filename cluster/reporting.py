@@ -171,7 +171,7 @@ def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note the wall time of what runs inside."""
+    """A context that notes the wall time of what runs inside, in seconds."""
     start = perf_counter()
     yield
     seconds[stage] = perf_counter() - start

@@ -30,13 +30,13 @@ ROOM_TO_GROW = 2  # times the model actors that a trainer is thought to keep up 
 
 # What one GPU does in a second. Estimates for an H100, of which ratios matter here; docs/gpu.md derives them.
 FORWARD_FLOPS = 360e12
-"""Operations of the language model's pass: 45 % of a large bfloat16 product."""
+"""Operations per second of the language model's pass: 45 % of a large bfloat16 product."""
 PRODUCT_FLOPS = 400e12
-"""Operations of the one product of a training step."""
+"""Operations per second of the one product of a training step."""
 STEP_BYTES = 2e12
-"""Bytes that a training step moves for its chosen entries and for Adam."""
+"""Bytes per second that a training step moves for its chosen entries and for Adam."""
 STEP_SECONDS = 2.5e-3
-"""Least time of a training step: the host starts some hundreds of kernels."""
+"""Least seconds of a training step: the host starts some hundreds of kernels."""
 ENTRY_PASSES = 8
 """Rows of d_model float32 that a step reads or writes for each chosen entry."""
 ADAM_PASSES = 7
@@ -53,7 +53,7 @@ class Node(NamedTuple):
     is_head: bool = False
     """Whether it is the cluster's head."""
     node_id: str = ""
-    """Ray's name of it."""
+    """Ray's id of the node."""
 
 
 class Plan(NamedTuple):
@@ -72,21 +72,22 @@ class Plan(NamedTuple):
     num_model_actors: int
     """Processes that hold the language model, at the start and at least."""
     max_model_actors: int
-    """How many there may become while trainers wait."""
+    """Most processes that hold the language model, which there may become while trainers wait."""
     actor_cpus: float
     """CPUs that Ray reserves for each model actor."""
     actor_gpus: float
-    """GPUs for each model actor."""
+    """GPUs for each model actor, possibly a fraction of one."""
     actor_threads: int
     """Torch threads of each model actor."""
     nodes: tuple[Node, ...]
-    """The nodes that it is for."""
+    """Nodes that the plan is made for."""
     not_on: str = ""
-    """Ray's name of the head node, if nothing may run there."""
+    """Ray's id of the head node if nothing may run there; empty otherwise."""
     environment: tuple[tuple[str, str], ...] = ()
-    """Variables of the processes' environment, besides those that they always have."""
+    """Environment variables of trainers and model actors, besides those that they always have."""
     near: str = ""
-    """Ray's name of the node where model actors go as long as it has room: that of the only trainer."""
+    """Ray's id of the node where model actors go as long as it has room, that of the only trainer; empty if there is
+    none."""
 
     @property
     def spread(self) -> bool:
@@ -96,7 +97,7 @@ class Plan(NamedTuple):
 
     @property
     def label_selector(self) -> dict[str, str] | None:
-        """Where Ray may put the processes."""
+        """Labels of the nodes on which Ray may put trainers and model actors."""
         return {"ray.io/node-id": f"!{self.not_on}"} if self.not_on else None
 
     @property
@@ -106,7 +107,7 @@ class Plan(NamedTuple):
 
     @property
     def worker_environment(self) -> dict[str, str]:
-        """Environment of trainers and model actors."""
+        """All environment variables of trainers and model actors."""
         found = dict(WORKER_ENVIRONMENT)
         if self.device == "cuda":
             largest = max(self.nodes, key=lambda node: node.gpus)  # which may hold as many as have GPUs there
@@ -133,7 +134,7 @@ class Plan(NamedTuple):
         return {"label_selector": anywhere} if anywhere else {}
 
     def describe(self) -> str:
-        """The plan as a table."""
+        """The plan as a table for people."""
         actors = str(self.num_model_actors)
         if self.max_model_actors > self.num_model_actors:
             actors += f" to {self.max_model_actors}"
@@ -153,11 +154,11 @@ class Plan(NamedTuple):
         )
 
     def cpus(self) -> float:
-        """CPUs of all processes at the start."""
+        """CPUs that all processes of the plan reserve at the start."""
         return round(self.num_trainers * self.trainer_cpus + self.num_model_actors * self.actor_cpus, 6)
 
     def gpus(self) -> float:
-        """GPUs of all processes at the start."""
+        """GPUs that all processes of the plan reserve at the start."""
         return round(self.num_trainers * self.trainer_gpus + self.num_model_actors * self.actor_gpus, 6)
 
     def _row(self, name: str, processes: str, cpus: float, gpus: float, threads: int) -> tuple[str, ...]:
@@ -239,7 +240,7 @@ def make_plan(
 
 
 def actor_rate(config: RunConfig, d_model: int) -> float:
-    """Tokens that a model actor on a GPU makes in a second, estimated.
+    """Tokens per second that a model actor on a GPU makes, estimated.
 
     A layer has about 12 d_model^2 weights and each token takes 2 operations per weight.
     """
@@ -248,7 +249,7 @@ def actor_rate(config: RunConfig, d_model: int) -> float:
 
 
 def trainer_rate(config: RunConfig, d_model: int) -> float:
-    """Tokens that one trainer on a GPU takes in a second, estimated for the sparse step.
+    """Tokens per second that one trainer on a GPU takes, estimated for the sparse step.
 
     A step makes one product of d_model x features, moves the rows of its chosen entries, and Adam's weights; it takes
     at least the time in which the host can start it. Every layer that is read has a step of its own.
@@ -267,8 +268,8 @@ def actors_per_trainer(config: RunConfig, d_model: int) -> float:
 
 
 def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -> Plan:
-    """One trainer (a step is short beside the language model's pass, and gradients cost more to exchange than to
-    compute); the actors share the rest, on a small machine the same cores.
+    """A plan without GPUs: one trainer (a step is short beside the language model's pass, and gradients cost more to
+    exchange than to compute); the actors share the rest, on a small machine the same cores.
 
     Several actors of one thread beat one of several: threads of one product wait for the slowest, which shares its
     core with the trainer and with Ray. Large models are held once for 8 CPUs all the same, for their memory. An actor
@@ -302,8 +303,8 @@ def _is_small(config: RunConfig, d_model: int | None) -> bool:
 
 
 def _gpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -> Plan:
-    """One GPU is shared. Of several one trains, since several would exchange gradients at every step for longer than a
-    step takes, and as many as it keeps up with run the model."""
+    """A plan with GPUs: one GPU is shared. Of several one trains, since several would exchange gradients at every step
+    for longer than a step takes, and as many as it keeps up with run the model."""
     cpus, gpus = _total(nodes)
     settings = config.cluster
     if gpus <= 1:
@@ -342,7 +343,8 @@ def beside(plan: Plan, running: Plan) -> Plan:
 
 
 def _fits(plan: Plan) -> bool:
-    """Whether all processes find a node: trainers that are spread one on each, then the largest requests first."""
+    """Whether all processes of a plan find a node: trainers that are spread one on each, then the largest requests
+    first."""
     left = [[node.cpus, node.gpus] for node in plan.nodes]
     trainers = [(plan.trainer_cpus, plan.trainer_gpus)] * plan.num_trainers
     actors = [(plan.actor_cpus, plan.actor_gpus)] * plan.num_model_actors

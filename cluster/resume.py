@@ -17,23 +17,23 @@ class Position(NamedTuple):
     """Where one rank's shuffle buffer is; JSON in a checkpoint."""
 
     generation: int
-    """How often the number of trainers changed before."""
+    """How often the number of trainers changed before this start."""
     chunk: int
-    """The chunk that rows leave at present."""
+    """Number of the chunk that rows leave at present."""
     units: list[int]
-    """Its units."""
+    """Numbers of the units in the present chunk."""
     taken: int
-    """Rows that left it."""
+    """Rows that left the present chunk."""
     size: int
-    """Rows that it has."""
+    """Rows that the present chunk has in all."""
     left: dict[int, list[int]]
-    """The rows of these units that have not left."""
+    """Rows of the present chunk's units that have not left it, by unit."""
     filters: dict[int, list[int]]
-    """Of units that other numbers of trainers left in part, the rows to be trained; the same on all ranks."""
+    """Rows to be trained of units that other numbers of trainers left in part, by unit; the same on all ranks."""
 
 
 def read_progress(checkpoint: Checkpoint) -> Progress:
-    """What is trained, from all ranks' counts."""
+    """What is trained by a checkpoint, from all ranks' counts."""
     tables: Iterable[Any] = (
         progress_from_parquet(checkpoint.read(f"units-{rank}.parquet"))
         for rank in range(checkpoint.manifest.world_size)

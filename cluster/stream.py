@@ -84,7 +84,7 @@ def remaining_units(config: RunConfig, run_url: str, store_url: str, trainers: i
 
 
 def deal(units: Sequence[Row], trainers: int) -> list[Row]:
-    """In an order that gives each trainer its own units when it is dealt to them in turn."""
+    """Units in an order that gives each trainer its own ones when it is dealt to them in turn."""
     mine = [[row for row in units if row[0] % trainers == rank] for rank in range(trainers)]
     nothing = (NO_UNIT, np.empty(0, np.int64))
     return [row for turn in zip_longest(*mine, fillvalue=nothing) for row in turn]

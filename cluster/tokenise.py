@@ -51,12 +51,14 @@ logger = logging.getLogger(__name__)
 READ_CPUS = 0.25
 TOKENIZE_CPUS = 0.5
 BLOCK_BYTES = 4 * 2**20
-"""Text in a block: small, so that tokenising starts before a large file is read and the job can stop in its middle."""
+"""Bytes of text in a block: few, so that tokenising starts before a large file is read and the job can stop in its
+middle."""
 BATCH_DOCUMENTS = 64
 MIN_JUDGED = 100
-"""Documents of which a share is taken before all of the text was read; a share of fewer says little."""
+"""Fewest documents of which a share of unusable ones is taken before all of the text was read; a share of fewer says
+little."""
 EXAMPLES = 5
-"""Documents that could not be used which are named; the others are only counted."""
+"""Most documents that could not be used which are named; the others are only counted."""
 
 
 def build_token_store(config: RunConfig, label_selector: dict[str, str] | None = None) -> str:
@@ -136,7 +138,7 @@ def check_data(config: RunConfig) -> None:
 
 
 class _Tally:
-    """Counts the documents that could and could not be used; raises DataError if these are too large a share."""
+    """Counts the documents that could and could not be used; raises DataError if the latter are too large a share."""
 
     def __init__(self, max_share: float):
         self.skipped: Counter[str] = Counter()
@@ -146,7 +148,8 @@ class _Tally:
         self._read = 0
 
     def add(self, document: Document) -> None:
-        """Documents come in the order of the text, so that where a run stops does not depend on the cluster."""
+        """Count documents, which come in the order of the text, so that where a run stops does not depend on the
+        cluster."""
         if not document.reason:
             self._read += document.documents
         else:
@@ -250,7 +253,7 @@ def _tokenize(batch: pa.Table, data: DataConfig, tokenizer: ray.ObjectRef) -> It
 
 
 def _cut(document: Document, data: DataConfig, tokenizer: Any) -> tuple[Document, list[Window]]:
-    """The document and its windows; none, and the document as unusable, if the tokenizer fails."""
+    """A document and its windows; none, and the document as unusable, if the tokenizer fails."""
     if document.text is None:
         return document, []
     try:
@@ -266,7 +269,7 @@ def _cut(document: Document, data: DataConfig, tokenizer: Any) -> tuple[Document
 
 
 def _documents_table(documents: Sequence[Document | None]) -> pa.Table:
-    """The fields of the documents as columns, null for None."""
+    """The fields of some documents as columns, null for None."""
     import pyarrow as pa
 
     types = (pa.string(), pa.string(), pa.string(), pa.string(), pa.int64())
@@ -277,21 +280,23 @@ def _documents_table(documents: Sequence[Document | None]) -> pa.Table:
 
 @lru_cache(maxsize=1)
 def _tokenizer(reference: ray.ObjectRef) -> Any:
-    """Unpickled once per worker process: a large vocabulary takes longer to unpickle than a block to tokenise."""
+    """The tokenizer, unpickled once per worker process: a large vocabulary takes longer to unpickle than a block to
+    tokenise."""
     import ray
 
     return ray.get(reference)
 
 
 def _take(table: pa.Table, left: dict[str, int]) -> tuple[pa.Table, bool]:
-    """The rows that are still needed, so that what is stored does not depend on how the rows came in tables."""
+    """The rows of a table that are still needed, so that what is stored does not depend on how the rows came in
+    tables."""
     heldout = table["split"].to_numpy() == "heldout"
     rows, enough = rows_wanted(heldout, table["trainable"].to_numpy().astype(np.int64), left)
     return table.slice(0, rows), enough
 
 
 def _separate(table: pa.Table) -> tuple[pa.Table, list[Document]]:
-    """The windows in a table of `_tokenize`, and the documents."""
+    """The windows in a table of `_tokenize`, and the documents in it."""
     import pyarrow.compute as pc
 
     of_document = pc.is_valid(table["name"])

@@ -36,16 +36,17 @@ CALIBRATION_ROWS = 4096  # at a time, so that memory stays small
 
 
 class _Start(NamedTuple):
-    """What a rank continues from."""
+    """The checkpoint that a rank continues from, and the number of this start."""
 
     checkpoint: Checkpoint | None
     """The newest intact checkpoint; None for a run that begins."""
     number: int
-    """Names this start among the run's; the same on all ranks."""
+    """Number that names this start among the run's; the same on all ranks."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """One rank. Every rank makes the same collective calls in the same order, whatever its shard holds."""
+    """One rank of the training, from its first batch to the finished weights. Every rank makes the same collective
+    calls in the same order, whatever its shard holds."""
     configure()
     set_run(settings["run_id"])
     config, log = settings["config"], settings["log"]
@@ -108,7 +109,7 @@ def _take_place(plan: Plan) -> tuple[int, int, torch.device]:
 def _open_trainers(
     config: RunConfig, d_model: int, device: torch.device, checkpoint: Checkpoint | None
 ) -> list[Trainer]:
-    """One for each entry of `model.sites`, as the checkpoint left it or new."""
+    """A Trainer for each entry of `model.sites`, as the checkpoint left it or new."""
     trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
     if checkpoint is not None:
         for trainer in trainers:

@@ -132,7 +132,7 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
 
 
 def _placement_groups() -> set[str]:
-    """Ids of this job's."""
+    """Ids of the placement groups that this job holds."""
     job = ray.get_runtime_context().get_job_id()  # ends the id
     return {
         name for name, group in placement_group_table().items() if group["state"] != "REMOVED" and name.endswith(job)
@@ -140,18 +140,18 @@ def _placement_groups() -> set[str]:
 
 
 def _remove(groups: set[str]) -> None:
-    """Give their CPUs and GPUs back. Where the Train controller dies together with its helper that should do this, they
-    would stay reserved until the job ends."""
+    """Give the CPUs and GPUs of placement groups back. Where the Train controller dies together with its helper that
+    should do this, they would stay reserved until the job ends."""
     for name in groups:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def _no_dataset() -> None:
-    """StreamConfig makes the Dataset, since it knows how many trainers there are."""
+    """Stands for the Dataset, which StreamConfig makes, since it knows how many trainers there are."""
 
 
 def _wait_for_result(checkpoints: Checkpoints) -> Checkpoint:
-    """What the trainers ended with; another node may have written it."""
+    """The checkpoint with the trainers' result; another node may have written it."""
     deadline = time.monotonic() + LISTING_SECONDS
     while (last := checkpoints.latest()) is None or not last.is_result:
         if time.monotonic() > deadline:
@@ -164,7 +164,7 @@ def _wait_for_result(checkpoints: Checkpoints) -> Checkpoint:
 
 
 def _result(checkpoint: Checkpoint, run: RunDirectory) -> Trained:
-    """The result in the last checkpoint, its weights and ledger copied into the run."""
+    """What training ended with, from the last checkpoint, whose weights and ledger are copied into the run."""
     result = json.loads(checkpoint.read("result.json"))
     layers = tuple(TrainResult(**layer) for layer in result["layers"])
     for layer in layers:
