@@ -39,11 +39,6 @@ def loss_recovered(sums: LossSums, documents: int | None = None) -> LossRecovere
     )
 
 
-def _kl(sums: LossSums) -> Array:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return sums.kl / sums.tokens[:, None]
-
-
 def evaluation(heldout: HeldOutPass, loss: LossRecovered | None, documents: int | None = None) -> Evaluation:
     """Evaluation of a pass over held-out text, of as many documents as its blocks if `documents` is not given."""
     blocks = heldout.blocks.nonempty()
@@ -65,6 +60,11 @@ def evaluation(heldout: HeldOutPass, loss: LossRecovered | None, documents: int 
         by_frequency=_slices(heldout.frequencies, blocks.mean(), lambda i: (10**i, 10 ** (i + 1) - 1)),
         loss=loss,
     )
+
+
+def _kl(sums: LossSums) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sums.kl / sums.tokens[:, None]
 
 
 def _l0(sums: TokenSums) -> Array:

@@ -41,19 +41,6 @@ class FeatureStatistics(NamedTuple):
     """Tokens that were analysed, whether or not a feature fired on them."""
 
 
-class _Rows(NamedTuple):
-    """Candidate examples as columns."""
-
-    feature: Array  # [n] int32
-    activation: Array  # [n] float32
-    window_id: Array  # [n] int64
-    position: Array  # [n] int32, of the peak in the window
-    context: Array  # [n, context_tokens + 1] float32, activations around the peak, 0 outside the window
-
-    def take(self, index: Array) -> _Rows:
-        return _Rows(*(column[index] for column in self))
-
-
 class Examples:
     """All kept examples, ordered by feature, kind and rank; `table` gives them with their text."""
 
@@ -302,6 +289,19 @@ class ExampleCollector:
         )  # fmt: skip
         for name, kept in (("top", self._top), ("sample", self._sample)):
             kept.add(_Rows(*(arrays[f"{name}.{n}"] for n in _Rows._fields)))
+
+
+class _Rows(NamedTuple):
+    """Candidate examples as columns."""
+
+    feature: Array  # [n] int32
+    activation: Array  # [n] float32
+    window_id: Array  # [n] int64
+    position: Array  # [n] int32, of the peak in the window
+    context: Array  # [n, context_tokens + 1] float32, activations around the peak, 0 outside the window
+
+    def take(self, index: Array) -> _Rows:
+        return _Rows(*(column[index] for column in self))
 
 
 class _Kept:

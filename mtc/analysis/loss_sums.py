@@ -67,15 +67,6 @@ def max_logits(device: torch.device) -> int:
     return _logits_in(torch.cuda.mem_get_info(device)[0] + unused)
 
 
-def _logits_in(free: int) -> int:
-    """Logits whose float32 values fill a sixteenth of `free` bytes, as a power of 2, at least MAX_LOGITS.
-
-    The divergence holds five copies of them, and two processes may share the GPU.
-    A power of 2, so that a little more or less of what is free does not change the parts, and with them last digits.
-    """
-    return max(MAX_LOGITS, 1 << max(0, (free // 64).bit_length() - 1))
-
-
 @torch.inference_mode()
 def loss_sums(
     model: LanguageModel,
@@ -102,6 +93,15 @@ def loss_sums(
         pieces = predicted.split(at_once)
         sums += [_loss_sums(model, transcoders, part, target_means, own, num_labels, piece) for piece in pieces]
     return [reduce(add, same) for same in zip(*sums, strict=True)]
+
+
+def _logits_in(free: int) -> int:
+    """Logits whose float32 values fill a sixteenth of `free` bytes, as a power of 2, at least MAX_LOGITS.
+
+    The divergence holds five copies of them, and two processes may share the GPU.
+    A power of 2, so that a little more or less of what is free does not change the parts, and with them last digits.
+    """
+    return max(MAX_LOGITS, 1 << max(0, (free // 64).bit_length() - 1))
 
 
 def _loss_sums(
