@@ -200,6 +200,12 @@ def tokenised_input(result: dict[str, Any]) -> TokenisedInput:
     )
 
 
+def csr_of(rows: SparseRows) -> dict[str, Sequence[float]]:
+    """Rows of features as `POST /decode` takes them; numbers are the float32s'."""
+    parts = (("indptr", rows.indptr), ("indices", rows.indices), ("values", np.asarray(rows.values, np.float32)))
+    return {name: np.asarray(part).tolist() for name, part in parts}
+
+
 def _encoding_of_tensors(content: bytes) -> Encoding:
     about, tensors = _metadata(content), load_tensors(content)
     tokens, truncated = json.loads(about["tokens"]), json.loads(about["truncated"])
@@ -238,9 +244,3 @@ def _array(found: Any, dtype: type[np.generic]) -> NDArray[Any]:
         little = np.dtype(found["dtype"]).newbyteorder("<")
         found = np.frombuffer(found["data"], little).reshape(found["shape"])
     return np.array(found, dtype)
-
-
-def csr_of(rows: SparseRows) -> dict[str, Sequence[float]]:
-    """Rows of features as `POST /decode` takes them; numbers are the float32s'."""
-    parts = (("indptr", rows.indptr), ("indices", rows.indices), ("values", np.asarray(rows.values, np.float32)))
-    return {name: np.asarray(part).tolist() for name, part in parts}

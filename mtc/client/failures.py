@@ -88,6 +88,14 @@ def refusal(response: httpx.Response) -> ServiceError:
     return ServiceError(response.status_code, kind, message, body.get("detail"), request_id, after)
 
 
+def no_answer(error: httpx.TransportError) -> ServiceError:
+    # A connection that could not be made carried no request; an answer that is slow may yet come.
+    slow = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
+    lost = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError | httpx.ConnectTimeout)
+    kind = "timeout" if slow else "unreachable" if lost else "unusable"
+    return ServiceError(None, kind, f"{type(error).__name__}: {error}")
+
+
 def _seconds(retry_after: str | None) -> float | None:
     """Seconds that a Retry-After header asks for, which is a number of them or a date."""
     if retry_after is None:
@@ -98,11 +106,3 @@ def _seconds(retry_after: str | None) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
         return None
-
-
-def no_answer(error: httpx.TransportError) -> ServiceError:
-    # A connection that could not be made carried no request; an answer that is slow may yet come.
-    slow = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
-    lost = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError | httpx.ConnectTimeout)
-    kind = "timeout" if slow else "unreachable" if lost else "unusable"
-    return ServiceError(None, kind, f"{type(error).__name__}: {error}")
