@@ -90,6 +90,58 @@ def block_mask(lengths: Sequence[int], reach: int | None = None, device: torch.d
     )  # fmt: skip
 
 
+def kernel_options(shared: int, width: int, itemsize: int) -> dict[str, int] | None:
+    """FlexAttention's block sizes for heads of this `width` where a block may use `shared` bytes of shared memory.
+
+    None where torch's own choice fits. That is made for the A100 (163 kB) and used from compute capability 8.0 on,
+    where an RTX 3090, A10 or L4 (8.6, 8.9) has 99 kB. Fewer stages first, then smaller blocks: for heads of 256 in
+    bfloat16 this gives what torch chooses for compute capability 12.0, which has 99 kB too.
+    """
+    hopper = shared >= 227 * 1024
+    rows, columns, stages = _torch_choice(hopper, width, itemsize)
+    if _needed(hopper, rows, columns, stages, width, itemsize) <= shared:
+        return None
+    while _needed(hopper, rows, columns, stages, width, itemsize) > shared and max(rows, columns) > 16:
+        if stages > 2:
+            stages -= 1
+        elif rows >= columns:
+            rows //= 2
+        else:
+            columns //= 2
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_stages": stages}
+
+
+@contextmanager
+def compiler_settings() -> Iterator[None]:
+    """A context for a forward pass that may compile, in whichever thread (torch's settings are a thread's own).
+
+    Floats are constants of a kernel: FlexAttention takes its scale and cap only as such. Dimensions that happen to be
+    equal when something is compiled, such as blocks and heads, are not taken for one. 40 us, so once a pass.
+    """
+    compiler, shapes = _patches()
+    with compiler, shapes:
+        yield
+
+
+def compiler_failure(error: BaseException) -> str | None:
+    """What a compiler could not do, such as "InductorError: ..."; None for all other errors.
+
+    Memory that is lacking while something is compiled is one of the others: with a smaller batch it may be there.
+    """
+    causes = list(_causes(error))
+    if any(isinstance(cause, torch.OutOfMemoryError | MemoryError) for cause in causes):
+        return None
+    if any("CUDA out of memory" in str(cause) for cause in causes):  # as text, from a process that compiles
+        return None
+    for cause in causes:
+        package = type(cause).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))
+        # Triton calls the C compiler for its launcher, perhaps as late as at the first launch.
+        if package or isinstance(cause, subprocess.CalledProcessError) or "C compiler" in str(cause):
+            line = next(iter(str(error).strip().splitlines()), "")
+            return f"{type(error).__name__}: {line}"[:300]
+    return None
+
+
 def _blocks(start: NDArray[np.int32]) -> tuple[NDArray[np.int32], ...]:
     """[blocks] and [blocks, blocks], twice, int32: how many and which blocks of keys a block of queries sees in part,
     then those that all its queries see whole. Beyond the count stands any block."""
@@ -124,27 +176,6 @@ def _options_here(device: torch.device, width: int, itemsize: int) -> dict[str, 
     return kernel_options(shared, width, itemsize) if shared is not None else None  # AMD's do not say
 
 
-def kernel_options(shared: int, width: int, itemsize: int) -> dict[str, int] | None:
-    """FlexAttention's block sizes for heads of this `width` where a block may use `shared` bytes of shared memory.
-
-    None where torch's own choice fits. That is made for the A100 (163 kB) and used from compute capability 8.0 on,
-    where an RTX 3090, A10 or L4 (8.6, 8.9) has 99 kB. Fewer stages first, then smaller blocks: for heads of 256 in
-    bfloat16 this gives what torch chooses for compute capability 12.0, which has 99 kB too.
-    """
-    hopper = shared >= 227 * 1024
-    rows, columns, stages = _torch_choice(hopper, width, itemsize)
-    if _needed(hopper, rows, columns, stages, width, itemsize) <= shared:
-        return None
-    while _needed(hopper, rows, columns, stages, width, itemsize) > shared and max(rows, columns) > 16:
-        if stages > 2:
-            stages -= 1
-        elif rows >= columns:
-            rows //= 2
-        else:
-            columns //= 2
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_stages": stages}
-
-
 def _torch_choice(hopper: bool, width: int, itemsize: int) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_N and num_stages as torch 2.13 chooses them: CUDAConfigHeuristic.get_flex_attn_fwd_configs in
     torch/_inductor/template_heuristics/triton.py, by item size and width; the second table is for all from 8.0 on that
@@ -172,21 +203,6 @@ def _needed(hopper: bool, rows: int, columns: int, stages: int, width: int, item
     return rows * row + 2 * max(1, stages - 1) * columns * row + scores
 
 
-# What compilers need, and how they fail -----------------------------------------------------------------------------
-
-
-@contextmanager
-def compiler_settings() -> Iterator[None]:
-    """A context for a forward pass that may compile, in whichever thread (torch's settings are a thread's own).
-
-    Floats are constants of a kernel: FlexAttention takes its scale and cap only as such. Dimensions that happen to be
-    equal when something is compiled, such as blocks and heads, are not taken for one. 40 us, so once a pass.
-    """
-    compiler, shapes = _patches()
-    with compiler, shapes:
-        yield
-
-
 @lru_cache(maxsize=1)
 def _patches() -> tuple[Any, Any]:
     """torch's settings while something compiles. Made once: every new patch would leave a variable of its own behind in
@@ -196,25 +212,6 @@ def _patches() -> tuple[Any, Any]:
 
     settings = {"specialize_float": True, "recompile_limit": MOST_KERNELS}
     return torch._dynamo.config.patch(settings), _config.patch({"use_duck_shape": False})  # type: ignore[attr-defined]
-
-
-def compiler_failure(error: BaseException) -> str | None:
-    """What a compiler could not do, such as "InductorError: ..."; None for all other errors.
-
-    Memory that is lacking while something is compiled is one of the others: with a smaller batch it may be there.
-    """
-    causes = list(_causes(error))
-    if any(isinstance(cause, torch.OutOfMemoryError | MemoryError) for cause in causes):
-        return None
-    if any("CUDA out of memory" in str(cause) for cause in causes):  # as text, from a process that compiles
-        return None
-    for cause in causes:
-        package = type(cause).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))
-        # Triton calls the C compiler for its launcher, perhaps as late as at the first launch.
-        if package or isinstance(cause, subprocess.CalledProcessError) or "C compiler" in str(cause):
-            line = next(iter(str(error).strip().splitlines()), "")
-            return f"{type(error).__name__}: {line}"[:300]
-    return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -24,9 +24,6 @@ from mtc.storage import cache_directory, wheel_files, write_atomic
 _GGUF_NAMES = {"gemma3": "gemma3_text"}  # where GGUF's architecture is called otherwise than transformers' model type
 
 
-# GGUF files in directories and wheels -------------------------------------------------------------------------------
-
-
 def gguf_parts(config: ModelConfig) -> list[Path]:
     """The GGUF file, or the parts that make it up, in order."""
     if not config.gguf_file:
@@ -56,11 +53,6 @@ def gguf_parts(config: ModelConfig) -> list[Path]:
         hint = f"; not installed: {', '.join(absent)}" if absent else ""
         raise ModelError(f"{name} does not hold all of {config.gguf_file}{hint}: pip install {name}")
     return [found[part] for part in names]
-
-
-def _files_named(distribution: str, pattern: str) -> dict[str, Path]:
-    """Installed files of a distribution whose name matches, by name."""
-    return {path.name: path for path in wheel_files(distribution).values() if re.fullmatch(pattern, path.name)}
 
 
 def gguf_digest(config: ModelConfig, parts: list[Path]) -> str:
@@ -105,18 +97,6 @@ def gguf_info(path: Path) -> ModelInfo:
     raise ModelError(f"{path} is no GGUF file, or is damaged: it does not say its architecture, layers and width")
 
 
-def _gguf_value(file: BinaryIO, kind: int) -> Any:
-    """The next value of a GGUF file's head; kinds are numbered as in the GGUF specification: 8 is a string, 9 an
-    array."""
-    if kind == 8:
-        return file.read(*struct.unpack("<Q", file.read(8))).decode()
-    if kind == 9:
-        element, length = struct.unpack("<IQ", file.read(12))
-        return [_gguf_value(file, element) for _ in range(length)]
-    scalar = "<" + "BbHhIif?__QqD"[kind].replace("D", "d")
-    return struct.unpack(scalar, file.read(struct.calcsize(scalar)))[0]
-
-
 def convert_gguf(parts: list[Path], directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         whole = parts[0]
@@ -149,3 +129,20 @@ def save_prepared(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Pat
     model.config.dtype = dtype
     model.config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _files_named(distribution: str, pattern: str) -> dict[str, Path]:
+    """Installed files of a distribution whose name matches, by name."""
+    return {path.name: path for path in wheel_files(distribution).values() if re.fullmatch(pattern, path.name)}
+
+
+def _gguf_value(file: BinaryIO, kind: int) -> Any:
+    """The next value of a GGUF file's head; kinds are numbered as in the GGUF specification: 8 is a string, 9 an
+    array."""
+    if kind == 8:
+        return file.read(*struct.unpack("<Q", file.read(8))).decode()
+    if kind == 9:
+        element, length = struct.unpack("<IQ", file.read(12))
+        return [_gguf_value(file, element) for _ in range(length)]
+    scalar = "<" + "BbHhIif?__QqD"[kind].replace("D", "d")
+    return struct.unpack(scalar, file.read(struct.calcsize(scalar)))[0]

@@ -41,9 +41,6 @@ PREPARED_VERSION = 1  # part of the cache key: raise it when what the cache hold
 _RANDOM = {"gemma2": "gemma2", "gemma3": "gemma3_text", "llama": "llama", "gpt2": "gpt2", "gpt_neox": "gpt_neox"}
 
 
-# Before the weights are read ----------------------------------------------------------------------------------------
-
-
 def check_model(config: ModelConfig) -> ModelInfo:
     """Find the model and compare it with the configuration, in seconds and without reading weights into memory.
 
