@@ -43,32 +43,6 @@ def render_html(document: blocks.Document, pictures: Mapping[str, str]) -> str:
     )  # fmt: skip
 
 
-@cache
-def _asset(name: str) -> str:
-    return (resources.files("mtc.report") / "templates" / name).read_text()
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("mtc.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"visible": visible, "number": number}
-    return environment
-
-
-def _hash(text: str) -> str:
-    """The digest of a style or script as a content security policy names it."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _print_foot(stamp: str) -> str:
-    """Style that puts the provenance on every printed page; every character but letters and digits as its code."""
-    safe = "".join(c if c.isascii() and c.isalnum() else f"\\{ord(c):x} " for c in visible(stamp))
-    return f'@page {{ @bottom-left {{ content: "{safe}"; }} }}\n'
-
-
 class Renderer:
     """Renders blocks as HTML, with what they refer to.
 
@@ -142,25 +116,6 @@ class Renderer:
         return Markup("").join(parts)
 
 
-def _numeric(table: blocks.Table) -> list[bool]:
-    """Which columns of a table hold numbers, and go to the right."""
-
-    def is_number(cell: blocks.Text) -> bool:
-        return isinstance(cell, str) and (cell == NOT_MEASURED or _NUMBER.fullmatch(cell) is not None)
-
-    return [
-        bool(table.rows)
-        and all(is_number(row[i]) for row in table.rows)
-        and any(row[i] != NOT_MEASURED for row in table.rows)
-        for i in range(len(table.headers))
-    ]
-
-
-def _advice(text: str) -> blocks.Text:
-    """A rule's text, in which backticks stand around fields of the configuration."""
-    return tuple(blocks.Code(part) if i % 2 else part for i, part in enumerate(text.split("`")))
-
-
 def inline_svg(svg: str, name: str, alternative: str) -> str:
     """A plot's SVG for a page: the page's colours, ids of its own, a text for those who do not see it.
 
@@ -180,3 +135,48 @@ def inline_svg(svg: str, name: str, alternative: str) -> str:
     assert box
     head = Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(box[1], visible(alternative))
     return str(head) + re.sub(r">\s+<", "><", body[opening.end() :]).strip()
+
+
+@cache
+def _asset(name: str) -> str:
+    return (resources.files("mtc.report") / "templates" / name).read_text()
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mtc.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"visible": visible, "number": number}
+    return environment
+
+
+def _hash(text: str) -> str:
+    """The digest of a style or script as a content security policy names it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _print_foot(stamp: str) -> str:
+    """Style that puts the provenance on every printed page; every character but letters and digits as its code."""
+    safe = "".join(c if c.isascii() and c.isalnum() else f"\\{ord(c):x} " for c in visible(stamp))
+    return f'@page {{ @bottom-left {{ content: "{safe}"; }} }}\n'
+
+
+def _numeric(table: blocks.Table) -> list[bool]:
+    """Which columns of a table hold numbers, and go to the right."""
+
+    def is_number(cell: blocks.Text) -> bool:
+        return isinstance(cell, str) and (cell == NOT_MEASURED or _NUMBER.fullmatch(cell) is not None)
+
+    return [
+        bool(table.rows)
+        and all(is_number(row[i]) for row in table.rows)
+        and any(row[i] != NOT_MEASURED for row in table.rows)
+        for i in range(len(table.headers))
+    ]
+
+
+def _advice(text: str) -> blocks.Text:
+    """A rule's text, in which backticks stand around fields of the configuration."""
+    return tuple(blocks.Code(part) if i % 2 else part for i, part in enumerate(text.split("`")))

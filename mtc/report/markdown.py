@@ -24,6 +24,22 @@ def render_blocks(parts: Sequence[blocks.Block], pictures: Mapping[str, str]) ->
     return [line for block in parts for line in _RENDERERS[type(block)](block, pictures)]
 
 
+def bars_in_words(block: blocks.Bars) -> str:
+    """A histogram in words: the bins that are not empty, with their counts."""
+    filled = [
+        f"{number(block.edges[i])} to {number(block.edges[i + 1])}: {number(count)}"
+        for i, count in enumerate(block.counts)
+        if count
+    ]
+    return "; ".join(filled) or "none"
+
+
+def context_note(example: blocks.Example) -> str:
+    """What stands beside a context: its activation and where it is from."""
+    kind = "" if example.quantile is None else f", quantile {number(example.quantile)}"
+    return f"{number(example.activation)}{kind}, document {example.document_id}"
+
+
 def _text(text: blocks.Text) -> str:
     if isinstance(text, tuple):
         return "".join(_text(piece) for piece in text)
@@ -77,28 +93,12 @@ def _bars(block: blocks.Bars, pictures: Mapping[str, str]) -> list[str]:
     return [f"{escape(block.caption)}: {escape(bars_in_words(block))}"]
 
 
-def bars_in_words(block: blocks.Bars) -> str:
-    """A histogram in words: the bins that are not empty, with their counts."""
-    filled = [
-        f"{number(block.edges[i])} to {number(block.edges[i + 1])}: {number(count)}"
-        for i, count in enumerate(block.counts)
-        if count
-    ]
-    return "; ".join(filled) or "none"
-
-
 def _contexts(block: blocks.Contexts, pictures: Mapping[str, str]) -> list[str]:
     return [
         "\n".join(
             f"{i}. {context(e.tokens, e.peak)} ({escape(context_note(e))})" for i, e in enumerate(block.examples, 1)
         )
     ]
-
-
-def context_note(example: blocks.Example) -> str:
-    """What stands beside a context: its activation and where it is from."""
-    kind = "" if example.quantile is None else f", quantile {number(example.quantile)}"
-    return f"{number(example.activation)}{kind}, document {example.document_id}"
 
 
 def _findings(block: blocks.Findings, pictures: Mapping[str, str]) -> list[str]:

@@ -69,12 +69,6 @@ def overview(data: PlotData) -> Figure:
     return figure
 
 
-def _alone(name: str, data: PlotData) -> Figure:
-    figure = new_figure(4.8, 3.4, 200)
-    _DRAW[name](figure.subplots(), data)
-    return figure
-
-
 def prefix_fvu(axes: Axes, data: PlotData) -> None:
     s = data.analysis.summary
     axes.set_title("Held-out FVU of each nested prefix")
@@ -91,29 +85,6 @@ def prefix_recovered(axes: Axes, data: PlotData) -> None:
         return say(axes, "not measured")
     axes.set_ylabel("loss recovered (share)")
     _prefix_bars(axes, s.prefixes, s.loss.recovered_zero, s.loss.recovered_zero_interval)
-
-
-def _prefix_bars(axes: Axes, prefixes: Any, values: Any, ends: Intervals | None) -> None:
-    at = range(len(prefixes))
-    axes.set_xticks(at, [number(m) for m in prefixes], rotation=45 if len(prefixes) > 6 else 0)
-    axes.set_xlabel("prefix (features)" + ("; whiskers: 95 % interval" if ends else ""))
-    finite = [v if np.isfinite(v) else 0.0 for v in values]
-    bars = axes.bar(at, finite, color=colours(len(finite)), width=0.6)
-    labels = [number(v) for v in values]
-    if ends:
-        known = [(i, v, low, high) for i, (v, (low, high)) in enumerate(zip(values, ends, strict=True))]
-        for i, value, low, high in known:
-            if np.isfinite([value, low, high]).all():
-                # Percentile intervals need not hold the value.
-                spread = [[max(0.0, value - low)], [max(0.0, high - value)]]
-                axes.errorbar([i], [value], yerr=spread, color=INK, capsize=4, linewidth=1.2)
-        for (i, value, low, high), text in zip(known, labels, strict=True):
-            peak = max([v for v in (value, low, high) if np.isfinite(v)], default=0.0)
-            axes.annotate(text, (i, max(0.0, peak)), (0, 4), textcoords="offset points", ha="center", va="bottom")
-    else:
-        axes.bar_label(bars, labels, padding=2)
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.margins(y=0.15)
 
 
 def training(axes: Axes, data: PlotData) -> None:
@@ -210,22 +181,6 @@ def fvu_by_frequency(axes: Axes, data: PlotData) -> None:
     _slices(axes, data.analysis.evaluation.by_frequency, data.analysis.summary.prefixes)
 
 
-def _slices(axes: Axes, slices: list[Slice], prefixes: tuple[int, ...]) -> None:
-    axes.set_ylabel("FVU (share of variance)")
-    if not slices:
-        return say(axes, "not measured")
-    names = [number(s.low) if s.low == s.high else f"{number(s.low)}–{number(s.high)}" for s in slices]
-    tight = len(slices) * max(map(len, names)) > 30
-    axes.set_xticks(range(len(slices)), names, rotation=30 if tight else 0)
-    for i, colour in enumerate(colours(len(prefixes))):
-        values = [s.fvu[i] for s in slices]
-        label = f"{number(prefixes[i])} features"
-        axes.plot(range(len(slices)), values, color=colour, marker=MARKERS[i % len(MARKERS)], label=label)
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y")
-    axes.legend(fontsize=9)
-
-
 def max_activation(axes: Axes, data: PlotData) -> None:
     axes.set_title("Strongest activation of each feature that fired")
     axes.set_xlabel("max activation (scaled units)")
@@ -237,29 +192,6 @@ def samples(axes: Axes, data: PlotData) -> None:
     axes.set_title("Samples of each feature that fired")
     axes.set_xlabel(f"samples (stored top examples, at most {limit})")
     _histogram(axes, data, data.fired["samples"].to_numpy())
-
-
-def _histogram(axes: Axes, data: PlotData, values: NDArray[Any]) -> None:
-    """A histogram with one colour per group, the groups' counts on top of each other."""
-    axes.set_ylabel("features")
-    if len(values) == 0:
-        return say(axes, "no feature fired")
-    low, high = float(values.min()), float(values.max())
-    if np.issubdtype(values.dtype, np.integer):
-        # Bins of whole numbers, so that no bin holds more of them than its neighbour.
-        step = max(1, -(-int(high - low + 1) // _BINS))
-        edges = np.arange(low - 0.5, high + step + 0.5, step)
-        axes.xaxis.set_major_locator(whole_numbers())
-    else:
-        bins = min(_BINS, max(8, int(2 * len(values) ** 0.5)))
-        edges = np.linspace(low, high, bins + 1) if high > low else np.array([low - 0.5, high + 0.5])
-    groups, n = data.fired["group"].to_numpy(), len(data.analysis.weights.groups)
-    parts = [values[groups == g] for g in range(n)]
-    labels = [f"group {g}" for g in range(n)]
-    axes.hist(parts, bins=edges.tolist(), stacked=True, color=colours(n), label=labels, edgecolor=PAPER, linewidth=0.3)
-    axes.yaxis.set_major_locator(whole_numbers())
-    axes.margins(y=0.2)  # room for the legend
-    axes.legend(fontsize=9)
 
 
 def activation_vs_samples(axes: Axes, data: PlotData) -> None:
@@ -296,6 +228,74 @@ def activation_vs_samples(axes: Axes, data: PlotData) -> None:
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(whole_numbers())
     axes.legend(loc="best", fontsize=9)
+
+
+def _alone(name: str, data: PlotData) -> Figure:
+    figure = new_figure(4.8, 3.4, 200)
+    _DRAW[name](figure.subplots(), data)
+    return figure
+
+
+def _prefix_bars(axes: Axes, prefixes: Any, values: Any, ends: Intervals | None) -> None:
+    at = range(len(prefixes))
+    axes.set_xticks(at, [number(m) for m in prefixes], rotation=45 if len(prefixes) > 6 else 0)
+    axes.set_xlabel("prefix (features)" + ("; whiskers: 95 % interval" if ends else ""))
+    finite = [v if np.isfinite(v) else 0.0 for v in values]
+    bars = axes.bar(at, finite, color=colours(len(finite)), width=0.6)
+    labels = [number(v) for v in values]
+    if ends:
+        known = [(i, v, low, high) for i, (v, (low, high)) in enumerate(zip(values, ends, strict=True))]
+        for i, value, low, high in known:
+            if np.isfinite([value, low, high]).all():
+                # Percentile intervals need not hold the value.
+                spread = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                axes.errorbar([i], [value], yerr=spread, color=INK, capsize=4, linewidth=1.2)
+        for (i, value, low, high), text in zip(known, labels, strict=True):
+            peak = max([v for v in (value, low, high) if np.isfinite(v)], default=0.0)
+            axes.annotate(text, (i, max(0.0, peak)), (0, 4), textcoords="offset points", ha="center", va="bottom")
+    else:
+        axes.bar_label(bars, labels, padding=2)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.margins(y=0.15)
+
+
+def _slices(axes: Axes, slices: list[Slice], prefixes: tuple[int, ...]) -> None:
+    axes.set_ylabel("FVU (share of variance)")
+    if not slices:
+        return say(axes, "not measured")
+    names = [number(s.low) if s.low == s.high else f"{number(s.low)}–{number(s.high)}" for s in slices]
+    tight = len(slices) * max(map(len, names)) > 30
+    axes.set_xticks(range(len(slices)), names, rotation=30 if tight else 0)
+    for i, colour in enumerate(colours(len(prefixes))):
+        values = [s.fvu[i] for s in slices]
+        label = f"{number(prefixes[i])} features"
+        axes.plot(range(len(slices)), values, color=colour, marker=MARKERS[i % len(MARKERS)], label=label)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
+    axes.legend(fontsize=9)
+
+
+def _histogram(axes: Axes, data: PlotData, values: NDArray[Any]) -> None:
+    """A histogram with one colour per group, the groups' counts on top of each other."""
+    axes.set_ylabel("features")
+    if len(values) == 0:
+        return say(axes, "no feature fired")
+    low, high = float(values.min()), float(values.max())
+    if np.issubdtype(values.dtype, np.integer):
+        # Bins of whole numbers, so that no bin holds more of them than its neighbour.
+        step = max(1, -(-int(high - low + 1) // _BINS))
+        edges = np.arange(low - 0.5, high + step + 0.5, step)
+        axes.xaxis.set_major_locator(whole_numbers())
+    else:
+        bins = min(_BINS, max(8, int(2 * len(values) ** 0.5)))
+        edges = np.linspace(low, high, bins + 1) if high > low else np.array([low - 0.5, high + 0.5])
+    groups, n = data.fired["group"].to_numpy(), len(data.analysis.weights.groups)
+    parts = [values[groups == g] for g in range(n)]
+    labels = [f"group {g}" for g in range(n)]
+    axes.hist(parts, bins=edges.tolist(), stacked=True, color=colours(n), label=labels, edgecolor=PAPER, linewidth=0.3)
+    axes.yaxis.set_major_locator(whole_numbers())
+    axes.margins(y=0.2)  # room for the legend
+    axes.legend(fontsize=9)
 
 
 _DRAW: dict[str, Callable[[Axes, PlotData], None]] = {

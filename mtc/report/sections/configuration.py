@@ -26,6 +26,63 @@ def configuration(analysis: Analysis) -> Section:
     return Section("Training configuration", tuple(blocks))
 
 
+def timing_blocks(timing: StreamTiming | None) -> list[Block]:
+    """Where the time of training went: what waited on what."""
+    title = Heading("What waited on what")
+    if timing is None:
+        return [title, Paragraph(f"The time of training was {NOT_MEASURED}.")]
+    t = timing
+    parts = {
+        "waiting": "waiting for activations",
+        "transport": "transport: into the shuffle buffer, and batches out of it",
+        "step": "train step",
+        "all_reduce": "all-reduce: ranks waiting for each other",
+        "checkpoint": "checkpoints",
+        "other": "other",
+    }
+    trainer_rows = tuple(
+        (text, number(t.trainer_seconds[part]), percent(t.trainer_seconds[part] / t.wall_seconds))
+        for part, text in parts.items()
+    )
+    actor_rows = tuple(
+        (text, number(seconds), percent(seconds / t.actor_seconds) if t.actor_seconds else NOT_MEASURED)
+        for text, seconds in (
+            ("model forward", t.forward_seconds),
+            ("sending: into shared memory, or held back there", t.sending_seconds),
+            ("idle: waiting for the trainers or the scheduler", t.idle_seconds),
+        )
+    )
+    rates = (
+        ("Tokens per second, end to end", number(t.tokens_per_second)),
+        ("Wall time (s), from the first activations to the last batch", number(t.wall_seconds)),
+        ("Start-up before that (s)", number(t.startup_seconds)),
+        ("Tokens, trained and for calibration", number(t.tokens)),
+        ("MFU of the forward passes while they ran", percent(t.forward_mfu)),
+        ("MFU over the model actors' time", percent(t.mfu)),
+        ("Matrix product rate measured on a model actor (GFLOP/s)", number(t.device_flops / 1e9)),
+    )
+    return [
+        title,
+        Paragraph(
+            "Since the run's last start. A trainer's parts exclude each other and add up to the wall time; model "
+            "actors worked beside them. MFU: operations of the language model's matrix products per second, over "
+            "the rate of a large one measured on the same device."
+        ),
+        Table("Rates of the stream", ("Rate", "Value"), rates),
+        Table("Time of the trainers", (f"Trainers (mean of {number(t.trainers)})", "Seconds", "Share"), trainer_rows),
+        Table("Time of the model actors", ("Model actors (sum)", "Seconds", "Share of their time"), actor_rows),
+    ]
+
+
+def setting(value: Any) -> str:
+    """The value of a configuration field: exact, so that it can be typed again."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(setting(v) for v in value) if isinstance(value, list | tuple) else str(value)
+
+
 def _settings(analysis: Analysis) -> Table:
     c, t, f = analysis.config, analysis.training, analysis.facts
     o, d = c.optimizer, c.data
@@ -106,66 +163,9 @@ def _events(facts: RunFacts) -> list[Block]:
     ]
 
 
-def timing_blocks(timing: StreamTiming | None) -> list[Block]:
-    """Where the time of training went: what waited on what."""
-    title = Heading("What waited on what")
-    if timing is None:
-        return [title, Paragraph(f"The time of training was {NOT_MEASURED}.")]
-    t = timing
-    parts = {
-        "waiting": "waiting for activations",
-        "transport": "transport: into the shuffle buffer, and batches out of it",
-        "step": "train step",
-        "all_reduce": "all-reduce: ranks waiting for each other",
-        "checkpoint": "checkpoints",
-        "other": "other",
-    }
-    trainer_rows = tuple(
-        (text, number(t.trainer_seconds[part]), percent(t.trainer_seconds[part] / t.wall_seconds))
-        for part, text in parts.items()
-    )
-    actor_rows = tuple(
-        (text, number(seconds), percent(seconds / t.actor_seconds) if t.actor_seconds else NOT_MEASURED)
-        for text, seconds in (
-            ("model forward", t.forward_seconds),
-            ("sending: into shared memory, or held back there", t.sending_seconds),
-            ("idle: waiting for the trainers or the scheduler", t.idle_seconds),
-        )
-    )
-    rates = (
-        ("Tokens per second, end to end", number(t.tokens_per_second)),
-        ("Wall time (s), from the first activations to the last batch", number(t.wall_seconds)),
-        ("Start-up before that (s)", number(t.startup_seconds)),
-        ("Tokens, trained and for calibration", number(t.tokens)),
-        ("MFU of the forward passes while they ran", percent(t.forward_mfu)),
-        ("MFU over the model actors' time", percent(t.mfu)),
-        ("Matrix product rate measured on a model actor (GFLOP/s)", number(t.device_flops / 1e9)),
-    )
-    return [
-        title,
-        Paragraph(
-            "Since the run's last start. A trainer's parts exclude each other and add up to the wall time; model "
-            "actors worked beside them. MFU: operations of the language model's matrix products per second, over "
-            "the rate of a large one measured on the same device."
-        ),
-        Table("Rates of the stream", ("Rate", "Value"), rates),
-        Table("Time of the trainers", (f"Trainers (mean of {number(t.trainers)})", "Seconds", "Share"), trainer_rows),
-        Table("Time of the model actors", ("Model actors (sum)", "Seconds", "Share of their time"), actor_rows),
-    ]
-
-
 def _fields(analysis: Analysis) -> Table:
     """Every field of the configuration under the name that the command line and the recommendations give it."""
     rows: list[tuple[Text, ...]] = []
     for part, values in analysis.config.model_dump(mode="json").items():
         rows += [(Code(f"{part}.{name}"), setting(value)) for name, value in values.items()]
     return Table("Configuration", ("Field", "Value"), tuple(rows), folded=True)
-
-
-def setting(value: Any) -> str:
-    """The value of a configuration field: exact, so that it can be typed again."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(setting(v) for v in value) if isinstance(value, list | tuple) else str(value)

@@ -86,14 +86,6 @@ def feature_cards(analysis: Analysis) -> Section:
     return Section("Feature analysis", tuple(blocks))
 
 
-def _card(shown: ShownFeature, analysis: Analysis) -> Card:
-    f = shown.figures
-    top: list[Piece] = [Token(f.top_tokens[0].token)] if f.top_tokens else ["no samples"]
-    blocks = feature_blocks(f, shown.examples, analysis.activation_edges, analysis.tree is not None)
-    summary = (*top, f", max activation {number(f.max_activation)}, density {number(f.density)}")
-    return Card(f.feature, f"Feature {f.feature} (group {f.group})", summary, blocks)
-
-
 def feature_blocks(
     f: Feature, examples: tuple[Example, ...], edges: tuple[float, ...], with_tree: bool,
     names: Mapping[int, str] = MappingProxyType({}),
@@ -142,6 +134,14 @@ def feature_blocks(
     if examples:
         blocks.append(Contexts(examples, f.max_activation))
     return tuple(blocks)
+
+
+def _card(shown: ShownFeature, analysis: Analysis) -> Card:
+    f = shown.figures
+    top: list[Piece] = [Token(f.top_tokens[0].token)] if f.top_tokens else ["no samples"]
+    blocks = feature_blocks(f, shown.examples, analysis.activation_edges, analysis.tree is not None)
+    summary = (*top, f", max activation {number(f.max_activation)}, density {number(f.density)}")
+    return Card(f.feature, f"Feature {f.feature} (group {f.group})", summary, blocks)
 
 
 def _effects(effects: tuple[LogitEffect, ...] | None) -> tuple[Piece, ...]:
