@@ -15,13 +15,6 @@ from pydantic_core import core_schema
 from mtc.results.analysis import FORMAT_VERSION, Analysis
 
 
-class _Generator(GenerateJsonSchema):
-    def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
-        """A number, or the string that stands for it where JSON has none: NaN and the infinities."""
-        number = super().float_schema(schema)
-        return {"anyOf": [number, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
-
-
 def analysis_schema() -> dict[str, Any]:
     """The schema of an Analysis as a dict, JSON Schema 2020-12."""
     schema = Analysis.model_json_schema(schema_generator=_Generator)
@@ -37,6 +30,13 @@ def analysis_schema() -> dict[str, Any]:
 def render() -> str:
     """The schema as the text of docs/analysis.schema.json."""
     return json.dumps(analysis_schema(), indent=1) + "\n"
+
+
+class _Generator(GenerateJsonSchema):
+    def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
+        """A number, or the string that stands for it where JSON has none: NaN and the infinities."""
+        number = super().float_schema(schema)
+        return {"anyOf": [number, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
 
 
 if __name__ == "__main__":
