@@ -37,12 +37,6 @@ def patiently(call: Callable[[], Any], patience: float = PATIENCE) -> Any:
     )(call)
 
 
-def _may_pass(error: BaseException) -> bool:
-    answers = (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError, ImportError)
-    # Clients of object stores have errors of their own.
-    return isinstance(error, Exception) and not isinstance(error, answers) and "Credentials" not in type(error).__name__
-
-
 def write_atomic(url: str, data: bytes) -> None:
     """Write a whole file: on local disks through a temporary name, fsync and rename; on object stores by one put."""
     fs, path = fsspec.core.url_to_fs(url)
@@ -72,3 +66,9 @@ def cache_directory() -> str:
     """`$MTC_CACHE`, or `mtc` in the user's cache directory: converted models and token stores."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("MTC_CACHE") or os.path.join(base, "mtc")
+
+
+def _may_pass(error: BaseException) -> bool:
+    answers = (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError, ImportError)
+    # Clients of object stores have errors of their own.
+    return isinstance(error, Exception) and not isinstance(error, answers) and "Credentials" not in type(error).__name__

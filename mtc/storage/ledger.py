@@ -28,6 +28,10 @@ SCHEMA = pa.schema(
 )
 
 
+# A unit that was streamed again has the same tokens and lacks the same ones.
+_TOGETHER = {"tokens": "max", "dropped": "max", "dropped_sum": "max", "trained": "sum", "trained_sum": "sum"}
+
+
 class Progress(NamedTuple):
     """What is trained of each work unit, over all ranks and starts."""
 
@@ -70,10 +74,6 @@ def merge_progress(tables: Iterable[pa.Table]) -> Progress:
     columns = {name: sums[f"{name}_{how}"] for name, how in _TOGETHER.items()} | {"unit": sums["unit"]}
     table = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
     return Progress(table.take(pc.sort_indices(table["unit"])))
-
-
-# A unit that was streamed again has the same tokens and lacks the same ones.
-_TOGETHER = {"tokens": "max", "dropped": "max", "dropped_sum": "max", "trained": "sum", "trained_sum": "sum"}
 
 
 class Ledger:

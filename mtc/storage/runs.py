@@ -233,15 +233,6 @@ def require_one_layer(run: RunDirectory) -> None:
         raise RunError(f"{run.url} holds the transcoders of {len(sites)} layers; name one of them: {places}")
 
 
-def _latest(url: str) -> str:
-    fs, path = fsspec.core.url_to_fs(url)
-    try:
-        name = bytes(patiently(lambda: fs.cat_file(path))).decode().strip()
-    except FileNotFoundError:
-        raise RunError(f"no finished run in {posixpath.dirname(url)}") from None
-    return posixpath.join(posixpath.dirname(url), name)
-
-
 def json_lines(content: bytes) -> list[Any]:
     """The objects in lines of JSON, blank lines left out; raises ValueError for a line that is no JSON."""
     return [json.loads(line) for line in content.split(b"\n") if line.strip()]
@@ -261,3 +252,12 @@ def parse_analysis(data: bytes, name: str) -> Analysis:
             f"{ANALYSIS_VERSION}: analyse the run again (jobs/analyze.py --run {name})"
         )
     return Analysis.model_validate(raw)
+
+
+def _latest(url: str) -> str:
+    fs, path = fsspec.core.url_to_fs(url)
+    try:
+        name = bytes(patiently(lambda: fs.cat_file(path))).decode().strip()
+    except FileNotFoundError:
+        raise RunError(f"no finished run in {posixpath.dirname(url)}") from None
+    return posixpath.join(posixpath.dirname(url), name)
