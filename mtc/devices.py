@@ -20,6 +20,7 @@ from mtc.errors import MtcError
 
 PRETENDING = os.environ.get("MTC_PRETEND_GPU") == "1"
 """Whether the CPU is taken for a GPU, which MTC_PRETEND_GPU=1 asks for."""
+MATRIX = 4096
 
 
 class DeviceError(MtcError):
@@ -108,13 +109,6 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _module(device: torch.device) -> Any:
-    return torch.cuda if device.type == "cuda" else torch.cpu
-
-
-MATRIX = 4096
-
-
 def choose_dtype(requested: str, device: torch.device | str) -> torch.dtype:
     """The dtype of `model.dtype`: `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
     if requested != "auto":
@@ -172,3 +166,7 @@ def choose_bfloat16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     return choose_dtype("auto", device) == torch.bfloat16
+
+
+def _module(device: torch.device) -> Any:
+    return torch.cuda if device.type == "cuda" else torch.cpu

@@ -90,7 +90,7 @@ def task_named(name: str) -> ProbeTask:
 
 
 def available_tasks() -> tuple[ProbeTask, ...]:
-    """Names of those of TASKS whose wheels are installed."""
+    """Those of TASKS whose wheels are installed."""
     return tuple(task for task in TASKS.values() if _is_installed(task.source))
 
 

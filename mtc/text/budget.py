@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from mtc.config import RunConfig
 
-# How much text a run wants ------------------------------------------------------------------------------------------
-
 
 def tokens_wanted(config: RunConfig) -> dict[str, int]:
     """Trainable tokens of each split that a store must hold for this run, unless the text is shorter."""

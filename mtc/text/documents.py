@@ -67,18 +67,6 @@ def source_pieces(data: DataConfig) -> list[Piece]:
     return [pieces[i] for i in np.random.default_rng(data.seed).permutation(len(pieces))]
 
 
-def _open_hub(data: DataConfig) -> Any:
-    """The hub data set as a stream (datasets.IterableDataset)."""
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(data.name, data.subset, split=data.split, streaming=True)
-    except (OSError, ValueError) as error:  # not there, not reachable, or no such subset or split
-        raise DataError(
-            f"data.name={data.name!r}, data.subset={data.subset!r}, data.split={data.split!r}: {error}"
-        ) from error
-
-
 class Document(NamedTuple):
     """A document, or what takes the place of one that cannot be used."""
 
@@ -121,6 +109,22 @@ def read_piece(piece: Piece, data: DataConfig) -> Iterator[Document]:
             yield _too_long(name, data)
         elif text:
             yield document._replace(name=name, text=_utf8(text))
+
+
+def unusable(name: str, reason: str, detail: object = "") -> Document:
+    return Document(name, None, reason, str(detail)[:DETAIL_CHARS])
+
+
+def _open_hub(data: DataConfig) -> Any:
+    """The hub data set as a stream (datasets.IterableDataset)."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(data.name, data.subset, split=data.split, streaming=True)
+    except (OSError, ValueError) as error:  # not there, not reachable, or no such subset or split
+        raise DataError(
+            f"data.name={data.name!r}, data.subset={data.subset!r}, data.split={data.split!r}: {error}"
+        ) from error
 
 
 def _text_file(url: str, data: DataConfig) -> Iterator[Document]:
@@ -255,10 +259,6 @@ def _value(name: str, value: Any, data: DataConfig) -> Document:
 
 def _too_long(name: str, data: DataConfig) -> Document:
     return unusable(name, "too long", f"more than data.max_document_chars={data.max_document_chars} characters")
-
-
-def unusable(name: str, reason: str, detail: object = "") -> Document:
-    return Document(name, None, reason, str(detail)[:DETAIL_CHARS])
 
 
 def _utf8(text: str) -> str:

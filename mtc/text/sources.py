@@ -19,9 +19,6 @@ class DataError(MtcError):
     """The text or its token store cannot be used; the message names the fields or the files."""
 
 
-# Sources ------------------------------------------------------------------------------------------------------------
-
-
 class SourceFile(NamedTuple):
     url: str
     """Path or URL that the file is read from."""

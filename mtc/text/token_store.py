@@ -72,9 +72,6 @@ def store_fingerprint(config: RunConfig, tokenizer: Any) -> tuple[str, dict[str,
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16], settings
 
 
-# The store ----------------------------------------------------------------------------------------------------------
-
-
 class ShardInfo(Record):
     name: str
     """Name of the shard's file inside the store."""

@@ -14,10 +14,6 @@ SPLITS = ("train", "heldout")
 PART_CHARS = 1_000_000
 """Most characters that the tokenizer is given at once: until its call returns it holds some 150 bytes for each of
 them."""
-# Private ------------------------------------------------------------------------------------------------------------
-
-# The longest text that may be a part, in order of preference: before a single space, before any whitespace.
-_PARTS = (re.compile(r".*\S(?= \S)", re.DOTALL), re.compile(r".+(?=\s)", re.DOTALL))
 SCHEMA = pa.schema(
     {
         "document_id": pa.string(),
@@ -29,7 +25,8 @@ SCHEMA = pa.schema(
 )
 
 
-# Text to windows ----------------------------------------------------------------------------------------------------
+# The longest text that may be a part, in order of preference: before a single space, before any whitespace.
+_PARTS = (re.compile(r".*\S(?= \S)", re.DOTALL), re.compile(r".+(?=\s)", re.DOTALL))
 
 
 class Window(NamedTuple):
