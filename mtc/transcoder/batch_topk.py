@@ -43,6 +43,34 @@ def largest_entries(z: Tensor, count: int, border: float = 0.0) -> tuple[Chosen,
     return (_largest_gpu(z, count), 0.0) if is_gpu(z.device) else _largest_cpu(z, count, border)
 
 
+def keep_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which of `values` [n], float32, are among the `count` largest positive ones of all ranks.
+
+    Returns the mask [n] and the smallest chosen value, a scalar (0 if fewer than `count` are positive: then all of
+    those are chosen). Called on every rank at once; on a GPU nothing waits for the host.
+    """
+    counted = _border(_largest_values(values, count), count) if is_gpu(values.device) else None
+    border = counted[0] if counted else _by_histogram(values, count)
+    is_above = values > border
+    is_tied = (values == border) & (border > 0)
+    if counted:
+        _, above, tied = counted
+    else:
+        counts = torch.stack([is_above.sum(), is_tied.sum()])
+        if not distributed() and int(counts.sum()) <= count:
+            return is_above.logical_or_(is_tied), border
+        above, tied = all_gather(counts).unbind(1)
+    chosen = is_tied.logical_and_(is_tied.cumsum(0, dtype=torch.int32) <= _free(count, above, tied))
+    return is_above.logical_or_(chosen), border
+
+
+def kth_largest(values: Tensor, count: int) -> Tensor:
+    """The `count`-th largest positive float32 of all ranks' `values`, a scalar, exactly; 0 if fewer are positive."""
+    if is_gpu(values.device):
+        return _border(_largest_values(values, count), count)[0]
+    return _by_histogram(values, count)
+
+
 def _largest_cpu(z: Tensor, count: int, border: float) -> tuple[Chosen, float]:
     for floor in (GUESS * border, 0.0):
         found = _list_above(z, floor)
@@ -89,38 +117,10 @@ def _list_above(z: Tensor, floor: float) -> Chosen:
     return Chosen(torch.repeat_interleave(counts, output_size=total), feature, value)
 
 
-def keep_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Which of `values` [n], float32, are among the `count` largest positive ones of all ranks.
-
-    Returns the mask [n] and the smallest chosen value, a scalar (0 if fewer than `count` are positive: then all of
-    those are chosen). Called on every rank at once; on a GPU nothing waits for the host.
-    """
-    counted = _border(_largest_values(values, count), count) if is_gpu(values.device) else None
-    border = counted[0] if counted else _by_histogram(values, count)
-    is_above = values > border
-    is_tied = (values == border) & (border > 0)
-    if counted:
-        _, above, tied = counted
-    else:
-        counts = torch.stack([is_above.sum(), is_tied.sum()])
-        if not distributed() and int(counts.sum()) <= count:
-            return is_above.logical_or_(is_tied), border
-        above, tied = all_gather(counts).unbind(1)
-    chosen = is_tied.logical_and_(is_tied.cumsum(0, dtype=torch.int32) <= _free(count, above, tied))
-    return is_above.logical_or_(chosen), border
-
-
 def _free(count: int, above: Tensor, tied: Tensor) -> Tensor:
     """How many entries at the border this rank may choose; `above` and `tied` [ranks] count those above and at it."""
     rank = dist.get_rank() if distributed() else 0
     return count - above.sum() - tied[:rank].sum()
-
-
-def kth_largest(values: Tensor, count: int) -> Tensor:
-    """The `count`-th largest positive float32 of all ranks' `values`, a scalar, exactly; 0 if fewer are positive."""
-    if is_gpu(values.device):
-        return _border(_largest_values(values, count), count)[0]
-    return _by_histogram(values, count)
 
 
 def _largest_values(values: Tensor, count: int) -> Tensor:

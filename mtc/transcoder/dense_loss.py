@@ -9,8 +9,6 @@ from torch.nn.functional import linear
 from mtc.transcoder.batch_topk import keep_largest
 from mtc.transcoder.objective import LossOutput, Objective, Weights
 
-# Dense: the reference, and the faster choice where products are cheap -----------------------------------------------
-
 
 def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> LossOutput:
     """The training loss by dense products and autograd. x [tokens, d_source] normalised, y [tokens, d_target]

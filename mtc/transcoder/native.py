@@ -29,6 +29,8 @@ from mtc.storage import cache_directory
 # Sums may be reordered into vectors. -ffast-math itself would also switch denormals off in the whole process.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros",
          "-fopenmp", "-shared", "-fPIC"]  # fmt: skip
+LEVELS = {"x86-64-v2": ("sse4_2", "popcnt"), "x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512vl")}
+"""Flags of /proc/cpuinfo that a processor must have, for each value of -march."""
 
 
 def load() -> ctypes.CDLL | None:
@@ -59,6 +61,19 @@ def call(name: str, *arguments: Tensor | float | bool) -> None:
         raise RuntimeError(f"{name}: the loops are not compiled here: {status()}")
     converted = [_argument(value) for value in arguments]
     getattr(library, name)(*converted, ctypes.c_int(torch.get_num_threads()))
+
+
+def build(library: Path, march: str) -> None:
+    """Compile the loops for any processor of a kind, with a note beside the library of what that needs.
+
+    Raises ValueError for a kind that is not in LEVELS, CalledProcessError if the compiler fails.
+    """
+    if march not in LEVELS:
+        raise ValueError(f"--march {march}: one of {', '.join(LEVELS)} is wanted")
+    flags = [f"-march={march}" if flag == "-march=native" else flag for flag in FLAGS]
+    with resources.as_file(resources.files("mtc.transcoder") / "kernels.c") as source:
+        subprocess.run([os.environ.get("CC", "cc"), *flags, str(source), "-o", str(library)], check=True, timeout=120)
+    library.with_suffix(".json").write_text(json.dumps({"march": march, "flags": LEVELS[march]}))
 
 
 def _argument(value: Tensor | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
@@ -102,23 +117,6 @@ def _prebuilt(library: Path) -> tuple[ctypes.CDLL | None, str]:
         return ctypes.CDLL(str(library)), "compiled"
     except (OSError, ValueError, KeyError) as error:
         return None, f"torch (MTC_NATIVE={library}: {error})"
-
-
-LEVELS = {"x86-64-v2": ("sse4_2", "popcnt"), "x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512vl")}
-"""Flags of /proc/cpuinfo that a processor must have, for each value of -march."""
-
-
-def build(library: Path, march: str) -> None:
-    """Compile the loops for any processor of a kind, with a note beside the library of what that needs.
-
-    Raises ValueError for a kind that is not in LEVELS, CalledProcessError if the compiler fails.
-    """
-    if march not in LEVELS:
-        raise ValueError(f"--march {march}: one of {', '.join(LEVELS)} is wanted")
-    flags = [f"-march={march}" if flag == "-march=native" else flag for flag in FLAGS]
-    with resources.as_file(resources.files("mtc.transcoder") / "kernels.c") as source:
-        subprocess.run([os.environ.get("CC", "cc"), *flags, str(source), "-o", str(library)], check=True, timeout=120)
-    library.with_suffix(".json").write_text(json.dumps({"march": march, "flags": LEVELS[march]}))
 
 
 def _flags() -> list[str]:

@@ -35,9 +35,6 @@ class Workspace:
             self._free[name] = tensor
 
 
-# Sparse -------------------------------------------------------------------------------------------------------------
-
-
 class Bags(NamedTuple):
     """Consecutive entries in bags, each to be summed."""
 
@@ -47,9 +44,6 @@ class Bags(NamedTuple):
     """[pieces + 1] int64, on a GPU: where parts of at most LONGEST_PIECE entries begin, empty ones at the end."""
     first: Tensor | None = None
     """[bags + 1] int64, on a GPU: where each bag's pieces begin."""
-
-
-# The loops: compiled on CPUs, torch elsewhere -----------------------------------------------------------------------
 
 
 def make_bags(offsets: Tensor, entries: int) -> Bags:

@@ -97,6 +97,87 @@ def sparse_loss(
     return LossOutput(loss, errors[: len(objective.ends)], aux_error, num_active, fired)
 
 
+def nested_residuals(
+    value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, entries: Entries, weights: tuple[float, ...], aux: bool,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """H [tokens, slots, d_target], dL/d value [entries] and the squared error of each slot [slots]."""
+    tokens, slots = len(y), len(weights)
+    prefixes = slots - aux
+    if native.runs(W_dec):
+        doubled = torch.tensor([2 * w for w in weights])
+        H = workspace.take("H", (tokens, slots, W_dec.shape[1]), y)
+        d_value, errors = value.new_empty(len(value)), y.new_empty(tokens, slots)
+        tables = (value, entries.feature, entries.slots.offsets, W_dec, b_dec, y.contiguous(), doubled)
+        native.call("nested_pass", *tables, int(aux), H, d_value, errors, tokens, slots, W_dec.shape[1])
+        return H, d_value, errors.sum(0)
+    H = bag_sums(W_dec, entries.feature, value, entries.slots).view(tokens, slots, W_dec.shape[1])
+    H[:, 0] += b_dec - y
+    for slot in range(1, slots):
+        H[:, slot] += H[:, slot - 1]  # residuals R of each prefix, and of AuxK behind the last
+    errors = H.square().sum((0, 2))
+    for slot in range(slots - 1, -1, -1):
+        H[:, slot] *= 2 * weights[slot]
+        if slot < prefixes - 1:
+            H[:, slot] += H[:, slot + 1]
+    return H, entry_dots(H.flatten(0, 1), entries.slot, W_dec, entries.feature), errors
+
+
+def _product(x: Tensor, weights: Weights, workspace: Workspace, bfloat16_product: bool) -> Tensor:
+    """x W_enc^T + b_enc, [tokens, features], in x's dtype; its values are bfloat16's if the product was."""
+    if bfloat16_product and x.device.type != "cpu":  # where the sums of products need not be rounded to bfloat16 again
+        return torch.mm(x.bfloat16(), weights.W_enc.bfloat16().t(), out_dtype=x.dtype).add_(weights.b_enc)
+    z = workspace.take("z", (len(x), len(weights.b_enc)), x)
+    if bfloat16_product:
+        return z.copy_(linear(x.bfloat16(), weights.W_enc.bfloat16(), weights.b_enc.bfloat16()))
+    return torch.addmm(weights.b_enc, x, weights.W_enc.t(), out=z)
+
+
+def _choose(
+    z: Tensor, x: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool
+) -> Chosen:
+    """Entries of this rank among the global batch's largest positive ones."""
+    count = objective.num_entries
+    if not bfloat16_product:
+        chosen, workspace.border = largest_entries(z, count, workspace.border)
+        return chosen
+    proposed, workspace.border = largest_entries(z, round(count * REFINE), workspace.border)
+    value = torch.where(proposed.value > 0, _refine(x, weights, proposed.token, proposed.feature).relu(), 0.0)
+    keep, _ = keep_largest(value.float(), count)
+    if is_gpu(z.device):  # shapes that depend on values would wait for the host; zeros add nothing
+        return proposed._replace(value=torch.where(keep, value, 0.0))
+    return Chosen(proposed.token[keep], proposed.feature[keep], value[keep])
+
+
+def _refine(x: Tensor, weights: Weights, token: Tensor, feature: Tensor) -> Tensor:
+    """x W_enc^T + b_enc at some entries, in x's dtype."""
+    return entry_dots(x, token, weights.W_enc, feature) + weights.b_enc[feature]
+
+
+def _choose_dead(z: Tensor, objective: Objective) -> Chosen:
+    """Entries of each token's strongest dead features; values may be negative."""
+    strongest = z[:, objective.dead].topk(min(objective.aux_k, len(objective.dead)), dim=1)
+    column, order = strongest.indices.sort(dim=1)
+    token = torch.arange(len(z), device=z.device).repeat_interleave(column.shape[1])
+    return Chosen(token, objective.dead[column.flatten()], strongest.values.gather(1, order).flatten())
+
+
+def _arrange(token: Tensor, feature: Tensor, slot: Tensor, slots: int, tokens: int, features: int) -> Entries:
+    """Entries with their orders; `slot` [entries] as in Entries, non-decreasing."""
+    by_feature = feature.argsort(stable=True)
+    by_slot, of_feature = (
+        make_bags(_offsets(index, size), len(token)) for index, size in ((slot, tokens * slots), (feature, features))
+    )
+    return Entries(token, feature, slot, by_slot, by_feature, of_feature)
+
+
+def _offsets(index: Tensor, size: int) -> Tensor:
+    """[size + 1] int64: how many of `index` are less than each number."""
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+    counts[1:].scatter_add_(0, index, torch.ones_like(index))
+    return counts.cumsum(0)
+
+
 class _EncodeChosen(Function):
     """Values of the chosen entries, x[t] . W_enc[j] + b_enc[j], which are known already; adds their gradients, where
     `active` [entries]: the others only fill up the shape."""
@@ -157,87 +238,3 @@ class _NestedLoss(Function):
         if native.runs(H):
             workspace.give("H", H)
         return gradient * d_value, d_W, d_b, d_y if ctx.needs_input_grad[3] else None, None, None, None, None
-
-
-def nested_residuals(
-    value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, entries: Entries, weights: tuple[float, ...], aux: bool,
-    workspace: Workspace,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """H [tokens, slots, d_target], dL/d value [entries] and the squared error of each slot [slots]."""
-    tokens, slots = len(y), len(weights)
-    prefixes = slots - aux
-    if native.runs(W_dec):
-        doubled = torch.tensor([2 * w for w in weights])
-        H = workspace.take("H", (tokens, slots, W_dec.shape[1]), y)
-        d_value, errors = value.new_empty(len(value)), y.new_empty(tokens, slots)
-        tables = (value, entries.feature, entries.slots.offsets, W_dec, b_dec, y.contiguous(), doubled)
-        native.call("nested_pass", *tables, int(aux), H, d_value, errors, tokens, slots, W_dec.shape[1])
-        return H, d_value, errors.sum(0)
-    H = bag_sums(W_dec, entries.feature, value, entries.slots).view(tokens, slots, W_dec.shape[1])
-    H[:, 0] += b_dec - y
-    for slot in range(1, slots):
-        H[:, slot] += H[:, slot - 1]  # residuals R of each prefix, and of AuxK behind the last
-    errors = H.square().sum((0, 2))
-    for slot in range(slots - 1, -1, -1):
-        H[:, slot] *= 2 * weights[slot]
-        if slot < prefixes - 1:
-            H[:, slot] += H[:, slot + 1]
-    return H, entry_dots(H.flatten(0, 1), entries.slot, W_dec, entries.feature), errors
-
-
-# Choosing entries ---------------------------------------------------------------------------------------------------
-
-
-def _product(x: Tensor, weights: Weights, workspace: Workspace, bfloat16_product: bool) -> Tensor:
-    """x W_enc^T + b_enc, [tokens, features], in x's dtype; its values are bfloat16's if the product was."""
-    if bfloat16_product and x.device.type != "cpu":  # where the sums of products need not be rounded to bfloat16 again
-        return torch.mm(x.bfloat16(), weights.W_enc.bfloat16().t(), out_dtype=x.dtype).add_(weights.b_enc)
-    z = workspace.take("z", (len(x), len(weights.b_enc)), x)
-    if bfloat16_product:
-        return z.copy_(linear(x.bfloat16(), weights.W_enc.bfloat16(), weights.b_enc.bfloat16()))
-    return torch.addmm(weights.b_enc, x, weights.W_enc.t(), out=z)
-
-
-def _choose(
-    z: Tensor, x: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool
-) -> Chosen:
-    """Entries of this rank among the global batch's largest positive ones."""
-    count = objective.num_entries
-    if not bfloat16_product:
-        chosen, workspace.border = largest_entries(z, count, workspace.border)
-        return chosen
-    proposed, workspace.border = largest_entries(z, round(count * REFINE), workspace.border)
-    value = torch.where(proposed.value > 0, _refine(x, weights, proposed.token, proposed.feature).relu(), 0.0)
-    keep, _ = keep_largest(value.float(), count)
-    if is_gpu(z.device):  # shapes that depend on values would wait for the host; zeros add nothing
-        return proposed._replace(value=torch.where(keep, value, 0.0))
-    return Chosen(proposed.token[keep], proposed.feature[keep], value[keep])
-
-
-def _choose_dead(z: Tensor, objective: Objective) -> Chosen:
-    """Entries of each token's strongest dead features; values may be negative."""
-    strongest = z[:, objective.dead].topk(min(objective.aux_k, len(objective.dead)), dim=1)
-    column, order = strongest.indices.sort(dim=1)
-    token = torch.arange(len(z), device=z.device).repeat_interleave(column.shape[1])
-    return Chosen(token, objective.dead[column.flatten()], strongest.values.gather(1, order).flatten())
-
-
-def _refine(x: Tensor, weights: Weights, token: Tensor, feature: Tensor) -> Tensor:
-    """x W_enc^T + b_enc at some entries, in x's dtype."""
-    return entry_dots(x, token, weights.W_enc, feature) + weights.b_enc[feature]
-
-
-def _arrange(token: Tensor, feature: Tensor, slot: Tensor, slots: int, tokens: int, features: int) -> Entries:
-    """Entries with their orders; `slot` [entries] as in Entries, non-decreasing."""
-    by_feature = feature.argsort(stable=True)
-    by_slot, of_feature = (
-        make_bags(_offsets(index, size), len(token)) for index, size in ((slot, tokens * slots), (feature, features))
-    )
-    return Entries(token, feature, slot, by_slot, by_feature, of_feature)
-
-
-def _offsets(index: Tensor, size: int) -> Tensor:
-    """[size + 1] int64: how many of `index` are less than each number."""
-    counts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
-    counts[1:].scatter_add_(0, index, torch.ones_like(index))
-    return counts.cumsum(0)
