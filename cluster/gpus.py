@@ -53,14 +53,6 @@ def check_devices(config: RunConfig, plan: Plan) -> None:
         logger.warning("node %s: no GPU came free within %.0f s; others have them", answers[answer][:8], FREE_SECONDS)
 
 
-def _device_error() -> str | None:
-    try:
-        open_device("cuda")
-    except DeviceError as error:
-        return str(error)
-    return None
-
-
 @contextmanager
 def on_one_gpu(config: RunConfig, plan: Plan) -> Iterator[Plan]:
     """The plan with what its processes need to compute on one GPU at the same time, if `cluster.mps` asks for that.
@@ -73,3 +65,11 @@ def on_one_gpu(config: RunConfig, plan: Plan) -> Iterator[Plan]:
         if environment:
             say("mps", f"trainer and model actor share their GPU by MPS, in {environment['CUDA_MPS_PIPE_DIRECTORY']}")
         yield plan._replace(environment=tuple(environment.items()))
+
+
+def _device_error() -> str | None:
+    try:
+        open_device("cuda")
+    except DeviceError as error:
+        return str(error)
+    return None

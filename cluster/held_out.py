@@ -113,33 +113,6 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     ]
 
 
-def _findings(
-    store: TokenStore,
-    config: RunConfig,
-    held: HeldOutPass,
-    documents: tuple[int, int],
-    losses: list[dict[str, Any]],
-    effects: list[dict[str, Any]],
-) -> Findings:
-    tokenizer = load_tokenizer(config.model)
-    loss = reduce(add, [LossSums(**part) for part in losses]) if losses else None
-    on_logits = None
-    if loss:
-        whole = {name: np.concatenate([part[name] for part in effects]) for name in LogitEffects._fields}
-        on_logits = LogitEffects(**whole).scaled(float(loss.norm_scale.sum() / loss.tokens.sum()))
-    return Findings(
-        evaluation=evaluation(held, loss_recovered(loss, documents[1]) if loss else None, documents[0]),
-        statistics=held.examples.statistics,
-        examples=held.examples.examples(
-            store.input_ids, store.info.special_ids, store.document_ids, lambda token: str(tokenizer.decode([token]))
-        ),
-        token_errors=held.token_errors,
-        deviation=held.blocks.mean_deviation(),
-        nesting=analyse_nesting(held.transcoder, held.sample, held.candidates),
-        effects=on_logits,
-    )
-
-
 class _HeldOutActor:
     """A model actor with what both passes need: the language model, each layer's transcoder and the token store."""
 
@@ -256,3 +229,30 @@ def _results(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(table, pa.Table)
         yield from table.to_pylist()
+
+
+def _findings(
+    store: TokenStore,
+    config: RunConfig,
+    held: HeldOutPass,
+    documents: tuple[int, int],
+    losses: list[dict[str, Any]],
+    effects: list[dict[str, Any]],
+) -> Findings:
+    tokenizer = load_tokenizer(config.model)
+    loss = reduce(add, [LossSums(**part) for part in losses]) if losses else None
+    on_logits = None
+    if loss:
+        whole = {name: np.concatenate([part[name] for part in effects]) for name in LogitEffects._fields}
+        on_logits = LogitEffects(**whole).scaled(float(loss.norm_scale.sum() / loss.tokens.sum()))
+    return Findings(
+        evaluation=evaluation(held, loss_recovered(loss, documents[1]) if loss else None, documents[0]),
+        statistics=held.examples.statistics,
+        examples=held.examples.examples(
+            store.input_ids, store.info.special_ids, store.document_ids, lambda token: str(tokenizer.decode([token]))
+        ),
+        token_errors=held.token_errors,
+        deviation=held.blocks.mean_deviation(),
+        nesting=analyse_nesting(held.transcoder, held.sample, held.candidates),
+        effects=on_logits,
+    )

@@ -47,10 +47,6 @@ STOP_S = 20.0
 _STOPPER = 'cat >/dev/null; echo "quit -t $1" | timeout "$2" "$3"; rm -rf -- "$4"'
 
 
-class _Unavailable(Exception):
-    """MPS can't be had; the message says why."""
-
-
 @contextmanager
 def shared_gpu(wanted: bool) -> Iterator[dict[str, str]]:
     """A context in which processes with the environment that it gives share a GPU without taking turns.
@@ -68,6 +64,10 @@ def shared_gpu(wanted: bool) -> Iterator[dict[str, str]]:
             except _Unavailable as error:
                 logger.warning("processes on one GPU take turns, without MPS: %s", error)
         yield environment
+
+
+class _Unavailable(Exception):
+    """MPS can't be had; the message says why."""
 
 
 def _program() -> str:

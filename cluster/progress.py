@@ -258,11 +258,6 @@ class ProgressReader:
         output().flush()
 
 
-def _newest(history: Mapping[int, Any]) -> int:
-    """The last step of a layer's history; 0 before the first."""
-    return next(reversed(history), 0)
-
-
 def balance(timing: StreamTiming) -> str:
     """What limited the run, from what was measured."""
     t = timing
@@ -302,3 +297,8 @@ def progress_line(rows: Sequence[dict[str, Any]], total_steps: int) -> str:
         quality = f"fvu {fvu}  dead {' '.join(str(r['dead']) for r in rows)}"
     step = f"step {row['step']:>6,}/{total_steps:,} {share:4.0%}"
     return f"{step} {speed:>8,.0f} tok/s  wait {waiting:3.0%}  {quality}  eta {eta}"
+
+
+def _newest(history: Mapping[int, Any]) -> int:
+    """The last step of a layer's history; 0 before the first."""
+    return next(reversed(history), 0)

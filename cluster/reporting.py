@@ -131,6 +131,14 @@ def changed_config(run: RunDirectory, overrides: dict[str, Any]) -> RunConfig:
     return make_config(run.config().model_dump(), overrides)
 
 
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """A context that notes the wall time of what runs inside, in seconds."""
+    start = perf_counter()
+    yield
+    seconds[stage] = perf_counter() - start
+
+
 def _files(
     config: RunConfig, run: RunDirectory, results: HeldOutResults, history: list[dict[str, Any]], facts: RunFacts
 ) -> tuple[Analysis, dict[str, bytes]]:
@@ -167,11 +175,3 @@ def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan:
         num_model_actors=plan.num_model_actors,
         **about,
     )
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """A context that notes the wall time of what runs inside, in seconds."""
-    start = perf_counter()
-    yield
-    seconds[stage] = perf_counter() - start

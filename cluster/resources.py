@@ -239,6 +239,20 @@ def make_plan(
     return plan
 
 
+def beside(plan: Plan, running: Plan) -> Plan:
+    """`plan` with as many model actors as find room beside the trainers of `running`, which are there already; at least
+    one, which Ray may have to wait for."""
+    plan = plan._replace(trainer_cpus=running.trainer_cpus, trainer_gpus=running.trainer_gpus)
+    while not _fits(plan):
+        if plan.num_model_actors > 1:
+            plan = plan._replace(num_model_actors=plan.num_model_actors - 1)
+        elif plan.actor_cpus > SMALLEST_SHARE:
+            plan = plan._replace(actor_cpus=max(round(0.8 * plan.actor_cpus, 2), SMALLEST_SHARE))
+        else:
+            break
+    return plan._replace(max_model_actors=max(plan.num_model_actors, plan.max_model_actors))
+
+
 def actor_rate(config: RunConfig, d_model: int) -> float:
     """Tokens per second that a model actor on a GPU makes, estimated.
 
@@ -326,20 +340,6 @@ def _gpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -
 
 def _total(nodes: Sequence[Node]) -> tuple[float, float]:
     return sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-
-
-def beside(plan: Plan, running: Plan) -> Plan:
-    """`plan` with as many model actors as find room beside the trainers of `running`, which are there already; at least
-    one, which Ray may have to wait for."""
-    plan = plan._replace(trainer_cpus=running.trainer_cpus, trainer_gpus=running.trainer_gpus)
-    while not _fits(plan):
-        if plan.num_model_actors > 1:
-            plan = plan._replace(num_model_actors=plan.num_model_actors - 1)
-        elif plan.actor_cpus > SMALLEST_SHARE:
-            plan = plan._replace(actor_cpus=max(round(0.8 * plan.actor_cpus, 2), SMALLEST_SHARE))
-        else:
-            break
-    return plan._replace(max_model_actors=max(plan.num_model_actors, plan.max_model_actors))
 
 
 def _fits(plan: Plan) -> bool:

@@ -35,15 +35,6 @@ DROPPED_OF = 100_000  # tokens, before a share of them says something
 CALIBRATION_ROWS = 4096  # at a time, so that memory stays small
 
 
-class _Start(NamedTuple):
-    """The checkpoint that a rank continues from, and the number of this start."""
-
-    checkpoint: Checkpoint | None
-    """The newest intact checkpoint; None for a run that begins."""
-    number: int
-    """Number that names this start among the run's; the same on all ranks."""
-
-
 def train_worker(settings: dict[str, Any]) -> None:
     """One rank of the training, from its first batch to the finished weights. Every rank makes the same collective
     calls in the same order, whatever its shard holds."""
@@ -94,6 +85,24 @@ def train_worker(settings: dict[str, Any]) -> None:
         _check_dropped(config, batches, tell, 0)
         calibrated = _calibrate(trainers, batches)
     _finish(config, trainers, batches, writer, data.generation, rank, calibrated)
+
+
+def files_of(trainers: list[Trainer], batches: Batches, generation: int, rank: int) -> dict[str, Callable[[], bytes]]:
+    """This rank's part of a checkpoint: a snapshot of now, turned into bytes when it is written."""
+    files = position_files(batches, generation, rank)
+    if rank == 0:
+        for trainer in trainers:
+            files[weights_file("trainer", trainer.config.model.layer)] = partial(_to_safetensors, trainer.state_dict())
+    return files
+
+
+class _Start(NamedTuple):
+    """The checkpoint that a rank continues from, and the number of this start."""
+
+    checkpoint: Checkpoint | None
+    """The newest intact checkpoint; None for a run that begins."""
+    number: int
+    """Number that names this start among the run's; the same on all ranks."""
 
 
 def _take_place(plan: Plan) -> tuple[int, int, torch.device]:
@@ -241,15 +250,6 @@ def _calibrate(trainers: list[Trainer], batches: Batches) -> int:
         for calibrator in calibrators:
             calibrator.finish()
     return int(calibrated)
-
-
-def files_of(trainers: list[Trainer], batches: Batches, generation: int, rank: int) -> dict[str, Callable[[], bytes]]:
-    """This rank's part of a checkpoint: a snapshot of now, turned into bytes when it is written."""
-    files = position_files(batches, generation, rank)
-    if rank == 0:
-        for trainer in trainers:
-            files[weights_file("trainer", trainer.config.model.layer)] = partial(_to_safetensors, trainer.state_dict())
-    return files
 
 
 def _finish(
