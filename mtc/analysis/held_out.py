@@ -1,5 +1,5 @@
-"""One pass over held-out text, for one transcoder: reconstruction, examples and co-activations, as one mergeable
-object.
+"""One pass over held-out text, for one transcoder: sums of reconstruction errors, examples and co-activations, as one
+mergeable object.
 
 Activations never leave the process that computed them: what travels is sums, candidate examples and, of a part of the
 tokens, the sparse features that fired together.

@@ -1,5 +1,5 @@
 """95 % confidence intervals: bootstraps over whole documents or other groups (Efron and Tibshirani 1993), whose tokens
-are not independent, and Wilson's score interval of a share.
+are not independent, and Wilson's score interval (1927) of a share.
 
 Percentile intervals: 95 % of the resampled values lie between the two ends. `scipy.stats.bootstrap` hands a statistic
 the rows that were drawn; here it gets how often each group was drawn, so that sums over a million tokens are one matrix

@@ -1,4 +1,6 @@
-"""Sums of the language model's loss with its MLP output replaced: clean, ablated, spliced, per prefix."""
+"""Sums of the language model's next-token loss with its MLP output replaced: clean, ablated to zero or to the mean, and
+spliced with each prefix's reconstruction. Float64, so that parts of the text can be measured by different processes.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,7 @@
-"""How well a transcoder stands in for its MLP: `python -m mtc.analysis.recompute RUN` computes a run's figures again.
+"""A run's held-out figures computed again, in one process: `python -m mtc.analysis.recompute RUN` compares them.
 
-What is measured, with y the MLP's output, y_m the reconstruction of prefix m, sums over held-out tokens in float64:
-
-    FVU_m       = sum ||y - y_m||^2 / sum ||y - mean(y)||^2         explained variance = 1 - FVU
-    cosine_m    = mean of y . y_m / (||y|| ||y_m||)
-    L0_m        = mean number of active features within prefix m
-    recovered_m = (CE_ablated - CE_spliced,m) / (CE_ablated - CE_clean), ablated to zero or to mean(y)
-    KL_m        = mean of KL(next-token distribution, clean || spliced with y_m)
-
-Intervals are 95 % bootstraps over documents (mtc.analysis.intervals).
+Without Ray, from the weights, the token store and the configuration in analysis.json; each figure of the report is
+printed beside the one that is found. What the figures are stands in mtc.analysis.evaluation.
 """
 
 from __future__ import annotations
