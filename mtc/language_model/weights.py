@@ -1,7 +1,7 @@
 """Where a language model comes from: found, checked against the configuration, and made ready to load.
 
-`ModelConfig.name` is a hub id, a local directory, a GGUF file in an installed wheel, or a random model for tests. What
-must be converted or made is done once, into the cache directory. Known architectures are one table, `MODULES`.
+`ModelConfig.name` is a hub id, a local directory, a GGUF file in a directory or an installed wheel (gguf.py), or a
+random model for tests. What must be converted or made is done once, into the cache directory.
 """
 
 from __future__ import annotations
