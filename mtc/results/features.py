@@ -1,4 +1,4 @@
-"""Features, groups and their examples, as the report and the service show them."""
+"""Features, their groups, examples and weights, as the report and the service show them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nesting is about: gains from one prefix to the next, and the tree of features."""
+"""What the report says of the nested dictionary: gains from prefix to prefix, and its tree."""
 
 from __future__ import annotations
 

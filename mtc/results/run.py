@@ -1,4 +1,4 @@
-"""What happened in a run: facts, training history and where the time went."""
+"""What happened in a run: its facts, what training derived, its trend, its files, and where the time went."""
 
 from __future__ import annotations
 
