@@ -1,4 +1,7 @@
-"""How far a run is, read from its directory alone: from any machine that reaches the storage, without Ray."""
+"""How far a run is, read from its directory alone: from any machine that reaches the storage, without Ray.
+
+Finished is a run with a manifest; a job works on one whose sign of life (mtc.storage.lease) changes.
+"""
 
 from __future__ import annotations
 
