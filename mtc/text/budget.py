@@ -1,4 +1,4 @@
-"""How many tokens and rows a run needs of its token store."""
+"""How much of a text a run needs: the tokens of each split, and the rows that hold them."""
 
 from __future__ import annotations
 

