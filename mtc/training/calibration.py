@@ -1,4 +1,8 @@
-"""The inference threshold, from fresh tokens after training."""
+"""The inference threshold, from fresh tokens after training: k entries per token exceed it on average.
+
+BatchTopK chooses among the tokens of a batch; at inference each token stands alone, and a threshold takes its place
+(Bussmann et al. 2024, arXiv:2412.06410).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What waits on what: where a run's wall time went.
+"""A trainer's wall time, split into parts that exclude each other, so that they add up.
 
-A trainer's wall time is split into parts that exclude each other, so they add up. The model actors' time is counted
-beside it: where both have their own hardware they work at the same time, and the larger of the two decides.
+The model actors' time is counted beside it: where both have their own hardware they work at the same time, and the
+larger of the two decides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The shuffle buffer on the trainer's device, and the way of activations to it."""
+"""The shuffle buffer on the trainer's device: activations go in by units and come out mixed over many windows."""
 
 from __future__ import annotations
 

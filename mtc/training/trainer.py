@@ -1,4 +1,4 @@
-"""The training loop's parts: the Trainer, whose step is the whole algorithm, and calibration.
+"""The Trainer: the transcoder, its optimizer and its schedule, whose step is the whole algorithm.
 
 No Ray and no I/O. When torch.distributed is set up, every rank makes the same calls with its share of each batch, and
 the result is that of one process with the whole batch.
