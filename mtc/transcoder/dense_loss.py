@@ -1,4 +1,8 @@
-"""The training loss written down as it is defined, for autograd: the reference of the sparse one."""
+"""The training loss of mtc.transcoder.objective written down as it is defined, for autograd.
+
+Five products of [tokens, d] x [d, features]: the reference of the sparse loss, and the faster one where products are
+cheap.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The CPU loops of kernels.c, compiled once per machine where there is a C compiler; sparse_loss.py does without too.
+"""The CPU loops of kernels.c, compiled once per machine where there is a C compiler.
 
-No compiler is needed: `load()` then returns None and `status()` says why, which the run records. The library takes raw
-pointers, so it does not depend on torch's version; it shares torch's OpenMP threads. Images without a compiler bring a
-library that `python -m mtc.transcoder.native FILE --march x86-64-v3` made, and name it in MTC_NATIVE.
+No compiler is needed: `load()` then returns None, `status()` says why, which the run records, and products.py uses
+torch. The library takes raw pointers, so it does not depend on torch's version; it shares torch's OpenMP threads.
+Images without a compiler bring a library that `python -m mtc.transcoder.native FILE --march x86-64-v3` made, and name
+it in MTC_NATIVE.
 """
 
 from __future__ import annotations

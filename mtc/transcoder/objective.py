@@ -1,4 +1,15 @@
-"""What the training loss is made of, and what it gives back; the same for the dense and the sparse computation."""
+"""What the training loss is: its parts at one step, and what the dense and the sparse computation of it give back.
+
+    z     = ReLU(x W_enc^T + b_enc)                        [tokens, features]
+    a     = BatchTopK(z)                                   k entries per token on average
+    R_p   = b_dec + sum over groups g <= p of a_g W_dec_g - y     residual of prefix p, [tokens, d_target]
+    loss  = sum over p of w_p ||R_p||^2  +  w_aux ||stop(R_last) + a_dead W_dec_dead||^2
+
+x is the normalised source, y the scaled target. The nested sum is that of Matryoshka dictionaries (Bussmann et al.
+2025, arXiv:2503.17547). The last term is AuxK (Gao et al. 2024, arXiv:2406.04093): each token's strongest dead features
+reconstruct what the last prefix leaves. Their values a_dead are those before the ReLU, since a feature that is negative
+on every token gets no gradient through one and stays dead.
+"""
 
 from __future__ import annotations
 

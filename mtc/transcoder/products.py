@@ -1,4 +1,7 @@
-"""Sums of weighted rows and dot products at chosen entries: compiled loops on CPUs, torch operations elsewhere."""
+"""Sums of weighted rows and dot products at chosen entries, what the sparse loss and its gradients are made of.
+
+On CPUs compiled loops (kernels.c) for float32; everywhere else torch operations, the same on CPU and GPU.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transcoder of a finished run."""
+"""The transcoder of a finished run, read from its directory wherever that lies."""
 
 from __future__ import annotations
 

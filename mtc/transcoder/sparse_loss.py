@@ -1,22 +1,15 @@
-"""The training loss of a Matryoshka transcoder and its gradients, twice: dense, and sparse after the selection.
+"""The training loss of mtc.transcoder.objective and its gradients from the chosen entries alone.
 
-    z     = ReLU(x W_enc^T + b_enc)                        [tokens, features]
-    a     = BatchTopK(z)                                   k entries per token on average
-    R_p   = b_dec + sum over groups g <= p of a_g W_dec_g - y     residual of prefix p, [tokens, d_target]
-    loss  = sum over p of w_p ||R_p||^2  +  w_aux ||stop(R_last) + a_dead W_dec_dead||^2
-
-`dense_loss` writes this down and lets autograd differentiate: five products of [tokens, d] x [d, features].
-`sparse_loss` makes one such product, for z, and then touches only the chosen entries (about 1 % of z). Per token the
-residuals follow from one decode, cut at the prefix borders and accumulated. With H_p = 2 sum over q >= p of w_q R_q,
+One product of [tokens, d] x [d, features], for z; then only the chosen entries (about 1 % of z) are touched. Per token
+the residuals R_p follow from one decode, cut at the prefix borders and accumulated. With
+H_p = 2 sum over q >= p of w_q R_q,
 
     dL/da[t, j]     = H_group(j)[t] . W_dec[j]             at chosen entries only
     dL/dW_dec[j]    = sum over chosen t of a[t, j] H_group(j)[t]
     dL/dW_enc[j]    = sum over chosen t of dL/da[t, j] x[t]
 
-AuxK (Gao et al. 2024, arXiv:2406.04093) is one more slot behind the prefixes: its entries are each token's strongest
-dead features, its residual starts from the last prefix's, and its H flows to its own entries alone. Its values are
-those before the ReLU, since a feature that is negative on every token gets no gradient through one and stays dead.
-On CPUs the loops run compiled (kernels.c) for float32; everywhere else as torch operations, the same on CPU and GPU.
+AuxK is one more slot behind the prefixes: its entries are each token's strongest dead features, its residual starts
+from the last prefix's, and its H flows to its own entries alone.
 """
 
 from __future__ import annotations

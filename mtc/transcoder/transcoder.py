@@ -58,7 +58,7 @@ class Codes(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """How the training loss is computed; see `mtc.transcoder.sparse_loss`."""
+    """How the training loss is computed; see `mtc.transcoder.dense_loss` and `mtc.transcoder.sparse_loss`."""
 
     backend: Literal["dense", "sparse"] = "dense"
     bfloat16: bool = False
