@@ -1,4 +1,7 @@
-"""What the training loop writes down: rates, where wall time went, and each layer's metrics."""
+"""What the training loop tells: rates, where wall time went, and each layer's metrics.
+
+Imported by trainers only: the processes that coordinate them do without torch.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Work units of the token store -> a Ray Dataset of activation blocks.
+"""Work units of the token store -> a Ray Dataset of activation blocks (cluster.blocks), by a pool of model actors.
 
-One row is one work unit: for each layer that is read, the source and target activations of its trainable tokens as two
-byte strings of bfloat16. Large rows keep the stream bound by memory bandwidth rather than by the number of messages,
-and bytes travel through Arrow without conversion or pickling: they are copied once into shared memory, where trainers
-view them. The input is a list of tiny blocks, because a read task would ask for a whole CPU.
+One row is one work unit: for each layer that is read, the source and target activations of its trainable tokens. Large
+rows keep the stream bound by memory bandwidth rather than by the number of messages. The input is a list of tiny
+blocks, because a read task would ask for a whole CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a trainer does beside training: batches that all ranks agree on, the account of time, metrics and events.
+"""Batches of the size that the configuration says, whatever each rank has at hand: all ranks agree on every step's shares.
 
 Imported by trainers only: the processes that coordinate them do without torch.
 """

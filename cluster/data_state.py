@@ -1,4 +1,7 @@
-"""Where one trainer's data is: what it starts with, and its part of a checkpoint."""
+"""Where one trainer's data is: what it starts with, and its part of a checkpoint.
+
+That is which tokens of which work units are trained, and how far the shuffle buffer's present chunk is used up.
+"""
 
 from __future__ import annotations
 

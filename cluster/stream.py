@@ -1,5 +1,6 @@
 """What Ray Train calls back: the stream for as many trainers as there are at a start, and news of failures.
 
+The stream is what the checkpoint leaves to do, dealt so that each unit goes to the same trainer at every start.
 Imported where Ray Train is used anyway; its processes do without torch.
 """
 

@@ -1,4 +1,8 @@
-"""One trainer process of Ray Train: the loop from activations to a finished transcoder."""
+"""One trainer process of Ray Train: the loop from activations to a finished transcoder.
+
+A checkpoint holds each Trainer's state and where the data is (cluster.data_state). Every rank makes the same collective
+calls in the same order: it may have fewer rows than the others, never another way through the loop.
+"""
 
 from __future__ import annotations
 

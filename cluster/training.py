@@ -1,8 +1,8 @@
-"""The Ray Train job: data-parallel training on the activation stream, checkpoints, resume and calibration.
+"""The Ray Train job as the driver runs it: it starts the trainers, again where that helps, and collects their result.
 
-A checkpoint holds the Trainer's state and where the data is: which tokens of which work units are trained, and how far
-the shuffle buffer's present chunk is used up. The stream is built anew at every start from what is left, so every token
-is trained exactly once whatever died in between.
+What one trainer does is cluster.train_worker; which units it gets at a start, cluster.stream. A checkpoint says which
+tokens are trained, and the stream is built anew at every start from what is left, so every token is trained exactly
+once whatever died in between.
 """
 
 from __future__ import annotations
