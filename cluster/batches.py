@@ -1,4 +1,4 @@
-"""Batches of the size that the configuration says, whatever each rank has at hand: all ranks agree on every step's shares.
+"""Batches of one size, whatever each rank has at hand: all ranks agree on their shares of every step.
 
 Imported by trainers only: the processes that coordinate them do without torch.
 """
