@@ -264,7 +264,7 @@ def test_paths_exist(page: Path) -> None:
         if PATHS.match(path):
             assert (ROOT / path).exists() or (page.parent / path).exists(), path
     for name in re.findall(r"`(test_\w+)`", text):
-        assert any(f"def {name}(" in read(test) for test in (ROOT / "tests").glob("test_*.py")), name
+        assert any(f"def {name}(" in read(test) for test in (ROOT / "tests").rglob("test_*.py")), name
 
 
 def slug(heading: str) -> str:
