@@ -30,7 +30,7 @@ from mtc.results import RunFacts
 from mtc.storage import Lease, RunDirectory
 from mtc.telemetry import check_trackers, prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
-from mtc.text import TokenStore, heldout_units, work_units
+from mtc.text import TokenStore, Work, heldout_units, work_units
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,8 @@ class _Job:
         say("plan", plan.describe(), device=plan.device, trainers=plan.num_trainers, model_actors=plan.num_model_actors)
         self.metrics.plan(plan.device, plan.num_trainers, plan.num_model_actors)
         self._prepare()
-        store = self._tokenise()
-        trained, progress = self._train(store)
+        store, work = self._tokenise()
+        trained, progress = self._train(store, work)
         self._analyse(store, trained, progress)
 
     def _layer_runs(self) -> list[RunDirectory]:
@@ -145,7 +145,7 @@ class _Job:
             for alone, own in zip(config.for_layers(), self._layer_runs(), strict=True):
                 own.write("config.yaml", to_yaml(alone))
 
-    def _tokenise(self) -> TokenStore:
+    def _tokenise(self) -> tuple[TokenStore, Work]:
         """Have the text as windows of token ids. Raises DataError if there is too little of it."""
         self.metrics.stage("tokenise")
         with timed(self.seconds, "tokenise"):
@@ -154,11 +154,11 @@ class _Job:
         counts = {"windows": info.windows, "tokens": info.tokens, "documents": info.documents}
         about = ", ".join(f"{sum(each.values()):,} {name}" for name, each in counts.items())
         say("token_store", f"token store {store.url}: {about}", url=store.url, **counts)
-        work_units(store, self.config)  # a text that is too short is found here, not after the training
+        work = work_units(store, self.config)  # a text that is too short is found here, not after the training
         heldout_units(store, self.config, self.config.analysis.num_tokens)
-        return store
+        return store, work
 
-    def _train(self, store: TokenStore) -> tuple[Trained, ProgressReader]:
+    def _train(self, store: TokenStore, work: Work) -> tuple[Trained, ProgressReader]:
         """Train every layer's weights; returns what was read of the training's progress too."""
         config, run = self.config, self.run
         self.metrics.stage("train")
@@ -175,7 +175,6 @@ class _Job:
                 if progress.stopped:
                     raise TrainingStopped(progress.stopped)
 
-            work = work_units(store, config)
             trained = train(config, plan, run, store.url, self.d_model, self.log, go_on, work)
         first = trained.layers[0]
         done = f"trained {first.tokens:,} tokens in {first.steps:,} steps; " + _thresholds(trained)

@@ -31,6 +31,7 @@ from mtc.export import (
 )
 from mtc.language_model import check_model
 from mtc.storage import RunDirectory, open_run
+from mtc.telemetry import configure
 
 FORMATS = ("saelens", "circuit-tracer", "gemma-scope-npz", "neuronpedia")
 IMPORTS = ("saelens", "gemma-scope-npz")
@@ -39,6 +40,7 @@ IMPORTS = ("saelens", "gemma-scope-npz")
 def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        configure()
         if any(a == "--import" or a.startswith("--import=") for a in arguments):
             if run := import_run(arguments):
                 print(f"imported {run.url}")

@@ -14,6 +14,7 @@ import sys
 
 from jobs.command_line import failed
 from mtc.storage import describe, run_status
+from mtc.telemetry import configure
 
 CODES = {"finished": 0, "running": 3, "stopped": 4}
 
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     arguments = parser.parse_args(argv)
     try:
+        configure()
         status = run_status(arguments.run)
     except Exception as error:
         return failed(error)

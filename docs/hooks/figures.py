@@ -106,7 +106,7 @@ def service() -> str:
         ("slowest 429 meanwhile", f"{found['refused_max_ms']:.0f} ms"),
         ("safetensors over naive JSON: time, size",
          f"{found['csr_speedup']:.0f} times, {found['csr_size_ratio']:.1f} times"),
-        ("only encoder replica killed: until the next answer", f"{found['recovery_s']:.1f} s"),
+        ("only replica killed: until the next answer", f"{found['recovery_s']:.1f} s"),
     ]  # fmt: skip
     return _table(rows) + f"\n\n{machine['cores']} cores of an {machine['cpu']}, load generator included."
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from mtc.config.run_config import ConfigError, LayerConfig, RunConfig, _without_replaced_layers
+from mtc.config.run_config import ConfigError, LayerConfig, RunConfig
 
 
 def preset_names() -> list[str]:
@@ -54,6 +54,18 @@ def merge_settings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
+
+
+def _without_replaced_layers(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` without what it says of layers in another way than `top` does."""
+    if top.get("layers"):
+        return {name: value for name, value in base.items() if name != "layer"}
+    if "layer" in top:
+        return {name: value for name, value in base.items() if name != "layers"}
+    sites = {name: top[name] for name in ("source", "target") if name in top}
+    if not sites or not isinstance(base.get("layers"), list | tuple):
+        return base
+    return base | {"layers": [(e if isinstance(e, dict) else {"layer": e}) | sites for e in base["layers"]]}
 
 
 def _readable(error: Any) -> str:

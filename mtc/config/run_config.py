@@ -99,7 +99,7 @@ class ModelConfig(Record):
         ):  # options are strings
             numbers = [entry.get("layer") for entry in full]
             raise ValueError(f"model.layer={values['layer']} and model.layers={numbers} disagree: give one of them")
-        alone = len(full) == 1 and full[0].keys() == first.keys() and isinstance(first["layer"], int)
+        alone = len(full) == 1 and full[0].keys() == first.keys() and isinstance(first.get("layer"), int)
         return values | {"layers": None if alone else full} | first
 
     @model_validator(mode="after")
@@ -370,15 +370,3 @@ class RunConfig(Record):
                 f"(data.num_tokens={self.data.num_tokens} / optimizer.batch_tokens={batch})"
             )
         return self
-
-
-def _without_replaced_layers(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` without what it says of layers in another way than `top` does."""
-    if top.get("layers"):
-        return {name: value for name, value in base.items() if name != "layer"}
-    if "layer" in top:
-        return {name: value for name, value in base.items() if name != "layers"}
-    sites = {name: top[name] for name in ("source", "target") if name in top}
-    if not sites or not isinstance(base.get("layers"), list | tuple):
-        return base
-    return base | {"layers": [(e if isinstance(e, dict) else {"layer": e}) | sites for e in base["layers"]]}

@@ -179,7 +179,7 @@ class _Chunk:
 
     def add(self, unit: Unit, room: int, device: torch.device) -> None:
         need = self.size + len(unit.rows)
-        if need > self._room():
+        if not self.memory or need > self._room():
             self._grow(unit.activations, max(need, room + unit.tokens), device)
         for key, rows in unit.activations.items():
             self.memory[key][self.size : need] = rows

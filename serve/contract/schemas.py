@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_TOP_K = 1024
-MAX_LIST = 1 << 20  # beyond any body's limit; the service's own limits are in Settings
 
 Text = Annotated[str, Field(min_length=1)]
 

@@ -22,8 +22,6 @@ from mtc.results import AbsorbedFeature, Analysis, Example, Feature, SplitFeatur
 from mtc.storage import parse_analysis
 from serve.contract import RunKey, ServiceError
 
-SORTS = ("feature", "density", "count", "max_activation", "mean_activation", "decoder_norm")
-
 
 class Filters(NamedTuple):
     """Which features, and in which order; see `GET /features`."""

@@ -137,7 +137,10 @@ def test_layers_are_saved_in_one_way():
     assert "layers" not in model_as_saved(one)
     assert not {"layer", "source", "target"} & model_as_saved(several).keys()
     assert model_as_saved(several)["layers"][1] == {"layer": 0, "source": "mlp_in", "target": "mlp_out"}
-    assert load_preset("tiny", {"model": {"layers": [1]}}) == one, "a list of one is one"
+    for alone in (1, {"layer": 1}):
+        assert load_preset("tiny", {"model": {"layers": [alone]}}) == one, "a list of one is one"
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.layer: Field required"):
+        load_preset("tiny", {"model": {"layers": [{"source": "mlp_in"}]}})
     for config in (one, several):  # as they were saved before
         older = config.model_dump(mode="json")
         assert {"layer", "layers"} <= older["model"].keys()

@@ -354,6 +354,15 @@ def test_shuffle_buffer_gives_each_row_once_with_its_target_and_its_name():
         ShuffleBuffer(100, [0]).take(3)
 
 
+def test_a_chunk_may_begin_with_a_unit_that_has_no_rows():
+    """None of its activations is finite, or all of its rows were trained before."""
+    empty, units = make_unit(0, without=range(20)), [make_unit(n) for n in range(1, 6)]
+    taken = drain(ShuffleBuffer(60, [0]), [empty, *units[:3], empty._replace(number=9), *units[3:]], 15)
+    assert Counter(row for batch in taken for row in batch) == Counter(
+        n * 1000 + row for n in range(1, 6) for row in range(20)
+    )
+
+
 @pytest.mark.parametrize("steps", range(12))
 def test_a_shuffle_buffer_goes_on_exactly_where_another_one_was(steps):
     """From the chunk's number, its units and the number of rows that left it; at any step, also between chunks."""
