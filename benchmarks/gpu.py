@@ -15,9 +15,9 @@ that need a GPU say so. The step figures that `--save` wrote go with `--record` 
 which `optimizer.backend: auto` chooses.
 
 Needs torch >= 2.11 with Triton and a C compiler, Python >= 3.11, transformers >= 5.17 (with tokenizers, huggingface-hub
-and safetensors), numpy, scipy, pyarrow, pyyaml, fsspec, filelock and pydantic >= 2.7. Where only pydantic is missing,
-the wheels of pydantic, pydantic-core, annotated-types and typing-inspection in a directory on PYTHONPATH are enough
-(typing-extensions comes with torch): no other package of `pip install mtc` is imported.
+and safetensors), numpy, scipy, pyarrow, pyyaml, fsspec, filelock, tenacity and pydantic >= 2.7. Where only the last two
+are missing, the wheels of tenacity, pydantic, pydantic-core, annotated-types and typing-inspection in a directory on
+PYTHONPATH are enough (typing-extensions comes with torch): no other package of `pip install mtc` is imported.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-
-from mtc.training.backends import MeasuredStep
 
 if TYPE_CHECKING:
     from benchmarks.gpu_checks import Findings, Setting
@@ -122,6 +120,8 @@ def record(saved: Path, steps: Path = STEPS) -> int:
     """Add the step figures of a saved result to a file of MeasuredSteps, in the place of the same steps measured
     before; returns how many they are. Raises ValueError if the result has none."""
     figures = json.loads(saved.read_text())["figures"].get("step_figures", {}).get("steps", [])
+    from mtc.training.backends import MeasuredStep  # here, like every part of mtc: `mtc.devices` reads MTC_PRETEND_GPU
+
     names = MeasuredStep._fields
     timed = [row for row in figures if not row["dead"] and "milliseconds" in row and row["device"] != "cpu"]
     rows = [{n: row[n] for n in names} for row in timed]

@@ -192,7 +192,7 @@ def test_interrupted_and_killed_run_trains_every_token_once(tmp_path):
     }  # fmt: skip
     mounted.write_text(json.dumps(load_preset("tiny", small).model_dump(mode="json", exclude_unset=True)))
     entrypoint = find("local", "RayJob")["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", shlex.quote(str(mounted)))
-    command = ["sh", "-c", entrypoint]
+    command = ["sh", "-c", f"exec {entrypoint}"]  # so that Ctrl-C reaches the job and not only its shell
     pod = next(pods("local", "RayJob")).container
     environment = os.environ | {v["name"]: v["value"] for v in pod["env"] if "value" in v} | {"MTC_STORAGE": str(runs)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -211,7 +211,7 @@ def test_a_finished_store_stays_when_its_input_cannot_be_closed(
 ) -> None:
     config = make_config(output={"token_store": str(tmp_path / "stores")})
     tokenizer = byte_tokenizer()
-    monkeypatch.setattr("mtc.language_model.weights.load_tokenizer", lambda config: tokenizer)
+    monkeypatch.setattr("mtc.language_model.load_tokenizer", lambda config: tokenizer)
     monkeypatch.setattr(job, "store_fingerprint", lambda *arguments: ("f", {}))
 
     def tables(config: RunConfig, tokenizer: Any, label_selector: Any) -> Any:
@@ -494,7 +494,7 @@ def test_hub_datasets_are_read_by_shards(tmp_path: Path) -> None:
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
     """The job asks for the model's tokenizer once, in the driver."""
     tokenizer = byte_tokenizer()
-    monkeypatch.setattr("mtc.language_model.weights.load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr("mtc.language_model.load_tokenizer", lambda model: tokenizer)
     return tokenizer
 
 
