@@ -47,7 +47,10 @@ def test_a_run_that_a_job_works_on(unfinished: RunDirectory, capsys: pytest.Capt
     assert found["fvu"] == [0.9, 0.8, 0.7]
 
 
-def test_a_run_that_nobody_works_on(unfinished: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_nobody_works_on(
+    unfinished: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtc.storage.status.STALE_SECONDS", 0.2)  # for so long it is watched
     unfinished.write("writer.json", "{}")  # of a job that was killed
     assert main([unfinished.url]) == 4
     text = capsys.readouterr().out
