@@ -13,11 +13,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from cluster.pipeline import connected
-from cluster.probing import check_optional
-from cluster.reporting import analyse_run, changed_config
 from jobs.command_line import failed, make_parser, parse_overrides
-from mtc.analysis import compare_runs
 from mtc.config import ConfigError
 from mtc.report import write_comparison
 from mtc.storage import open_layer_run, open_run
@@ -37,8 +33,14 @@ def main(argv: list[str] | None = None) -> int:
             return compare(first, second, arguments.output or "comparison", overrides)
         if arguments.output:
             raise ConfigError("--output belongs to --compare; --run writes into the run")
+        run = open_run(arguments.run, verify=False)
+        # Torch, transformers and Ray take 4 to 8 s; without them, help and what is wrong with an option are told in 1.
+        from cluster.pipeline import connected
+        from cluster.probing import check_optional
+        from cluster.reporting import analyse_run, changed_config
+
         # A mistake costs no start of a cluster.
-        check_optional(changed_config(open_run(arguments.run, verify=False), overrides))
+        check_optional(changed_config(run, overrides))
         with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)
             analyse_run(arguments.run, overrides)
@@ -53,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
 def compare(first: str, second: str, output: str, overrides: dict[str, object]) -> int:
     if overrides:
         raise ConfigError(f"{', '.join(overrides)}: --compare takes no such options")
-    comparison, pairs = compare_runs(open_layer_run(first), open_layer_run(second))
+    runs = open_layer_run(first), open_layer_run(second)
+    from mtc.analysis import compare_runs  # as above
+
+    comparison, pairs = compare_runs(*runs)
     for path in write_comparison(comparison, pairs, output):
         print(path)
     return 0

@@ -17,19 +17,6 @@ from datetime import UTC, datetime
 
 from jobs.command_line import failed, parse_command_line
 from mtc.config import to_yaml
-from mtc.export import (
-    Subject,
-    load_subject,
-    new_directory,
-    read_gemma_scope,
-    read_saelens,
-    write_circuit_tracer,
-    write_gemma_scope,
-    write_neuronpedia,
-    write_run,
-    write_saelens,
-)
-from mtc.language_model import check_model
 from mtc.storage import RunDirectory, open_run
 from mtc.telemetry import configure
 
@@ -53,21 +40,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def export_run(options: argparse.Namespace) -> None:
     """Write the run in `options.format` to `options.output`. Raises what `main` turns into exit code 2."""
+    # Torch and transformers take 3 to 7 s; without them, help and a wrong option are told in 1.
+    from mtc import export
 
-    def subject(run: RunDirectory) -> Subject:
-        return load_subject(run, options.prefix, options.model_type, options.license)
+    def subject(run: RunDirectory) -> export.Subject:
+        return export.load_subject(run, options.prefix, options.model_type, options.license)
 
     run = open_run(options.run)
-    with new_directory(options.output) as directory:
+    with export.new_directory(options.output) as directory:
         if options.format == "circuit-tracer":  # the only one that several layers share
             sites = run.config().model.sites
-            write_circuit_tracer([subject(run.for_layer(part.layer)) for part in sites], directory)
+            export.write_circuit_tracer([subject(run.for_layer(part.layer)) for part in sites], directory)
         elif options.format == "saelens":
-            write_saelens(subject(run), directory)
+            export.write_saelens(subject(run), directory)
         elif options.format == "gemma-scope-npz":
-            write_gemma_scope(subject(run), directory)
+            export.write_gemma_scope(subject(run), directory)
         else:
-            write_neuronpedia(subject(run), run, directory, options.neuronpedia_model, options.neuronpedia_set)
+            export.write_neuronpedia(subject(run), run, directory, options.neuronpedia_model, options.neuronpedia_set)
     print(f"wrote {options.output} ({options.format}) from {run.url}; its README.md is a model card")
 
 
@@ -77,7 +66,11 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
     parser.add_argument("--import", dest="path", required=True)
     parser.add_argument("--from", dest="format", choices=IMPORTS, required=True)
     options, rest = parser.parse_known_args(arguments)
-    imported = (read_saelens if options.format == "saelens" else read_gemma_scope)(options.path)
+    from mtc import export  # as above
+    from mtc.language_model import check_model
+
+    read = export.read_saelens if options.format == "saelens" else export.read_gemma_scope
+    imported = read(options.path)
     config, parsed = parse_command_line(rest, __doc__ or "", imported.known)
     if parsed.print_config:
         print(to_yaml(config), end="")
@@ -86,7 +79,7 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
     name = config.model.name.rstrip("/").split("/")[-1].split(":")[-1]
     run_id = config.output.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-layer{config.model.layer}-imported"
     run = RunDirectory(posixpath.join(config.output.root, run_id))
-    write_run(imported, config, info, run)
+    export.write_run(imported, config, info, run)
     return run
 
 

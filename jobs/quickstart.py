@@ -138,7 +138,8 @@ def scrape_config(head: dict[str, Any]) -> dict[str, Any]:
         {"job_name": name, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]} for name, port in places.items()
     ]
     found = {"files": [f"{head['temporary']}/prom_metrics_service_discovery.json"]}
-    scraped.append({"job_name": "ray", "file_sd_configs": [found]})
+    # To put all of Ray's series together takes an agent most of a second.
+    scraped.append({"job_name": "ray", "file_sd_configs": [found], "scrape_interval": "10s"})
     # Half a minute of training should show too.
     return {
         "global": {"scrape_interval": "2s", "evaluation_interval": "10s"},

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 
-from cluster.pipeline import check, connected, run_pipeline
 from jobs.command_line import failed, parse_command_line
 from mtc.config import to_yaml
 from mtc.telemetry import fail
@@ -26,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
+        # Torch, transformers and Ray take 4 to 8 s; without them, help and what is wrong with an option are told in 1.
+        from cluster.pipeline import check, connected, run_pipeline
+
         check(config)
         with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)  # again, since ray.init has taken it

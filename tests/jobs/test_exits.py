@@ -17,6 +17,7 @@ import pytest
 import ray.exceptions
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+import cluster.pipeline
 import cluster.training
 from jobs import analyze, export, status, train
 from mtc.config import RunConfig
@@ -99,9 +100,9 @@ def test_trainers_that_die_for_good(
     monkeypatch.setattr(cluster.training, "_placement_groups", set)
     monkeypatch.setattr(TokenStore, "open", lambda url: None)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(train, "check", lambda config: None)
-    monkeypatch.setattr(train, "connected", lambda verbose: nullcontext())
-    monkeypatch.setattr(train, "run_pipeline", run_pipeline)
+    monkeypatch.setattr(cluster.pipeline, "check", lambda config: None)
+    monkeypatch.setattr(cluster.pipeline, "connected", lambda verbose: nullcontext())
+    monkeypatch.setattr(cluster.pipeline, "run_pipeline", run_pipeline)
     monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
     code = train.main([*TINY, "--output.root", str(tmp_path), "--log-format", "json"])
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -117,13 +118,13 @@ def test_what_no_one_has_foreseen(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         raise PermissionError("Access Denied:\n the bucket's policy")
 
     monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
-    for job, entry, options in (
-        (train, "check", ["--preset", "tiny"]),
-        (analyze, "open_run", ["--run", "runs/latest"]),
-        (export, "open_run", ["--run", "runs/latest", "--format", "saelens", "--output", "exported"]),
-        (status, "run_status", ["runs/latest"]),
+    for job, place, entry, options in (
+        (train, cluster.pipeline, "check", ["--preset", "tiny"]),
+        (analyze, analyze, "open_run", ["--run", "runs/latest"]),
+        (export, export, "open_run", ["--run", "runs/latest", "--format", "saelens", "--output", "exported"]),
+        (status, status, "run_status", ["runs/latest"]),
     ):
-        monkeypatch.setattr(job, entry, fail)
+        monkeypatch.setattr(place, entry, fail)
         assert job.main(options) == 1
         err = capsys.readouterr().err.splitlines()
         assert err[-1] == "failed: PermissionError: the bucket's policy"
@@ -145,7 +146,7 @@ def test_data_that_a_task_refuses(
     def refuse(*arguments: Any) -> None:
         raise DataError("data.name='x' has no text")
 
-    monkeypatch.setattr(train, "check", lambda config: ray.get(ray.remote(refuse).remote()))
+    monkeypatch.setattr(cluster.pipeline, "check", lambda config: ray.get(ray.remote(refuse).remote()))
     monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
     assert train.main(["--preset", "tiny"]) == 2
     assert capsys.readouterr().err == "error: data.name='x' has no text\n"

@@ -95,6 +95,7 @@ for job, option in [(j, "--help") for j in ("train", "analyze", "export", "statu
     except SystemExit as end:
         assert not end.code, job
     found[f"{job} {option}"] = said.getvalue()
+assert not {"torch", "transformers", "ray"} & set(sys.modules), "these take seconds, and help is wanted at once"
 print(json.dumps(found))
 """
     environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
