@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +44,8 @@ def check(config: RunConfig) -> None:
     except ImportError as error:
         raise ConfigError(f"output.root={config.output.root}: {error}; pip install -e '.[s3]' or '.[gcs]'") from None
     if config.output.run_id:
-        check_unfinished(RunDirectory(posixpath.join(output_root(config), config.output.run_id)))
+        check_unfinished(run := run_directory(config))
+        check_same_run(config, run)
     check_model(config.model)
     check_data(config)
     check_optional(config)

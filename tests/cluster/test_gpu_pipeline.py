@@ -1,31 +1,50 @@
-"""Everything that runs on GPUs, on a real `ray start --head` that believes in three of them.
+"""A run that Ctrl-C ends on CPUs, in a Ray of its own, and that goes on on a `ray start --head` that believes in three
+GPUs, where a trainer of two is killed.
 
-The processes run on the CPU what is written for a GPU (mtc.devices.PRETENDING): the plan, Ray's and Ray Train's rules
-for processes with GPUs, streams and uploads, the choice of entries without the host, two trainers. What only CUDA can
-tell is in benchmarks/gpu.py.
+There the processes run on the CPU what is written for a GPU (mtc.devices.PRETENDING): the plan, Ray's and Ray Train's
+rules for processes with GPUs, streams and uploads, the choice of entries without the host, two trainers. What only CUDA
+can tell is in benchmarks/gpu.py.
 """
 
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from kustomize import find, pods
 
+from cluster.pipeline import check
 from mtc.analysis.recompute import evaluate
+from mtc.config import ConfigError, load_preset, make_config
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
-from mtc.storage import Progress, open_run
-from mtc.text import TokenStore, heldout_units
+from mtc.storage import Progress, RunDirectory, RunError, open_run
+from mtc.text import TokenStore, heldout_units, work_units
 from mtc.transcoder import load_transcoder
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-TINY = {"--preset": "tiny", "--model.dtype": "float32", "--model.compile": "false"}
+SETTINGS = {
+    "model": {"dtype": "float32", "compile": False}, "data": {"num_tokens": 150_000},
+    "cluster": {"checkpoint_every_steps": 30}, "output": {"run_id": "cut"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,33 +73,126 @@ def gpus_in_use(head):
     return float(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout)
 
 
+class Interrupted(NamedTuple):
+    file: Path
+    """The mounted configuration."""
+    root: Path
+    """Where the pod keeps its runs."""
+    code: int
+    said: str
+    dashboard: set[str]
+    """Addresses on which it was served."""
+    left: dict[int, str]
+    """Processes that were there two minutes after the end, by number."""
+
+
 @pytest.fixture(scope="module")
-def run(head, tmp_path_factory):
-    """Two trainers and a number of work units that they can't share equally, so that one is dealt a placeholder."""
+def interrupted(tmp_path_factory):
+    """The job's entrypoint, as the operator starts it: by a shell, with the pod's environment, a small run in the place
+    of the mounted one; Ctrl-C comes after a checkpoint."""
+    directory = tmp_path_factory.mktemp("interrupted")
+    root, mounted = directory / "storage" / "runs", directory / "run.yaml"
+    mounted.write_text(json.dumps(load_preset("tiny", SETTINGS).model_dump(mode="json", exclude_unset=True)))
+    entrypoint = find("local", "RayJob")["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", shlex.quote(str(mounted)))
+    command = ["sh", "-c", f"exec {entrypoint}"]  # so that Ctrl-C reaches the job and not only its shell
+    pod = next(pods("local", "RayJob")).container
+    environment = os.environ | {v["name"]: v["value"] for v in pod["env"] if "value" in v} | {"MTC_STORAGE": str(root)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
+    )  # fmt: skip
+    wait_for_another_start(root / "cut", lambda: process.poll() is None)
+    dashboard = addresses_of_the_dashboard(process.pid)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=300)[0]
+    deadline = time.monotonic() + 120
+    while (left := processes_of_session(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return Interrupted(mounted, root, process.returncode, said, dashboard, left)
+
+
+def test_an_interrupted_job_leaves_no_process_and_no_run_that_a_reader_would_take(interrupted):
+    assert interrupted.code == 130, interrupted.said
+    assert "nothing was published" in interrupted.said
+    assert interrupted.dashboard == {"127.0.0.1"}
+    assert not interrupted.left
+    with pytest.raises(RunError, match="no finished run"):
+        open_run(str(interrupted.root / "latest"))
+    with pytest.raises(RunError, match="not finished"):
+        open_run(str(interrupted.root / "cut"))
+
+
+def test_an_unfinished_run_is_not_continued_with_other_settings(interrupted):
+    """Before any cluster is started."""
+    changes = {"optimizer": {"lr": 0.1}, "output": {"root": str(interrupted.root)}, "cluster": {"num_trainers": 2}}
+    config = make_config(yaml.safe_load(interrupted.file.read_text()), changes)
+    with pytest.raises(ConfigError, match=r"unfinished run with other values of optimizer\.lr: "):
+        check(config)
+
+
+class Continued(NamedTuple):
+    run: RunDirectory
+    said: str
+
+
+@pytest.fixture(scope="module")
+def continued(interrupted, head):
+    """Its end, by two trainers, of which one is killed after another checkpoint."""
     from jobs import quickstart
 
-    root = tmp_path_factory.mktemp("gpu-runs")
-    options = TINY | {"--cluster.num_trainers": "2", "--output.root": str(root), "--output.run_id": "gpu"}
-    quickstart.submit_job(head, "gpu", [word for pair in options.items() for word in pair])
-    return open_run(str(root / "latest"))
+    options = ["--config", str(interrupted.file), "--output.root", str(interrupted.root)]
+    options += ["--cluster.num_trainers", "2", "--log-format", "json"]
+    killed = []
+
+    def kill():
+        wait_for_another_start(interrupted.root / "cut", job.is_alive)
+        trainers = [p for p in quickstart._processes(head) if p.name().startswith("ray::RayTrainWo")]
+        killed.extend(trainers[:1])
+        trainers[0].kill()
+
+    job = threading.current_thread()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with redirect_stdout(StringIO()) as output:
+        quickstart.submit_job(head, "cut", options)
+    killer.join()
+    assert killed
+    return Continued(open_run(str(interrupted.root / "latest")), output.getvalue())
 
 
-def test_the_whole_pipeline_runs_on_a_ray_that_believes_in_gpus(run):
+def test_every_token_is_trained_once_and_what_happened_is_told(continued):
+    run, said = continued
+    assert "each once" in said
+    assert [json.loads(line)["event"] for line in said.splitlines() if line.startswith("{")][-1] == "finished"
     facts = json.loads(run.read("analysis.json"))["facts"]
+    kinds = [event["kind"] for event in facts["events"]]  # the other trainer may or may not fail of the same
+    assert [kind for kind, _ in groupby(kinds)] == ["continue", "resume", "failure", "resume"], facts["events"]
+    history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
+    assert [row["step"] for row in history] == sorted({row["step"] for row in history})
+    assert history[-1]["step"] == run.config().total_steps
+    report = run.read("report/layer1_analysis_report.md").decode()
+    assert "What happened during the run" in report
+    assert re.search("trainer [01] died", report) and re.search("failure: trainer [01] died", said)
+    progress = Progress(pq.read_table(f"{run.url}/ledger.parquet"))
+    assert not len(progress.wrong_units())
+    work = work_units(TokenStore.open(facts["token_store"]), run.config())
+    assert progress.finished().tolist() == list(range(len(work.training)))
+
+
+def test_it_ran_on_a_ray_that_believes_in_gpus(continued):
+    facts = json.loads(continued.run.read("analysis.json"))["facts"]
     assert facts["devices"] == ["cuda"]
     assert facts["num_trainers"] == 2
-    kinds = [event["kind"] for event in facts["events"]]
-    assert not {"failure", "restart"} & set(kinds), facts["events"]
-    assert facts["compute"].startswith("sparse on cpu (auto: no step was measured on cpu")
+    assert re.match(r"(sparse|dense) on cpu \(auto: \w+ [\d.]+ ms, \w+ [\d.]+ ms\)", facts["compute"]), (
+        "not chosen again"
+    )
     assert facts["language_model_compute"] == ["eager (model.compile=false)"]
-    progress = Progress(pq.read_table(f"{run.url}/ledger.parquet"))
-    units = progress.finished()
-    assert not len(progress.wrong_units())
-    ranks = np.bincount(units % 2)
-    assert ranks[0] != ranks[1], "this run should deal a placeholder"
 
 
-def test_cpus_find_the_same_figures_of_what_it_learnt(run):
+def test_cpus_find_the_same_figures_of_what_it_learnt(continued):
+    run = continued.run
     config, analysis = run.config(), json.loads(run.read("analysis.json"))
     store = TokenStore.open(analysis["facts"]["token_store"])
     units = [
@@ -93,7 +205,8 @@ def test_cpus_find_the_same_figures_of_what_it_learnt(run):
     assert again.l0[-1] == pytest.approx(config.transcoder.k, rel=0.1)
 
 
-def test_the_service_encodes_on_the_gpu_that_it_was_given(head, run):
+def test_the_service_encodes_on_the_gpu_that_it_was_given(head, continued):
+    run = continued.run
     command = [sys.executable, "-m", "serve.app", "--run", run.url, "--address", head["address"]]
     command += ["--port", str(head["http_port"]), "--set", "num_gpus=1"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
@@ -111,3 +224,40 @@ def test_the_service_encodes_on_the_gpu_that_it_was_given(head, run):
     for features, row in zip(result["features"][1:], activations[1:], strict=True):
         values = [v for v in row.topk(4).values.tolist() if v > 0]
         assert [f["activation_value"] for f in features] == pytest.approx(values, rel=1e-4)
+
+
+def wait_for_another_start(run, alive, seconds=300.0):
+    """Until trainers that were started after this call have completed a checkpoint."""
+
+    def newest():
+        found = [path.parent.name.split("-") for path in run.glob("checkpoints/step-*/checkpoint.json")]
+        return max(((int(words[1]), words[2]) for words in found), default=(0, ""))[1]
+
+    before, deadline = newest(), time.monotonic() + seconds
+    while newest() == before:
+        assert alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def addresses_of_the_dashboard(session: int) -> set[str]:
+    """What the dashboard's pages are served on."""
+    (pid, line), *_ = [item for item in processes_of_session(session).items() if "dashboard/dashboard.py" in item[1]]
+    port = int(re.search(r"--port=(\d+)", line)[1])
+    sockets = psutil.Process(pid).net_connections("tcp")
+    ports = range(port, port + 50)  # where another Ray has the first one, the next that is free
+    return {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.port in ports}
+
+
+def processes_of_session(session: int) -> dict[int, str]:
+    """Command lines of the processes that the session leader started, itself not counted."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            pid = int(stat.parent.name)
+            if int(fields[3]) == session and fields[0] != "Z" and pid != session:
+                found[pid] = (stat.parent / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # it ended while we looked
+    return found

@@ -2,29 +2,20 @@
 
 import json
 import os
-import re
-import shlex
-import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import httpx
 import numpy as np
 import prometheus
-import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
-from kustomize import find, pods
 
 from mtc.analysis import recompute as evaluation
-from mtc.config import load_preset
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
-from mtc.storage import Progress, RunError, open_run
-from mtc.text import TokenStore, work_units
+from mtc.storage import open_run
 from mtc.transcoder import load_transcoder
 
 pytestmark = pytest.mark.slow
@@ -178,116 +169,3 @@ def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():
     assert "network" in done.stderr
     assert "google/gemma-2-2b" in done.stderr
     assert "Ray" not in done.stderr, "nothing was started"
-
-
-def test_interrupted_and_killed_run_trains_every_token_once(tmp_path):
-    """The job's entrypoint, as the operator starts it: by a shell, with the pod's environment, a small run in the place
-    of the mounted one and a Ray of its own. Ctrl-C: no process left, no run that a reader would pick up. The same
-    command then continues from the last checkpoint, loses its trainer to SIGKILL, and ends with each token trained
-    once, and says what happened."""
-    runs, mounted = tmp_path / "storage" / "runs", tmp_path / "run.yaml"
-    small = {
-        "data": {"num_tokens": 200_000}, "cluster": {"checkpoint_every_steps": 50}, "optimizer": {"backend": "sparse"},
-        "analysis": {"loss_tokens": 0}, "output": {"run_id": "cut"},
-    }  # fmt: skip
-    mounted.write_text(json.dumps(load_preset("tiny", small).model_dump(mode="json", exclude_unset=True)))
-    entrypoint = find("local", "RayJob")["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", shlex.quote(str(mounted)))
-    command = ["sh", "-c", f"exec {entrypoint}"]  # so that Ctrl-C reaches the job and not only its shell
-    pod = next(pods("local", "RayJob")).container
-    environment = os.environ | {v["name"]: v["value"] for v in pod["env"] if "value" in v} | {"MTC_STORAGE": str(runs)}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-
-    process, output = _start(command, environment)
-    _wait_for_another_start(runs / "cut", process)
-    assert _addresses_of_the_dashboard(process.pid) == {"127.0.0.1"}
-    process.send_signal(signal.SIGINT)
-    text = "".join(output)
-    assert process.wait(300) == 130, text
-    assert "nothing was published" in text
-    deadline = time.monotonic() + 120
-    while left := _processes_of_session(process.pid):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
-    with pytest.raises(RunError, match="no finished run"):
-        open_run(str(runs / "latest"))
-    with pytest.raises(RunError, match="not finished"):
-        open_run(str(runs / "cut"))
-
-    options = ["--config", str(mounted), "--output.root", str(runs), "--optimizer.lr", "0.1"]
-    other = subprocess.run(
-        [sys.executable, "jobs/train.py", *options], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert other.returncode == 2
-    assert "unfinished run with other values of optimizer.lr" in other.stderr
-
-    process, output = _start(command, environment)
-    _wait_for_another_start(runs / "cut", process)
-    for pid, name in _processes_of_session(process.pid).items():
-        if name.startswith("ray::RayTrainWorker"):
-            os.kill(pid, signal.SIGKILL)
-    text = "".join(output)
-    assert process.wait(300) == 0, text
-    assert "failure: trainer 0 died" in text
-    assert "each once" in text
-    events = [json.loads(line)["event"] for line in text.splitlines() if line.startswith("{")]
-    assert events[-1] == "finished"
-    run = open_run(str(runs / "latest"))
-    history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
-    assert [row["step"] for row in history] == sorted({row["step"] for row in history})
-    assert history[-1]["step"] == run.config().total_steps
-    progress = Progress(pq.read_table(f"{run.url}/ledger.parquet"))
-    assert not len(progress.wrong_units())
-    report = run.read("report/layer1_analysis_report.md").decode()
-    assert "What happened during the run" in report
-    assert "trainer 0 died" in report
-
-    work = work_units(TokenStore.open(json.loads(run.read("analysis.json"))["facts"]["token_store"]), run.config())
-    assert progress.finished().tolist() == list(range(len(work.training)))
-
-
-def _start(command, environment):
-    """The process, and its lines as they come."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
-    )  # fmt: skip
-    assert process.stdout is not None
-    return process, process.stdout
-
-
-def _wait_for_another_start(run, process, seconds=300.0):
-    """Until trainers that were started after this call have completed a checkpoint."""
-
-    def newest():
-        found = [path.parent.name.split("-") for path in run.glob("checkpoints/step-*/checkpoint.json")]
-        return max(((int(words[1]), words[2]) for words in found), default=(0, ""))[1]
-
-    before, deadline = newest(), time.monotonic() + seconds
-    while newest() == before:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _addresses_of_the_dashboard(session: int) -> set[str]:
-    """What the dashboard's pages are served on."""
-    (pid, line), *_ = [item for item in _processes_of_session(session).items() if "dashboard/dashboard.py" in item[1]]
-    port = int(re.search(r"--port=(\d+)", line)[1])
-    sockets = psutil.Process(pid).net_connections("tcp")
-    ports = range(port, port + 50)  # where another Ray has the first one, the next that is free
-    return {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.port in ports}
-
-
-def _processes_of_session(session: int) -> dict[int, str]:
-    """Command lines of the processes that the session leader started, itself not counted."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            pid = int(stat.parent.name)
-            if int(fields[3]) == session and fields[0] != "Z" and pid != session:
-                found[pid] = (stat.parent / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            continue  # it ended while we looked
-    return found

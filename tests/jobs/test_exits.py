@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -28,37 +27,6 @@ from mtc.text import DataError, TokenStore
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--preset", "tiny", "--cluster.num_model_actors", "1", "--cluster.num_trainers", "1")
-
-
-def start(job: str, *options: str) -> subprocess.Popen[str]:
-    """A job with a Ray of its own; its last words are JSON."""
-    command = [sys.executable, f"jobs/{job}.py", *options, "--log-format", "json"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def end(job: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
-    """Exit code and last line on standard error."""
-    try:
-        out, err = job.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        job.kill()
-        raise
-    assert err, out
-    return job.returncode, json.loads(err.splitlines()[-1])
-
-
-def test_a_run_that_another_job_takes(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
-    job = start("train", *TINY, "--output.root", str(tmp_path), "--output.run_id", "run")
-    while not run.exists("writer.json"):
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.05)
-    run.write("writer.json", json.dumps({"id": "x", "host": "elsewhere", "pid": 7, "beat": 1}))
-    code, last = end(job)
-    assert (code, last["event"]) == (2, "error")
-    assert last["message"].endswith("run_id=run: another job writes this run now, process 7 on elsewhere")
-    assert run.exists("writer.json"), "it is the other's now"
-    assert not run.is_finished()
 
 
 @pytest.fixture
@@ -137,6 +105,35 @@ def test_a_wrong_option_is_told_in_the_format_that_was_asked_for(capsys: pytest.
     assert json.loads(capsys.readouterr().err.splitlines()[-1])["event"] == "error"
     assert train.main([*TINY, "--transcoder.k", "1000", "--log-format", "json"]) == 2
     assert json.loads(capsys.readouterr().err.splitlines()[-1])["message"].startswith("error: transcoder.k=1000")
+
+
+@pytest.mark.usefixtures("logs_as_before", "ray_cluster")
+def test_a_run_that_another_job_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, over = RunDirectory(str(tmp_path / "run")), threading.Event()
+
+    def take() -> None:
+        while not run.exists("writer.json"):
+            if over.wait(0.05):
+                return
+        run.write("writer.json", json.dumps({"id": "x", "host": "elsewhere", "pid": 7, "beat": 1}))
+
+    other = threading.Thread(target=take)
+    other.start()
+    monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
+    monkeypatch.setattr(cluster.pipeline, "connected", lambda verbose: nullcontext())
+    try:
+        options = ["--output.root", str(tmp_path), "--output.run_id", "run", "--log-format", "json"]
+        code = train.main([*TINY, *options])
+    finally:
+        over.set()
+        other.join()
+    last = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (code, last["event"]) == (2, "error")
+    assert last["message"].endswith("run_id=run: another job writes this run now, process 7 on elsewhere")
+    assert run.exists("writer.json"), "it is the other's now"
+    assert not run.is_finished()
 
 
 @pytest.mark.usefixtures("logs_as_before")
