@@ -156,6 +156,7 @@ def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan:
     """What an earlier analysis knew of the training; of an imported run, that nothing is known."""
     names = tuple(name for name in RUN_FILES | {"import.json": ""} if name in NEW_FILES or run.exists(name))
     about: dict[str, Any] = {
+        "run_id": run.run_id,  # a copied run's analysis holds the original's
         "files": names,
         "data_fingerprint": store.fingerprint,
         "windows": dict(store.windows),
@@ -165,7 +166,6 @@ def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan:
         earlier = RunFacts.model_validate(json.loads(run.read("analysis.json"))["facts"])
         return earlier.model_copy(update=about)
     return RunFacts(
-        run_id=run.run_id,
         steps=0,
         trained_tokens=0,
         data_name=config.data.name,

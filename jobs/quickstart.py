@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="train, analyse, serve, ask")
     run.add_argument("--preset", default="smollm2-135m")
     run.add_argument("--root", default=str(ROOT / "runs"), type=absolute, help="directory of run directories")
+    run.add_argument("--run-id", help="its name; that of an unfinished run continues it (default: preset and time)")
     run.add_argument("overrides", nargs="*", help="options of jobs/train.py, after --")
     serve = commands.add_parser("serve", help="serve a finished run")
     serve.add_argument("--run", required=True)
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "serve":
             print_usage(serve_run(start_head(), arguments.run), arguments.run)
         else:
-            quickstart(arguments.preset, arguments.root, arguments.overrides)
+            quickstart(arguments.preset, arguments.root, arguments.run_id, arguments.overrides)
     except (QuickstartError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -83,9 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def quickstart(preset: str, root: str, overrides: list[str]) -> None:
+def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str]) -> None:
+    if any(word.startswith(("--output.root", "--output.run_id")) for word in overrides):
+        raise QuickstartError("--output.root and --output.run_id are --root and --run-id here")
     head = start_head()
-    run_id = f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    run_id = run_id or f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     arguments = ["--preset", preset, "--output.root", root, "--output.run_id", run_id]
     arguments += ["--cluster.metrics_port", str(head["metrics_port"]), *overrides]
     submit_job(head, run_id, arguments)

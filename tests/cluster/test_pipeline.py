@@ -1,40 +1,131 @@
-"""The main job as a user runs it: a real `ray start --head`, `ray job submit`, the service, HTTP."""
+"""The main job as users run it: a run that Ctrl-C ends on CPUs, in a Ray of its own, and that `make quickstart` ends on
+a `ray start --head` that believes in three GPUs, where a trainer of two is killed; then the service, HTTP, Prometheus.
+
+The head's processes run on the CPU what is written for a GPU (mtc.devices.PRETENDING): the plan, Ray's and Ray Train's
+rules for processes with GPUs, streams and uploads, the choice of entries without the host, two trainers. What only CUDA
+can tell is in benchmarks/gpu.py.
+"""
 
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import numpy as np
 import prometheus
+import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from kustomize import find, pods
 
-from mtc.analysis import recompute as evaluation
+from cluster.pipeline import check
+from mtc.analysis import recompute
+from mtc.config import ConfigError, load_preset, make_config
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
-from mtc.storage import open_run
+from mtc.storage import Progress, RunDirectory, RunError, open_run
+from mtc.text import TokenStore, heldout_units, work_units
 from mtc.transcoder import load_transcoder
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "model": {"dtype": "float32", "compile": False}, "data": {"num_tokens": 150_000},
+    "cluster": {"checkpoint_every_steps": 30},
+}  # fmt: skip
+RUN_ID = "cut"
+
+
+class Interrupted(NamedTuple):
+    file: Path
+    """The mounted configuration."""
+    root: Path
+    """Where the pod keeps its runs."""
+    code: int
+    said: str
+    dashboard: set[str]
+    """Addresses on which it was served."""
+    left: dict[int, str]
+    """Processes that were there two minutes after the end, by number."""
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The job's entrypoint, as the operator starts it: by a shell, with the pod's environment, a small run in the place
+    of the mounted one; Ctrl-C comes after a checkpoint."""
+    directory = tmp_path_factory.mktemp("interrupted")
+    root, mounted = directory / "storage" / "runs", directory / "run.yaml"
+    config = load_preset("tiny", SETTINGS | {"output": {"run_id": RUN_ID}})
+    mounted.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
+    entrypoint = find("local", "RayJob")["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", shlex.quote(str(mounted)))
+    command = ["sh", "-c", f"exec {entrypoint}"]  # so that Ctrl-C reaches the job and not only its shell
+    pod = next(pods("local", "RayJob")).container
+    environment = os.environ | {v["name"]: v["value"] for v in pod["env"] if "value" in v} | {"MTC_STORAGE": str(root)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
+    )  # fmt: skip
+    wait_for_another_start(root / RUN_ID, lambda: process.poll() is None)
+    dashboard = addresses_of_the_dashboard(process.pid)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=300)[0]
+    deadline = time.monotonic() + 120
+    while (left := processes_of_session(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return Interrupted(mounted, root, process.returncode, said, dashboard, left)
+
+
+def test_an_interrupted_job_leaves_no_process_and_no_run_that_a_reader_would_take(interrupted):
+    assert interrupted.code == 130, interrupted.said
+    assert "nothing was published" in interrupted.said
+    assert interrupted.dashboard == {"127.0.0.1"}
+    assert not interrupted.left
+    with pytest.raises(RunError, match="no finished run"):
+        open_run(str(interrupted.root / "latest"))
+    with pytest.raises(RunError, match="not finished"):
+        open_run(str(interrupted.root / RUN_ID))
+
+
+def test_an_unfinished_run_is_not_continued_with_other_settings(interrupted):
+    """Before any cluster is started."""
+    changes = {"optimizer": {"lr": 0.1}, "output": {"root": str(interrupted.root)}, "cluster": {"num_trainers": 2}}
+    config = make_config(yaml.safe_load(interrupted.file.read_text()), changes)
+    with pytest.raises(ConfigError, match=r"unfinished run with other values of optimizer\.lr: "):
+        check(config)
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """A head of its own for `make quickstart`, which takes the one that runs."""
     from jobs import quickstart
 
-    original = quickstart.STATE
-    quickstart.STATE = tmp_path_factory.mktemp("head") / "state" / "head.json"
+    original, before = quickstart.STATE, dict(os.environ)
+    quickstart.STATE = tmp_path_factory.mktemp("gpu-head") / "state" / "head.json"
+    resources = {"CPU": 4, "GPU": 3}
+    os.environ.update(MTC_PRETEND_GPU="1", RAY_OVERRIDE_RESOURCES=json.dumps(resources))
     try:
         head = quickstart.start_head()
+        os.environ.pop("RAY_OVERRIDE_RESOURCES")
         yield head
     finally:
         quickstart.stop_head()
         quickstart.STATE = original
+        os.environ.clear()
+        os.environ.update(before)
     assert not quickstart._processes(head)
 
 
@@ -50,21 +141,92 @@ def scraped(head, tmp_path_factory):
         yield at
 
 
+class Served(NamedTuple):
+    base: str
+    run: RunDirectory
+    said: str
+
+
 @pytest.fixture(scope="module")
-def served(head, scraped, tmp_path_factory):
-    """`make quickstart` with the tiny preset and directories of its own."""
+def served(interrupted, head, scraped):
+    """`make quickstart` ends the run, by two trainers, of which one is killed after another checkpoint, and serves it.
+
+    As on any machine, the service asks for no GPU."""
     from jobs import quickstart
 
-    root = tmp_path_factory.mktemp("pipeline")
-    assert quickstart.main(["run", "--preset", "tiny", "--root", str(root / "runs")]) == 0
-    return f"http://127.0.0.1:{head['http_port']}", open_run(str(root / "runs" / "latest"))
+    settings = [f"--{part}.{name}={v}" for part, s in SETTINGS.items() for name, v in s.items()]
+    options = ["run", "--preset", "tiny", "--root", str(interrupted.root), "--run-id", RUN_ID, "--"]
+    options += [*settings, "--cluster.num_trainers", "2", "--log-format", "json"]
+    killed, over = [], threading.Event()
+
+    def kill():
+        wait_for_another_start(interrupted.root / RUN_ID, lambda: not over.is_set())
+        trainers = [p for p in quickstart._processes(head) if p.name().startswith("ray::RayTrainWo")]
+        killed.extend(trainers[:1])
+        trainers[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with redirect_stdout(StringIO()) as output:
+            code = quickstart.main(options)
+    finally:
+        over.set()
+        killer.join()
+    assert code == 0, output.getvalue()
+    assert killed
+    run = open_run(str(interrupted.root / "latest"))
+    return Served(f"http://127.0.0.1:{head['http_port']}", run, output.getvalue())
+
+
+def test_every_token_is_trained_once_and_what_happened_is_told(served):
+    _, run, said = served
+    assert "each once" in said
+    assert [json.loads(line)["event"] for line in said.splitlines() if line.startswith("{")][-1] == "finished"
+    facts = json.loads(run.read("analysis.json"))["facts"]
+    kinds = [event["kind"] for event in facts["events"]]  # the other trainer may or may not fail of the same
+    assert [kind for kind, _ in groupby(kinds)] == ["continue", "resume", "failure", "resume"], facts["events"]
+    history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
+    assert [row["step"] for row in history] == sorted({row["step"] for row in history})
+    assert history[-1]["step"] == run.config().total_steps
+    report = run.read("report/layer1_analysis_report.md").decode()
+    assert "What happened during the run" in report
+    assert re.search("trainer [01] died", report) and re.search("failure: trainer [01] died", said)
+    progress = Progress(pq.read_table(f"{run.url}/ledger.parquet"))
+    assert not len(progress.wrong_units())
+    work = work_units(TokenStore.open(facts["token_store"]), run.config())
+    assert progress.finished().tolist() == list(range(len(work.training)))
+
+
+def test_it_ran_on_a_ray_that_believes_in_gpus(served):
+    facts = json.loads(served.run.read("analysis.json"))["facts"]
+    assert facts["devices"] == ["cuda"]
+    assert facts["num_trainers"] == 2
+    assert re.match(r"(sparse|dense) on cpu \(auto: \w+ [\d.]+ ms, \w+ [\d.]+ ms\)", facts["compute"]), (
+        "not chosen again"
+    )
+    assert facts["language_model_compute"] == ["eager (model.compile=false)"]
+
+
+def test_cpus_find_the_same_figures_of_what_it_learnt(served):
+    run = served.run
+    config, analysis = run.config(), json.loads(run.read("analysis.json"))
+    store = TokenStore.open(analysis["facts"]["token_store"])
+    units = [
+        pack_windows(store.input_ids(unit), store.info.special_ids)
+        for unit in heldout_units(store, config, config.analysis.num_tokens)
+    ]
+    again = recompute.evaluate(config, load_transcoder(run), units, [])
+    assert analysis["evaluation"]["fvu"] == pytest.approx(list(again.fvu), rel=1e-4)
+    assert again.fvu[-1] < 0.7, "nothing was learnt"
+    assert again.l0[-1] == pytest.approx(config.transcoder.k, rel=0.1)
 
 
 def test_job_trains_analyses_and_publishes(served):
-    _, run = served
+    run = served.run
     config = run.config()
     history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
-    assert history[-1]["step"] == config.total_steps == 32
+    assert history[-1]["step"] == config.total_steps
     assert [row["step"] for row in history] == sorted({row["step"] for row in history})
     assert history[-1]["loss"] < history[0]["loss"]
     names = set(run.manifest().files)
@@ -75,14 +237,14 @@ def test_job_trains_analyses_and_publishes(served):
 
 
 def test_recomputation_from_the_run_directory_agrees(served, capsys):
-    _, run = served
-    code, said = evaluation.main([run.url]), capsys.readouterr()
+    run = served.run
+    code, said = recompute.main([run.url]), capsys.readouterr()
     assert code == 0, said.out + said.err
     assert "fvu[64]" in said.out
 
 
-def test_encode_equals_an_offline_forward(served):
-    base, run = served
+def check_encode(base, run):
+    """The service's answer is that of an offline forward pass."""
     text = "We the people of the United States"
     answer = httpx.post(f"{base}/encode", json={"inputs": text, "top_k": 4}, timeout=60).json()
     config, transcoder = run.config(), load_transcoder(run)
@@ -95,15 +257,17 @@ def test_encode_equals_an_offline_forward(served):
     assert result["token_ids"] == ids
     assert result["is_special"][0]
     for features, row in zip(result["features"][1:], activations[1:], strict=True):
-        expected = row.topk(4)
-        values = [v for v in expected.values.tolist() if v > 0]
+        values = [v for v in row.topk(4).values.tolist() if v > 0]
         assert [f["activation_value"] for f in features] == pytest.approx(values, rel=1e-4)
-        chosen = [f["feature_index"] for f in features]
-        assert row[chosen].tolist() == pytest.approx(values, rel=1e-4)
+        assert row[[f["feature_index"] for f in features]].tolist() == pytest.approx(values, rel=1e-4)
+
+
+def test_encode_equals_an_offline_forward(served):
+    check_encode(served.base, served.run)
 
 
 def test_report_over_http(served):
-    base, run = served
+    base, run, _ = served
     markdown = httpx.get(f"{base}/report", timeout=30)
     assert markdown.status_code == 200
     assert markdown.content == run.read("report/layer1_analysis_report.md")
@@ -120,7 +284,7 @@ def test_what_dashboards_ask_for_is_there(served, scraped):
     """A real Prometheus scraped the job, Ray's agents and the service: every diagram has lines to draw."""
     if scraped is None:
         pytest.skip("Debian's prometheus is not installed")
-    base, run = served
+    base, run, _ = served
     assert httpx.post(f"{base}/encode", json={"inputs": []}, timeout=30).status_code == 400
     rates = "sum by (code) (rate(mtc_encode_requests_total[30s]))"
     deadline = time.monotonic() + 60
@@ -128,31 +292,28 @@ def test_what_dashboards_ask_for_is_there(served, scraped):
         assert time.monotonic() < deadline
         time.sleep(0.5)
     end = time.time() + 1
-    start = end - 300
+    start = end - 900
     for name, job in {"up": "mtc-job", "mtc_encode_tokens_total": "mtc-service"}.items():
         assert prometheus.series(scraped, f'{name}{{job="{job}"}}', start, end)
     boards = [json.loads(path.read_text()) for path in sorted((ROOT / "k8s" / "monitoring").glob("dashboard-*.json"))]
-    empty = []
     for panel in (panel for board in boards for panel in board["panels"]):
-        shown = 0
         for target in panel["targets"]:
             expression = target["expr"].replace("$__rate_interval", "30s").replace("$run_id", run.run_id)
-            lines = prometheus.series(scraped, expression, start, end)
-            shown += len(lines)
-            if not lines:
-                empty.append(target["expr"])
-        assert shown, panel["title"]
-    assert empty == ['sum by (kind) (increase(mtc_events_total{run_id=~"$run_id"}[$__rate_interval]))'], "all went well"
-    # And they are the run's: what the job says last is what it has written.
+            assert prometheus.series(scraped, expression, start, end), (panel["title"], expression)
+    # And they are the run's: what the job did, from where it continued, and what it did again.
     (tokens,) = prometheus.series(scraped, f'mtc_train_tokens_total{{run_id="{run.run_id}"}}', start, end)
     row = json.loads(run.read("metrics.jsonl").decode().splitlines()[-1])
-    assert float(tokens["values"][-1][1]) == row["tokens"]
+    events = [json.loads(line) for line in run.read("events.jsonl").decode().splitlines()]
+    batch, again = run.config().optimizer.batch_tokens, sum(event.get("undone", 0) for event in events)
+    least = row["tokens"] - batch * events[0]["step"]
+    assert least <= float(tokens["values"][-1][1]) <= least + batch * again
     for prefix, fvu in zip(run.config().transcoder.prefixes, row["fvu"], strict=True):
         (line,) = prometheus.series(scraped, f'mtc_fvu_ratio{{run_id="{run.run_id}", prefix="{prefix}"}}', start, end)
         assert float(line["values"][-1][1]) == pytest.approx(fvu)
-    # Each process says its own part through Ray's agent.
-    (trainer,) = prometheus.series(scraped, f'ray_mtc_trainer_tokens_total{{run_id="{run.run_id}"}}', start, end)
-    assert float(trainer["values"][-1][1]) == row["tokens"]
+    # Each process says its own part through Ray's agent: two trainers, and two after one was killed.
+    trainers = prometheus.series(scraped, f'ray_mtc_trainer_tokens_total{{run_id="{run.run_id}"}}', start, end)
+    said = [float(trainer["values"][-1][1]) for trainer in trainers]
+    assert len(said) == 4 and 0 < max(said) <= row["tokens"], said
 
 
 def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():
@@ -169,3 +330,57 @@ def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():
     assert "network" in done.stderr
     assert "google/gemma-2-2b" in done.stderr
     assert "Ray" not in done.stderr, "nothing was started"
+
+
+def test_the_service_encodes_on_the_gpu_that_it_was_given(head, served):
+    base, run, _ = served
+    command = [sys.executable, "-m", "serve.app", "--run", run.url, "--address", head["address"]]
+    command += ["--port", str(head["http_port"]), "--set", "num_gpus=1"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_encode(base, run)
+    assert gpus_in_use(head) == 1
+
+
+def gpus_in_use(head):
+    code = "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); "
+    code += "print(ray.cluster_resources()['GPU'] - ray.available_resources().get('GPU', 0))"
+    environment = os.environ | {"RAY_ADDRESS": head["address"]}
+    return float(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout)
+
+
+def wait_for_another_start(run, alive, seconds=300.0):
+    """Until trainers that were started after this call have completed a checkpoint."""
+
+    def newest():
+        found = [path.parent.name.split("-") for path in run.glob("checkpoints/step-*/checkpoint.json")]
+        return max(((int(words[1]), words[2]) for words in found), default=(0, ""))[1]
+
+    before, deadline = newest(), time.monotonic() + seconds
+    while newest() == before:
+        assert alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def addresses_of_the_dashboard(session: int) -> set[str]:
+    """What the dashboard's pages are served on."""
+    (pid, line), *_ = [item for item in processes_of_session(session).items() if "dashboard/dashboard.py" in item[1]]
+    port = int(re.search(r"--port=(\d+)", line)[1])
+    sockets = psutil.Process(pid).net_connections("tcp")
+    ports = range(port, port + 50)  # where another Ray has the first one, the next that is free
+    return {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.port in ports}
+
+
+def processes_of_session(session: int) -> dict[int, str]:
+    """Command lines of the processes that the session leader started, itself not counted."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            pid = int(stat.parent.name)
+            if int(fields[3]) == session and fields[0] != "Z" and pid != session:
+                found[pid] = (stat.parent / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # it ended while we looked
+    return found

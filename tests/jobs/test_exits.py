@@ -20,7 +20,7 @@ import cluster.pipeline
 import cluster.training
 from jobs import analyze, export, status, train
 from mtc.config import RunConfig
-from mtc.errors import MtcError
+from mtc.errors import MtcError, one_line
 from mtc.storage import RunDirectory
 from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
@@ -147,6 +147,19 @@ def test_data_that_a_task_refuses(
     monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
     assert train.main(["--preset", "tiny"]) == 2
     assert capsys.readouterr().err == "error: data.name='x' has no text\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("Traceback:\n  File x\nValueError: no\n", "RuntimeError: ValueError: no"),
+        ("torch: RuntimeError: Connection closed by peer\n\nAt:\n  /a/distributed.py(130): <lambda>\n",
+         "RuntimeError: torch: RuntimeError: Connection closed by peer"),
+        ("\nthe node is low on memory\nMemory: 1 GB\n", "RuntimeError: the node is low on memory"),
+    ],
+)  # fmt: skip
+def test_of_long_errors_the_line_that_says_why_is_shown(said: str, reason: str) -> None:
+    assert one_line(RuntimeError(said)) == reason
 
 
 def test_every_error_of_ours_ends_a_job_with_a_documented_code() -> None:

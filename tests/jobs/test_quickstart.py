@@ -34,6 +34,8 @@ def test_a_run_is_shown_wherever_its_root_is(
     monkeypatch.setattr(quickstart, "submit_job", train)
     monkeypatch.setattr(quickstart, "serve_run", lambda head, run: "http://127.0.0.1:1")
     monkeypatch.setattr(quickstart, "ask", lambda base, text: ANSWER)
+    assert quickstart.main(["run", "--", "--output.run_id", "x"]) == 1
+    assert "--run-id" in capsys.readouterr().err
     assert quickstart.main(["run", "--preset", "tiny", "--root", root]) == 0
     printed = capsys.readouterr().out
     assert "#3 (1.50: ' levy' ' duty')" in printed
