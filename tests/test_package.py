@@ -111,16 +111,6 @@ def test_sdist_has_what_a_build_needs(built: Built, tmp_path: Path) -> None:
         assert set(ours.namelist()) == set(theirs.namelist())
 
 
-def test_everything_imports_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    modules = ["mtc.config", "mtc.client", "cluster.pipeline", "jobs.quickstart", "jobs.train", "serve.app"]
-    code = "import importlib\n" + "\n".join(
-        f"print(importlib.import_module({name!r}).__file__)" for name in modules
-    )  # fmt: skip
-    for name, path in zip(modules, outside(installed, tmp_path, "-c", code).splitlines(), strict=True):
-        assert Path(path).is_relative_to(installed), name
-        assert not Path(path).is_relative_to(ROOT)
-
-
 def test_jobs_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     code = """
 import runpy, sys
@@ -137,10 +127,10 @@ for job in ("train", "analyze", "export", "status", "quickstart"):
     assert not [path for path in tmp_path.iterdir() if path.name != ".cache"]
 
 
-def test_templates_loops_and_service_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    """Everything that is read as a file beside the code: presets, pages, the report's templates, the C loops."""
+def test_modules_templates_loops_and_service_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """And what is read as a file beside the code: presets, pages, the report's templates, the C loops."""
     code = """
-import asyncio, pathlib, sys
+import importlib, pathlib
 import mtc
 from mtc.transcoder import native
 from mtc.config import load_preset, preset_names
@@ -155,10 +145,15 @@ assert list((pathlib.Path(html.__file__).parent / "templates").iterdir())
 key = RunKey("one", "runs/one", "0" * 64, "")
 metrics = ReplicaMetrics()
 app = create_app(Service(Settings(run="runs/latest"), None, None, State(1, key, (key,)), metrics))
-print(native.status(), pathlib.Path(mtc.__file__).parent / "transcoder/kernels.c")
+print(native.status())
+for name in ("mtc.config", "mtc.client", "cluster.pipeline", "jobs.quickstart", "jobs.train", "serve.app"):
+    print(importlib.import_module(name).__file__)
 """
-    printed = outside(installed, tmp_path, "-c", code)
-    assert str(installed / "mtc/transcoder/kernels.c") in printed
+    status, *places = outside(installed, tmp_path, "-c", code).splitlines()
+    assert status == "compiled" or status.startswith("torch (")
+    assert len(places) == 6
+    for place in places:
+        assert Path(place).is_relative_to(installed) and not Path(place).is_relative_to(ROOT)
     assert (installed / "mtc/transcoder/kernels.c").is_file()
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse, stats
+from scipy import sparse, special
 
 from mtc.analysis.coactivation import CHUNK, CoactivationSample, decoder_directions, from_bfloat16
 from mtc.transcoder import MatryoshkaTranscoder
@@ -125,7 +125,7 @@ def chance_cosine(count: int, width: int) -> float:
     """The median of the largest cosine that a direction has with `count` random ones of `width` dimensions, 2 or more:
     what lies below says nothing. The square of a random cosine has a Beta(1/2, (width - 1)/2) distribution."""
     tail = 1 - 0.5 ** (1 / count)
-    return float(stats.beta.isf(min(1.0, 2 * tail), 0.5, (width - 1) / 2) ** 0.5)
+    return float(special.betainccinv(0.5, (width - 1) / 2, min(1.0, 2 * tail)) ** 0.5)
 
 
 @torch.no_grad()

@@ -310,10 +310,10 @@ def test_what_dashboards_ask_for_is_there(served, scraped):
     for prefix, fvu in zip(run.config().transcoder.prefixes, row["fvu"], strict=True):
         (line,) = prometheus.series(scraped, f'mtc_fvu_ratio{{run_id="{run.run_id}", prefix="{prefix}"}}', start, end)
         assert float(line["values"][-1][1]) == pytest.approx(fvu)
-    # Each process says its own part through Ray's agent: two trainers, and two after one was killed.
+    # Each process says its own part through Ray's agent: two trainers, and for a while those before them.
     trainers = prometheus.series(scraped, f'ray_mtc_trainer_tokens_total{{run_id="{run.run_id}"}}', start, end)
     said = [float(trainer["values"][-1][1]) for trainer in trainers]
-    assert len(said) == 4 and 0 < max(said) <= row["tokens"], said
+    assert 2 <= len(said) <= 4 and 0 < max(said) <= row["tokens"], said
 
 
 def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+import cluster.held_out
 from cluster.reporting import analyse_run
+from cluster.resources import Plan
 from jobs import analyze
 from mtc.config import ConfigError, load_preset, to_yaml
 from mtc.language_model import LanguageModel
@@ -53,17 +57,32 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+class Here:
+    """`map_on_model_actors` with one actor, in this process."""
+
+    def __init__(self, rows: Iterable[pa.Table], actor: Any, plan: Plan, **arguments: Any):
+        made = actor(device=plan.device, threads=torch.get_num_threads(), **arguments)
+        self.tables = (table for row in rows for table in made(row))
+
+    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
+        return self.tables
+
+
 @pytest.fixture(scope="module")
 def analysed(ray_cluster: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
-    """The same weights analysed by one model actor and by two; other weights analysed again, with other settings."""
+    """The same weights analysed in one process and by two model actors; other weights analysed again, with other
+    settings."""
     root = tmp_path_factory.mktemp("runs")
     one, two = (make_run(root, name, 0, text) for name in ("one", "two"))
-    analyse_run(one.url, {"cluster": {"num_model_actors": 1}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster.held_out, "map_on_model_actors", Here)
+        analyse_run(one.url, {"cluster": {"num_model_actors": 1}})
     analyse_run(two.url, {"cluster": {"num_model_actors": 2}})
     shutil.copytree(one.url, root / "other")
     other = make_run(root, "other", 1, text)
     optional = {"probe_tasks": ["sotu/spoken"], "spelling": True}
-    analyse_run(other.url, {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0} | optional})
+    settings = {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0} | optional}
+    analyse_run(other.url, settings | {"cluster": {"num_model_actors": 1}})
     return [one, two, other]
 
 

@@ -157,14 +157,16 @@ def test_mask_from_lengths_is_that_of_all_pairs(seed: int) -> None:
     assert mask.kv_num_blocks.dtype == mask.kv_indices.dtype == torch.int32
 
 
-@pytest.mark.parametrize(("heads", "shared", "width"), [(4, 2, 128), (9, 3, 16), (1, 1, 256)])
-@pytest.mark.parametrize("first", [[300, 71], [200, 56], [16000, 384]])
+@pytest.mark.parametrize(
+    ("first", "heads", "shared", "width"),
+    [([300, 71], 9, 3, 16), ([200, 56], 4, 2, 128), ([200, 56], 1, 1, 256), ([16000, 384], 4, 2, 128)],
+)
 def test_shapes_do_not_compile_again(
     monkeypatch: pytest.MonkeyPatch, first: list[int], heads: int, shared: int, width: int
 ) -> None:
     """One kernel with a cap and one without, for all lengths and reaches; as many again outside inference mode.
 
-    Rows that come first have as many blocks as there are heads, or as a block or a head is wide.
+    Rows that come first have as many blocks as there are heads of keys, or as a head is wide, or as many tokens.
     """
     backend, kernel = Backend(""), Kernel()
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))
