@@ -202,7 +202,7 @@ def test_replica_killed_under_load(client: httpx.Client, url: str, offline: Any,
     assert answers == 300 - len(broken) and len(broken) <= 8, broken
     # Its totals are kept, but those of its last second, in which it answered less than the 60.
     assert metric(client, "mtc_encode_requests_total") >= counted + answers - 60
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(found := replicas("Server")) < 2 or victim in found:
         assert time.monotonic() < deadline
     check(client.post("/encode", json={"inputs": "Hello, world", "top_k": 64}).json(), [expected[1]])
@@ -271,7 +271,7 @@ def test_runs_by_name_are_loaded_when_asked_for(client: httpx.Client, offline: A
     request = {"inputs": "Hello, world", "top_k": 64, "model": "third"}
     first = client.post("/encode", json=request)
     assert (first.status_code, first.json()["error_type"], first.headers["retry-after"]) == (503, "loading", "1")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while (response := client.post("/encode", json=request)).status_code == 503:
         assert time.monotonic() < deadline
     check(response.json(), [offline(root / "third", "Hello, world")])
@@ -300,7 +300,7 @@ def test_control_killed_under_load(client: httpx.Client, url: str, offline: Any,
         check(response.json(), [expected[number % len(TEXTS)]])
 
     asyncio.run(load(url, 300, 8, answered))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (found := replicas("Control")) or victim in found:
         assert time.monotonic() < deadline
     while (response := client.get("/runs")).status_code != 200:
@@ -338,7 +338,7 @@ def test_clients_that_leave_cost_no_forward_pass(client: httpx.Client, url: str)
 
     before = metric(client, "mtc_encode_batch_tokens_sum")
     asyncio.run(leave())
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while metric(client, "mtc_encode_queue_tokens") or metric(client, "mtc_http_requests_in_flight") > 1:
         assert time.monotonic() < deadline
     assert metric(client, "mtc_encode_batch_tokens_sum") - before < 40 * 60 * 251
