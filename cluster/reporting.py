@@ -156,7 +156,7 @@ def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan:
     """What an earlier analysis knew of the training; of an imported run, that nothing is known."""
     names = tuple(name for name in RUN_FILES | {"import.json": ""} if name in NEW_FILES or run.exists(name))
     about: dict[str, Any] = {
-        "run_id": run.run_id,  # a copied run's analysis holds the original's
+        "run_id": run.run_id,  # the manifest's, whoever wrote the earlier analysis
         "files": names,
         "data_fingerprint": store.fingerprint,
         "windows": dict(store.windows),

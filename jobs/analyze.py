@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.output:
             raise ConfigError("--output belongs to --compare; --run writes into the run")
         run = open_run(arguments.run, verify=False)
-        # Torch, transformers and Ray take 4 to 8 s; without them, help and what is wrong with an option are told in 1.
+        # Torch, transformers and Ray take 4 to 8 s; without them, help, unknown options and a wrong run are told in 1.
         from cluster.pipeline import connected
         from cluster.probing import check_optional
         from cluster.reporting import analyse_run, changed_config
@@ -56,7 +56,7 @@ def compare(first: str, second: str, output: str, overrides: dict[str, object]) 
     if overrides:
         raise ConfigError(f"{', '.join(overrides)}: --compare takes no such options")
     runs = open_layer_run(first), open_layer_run(second)
-    from mtc.analysis import compare_runs  # as above
+    from mtc.analysis import compare_runs  # 2 to 4 s, which a wrong run should not cost
 
     comparison, pairs = compare_runs(*runs)
     for path in write_comparison(comparison, pairs, output):

@@ -40,13 +40,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def export_run(options: argparse.Namespace) -> None:
     """Write the run in `options.format` to `options.output`. Raises what `main` turns into exit code 2."""
-    # Torch and transformers take 3 to 7 s; without them, help and a wrong option are told in 1.
+    run = open_run(options.run)
+    # Torch and transformers take 3 to 7 s; without them, help, a wrong option and a wrong run are told in 1.
     from mtc import export
 
     def subject(run: RunDirectory) -> export.Subject:
         return export.load_subject(run, options.prefix, options.model_type, options.license)
 
-    run = open_run(options.run)
     with export.new_directory(options.output) as directory:
         if options.format == "circuit-tracer":  # the only one that several layers share
             sites = run.config().model.sites
@@ -66,7 +66,7 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
     parser.add_argument("--import", dest="path", required=True)
     parser.add_argument("--from", dest="format", choices=IMPORTS, required=True)
     options, rest = parser.parse_known_args(arguments)
-    from mtc import export  # as above
+    from mtc import export  # as in export_run; only `--help` without `--import` does without
     from mtc.language_model import check_model
 
     read = export.read_saelens if options.format == "saelens" else export.read_gemma_scope

@@ -1,8 +1,8 @@
 """One machine from nothing to an answer: a local Ray head of its own, the main job, the service, one request.
 
-    python -m jobs.quickstart run [--preset smollm2-135m] [-- OVERRIDES]   what `make quickstart` does
-    python -m jobs.quickstart serve --run RUN                              what `make serve` does
-    python -m jobs.quickstart stop                                         what `make stop` does
+    python -m jobs.quickstart run [--preset smollm2-135m] [--run-id ID] [-- OVERRIDES]   what `make quickstart` does
+    python -m jobs.quickstart serve --run RUN                                            what `make serve` does
+    python -m jobs.quickstart stop                                                       what `make stop` does
 
 Dashboard and service listen on the loopback interface only, on ports that were free; `.quickstart/head.json` says
 which.
@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="train, analyse, serve, ask")
     run.add_argument("--preset", default="smollm2-135m")
     run.add_argument("--root", default=str(ROOT / "runs"), type=absolute, help="directory of run directories")
-    run.add_argument("--run-id", help="its name; that of an unfinished run continues it (default: preset and time)")
+    run.add_argument(
+        "--run-id", help="the run's name; that of an unfinished one continues it (default: preset and time)"
+    )
     run.add_argument("overrides", nargs="*", help="options of jobs/train.py, after --")
     serve = commands.add_parser("serve", help="serve a finished run")
     serve.add_argument("--run", required=True)
@@ -87,11 +89,13 @@ def main(argv: list[str] | None = None) -> int:
 def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str]) -> None:
     if any(word.startswith(("--output.root", "--output.run_id")) for word in overrides):
         raise QuickstartError("--output.root and --output.run_id are --root and --run-id here")
-    head = start_head()
-    run_id = run_id or f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    head, now = start_head(), datetime.now(UTC)
+    # Ray runs no job again under a name that it has had.
+    submission = f"{run_id}-{now:%H%M%S}" if run_id else f"{preset}-{now:%Y%m%d-%H%M%S}"
+    run_id = run_id or submission
     arguments = ["--preset", preset, "--output.root", root, "--output.run_id", run_id]
     arguments += ["--cluster.metrics_port", str(head["metrics_port"]), *overrides]
-    submit_job(head, run_id, arguments)
+    submit_job(head, submission, arguments)
     run = f"{root.rstrip('/')}/{run_id}"
     base = serve_run(head, run)
     print_answer(ask(base, SENTENCE), top_tokens(run))
@@ -141,7 +145,7 @@ def scrape_config(head: dict[str, Any]) -> dict[str, Any]:
         {"job_name": name, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]} for name, port in places.items()
     ]
     found = {"files": [f"{head['temporary']}/prom_metrics_service_discovery.json"]}
-    # To put all of Ray's series together takes an agent most of a second.
+    # An agent takes most of a second to put all of Ray's series together, so it is asked less often.
     scraped.append({"job_name": "ray", "file_sd_configs": [found], "scrape_interval": "10s"})
     # Half a minute of training should show too.
     return {
@@ -170,9 +174,9 @@ def stop_head() -> bool:
     return bool(found)
 
 
-def submit_job(head: dict[str, Any], run_id: str, arguments: list[str]) -> None:
+def submit_job(head: dict[str, Any], name: str, arguments: list[str]) -> None:
     """`ray job submit --working-dir . -- python jobs/train.py ...`, following its output."""
-    command = [_tool("ray"), "job", "submit", "--address", head["dashboard"], "--submission-id", run_id]
+    command = [_tool("ray"), "job", "submit", "--address", head["dashboard"], "--submission-id", name]
     # Installed, every process of this machine has the code; a working directory would be copied for nothing.
     command += (
         ["--working-dir", ".", "--", "python", "jobs/train.py"] if IN_TREE else ["--", "python", "-m", "jobs.train"]
@@ -193,7 +197,7 @@ def submit_job(head: dict[str, Any], run_id: str, arguments: list[str]) -> None:
         process.wait()
         raise
     if code:
-        raise QuickstartError(f"the job {run_id} failed with exit code {code}; its output is above")
+        raise QuickstartError(f"the job {name} failed with exit code {code}; its output is above")
 
 
 def serve_run(head: dict[str, Any], run: str) -> str:

@@ -20,7 +20,7 @@ class MtcError(Exception):
 
 def one_line(error: BaseException) -> str:
     """An error in one line, also one that Ray has wrapped in pages: its kind, and the line that says why."""
-    text = re.split(r"\nAt:\n", str(error))[0]  # torch's, before the places of what C++ called back
+    text = re.sub(r"\nAt:\n(?:[ \t]+.*(?:\n|$))*", "\n", str(error))  # torch's: the places of what C++ called back
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     low = next((line for line in lines if "low on memory" in line), None)  # what follows is the whole node's account
     reason = low or (lines[-1] if lines else "")

@@ -22,7 +22,7 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZER
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_NAMESPACE"):  # of a Ray that is not ours
     os.environ.pop(name, None)
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # what forgets to ask for `ray_cluster` fails, and joins no other Ray
-# After a second, Ray would end what the next test's tasks could go on with, and start as many anew.
+# After a second, Ray would end idle processes that the next test's tasks can use, and start as many anew.
 os.environ.update(RAY_idle_worker_killing_time_threshold_ms="10000")
 os.environ.update(ENVIRONMENT)
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"

@@ -146,12 +146,13 @@ key = RunKey("one", "runs/one", "0" * 64, "")
 metrics = ReplicaMetrics()
 app = create_app(Service(Settings(run="runs/latest"), None, None, State(1, key, (key,)), metrics))
 print(native.status())
-for name in ("mtc.config", "mtc.client", "cluster.pipeline", "jobs.quickstart", "jobs.train", "serve.app"):
+names = "mtc.config mtc.client mtc.export cluster.pipeline jobs.quickstart jobs.train serve.app"
+for name in names.split():
     print(importlib.import_module(name).__file__)
 """
     status, *places = outside(installed, tmp_path, "-c", code).splitlines()
     assert status == "compiled" or status.startswith("torch (")
-    assert len(places) == 6
+    assert len(places) == 7
     for place in places:
         assert Path(place).is_relative_to(installed) and not Path(place).is_relative_to(ROOT)
     assert (installed / "mtc/transcoder/kernels.c").is_file()

@@ -1,5 +1,6 @@
-"""The main job as users run it: a run that Ctrl-C ends on CPUs, in a Ray of its own, and that `make quickstart` ends on
-a `ray start --head` that believes in three GPUs, where a trainer of two is killed; then the service, HTTP, Prometheus.
+"""The main job as users run it: a run that Ctrl-C interrupts on CPUs, in a Ray of its own, and that the quickstart
+finishes on a `ray start --head` that believes in three GPUs, where a trainer of two is killed; then the service, HTTP,
+Prometheus.
 
 The head's processes run on the CPU what is written for a GPU (mtc.devices.PRETENDING): the plan, Ray's and Ray Train's
 rules for processes with GPUs, streams and uploads, the choice of entries without the host, two trainers. What only CUDA
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from io import StringIO
 from itertools import groupby
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "model": {"dtype": "float32", "compile": False}, "data": {"num_tokens": 150_000},
-    "cluster": {"checkpoint_every_steps": 30},
+    "cluster": {"checkpoint_every_steps": 30}, "optimizer": {"backend": "sparse"},
 }  # fmt: skip
 RUN_ID = "cut"
 
@@ -149,9 +150,8 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def served(interrupted, head, scraped):
-    """`make quickstart` ends the run, by two trainers, of which one is killed after another checkpoint, and serves it.
-
-    As on any machine, the service asks for no GPU."""
+    """The quickstart finishes the run, by two trainers, of which one is killed after another checkpoint, and serves it,
+    without a GPU as always."""
     from jobs import quickstart
 
     settings = [f"--{part}.{name}={v}" for part, s in SETTINGS.items() for name, v in s.items()]
@@ -161,7 +161,10 @@ def served(interrupted, head, scraped):
 
     def kill():
         wait_for_another_start(interrupted.root / RUN_ID, lambda: not over.is_set())
-        trainers = [p for p in quickstart._processes(head) if p.name().startswith("ray::RayTrainWo")]
+        trainers = []
+        for process in quickstart._processes(head):
+            with suppress(psutil.NoSuchProcess):  # it ended while we looked
+                trainers += [process] * process.name().startswith("ray::RayTrainWo")
         killed.extend(trainers[:1])
         trainers[0].kill()
 
@@ -188,7 +191,7 @@ def test_every_token_is_trained_once_and_what_happened_is_told(served):
     assert [kind for kind, _ in groupby(kinds)] == ["continue", "resume", "failure", "resume"], facts["events"]
     history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
     assert [row["step"] for row in history] == sorted({row["step"] for row in history})
-    assert history[-1]["step"] == run.config().total_steps
+    assert history[-1]["step"] == run.config().total_steps == 150_000 // 256
     report = run.read("report/layer1_analysis_report.md").decode()
     assert "What happened during the run" in report
     assert re.search("trainer [01] died", report) and re.search("failure: trainer [01] died", said)
@@ -202,9 +205,7 @@ def test_it_ran_on_a_ray_that_believes_in_gpus(served):
     facts = json.loads(served.run.read("analysis.json"))["facts"]
     assert facts["devices"] == ["cuda"]
     assert facts["num_trainers"] == 2
-    assert re.match(r"(sparse|dense) on cpu \(auto: \w+ [\d.]+ ms, \w+ [\d.]+ ms\)", facts["compute"]), (
-        "not chosen again"
-    )
+    assert facts["compute"].startswith("sparse on cpu"), facts["compute"]
     assert facts["language_model_compute"] == ["eager (model.compile=false)"]
 
 
@@ -306,7 +307,8 @@ def test_what_dashboards_ask_for_is_there(served, scraped):
     events = [json.loads(line) for line in run.read("events.jsonl").decode().splitlines()]
     batch, again = run.config().optimizer.batch_tokens, sum(event.get("undone", 0) for event in events)
     least = row["tokens"] - batch * events[0]["step"]
-    assert least <= float(tokens["values"][-1][1]) <= least + batch * again
+    near = 10 * batch * len(events)  # trainers say so every tenth step; what a killed one had not yet said is not there
+    assert least - near <= float(tokens["values"][-1][1]) <= least + batch * again + near
     for prefix, fvu in zip(run.config().transcoder.prefixes, row["fvu"], strict=True):
         (line,) = prometheus.series(scraped, f'mtc_fvu_ratio{{run_id="{run.run_id}", prefix="{prefix}"}}', start, end)
         assert float(line["values"][-1][1]) == pytest.approx(fvu)

@@ -82,15 +82,16 @@ def analysed(ray_cluster: Any, text: Path, tmp_path_factory: pytest.TempPathFact
     other = make_run(root, "other", 1, text)
     optional = {"probe_tasks": ["sotu/spoken"], "spelling": True}
     settings = {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0} | optional}
+    before = [other.read(name) for name in ("config.yaml", "transcoder.safetensors")]
     analyse_run(other.url, settings | {"cluster": {"num_model_actors": 1}})
+    assert before == [other.read(name) for name in ("config.yaml", "transcoder.safetensors")]
     return [one, two, other]
 
 
 def test_any_number_of_actors_writes_the_same_files(analysed: list[RunDirectory]) -> None:
-    one, two, other = (open_run(run.url) for run in analysed)  # verifies every digest
+    one, two, _ = (open_run(run.url) for run in analysed)  # verifies every digest
     for name in ("examples.parquet", "features.parquet"):
         assert one.read(name) == two.read(name)
-        assert one.read(name) != other.read(name)
 
     def figures(run: RunDirectory) -> dict[str, Any]:
         found = json.loads(run.read("analysis.json"))
@@ -145,7 +146,6 @@ def test_again_with_other_settings(analysed: list[RunDirectory]) -> None:
     assert f"{task.dense.auc.value:.4g} ({task.dense.auc.low:.4g} to {task.dense.auc.high:.4g})" in page
     assert after.spelling.not_measured in page
     assert after.config.analysis.num_tokens == 1000
-    assert run.config().analysis.num_tokens == before.config.analysis.num_tokens, "as it was trained"
     assert "import.json" not in page
     assert not open_run(run.url).exists("writer.json")
 

@@ -112,6 +112,7 @@ def test_a_run_that_another_job_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, over = RunDirectory(str(tmp_path / "run")), threading.Event()
+    groups = cluster.training._placement_groups()
 
     def take() -> None:
         while not run.exists("writer.json"):
@@ -129,6 +130,9 @@ def test_a_run_that_another_job_takes(
     finally:
         over.set()
         other.join()
+    deadline = time.monotonic() + 120
+    while cluster.training._placement_groups() != groups:  # the next test needs the CPUs
+        assert time.monotonic() < deadline
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert (code, last["event"]) == (2, "error")
     assert last["message"].endswith("run_id=run: another job writes this run now, process 7 on elsewhere")
@@ -155,6 +159,8 @@ def test_data_that_a_task_refuses(
         ("Traceback:\n  File x\nValueError: no\n", "RuntimeError: ValueError: no"),
         ("torch: RuntimeError: Connection closed by peer\n\nAt:\n  /a/distributed.py(130): <lambda>\n",
          "RuntimeError: torch: RuntimeError: Connection closed by peer"),
+        ("Connection closed by peer\n\nAt:\n  /a/b.py(1): f\n\n[Rank 1]:\nthe node is low on memory\nMemory: 1 GB",
+         "RuntimeError: the node is low on memory"),
         ("\nthe node is low on memory\nMemory: 1 GB\n", "RuntimeError: the node is low on memory"),
     ],
 )  # fmt: skip

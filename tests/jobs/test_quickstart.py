@@ -21,12 +21,16 @@ ANSWER = {"results": [{"tokens": ["<s>", " tax"], "is_special": [True, False], "
 def test_a_run_is_shown_wherever_its_root_is(
     remote: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    names: list[str] = []
     root = "memory://quickstart/runs" if remote else str(tmp_path)
 
-    def train(head: dict[str, Any], run_id: str, arguments: list[str]) -> None:
+    def train(head: dict[str, Any], name: str, arguments: list[str]) -> None:
+        names.append(name)
         table = io.BytesIO()
         pq.write_table(pa.table({"feature": [3], "top_tokens": [[{"token": " levy"}, {"token": " duty"}]]}), table)
-        run = RunDirectory(f"{arguments[arguments.index('--output.root') + 1]}/{run_id}")
+        run = RunDirectory(
+            f"{arguments[arguments.index('--output.root') + 1]}/{arguments[arguments.index('--output.run_id') + 1]}"
+        )
         run.write("features.parquet", table.getvalue())
         run.write("report/report.md", "# Report")
 
@@ -40,7 +44,10 @@ def test_a_run_is_shown_wherever_its_root_is(
     printed = capsys.readouterr().out
     assert "#3 (1.50: ' levy' ' duty')" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("report ")]
-    assert line.split()[1].startswith(f"{root}/tiny-") and line.endswith("/report/report.md")
+    assert line.removeprefix("report ").strip().startswith(f"{root}/tiny-") and line.endswith("/report/report.md")
+    assert quickstart.main(["run", "--preset", "tiny", "--root", root, "--run-id", "mine"]) == 0
+    assert f"{root}/mine/report/report.md" in capsys.readouterr().out
+    assert names[1].startswith("mine-"), "Ray runs no job again under a name that it has had"
 
 
 def test_ctrl_c_while_the_head_starts_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

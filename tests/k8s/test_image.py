@@ -112,7 +112,7 @@ def test_inductor_keeps_kernels_where_the_image_says(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | wanted, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == list(wanted.values())
+    assert done.stdout.splitlines() == list(wanted.values())
 
 
 def test_python_is_one_of_ours() -> None:

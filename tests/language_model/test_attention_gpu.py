@@ -166,7 +166,8 @@ def test_shapes_do_not_compile_again(
 ) -> None:
     """One kernel with a cap and one without, for all lengths and reaches; as many again outside inference mode.
 
-    Rows that come first have as many blocks as there are heads of keys, or as a head is wide, or as many tokens.
+    Rows that come first have as many blocks as there are heads of keys or as a head is wide, or as many tokens
+    as a head is wide.
     """
     backend, kernel = Backend(""), Kernel()
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))

@@ -83,7 +83,7 @@ def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
-    """What jobs say of themselves, by job and option; one process, since each would import the same for seconds."""
+    """What jobs say of themselves, by job and option; from one process."""
     code = """
 import contextlib, io, json, runpy, sys
 found = {}
