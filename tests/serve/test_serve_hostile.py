@@ -67,6 +67,9 @@ def test_logs_have_no_text_and_one_line_each(url: str, caplog: pytest.LogCapture
         httpx.post(f"{url}/encode", json={"inputs": NAME}, headers=mine[0], timeout=60)
         httpx.get(f"{url}/features", params={"text": NAME}, headers=mine[1])
         httpx.get(f"{url}/{NAME}", headers=mine[2])
+        deadline = time.monotonic() + 60
+        while "mine-2" not in logged(caplog):  # a request is logged after its answer is sent
+            assert time.monotonic() < deadline
     # Whose clients have left may be logged only now.
     every = [json.loads(line) for line in logged(caplog).splitlines()]
     lines = [line for line in every if line["request_id"].startswith("mine-")]
