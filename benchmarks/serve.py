@@ -1,6 +1,6 @@
 """What the service costs beside the models: latency, throughput, overload, and the size and time of its formats.
 
-    python -m benchmarks.serve [--json] [--save] [--pairs N] [--rounds N] [--seconds N] [--kills N]
+    python -m benchmarks.serve [--json] [--save] [--pairs N] [--rounds N] [--seconds N] [--kills N] [--threads N]
 
 SmolLM2-135M up to layer 9 with a transcoder of the reference run's shape (4,608 features in groups of 1,152, 2,304 and
 1,152). Its weights are random, with a threshold that lets 48 features fire on a token: nothing that is measured depends
@@ -363,7 +363,7 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "torch": version("torch"), "ray": version("ray")}
 
 
-def measure(pairs: int, rounds: int, seconds: float, kills: int) -> dict[str, Any]:
+def measure(pairs: int, rounds: int, seconds: float, kills: int, threads: int) -> dict[str, Any]:
     from serve.contract import Settings
 
     with tempfile.TemporaryDirectory() as root:
@@ -372,13 +372,13 @@ def measure(pairs: int, rounds: int, seconds: float, kills: int) -> dict[str, An
         key = RunKey(run_directory.run_id, run_directory.url, manifest.files[WEIGHTS].sha256, manifest.created)
         served = ServedRun(key)
         found = measure_formats(served)
-        settings = Settings(run=run_directory.url)
+        settings = Settings(run=run_directory.url, num_threads=threads)
         with deployed(settings) as port:
             import torch
 
             from serve.service import RunEncoder
 
-            torch.set_num_threads(len(os.sched_getaffinity(0)))  # as the service's only replica
+            torch.set_num_threads(threads)
             encoder = RunEncoder(run_directory)
             if pairs:
                 found |= measure_latency(port, encoder, served, pairs)
@@ -387,7 +387,7 @@ def measure(pairs: int, rounds: int, seconds: float, kills: int) -> dict[str, An
                 found |= measure_load(port, encoder, texts, settings.max_batch_tokens, rounds, seconds)
             if kills:
                 found |= measure_recovery(port, kills)
-    return found | {"machine": machine()}
+    return found | {"threads": threads, "machine": machine()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -398,6 +398,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of loads (default: 5)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load (default: 20)")
     parser.add_argument("--kills", type=int, default=3, help="of the only replica (default: 3)")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a forward pass (default: all cores)"
+    )
     arguments = parser.parse_args(argv)
     from serve.contract import ENVIRONMENT, free_ports
 
@@ -409,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.update(ENVIRONMENT | free_ports())
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        found = measure(arguments.pairs, arguments.rounds, arguments.seconds, arguments.kills)
+        found = measure(arguments.pairs, arguments.rounds, arguments.seconds, arguments.kills, arguments.threads)
     if arguments.save:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

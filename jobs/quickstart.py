@@ -96,10 +96,13 @@ def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str])
     arguments = ["--preset", preset, "--output.root", root, "--output.run_id", run_id]
     arguments += ["--cluster.metrics_port", str(head["metrics_port"]), *overrides]
     submit_job(head, submission, arguments)
-    run = f"{root.rstrip('/')}/{run_id}"
-    base = serve_run(head, run)
-    print_answer(ask(base, SENTENCE), top_tokens(run))
-    print_usage(base, run)
+    run = RunDirectory(f"{root.rstrip('/')}/{run_id}")
+    first, *others = (run.for_layer(sites.layer).url for sites in run.config().model.sites)
+    base = serve_run(head, first)
+    print_answer(ask(base, SENTENCE), top_tokens(first))
+    print_usage(base, first)
+    if others:
+        print(f"layers     {run.location('report')} compares them; {first} is served, others: {', '.join(others)}")
 
 
 def start_head() -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The main job as users run it: a run that Ctrl-C interrupts on CPUs, in a Ray of its own, and that the quickstart
-finishes on a `ray start --head` that believes in three GPUs, where a trainer of two is killed; then the service, HTTP,
-Prometheus.
+"""The main job as users run it: a run of two layers that Ctrl-C interrupts on CPUs, in a Ray of its own, and that the
+quickstart finishes on a `ray start --head` that believes in three GPUs and has a small object store, where a trainer of
+two is killed; then the service, HTTP, Prometheus.
 
 The head's processes run on the CPU what is written for a GPU (mtc.devices.PRETENDING): the plan, Ray's and Ray Train's
 rules for processes with GPUs, streams and uploads, the choice of entries without the host, two trainers. What only CUDA
@@ -32,22 +32,26 @@ import pytest
 import torch
 import yaml
 from kustomize import find, pods
+from wide_model import make_wide_model
 
 from cluster.pipeline import check
 from mtc.analysis import recompute
 from mtc.config import ConfigError, load_preset, make_config
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
-from mtc.storage import Progress, RunDirectory, RunError, open_run
+from mtc.results import PARTS, Analysis
+from mtc.storage import Progress, RunDirectory, RunError, open_layer_run, open_run
 from mtc.text import TokenStore, heldout_units, work_units
 from mtc.transcoder import load_transcoder
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
+TOKENS = 150_000
 SETTINGS = {
-    "model": {"dtype": "float32", "compile": False}, "data": {"num_tokens": 150_000},
-    "cluster": {"checkpoint_every_steps": 30}, "optimizer": {"backend": "sparse"},
+    "model": {"dtype": "float32", "compile": False, "layers": [1, {"layer": 0, "source": "mlp_in"}]},
+    "data": {"num_tokens": TOKENS}, "cluster": {"checkpoint_every_steps": 30}, "optimizer": {"backend": "sparse"},
 }  # fmt: skip
 RUN_ID = "cut"
+STORE_BYTES = 120_000_000
 
 
 class Interrupted(NamedTuple):
@@ -64,12 +68,18 @@ class Interrupted(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
+def settings(tmp_path_factory):
+    wide = make_wide_model(tmp_path_factory.mktemp("wide") / "model")
+    return SETTINGS | {"model": SETTINGS["model"] | {"name": wide}}
+
+
+@pytest.fixture(scope="module")
+def interrupted(settings, tmp_path_factory):
     """The job's entrypoint, as the operator starts it: by a shell, with the pod's environment, a small run in the place
     of the mounted one; Ctrl-C comes after a checkpoint."""
     directory = tmp_path_factory.mktemp("interrupted")
     root, mounted = directory / "storage" / "runs", directory / "run.yaml"
-    config = load_preset("tiny", SETTINGS | {"output": {"run_id": RUN_ID}})
+    config = load_preset("tiny", settings | {"output": {"run_id": RUN_ID}})
     mounted.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
     entrypoint = find("local", "RayJob")["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", shlex.quote(str(mounted)))
     command = ["sh", "-c", f"exec {entrypoint}"]  # so that Ctrl-C reaches the job and not only its shell
@@ -114,8 +124,9 @@ def test_an_unfinished_run_is_not_continued_with_other_settings(interrupted):
 def head(tmp_path_factory):
     from jobs import quickstart
 
-    original, before = quickstart.STATE, dict(os.environ)
+    originals, before = (quickstart.STATE, quickstart.OBJECT_STORE_BYTES), dict(os.environ)
     quickstart.STATE = tmp_path_factory.mktemp("gpu-head") / "state" / "head.json"
+    quickstart.OBJECT_STORE_BYTES = STORE_BYTES
     resources = {"CPU": 4, "GPU": 3}
     os.environ.update(MTC_PRETEND_GPU="1", RAY_OVERRIDE_RESOURCES=json.dumps(resources))
     try:
@@ -124,7 +135,7 @@ def head(tmp_path_factory):
         yield head
     finally:
         quickstart.stop_head()
-        quickstart.STATE = original
+        quickstart.STATE, quickstart.OBJECT_STORE_BYTES = originals
         os.environ.clear()
         os.environ.update(before)
     assert not quickstart._processes(head)
@@ -142,21 +153,60 @@ def scraped(head, tmp_path_factory):
         yield at
 
 
+class StoreWatch:
+    """Samples the figures of a head's object store while it is used as a context."""
+
+    def __init__(self, address):
+        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+        state = get_state_from_address(address)
+        self._read = lambda: get_memory_info_reply(state).store_stats
+        self._stop = threading.Event()
+
+        self._nodes = state.node_table
+
+    def __enter__(self):
+        deadline = time.monotonic() + 120
+        while not any(node["Alive"] for node in self._nodes()):  # the dashboard answers before the node is there
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        self.samples = [self._read()]
+
+        def watch():
+            while not self._stop.wait(0.2):
+                self.samples.append(self._read())
+
+        self._thread = threading.Thread(target=watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._stop.set()
+        self._thread.join()
+
+
 class Served(NamedTuple):
     base: str
     run: RunDirectory
+    """Of the first layer, the one that is served."""
     said: str
+    store: StoreWatch
+    """While it was trained and served."""
 
 
 @pytest.fixture(scope="module")
-def served(interrupted, head, scraped):
+def served(interrupted, settings, head, scraped):
     """The quickstart finishes the run, by two trainers, of which one is killed after another checkpoint, and serves it,
     without a GPU as always."""
     from jobs import quickstart
 
-    settings = [f"--{part}.{name}={v}" for part, s in SETTINGS.items() for name, v in s.items()]
+    given = [
+        f"--{part}.{name}={v if isinstance(v, str) else json.dumps(v)}"
+        for part, s in settings.items()
+        for name, v in s.items()
+    ]
     options = ["run", "--preset", "tiny", "--root", str(interrupted.root), "--run-id", RUN_ID, "--"]
-    options += [*settings, "--cluster.num_trainers", "2", "--log-format", "json"]
+    options += [*given, "--cluster.num_trainers", "2", "--log-format", "json"]
     killed, over = [], threading.Event()
 
     def kill():
@@ -171,19 +221,19 @@ def served(interrupted, head, scraped):
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        with redirect_stdout(StringIO()) as output:
+        with redirect_stdout(StringIO()) as output, StoreWatch(head["address"]) as store:
             code = quickstart.main(options)
     finally:
         over.set()
         killer.join()
     assert code == 0, output.getvalue()
     assert killed
-    run = open_run(str(interrupted.root / "latest"))
-    return Served(f"http://127.0.0.1:{head['http_port']}", run, output.getvalue())
+    run = open_layer_run(str(interrupted.root / "latest" / "layer1"))
+    return Served(f"http://127.0.0.1:{head['http_port']}", run, output.getvalue(), store)
 
 
 def test_every_token_is_trained_once_and_what_happened_is_told(served):
-    _, run, said = served
+    _, run, said, _ = served
     assert "each once" in said
     assert [json.loads(line)["event"] for line in said.splitlines() if line.startswith("{")][-1] == "finished"
     facts = json.loads(run.read("analysis.json"))["facts"]
@@ -191,7 +241,7 @@ def test_every_token_is_trained_once_and_what_happened_is_told(served):
     assert [kind for kind, _ in groupby(kinds)] == ["continue", "resume", "failure", "resume"], facts["events"]
     history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
     assert [row["step"] for row in history] == sorted({row["step"] for row in history})
-    assert history[-1]["step"] == run.config().total_steps == 150_000 // 256
+    assert history[-1]["step"] == run.config().total_steps == TOKENS // 256
     report = run.read("report/layer1_analysis_report.md").decode()
     assert "What happened during the run" in report
     assert re.search("trainer [01] died", report) and re.search("failure: trainer [01] died", said)
@@ -209,18 +259,19 @@ def test_it_ran_on_a_ray_that_believes_in_gpus(served):
     assert facts["language_model_compute"] == ["eager (model.compile=false)"]
 
 
-def test_cpus_find_the_same_figures_of_what_it_learnt(served):
-    run = served.run
-    config, analysis = run.config(), json.loads(run.read("analysis.json"))
-    store = TokenStore.open(analysis["facts"]["token_store"])
-    units = [
-        pack_windows(store.input_ids(unit), store.info.special_ids)
-        for unit in heldout_units(store, config, config.analysis.num_tokens)
-    ]
-    again = recompute.evaluate(config, load_transcoder(run), units, [])
-    assert analysis["evaluation"]["fvu"] == pytest.approx(list(again.fvu), rel=1e-4)
-    assert again.fvu[-1] < 0.7, "nothing was learnt"
-    assert again.l0[-1] == pytest.approx(config.transcoder.k, rel=0.1)
+def test_cpus_find_the_same_figures_of_what_it_learnt(served, interrupted):
+    for layer in (0, 1):
+        run = open_layer_run(f"{interrupted.root}/latest/layer{layer}")
+        config, analysis = run.config(), json.loads(run.read("analysis.json"))
+        store = TokenStore.open(analysis["facts"]["token_store"])
+        units = [
+            pack_windows(store.input_ids(unit), store.info.special_ids)
+            for unit in heldout_units(store, config, config.analysis.num_tokens)
+        ]
+        again = recompute.evaluate(config, load_transcoder(run), units, [])
+        assert analysis["evaluation"]["fvu"] == pytest.approx(list(again.fvu), rel=1e-4)
+        assert again.fvu[-1] < 0.7, "nothing was learnt"
+        assert again.l0[-1] == pytest.approx(config.transcoder.k, rel=0.1)
 
 
 def test_job_trains_analyses_and_publishes(served):
@@ -232,6 +283,71 @@ def test_job_trains_analyses_and_publishes(served):
     report |= {"layer1_analysis_overview.png", "activation_vs_samples.png", "activation_vs_samples.svg"}
     assert {"config.yaml", "transcoder.safetensors", "examples.parquet", "analysis.json"} <= names
     assert {f"report/{name}" for name in report} <= names
+
+
+def test_two_transcoders_from_one_pass_and_a_report_of_both(served, interrupted):
+    run = open_run(str(interrupted.root / "latest"))
+    assert run.run_id == RUN_ID
+    combined = run.read("report/layers_report.md").decode()
+    as_json = {entry["layer"]: entry for entry in json.loads(run.read("report/layers_report.json"))}
+    assert run.read("report/layers_overview.png")[:4] == b"\x89PNG"
+    transcoders = []
+    for alone in run.config().for_layers():
+        layer = alone.model.layer
+        own = open_layer_run(f"{interrupted.root}/latest/layer{layer}")
+        assert own.run_id == f"{RUN_ID}/layer{layer}"
+        assert own.config() == alone
+        analysis = Analysis.model_validate_json(own.read("analysis.json"))
+        assert analysis.facts.other_layers == (1 - layer,)
+        assert analysis.evaluation.loss is not None
+        transcoders.append(load_transcoder(own))
+        row = next(line for line in combined.splitlines() if line.startswith(f"| [layer {layer}]"))
+        assert all(f"{value:.4g}" in row for value in analysis.summary.fvu)
+        assert as_json[layer]["summary"]["fvu"] == list(analysis.summary.fvu)
+        link = row.split("](")[1].split(")")[0]
+        assert (Path(run.url) / "report" / link).resolve().is_file()
+        history = [json.loads(line) for line in own.read("metrics.jsonl").decode().splitlines()]
+        assert history[-1]["step"] == run.config().total_steps
+        assert {line["layer"] for line in history} == {layer}
+        assert sum(line["seconds"]["all_reduce"] for line in history) > 0
+        assert sum(line["model_seconds"]["forward"] for line in history) > 0
+        assert all(value >= 0 for line in history for value in line["seconds"].values())
+    assert not torch.equal(transcoders[0].W_enc, transcoders[1].W_enc)
+    with pytest.raises(
+        RunError, match=rf"transcoders of 2 layers; name one of them: .*/{RUN_ID}/layer1, .*/{RUN_ID}/layer0"
+    ):
+        open_layer_run(run.url)
+    (line,) = (line for line in served.said.splitlines() if line.startswith("layers "))
+    assert f"{run.url}/layer1 is served, others: {run.url}/layer0" in line
+
+
+def test_the_stream_is_bounded_by_a_small_object_store(served):
+    first, last = served.store.samples[0], served.store.samples[-1]
+    capacity = first.object_store_bytes_used + first.object_store_bytes_avail
+    created = last.cumulative_created_bytes - first.cumulative_created_bytes
+    assert created > 3 * capacity
+    assert last.spilled_bytes_total == first.spilled_bytes_total
+    assert max(sample.object_store_bytes_fallback for sample in served.store.samples) == 0
+
+
+def test_wall_time_is_split_into_parts_that_add_up(served):
+    """That of the last start."""
+    analysis = Analysis.model_validate_json(served.run.read("analysis.json"))
+    timing = analysis.facts.timing
+    assert timing is not None
+    assert sum(timing.trainer_seconds.values()) == pytest.approx(timing.wall_seconds, rel=1e-6)
+    assert timing.trainers == 2
+    assert all(timing.trainer_seconds[part] > 0 for part in PARTS)
+    assert 0.5 * TOKENS < timing.tokens < TOKENS
+    assert timing.wall_seconds < analysis.facts.seconds["train"]
+    parts = timing.forward_seconds + timing.sending_seconds + timing.idle_seconds
+    assert 0.5 * timing.actor_seconds < parts <= timing.actor_seconds * 1.001
+    assert timing.mfu is not None and timing.forward_mfu is not None
+    assert 0 < timing.mfu < timing.forward_mfu
+    assert timing.mfu == pytest.approx(timing.forward_mfu * timing.forward_seconds / timing.actor_seconds)
+    report = served.run.read("report/layer1_analysis_report.md").decode()
+    for words in ("What waited on what", "waiting for activations", "train step", "all-reduce", "model forward", "MFU"):
+        assert words in report
 
 
 def test_recomputation_from_the_run_directory_agrees(served, capsys):
@@ -265,7 +381,7 @@ def test_encode_equals_an_offline_forward(served):
 
 
 def test_report_over_http(served):
-    base, run, _ = served
+    base, run, *_ = served
     markdown = httpx.get(f"{base}/report", timeout=30)
     assert markdown.status_code == 200
     assert markdown.content == run.read("report/layer1_analysis_report.md")
@@ -282,7 +398,7 @@ def test_what_dashboards_ask_for_is_there(served, scraped):
     """A real Prometheus scraped the job, Ray's agents and the service: every diagram has lines to draw."""
     if scraped is None:
         pytest.skip("Debian's prometheus is not installed")
-    base, run, _ = served
+    base, run, *_ = served
     assert httpx.post(f"{base}/encode", json={"inputs": []}, timeout=30).status_code == 400
     rates = "sum by (code) (rate(mtc_encode_requests_total[30s]))"
     deadline = time.monotonic() + 60
@@ -296,10 +412,10 @@ def test_what_dashboards_ask_for_is_there(served, scraped):
     boards = [json.loads(path.read_text()) for path in sorted((ROOT / "k8s" / "monitoring").glob("dashboard-*.json"))]
     for panel in (panel for board in boards for panel in board["panels"]):
         for target in panel["targets"]:
-            expression = target["expr"].replace("$__rate_interval", "30s").replace("$run_id", run.run_id)
+            expression = target["expr"].replace("$__rate_interval", "30s").replace("$run_id", RUN_ID)
             assert prometheus.series(scraped, expression, start, end), (panel["title"], expression)
     # And they are the run's: what the job did, from where it continued, and what it did again.
-    (tokens,) = prometheus.series(scraped, f'mtc_train_tokens_total{{run_id="{run.run_id}"}}', start, end)
+    (tokens,) = prometheus.series(scraped, f'mtc_train_tokens_total{{run_id="{RUN_ID}"}}', start, end)
     row = json.loads(run.read("metrics.jsonl").decode().splitlines()[-1])
     events = [json.loads(line) for line in run.read("events.jsonl").decode().splitlines()]
     batch, again = run.config().optimizer.batch_tokens, sum(event.get("undone", 0) for event in events)
@@ -307,10 +423,12 @@ def test_what_dashboards_ask_for_is_there(served, scraped):
     near = 10 * batch * len(events)  # trainers say so every tenth step; what a killed one had not yet said is not there
     assert least - near <= float(tokens["values"][-1][1]) <= least + batch * again + near
     for prefix, fvu in zip(run.config().transcoder.prefixes, row["fvu"], strict=True):
-        (line,) = prometheus.series(scraped, f'mtc_fvu_ratio{{run_id="{run.run_id}", prefix="{prefix}"}}', start, end)
+        (line,) = prometheus.series(
+            scraped, f'mtc_fvu_ratio{{run_id="{RUN_ID}", prefix="{prefix}",layer="1"}}', start, end
+        )
         assert float(line["values"][-1][1]) == pytest.approx(fvu)
     # Each process says its own part through Ray's agent: two trainers, and for a while those before them.
-    trainers = prometheus.series(scraped, f'ray_mtc_trainer_tokens_total{{run_id="{run.run_id}"}}', start, end)
+    trainers = prometheus.series(scraped, f'ray_mtc_trainer_tokens_total{{run_id="{RUN_ID}"}}', start, end)
     said = [float(trainer["values"][-1][1]) for trainer in trainers]
     assert 2 <= len(said) <= 4 and 0 < max(said) <= row["tokens"], said
 
@@ -332,7 +450,7 @@ def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():
 
 
 def test_the_service_encodes_on_the_gpu_that_it_was_given(head, served):
-    base, run, _ = served
+    base, run, *_ = served
     command = [sys.executable, "-m", "serve.app", "--run", run.url, "--address", head["address"]]
     command += ["--port", str(head["http_port"]), "--set", "num_gpus=1"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)

@@ -70,20 +70,20 @@ class Here:
 
 @pytest.fixture(scope="module")
 def analysed(ray_cluster: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
-    """The same weights analysed in one process and by two model actors; other weights analysed again, with other
-    settings."""
+    """The same weights analysed in this process and by two model actors; other weights analysed again, with other
+    settings, of which what is optional runs in Ray's processes."""
     root = tmp_path_factory.mktemp("runs")
     one, two = (make_run(root, name, 0, text) for name in ("one", "two"))
+    analyse_run(two.url, {"cluster": {"num_model_actors": 2}})
+    optional = {"probe_tasks": ["sotu/spoken"], "spelling": True}
+    settings = {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0} | optional}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster.held_out, "map_on_model_actors", Here)
         analyse_run(one.url, {"cluster": {"num_model_actors": 1}})
-    analyse_run(two.url, {"cluster": {"num_model_actors": 2}})
-    shutil.copytree(one.url, root / "other")
-    other = make_run(root, "other", 1, text)
-    optional = {"probe_tasks": ["sotu/spoken"], "spelling": True}
-    settings = {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0} | optional}
-    before = [other.read(name) for name in ("config.yaml", "transcoder.safetensors")]
-    analyse_run(other.url, settings | {"cluster": {"num_model_actors": 1}})
+        shutil.copytree(one.url, root / "other")
+        other = make_run(root, "other", 1, text)
+        before = [other.read(name) for name in ("config.yaml", "transcoder.safetensors")]
+        analyse_run(other.url, settings | {"cluster": {"num_model_actors": 1}})
     assert before == [other.read(name) for name in ("config.yaml", "transcoder.safetensors")]
     return [one, two, other]
 

@@ -133,6 +133,7 @@ def test_a_run_that_another_job_takes(
     deadline = time.monotonic() + 120
     while cluster.training._placement_groups() != groups:  # the next test needs the CPUs
         assert time.monotonic() < deadline
+        time.sleep(0.1)
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert (code, last["event"]) == (2, "error")
     assert last["message"].endswith("run_id=run: another job writes this run now, process 7 on elsewhere")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import quickstart
+from mtc.config import load_preset, to_yaml
 from mtc.storage import RunDirectory
 
 ANSWER = {"results": [{"tokens": ["<s>", " tax"], "is_special": [True, False], "features": [[], [
@@ -31,6 +32,7 @@ def test_a_run_is_shown_wherever_its_root_is(
         run = RunDirectory(
             f"{arguments[arguments.index('--output.root') + 1]}/{arguments[arguments.index('--output.run_id') + 1]}"
         )
+        run.write("config.yaml", to_yaml(load_preset("tiny")))
         run.write("features.parquet", table.getvalue())
         run.write("report/report.md", "# Report")
 

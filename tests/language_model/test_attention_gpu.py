@@ -112,9 +112,14 @@ def dense(parts: Sequence[Tensor], lengths: Sequence[int], softcap: float | None
     return torch.cat(results, 1).transpose(0, 1)[None]
 
 
-@pytest.mark.parametrize("reach", [None, 100])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize(("heads", "shared", "width"), [(4, 2, 16), (2, 2, 80), (8, 1, 64), (2, 1, 256)])
+# Each shape with each softcap and each reach, and each softcap with each reach.
+@pytest.mark.parametrize(
+    ("heads", "shared", "width", "softcap", "reach"),
+    [
+        (4, 2, 16, None, None), (4, 2, 16, 5.0, 100), (2, 2, 80, None, 100), (2, 2, 80, 5.0, None),
+        (8, 1, 64, None, None), (8, 1, 64, 5.0, 100), (2, 1, 256, None, 100), (2, 1, 256, 5.0, None),
+    ],
+)  # fmt: skip
 def test_one_row_equals_dense_attention(
     backend: Backend, heads: int, shared: int, width: int, softcap: float | None, reach: int | None
 ) -> None:

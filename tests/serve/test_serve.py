@@ -132,6 +132,13 @@ def replicas(deployment: str) -> list[int]:
     return [replica["pid"] for replica in found if replica["state"] == "RUNNING"]
 
 
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)  # asking without a pause takes the cores that a replica needs to start
+
+
 def test_encode_equals_offline_forward(client: httpx.Client, offline: Any, root: Path) -> None:
     response = client.post("/encode", json={"inputs": TEXTS, "top_k": 64})
     assert response.status_code == 200, response.text
@@ -202,9 +209,7 @@ def test_replica_killed_under_load(client: httpx.Client, url: str, offline: Any,
     assert answers == 300 - len(broken) and len(broken) <= 8, broken
     # Its totals are kept, but those of its last second, in which it answered less than the 60.
     assert metric(client, "mtc_encode_requests_total") >= counted + answers - 60
-    deadline = time.monotonic() + 240
-    while len(found := replicas("Server")) < 2 or victim in found:
-        assert time.monotonic() < deadline
+    wait_until(lambda: len(found := replicas("Server")) >= 2 and victim not in found)
     check(client.post("/encode", json={"inputs": "Hello, world", "top_k": 64}).json(), [expected[1]])
 
 
@@ -227,7 +232,7 @@ def test_new_runs_take_over_under_load(client: httpx.Client, url: str, offline: 
     async def swap() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as admin:
             while (await admin.get("/info")).json()["model"]["run_id"] != "published":
-                pass
+                await asyncio.sleep(0.1)
             events["published"] = len(answers)
             (root / "aside" / "damaged").rename(runs["damaged"])
             events["refused"] = await admin.post("/admin/load", json={"model": "damaged"})
@@ -271,9 +276,8 @@ def test_runs_by_name_are_loaded_when_asked_for(client: httpx.Client, offline: A
     request = {"inputs": "Hello, world", "top_k": 64, "model": "third"}
     first = client.post("/encode", json=request)
     assert (first.status_code, first.json()["error_type"], first.headers["retry-after"]) == (503, "loading", "1")
-    deadline = time.monotonic() + 240
-    while (response := client.post("/encode", json=request)).status_code == 503:
-        assert time.monotonic() < deadline
+    wait_until(lambda: client.post("/encode", json=request).status_code != 503)
+    response = client.post("/encode", json=request)
     check(response.json(), [offline(root / "third", "Hello, world")])
     assert response.json()["model"]["run_id"] == "third"
     after = states()
@@ -300,12 +304,9 @@ def test_control_killed_under_load(client: httpx.Client, url: str, offline: Any,
         check(response.json(), [expected[number % len(TEXTS)]])
 
     asyncio.run(load(url, 300, 8, answered))
-    deadline = time.monotonic() + 240
-    while not (found := replicas("Control")) or victim in found:
-        assert time.monotonic() < deadline
-    while (response := client.get("/runs")).status_code != 200:
-        assert time.monotonic() < deadline
-    assert {run["run_id"]: run["state"] for run in response.json()["runs"]}["other"] == "current"
+    wait_until(lambda: bool(found := replicas("Control")) and victim not in found)
+    wait_until(lambda: client.get("/runs").status_code == 200)
+    assert {run["run_id"]: run["state"] for run in client.get("/runs").json()["runs"]}["other"] == "current"
     assert client.get("/info").json()["model"]["run_id"] == "other"
 
 
@@ -338,9 +339,8 @@ def test_clients_that_leave_cost_no_forward_pass(client: httpx.Client, url: str)
 
     before = metric(client, "mtc_encode_batch_tokens_sum")
     asyncio.run(leave())
-    deadline = time.monotonic() + 240
-    while metric(client, "mtc_encode_queue_tokens") or metric(client, "mtc_http_requests_in_flight") > 1:
-        assert time.monotonic() < deadline
+    waiting, working = "mtc_encode_queue_tokens", "mtc_http_requests_in_flight"
+    wait_until(lambda: not metric(client, waiting) and metric(client, working) <= 1)
     assert metric(client, "mtc_encode_batch_tokens_sum") - before < 40 * 60 * 251
     assert client.post("/encode", json={"inputs": "a"}).status_code == 200
 
