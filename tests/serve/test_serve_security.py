@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from serve_local import LocalControl, make_analysed_run, make_run, make_service, served
 
 from mtc.storage import RunDirectory
+from serve import keys as keys_command
 from serve.contract import Encoded, Options, ReplicaMetrics, RunKey, ServiceError, Settings
 from serve.http import ROUTES, check_binding, check_routes, create_app, keys
 from serve.service import Models, Service
@@ -122,11 +123,14 @@ def test_keys_are_added_removed_and_expire(client: httpx.Client, file: Path, mon
     assert file.stat().st_mode & 0o077 == 0
 
 
-def test_command_of_keys(tmp_path: Path) -> None:
+def test_command_of_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run_command(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "serve.keys", *arguments, "--file", str(tmp_path / "keys.json")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr
+        code = keys_command.main([*arguments, "--file", str(tmp_path / "keys.json")])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    help_ = subprocess.run([sys.executable, "-m", "serve.keys", "--help"], capture_output=True, text=True)
+    assert help_.returncode == 0 and "serve.keys add NAME --file" in help_.stdout
 
     status, key = run_command("add", "me", "--admin", "--expires", "2999-01-31")
     assert (status, key[:4]) == (0, "mtc_")
