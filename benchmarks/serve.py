@@ -1,6 +1,6 @@
 """What the service costs beside the models: latency, throughput, overload, and the size and time of its formats.
 
-    python -m benchmarks.serve [--json] [--save] [--pairs N] [--rounds N] [--seconds N] [--kills N] [--threads N]
+    python -m benchmarks.serve [--json] [--save [FILE]] [--pairs N] [--rounds N] [--seconds N] [--kills N] [--threads N]
 
 SmolLM2-135M up to layer 9 with a transcoder of the reference run's shape (4,608 features in groups of 1,152, 2,304 and
 1,152). Its weights are random, with a threshold that lets 48 features fire on a token: nothing that is measured depends
@@ -27,7 +27,7 @@ serve/contract/settings.py; the load comes over the loopback interface from a pr
 
 Tokens per second are the slope of a line through (time, tokens answered until then) without the first seconds, so that
 it does not matter where in a batch the time begins or ends. The last line is one JSON object; `--save` writes it to
-docs/benchmarks/serve.json.
+docs/benchmarks/serve.json, or to a file that is named.
 """
 
 from __future__ import annotations
@@ -393,7 +393,8 @@ def measure(pairs: int, rounds: int, seconds: float, kills: int, threads: int) -
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print only the last line")
-    parser.add_argument("--save", action="store_true", help=f"write the figures to docs/benchmarks/{RESULTS.name}")
+    where = f"write the figures to a file (docs/benchmarks/{RESULTS.name})"
+    parser.add_argument("--save", nargs="?", type=Path, const=RESULTS, metavar="FILE", help=where)
     parser.add_argument("--pairs", type=int, default=1000, help="of requests and forward passes (default: 1,000)")
     parser.add_argument("--rounds", type=int, default=5, help="of loads (default: 5)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load (default: 20)")
@@ -414,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         found = measure(arguments.pairs, arguments.rounds, arguments.seconds, arguments.kills, arguments.threads)
     if arguments.save:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.save.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))
     return 0
 

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.local_ray import check_installation, make_temporary_directory
-from mtc.config import ConfigError
+from mtc.errors import MtcError
 from mtc.storage import RunDirectory, absolute, named_run
 from mtc.telemetry import git_revision
 from serve.contract import ENVIRONMENT, free_ports, proxy_files
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             print_usage(serve_run(start_head(), arguments.run), arguments.run)
         else:
             quickstart(arguments.preset, arguments.root, arguments.run_id, arguments.overrides)
-    except (QuickstartError, ConfigError) as error:
+    except (QuickstartError, MtcError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -102,7 +102,11 @@ def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str])
     print_answer(ask(base, SENTENCE), top_tokens(first))
     print_usage(base, first)
     if others:
-        print(f"layers     {run.location('report')} compares them; {first} is served, others: {', '.join(others)}")
+        serve = "make serve RUN=" if IN_TREE else "python -m jobs.quickstart serve --run "
+        print(
+            f"layers     {first} is served, the first of model.layers; others: {', '.join(map(serve.__add__, others))}"
+        )
+        print(f"           {run.location('report/layers_report.html')} compares them")
 
 
 def start_head() -> dict[str, Any]:

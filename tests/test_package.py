@@ -164,8 +164,8 @@ def test_types_are_seen_from_outside(installed: Path, tmp_path: Path) -> None:
         "from mtc.config import load_preset\n\nreveal_type(load_preset('tiny').transcoder.k)\n"
     )
     # What the package imports from elsewhere takes mypy a minute, and says nothing of the package.
-    others = ("torch", "transformers", "scipy", "numpy", "pyarrow", "fsspec", "tokenizers", "pydantic_settings")
-    others = ",".join(f"{name}.*" for name in others)
+    names = ("torch", "transformers", "scipy", "numpy", "pyarrow", "fsspec", "tokenizers", "pydantic_settings")
+    others = ",".join(f"{name}.*" for name in names)
     (tmp_path / "mypy.ini").write_text(f"[mypy]\n[mypy-{others}]\nfollow_imports = skip\n")
     command = [sys.executable, "-m", "mypy", "--config-file=mypy.ini", "--cache-dir", str(tmp_path / "cache"), "use.py"]
     done = subprocess.run(

@@ -32,7 +32,7 @@ import pytest
 import torch
 import yaml
 from kustomize import find, pods
-from wide_model import make_wide_model
+from wide_model import WIDTH, make_wide_model
 
 from cluster.pipeline import check
 from mtc.analysis import recompute
@@ -162,7 +162,6 @@ class StoreWatch:
         state = get_state_from_address(address)
         self._read = lambda: get_memory_info_reply(state).store_stats
         self._stop = threading.Event()
-
         self._nodes = state.node_table
 
     def __enter__(self):
@@ -183,6 +182,7 @@ class StoreWatch:
     def __exit__(self, *exception):
         self._stop.set()
         self._thread.join()
+        self.samples.append(self._read())
 
 
 class Served(NamedTuple):
@@ -318,14 +318,16 @@ def test_two_transcoders_from_one_pass_and_a_report_of_both(served, interrupted)
     ):
         open_layer_run(run.url)
     (line,) = (line for line in served.said.splitlines() if line.startswith("layers "))
-    assert f"{run.url}/layer1 is served, others: {run.url}/layer0" in line
+    assert f"{run.url}/layer1 is served" in line and line.endswith(f"others: make serve RUN={run.url}/layer0")
 
 
 def test_the_stream_is_bounded_by_a_small_object_store(served):
     first, last = served.store.samples[0], served.store.samples[-1]
     capacity = first.object_store_bytes_used + first.object_store_bytes_avail
     created = last.cumulative_created_bytes - first.cumulative_created_bytes
-    assert created > 3 * capacity
+    timing = Analysis.model_validate_json(served.run.read("analysis.json")).facts.timing
+    assert created > timing.tokens * 4 * WIDTH * 2  # bfloat16 of four sites: all activations went through it
+    assert created > 2 * capacity
     assert last.spilled_bytes_total == first.spilled_bytes_total
     assert max(sample.object_store_bytes_fallback for sample in served.store.samples) == 0
 
@@ -338,7 +340,10 @@ def test_wall_time_is_split_into_parts_that_add_up(served):
     assert sum(timing.trainer_seconds.values()) == pytest.approx(timing.wall_seconds, rel=1e-6)
     assert timing.trainers == 2
     assert all(timing.trainer_seconds[part] > 0 for part in PARTS)
-    assert 0.5 * TOKENS < timing.tokens < TOKENS
+    config = served.run.config()
+    since = [event["step"] for event in analysis.model_dump()["facts"]["events"] if event["kind"] == "resume"][-1]
+    left = (config.total_steps - since) * config.optimizer.batch_tokens
+    assert left < timing.tokens < left + 2 * config.transcoder.calibration_tokens
     assert timing.wall_seconds < analysis.facts.seconds["train"]
     parts = timing.forward_seconds + timing.sending_seconds + timing.idle_seconds
     assert 0.5 * timing.actor_seconds < parts <= timing.actor_seconds * 1.001

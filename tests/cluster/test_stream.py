@@ -48,11 +48,9 @@ def config(wide_model: str, tmp_path_factory: pytest.TempPathFactory) -> RunConf
         "tiny",
         {
             "model": {"name": wide_model, "layers": [1, {"layer": 0, "source": "mlp_in"}]},
-            "data": {"context_length": 64, "num_tokens": 20_000, "unit_tokens": 2048, "shuffle_buffer_tokens": 8192},
-            "optimizer": {"batch_tokens": 2048, "backend": "sparse"},
-            "transcoder": {"calibration_tokens": 8192},
+            "data": {"context_length": 64, "num_tokens": 20_000, "unit_tokens": 2048},
             "cluster": {"num_trainers": 2},
-            "output": {"root": str(tmp_path_factory.mktemp("runs")), "run_id": "two"},
+            "output": {"root": str(tmp_path_factory.mktemp("runs"))},
         },
     )
 

@@ -70,8 +70,8 @@ class Here:
 
 @pytest.fixture(scope="module")
 def analysed(ray_cluster: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
-    """The same weights analysed in this process and by two model actors; other weights analysed again, with other
-    settings, of which what is optional runs in Ray's processes."""
+    """The same weights analysed in this process and by two model actors; other weights analysed again with other
+    settings, whose probes and spelling run in Ray's processes."""
     root = tmp_path_factory.mktemp("runs")
     one, two = (make_run(root, name, 0, text) for name in ("one", "two"))
     analyse_run(two.url, {"cluster": {"num_model_actors": 2}})

@@ -21,7 +21,7 @@ import cluster.training
 from jobs import analyze, export, status, train
 from mtc.config import RunConfig
 from mtc.errors import MtcError, one_line
-from mtc.storage import RunDirectory
+from mtc.storage import RunDirectory, load_analysis, open_run
 from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
 
@@ -108,9 +108,10 @@ def test_a_wrong_option_is_told_in_the_format_that_was_asked_for(capsys: pytest.
 
 
 @pytest.mark.usefixtures("logs_as_before", "ray_cluster")
-def test_a_run_that_another_job_takes(
+def test_a_run_that_another_job_takes_and_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The first job stops; a third one, the tiny preset on CPUs, brings the run to its end."""
     run, over = RunDirectory(str(tmp_path / "run")), threading.Event()
     groups = cluster.training._placement_groups()
 
@@ -139,6 +140,16 @@ def test_a_run_that_another_job_takes(
     assert last["message"].endswith("run_id=run: another job writes this run now, process 7 on elsewhere")
     assert run.exists("writer.json"), "it is the other's now"
     assert not run.is_finished()
+    run.remove("writer.json")
+    assert train.main([*TINY, *options]) == 0
+    said = capsys.readouterr()
+    lines = [line for line in (said.out + said.err).splitlines() if line.startswith("{")]  # some are Ray's
+    assert "finished" in [json.loads(line)["event"] for line in lines]
+    finished = open_run(str(tmp_path / "latest"))
+    analysis = load_analysis(finished)
+    assert finished.url == run.url and analysis.facts.run_id == "run" and analysis.facts.devices == ("cpu",)
+    assert analysis.evaluation.fvu[-1] < 0.9, "nothing was learnt"
+    assert finished.read("report/layer1_analysis_report.html").startswith(b"<!doctype html>")
 
 
 @pytest.mark.usefixtures("logs_as_before")

@@ -22,7 +22,7 @@ ANSWER = {"results": [{"tokens": ["<s>", " tax"], "is_special": [True, False], "
 def test_a_run_is_shown_wherever_its_root_is(
     remote: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names: list[str] = []
+    names, served, layers = list[str](), list[str](), [1]
     root = "memory://quickstart/runs" if remote else str(tmp_path)
 
     def train(head: dict[str, Any], name: str, arguments: list[str]) -> None:
@@ -32,13 +32,13 @@ def test_a_run_is_shown_wherever_its_root_is(
         run = RunDirectory(
             f"{arguments[arguments.index('--output.root') + 1]}/{arguments[arguments.index('--output.run_id') + 1]}"
         )
-        run.write("config.yaml", to_yaml(load_preset("tiny")))
-        run.write("features.parquet", table.getvalue())
-        run.write("report/report.md", "# Report")
+        run.write("config.yaml", to_yaml(load_preset("tiny", {"model": {"layers": layers}})))
+        run.for_layer(layers[0]).write("features.parquet", table.getvalue())
+        run.for_layer(layers[0]).write("report/report.md", "# Report")
 
     monkeypatch.setattr(quickstart, "start_head", lambda: {"metrics_port": 1})
     monkeypatch.setattr(quickstart, "submit_job", train)
-    monkeypatch.setattr(quickstart, "serve_run", lambda head, run: "http://127.0.0.1:1")
+    monkeypatch.setattr(quickstart, "serve_run", lambda head, run: served.append(run) or "http://127.0.0.1:1")
     monkeypatch.setattr(quickstart, "ask", lambda base, text: ANSWER)
     assert quickstart.main(["run", "--", "--output.run_id", "x"]) == 1
     assert "--run-id" in capsys.readouterr().err
@@ -50,6 +50,23 @@ def test_a_run_is_shown_wherever_its_root_is(
     assert quickstart.main(["run", "--preset", "tiny", "--root", root, "--run-id", "mine"]) == 0
     assert f"{root}/mine/report/report.md" in capsys.readouterr().out
     assert names[1].startswith("mine-"), "Ray runs no job again under a name that it has had"
+    layers[:] = [1, 0]
+    assert quickstart.main(["run", "--preset", "tiny", "--root", root, "--run-id", "two"]) == 0
+    printed = capsys.readouterr().out
+    assert [run.removeprefix(root) for run in served[1:]] == ["/mine", "/two/layer1"]
+    assert (
+        f"layers     {root}/two/layer1 is served" in printed and f"others: make serve RUN={root}/two/layer0" in printed
+    )
+    assert f"{root}/two/layer1/report/report.md" in printed
+
+
+def test_a_job_that_left_no_run_is_an_error_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart, "start_head", lambda: {"metrics_port": 1})
+    monkeypatch.setattr(quickstart, "submit_job", lambda *arguments: None)
+    assert quickstart.main(["run", "--root", str(tmp_path), "--run-id", "x", "--", "--print-config"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/x has no file 'config.yaml'\n"
 
 
 def test_ctrl_c_while_the_head_starts_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -23,6 +23,7 @@ from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
 from mtc.storage import RunDirectory, RunError
 from mtc.transcoder import MatryoshkaTranscoder
 
+T = TypeVar("T")
 TEXTS = ["a", "Hello, world", "<bos> is spelled out", "naïve – ünïcode", "x" * 200, "two\nlines"]
 SETTINGS: dict[str, Any] = {
     "max_input_tokens": 256, "max_request_tokens": 4096, "num_replicas": 2, "num_cpus": 0.2,
@@ -110,7 +111,7 @@ async def load(
         async def work() -> None:
             for number in numbers:
                 body = json.dumps({"inputs": TEXTS[number % len(TEXTS)], "top_k": 64}).ljust(
-                    lengths[number // len(TEXTS) % len(lengths)]
+                    lengths[(number + number // len(TEXTS)) % len(lengths)]
                 )
                 try:
                     response = await client.post("/encode", content=body)
@@ -134,11 +135,13 @@ def replicas(deployment: str) -> list[int]:
     return [replica["pid"] for replica in found if replica["state"] == "RUNNING"]
 
 
-def wait_until(reached: Callable[[], bool]) -> None:
+def wait_until(reached: Callable[[], T]) -> T:
+    """What `reached` returns once that is true."""
     deadline = time.monotonic() + 240
-    while not reached():
+    while not (found := reached()):
         assert time.monotonic() < deadline
         time.sleep(0.2)  # asking without a pause takes the cores that a replica needs to start
+    return found
 
 
 def test_encode_equals_offline_forward(client: httpx.Client, offline: Any, root: Path) -> None:
@@ -278,8 +281,8 @@ def test_runs_by_name_are_loaded_when_asked_for(client: httpx.Client, offline: A
     request = {"inputs": "Hello, world", "top_k": 64, "model": "third"}
     first = client.post("/encode", json=request)
     assert (first.status_code, first.json()["error_type"], first.headers["retry-after"]) == (503, "loading", "1")
-    wait_until(lambda: client.post("/encode", json=request).status_code != 503)
-    response = client.post("/encode", json=request)
+    response = wait_until(lambda: None if (r := client.post("/encode", json=request)).status_code == 503 else r)
+    assert response is not None and response.status_code == 200
     check(response.json(), [offline(root / "third", "Hello, world")])
     assert response.json()["model"]["run_id"] == "third"
     after = states()
@@ -307,8 +310,9 @@ def test_control_killed_under_load(client: httpx.Client, url: str, offline: Any,
 
     asyncio.run(load(url, 300, 8, answered))
     wait_until(lambda: bool(found := replicas("Control")) and victim not in found)
-    wait_until(lambda: client.get("/runs").status_code == 200)
-    assert {run["run_id"]: run["state"] for run in client.get("/runs").json()["runs"]}["other"] == "current"
+    response = wait_until(lambda: r if (r := client.get("/runs")).status_code == 200 else None)
+    assert response is not None
+    assert {run["run_id"]: run["state"] for run in response.json()["runs"]}["other"] == "current"
     assert client.get("/info").json()["model"]["run_id"] == "other"
 
 
