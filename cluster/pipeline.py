@@ -89,13 +89,16 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
     set_run(run.run_id)
     log = start_metrics_log(run)
-    with Lease(run) as lease:  # nobody writes into a run that another job writes
-        check_unfinished(run)
-        config = share_places(config, run)
-        check_same_run(config, run)
-        metrics = JobMetrics(config, run.run_id)
-        with metrics.served():
-            _Job(config, plan, run, d_model, log, lease, metrics).run_stages()
+    try:
+        with Lease(run) as lease:  # nobody writes into a run that another job writes
+            check_unfinished(run)
+            config = share_places(config, run)
+            check_same_run(config, run)
+            metrics = JobMetrics(config, run.run_id)
+            with metrics.served():
+                _Job(config, plan, run, d_model, log, lease, metrics).run_stages()
+    finally:
+        ray.kill(log)  # else the run could not be continued as long as anything, such as a traceback, holds the handle
     return run
 
 

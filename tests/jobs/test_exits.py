@@ -114,6 +114,11 @@ def test_a_run_that_another_job_takes_and_leaves(
     """The first job stops; a third one, the tiny preset on CPUs, brings the run to its end."""
     run, over = RunDirectory(str(tmp_path / "run")), threading.Event()
     groups = cluster.training._placement_groups()
+    start, logs = cluster.pipeline.start_metrics_log, list[Any]()
+
+    def start_log(run: RunDirectory) -> Any:
+        logs.append(start(run))  # as a traceback keeps it that a notebook shows
+        return logs[-1]
 
     def take() -> None:
         while not run.exists("writer.json"):
@@ -123,6 +128,7 @@ def test_a_run_that_another_job_takes_and_leaves(
 
     other = threading.Thread(target=take)
     other.start()
+    monkeypatch.setattr(cluster.pipeline, "start_metrics_log", start_log)
     monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
     monkeypatch.setattr(cluster.pipeline, "connected", lambda verbose: nullcontext())
     try:
