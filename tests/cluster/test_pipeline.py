@@ -465,10 +465,10 @@ def test_the_service_encodes_on_the_gpu_that_it_was_given(head, served):
 
 
 def gpus_in_use(head):
-    code = "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); "
-    code += "print(ray.cluster_resources()['GPU'] - ray.available_resources().get('GPU', 0))"
-    environment = os.environ | {"RAY_ADDRESS": head["address"]}
-    return float(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout)
+    from ray._private.internal_api import get_state_from_address
+
+    state = get_state_from_address(head["address"])
+    return state.cluster_resources()["GPU"] - state.available_resources().get("GPU", 0)
 
 
 def wait_for_another_start(run, alive, seconds=300.0):
