@@ -70,6 +70,7 @@ def test_logs_have_no_text_and_one_line_each(url: str, caplog: pytest.LogCapture
         deadline = time.monotonic() + 60
         while "mine-2" not in logged(caplog):  # a request is logged after its answer is sent
             assert time.monotonic() < deadline
+            time.sleep(0.01)
     # Whose clients have left may be logged only now.
     every = [json.loads(line) for line in logged(caplog).splitlines() if line.startswith("{")]
     lines = [line for line in every if line["request_id"].startswith("mine-")]
