@@ -17,6 +17,13 @@ class ModelError(MtcError):
     """The model can't be loaded; the message says what is missing."""
 
 
+class ModelUnreachableError(ModelError):
+    """The model's files could not be read now, because of a disk or a network; starting again may help."""
+
+    exit_code = 1
+    event = "failed"
+
+
 class ModelInfo(NamedTuple):
     """What is known of a model before its weights are read."""
 
@@ -26,6 +33,8 @@ class ModelInfo(NamedTuple):
     """Layers of the whole model, loaded or not."""
     d_model: int
     """Width of the residual stream."""
+    max_positions: int | None
+    """Most tokens of a window that the model knows positions for; None if it does not say."""
 
 
 class Modules(NamedTuple):
@@ -65,10 +74,12 @@ def modules_of(config: ModelConfig, model_type: str | None) -> Modules:
 
 def model_info(model_config: PretrainedConfig) -> ModelInfo:
     text = model_config.get_text_config()
-    return ModelInfo(model_config.model_type, text.num_hidden_layers, text.hidden_size)
+    positions = getattr(text, "max_position_embeddings", None)
+    return ModelInfo(model_config.model_type, text.num_hidden_layers, text.hidden_size, positions)
 
 
-def validate(config: ModelConfig, info: ModelInfo) -> ModelInfo:
+def validate(config: ModelConfig, info: ModelInfo, context_length: int = 0) -> ModelInfo:
+    """Raises ConfigError where the configuration asks for what the model does not have."""
     modules_of(config, info.model_type)
     field = "model.layers" if config.layers else "model.layer"
     for sites in config.sites:
@@ -77,4 +88,10 @@ def validate(config: ModelConfig, info: ModelInfo) -> ModelInfo:
                 f"{field}={sites.layer} is out of range: {config.name} has {info.num_layers} layers "
                 f"(0..{info.num_layers - 1})"
             )
+    # Learnt positions end there. Rotary ones go on, but no longer mean what the model was trained for.
+    if info.max_positions is not None and context_length > info.max_positions:
+        raise ConfigError(
+            f"data.context_length={context_length} is too long: {config.name} knows {info.max_positions} positions "
+            "(max_position_embeddings)"
+        )
     return info

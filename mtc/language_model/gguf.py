@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import gguf
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -19,8 +22,10 @@ from transformers.utils import logging as transformers_logging
 
 from mtc.config import ConfigError, ModelConfig
 from mtc.language_model.architectures import ModelError, ModelInfo
+from mtc.language_model.check import check_report, refuse_pointer
 from mtc.storage import cache_directory, wheel_files, write_atomic
 
+_SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", "", "", "<Q", "<q", "<d")  # by the number of their kind
 _GGUF_NAMES = {"gemma3": "gemma3_text"}  # where GGUF's architecture is called otherwise than transformers' model type
 
 
@@ -78,26 +83,45 @@ def gguf_digest(config: ModelConfig, parts: list[Path]) -> str:
     return found
 
 
-def gguf_info(path: Path) -> ModelInfo:
-    """Read the model's shape from the GGUF file's head. The gguf package's reader takes up to 20 s to parse the
-    vocabulary first."""
-    values: dict[Any, Any] = {}
+def gguf_info(parts: list[Path]) -> ModelInfo:
+    """Read the head of a GGUF file, which is in its first part: the model's shape, and whether all else is there.
+
+    The gguf package's reader takes up to 20 s to parse the vocabulary first. Raises ModelError for a file that is
+    damaged or cut short, has no tokenizer, or tensors of a kind that can't be read.
+    """
+    path = parts[0]
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
-            magic, _, _, count = struct.unpack("<4sIQQ", file.read(24))
-            for _ in range(count if magic == b"GGUF" else 0):
-                key = _gguf_value(file, 8)
-                values[key] = _gguf_value(file, *struct.unpack("<I", file.read(4)))
-                name = str(values.get("general.architecture", ""))
-                layers, width = values.get(f"{name}.block_count"), values.get(f"{name}.embedding_length")
-                if layers and width:
-                    return ModelInfo(_GGUF_NAMES.get(name, name), layers, width)
-    except (struct.error, UnicodeDecodeError, IndexError):
-        pass  # cut short or damaged
-    raise ModelError(f"{path} is no GGUF file, or is damaged: it does not say its architecture, layers and width")
+            values, tensors = _head(file)
+            start = file.tell()
+        name = str(values["general.architecture"])
+        layers, width = int(values[f"{name}.block_count"]), int(values[f"{name}.embedding_length"])
+    except (struct.error, ValueError, LookupError, MemoryError, OverflowError, TypeError):
+        raise ModelError(
+            f"{path} is no GGUF file, or is damaged: its head can't be read up to architecture, layers, width and "
+            "tensors"
+        ) from None
+    start += -start % (values.get("general.alignment") or 32)
+    size, end = sum(part.stat().st_size for part in parts), start + max((tensor.end for tensor in tensors), default=0)
+    if size < end:
+        raise ModelError(f"{path} is cut short: {size:,} bytes of {end:,}")
+    if unknown := sorted({tensor.kind for tensor in tensors if not _readable(tensor.kind)}):
+        raise ModelError(f"{path} has tensors of the type {', '.join(unknown)}, which the gguf package does not read")
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    blocks = {match[1] for tensor in shapes if (match := re.match(r"blk\.(\d+)\.", tensor))}
+    missing = [f"blk.{i}" for i in range(layers) if str(i) not in blocks]
+    if missing or "token_embd.weight" not in shapes:
+        raise ModelError(f"{path} has no weights for {', '.join([*missing, 'token_embd.weight'][:3])}")
+    (wide, rows), tokens = shapes["token_embd.weight"], values.get("tokenizer.ggml.tokens", 0)
+    if wide != width:
+        raise ModelError(f"{path}: token_embd.weight is {wide} wide, {name}.embedding_length={width}")
+    if not tokens or tokens > rows:
+        raise ModelError(f"{path}: its tokenizer has {tokens} tokens, the embedding {rows} rows")
+    return ModelInfo(_GGUF_NAMES.get(name, name), layers, width, values.get(f"{name}.context_length"))
 
 
-def convert_gguf(parts: list[Path], directory: Path) -> None:
+def convert_gguf(config: ModelConfig, parts: list[Path], directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         whole = parts[0]
         if len(parts) > 1:
@@ -108,7 +132,11 @@ def convert_gguf(parts: list[Path], directory: Path) -> None:
                         shutil.copyfileobj(file, out, 1 << 20)
         folder, name = str(whole.parent), whole.name
         transformers_logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, report = loaded
+        check_report(config, report, model.config)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     save_prepared(model, tokenizer, directory, torch.bfloat16)
 
@@ -136,13 +164,70 @@ def _files_named(distribution: str, pattern: str) -> dict[str, Path]:
     return {path.name: path for path in wheel_files(distribution).values() if re.fullmatch(pattern, path.name)}
 
 
+class _Tensor(NamedTuple):
+    """What the head says of one tensor."""
+
+    name: str
+    shape: list[int]
+    """Extents, the innermost first."""
+    kind: str
+    """Name of the type of its numbers, or the type's number if it has none."""
+    end: int
+    """Where its data ends, in bytes from where that of all tensors begins."""
+
+
+def _head(file: BinaryIO) -> tuple[dict[str, Any], list[_Tensor]]:
+    """The values and the tensors that a GGUF file's head lists, the file being left behind it. Raises ValueError, and
+    what `struct` and others raise, for a damaged one."""
+    magic, _, num_tensors, num_values = struct.unpack("<4sIQQ", file.read(24))
+    if magic != b"GGUF":
+        raise ValueError("no GGUF")
+    values: dict[str, Any] = {}
+    for _ in range(num_values):
+        key = _text(file)
+        values[key] = _gguf_value(file, *struct.unpack("<I", file.read(4)))
+    tensors = []
+    for _ in range(num_tensors):
+        name, (dimensions,) = _text(file), struct.unpack("<I", file.read(4))
+        *shape, kind, offset = struct.unpack(f"<{dimensions}QIQ", file.read(8 * dimensions + 12))
+        try:
+            known = gguf.GGMLQuantizationType(kind)
+            block, size = gguf.GGML_QUANT_SIZES[known]
+        except (ValueError, KeyError):
+            tensors.append(_Tensor(name, shape, str(kind), offset))
+            continue
+        tensors.append(_Tensor(name, shape, known.name, offset + math.prod(shape) // block * size))
+    return values, tensors
+
+
+def _readable(kind: str) -> bool:
+    """Whether numbers of a type can be turned into floating point; tried on one block of it."""
+    if kind not in gguf.GGMLQuantizationType.__members__:
+        return False
+    known = gguf.GGMLQuantizationType[kind]
+    try:
+        gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[known][1], np.uint8), known)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _text(file: BinaryIO) -> str:
+    (length,) = struct.unpack("<Q", file.read(8))
+    return file.read(length).decode()
+
+
 def _gguf_value(file: BinaryIO, kind: int) -> Any:
-    """The next value of a GGUF file's head; kinds are numbered as in the GGUF specification: 8 is a string, 9 an
-    array."""
+    """The next value of a GGUF file's head, of an array its length; kinds are numbered as in the GGUF specification:
+    8 is a string, 9 an array."""
     if kind == 8:
-        return file.read(*struct.unpack("<Q", file.read(8))).decode()
-    if kind == 9:
-        element, length = struct.unpack("<IQ", file.read(12))
-        return [_gguf_value(file, element) for _ in range(length)]
-    scalar = "<" + "BbHhIif?__QqD"[kind].replace("D", "d")
-    return struct.unpack(scalar, file.read(struct.calcsize(scalar)))[0]
+        return _text(file)
+    if kind != 9:
+        return struct.unpack(_SCALARS[kind], file.read(struct.calcsize(_SCALARS[kind])))[0]
+    element, length = struct.unpack("<IQ", file.read(12))
+    if element in (8, 9):
+        for _ in range(length):
+            _gguf_value(file, element)
+    else:
+        file.seek(length * struct.calcsize(_SCALARS[element]), 1)
+    return length

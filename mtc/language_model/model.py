@@ -28,7 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from mtc.config import ModelConfig
 from mtc.devices import choose_dtype, is_gpu, send
 from mtc.language_model import attention, flex
-from mtc.language_model.architectures import ModelError, model_info, modules_of, validate
+from mtc.language_model.architectures import model_info, modules_of, validate
+from mtc.language_model.check import check_finite, check_report, check_weights, read_model_config
 from mtc.language_model.packing import PackedWindows, pack_windows
 from mtc.language_model.weights import loading, prepare_model, revision
 
@@ -60,8 +61,12 @@ class LanguageModel:
         self.device = torch.device(device)
         self.dtype = choose_dtype(config.dtype, self.device)
         self.full = full
-        with loading(config):
-            model_config = AutoConfig.from_pretrained(path, **revision(config))
+        if os.path.isdir(path):  # it may have changed since the job began, or be another one on this node
+            model_config = read_model_config(config, path)
+            check_weights(config, path, model_config)
+        else:
+            with loading(config):
+                model_config = AutoConfig.from_pretrained(path, **revision(config))
         info = validate(config, model_info(model_config))
         self.d_model = info.d_model
         text = model_config.get_text_config()
@@ -69,18 +74,20 @@ class LanguageModel:
         if not full:
             _truncate(model_config, max(sites.layer for sites in config.sites) + 1)
         loader: Any = AutoModelForCausalLM if full else AutoModel
-        with loading(config, quiet=not full):  # the upper layers' weights are left unused on purpose
+        with loading(config, report=full):  # the upper layers' weights are left unused on purpose
             model, report = loader.from_pretrained(
                 path,
                 config=model_config,
                 dtype=self.dtype,
                 attn_implementation=attention.NAME,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # an error of ours, below
+                use_safetensors=True,
                 **revision(config),
             )
-        if report["missing_keys"]:  # transformers would go on with random weights
-            raise ModelError(f"{config.name} has no weights for {', '.join(sorted(report['missing_keys']))}")
+        check_report(config, report, model_config)
         self.model: nn.Module = model.to(self.device).eval().requires_grad_(False)
+        check_finite(config, self.model)
         self._base: nn.Module = model.base_model
         modules = modules_of(config, info.model_type)
         layers = [self._base.get_submodule(f"{modules.layers}.{sites.layer}") for sites in config.sites]

