@@ -51,7 +51,7 @@ K = 48
 class CaptureOnlyActor(FeatureActor):
     """Runs the language model over a row's units and throws the activations away."""
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def work(self, batch: pa.Table) -> Iterator[pa.Table]:
         import numpy as np
 
         from mtc.language_model import pack_windows

@@ -7,6 +7,7 @@ blocks, because a read task would ask for a whole CPU.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray.data import DataContext
 
 from cluster.resources import Plan
 from mtc.config import RunConfig
+from mtc.errors import MtcError
 
 UNIT_TYPE = pa.list_(pa.int64())
 TASKS_WANTED = 4096
@@ -26,16 +28,44 @@ GPU_UNITS_PER_TASK = 8  # one unit is sent while the next is computed; at a task
 IN_FLIGHT = 4  # tasks per actor: Ray Data looks for finished ones only about ten times a second
 
 
-class CaptureActor:
-    """A model actor: `cluster.capture.UnitCapture`, loaded where it runs."""
+class ModelActor(ABC):
+    """An actor of the pool of `map_on_model_actors`.
+
+    What is wrong with the model or the data where it runs is raised by its first call: of a call Ray keeps the error,
+    of a constructor only its text.
+    """
 
     def __init__(self, **arguments: Any):
+        self._problem: MtcError | None = None
+        try:
+            self.load(**arguments)
+        except MtcError as error:
+            self._problem = error
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        if self._problem:
+            raise self._problem
+        yield from self.work(batch)
+
+    @abstractmethod
+    def load(self, **arguments: Any) -> None:
+        """Make ready what every call needs."""
+
+    @abstractmethod
+    def work(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """The tables that come from one block."""
+
+
+class CaptureActor(ModelActor):
+    """`cluster.capture.UnitCapture`, loaded where it runs."""
+
+    def load(self, **arguments: Any) -> None:
         # Ray Data's own processes get this class as well: without torch each of them is 240 MB smaller.
         from cluster.capture import UnitCapture
 
         self._capture = UnitCapture(**arguments)
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def work(self, batch: pa.Table) -> Iterator[pa.Table]:
         yield from self._capture(batch)
 
 

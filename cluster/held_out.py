@@ -19,7 +19,7 @@ import ray.data
 import torch
 from safetensors.numpy import load, save
 
-from cluster.activations import UNIT_TYPE, configure_data_context, map_on_model_actors
+from cluster.activations import UNIT_TYPE, ModelActor, configure_data_context, map_on_model_actors
 from cluster.probing import measure_optional
 from cluster.resources import Plan
 from mtc.analysis import (
@@ -113,12 +113,12 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     ]
 
 
-class _HeldOutActor:
+class _HeldOutActor(ModelActor):
     """A model actor with what both passes need: the language model, each layer's transcoder and the token store."""
 
     full_model = False
 
-    def __init__(self, config: RunConfig, run_urls: list[str], store_url: str, device: str, threads: int):
+    def load(self, config: RunConfig, run_urls: list[str], store_url: str, device: str, threads: int) -> None:  # type: ignore[override]
         torch.set_num_threads(threads)
         self.config = config
         self.store = TokenStore.open(store_url)
@@ -132,12 +132,14 @@ class _HeldOutActor:
 class FeatureActor(_HeldOutActor):
     """A model actor: several units -> for each layer one row with all that a HeldOutPass finds in them."""
 
-    def __init__(self, occurrences: np.ndarray, num_documents: int, candidates: list[np.ndarray], **arguments: Any):
-        super().__init__(**arguments)
+    def load(  # type: ignore[override]
+        self, occurrences: np.ndarray, num_documents: int, candidates: list[np.ndarray], **arguments: Any
+    ) -> None:
+        super().load(**arguments)
         self.about = (occurrences, num_documents)
         self.candidates = candidates
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def work(self, batch: pa.Table) -> Iterator[pa.Table]:
         passes = [
             HeldOutPass(self.config, transcoder, *self.about, candidates)
             for transcoder, candidates in zip(self.transcoders, self.candidates, strict=True)
@@ -161,12 +163,12 @@ class WholeModelActor(_HeldOutActor):
 
     full_model = True
 
-    def __init__(self, target_means: list[np.ndarray], num_documents: int, **arguments: Any):
-        super().__init__(**arguments)
+    def load(self, target_means: list[np.ndarray], num_documents: int, **arguments: Any) -> None:  # type: ignore[override]
+        super().load(**arguments)
         self.target_means = [torch.tensor(mean) for mean in target_means]
         self.num_blocks = min(num_documents, MAX_BLOCKS)
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def work(self, batch: pa.Table) -> Iterator[pa.Table]:
         (row,) = batch.to_pylist()
         if row["end"]:
             for at, transcoder in enumerate(self.transcoders):

@@ -46,7 +46,6 @@ class Trained(NamedTuple):
 class TrainingStopped(MtcError):
     """The run cannot go on, and starting it again would not help; the message says why."""
 
-    exit_code = 1
     event = "stopped"
 
 

@@ -15,7 +15,7 @@ from cluster.activations import configure_data_context
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
 from cluster.local_ray import check_installation, temporary_root
-from cluster.outcome import Trained, TrainingStopped, TrainResult
+from cluster.outcome import Trained, TrainResult
 from cluster.places import check_same_run, check_unfinished, output_root, run_directory, share_places
 from cluster.probing import check_optional
 from cluster.progress import ProgressReader, balance, start_metrics_log
@@ -172,13 +172,7 @@ class _Job:
             on_one_gpu(config, self.plan) as plan,
             ProgressReader(self.log, histories, config.total_steps, [self.metrics, *trackers]) as progress,
         ):
-
-            def go_on() -> None:
-                self.lease.require()
-                if progress.stopped:
-                    raise TrainingStopped(progress.stopped)
-
-            trained = train(config, plan, run, store.url, self.d_model, self.log, go_on, work)
+            trained = train(config, plan, run, store.url, self.d_model, self.log, self.lease.require, work)
         first = trained.layers[0]
         done = f"trained {first.tokens:,} tokens in {first.steps:,} steps; " + _thresholds(trained)
         say("trained", done, tokens=first.tokens, steps=first.steps)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STOPPED, RESUMED = "stopped", "resume"  # kinds of events
+RESUMED = "resume"  # a kind of event
 SHOWN = ("step", "tokens", "tokens_per_second", "loss", "fvu", "l0", "dead")  # of a row, in JSON lines
 QUIET = ("checkpoint",)  # kinds that are neither kept nor shown: one a minute, for weeks
 DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
@@ -132,8 +132,6 @@ class ProgressReader:
         for layer, run in runs.items():
             self.histories[layer] = {row["step"]: row for row in run.read_lines("metrics.jsonl")}
             self.events = run.read_lines("events.jsonl")
-        self.stopped: str | None = None
-        """Why a trainer wants the whole run to end; None if none does."""
         self._name, self._position = "", 0
         self._shown_at = 0.0
         self._changed = False
@@ -181,7 +179,7 @@ class ProgressReader:
                 self._tell("account", row)
             else:
                 self._take_metrics(row)
-        if (self._changed and time.monotonic() > self._write_at) or saved or final or self.stopped:
+        if (self._changed and time.monotonic() > self._write_at) or saved or final:
             self._write()
 
     def _take_metrics(self, row: dict[str, Any]) -> None:
@@ -192,8 +190,6 @@ class ProgressReader:
         self._tell("row", row)
 
     def _take_event(self, event: dict[str, Any]) -> None:
-        if event["kind"] == STOPPED:
-            self.stopped = event["message"]
         newest = max(map(_newest, self.histories.values()), default=0)
         if event["kind"] == RESUMED and newest > event["step"]:
             undone = newest - event["step"]
@@ -203,9 +199,8 @@ class ProgressReader:
         if event["kind"] in QUIET:
             return
         self.events.append(event)
-        if event["kind"] != STOPPED:  # the job ends with that
-            fields = {name: value for name, value in event.items() if name not in ("kind", "message", "time")}
-            self._say(event["kind"], f"{event['kind'].replace('_', ' ')}: {event['message']}", **fields)
+        fields = {name: value for name, value in event.items() if name not in ("kind", "message", "time")}
+        self._say(event["kind"], f"{event['kind'].replace('_', ' ')}: {event['message']}", **fields)
 
     def _tell(self, what: str, said: dict[str, Any]) -> None:
         for follower in list(self.followers):

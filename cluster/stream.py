@@ -20,7 +20,7 @@ from cluster.activations import activation_dataset, configure_data_context
 from cluster.resources import Plan, beside, cluster_nodes, make_plan
 from cluster.resume import unneeded_units
 from mtc.config import ConfigError, RunConfig
-from mtc.errors import one_line
+from mtc.errors import known_cause, one_line
 from mtc.storage import Checkpoints
 from mtc.text import TokenStore, work_units
 
@@ -92,11 +92,16 @@ def deal(units: Sequence[Row], trainers: int) -> list[Row]:
 
 
 class TellFailures(ray.train.UserCallback):
-    """Tells the MetricsLog actor why trainers died."""
+    """Tells the MetricsLog actor why trainers died, and ends the training where starting them again would not help."""
 
     def __init__(self, log: Any):
         self.log = log
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for rank, error in sorted(worker_exceptions.items()):
-            self.log.event.remote("failure", f"trainer {rank} died: {one_line(error)}", None)
+            reason = one_line(known_cause(error) or error)
+            self.log.event.remote("failure", f"trainer {rank} died: {reason}", None)
+        for error in worker_exceptions.values():
+            known = known_cause(error)
+            if known and known.permanent:
+                raise known  # an error of a callback is one of Train's controller, after which it tries nothing more

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtc.config import DataConfig, RunConfig
+from mtc.errors import known_cause
 from mtc.text import (
     SCHEMA,
     DataError,
@@ -208,12 +209,7 @@ def _window_tables(
             if table.num_rows:
                 yield table
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, DataError):
-            cause = getattr(cause, "cause", None) or cause.__cause__  # Ray keeps a task's own error in `cause`
-        if cause is None:
-            raise
-        raise DataError(str(cause.args[0])) from None
+        raise known_cause(error) or error from None
 
 
 def _read(batch: dict[str, np.ndarray], data: DataConfig) -> Iterator[pa.Table]:

@@ -24,7 +24,7 @@ from cluster.batches import Batches, Share
 from cluster.blocks import iterate_units
 from cluster.data_state import data_state, position_files
 from cluster.outcome import TrainingStopped, TrainResult, post_event, weights_file
-from cluster.progress import RESUMED, STOPPED
+from cluster.progress import RESUMED
 from cluster.resources import Plan
 from mtc.config import RunConfig, SiteKey
 from mtc.devices import open_device
@@ -85,8 +85,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number in (1, total):
                 _write_down(account, journal, batches, done)
                 _check_health(config, trainers)
-                _check_dropped(config, batches, tell, DROPPED_OF)
-        _check_dropped(config, batches, tell, 0)
+                _check_dropped(config, batches, DROPPED_OF)
+        _check_dropped(config, batches, 0)
         calibrated = _calibrate(trainers, batches)
     _finish(config, trainers, batches, writer, data.generation, rank, calibrated)
 
@@ -222,7 +222,7 @@ def _check_health(config: RunConfig, trainers: list[Trainer]) -> None:
             )
 
 
-def _check_dropped(config: RunConfig, batches: Batches, tell: Callable[..., Any], least: int) -> None:
+def _check_dropped(config: RunConfig, batches: Batches, least: int) -> None:
     """Stop when the language model gave too many activations that are not finite, of `least` tokens or more; called on
     all ranks at once."""
     ledger = batches.ledger
@@ -234,7 +234,6 @@ def _check_dropped(config: RunConfig, batches: Batches, tell: Callable[..., Any]
             f"that are not finite ({dropped / received:.1%}), in {config.model.name} with "
             f"model.dtype={config.model.dtype}"
         )
-        ray.get(tell(STOPPED, reason))  # Ray Train would start the trainers again
         raise TrainingStopped(reason)
 
 

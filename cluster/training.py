@@ -32,7 +32,7 @@ from cluster.resume import read_progress
 from cluster.stream import StreamConfig, TellFailures
 from cluster.train_worker import train_worker
 from mtc.config import RunConfig
-from mtc.errors import MtcError, one_line
+from mtc.errors import MtcError, known_cause, one_line
 from mtc.results import StreamTiming
 from mtc.storage import LISTING_SECONDS, Checkpoint, Checkpoints, RunDirectory, RunError, progress_to_parquet
 from mtc.text import TokenStore, Work
@@ -64,8 +64,9 @@ def train(
 
     Continues from the run's last checkpoint if there is one. Ray Train starts dead trainers again, up to
     `cluster.max_failures` times; if it gives up although there was a new checkpoint in between, or if its controller
-    dies, it is started again here. Raises TrainingFailed if that does not help either, TrainingStopped, also if the
-    ledger does not have every token once, and RunError for checkpoints that cannot be used.
+    dies, it is started again here. Raises TrainingFailed if that does not help either, at once the permanent error of a
+    trainer or a model actor, TrainingStopped also if the ledger does not have every token once, and RunError for
+    checkpoints that cannot be used.
     """
     checkpoints = Checkpoints(run.url)
     tell = partial(post_event, log)
@@ -85,6 +86,9 @@ def train(
             _interruptible(_trainer(config, plan, run, store_url, d_model, log).fit, go_on)
             last = _wait_for_result(checkpoints)
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            known = known_cause(error)
+            if known and known.permanent:
+                raise known from None
             _remove(_placement_groups() - groups)
             last = checkpoints.latest()
             progress = last is not None and last.manifest.step > before
@@ -199,7 +203,5 @@ def _interruptible(call: Callable[[], Any], go_on: Callable[[], None]) -> None:
             break
         go_on()
     if error is not None:
-        for _ in range(3):  # a trainer that wants the run to end says so before it dies
-            go_on()
-            time.sleep(1.0)
+        go_on()
         raise error

@@ -13,7 +13,7 @@ from pydantic import create_model
 from pydantic_settings import BaseSettings, CliSettingsSource
 
 from mtc.config import ConfigError, RunConfig, load_preset, make_config, merge_settings, preset_names
-from mtc.errors import MtcError, one_line
+from mtc.errors import known_cause, one_line
 from mtc.telemetry import FORMAT_VARIABLE, Format, configure, fail
 
 logger = logging.getLogger(__name__)
@@ -93,9 +93,7 @@ def failed(error: Exception) -> int:
 
     What is no MtcError may be a fault of this package: its traceback comes first.
     """
-    cause = getattr(error, "cause", None)  # what Ray wraps
-    known = cause if isinstance(cause, MtcError) else error
-    if isinstance(known, MtcError):
+    if known := known_cause(error):
         fail(known.event, f"{known.event.replace('_', ' ')}: {known}")
         return known.exit_code
     logger.error("a job ends", exc_info=error)

@@ -6,6 +6,9 @@ import re
 from typing import ClassVar
 
 
+_ADVICE = re.compile(r"\nFailed to .* after \d+/\d+ attempts ")
+
+
 class MtcError(Exception):
     """A job cannot go on; the message names the fields, files or limits, and what can be done.
 
@@ -16,6 +19,31 @@ class MtcError(Exception):
     """Exit code of a job that the error ends; 2 is for what comes again until something is changed."""
     event: ClassVar[str] = "error"
     """Kind of the error in JSON lines, and the beginning of its line."""
+
+    @property
+    def permanent(self) -> bool:
+        """Whether it comes again however often the same is tried."""
+        return self.exit_code == 2
+
+
+def known_cause(error: BaseException) -> MtcError | None:
+    """The MtcError that an error comes from, whatever has wrapped it; None if it comes from none.
+
+    Ray keeps the error of a task in `cause`, Ray Train those of its trainers in `worker_failures` and that of its
+    controller in `controller_failure`. Ray Data appends advice on its own settings to the message, which is cut off.
+    """
+    found: list[BaseException | None] = [error]
+    for one in found:
+        if one is None:
+            continue
+        inner = getattr(one, "cause", None)
+        if isinstance(one, MtcError) and inner is None:
+            one.args = tuple(_ADVICE.split(arg)[0] if isinstance(arg, str) else arg for arg in one.args)
+            return one
+        failures = getattr(one, "worker_failures", {}).values()
+        within = (inner, one.__cause__, getattr(one, "controller_failure", None), *failures)
+        found += [each for each in within if isinstance(each, BaseException) and each not in found]
+    return None
 
 
 def one_line(error: BaseException) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +22,9 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 import cluster.pipeline
 import cluster.training
 from jobs import analyze, export, status, train
-from mtc.config import RunConfig
+from mtc.config import ModelConfig, RunConfig
 from mtc.errors import MtcError, one_line
+from mtc.language_model import prepare_model
 from mtc.storage import RunDirectory, load_analysis, open_run
 from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
@@ -36,6 +40,14 @@ def logs_as_before() -> Iterator[None]:
     for logger, handlers, level in before:
         logger.handlers[:] = handlers
         logger.setLevel(level)
+
+
+def wait_for_cpus(groups: set[str]) -> None:
+    """Until there are no other placement groups than these: the next job needs the CPUs."""
+    deadline = time.monotonic() + 120
+    while cluster.training._placement_groups() != groups:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 ACTOR_DIED = ray.exceptions.RayActorError(error_msg="The actor died: its node ran out of memory.")
@@ -137,10 +149,7 @@ def test_a_run_that_another_job_takes_and_leaves(
     finally:
         over.set()
         other.join()
-    deadline = time.monotonic() + 120
-    while cluster.training._placement_groups() != groups:  # the next test needs the CPUs
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_cpus(groups)
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert (code, last["event"]) == (2, "error")
     assert last["message"].endswith("run_id=run: another job writes this run now, process 7 on elsewhere")
@@ -156,6 +165,39 @@ def test_a_run_that_another_job_takes_and_leaves(
     assert finished.url == run.url and analysis.facts.run_id == "run" and analysis.facts.devices == ("cpu",)
     assert analysis.evaluation.fvu[-1] < 0.9, "nothing was learnt"
     assert finished.read("report/layer1_analysis_report.html").startswith(b"<!doctype html>")
+
+
+@pytest.mark.usefixtures("logs_as_before", "ray_cluster")
+def test_a_model_that_changes_after_the_check_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are cut short when the text is tokenised; what a model actor then finds is said in one line."""
+    shutil.copytree(prepare_model(ModelConfig(name="random:llama", layer=1)), tmp_path / "model")
+    groups, starts = cluster.training._placement_groups(), list[str]()
+    trainer = cluster.training._trainer
+
+    def damage_and_train(*arguments: Any) -> Any:
+        starts.append("start")
+        os.truncate(tmp_path / "model/model.safetensors", 60_000)
+        return trainer(*arguments)
+
+    monkeypatch.setattr(cluster.training, "_trainer", damage_and_train)
+    monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
+    monkeypatch.setattr(cluster.pipeline, "connected", lambda verbose: nullcontext())
+    options = ["--model.name", str(tmp_path / "model"), "--output.root", str(tmp_path), "--output.run_id", "run"]
+    code = train.main([*TINY, *options, "--log-format", "json"])
+    wait_for_cpus(groups)
+    said = capsys.readouterr()
+    lines = [json.loads(line) for line in said.err.splitlines()]
+    assert (code, lines[-1]["event"]) == (2, "error")
+    assert re.search(
+        r"model\.safetensors is cut short or damaged, 60,000 bytes of \d\d\d?,\d{3}: ", lines[-1]["message"]
+    )
+    assert "Traceback" not in said.err + said.out
+    events = [json.loads(line) for line in RunDirectory(str(tmp_path / "run")).read("events.jsonl").splitlines()]
+    assert [event["kind"] for event in events] == ["failure"], "one start"
+    assert starts == ["start"]
+    assert "cut short" in events[0]["message"]
 
 
 @pytest.mark.usefixtures("logs_as_before")
