@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-
 _ADVICE = re.compile(r"\nFailed to .* after \d+/\d+ attempts ")
 
 
