@@ -46,7 +46,7 @@ def check(config: RunConfig) -> None:
     if config.output.run_id:
         check_unfinished(run := run_directory(config))
         check_same_run(config, run)
-    check_model(config.model)
+    check_model(config.model, config.data.context_length)
     check_data(config)
     check_optional(config)
     check_trackers(config)
@@ -82,7 +82,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     An unfinished run of the same `output.run_id` continues from its last checkpoint.
     """
     configure_data_context()
-    d_model = check_model(config.model).d_model
+    d_model = check_model(config.model, config.data.context_length).d_model
     plan = make_plan(config, cluster_nodes(), d_model)
     check_devices(config, plan)
     run = run_directory(config)

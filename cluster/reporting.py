@@ -101,7 +101,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         raise RunError(f"{run.url} is one layer of a run of several, which are analysed together: name {whole}")
     config = changed_config(run, overrides)
     check_optional(config)
-    info = check_model(config.model)
+    info = check_model(config.model, config.data.context_length)
     configure_data_context()
     plan = make_plan(config, cluster_nodes(), info.d_model)
     check_devices(config, plan)

@@ -156,11 +156,12 @@ def check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, row
         )
 
 
-def check_finite(config: ModelConfig, model: torch.nn.Module) -> None:
-    """Raises ModelError if a weight is NaN or infinite: then all activations would be."""
-    for name, weight in model.named_parameters():
+def check_finite(config: ModelConfig, layers: torch.nn.Module) -> None:
+    """Raises ModelError if a weight of a layer is NaN or infinite: then the activations of every token would be. Those
+    of the embedding concern single tokens, which are dropped and counted."""
+    for name, weight in layers.named_parameters():
         if not torch.stack(weight.aminmax()).isfinite().all():  # both are NaN if one weight is
-            raise ModelError(f"{config.name}: {name} has values that are not finite in {weight.dtype}")
+            raise ModelError(f"{config.name}: layers.{name} has values that are not finite in {weight.dtype}")
 
 
 @contextmanager

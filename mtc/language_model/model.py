@@ -87,9 +87,9 @@ class LanguageModel:
             )
         check_report(config, report, model_config)
         self.model: nn.Module = model.to(self.device).eval().requires_grad_(False)
-        check_finite(config, self.model)
         self._base: nn.Module = model.base_model
         modules = modules_of(config, info.model_type)
+        check_finite(config, self._base.get_submodule(modules.layers))
         layers = [self._base.get_submodule(f"{modules.layers}.{sites.layer}") for sites in config.sites]
         self._norms = [layer.get_submodule(modules.norm) for layer in layers]
         self._mlps = [layer.get_submodule(modules.mlp_out) for layer in layers]

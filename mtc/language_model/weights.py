@@ -126,12 +126,12 @@ def loading(config: ModelConfig, report: bool = True) -> Iterator[None]:
 
 def _may_pass(error: OSError) -> bool:
     """Whether a file could not be read because of a disk or a network; transformers gives errors of its own a cause."""
+    network = (ConnectionError, TimeoutError, hub_errors.LocalEntryNotFoundError)
+    if isinstance(error, network) or isinstance(error.__cause__, network):
+        return True
     if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
         return False
-    network = (ConnectionError, TimeoutError, hub_errors.LocalEntryNotFoundError)
-    if error.errno is not None or isinstance(error, network) or isinstance(error.__cause__, network):
-        return True
-    return getattr(getattr(error.__cause__, "response", None), "status_code", 0) >= 500
+    return error.errno is not None or getattr(getattr(error.__cause__, "response", None), "status_code", 0) >= 500
 
 
 def revision(config: ModelConfig) -> dict[str, str]:
