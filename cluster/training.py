@@ -34,7 +34,15 @@ from cluster.train_worker import train_worker
 from mtc.config import RunConfig
 from mtc.errors import MtcError, known_cause, one_line
 from mtc.results import StreamTiming
-from mtc.storage import LISTING_SECONDS, Checkpoint, Checkpoints, RunDirectory, RunError, progress_to_parquet
+from mtc.storage import (
+    LISTING_SECONDS,
+    Checkpoint,
+    Checkpoints,
+    NotVisibleError,
+    RunDirectory,
+    RunError,
+    progress_to_parquet,
+)
 from mtc.text import TokenStore, Work
 from mtc.transcoder import backend
 
@@ -159,7 +167,7 @@ def _wait_for_result(checkpoints: Checkpoints) -> Checkpoint:
     deadline = time.monotonic() + LISTING_SECONDS
     while (last := checkpoints.latest()) is None or not last.is_result:
         if time.monotonic() > deadline:
-            raise RunError(
+            raise NotVisibleError(
                 f"{checkpoints.url}: the trainers ended, but the checkpoint with their result is not visible here "
                 f"after {LISTING_SECONDS:.0f} s; submit the job again"
             )

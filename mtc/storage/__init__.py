@@ -1,6 +1,6 @@
 """Where a run lives: its directory on any file system, checkpoints, the writer's lease, its status."""
 
-from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, CheckpointWriter
+from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, CheckpointWriter, NotVisibleError
 from mtc.storage.files import absolute, cache_directory, patiently, write_atomic
 from mtc.storage.lease import Lease
 from mtc.storage.ledger import Ledger, Progress, merge_progress, progress_from_parquet, progress_to_parquet, rows_left
@@ -20,9 +20,9 @@ from mtc.storage.status import describe, run_status
 from mtc.storage.wheels import wheel_files
 
 __all__ = [
-    "LISTING_SECONDS", "Checkpoint", "CheckpointWriter", "Checkpoints", "Lease", "Ledger", "Manifest", "Progress",
-    "RunDirectory", "RunError", "absolute", "cache_directory", "describe", "json_lines", "load_analysis",
-    "merge_progress", "named_run", "open_layer_run", "open_run", "parse_analysis", "patiently",
+    "LISTING_SECONDS", "Checkpoint", "CheckpointWriter", "Checkpoints", "Lease", "Ledger", "Manifest",
+    "NotVisibleError", "Progress", "RunDirectory", "RunError", "absolute", "cache_directory", "describe", "json_lines",
+    "load_analysis", "merge_progress", "named_run", "open_layer_run", "open_run", "parse_analysis", "patiently",
     "progress_from_parquet", "progress_to_parquet", "require_one_layer", "rows_left", "run_status", "wheel_files",
     "write_atomic",
 ]  # fmt: skip

@@ -38,6 +38,13 @@ class DamagedError(RunError):
     """A checkpoint's files are not those that were written."""
 
 
+class NotVisibleError(RunError):
+    """What another node has written is not seen on this one yet; starting again may help."""
+
+    exit_code = 1
+    event = "failed"
+
+
 class CheckpointManifest(Record):
     format_version: int
     """Layout of the checkpoint; readers refuse another one."""
@@ -160,11 +167,12 @@ class Checkpoints:
             raise DamagedError(f"{directory.location(MANIFEST)} is damaged: {error}") from None
 
     def wait_for(self, name: str, seconds: float = LISTING_SECONDS) -> Checkpoint:
-        """A completed checkpoint that another node may just have written; raises RunError if it does not appear."""
+        """A completed checkpoint that another node may just have written; raises NotVisibleError if it does not
+        appear."""
         deadline = time.monotonic() + seconds
         while not self.subdirectory(name).exists(MANIFEST):
             if time.monotonic() > deadline:
-                raise RunError(f"{self.url}: checkpoint {name} is not visible here after {seconds:.0f} s")
+                raise NotVisibleError(f"{self.url}: checkpoint {name} is not visible here after {seconds:.0f} s")
             time.sleep(0.5)
         return self.open(name)
 

@@ -198,6 +198,13 @@ class TokenStoreWriter:
         self._shards.append(shard)
 
 
+class StoreMissingError(DataError):
+    """A store, or a part of it, is not there; a node may not see yet what another one has written."""
+
+    exit_code = 1
+    event = "failed"
+
+
 class TokenStore:
     """A finished store, read lazily: the columns that describe windows on first use, then the ids, as flat arrays.
 
@@ -220,7 +227,7 @@ class TokenStore:
             problem = (
                 f"{url} has no {STORE_FILE}: it is not finished" if fs.exists(path) else f"no token store at {url}"
             )
-            raise DataError(problem) from None
+            raise StoreMissingError(problem) from None
         if raw.get("format_version") != FORMAT_VERSION:
             raise DataError(
                 f"{url}/{STORE_FILE}: format_version {raw.get('format_version')!r} is unknown; "
@@ -302,7 +309,7 @@ class TokenStore:
             try:
                 table = patiently(read)
             except FileNotFoundError:
-                raise DataError(f"{self.url} has no {shard.name}") from None
+                raise StoreMissingError(f"{self.url} has no {shard.name}") from None
             except pa.ArrowException as error:
                 raise DataError(f"{self.url}/{shard.name} is damaged: {error}") from error
             if table.num_rows != shard.rows:

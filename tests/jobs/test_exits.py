@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,18 +18,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.data
 import ray.exceptions
-from ray.train.v2.api.exceptions import WorkerGroupError
+import ray.train
+from ray.exceptions import RayTaskError
+from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.factory import create_failure_policy
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 import cluster.pipeline
 import cluster.training
+from cluster.outcome import TrainingStopped
+from cluster.stream import TellFailures
 from jobs import analyze, export, status, train
 from mtc.config import ModelConfig, RunConfig
-from mtc.errors import MtcError, one_line
-from mtc.language_model import prepare_model
-from mtc.storage import RunDirectory, load_analysis, open_run
+from mtc.errors import MtcError, known_cause, one_line
+from mtc.language_model import ModelError, prepare_model
+from mtc.language_model.architectures import ModelUnreachableError
+from mtc.storage import NotVisibleError, RunDirectory, load_analysis, open_run
 from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
+from mtc.text.token_store import StoreMissingError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--preset", "tiny", "--cluster.num_model_actors", "1", "--cluster.num_trainers", "1")
@@ -211,6 +224,67 @@ def test_data_that_a_task_refuses(
     monkeypatch.setattr(train.signal, "signal", lambda *handler: None)
     assert train.main(["--preset", "tiny"]) == 2
     assert capsys.readouterr().err == "error: data.name='x' has no text\n"
+
+
+def in_a_task(error: Exception) -> Exception:
+    """What Ray raises for an error of a task."""
+    return RayTaskError("map", "Traceback ...", error, "ray::map", 1, "127.0.0.1").as_instanceof_cause()
+
+
+GONE = ModelError("m holds no weights")
+PERMANENT = [
+    GONE,
+    in_a_task(GONE),
+    in_a_task(in_a_task(in_a_task(DataError("data.name='x' has no text")))),  # actor, split coordinator, trainer
+    in_a_task(TrainingStopped("data.max_skipped_share=0.05")),
+]
+MAY_PASS = [
+    ACTOR_DIED,
+    in_a_task(ACTOR_DIED),
+    in_a_task(ModelUnreachableError("m can't be loaded: Stale file handle")),
+    in_a_task(NotVisibleError("checkpoint step-1 is not visible here")),
+    in_a_task(StoreMissingError("no token store at nfs/tokens/1")),
+    in_a_task(OSError(5, "Input/output error")),
+    FloatingPointError("no finite gradient"),
+]
+
+
+@pytest.mark.parametrize("error", [*PERMANENT, *MAY_PASS])
+def test_trainers_are_started_again_unless_that_is_useless(error: Exception) -> None:
+    """What Ray Train's controller does with what a trainer raised; the other one died with it."""
+    told = list[Any]()
+    callback = TellFailures(SimpleNamespace(event=SimpleNamespace(remote=lambda *event: told.append(event))))
+    handler = UserCallbackHandler([callback], None)  # type: ignore[arg-type]
+    errors = {0: RuntimeError("Connection closed by peer"), 1: pickle.loads(pickle.dumps(error))}
+    status = WorkerGroupPollStatus({rank: WorkerStatus(running=False, error=each) for rank, each in errors.items()})
+    decided = None
+    try:
+        handler.after_worker_group_poll_status(status)
+    except Exception as raised:  # as the controller takes it
+        policy = create_failure_policy(ray.train.FailureConfig(max_failures=3))
+        decided = policy.make_decision(failure := ControllerError(raised))
+        assert known_cause(pickle.loads(pickle.dumps(failure))).args == known_cause(error).args  # type: ignore[union-attr]
+    assert decided is (FailureDecision.RAISE if error in PERMANENT else None)
+    assert [event[0] for event in told] == ["failure", "failure"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("wrong", ["read", "tokenise"])
+def test_what_ray_data_adds_to_an_error_is_left_out(wrong: str) -> None:
+    """A task of Ray Data that refuses its data, in its middle and at its start."""
+
+    def refuse(batch: Any) -> Any:
+        raise DataError("data.name='x' has no text")
+
+    def refuse_later(batch: Any) -> Any:
+        yield batch
+        refuse(batch)
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test
+    work: Any = refuse if wrong == "read" else refuse_later
+    with pytest.raises(Exception, match="has no text") as caught:
+        ray.data.from_items([1]).map_batches(work, num_cpus=0.1).materialize()
+    assert repr(known_cause(caught.value)) == repr(DataError("data.name='x' has no text"))
 
 
 @pytest.mark.parametrize(
