@@ -38,9 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         from cluster.pipeline import connected
         from cluster.probing import check_optional
         from cluster.reporting import analyse_run, changed_config
+        from mtc.language_model import check_model
 
-        # A mistake costs no start of a cluster.
-        check_optional(changed_config(run, overrides))
+        # A mistake, or a model that is gone meanwhile, costs no start of a cluster.
+        config = changed_config(run, overrides)
+        check_optional(config)
+        check_model(config.model, config.data.context_length)
         with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)
             analyse_run(arguments.run, overrides)

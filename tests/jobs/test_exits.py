@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -21,6 +20,7 @@ import pytest
 import ray.data
 import ray.exceptions
 import ray.train
+from ray import cloudpickle as pickle
 from ray.exceptions import RayTaskError
 from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -33,7 +33,7 @@ import cluster.training
 from cluster.outcome import TrainingStopped
 from cluster.stream import TellFailures
 from jobs import analyze, export, status, train
-from mtc.config import ModelConfig, RunConfig
+from mtc.config import ModelConfig, RunConfig, load_preset, to_yaml
 from mtc.errors import MtcError, known_cause, one_line
 from mtc.language_model import ModelError, prepare_model
 from mtc.language_model.architectures import ModelUnreachableError
@@ -178,6 +178,20 @@ def test_a_run_that_another_job_takes_and_leaves(
     assert finished.url == run.url and analysis.facts.run_id == "run" and analysis.facts.devices == ("cpu",)
     assert analysis.evaluation.fvu[-1] < 0.9, "nothing was learnt"
     assert finished.read("report/layer1_analysis_report.html").startswith(b"<!doctype html>")
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_a_finished_run_whose_model_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write("config.yaml", to_yaml(load_preset("tiny", {"model": {"name": str(tmp_path / "gone")}})))
+    run.write("transcoder.safetensors", b"")
+    run.publish()
+    monkeypatch.setattr(cluster.pipeline, "connected", None)  # no cluster is started
+    assert analyze.main(["--run", run.url]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: model.name={tmp_path / 'gone'} is neither a directory nor a hub id")
 
 
 @pytest.mark.usefixtures("logs_as_before", "ray_cluster")
