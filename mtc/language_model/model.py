@@ -30,6 +30,7 @@ from mtc.devices import choose_dtype, is_gpu, send
 from mtc.language_model import attention, flex
 from mtc.language_model.architectures import model_info, modules_of, validate
 from mtc.language_model.check import check_finite, check_report, check_weights, read_model_config
+from mtc.language_model.honoured import check_fields
 from mtc.language_model.packing import PackedWindows, pack_windows
 from mtc.language_model.weights import loading, prepare_model, revision
 
@@ -68,6 +69,7 @@ class LanguageModel:
             with loading(config):
                 model_config = AutoConfig.from_pretrained(path, **revision(config))
         info = validate(config, model_info(model_config))
+        check_fields(config.name, model_config)
         self.d_model = info.d_model
         text = model_config.get_text_config()
         self.vocab_size: int = text.vocab_size
@@ -145,7 +147,8 @@ class LanguageModel:
     def capture(self, windows: PackedWindows, only: Tensor | None = None) -> tuple[SitePair, ...]:
         """Activations at the sites of every entry of `config.sites`, of all tokens or of those with the indices `only`.
 
-        `only` is [chosen] int64. The result is ordinary tensors, on the model's device, that can be trained on.
+        `only` is [chosen] int64. The result is ordinary tensors, on the model's device, that can be trained on. Raises
+        ValueError for a window that is longer than the model has positions.
         """
         rows = None if only is None else send(only, self.device)
         with torch.inference_mode(), self._watch() as seen:
@@ -169,7 +172,8 @@ class LanguageModel:
         """Next-token logits [tokens, vocabulary] in the model's dtype, of all tokens or of those with indices `only`.
 
         `replace(source, mlp_out)`, both [tokens, d_model], returns what entry `at` of `config.sites` adds to the
-        residual stream instead of `mlp_out`. Raises ValueError if the model was not loaded with `full=True`.
+        residual stream instead of `mlp_out`. Raises ValueError if the model was not loaded with `full=True`, and for a
+        window that is longer than the model has positions.
         """
         if not self.full:
             raise ValueError("logits need the whole model: LanguageModel(config, full=True)")
@@ -245,6 +249,12 @@ class LanguageModel:
         return model(**self._inputs(windows), **others)
 
     def _inputs(self, windows: PackedWindows) -> dict[str, Any]:
+        longest = max(windows.lengths, default=0)
+        if self._context_length is not None and longest > self._context_length:
+            # There are no embeddings for more, or, with dynamic RoPE, all windows of a pass would change with one.
+            raise ValueError(
+                f"a window of {longest} tokens, but {self.config.name} has {self._context_length} positions"
+            )
         return {
             "input_ids": send(windows.input_ids, self.device).unsqueeze(0),
             "position_ids": send(windows.position_ids, self.device).unsqueeze(0),

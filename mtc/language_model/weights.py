@@ -41,6 +41,7 @@ from mtc.language_model.check import (
     read_model_config,
 )
 from mtc.language_model.gguf import convert_gguf, gguf_digest, gguf_info, gguf_parts, save_prepared
+from mtc.language_model.honoured import check_fields
 from mtc.storage import cache_directory
 
 HUB_TIMEOUT_S = 3.0
@@ -54,8 +55,8 @@ def check_model(config: ModelConfig, context_length: int = 0) -> ModelInfo:
 
     Raises ModelError if it can't be had (hub unreachable, gated or unknown; wheel or file missing; digest differs) or
     could not be used once it is loaded (check.py says what is looked at; of what is not in the hub's cache yet only
-    config.json), and ConfigError if the architecture is unknown, or `model.layer` or `context_length`, a window's
-    tokens, out of its range.
+    config.json), and ConfigError if the architecture is unknown, its configuration asks for what is not supported
+    (honoured.py), or `model.layer` or `context_length`, a window's tokens, is out of its range.
     """
     if config.name.startswith("random:"):
         return validate(config, model_info(_random_config(config)), context_length)
@@ -73,6 +74,7 @@ def check_model(config: ModelConfig, context_length: int = 0) -> ModelInfo:
             raise _hub_error(config, error) from error
     model_config = read_model_config(config, directory)
     info = validate(config, model_info(model_config), context_length)
+    check_fields(config.name, model_config)
     check_weights(config, directory, model_config, complete=local)
     if local:
         check_tokenizer_files(config, directory)
