@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,6 +30,12 @@ def model_card(
         "base_model": config.model.name if on_hub(config.model.name) else None,
         "datasets": [config.data.name] if on_hub(config.data.name) and not subject.imported else None,
         "tags": ["transcoder", "matryoshka", "sparse-autoencoder", "interpretability", "mtc", *tags],
+        "mtc": {
+            "hook_name": hook_name,
+            "hook_name_out": hook_name_out,
+            "group_sizes": list(subject.group_sizes),
+            "k": min(config.transcoder.k, subject.prefix),
+        },
     }
     front = yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False)
     whole = subject.prefix == transcoder.num_features
@@ -76,6 +83,17 @@ such as the first one of a text (BOS), out of training and of all figures.
 
 {_quality(subject)}
 {notice}"""
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """What a card that we wrote says of the transcoder beside it, named as in SAELens's metadata; empty for others'."""
+    match = re.match(r"---\n(.*?)\n---\n", path.read_text(errors="replace"), re.DOTALL) if path.is_file() else None
+    try:
+        front = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:  # not ours
+        front = None
+    ours = front.get("mtc") if isinstance(front, dict) else None
+    return ours | {"mtc": ours} if isinstance(ours, dict) else {}
 
 
 def on_hub(name: str) -> bool:

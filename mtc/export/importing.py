@@ -12,7 +12,6 @@ import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,18 +20,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtc.config import RunConfig, to_yaml
-from mtc.errors import MtcError
-from mtc.language_model import MODULES, ModelInfo
+from mtc.export.card import read_card
+from mtc.export.import_metadata import (
+    ImportFailure,
+    check_cfg,
+    check_sizes,
+    metadata_of,
+    read_groups,
+    read_sites,
+)
+from mtc.language_model import ModelInfo
 from mtc.storage import RunDirectory, RunError
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 
 LAYER_NORM = ("gpt2", "gpt_neox")
 """Architectures whose norm before the MLP is a LayerNorm, not an RMS norm."""
-SAELENS_ARCHITECTURES = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-
-
-class ImportFailure(MtcError):
-    """The files are no transcoder that we can use; the message says why."""
+_AUTOENCODERS = re.compile(r"gemma-scope-[^/]*-(?:res|att|mlp)(?:-canonical)?(?=/)")
+"""Repositories of Gemma Scope whose `params.npz` has the same arrays as a transcoder's."""
 
 
 class Imported(NamedTuple):
@@ -64,24 +68,33 @@ def read_gemma_scope(path: str) -> Imported:
     layout.
 
     Gemma Scope's transcoders read the residual stream divided by its root mean square, before the norm's gain: our
-    `resid_mid` with `input_norm: rms`. Layer and k are taken from the path where it says them (`layer_5`,
-    `average_l0_59`).
+    `resid_mid` with `input_norm: rms`, unless a card that we exported beside the file says what it reads. Layer and k
+    are taken from the path where it says them (`layer_5`, `average_l0_59`).
     """
     file = _local(path)
     file = file / "params.npz" if file.is_dir() else file
+    if match := _AUTOENCODERS.search(str(file.absolute())):
+        raise ImportFailure(
+            f"{file}: {match[0]} holds autoencoders, which read and write one site; this is no transcoder"
+        )
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise TypeError("it is a single array")
-            tensors = {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        raise ImportFailure(f"{file} is not a readable npz file: {error}") from None
-    known: dict[str, Any] = {
-        "model": {"source": "resid_mid"} | _in_path(file, "layer", r"layer_(\d+)"),
-        "transcoder": {"input_norm": "rms"} | _in_path(file, "k", r"average_l0_(\d+)"),
-    }
-    _check_names(file, set(tensors), {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"})
-    return _imported(file, tensors, True, known, {"format": "gemma-scope-npz"} | _digests(file))
+            found = {name: arrays[name] for name in arrays.files}
+        tensors = {name: torch.from_numpy(array) for name, array in found.items()}
+    except Exception as error:  # of zipfile, zlib, tokenize, ast or NumPy, whatever the damage meets first
+        raise ImportFailure(f"{file} is not a readable npz file: {type(error).__name__}: {error}") from None
+    tensors = _checked(file, tensors, {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"})
+    readme = file.with_name("README.md")
+    card = read_card(readme)
+    known: dict[str, Any] = (
+        read_sites(file, card) if card else {"model": {"source": "resid_mid"}, "transcoder": {"input_norm": "rms"}}
+    )
+    known["model"] = _in_path(file, "layer", r"layer_(\d+)") | known["model"]
+    known["transcoder"] |= _in_path(file, "k", r"average_l0_(\d+)") | read_groups(file, card, len(tensors["b_enc"]))
+    origin = {"format": "gemma-scope-npz"} | _digests(file) | (_digests(readme) if card else {})
+    return _imported(tensors, known["transcoder"].get("input_norm") == "rms", known, origin)
 
 
 def read_saelens(path: str) -> Imported:
@@ -91,33 +104,26 @@ def read_saelens(path: str) -> Imported:
     config_file, weights_file = folder / "cfg.json", folder / "sae_weights.safetensors"
     try:
         cfg = json.loads(config_file.read_text())
-        tensors = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
-        parts = (cfg, cfg.get("metadata") or {}) if isinstance(cfg, dict) else (cfg,)
-        if not all(isinstance(part, dict) for part in parts):
-            raise TypeError("cfg.json is not made of mappings")
+        tensors = load_file(weights_file)
+        if not isinstance(cfg, dict):
+            raise TypeError("cfg.json is no mapping")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ImportFailure(f"{folder} is not a readable SAELens folder: {error}") from None
-    architecture = cfg.get("architecture")
-    if architecture not in SAELENS_ARCHITECTURES:
-        why = "it has no threshold" if "topk" in str(architecture) else "it is no transcoder"
-        raise ImportFailure(
-            f"{config_file}: architecture={architecture!r} can't be used, {why}; "
-            f"usable are {', '.join(SAELENS_ARCHITECTURES)}"
-        )
-    if cfg.get("reshape_activations", "none") != "none":
-        raise ImportFailure(
-            f"{config_file}: reshape_activations={cfg['reshape_activations']!r} can't be used, only none"
-        )
-    skip, jump = "skip" in architecture, "jumprelu" in architecture
+    check_cfg(config_file, cfg)
+    skip, jump = "skip" in cfg["architecture"], "jumprelu" in cfg["architecture"]
     names = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if jump else set()) | ({"W_skip"} if skip else set())
-    _check_names(weights_file, set(tensors), names)
+    tensors = _checked(weights_file, tensors, names)
     tensors.setdefault("threshold", torch.zeros_like(tensors["b_enc"]))
-    metadata = cfg.get("metadata") or {}
-    known = _saelens_sites(config_file, cfg, metadata, skip)
-    known["transcoder"] |= _saelens_groups(config_file, metadata, len(tensors["b_enc"]))
+    (d_in, d_sae), d_out = tensors["W_enc"].shape, tensors["W_dec"].shape[1]
+    check_sizes(config_file, cfg, {"d_in": d_in, "d_out": d_out, "d_sae": d_sae})
+    metadata = metadata_of(config_file, cfg)
+    known = read_sites(config_file, metadata, cfg.get("normalize_activations", "none"), skip)
+    known["transcoder"] |= read_groups(config_file, metadata, len(tensors["b_enc"]))
+    if revision := (metadata.get("model_from_pretrained_kwargs") or {}).get("revision"):
+        known["model"]["revision"] = revision
     normalised = str(metadata.get("hook_name")).endswith(".hook_normalized")
     origin = {"format": "saelens"} | _digests(config_file) | _digests(weights_file)
-    return _imported(weights_file, tensors, normalised, known, origin)
+    return _imported(tensors, normalised, known, origin)
 
 
 def write_run(imported: Imported, config: RunConfig, info: ModelInfo, run: RunDirectory) -> None:
@@ -178,10 +184,17 @@ def _local(path: str) -> Path:
     return Path(path)
 
 
-def _imported(
-    file: Path, tensors: dict[str, Tensor], normalised: bool, known: dict[str, Any], origin: dict[str, str]
-) -> Imported:
-    """Check shapes and values of weights in the layout of both formats, W_enc [d_source, features]."""
+def _checked(file: Path, tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """Tensors in the layout of both formats, W_enc [d_source, features], in float32; ImportFailure for wrong names,
+    kinds, shapes or values."""
+    parts = [("lacks", names - tensors.keys()), ("also holds", tensors.keys() - names)]
+    wrong = [f"{verb} {', '.join(sorted(some))}" for verb, some in parts if some]
+    if wrong:
+        raise ImportFailure(f"{file} is no transcoder of this format: it {' and '.join(wrong)}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ImportFailure(f"{file}: {name} holds {tensor.dtype}, no floating-point numbers")
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     if tensors["W_enc"].dim() != 2 or tensors["W_dec"].dim() != 2:
         raise ImportFailure(f"{file}: W_enc and W_dec must be matrices")
     (d_source, features), d_target = tensors["W_enc"].shape, tensors["W_dec"].shape[1]
@@ -198,7 +211,11 @@ def _imported(
             raise ImportFailure(f"{file}: {name} has the shape {tuple(tensor.shape)}, expected {expected[name]}")
         if not bool(tensor.isfinite().all()):
             raise ImportFailure(f"{file}: {name} holds values that are not finite")
-    known["transcoder"].setdefault("group_sizes", [features])
+    return tensors
+
+
+def _imported(tensors: dict[str, Tensor], normalised: bool, known: dict[str, Any], origin: dict[str, str]) -> Imported:
+    known["transcoder"].setdefault("group_sizes", [len(tensors["b_enc"])])
     known["transcoder"]["skip"] = "W_skip" in tensors
     known["optimizer"] = {"warmup_steps": 0}  # nothing is trained
     return Imported(
@@ -212,60 +229,6 @@ def _imported(
         known=known,
         origin=origin,
     )
-
-
-def _saelens_sites(file: Path, cfg: dict[str, Any], metadata: dict[str, Any], skip: bool) -> dict[str, Any]:
-    """What cfg.json says of layer, source and input norm; nothing where its hooks are not ours to tell."""
-    model: dict[str, Any] = {}
-    transcoder: dict[str, Any] = {}
-    hook, out = metadata.get("hook_name") or "", metadata.get("hook_name_out") or ""
-    module = metadata.get("hf_hook_name") or ""
-    if hook and hook == out:
-        raise ImportFailure(f"{file}: hook_name and hook_name_out are both {hook!r}: this is no transcoder")
-    if out and not out.endswith(".hook_mlp_out"):
-        raise ImportFailure(f"{file}: hook_name_out={out!r} is not the MLP's output, and nothing else can be imported")
-    if match := re.match(r"blocks\.(\d+)\.", hook):
-        model["layer"] = int(match[1])
-    norm = cfg.get("normalize_activations", "none")
-    if norm == "constant_norm_rescale" and skip:
-        raise ImportFailure(
-            f"{file}: normalize_activations={norm!r} with a skip connection, which reads what is not normalised; our "
-            "transcoders normalise for both"
-        )
-    if norm not in ("none", "constant_norm_rescale"):
-        raise ImportFailure(f"{file}: normalize_activations={norm!r} can't be used, only none or constant_norm_rescale")
-    norms = {m.norm for m in MODULES.values()}
-    if "gemma" in str(metadata.get("model_name", "")).lower():
-        norms = {MODULES["gemma2"].norm}  # what Llama calls the MLP's norm belongs to the attention there
-    rescaled = "rms" if norm == "constant_norm_rescale" else "none"
-    # The names of modules decide first: `hook_mlp_in` stands for the norm's input and, in some folders, its output.
-    if module.endswith(tuple(f"{name}.input" for name in norms)) or hook.endswith(".hook_resid_mid"):
-        model["source"], transcoder["input_norm"] = "resid_mid", rescaled
-    elif module.endswith(tuple(f"{name}.output" for name in norms)) or hook.endswith(".mlp.hook_in"):
-        model["source"], transcoder["input_norm"] = "mlp_in", rescaled
-    elif hook.endswith(".ln2.hook_normalized") and norm == "none":
-        model["source"], transcoder["input_norm"] = "resid_mid", "rms"
-    return {"model": model, "transcoder": transcoder}
-
-
-def _saelens_groups(file: Path, metadata: dict[str, Any], features: int) -> dict[str, Any]:
-    """Nested groups and active features: of our own exports, or of SAELens's Matryoshka training."""
-    ours = metadata.get("mtc") or {}
-    details = metadata.get("training_architecture_details") or {}
-    found = {"k": ours.get("k") or details.get("k")}
-    if ours:
-        found["group_sizes"] = ours.get("group_sizes")
-    elif widths := details.get("matryoshka_widths"):
-        ends = [*widths, features] if widths[-1] != features else widths
-        found["group_sizes"] = np.diff([0, *ends]).tolist()
-    return {name: value for name, value in found.items() if value}
-
-
-def _check_names(file: Path, found: set[str], needed: set[str]) -> None:
-    parts = [("lacks", needed - found), ("also holds", found - needed)]
-    wrong = [f"{verb} {', '.join(sorted(names))}" for verb, names in parts if names]
-    if wrong:
-        raise ImportFailure(f"{file} is no transcoder of this format: it {' and '.join(wrong)}")
 
 
 def _in_path(file: Path, field: str, pattern: str) -> dict[str, int]:

@@ -63,7 +63,7 @@ def write_saelens(subject: Subject, directory: Path) -> None:
             "mtc": {
                 "run_id": subject.run_id,
                 "group_sizes": list(subject.group_sizes),
-                "k": config.transcoder.k,
+                "k": min(config.transcoder.k, subject.prefix),
                 "input_norm": subject.input_norm,
                 "source": config.model.source,
             },

@@ -328,6 +328,10 @@ def test_model_card_says_what_the_run_says(analysed: RunDirectory) -> None:
     assert card.data.to_dict() == {
         "license": "apache-2.0", "library_name": "saelens", "datasets": ["OWNER/texts"],
         "tags": ["transcoder", "matryoshka", "sparse-autoencoder", "interpretability", "mtc", "saelens"],
+        "mtc": {
+            "hook_name": "blocks.1.hook_resid_mid", "hook_name_out": "blocks.1.hook_mlp_out", "group_sizes": [16, 32],
+            "k": 8,
+        },
     }  # fmt: skip
     assert "| 16 | 0.5000 | 1.00 |\n| 48 | 0.4000 | 2.00 |\n\nOn 21 held-out tokens of `OWNER/texts`" in card.text
     assert "the first 48 of 64, in nested groups [16, 32]" in card.text

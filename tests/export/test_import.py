@@ -1,5 +1,6 @@
 """Imports against the library that wrote the files, and against formulas in NumPy."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save
 
 from jobs.export import main
 from mtc.export import read_gemma_scope, read_saelens
-from mtc.export.importing import ImportFailure
+from mtc.export.import_metadata import ARCHITECTURES, FREE, ONLY, ImportFailure
 from mtc.language_model import LanguageModel, pack_windows
 from mtc.storage import RunDirectory, open_layer_run
 from mtc.transcoder import load_transcoder
@@ -141,6 +142,26 @@ def test_an_export_comes_back_with_its_groups(tmp_path: Path) -> None:
         torch.testing.assert_close(again.reconstruct(sources(), 16), transcoder.reconstruct(sources(), 16), **CLOSE)
 
 
+@pytest.mark.parametrize(("source", "norm"), [
+    ("mlp_in", "scalar"), ("mlp_in", "none"), ("resid_mid", "scalar"), ("resid_mid", "none"), ("resid_mid", "rms"),
+])  # fmt: skip
+@pytest.mark.parametrize("format", ["saelens", "gemma-scope-npz"])
+def test_an_export_comes_back_as_the_same_function_of_the_same_site(
+    tmp_path: Path, format: str, source: str, norm: str
+) -> None:
+    from test_export import export, make_run
+
+    run = make_run(tmp_path, norm, model={"source": source, "layer": 2})
+    assert run_import(export(run, format, "--prefix", "16"), format, tmp_path) == 0
+    got = RunDirectory(str(tmp_path / "got"))
+    config = got.config()
+    assert (config.model.layer, config.model.source, config.input_norm == "rms") == (2, source, norm == "rms")
+    assert (config.transcoder.group_sizes, config.transcoder.k) == ((16,), 8)
+    with torch.no_grad():
+        expected = load_transcoder(run).reconstruct(sources(), 16)
+        torch.testing.assert_close(load_transcoder(got).reconstruct(sources()), expected, **CLOSE)
+
+
 def test_groups_of_saelens_matryoshka_training_are_kept(tmp_path: Path) -> None:
     details = {"training_architecture_details": {"matryoshka_widths": [8, 20], "k": 5}}
     save_saelens(tmp_path / "theirs", "jumprelu_transcoder", "blocks.1.hook_resid_mid", **details)
@@ -185,13 +206,86 @@ def test_what_is_no_usable_transcoder_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
+OUT = "blocks.1.hook_mlp_out"
+PRE, POST = "model.layers.1.post_attention_layernorm.input", "model.layers.1.post_attention_layernorm.output"
+
+
+@pytest.mark.parametrize(("cfg", "metadata", "message"), [
+    ({}, {"hook_name_out": "blocks.2.hook_mlp_out"}, "hook_name_out='blocks.2.hook_mlp_out' are of several layers"),
+    ({}, {"hf_hook_name_out": "model.layers.2.mlp.output"}, "are of several layers"),
+    ({}, {"hf_hook_name": "model.layers.0.post_attention_layernorm.input"}, "are of several layers"),
+    ({}, {"hook_layer": 4}, "hook_layer=4 are of several layers"),
+    ({}, {"hf_hook_name_out": "model.layers.1.self_attn.output"}, "is not the MLP's output"),
+    ({}, {"hf_hook_name": POST}, f"hf_hook_name='{POST}' is not where hook_name='blocks.1.hook_resid_mid' is"),
+    ({}, {"hf_hook_name": "model.layers.1"}, "hf_hook_name='model.layers.1' is not where"),
+    ({}, {"hook_name": "blocks.1.hook_resid_pre"}, "hook_name='blocks.1.hook_resid_pre' can't be read from"),
+    ({}, {"hook_name": 5}, "hook_name=5 is no name"),
+    ({}, {"hook_head_index": 3}, "hook_head_index=3 can't be used, only null"),
+    ({}, {"hook_head_index_out": 0}, "hook_head_index_out=0 can't be used, only null"),
+    ({}, {"model_from_pretrained_kwargs": {"fold_ln": True}}, "model_from_pretrained_kwargs has fold_ln=True"),
+    ({}, {"model_from_pretrained_kwargs": [1]}, "metadata.model_from_pretrained_kwargs=[1] is no mapping"),
+    ({}, {"training_architecture_details": {"k": -1}}, "k=-1 is no number of the 48 features"),
+    ({}, {"training_architecture_details": {"matryoshka_widths": [20, 8]}}, "matryoshka_widths=[20, 8] do not rise"),
+    ({}, {"training_architecture_details": {"matryoshka_widths": "abc"}}, "matryoshka_widths='abc' do not rise"),
+    ({}, {"mtc": {"group_sizes": [8, "x"]}}, "group_sizes=[8, 'x'] are no numbers of features"),
+    ({"metadata": [1]}, {}, "metadata is no mapping"),
+    ({"apply_b_dec_to_input": True}, {}, "apply_b_dec_to_input=True can't be used, only false"),
+    ({"reshape_activations": "hook_z"}, {}, "reshape_activations='hook_z' can't be used, only none"),
+    ({"normalize_activations": "expected_average_only_in"}, {}, "only none or constant_norm_rescale"),
+    ({"activation_fn": "tanh-relu"}, {}, "activation_fn='tanh-relu' can't be used, only relu"),
+    ({"finetuning_scaling_factor": True}, {}, "finetuning_scaling_factor=True can't be used"),
+    ({"rescale_acts_by_decoder_norm": True}, {}, "rescale_acts_by_decoder_norm=True can't be used"),
+    ({"shrink_by": 0.5}, {}, "shrink_by=0.5 can't be used: nobody knows it"),
+    ({"hook_name": "blocks.1.hook_resid_mid"}, {}, "SAELens 6 keeps it in metadata"),
+    ({"d_in": 64}, {}, "d_in=64, but the tensors have 32"),
+    ({"d_out": 64}, {}, "d_out=64, but the tensors have 32"),
+    ({"d_sae": 32}, {}, "d_sae=32, but the tensors have 48"),
+])  # fmt: skip
+def test_every_field_of_a_saelens_folder_is_obeyed_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cfg: dict[str, Any], metadata: dict[str, Any], message: str
+) -> None:
+    save_saelens(tmp_path / "theirs", "jumprelu_transcoder", "blocks.1.hook_resid_mid")
+    file = tmp_path / "theirs" / "cfg.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | {"metadata": saved["metadata"] | metadata} | cfg))
+    assert run_import(tmp_path / "theirs", "saelens", tmp_path / "runs") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_saelens_says_of_the_use_is_taken(tmp_path: Path) -> None:
+    names = {
+        "hook_name_out": OUT, "hf_hook_name": "model.layers.1.pre_feedforward_layernorm.output",
+        "hf_hook_name_out": "model.layers.1.post_feedforward_layernorm.output", "hook_head_index": None,
+        "model_from_pretrained_kwargs": {"center_writing_weights": False, "dtype": "float32", "revision": "step100"},
+        "prepend_bos": True, "context_size": 1024, "seqpos_slice": [None], "neuronpedia_id": "gemma-2-2b/1",
+    }  # fmt: skip
+    save_saelens(tmp_path / "theirs", "jumprelu_transcoder", "blocks.1.hook_mlp_in", model_name="gemma-2-2b", **names)
+    known = read_saelens(str(tmp_path / "theirs")).known
+    assert known["model"] == {"layer": 1, "source": "mlp_in", "revision": "step100"}
+    assert known["transcoder"]["input_norm"] == "none"
+
+
+def test_every_field_that_saelens_declares_is_listed() -> None:
+    """A new version of SAELens with a new field fails here, before it is taken for what it does not say."""
+    from sae_lens.saes import transcoder
+
+    for kind in ("Transcoder", "SkipTranscoder", "JumpReLUTranscoder", "JumpReLUSkipTranscoder"):
+        config = getattr(transcoder, f"{kind}Config")
+        assert config.architecture() in ARCHITECTURES
+        assert {field.name for field in dataclasses.fields(config)} <= FREE | ONLY.keys()
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"threshold": None}, "lacks threshold"),
     ({"extra": np.zeros(1)}, "also holds extra"),
+    ({"b_enc": np.float32(1)}, "b_enc has the shape (), expected (48,)"),
     ({"b_enc": np.zeros(F - 1)}, "b_enc has the shape (47,), expected (48,)"),
     ({"W_dec": np.full((F, D), np.nan)}, "W_dec holds values that are not finite"),
     ({"W_dec": np.zeros((F, 8)), "b_dec": np.zeros(8)}, "maps 32 to 8 dimensions"),
     ({"b_dec": np.array([{}] * D)}, "not a readable npz file"),
+    ({"W_enc": np.ones((D, F), np.int64)}, "W_enc holds torch.int64, no floating-point numbers"),
+    ({"W_dec": np.full((F, D), 1e300)}, "W_dec holds values that are not finite"),
 ])  # fmt: skip
 def test_damaged_npz_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
@@ -215,10 +309,65 @@ def test_files_that_are_no_files_of_that_kind_are_refused(tmp_path: Path) -> Non
         with pytest.raises(ImportFailure, match="is not a readable npz file"):
             read_gemma_scope(str(tmp_path))
     (tmp_path / "sae_weights.safetensors").write_bytes(save({"W_enc": torch.ones(2, 3)}))
-    for cfg in ("[]", '{"architecture": "jumprelu_transcoder", "metadata": [1]}', "{"):
+    for cfg in ("[]", "{", "\xff"):
         (tmp_path / "cfg.json").write_text(cfg)
         with pytest.raises(ImportFailure, match="is not a readable SAELens folder"):
             read_saelens(str(tmp_path))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_that_is_damaged_anywhere_is_refused_or_read_as_it_was(tmp_path: Path, save: Any) -> None:
+    file, generator = tmp_path / "params.npz", np.random.default_rng(0)
+    save(file, **parameters())
+    whole = file.read_bytes()
+    expected = read_gemma_scope(str(file))
+
+    def outcome(content: bytes) -> str | None:
+        """The one-line error that refuses a file; None if it was read, as it was."""
+        file.write_bytes(content)
+        try:
+            found = read_gemma_scope(str(file))
+        except ImportFailure as error:
+            return str(error)
+        assert torch.equal(found.W_enc, expected.W_enc)  # damaged where nothing is read, such as a file's date
+        assert torch.equal(found.W_dec, expected.W_dec)
+        return None
+
+    cut = [whole[:length] for length in range(0, len(whole) - 1, len(whole) // 40)]
+    messages = [outcome(part) for part in cut]
+    assert None not in messages
+    heads = [whole.find(b"PK\x01\x02"), *([whole.find(b"NUMPY")] if save is np.savez else [])]
+    places = [
+        place for head in heads for place in range(head, head + 120)
+    ]  # the archive's directory, an array's header
+    for place in [*places, *generator.integers(0, len(whole), 150)]:
+        flipped = bytes([whole[place] ^ int(generator.integers(1, 256))])
+        messages.append(outcome(whole[:place] + flipped + whole[place + 1 :]))
+    assert all(str(file) in message and "\n" not in message for message in messages if message is not None)
+
+
+def test_a_pickle_in_an_npz_is_not_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    np.savez(tmp_path / "params.npz", **parameters() | {"b_dec": np.array([Trap()] * D, dtype=object)})
+    with pytest.raises(ImportFailure, match="is not a readable npz file"):
+        read_gemma_scope(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma-scope-2b-pt-res", "models--google--gemma-scope-9b-it-res", "gemma-scope-2b-pt-mlp"]
+)
+def test_gemma_scopes_autoencoders_are_not_taken_for_transcoders(tmp_path: Path, name: str) -> None:
+    for repository in (name, "gemma-scope-2b-pt-transcoders"):
+        folder = tmp_path / repository / "layer_5" / "width_16k" / "average_l0_9"
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **parameters())
+    with pytest.raises(ImportFailure, match=f"{name.rpartition('--')[2]} holds autoencoders"):
+        read_gemma_scope(str(tmp_path / name / "layer_5" / "width_16k" / "average_l0_9"))
+    assert read_gemma_scope(str(folder)).known["model"]["layer"] == 5
 
 
 @pytest.mark.parametrize("read", [read_gemma_scope, read_saelens])
