@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from mtc.config import ConfigError, ModelConfig
 from mtc.language_model.architectures import ModelError, ModelInfo
 from mtc.language_model.check import check_report, refuse_pointer
+from mtc.language_model.gguf_fields import check_gguf_fields
 from mtc.storage import cache_directory, wheel_files, write_atomic
 
 _SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", "", "", "<Q", "<q", "<d")  # by the number of their kind
@@ -87,7 +88,8 @@ def gguf_info(parts: list[Path]) -> ModelInfo:
     """Read the head of a GGUF file, which is in its first part: the model's shape, and whether all else is there.
 
     The gguf package's reader takes up to 20 s to parse the vocabulary first. Raises ModelError for a file that is
-    damaged or cut short, has no tokenizer, or tensors of a kind that can't be read.
+    damaged or cut short, has no tokenizer, or tensors of a kind that can't be read; ConfigError for what it asks for and
+    would not be done.
     """
     path = parts[0]
     refuse_pointer(path)
@@ -113,11 +115,12 @@ def gguf_info(parts: list[Path]) -> ModelInfo:
     missing = [f"blk.{i}" for i in range(layers) if str(i) not in blocks]
     if missing or "token_embd.weight" not in shapes:
         raise ModelError(f"{path} has no weights for {', '.join([*missing, 'token_embd.weight'][:3])}")
-    (wide, rows), tokens = shapes["token_embd.weight"], values.get("tokenizer.ggml.tokens", 0)
+    (wide, rows), tokens = shapes["token_embd.weight"], len(values.get("tokenizer.ggml.tokens", ()))
     if wide != width:
         raise ModelError(f"{path}: token_embd.weight is {wide} wide, {name}.embedding_length={width}")
     if not tokens or tokens > rows:
         raise ModelError(f"{path}: its tokenizer has {tokens} tokens, the embedding {rows} rows")
+    check_gguf_fields(path, values, shapes)
     return ModelInfo(_GGUF_NAMES.get(name, name), layers, width, values.get(f"{name}.context_length"))
 
 
@@ -218,8 +221,8 @@ def _text(file: BinaryIO) -> str:
 
 
 def _gguf_value(file: BinaryIO, kind: int) -> Any:
-    """The next value of a GGUF file's head, of an array its length; kinds are numbered as in the GGUF specification:
-    8 is a string, 9 an array."""
+    """The next value of a GGUF file's head, of an array the range of its indices; kinds are numbered as in the GGUF
+    specification: 8 is a string, 9 an array."""
     if kind == 8:
         return _text(file)
     if kind != 9:
@@ -230,4 +233,4 @@ def _gguf_value(file: BinaryIO, kind: int) -> Any:
             _gguf_value(file, element)
     else:
         file.seek(length * struct.calcsize(_SCALARS[element]), 1)
-    return length
+    return range(length)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -251,6 +252,60 @@ def test_ordinary_models_are_not_refused(tmp_path: Path, name: str) -> None:
     model_type, settings = ORDINARY[name]
     (tmp_path / "config.json").write_text(json.dumps(HUB | settings | {"model_type": model_type}))
     check_fields(name, AutoConfig.from_pretrained(tmp_path))
+
+
+def write_gguf(directory: Path, architecture: str, fields: dict[str, Any], tensor: str | None = None) -> ModelConfig:
+    writer = gguf.GGUFWriter(directory / "m.gguf", architecture)
+    common = {"block_count": 1, "embedding_length": 8, "context_length": 64, "attention.head_count": 2}
+    for field, value in (common | fields).items():
+        key = f"{architecture}.{field}"
+        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}[type(value)](
+            key, value
+        )
+    writer.add_token_list(["a", "b"])
+    blocks = [f"blk.{i}.attn_norm.weight" for i in range((common | fields)["block_count"])]
+    for name in ("token_embd.weight", *blocks, *([tensor] if tensor else [])):
+        writer.add_tensor(name, np.ones((2, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return ModelConfig(name=str(directory), gguf_file="m.gguf", layer=0)
+
+
+@pytest.mark.parametrize(("architecture", "fields", "tensor", "words"), [
+    ("llama", {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, None, "rope.scaling.type='linear'"),
+    ("llama", {}, "rope_freqs.weight", "rope_freqs.weight"),
+    ("llama", {"expert_count": 8, "expert_used_count": 2}, None, "llama.expert_count=8"),
+    ("llama", {"attention.sliding_window": 4096}, None, "llama.attention.sliding_window=4096"),
+    ("llama", {"attention.causal": False}, None, "llama.attention.causal=False"),
+    ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, None, "rope.scaling.type='yarn'"),
+    ("gemma2", {"attn_logit_softcapping": 20.0}, None, "gemma2.attn_logit_softcapping=20.0"),
+    ("gemma3", {"block_count": 62}, None, "the scale of the scores in a gemma3 of 62 layers"),
+])  # fmt: skip
+def test_what_is_dropped_of_a_gguf_file_is_refused_by_name(
+    tmp_path: Path, architecture: str, fields: dict[str, Any], tensor: str | None, words: str
+) -> None:
+    config = write_gguf(tmp_path, architecture, fields, tensor)
+    loaded = AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf").to_dict()
+    if "rope.scaling.type" in fields:  # transformers would go on with plain ones
+        assert loaded["rope_parameters"]["rope_type"] == "default"
+    with pytest.raises(ConfigError) as caught:
+        check_model(config)
+    assert words in str(caught.value)
+    assert "m.gguf can't be run as it says" in str(caught.value)
+
+
+@pytest.mark.parametrize(("architecture", "fields"), [
+    ("llama", {"rope.freq_base": 1e5, "rope.dimension_count": 4, "vocab_size": 2, "feed_forward_length": 16}),
+    ("qwen2", {"rope.scaling.type": "none", "attention.head_count_kv": 1, "rope.scaling.factor": 1.0}),
+    ("gemma2", {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.key_length": 4}),
+    ("gemma3", {"attention.sliding_window": 512, "rope.freq_base_swa": 1e4, "attention.value_length": 4}),
+    ("gpt2", {"feed_forward_length": 32, "attention.layer_norm_epsilon": 1e-5}),
+])  # fmt: skip
+def test_ordinary_gguf_files_are_not_refused(tmp_path: Path, architecture: str, fields: dict[str, Any]) -> None:
+    info = check_model(write_gguf(tmp_path, architecture, fields))
+    assert info.model_type == {"gemma3": "gemma3_text"}.get(architecture, architecture)
 
 
 @pytest.mark.parametrize("model_type", sorted(MODULES))
