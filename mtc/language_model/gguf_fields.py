@@ -50,7 +50,7 @@ def check_gguf_fields(path: Path, values: Mapping[str, Any], tensors: Iterable[s
             continue
         neutral = _NEUTRAL.get(key, _NEUTRAL.get(field))
         if (value not in neutral) if neutral is not None else value:
-            wrong.append(f"{key}={value!r}")
+            wrong.append(f"{key}={value!r:.60}")
     layers = values.get(f"{architecture}.block_count")
     if layers == _OTHER_SCALE.get(architecture, 0):
         wrong.append(f"the scale of the scores in a {architecture} of {layers} layers")
