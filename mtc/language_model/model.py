@@ -62,14 +62,15 @@ class LanguageModel:
         self.device = torch.device(device)
         self.dtype = choose_dtype(config.dtype, self.device)
         self.full = full
-        if os.path.isdir(path):  # it may have changed since the job began, or be another one on this node
+        if local := os.path.isdir(path):  # it may have changed since the job began, or be another one on this node
             model_config = read_model_config(config, path)
-            check_weights(config, path, model_config)
         else:
             with loading(config):
                 model_config = AutoConfig.from_pretrained(path, **revision(config))
         info = validate(config, model_info(model_config))
         check_fields(config.name, model_config)
+        if local:
+            check_weights(config, path, model_config)
         self.d_model = info.d_model
         text = model_config.get_text_config()
         self.vocab_size: int = text.vocab_size
