@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mtc.errors import MtcError
+from mtc.errors import MtcError, known_cause
+from mtc.storage import RunError
 
 if TYPE_CHECKING:
     from mtc.results import StreamTiming
@@ -47,6 +48,15 @@ class TrainingStopped(MtcError):
     """The run cannot go on, and starting it again would not help; the message says why."""
 
     event = "stopped"
+
+
+def permanent_cause(error: BaseException) -> MtcError | None:
+    """The error that `error` comes from, if it would come again in trainers that are started again; else None.
+
+    What is wrong with the files of a run (RunError) may not be when they are read again: other nodes write them.
+    """
+    known = known_cause(error)
+    return known if known and known.permanent and not isinstance(known, RunError) else None
 
 
 def check_ledger(progress: Progress, units: int) -> None:

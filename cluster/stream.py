@@ -17,6 +17,7 @@ import ray.train
 from ray.train import DataConfig
 
 from cluster.activations import activation_dataset, configure_data_context
+from cluster.outcome import permanent_cause
 from cluster.resources import Plan, beside, cluster_nodes, make_plan
 from cluster.resume import unneeded_units
 from mtc.config import ConfigError, RunConfig
@@ -102,6 +103,5 @@ class TellFailures(ray.train.UserCallback):
             reason = one_line(known_cause(error) or error)
             self.log.event.remote("failure", f"trainer {rank} died: {reason}", None)
         for error in worker_exceptions.values():
-            known = known_cause(error)
-            if known and known.permanent:
-                raise known  # an error of a callback is one of Train's controller, after which it tries nothing more
+            if cause := permanent_cause(error):
+                raise cause  # an error of a callback is one of Train's controller, after which it tries nothing more

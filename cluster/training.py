@@ -26,13 +26,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util import placement_group_table
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from cluster.outcome import Trained, TrainResult, check_ledger, post_event, weights_file
+from cluster.outcome import Trained, TrainResult, check_ledger, permanent_cause, post_event, weights_file
 from cluster.resources import Plan
 from cluster.resume import read_progress
 from cluster.stream import StreamConfig, TellFailures
 from cluster.train_worker import train_worker
 from mtc.config import RunConfig
-from mtc.errors import MtcError, known_cause, one_line
+from mtc.errors import MtcError, one_line
 from mtc.results import StreamTiming
 from mtc.storage import (
     LISTING_SECONDS,
@@ -94,9 +94,8 @@ def train(
             _interruptible(_trainer(config, plan, run, store_url, d_model, log).fit, go_on)
             last = _wait_for_result(checkpoints)
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-            known = known_cause(error)
-            if known and known.permanent:
-                raise known from None
+            if cause := permanent_cause(error):
+                raise cause from None
             _remove(_placement_groups() - groups)
             last = checkpoints.latest()
             progress = last is not None and last.manifest.step > before

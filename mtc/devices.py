@@ -24,7 +24,11 @@ MATRIX = 4096
 
 
 class DeviceError(MtcError):
-    """The device that was asked for can't be used; the message says why."""
+    """The device that was asked for can't be used; the message says why. Jobs ask all nodes before they start, so later
+    it is a GPU that was lost, and another may do."""
+
+    exit_code = 1
+    event = "failed"
 
 
 def open_device(name: str) -> torch.device:
