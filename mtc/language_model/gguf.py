@@ -88,8 +88,7 @@ def gguf_info(parts: list[Path]) -> ModelInfo:
     """Read the head of a GGUF file, which is in its first part: the model's shape, and whether all else is there.
 
     The gguf package's reader takes up to 20 s to parse the vocabulary first. Raises ModelError for a file that is
-    damaged or cut short, has no tokenizer, or tensors of a kind that can't be read; ConfigError for what it asks
-    for and would not be done.
+    damaged or cut short, has no tokenizer, tensors of a kind that can't be read, or asks for what would not be done.
     """
     path = parts[0]
     refuse_pointer(path)

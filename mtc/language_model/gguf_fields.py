@@ -13,8 +13,7 @@ from typing import Any
 
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-from mtc.config import ConfigError
-from mtc.language_model.architectures import MODULES
+from mtc.language_model.architectures import MODULES, ModelError
 
 _NO_PART = frozenset((
     "attention.key_length", "attention.value_length",  # weights of other shapes do not load
@@ -38,7 +37,7 @@ _OTHER_SCALE = {"gemma2": 46, "gemma3": 62}
 
 
 def check_gguf_fields(path: Path, values: Mapping[str, Any], tensors: Iterable[str]) -> None:
-    """Raise ConfigError if a file's metadata, or the names of its tensors, ask for what would not be done."""
+    """Raise ModelError if a file's metadata, or the names of its tensors, ask for what would not be done."""
     architecture = str(values.get("general.architecture"))
     if architecture not in MODULES:
         return  # refused as such
@@ -56,7 +55,7 @@ def check_gguf_fields(path: Path, values: Mapping[str, Any], tensors: Iterable[s
         wrong.append(f"the scale of the scores in a {architecture} of {layers} layers")
     wrong += [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
     if wrong:
-        raise ConfigError(
+        raise ModelError(
             f"{path} can't be run as it says: transformers does not read {', '.join(wrong)} from a GGUF file; use the "
             "model's safetensors"
         )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from mtc.config import ConfigError
+from mtc.language_model.architectures import ModelError
 
 Rule = Callable[[Any, PretrainedConfig], str | None]
 """What is obeyed of a field, in words, where its value in a configuration is not; else None."""
@@ -33,11 +33,11 @@ class Fields(NamedTuple):
 
 
 def check_fields(name: str, config: PretrainedConfig) -> None:
-    """Raise ConfigError if the configuration of the model called `name` asks for what would not be done."""
+    """Raise ModelError if the configuration of the model called `name` asks for what would not be done."""
     text = config.get_text_config()
     wrong = [*_wrong(config), *(_wrong(text) if text is not config else ())]
     if wrong:
-        raise ConfigError(f"model.name={name} can't be run as its config.json says: {'; '.join(wrong)}")
+        raise ModelError(f"model.name={name} can't be run as its config.json says: {'; '.join(wrong)}")
 
 
 def sorted_in(model_type: str, field: str) -> bool:

@@ -54,9 +54,9 @@ def check_model(config: ModelConfig, context_length: int = 0) -> ModelInfo:
     weights into memory.
 
     Raises ModelError if it can't be had (hub unreachable, gated or unknown; wheel or file missing; digest differs) or
-    could not be used once it is loaded (check.py says what is looked at; of what is not in the hub's cache yet only
-    config.json), and ConfigError if the architecture is unknown, its configuration asks for what is not supported
-    (honoured.py), or `model.layer` or `context_length`, a window's tokens, is out of its range.
+    could not be used once it is loaded (check.py says what is looked at, of what is not in the hub's cache yet only
+    config.json, and honoured.py which configurations are obeyed), and ConfigError if the architecture is unknown, or
+    `model.layer` or `context_length`, a window's tokens, is out of its range.
     """
     if config.name.startswith("random:"):
         return validate(config, model_info(_random_config(config)), context_length)
