@@ -16,7 +16,14 @@ from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
 from cluster.local_ray import check_installation, temporary_root
 from cluster.outcome import Trained, TrainResult
-from cluster.places import check_same_run, check_unfinished, output_root, run_directory, share_places
+from cluster.places import (
+    check_same_run,
+    check_unfinished,
+    output_root,
+    run_directory,
+    share_places,
+    warn_of_copies,
+)
 from cluster.probing import check_optional
 from cluster.progress import ProgressReader, balance, start_metrics_log
 from cluster.reporting import analyse_and_write, publish, timed
@@ -26,7 +33,7 @@ from cluster.training import train
 from mtc.config import ConfigError, RunConfig, to_yaml
 from mtc.language_model import check_model, prepare_model
 from mtc.results import RunFacts
-from mtc.storage import Lease, RunDirectory
+from mtc.storage import Lease, RunDirectory, with_absolute_paths
 from mtc.telemetry import check_trackers, prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
 from mtc.text import TokenStore, Work, heldout_units, work_units
@@ -39,6 +46,7 @@ def check(config: RunConfig) -> None:
 
     Raises ConfigError (FinishedError for a finished run), ModelError or DataError.
     """
+    config = with_absolute_paths(config)
     try:
         RunDirectory(output_root(config))
     except ImportError as error:
@@ -81,6 +89,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
 
     An unfinished run of the same `output.run_id` continues from its last checkpoint.
     """
+    config = with_absolute_paths(config)
     configure_data_context()
     d_model = check_model(config.model, config.data.context_length).d_model
     plan = make_plan(config, cluster_nodes(), d_model)
@@ -88,6 +97,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     run = run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
     set_run(run.run_id)
+    warn_of_copies(config)
     log = start_metrics_log(run)
     try:
         with Lease(run) as lease:  # nobody writes into a run that another job writes
@@ -216,6 +226,8 @@ class _Job:
             documents=dict(info.documents),
             skipped_documents=info.skipped,
             skipped_examples=tuple(info.skipped_examples),
+            unread_files=info.unread,
+            unread_examples=tuple(info.unread_examples),
             data_fingerprint=info.fingerprint,
             seconds=self.seconds,
             events=tuple(events),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import posixpath
 import uuid
 from datetime import UTC, datetime
@@ -11,8 +11,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mtc.config import ConfigError, RunConfig
-from mtc.storage import RunDirectory, absolute
+from mtc.storage import JOB_COPY, RunDirectory, output_path, with_absolute_paths
 
+logger = logging.getLogger(__name__)
 LIMITS = ("data.max_skipped_share", "optimizer.max_skipped_steps")  # may be raised to continue a run
 
 
@@ -24,11 +25,8 @@ class FinishedError(ConfigError):
 
 
 def output_root(config: RunConfig) -> str:
-    """`output.root`; a relative path counts from the home directory in a submitted job, whose own is a copy that Ray
-    deletes."""
-    root = config.output.root
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return absolute(os.path.join("~", root) if submitted and "://" not in root else root)
+    """`output.root` as an absolute path or a URL."""
+    return output_path(config.output.root)
 
 
 def run_directory(config: RunConfig) -> RunDirectory:
@@ -38,6 +36,19 @@ def run_directory(config: RunConfig) -> RunDirectory:
         model = config.model.name.removeprefix("pip:").replace("random:", "random-").rstrip("/").split("/")[-1]
         run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{model}-{_layer_names(config)}"
     return RunDirectory(posixpath.join(output_root(config), run_id))
+
+
+def warn_of_copies(config: RunConfig) -> None:
+    """Say so if the model or the text lies where Ray removes it after the job: the run names it for later jobs."""
+    for field, name in (("model.name", config.model.name), ("data.name", config.data.name)):
+        if JOB_COPY in name:
+            logger.warning(
+                "%s=%s lies in the job's copy of its working directory, which Ray deletes: nobody can %s from this run "
+                "afterwards. Give an absolute path that every node has",
+                field,
+                name,
+                "serve or analyse" if field == "model.name" else "read more text",
+            )
 
 
 def check_unfinished(run: RunDirectory) -> None:
@@ -50,7 +61,8 @@ def check_same_run(config: RunConfig, run: RunDirectory) -> None:
     """Refuse to continue an unfinished run with settings that would mix two runs."""
     if not run.exists("config.yaml"):
         return
-    before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in (run.config(), config))
+    both = (with_absolute_paths(c) for c in (run.config(), config))
+    before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in both)
     changed = [f"{part}.{f}" for part in now for f in now[part] if now[part][f] != before[part].get(f)]
     changed = [field for field in changed if field not in LIMITS]
     if changed:

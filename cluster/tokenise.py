@@ -36,6 +36,7 @@ from mtc.text import (
     new_store_url,
     read_piece,
     rows_wanted,
+    source_listing,
     source_pieces,
     special_ids,
     store_fingerprint,
@@ -83,6 +84,9 @@ def build_token_store(config: RunConfig, label_selector: dict[str, str] | None =
     if found is not None:
         logger.info("token store: reusing %s", found)
         return found
+    unread = [] if is_hub_dataset(config.data) else source_listing(config.data).unread
+    for entry in unread[:EXAMPLES]:
+        logger.warning("not read: %s", entry)
     left, enough = tokens_wanted(config), False
     tally = _Tally(config.data.max_skipped_share)
     url = new_store_url(config, fingerprint)
@@ -102,14 +106,16 @@ def build_token_store(config: RunConfig, label_selector: dict[str, str] | None =
         tally.check()
         if not sum(writer.windows.values()):
             raise DataError(f"data.name={config.data.name!r} has no text of 2 tokens or more")
-        info = writer.finish(not enough, tally.skipped, tally.examples)
+        info = writer.finish(not enough, tally.skipped, tally.examples, unread)
     logger.info(
-        "token store: %d windows, %d + %d tokens (train + held-out), %d documents, %d skipped, %.1f s%s -> %s",
+        "token store: %d windows, %d + %d tokens (train + held-out), %d documents, %d skipped, %d entries "
+        "not read, %.1f s%s -> %s",
         sum(info.windows.values()),
         info.tokens["train"],
         info.tokens["heldout"],
         sum(info.documents.values()),
         sum(info.skipped.values()),
+        len(unread),
         time.monotonic() - started,
         ", all of the text" if info.exhausted else "",
         url,

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 from jobs.command_line import failed, parse_command_line
 from mtc.config import to_yaml
-from mtc.storage import RunDirectory, open_run
+from mtc.storage import RunDirectory, open_run, with_absolute_paths
 from mtc.telemetry import configure
 
 FORMATS = ("saelens", "circuit-tracer", "gemma-scope-npz", "neuronpedia")
@@ -75,6 +75,7 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
     if parsed.print_config:
         print(to_yaml(config), end="")
         return None
+    config = with_absolute_paths(config)
     info = check_model(config.model)
     name = config.model.name.rstrip("/").split("/")[-1].split(":")[-1]
     run_id = config.output.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-layer{config.model.layer}-imported"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from mtc.export.subject import Subject
+from mtc.storage import is_hub_id
 
 
 def model_card(
@@ -98,7 +98,7 @@ def read_card(path: Path) -> dict[str, Any]:
 
 def on_hub(name: str) -> bool:
     """Whether a model's or data set's name is one on a hub, OWNER/NAME, and not a path, a URL or a package."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not os.path.exists(name)
+    return "/" in name and is_hub_id(name)
 
 
 def _quality(subject: Subject) -> str:

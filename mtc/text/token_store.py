@@ -36,7 +36,7 @@ from mtc.config import RunConfig
 from mtc.record import Record
 from mtc.storage import RunDirectory, absolute, cache_directory, patiently, write_atomic
 from mtc.text.budget import tokens_wanted
-from mtc.text.sources import DataError, is_hub_dataset, source_files
+from mtc.text.sources import EXAMPLES, DataError, Unread, count_reasons, is_hub_dataset, source_files
 from mtc.text.windows import SPLITS, special_ids
 
 FORMAT_VERSION = 2
@@ -106,6 +106,10 @@ class StoreInfo(Record):
     """Documents that could not be used, by reason."""
     skipped_examples: list[str] = []
     """First few documents that could not be used, in the order of the text: "reason: name"."""
+    unread: dict[str, int] = {}
+    """Files and other entries of `data.name` that are no text that is read, by reason, when the store was made."""
+    unread_examples: list[str] = []
+    """First few of them, in the order of names: "reason: name"."""
 
 
 class TokenStoreWriter:
@@ -152,9 +156,14 @@ class TokenStoreWriter:
             self._write_shard(self._windows_per_shard)
 
     def finish(
-        self, exhausted: bool, skipped: Mapping[str, int] | None = None, skipped_examples: Sequence[str] = ()
+        self,
+        exhausted: bool,
+        skipped: Mapping[str, int] | None = None,
+        skipped_examples: Sequence[str] = (),
+        unread: Sequence[Unread] = (),
     ) -> StoreInfo:
-        """Write the last shard and store.json; from here on the store opens. The arguments are StoreInfo's."""
+        """Write the last shard and store.json; from here on the store opens. The arguments are StoreInfo's, `unread` is
+        every entry that is counted there."""
         if self._pending_rows:
             self._write_shard(self._pending_rows)
         info = StoreInfo(
@@ -170,6 +179,8 @@ class TokenStoreWriter:
             exhausted=exhausted,
             skipped=dict(skipped or {}),
             skipped_examples=list(skipped_examples),
+            unread=count_reasons(unread),
+            unread_examples=[str(entry) for entry in unread[:EXAMPLES]],
         )
         content = info.model_dump_json(indent=1).encode()
         patiently(lambda: write_atomic(posixpath.join(self.url, STORE_FILE), content))

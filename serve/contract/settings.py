@@ -6,7 +6,9 @@ import socket
 from contextlib import ExitStack
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mtc.storage import absolute
 
 ENVIRONMENT = {
     # HAProxy in front of the replicas' own HTTP servers, instead of a Python process that copies every message:
@@ -102,6 +104,12 @@ class Settings(BaseModel):
     """GPUs that Ray reserves for each replica; above 0, the models run on the GPU."""
     num_threads: int | None = Field(default=None, ge=1)
     """Threads of a forward pass on a CPU; by default the machine's cores, divided by `num_replicas`."""
+
+    @field_validator("run", "api_keys_file")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        """Replicas run in other directories than whoever deploys."""
+        return None if path is None else absolute(path)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

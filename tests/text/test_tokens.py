@@ -694,7 +694,7 @@ def test_a_document_that_breaks_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -
 def test_files_that_cannot_be_reached_are_no_poison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_config().data
     for suffix in ("txt", "jsonl", "parquet"):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(DataError, match=rf"gone\.{suffix} is not there on "):
             list(read_piece(Piece(str(tmp_path / f"gone.{suffix}"), 0, 1), data))
 
     class Unreliable(io.BytesIO):
@@ -705,7 +705,7 @@ def test_files_that_cannot_be_reached_are_no_poison(tmp_path: Path, monkeypatch:
 
     buffer = io.BytesIO()
     pq.write_table(pa.table({"text": make_texts(200)}), buffer, compression="none")
-    monkeypatch.setattr("mtc.text.documents.fsspec.open", lambda url, mode: Unreliable(buffer.getvalue()))
+    monkeypatch.setattr("mtc.text.files.fsspec.open", lambda url, mode: Unreliable(buffer.getvalue()))
     with pytest.raises(OSError, match="the network is gone"):
         list(read_piece(Piece("a.parquet", 0, 1), data))
 

@@ -136,11 +136,15 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _skipped(facts: RunFacts) -> list[Block]:
-    if not facts.skipped_documents:
-        return [Paragraph("none")]
-    rows = tuple((reason, number(n)) for reason, n in facts.skipped_documents.items())
-    table = Table("Documents that could not be used", ("Reason", "Documents"), rows)
-    return [table, Paragraph("The first of them:"), Items(facts.skipped_examples)]
+    blocks: list[Block] = []
+    for title, unit, found, examples in (
+        ("Documents that could not be used", "Documents", facts.skipped_documents, facts.skipped_examples),
+        ("Entries of data.name that are not read", "Entries", facts.unread_files, facts.unread_examples),
+    ):
+        if found:
+            rows = tuple((reason, number(n)) for reason, n in found.items())
+            blocks += [Table(title, ("Reason", unit), rows), Paragraph("The first of them:"), Items(examples)]
+    return blocks or [Paragraph("none")]
 
 
 def _events(facts: RunFacts) -> list[Block]:
