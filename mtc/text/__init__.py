@@ -10,7 +10,7 @@ from mtc.text.work import Work, heldout_units, token_batches, work_units
 
 __all__ = [
     "SCHEMA", "DataError", "Document", "Piece", "StoreInfo", "TokenStore", "TokenStoreWriter", "Unread", "Window",
-    "Work", "check_hub", "document_id", "document_split", "find_store", "heldout_units", "is_hub_dataset", "make_windows",
-    "new_store_url", "read_piece", "rows_wanted", "source_listing", "source_pieces", "special_ids", "store_fingerprint",
-    "token_batches", "tokens_wanted", "unusable", "windows_table", "work_units",
+    "Work", "check_hub", "document_id", "document_split", "find_store", "heldout_units", "is_hub_dataset",
+    "make_windows", "new_store_url", "read_piece", "rows_wanted", "source_listing", "source_pieces", "special_ids",
+    "store_fingerprint", "token_batches", "tokens_wanted", "unusable", "windows_table", "work_units",
 ]  # fmt: skip

@@ -10,18 +10,16 @@ from __future__ import annotations
 import codecs
 import io
 import json
-import lzma
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import count
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtc.config import DataConfig
 from mtc.text.json_array import array_elements
+from mtc.text.packed import DAMAGE, unpacked
 from mtc.text.sources import DataError, text_format
 
 UTF8_BYTES, JSON_BYTES = 4, 12
@@ -76,8 +74,7 @@ def no_column(data: DataConfig, names: Iterable[str]) -> str:
 def is_damage(error: Exception) -> bool:
     """Whether an error says that what was read could not be decoded; errors of reading keep their own type or number
     inside Arrow."""
-    kinds = (pa.ArrowException, lzma.LZMAError, EOFError)
-    return isinstance(error, kinds) or (type(error) is OSError and error.errno is None)
+    return isinstance(error, DAMAGE) or (type(error) is OSError and error.errno is None)
 
 
 def file_documents(url: str, data: DataConfig) -> Iterator[Document]:
@@ -90,7 +87,8 @@ def file_documents(url: str, data: DataConfig) -> Iterator[Document]:
         yield from _parquet_rows(url, data)
         return
     read = {".txt": _text, ".json": _json}.get(kind, _json_lines)
-    with _opened(url, packing) as file:
+    with fsspec.open(url, "rb") as raw:
+        file = unpacked(raw, packing)
         try:
             start = file.peek(len(LFS_POINTER))[: len(LFS_POINTER)]
             if start == LFS_POINTER:
@@ -101,19 +99,6 @@ def file_documents(url: str, data: DataConfig) -> Iterator[Document]:
             if packing is None or not is_damage(error):
                 raise
             yield unusable(url, f"corrupt {packing}", error)
-
-
-@contextmanager
-def _opened(url: str, packing: str | None) -> Iterator[io.BufferedReader]:
-    """The bytes of a file, unpacked; all members of a file that is packed in several."""
-    with fsspec.open(url, "rb") as raw:
-        yield io.BufferedReader(_unpacked(raw, packing))
-
-
-def _unpacked(raw: Any, packing: str | None) -> Any:
-    if packing == "xz":  # unknown to Arrow, which has all others
-        return lzma.LZMAFile(raw)
-    return raw if packing is None else pa.CompressedInputStream(raw, packing)
 
 
 def _text(url: str, file: io.BufferedReader, data: DataConfig) -> Iterator[Document]:
