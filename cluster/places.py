@@ -61,8 +61,10 @@ def check_same_run(config: RunConfig, run: RunDirectory) -> None:
     """Refuse to continue an unfinished run with settings that would mix two runs."""
     if not run.exists("config.yaml"):
         return
-    both = (with_absolute_paths(c) for c in (run.config(), config))
-    before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in both)
+    stored, config = run.config(), with_absolute_paths(config)
+    if output_root(stored) != stored.output.root:  # by a version that stored relative paths, of which this is one
+        stored = with_absolute_paths(stored)
+    before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in (stored, config))
     changed = [f"{part}.{f}" for part in now for f in now[part] if now[part][f] != before[part].get(f)]
     changed = [field for field in changed if field not in LIMITS]
     if changed:

@@ -17,13 +17,13 @@ from cluster.tokenise import build_token_store
 from mtc.analysis import features_to_parquet
 from mtc.analysis.analyse import analyse
 from mtc.config import ConfigError, RunConfig, make_config
-from mtc.language_model import check_model
+from mtc.language_model import check_model, load_tokenizer
 from mtc.report import write_report
 from mtc.report.layers import write_layers_report
 from mtc.results import RUN_FILES, Analysis, RunFacts
 from mtc.storage import Lease, RunDirectory, RunError, open_run
 from mtc.telemetry import describe_machine, git_revision, package_versions, say, set_run
-from mtc.text import StoreInfo, TokenStore
+from mtc.text import DataError, StoreInfo, TokenStore, still_serves
 from mtc.transcoder import load_transcoder
 
 NEW_FILES = ("features.parquet", "examples.parquet", "analysis.json", "manifest.json")  # there when the analysis is
@@ -110,7 +110,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
             run.for_layer(layer.layer).verify(("transcoder.safetensors",))
         set_run(run.run_id)
         say("run", f"run {run.run_id} in {run.url}", url=run.url)
-        store_url = build_token_store(config, plan.label_selector)
+        store_url = _token_store(config, run.for_layer(config.model.sites[0].layer), plan)
         store = TokenStore.open(store_url).info
         facts = [_earlier_facts(config, run.for_layer(s.layer), store, plan) for s in config.model.sites]
         histories = [run.for_layer(s.layer).read_lines("metrics.jsonl") for s in config.model.sites]
@@ -120,6 +120,20 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     seconds = analyses[0].facts.seconds["analyse"]
     say("analysed", f"analysed {run.url} in {seconds:.0f} s", url=run.url, seconds=seconds)
     return run
+
+
+def _token_store(config: RunConfig, run: RunDirectory, plan: Plan) -> str:
+    """The text as windows of token ids. If it is gone, what the run was trained on does as well, if that is still
+    there and enough."""
+    try:
+        return build_token_store(config, plan.label_selector)
+    except DataError as error:
+        earlier = json.loads(run.read("analysis.json"))["facts"] if run.exists("analysis.json") else {}
+        url = earlier.get("token_store")
+        if not url or not still_serves(url, config, load_tokenizer(config.model)):
+            raise
+        say("token_store", f"{error}; the tokenised text of the run is still there: {url}", url=url)
+        return str(url)
 
 
 def changed_config(run: RunDirectory, overrides: dict[str, Any]) -> RunConfig:

@@ -4,7 +4,15 @@ from mtc.text.budget import rows_wanted, tokens_wanted
 from mtc.text.documents import Piece, check_hub, read_piece, source_pieces
 from mtc.text.files import Document, unusable
 from mtc.text.sources import DataError, Unread, is_hub_dataset, source_listing
-from mtc.text.token_store import StoreInfo, TokenStore, TokenStoreWriter, find_store, new_store_url, store_fingerprint
+from mtc.text.token_store import (
+    StoreInfo,
+    TokenStore,
+    TokenStoreWriter,
+    find_store,
+    new_store_url,
+    still_serves,
+    store_fingerprint,
+)
 from mtc.text.windows import SCHEMA, Window, document_id, document_split, make_windows, special_ids, windows_table
 from mtc.text.work import Work, heldout_units, token_batches, work_units
 
@@ -12,5 +20,5 @@ __all__ = [
     "SCHEMA", "DataError", "Document", "Piece", "StoreInfo", "TokenStore", "TokenStoreWriter", "Unread", "Window",
     "Work", "check_hub", "document_id", "document_split", "find_store", "heldout_units", "is_hub_dataset",
     "make_windows", "new_store_url", "read_piece", "rows_wanted", "source_listing", "source_pieces", "special_ids",
-    "store_fingerprint", "token_batches", "tokens_wanted", "unusable", "windows_table", "work_units",
+    "still_serves", "store_fingerprint", "token_batches", "tokens_wanted", "unusable", "windows_table", "work_units",
 ]  # fmt: skip

@@ -342,7 +342,6 @@ def new_store_url(config: RunConfig, fingerprint: str) -> str:
 
 def find_store(config: RunConfig, fingerprint: str) -> str | None:
     """URL of a finished store with this fingerprint that holds what `tokens_wanted` says, or all of the text."""
-    wanted = tokens_wanted(config)
     root = store_root(config)
     fs, path = fsspec.core.url_to_fs(root)
     for found in sorted(fs.glob(posixpath.join(path, f"{fingerprint}-*", STORE_FILE))):
@@ -350,9 +349,24 @@ def find_store(config: RunConfig, fingerprint: str) -> str | None:
             store = TokenStore.open(posixpath.join(root, posixpath.basename(posixpath.dirname(found))))
         except DataError:
             continue  # of another version: left to the jobs that can read it
-        if store.info.exhausted or all(store.info.tokens[split] >= wanted[split] for split in SPLITS):
+        if _is_enough(store.info, config):
             return store.url
     return None
+
+
+def still_serves(url: str, config: RunConfig, tokenizer: Any) -> bool:
+    """Whether a run's own store is still there, whatever has become of its text, is of this tokenizer, and holds what
+    `tokens_wanted` says, or all of the text."""
+    try:
+        info = TokenStore.open(url).info
+    except DataError:
+        return False
+    return info.settings["tokenizer_sha256"] == _tokenizer_digest(tokenizer) and _is_enough(info, config)
+
+
+def _is_enough(info: StoreInfo, config: RunConfig) -> bool:
+    wanted = tokens_wanted(config)
+    return info.exhausted or all(info.tokens[split] >= wanted[split] for split in SPLITS)
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -79,7 +79,9 @@ def interrupted(settings, tmp_path_factory):
     of the mounted one; Ctrl-C comes after a checkpoint."""
     directory = tmp_path_factory.mktemp("interrupted")
     root, mounted = directory / "storage" / "runs", directory / "run.yaml"
-    config = load_preset("tiny", settings | {"output": {"run_id": RUN_ID}})
+    # Relative here, absolute where the quickstart continues the run, from another working directory.
+    model = settings["model"] | {"name": os.path.relpath(settings["model"]["name"], ROOT)}
+    config = load_preset("tiny", settings | {"model": model, "output": {"run_id": RUN_ID}})
     mounted.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
     entrypoint = find("local", "RayJob")["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", shlex.quote(str(mounted)))
     command = ["sh", "-c", f"exec {entrypoint}"]  # so that Ctrl-C reaches the job and not only its shell
@@ -112,8 +114,9 @@ def test_an_interrupted_job_leaves_no_process_and_no_run_that_a_reader_would_tak
         open_run(str(interrupted.root / RUN_ID))
 
 
-def test_an_unfinished_run_is_not_continued_with_other_settings(interrupted):
+def test_an_unfinished_run_is_not_continued_with_other_settings(interrupted, monkeypatch):
     """Before any cluster is started."""
+    monkeypatch.chdir(ROOT)
     changes = {"optimizer": {"lr": 0.1}, "output": {"root": str(interrupted.root)}, "cluster": {"num_trainers": 2}}
     config = make_config(yaml.safe_load(interrupted.file.read_text()), changes)
     with pytest.raises(ConfigError, match=r"unfinished run with other values of optimizer\.lr: "):

@@ -20,6 +20,7 @@ from mtc.config import ConfigError, load_preset, to_yaml
 from mtc.language_model import LanguageModel
 from mtc.results import Analysis, Comparison
 from mtc.storage import RunDirectory, RunError, open_run
+from mtc.text import DataError
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 
 WORDS = "the people of this union shall have power to lay and collect taxes for peace war trade and general welfare"
@@ -186,3 +187,24 @@ def test_two_runs_side_by_side(analysed: list[RunDirectory], tmp_path: Path) -> 
         assert side.figures["FVU, 64 features"] == analysis.evaluation.fvu[-1]
         assert f"{analysis.evaluation.fvu[-1]:.4g}" in text
     assert f"{found.matching.median:.4g}" in text
+
+
+def test_a_run_whose_text_is_gone_is_analysed_with_the_tokens_that_it_was_trained_on(
+    analysed: list[RunDirectory], text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.held_out, "map_on_model_actors", Here)
+    run = analysed[2]
+    settings = {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0}}
+    settings |= {"cluster": {"num_model_actors": 1}}
+    before = run.read("examples.parquet")
+    url = json.loads(run.read("analysis.json"))["facts"]["token_store"]
+    gone = text.rename(text.with_name("elsewhere"))
+    try:
+        analyse_run(run.url, settings)
+        assert run.read("examples.parquet") == before
+        Path(url).rename(f"{url}-gone")
+        with pytest.raises(DataError, match=rf"{text} is not there on "):
+            analyse_run(run.url, settings)
+    finally:
+        Path(f"{url}-gone").rename(url)
+        gone.rename(text)

@@ -388,13 +388,16 @@ def test_skipped_input_and_events() -> None:
     changes = {
         "skipped_documents": {"not UTF-8": 1200, "corrupt Parquet": 2},
         "skipped_examples": ("not UTF-8: /data/a|b_c.txt", "corrupt Parquet: /data/d.parquet, row group 1"),
+        "unread_files": {"hidden": 2},
+        "unread_examples": ("hidden: /data/.git",),
         "dropped_tokens": 1234,
         "events": tuple(events),
     }
     for page in render(make_facts(**changes)):
         assert dict(page.table("All figures")[1:])["Dropped tokens (activations not finite)"] == "1,234"
         assert page.table("Documents that")[1:] == [["not UTF-8", "1,200"], ["corrupt Parquet", "2"]]
-        assert set(changes["skipped_examples"]) < set(page.items)
+        assert page.table("Entries of data.name")[1:] == [["hidden", "2"]]
+        assert {*changes["skipped_examples"], *changes["unread_examples"]} < set(page.items)
         found = page.table("Events")
         assert found[:2] == [["Time", "Step", "Event"], ["2026-01-01T00:00:00Z", "0", "restart: trainer 0|gone"]]
         assert found[2][1] == "–"

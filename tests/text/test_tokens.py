@@ -598,6 +598,8 @@ def test_poison_is_skipped_counted_and_named(
     source = tmp_path / "text"
     source.mkdir()
     good, bad = write_poison(source)
+    for name in (".gitattributes", "README.md", "a.zip"):
+        (source / name).write_text("no text")
     data = {"name": str(source), "num_tokens": 10**6, "seed": 3, "max_skipped_share": 0.5}
     config = make_config(data=data, output={"token_store": str(tmp_path / "stores")})
     job.check_data(config)
@@ -619,6 +621,8 @@ def test_poison_is_skipped_counted_and_named(
     }  # fmt: skip
     assert store.info.skipped == counts
     assert store.info.skipped_examples == [example for name in order for example in bad[name]][:5]
+    assert store.info.unread == {"hidden": 1, "of no kind that is read": 1, "archive, to be unpacked first": 1}
+    assert store.info.unread_examples[0] == f"hidden: {source}/.gitattributes"
     assert sum(store.info.documents.values()) == 41
 
     strict = make_config(data=data | {"max_skipped_share": 0.3}, output={"token_store": str(tmp_path / "strict")})
