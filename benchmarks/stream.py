@@ -49,7 +49,7 @@ from cluster.resources import Node, Plan
 from mtc.config import RunConfig, load_preset
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
 from mtc.results import RunFacts
-from mtc.text import TokenStore, special_ids, work_units
+from mtc.text import TokenStore, encode_text, special_ids, work_units
 from mtc.text.sources import source_files
 from mtc.training import ShuffleBuffer
 
@@ -69,7 +69,7 @@ def measure_capture(rounds: int) -> dict[str, Any]:
     texts = [p for file in source_files(config.data) for p in Path(file.url).read_text().split("\n") if len(p) > 40]
     texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     tokenizer = load_tokenizer(config.model)
-    ids = [np.array(tokenizer(t)["input_ids"], np.int32) for t in texts[:3000]]
+    ids = [encode_text(t, tokenizer).ids for t in texts[:3000]]
     flat = np.concatenate(ids)
     paragraphs = [part[:CONTEXT] for part in ids]
     full = list(flat[: len(flat) // CONTEXT * CONTEXT].reshape(-1, CONTEXT))

@@ -41,7 +41,7 @@ from mtc.devices import open_device
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
 from mtc.storage import RunDirectory
 from mtc.telemetry import describe_machine
-from mtc.text import TokenStore, heldout_units
+from mtc.text import TokenStore, TokenTexts, heldout_units
 from mtc.transcoder import load_transcoder
 
 UNITS_PER_ROW = 8
@@ -241,7 +241,6 @@ def _findings(
     losses: list[dict[str, Any]],
     effects: list[dict[str, Any]],
 ) -> Findings:
-    tokenizer = load_tokenizer(config.model)
     loss = reduce(add, [LossSums(**part) for part in losses]) if losses else None
     on_logits = None
     if loss:
@@ -251,7 +250,7 @@ def _findings(
         evaluation=evaluation(held, loss_recovered(loss, documents[1]) if loss else None, documents[0]),
         statistics=held.examples.statistics,
         examples=held.examples.examples(
-            store.input_ids, store.info.special_ids, store.document_ids, lambda token: str(tokenizer.decode([token]))
+            store.input_ids, store.info.special_ids, store.document_ids, TokenTexts(load_tokenizer(config.model))
         ),
         token_errors=held.token_errors,
         deviation=held.blocks.mean_deviation(),

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from mtc.analysis.token_sums import SparseActivations
     from mtc.language_model import PackedWindows
+    from mtc.text import TokenTexts
 
 Array = NDArray[Any]
 EDGES = 2.0 ** np.arange(-6, 10.5, 0.5)
@@ -72,11 +73,10 @@ class Examples:
         windows: Callable[[Array], Sequence[Array]],
         special: Sequence[int],
         document_ids: Callable[[Array], Sequence[str]],
-        decode: Callable[[int], str],
+        texts: TokenTexts,
     ):
         self._rows, self._rank, self._quantile, self._before = rows, rank, quantile, before
-        self._windows, self._special, self._document_ids, self._decode = windows, special, document_ids, decode
-        self._texts: dict[int, str] = {}
+        self._windows, self._special, self._document_ids, self._texts = windows, special, document_ids, texts
         self.is_top = is_top
         """[examples] bool: one of the feature's strongest examples, not a uniformly drawn one."""
         self.feature = rows.feature
@@ -88,10 +88,8 @@ class Examples:
         return len(self.feature)
 
     def token(self, token_id: int) -> str:
-        """The text of the token with this id."""
-        if token_id not in self._texts:
-            self._texts[token_id] = self._decode(token_id)
-        return self._texts[token_id]
+        """The text of the token with this id, as TokenTexts gives it alone."""
+        return self._texts.token(token_id)
 
     def table(self, features: Sequence[int] | None = None) -> pa.Table:
         """The examples of some features, or of all, with their text; columns as in SCHEMA."""
@@ -127,10 +125,16 @@ class Examples:
         borders = np.r_[0, np.cumsum(inside.sum(1))].astype(np.int32)
         context_ids, context = token[inside].astype(np.int32), rows.context[inside]
         names, of_name = np.unique(np.r_[context_ids, self.token_id[index]], return_inverse=True)
-        texts_of = pa.array([self.token(int(t)) for t in names], pa.string())
-        strings = texts_of.take(pa.array(of_name))
-        documents = np.array(list(self._document_ids(unique)), object)[which]
+        texts_of = [self.token(int(t)) for t in names]
         n = len(context_ids)
+        # Only where characters have several tokens does a context read otherwise than its tokens alone.
+        parts = np.array([self._texts.is_part(int(t)) for t in names], bool)[of_name[:n]]
+        for row in np.unique(np.searchsorted(borders, np.flatnonzero(parts), "right") - 1):
+            first, end = borders[row : row + 2]
+            of_name[first:end] = np.arange(len(texts_of), len(texts_of) + end - first)
+            texts_of += self._texts.sequence(context_ids[first:end].tolist())
+        strings = pa.array(texts_of, pa.string()).take(pa.array(of_name))
+        documents = np.array(list(self._document_ids(unique)), object)[which]
         columns = {
             "feature": pa.array(rows.feature, pa.int32()),
             "kind": pa.array(np.where(top, "top", "sample").tolist(), pa.string()),
@@ -248,10 +252,10 @@ class ExampleCollector:
         windows: Callable[[Array], Sequence[Array]],
         special: Sequence[int],
         document_ids: Callable[[Array], Sequence[str]],
-        decode: Callable[[int], str],
+        texts: TokenTexts,
     ) -> Examples:
-        """All examples kept; `windows` gives the token ids of windows, `document_ids` their documents, `decode` one
-        token's text.
+        """All examples kept; `windows` gives the token ids of windows, `document_ids` their documents, `texts` the text
+        of tokens.
 
         Tokens among the `special` ids are left out of contexts.
         """
@@ -269,7 +273,7 @@ class ExampleCollector:
         order = np.lexsort((~is_top, rows.feature))  # stable: ranks stay in order
         rank, quantile = (np.concatenate([kind[i] for kind in kinds])[order] for i in (1, 2))
         return Examples(
-            rows.take(order), is_top[order], rank, quantile, self.before, windows, special, document_ids, decode
+            rows.take(order), is_top[order], rank, quantile, self.before, windows, special, document_ids, texts
         )
 
     def arrays(self) -> dict[str, Array]:

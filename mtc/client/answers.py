@@ -48,7 +48,8 @@ class TokenisedInput(NamedTuple):
     """One input as the model reads it."""
 
     tokens: tuple[str, ...]
-    """Texts of the input's tokens, each id decoded on its own."""
+    """Texts of the input's tokens: joined, those that are not special are the text. A character of several tokens is
+    shown at its last."""
     token_ids: NDArray[np.int32]
     """[tokens] int32, ids of the input's tokens."""
     offsets: NDArray[np.int32] | None
@@ -74,7 +75,8 @@ class EncodedInput(NamedTuple):
     """One input and its tokens' features: token t has the entries from indptr[t] to indptr[t + 1]."""
 
     tokens: tuple[str, ...]
-    """Texts of the input's tokens, each id decoded on its own."""
+    """Texts of the input's tokens: joined, those that are not special are the text. A character of several tokens is
+    shown at its last."""
     token_ids: NDArray[np.int32]
     """[tokens] int32, ids of the input's tokens."""
     offsets: NDArray[np.int32] | None

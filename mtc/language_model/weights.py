@@ -100,7 +100,8 @@ def prepare_model(config: ModelConfig) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ModelError if it can't be had."""
+    """The model's tokenizer. Raises ModelError if it can't be had or is none of the `tokenizers` library, which alone
+    say where tokens stand in a text."""
     path = prepare_model(config)
     try:
         with loading(config):
@@ -109,6 +110,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # whatever a broken file breaks; those of the Rust tokenizers have no class of their own
         raise ModelError(f"{config.name}: the tokenizer can't be read: {one_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{config.name} has no tokenizer.json: its tokenizer is a {type(tokenizer).__name__}")
     return tokenizer
 
 

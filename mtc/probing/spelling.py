@@ -21,7 +21,7 @@ from mtc.language_model import LanguageModel, PackedWindows, load_tokenizer, pac
 from mtc.probing.absorption import MIN_LETTERS, MIN_WORDS, Readings, measure_absorption
 from mtc.probing.linear_probes import require_sklearn
 from mtc.results import MIN_ACCURACY, Spelling
-from mtc.text import special_ids, token_batches
+from mtc.text import encode_text, special_ids, token_batches
 from mtc.transcoder import MatryoshkaTranscoder
 
 LINES = 10
@@ -171,7 +171,9 @@ def _prompts(
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """The tokens of a text that stands behind a word: at the beginning of a text, many tokenizers put a space."""
+    found = encode_text(f"a{text}", tokenizer)
+    return found.ids[found.offsets[:, 0] > 0].tolist()
 
 
 def _unusable(words: Words, tokenizer: Any) -> str | None:

@@ -26,8 +26,9 @@ def visible(text: str) -> str:
 
 
 def spaced(text: str) -> str:
-    """One decoded token for a list or table: visible, its spaces too, so that `the` and ` the` differ."""
-    return visible(text).replace(" ", _VISIBLE[" "]) if text else "(empty)"
+    """One decoded token for a list or table: visible, its spaces too, so that `the` and ` the` differ; ⋯ for
+    one without text, within a character of several tokens."""
+    return visible(text).replace(" ", _VISIBLE[" "]) if text else "⋯"
 
 
 def escape(text: str) -> str:

@@ -13,12 +13,14 @@ from mtc.text.token_store import (
     still_serves,
     store_fingerprint,
 )
-from mtc.text.windows import SCHEMA, Window, document_id, document_split, make_windows, special_ids, windows_table
+from mtc.text.tokens import TextTokens, TokenTexts, encode_text, special_ids
+from mtc.text.windows import SCHEMA, Window, document_id, document_split, make_windows, windows_table
 from mtc.text.work import Work, heldout_units, token_batches, work_units
 
 __all__ = [
-    "SCHEMA", "DataError", "Document", "Piece", "StoreInfo", "TokenStore", "TokenStoreWriter", "Unread", "Window",
-    "Work", "check_hub", "document_id", "document_split", "find_store", "heldout_units", "is_hub_dataset",
-    "make_windows", "new_store_url", "read_piece", "rows_wanted", "source_listing", "source_pieces", "special_ids",
-    "still_serves", "store_fingerprint", "token_batches", "tokens_wanted", "unusable", "windows_table", "work_units",
+    "SCHEMA", "DataError", "Document", "Piece", "StoreInfo", "TextTokens", "TokenStore", "TokenStoreWriter",
+    "TokenTexts", "Unread", "Window", "Work", "check_hub", "document_id", "document_split", "encode_text", "find_store",
+    "heldout_units", "is_hub_dataset", "make_windows", "new_store_url", "read_piece", "rows_wanted", "source_listing",
+    "source_pieces", "special_ids", "still_serves", "store_fingerprint", "token_batches", "tokens_wanted", "unusable",
+    "windows_table", "work_units",
 ]  # fmt: skip

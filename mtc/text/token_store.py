@@ -37,7 +37,8 @@ from mtc.record import Record
 from mtc.storage import RunDirectory, absolute, cache_directory, patiently, write_atomic
 from mtc.text.budget import tokens_wanted
 from mtc.text.sources import EXAMPLES, DataError, Unread, count_reasons, is_hub_dataset, source_files
-from mtc.text.windows import SPLITS, special_ids
+from mtc.text.tokens import OVERLAP, PART_CHARS, special_ids
+from mtc.text.windows import SPLITS
 
 FORMAT_VERSION = 2
 STORE_FILE = "store.json"
@@ -69,6 +70,8 @@ def store_fingerprint(config: RunConfig, tokenizer: Any) -> tuple[str, dict[str,
         "heldout_fraction": data.heldout_fraction,
         "seed": data.seed,
     }
+    if data.max_document_chars > PART_CHARS:
+        settings["part_chars"], settings["overlap"] = PART_CHARS, OVERLAP  # how a longer document is read
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16], settings
 
 
@@ -370,9 +373,8 @@ def _is_enough(info: StoreInfo, config: RunConfig) -> bool:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
     for key in ("truncation", "padding"):
-        state.pop(key, None) if backend is not None else None  # what the last call set, not what the tokenizer is
+        del state[key]  # what the last call set, not what the tokenizer is: encode_text undoes it
     identity = [state, tokenizer.bos_token_id, special_ids(tokenizer)]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -139,7 +139,8 @@ class Tokens(SchemaModel):
     """An input as the model reads it; all lists have one entry for each token."""
 
     tokens: list[str]
-    """Tokens as text, each id decoded on its own; a character of several tokens cannot be read in any of them."""
+    """Tokens as text, special ones by name: the others, joined, are the text. A character of several tokens is shown at
+    its last, and those before it may be empty."""
     token_ids: list[int]
     """Token ids in the language model's vocabulary."""
     offsets: list[tuple[int, int]] | None

@@ -130,7 +130,7 @@ def _numbers(array: NDArray[Any]) -> list[bytes]:
 def _tokens(run: ServedRun, tokenised: Tokenised) -> dict[str, Any]:
     ids = tokenised.ids.tolist()
     return {
-        "tokens": [run.tokeniser.token(i) for i in ids],
+        "tokens": run.tokeniser.strings(tokenised),
         "token_ids": ids,
         "offsets": None if tokenised.offsets is None else tokenised.offsets.tolist(),
         "is_special": tokenised.special.tolist(),
@@ -180,7 +180,7 @@ def _encode_tensors(envelope: Envelope, inputs: Sequence[Tokenised], found: Sequ
     ):  # fmt: skip
         if parts[0] is not None:
             tensors[name] = np.concatenate([part for part in parts if part is not None]).astype(kind)
-    tokens = [envelope.run.tokeniser.token(i) for i in tensors["token_ids"].tolist()]
+    tokens = [string for each in inputs for string in envelope.run.tokeniser.strings(each)]
     metadata = _metadata(envelope, "mtc-encode", usage(inputs)) | {
         "tokens": orjson.dumps(tokens).decode(),
         "truncated": json.dumps([each.truncated for each in inputs]),

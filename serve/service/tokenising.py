@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from mtc.config import ModelConfig
+from mtc.text import TokenTexts, encode_text, special_ids
 from serve.contract import Tokenised
 
 
@@ -16,23 +15,21 @@ class Tokeniser:
     def __init__(self, config: ModelConfig):
         # PyTorch comes along, 2 s and 220 MB, which those that only deploy the service do without.
         from mtc.language_model import load_tokenizer
-        from mtc.text import special_ids
 
-        self._tokenizer: Any = load_tokenizer(config)
-        self._backend: Any = self._tokenizer.backend_tokenizer
-        self._backend.encode_special_tokens = True  # as text
-        self._bos = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
+        self._tokenizer = load_tokenizer(config)
+        self._texts = TokenTexts(self._tokenizer)
+        bos = self._tokenizer.bos_token_id
+        self._bos = np.array([] if bos is None else [bos], np.int32)
         self.vocab_size = len(self._tokenizer)
         """Ids from here on are none."""
         self._special = np.zeros(self.vocab_size, bool)
-        self._special[sorted(special_ids(self._tokenizer))] = True
-        self._strings: dict[int, str] = {}
+        self._special[special_ids(self._tokenizer)] = True
 
     def text(self, text: str, limit: int | None = None) -> Tokenised:
         """At most `limit` tokens of a text, BOS included; by default all."""
-        found = self._backend.encode(text, add_special_tokens=False)
-        ids = np.array(self._bos + found.ids, np.int32)
-        offsets = np.array([(0, 0)] * len(self._bos) + found.offsets, np.int32).reshape(-1, 2)
+        found = encode_text(text, self._tokenizer)
+        ids = np.concatenate([self._bos, found.ids])
+        offsets = np.concatenate([np.zeros((len(self._bos), 2), np.int32), found.offsets])
         truncated = limit is not None and len(ids) > limit
         if truncated:
             ids, offsets = ids[:limit], offsets[:limit]
@@ -43,10 +40,11 @@ class Tokeniser:
         ids = np.array(token_ids[:limit], np.int32)
         return Tokenised(ids, None, self._special[ids], len(token_ids) > len(ids))
 
-    def token(self, token_id: int) -> str:
-        """An id decoded on its own."""
-        string = self._strings.get(token_id)
-        if string is None:
-            string = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
-            self._strings[token_id] = string
-        return string
+    def strings(self, tokenised: Tokenised) -> list[str]:
+        """The tokens' texts as TokenTexts.sequence gives them; ids may stand anywhere in a text, which is why a space
+        in front of them is shown."""
+        ids = tokenised.ids.tolist()
+        if tokenised.offsets is None:
+            return self._texts.sequence(ids)
+        bos = len(self._bos)
+        return [*map(self._texts.token, ids[:bos]), *self._texts.sequence(ids[bos:], starts_text=True)]

@@ -10,9 +10,12 @@ import torch
 from mtc.analysis.examples import EDGES, ExampleCollector
 from mtc.analysis.token_sums import SparseActivations
 from mtc.language_model import pack_windows
+from mtc.text import TokenTexts
+from tests.strangers.tokenizers_as_they_come import named
 
 F, W, T = 6, 40, 12
 SPECIAL = 1
+TOKENS = TokenTexts(named(lambda i: f"<{i}>", 50))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def collect(data, parts, minimum=0.2, limit=4):
 def as_examples(collector, data):
     text = {int(w): ids for w, ids in zip(data[0], data[1], strict=True)}
     return collector.examples(
-        lambda ids: [text[int(i)] for i in ids], [SPECIAL], lambda ids: [f"doc{i}" for i in ids], lambda t: f"<{t}>"
+        lambda ids: [text[int(i)] for i in ids], [SPECIAL], lambda ids: [f"doc{i}" for i in ids], TOKENS
     )
 
 
@@ -155,8 +158,6 @@ def test_windows_of_different_lengths_keep_their_contexts_apart(data):
     collector = ExampleCollector(F, 4, 3, 6, 0.2)
     collector.add(windows, packed, sparse(rows))
     text = dict(zip(windows.tolist(), short, strict=True))
-    found = collector.examples(
-        lambda i: [text[int(w)] for w in i], [SPECIAL], lambda i: [f"doc{w}" for w in i], lambda t: f"<{t}>"
-    )
+    found = collector.examples(lambda i: [text[int(w)] for w in i], [SPECIAL], lambda i: [f"doc{w}" for w in i], TOKENS)
     assert found.table().equals(as_examples(collect(data, [np.arange(W)]), data).table())
     assert torch.equal(packed.position_ids[packed.lengths[0] :][:1], torch.zeros(1, dtype=torch.int64))

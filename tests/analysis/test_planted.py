@@ -12,8 +12,10 @@ from mtc.analysis.nesting import chance_cosine
 from mtc.config import load_preset
 from mtc.language_model import SitePair, pack_windows
 from mtc.results import Feature, RunFacts
+from mtc.text import TokenTexts
 from mtc.training import Trainer
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from tests.strangers.tokenizers_as_they_come import named
 
 D = 64
 GROUPS = (4, 6)
@@ -69,7 +71,10 @@ def found(planted):
     held.add(ids, pack_windows(windows, [BOS]), pair, ids % 8, sampled=True)
     nesting = analyse_nesting(transcoder, held.sample, held.candidates)
     examples = held.examples.examples(
-        lambda i: [windows[w] for w in i], [BOS], lambda i: [f"document {w % 8}" for w in i], lambda t: f"t{t}"
+        lambda i: [windows[w] for w in i],
+        [BOS],
+        lambda i: [f"document {w % 8}" for w in i],
+        TokenTexts(named(lambda t: f"t{t}", 20)),
     )
     findings = Findings(
         evaluation(held, None), held.examples.statistics, examples, held.token_errors, held.blocks.mean_deviation(),

@@ -18,7 +18,9 @@ from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
 from mtc.results import Evaluation, RunFacts
 from mtc.storage import RunDirectory
+from mtc.text import TokenTexts
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from tests.strangers.tokenizers_as_they_come import named
 
 BOS = 1
 GROUPS, D = (16, 32, 16), 32  # of the tiny preset
@@ -266,7 +268,10 @@ def analysed(tmp_path: Path) -> RunDirectory:
     feature, token = np.nonzero(flat.T)
     collector.add(np.arange(3), pack_windows(list(ids), [BOS]), SparseActivations(feature, token, flat[token, feature]))
     examples = collector.examples(
-        lambda windows: ids[windows], [BOS], lambda windows: [f"doc{w}" for w in windows], lambda t: f"<{chr(t)}>"
+        lambda windows: ids[windows],
+        [BOS],
+        lambda windows: [f"doc{w}" for w in windows],
+        TokenTexts(named(lambda t: f"<{chr(t)}>", 128)),
     )
     evaluation = Evaluation(
         tokens=21, prefixes=[16, 48, 64], fvu=[0.5, 0.4, 0.25], l0=[1.0, 2, 3], never_fired=1, loss=None

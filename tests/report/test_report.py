@@ -426,7 +426,7 @@ def test_hostile_text_stays_text() -> None:
     assert token("\n") == "⏎"
     assert token("  ") == "␣␣"
     assert token(" the") == "␣the"
-    assert token("") == "(empty)"
+    assert token("") == "⋯"
     assert escape("**") == r"\*\*"
     assert context(["the", " Congress", " of"], 1) == "… the **Congress** of …"
     assert context(["a", "|", "b"], 1) == r"… a<b>\|</b>b …"

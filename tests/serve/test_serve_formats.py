@@ -201,10 +201,11 @@ def test_every_format_equals_the_offline_forward(client: httpx.Client, truth: Tr
         found = encode(client, SAFETENSORS, "csr", inputs=TEXTS[-count:])
         check(found, expected[-count:])
     for text, result in zip(TEXTS, ask(client, "/encode", JSON, inputs=TEXTS)["results"], strict=True):
-        assert result["tokens"] == [truth.tokenizer.decode([i]) for i in result["token_ids"]]
+        assert result["tokens"][0] == truth.tokenizer.bos_token
+        assert "".join(result["tokens"][1:]) == text
         slices = [text[a:b] for a, b in result["offsets"][1:]]
         pairs = zip(result["tokens"][1:], slices, strict=True)
-        assert all(token == part for token, part in pairs if "\ufffd" not in token)  # else a part of a character
+        assert all(token in (part, "") for token, part in pairs)  # nothing where a character goes on
 
 
 @pytest.mark.parametrize(("media_type", "form"), FORMS)

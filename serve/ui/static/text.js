@@ -23,7 +23,7 @@ function visible(string) {
   const signs = { "\n": "⏎", "\r": "␍", "\t": "⇥" };
   return string.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => signs[c] ?? "U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0"));
 }
-const spaced = (string) => (string ? visible(string).replaceAll(" ", "␣") : "(empty)");
+const spaced = (string) => (string ? visible(string).replaceAll(" ", "␣") : "⋯");  // within a character of several tokens
 const number = (value) => (value === null ? "undefined" : value.toLocaleString("en", Number.isInteger(value) ? {} : { maximumSignificantDigits: 4 }));
 const mean = (values) => { const known = values.filter((v) => v !== null); return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null; };
 
