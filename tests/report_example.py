@@ -14,12 +14,15 @@ from mtc.analysis.examples import EDGES, Examples, FeatureStatistics, _Rows
 from mtc.analysis.nesting import Absorption, Nesting, Parents, Split
 from mtc.config import RunConfig, load_preset
 from mtc.results import Analysis, Evaluation, LossRecovered, RunFacts, Slice
+from mtc.text import TokenTexts
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from tests.strangers.tokenizers_as_they_come import named
 
 GROUPS = (4, 6)
 TOKENS = 1000
 HOSTILE = ["|", "`code`", "\n", "<script>alert(1)</script>", "**", "a|b\n| c |", "$x$", "\u202eevil", " "]
 VOCABULARY = [*HOSTILE, '"onload=alert(1) x="', "the", " of|"]
+TEXTS = TokenTexts(named(VOCABULARY.__getitem__, len(VOCABULARY)))
 COUNTS = [500, 40, 0, 7, 1, 0, 99, 100, 101, 3]  # features 2 and 5 are silent, 0 and 8 are dense
 SAMPLES = [10, 10, 0, 7, 1, 0, 10, 10, 10, 0]  # feature 9 is weaker than min_activation
 NONE = [0] * 10
@@ -70,7 +73,7 @@ def make_examples(samples: list[int] = SAMPLES) -> Examples:
     return Examples(
         rows, np.array(top, bool), np.array(rank, np.int32), np.array(quantile, np.float32), 1,
         lambda windows: [np.array([ids[0], token[w], ids[1]], np.int32) for w in windows],
-        [], lambda windows: [f"doc|{w}<b>" for w in windows], VOCABULARY.__getitem__,
+        [], lambda windows: [f"doc|{w}<b>" for w in windows], TEXTS,
     )  # fmt: skip
 
 
