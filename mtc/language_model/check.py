@@ -141,12 +141,7 @@ def check_tokenizer_files(config: ModelConfig, directory: str) -> None:
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raises ModelError for a tokenizer that can't be used, or has ids beyond the `rows` of the embedding."""
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{config.name} has a tokenizer in Python only ({type(tokenizer).__name__}); one with a tokenizer.json is "
-            "needed"
-        )
+    """Raises ModelError for a tokenizer with ids beyond the `rows` of the embedding."""
     if len(tokenizer) > rows:
         beyond = tokenizer.convert_ids_to_tokens(rows)
         raise ModelError(

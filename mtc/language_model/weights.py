@@ -111,7 +111,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:  # whatever a broken file breaks; those of the Rust tokenizers have no class of their own
         raise ModelError(f"{config.name}: the tokenizer can't be read: {one_line(error)}") from error
     if not tokenizer.is_fast:
-        raise ModelError(f"{config.name} has no tokenizer.json: its tokenizer is a {type(tokenizer).__name__}")
+        raise ModelError(
+            f"{config.name} has a tokenizer in Python only ({type(tokenizer).__name__}); one with a tokenizer.json is "
+            "needed"
+        )
     return tokenizer
 
 
