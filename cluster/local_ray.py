@@ -9,8 +9,8 @@ import tempfile
 
 from mtc.config import ConfigError
 
-LONGEST_ROOT = 36
-"""Longest path, in bytes, in which Ray can make its sockets: theirs have 107 at most."""
+LONGEST_ROOT = 25
+"""Longest path, in bytes, in which Ray can make its sockets, in the user's directory there: theirs have 107 at most."""
 LONGEST_PROXY_ROOT = 14
 """Longest path, in bytes, for a Ray that serves: HAProxy's sockets lie deeper, ROOT/mtc-xxxxxxxx/NODE
 ID/admin.sock.PROCESS ID.tmp."""
@@ -37,6 +37,15 @@ def temporary_root(longest: int = LONGEST_ROOT) -> str:
         f"Ray's sockets can lie neither in {', '.join(wanted) or 'TMPDIR (not set)'} nor in /tmp: give in RAY_TMPDIR a "
         f"directory that can be written, whose path has at most {longest} ASCII letters and no whitespace"
     )
+
+
+def session_directory() -> str:
+    """Where this user's local Rays keep their sessions: not Ray's usual /tmp/ray, which is whoever's came first.
+    Raises ConfigError if it is another user's."""
+    path = f"{temporary_root()}/ray-{os.getuid()}"
+    if os.path.lexists(path) and (os.path.islink(path) or os.lstat(path).st_uid != os.getuid()):
+        raise ConfigError(f"{path} is not user {os.getuid()}'s own directory: give another place in RAY_TMPDIR")
+    return path
 
 
 def make_temporary_directory() -> str:

@@ -14,12 +14,11 @@ import ray
 from cluster.activations import configure_data_context
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
-from cluster.local_ray import check_installation, temporary_root
+from cluster.local_ray import check_installation, session_directory
 from cluster.outcome import Trained, TrainResult
 from cluster.places import (
     check_same_run,
     check_unfinished,
-    output_root,
     run_directory,
     share_places,
     warn_of_copies,
@@ -30,10 +29,10 @@ from cluster.reporting import analyse_and_write, publish, timed
 from cluster.resources import WORKER_ENVIRONMENT, Plan, cluster_nodes, make_plan
 from cluster.tokenise import build_token_store, check_data
 from cluster.training import train
-from mtc.config import ConfigError, RunConfig, to_yaml
+from mtc.config import RunConfig, to_yaml
 from mtc.language_model import check_model, prepare_model
 from mtc.results import RunFacts
-from mtc.storage import Lease, RunDirectory, with_absolute_paths
+from mtc.storage import Lease, RunDirectory, check_writable, with_absolute_paths
 from mtc.telemetry import check_trackers, prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
 from mtc.text import TokenStore, Work, heldout_units, work_units
@@ -44,13 +43,12 @@ logger = logging.getLogger(__name__)
 def check(config: RunConfig) -> None:
     """Check everything that can be known to fail, before any cluster work, within seconds.
 
-    Raises ConfigError (FinishedError for a finished run), ModelError or DataError.
+    Raises ConfigError (FinishedError for a finished run), StorageError, ModelError or DataError.
     """
-    config = with_absolute_paths(config)
-    try:
-        RunDirectory(output_root(config))
-    except ImportError as error:
-        raise ConfigError(f"output.root={config.output.root}: {error}; pip install -e '.[s3]' or '.[gcs]'") from None
+    given, config = config.output, with_absolute_paths(config)
+    check_writable(f"output.root={given.root}", config.output.root)
+    if config.output.token_store:
+        check_writable(f"output.token_store={given.token_store}", config.output.token_store)
     if config.output.run_id:
         check_unfinished(run := run_directory(config))
         check_same_run(config, run)
@@ -77,7 +75,7 @@ def connected(verbose: bool = False) -> Iterator[None]:
             check_installation()
             os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            ray.init(address="local", dashboard_host="127.0.0.1", _temp_dir=f"{temporary_root()}/ray", **how)
+            ray.init(address="local", dashboard_host="127.0.0.1", _temp_dir=session_directory(), **how)
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ from cluster.resources import Plan, cluster_nodes, make_plan
 from cluster.tokenise import build_token_store
 from mtc.analysis import features_to_parquet
 from mtc.analysis.analyse import analyse
-from mtc.config import ConfigError, RunConfig, make_config
+from mtc.config import RunConfig, changed_config
 from mtc.language_model import check_model, load_tokenizer
 from mtc.report import write_report
 from mtc.report.layers import write_layers_report
@@ -99,7 +99,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     if "/" in run.run_id:
         whole = run.url.rstrip("/").rsplit("/", 1)[0]
         raise RunError(f"{run.url} is one layer of a run of several, which are analysed together: name {whole}")
-    config = changed_config(run, overrides)
+    config = changed_config(run.config(), overrides)
     check_optional(config)
     info = check_model(config.model, config.data.context_length)
     configure_data_context()
@@ -134,15 +134,6 @@ def _token_store(config: RunConfig, run: RunDirectory, plan: Plan) -> str:
             raise
         say("token_store", f"{error}; the tokenised text of the run is still there: {url}", url=url)
         return str(url)
-
-
-def changed_config(run: RunDirectory, overrides: dict[str, Any]) -> RunConfig:
-    """The run's configuration with other values in `analysis` and `cluster`; raises ConfigError for other parts."""
-    if other := [f"{part}.{f}" for part in overrides if part not in ("analysis", "cluster") for f in overrides[part]]:
-        raise ConfigError(
-            f"{', '.join(other)}: the run is trained already; only analysis.* and cluster.* can be changed"
-        )
-    return make_config(run.config().model_dump(), overrides)
 
 
 @contextmanager

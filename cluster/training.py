@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import queue
+import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -90,8 +92,10 @@ def train(
         before = last.manifest.step if last else 0
         if before:
             tell("continue", f"continues from the checkpoint of step {before:,}", before)
+        # Only Train's marker lies there. A name that others know could be taken by another user of the machine.
+        storage = os.path.join(tempfile.gettempdir(), f"mtc-train-{uuid.uuid4().hex}")
         try:
-            _interruptible(_trainer(config, plan, run, store_url, d_model, log).fit, go_on)
+            _interruptible(_trainer(config, plan, run, store_url, d_model, log, storage).fit, go_on)
             last = _wait_for_result(checkpoints)
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             if cause := permanent_cause(error):
@@ -110,12 +114,16 @@ def train(
             pause = min(2.0**failures, LONGEST_PAUSE)
             tell("restart", f"training is started again in {pause:.0f} s: {one_line(error)}")
             time.sleep(pause)
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
     trained = _result(last, run)
     check_ledger(trained.progress, len(work.training))
     return trained
 
 
-def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_model: int, log: Any) -> Any:
+def _trainer(
+    config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d_model: int, log: Any, storage: str
+) -> Any:
     fewest = min(config.cluster.min_trainers or plan.num_trainers, plan.num_trainers)
     return TorchTrainer(
         train_worker,
@@ -133,8 +141,7 @@ def _trainer(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, d
         dataset_config=StreamConfig(config, plan, run.url, store_url, d_model, log),
         run_config=ray.train.RunConfig(
             name=run.run_id,
-            # Only a marker lies there; another user of the machine can't write into ours.
-            storage_path=os.path.join(tempfile.gettempdir(), f"ray-train-{os.getuid()}"),
+            storage_path=storage,
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             callbacks=[TellFailures(log)],  # type: ignore[list-item]
             worker_runtime_env=plan.runtime_env,  # type: ignore[call-arg]  # of Train v2

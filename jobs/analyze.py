@@ -14,9 +14,9 @@ import signal
 import sys
 
 from jobs.command_line import failed, make_parser, parse_overrides
-from mtc.config import ConfigError
+from mtc.config import ConfigError, changed_config
 from mtc.report import write_comparison
-from mtc.storage import open_layer_run, open_run
+from mtc.storage import open_layer_run, open_run, prepare_environment
 from mtc.telemetry import fail
 
 
@@ -33,15 +33,15 @@ def main(argv: list[str] | None = None) -> int:
             return compare(first, second, arguments.output or "comparison", overrides)
         if arguments.output:
             raise ConfigError("--output belongs to --compare; --run writes into the run")
-        run = open_run(arguments.run, verify=False)
-        # Torch, transformers and Ray take 4 to 8 s; without them, help, unknown options and a wrong run are told in 1.
+        config = changed_config(open_run(arguments.run, verify=False).config(), overrides)
+        prepare_environment()
+        # Torch, transformers and Ray take 4 to 8 s; without them, help, wrong options and a wrong run are told in 1.
         from cluster.pipeline import connected
         from cluster.probing import check_optional
-        from cluster.reporting import analyse_run, changed_config
+        from cluster.reporting import analyse_run
         from mtc.language_model import check_model
 
         # A mistake, or a model that is gone meanwhile, costs no start of a cluster.
-        config = changed_config(run, overrides)
         check_optional(config)
         check_model(config.model, config.data.context_length)
         with connected(arguments.verbose):

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import create_model
 from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings.exceptions import SettingsError
 
-from mtc.config import ConfigError, RunConfig, load_preset, make_config, merge_settings, preset_names
+from mtc.config import (
+    ConfigError,
+    RunConfig,
+    load_preset,
+    make_config,
+    merge_settings,
+    preset_names,
+    read_settings,
+    suggestion,
+)
 from mtc.errors import known_cause, one_line
 from mtc.telemetry import FORMAT_VARIABLE, Format, configure, fail
 
@@ -36,14 +45,7 @@ def parse_command_line(
     overrides = merge_settings(known or {}, overrides)
     if arguments.preset:
         return load_preset(arguments.preset, overrides), arguments
-    base: dict[str, Any] = {}
-    if arguments.config:
-        path = Path(arguments.config)
-        if not path.is_file():
-            raise ConfigError(f"--config {arguments.config}: no such file")
-        base = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(base, dict):
-            raise ConfigError(f"--config {arguments.config}: the top level must be a mapping")
+    base = read_settings(arguments.config, f"--config {arguments.config}") if arguments.config else {}
     return make_config(base, overrides), arguments
 
 
@@ -83,9 +85,20 @@ def parse_overrides(
     if "--help-fields" in argv:
         parser.print_help()
         parser.exit()
-    arguments = parser.parse_args(list(argv))
+    arguments, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        names = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+        meant = suggestion(unknown[0].partition("=")[0].removeprefix("--"), names)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     configure(arguments.verbose, arguments.log_format)
-    return arguments, source(parsed_args=arguments)()
+    try:
+        return arguments, source(parsed_args=arguments)()
+    except SettingsError as error:
+        wrong = re.search(r"for (?:field )?\"?([\w.]+)", str(error))
+        name = wrong[1] if wrong else ""
+        value = getattr(arguments, name, "")
+        value = ", ".join(value) if isinstance(value, list) else value
+        raise ConfigError(f'--{name} {value}: JSON is wanted, such as [1, 2] or {{"k": 8}}') from None
 
 
 def failed(error: Exception) -> int:

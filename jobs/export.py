@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 from jobs.command_line import failed, parse_command_line
 from mtc.config import to_yaml
-from mtc.storage import RunDirectory, open_run, with_absolute_paths
+from mtc.storage import RunDirectory, check_writable, open_run, prepare_environment, with_absolute_paths
 from mtc.telemetry import configure
 
 FORMATS = ("saelens", "circuit-tracer", "gemma-scope-npz", "neuronpedia")
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         configure()
+        prepare_environment()
         if any(a == "--import" or a.startswith("--import=") for a in arguments):
             if run := import_run(arguments):
                 print(f"imported {run.url}")
@@ -75,7 +76,8 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
     if parsed.print_config:
         print(to_yaml(config), end="")
         return None
-    config = with_absolute_paths(config)
+    given, config = config.output.root, with_absolute_paths(config)
+    check_writable(f"output.root={given}", config.output.root)
     info = check_model(config.model)
     name = config.model.name.rstrip("/").split("/")[-1].split(":")[-1]
     run_id = config.output.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-layer{config.model.layer}-imported"

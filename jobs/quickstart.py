@@ -30,8 +30,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.local_ray import check_installation, make_temporary_directory
+from jobs.command_line import parse_command_line
 from mtc.errors import MtcError
-from mtc.storage import RunDirectory, absolute, named_run
+from mtc.storage import RunDirectory, absolute, check_writable, named_run, open_layer_run, prepare_environment
 from mtc.telemetry import git_revision
 from serve.contract import ENVIRONMENT, free_ports, proxy_files
 
@@ -68,17 +69,20 @@ def main(argv: list[str] | None = None) -> int:
     serve = commands.add_parser("serve", help="serve a finished run")
     serve.add_argument("--run", required=True)
     commands.add_parser("stop", help="stop the head and all that runs on it")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
+        if arguments.command != "stop":
+            prepare_environment()
         if arguments.command == "stop":
             print("stopped" if stop_head() else "nothing was running")
         elif arguments.command == "serve":
+            open_layer_run(arguments.run, verify=False)  # a mistake starts nothing
             print_usage(serve_run(start_head(), arguments.run), arguments.run)
         else:
             quickstart(arguments.preset, arguments.root, arguments.run_id, arguments.overrides)
     except (QuickstartError, MtcError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code if isinstance(error, MtcError) else 1
     except KeyboardInterrupt:
         stop_head()
         print("\ninterrupted: the local Ray head was stopped, nothing was published", file=sys.stderr)
@@ -89,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
 def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str]) -> None:
     if any(word.startswith(("--output.root", "--output.run_id")) for word in overrides):
         raise QuickstartError("--output.root and --output.run_id are --root and --run-id here")
+    named = ["--output.run_id", run_id] if run_id else []
+    parse_command_line(["--preset", preset, "--output.root", root, *named, *overrides], "")  # a mistake starts nothing
+    check_writable(f"--root {root}", root)
     head, now = start_head(), datetime.now(UTC)
     # Ray runs no job again under a name that it has had.
     submission = f"{run_id}-{now:%H%M%S}" if run_id else f"{preset}-{now:%Y%m%d-%H%M%S}"
@@ -117,6 +124,7 @@ def start_head() -> dict[str, Any]:
             return head
         stop_head()
     check_installation()
+    check_writable(f"the head's state in {STATE.parent}", str(STATE.parent))
     port, dashboard, agent, client, metrics, job_metrics = _free_ports(6)
     temporary = make_temporary_directory()
     STATE.parent.mkdir(exist_ok=True)

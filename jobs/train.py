@@ -15,6 +15,7 @@ import sys
 
 from jobs.command_line import failed, parse_command_line
 from mtc.config import to_yaml
+from mtc.storage import prepare_environment
 from mtc.telemetry import fail
 
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
+        prepare_environment()  # Ray Train's import fails where there is no home directory
         # Torch, transformers and Ray take 4 to 8 s; without them, help and what is wrong with an option are told in 1.
         from cluster.pipeline import check, connected, run_pipeline
 

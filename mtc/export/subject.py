@@ -7,7 +7,6 @@ has divided by the root mean square already, or for a library that divides itsel
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from mtc.config import RunConfig
 from mtc.errors import MtcError
 from mtc.language_model import MODULES, ModelError, check_model
 from mtc.results import Analysis
-from mtc.storage import RunDirectory, load_analysis, require_one_layer
+from mtc.storage import RunDirectory, absolute, load_analysis, require_one_layer
 from mtc.transcoder import RMS_EPS, MatryoshkaTranscoder, load_transcoder
 
 
@@ -212,7 +211,7 @@ def new_directory(path: str) -> Iterator[Path]:
     """A directory that appears under its name only when it is complete. Raises ExportError if the name is taken."""
     if "://" in path:
         raise ExportError(f"--output {path}: exports are written to local directories; copy them from there")
-    final = Path(os.path.abspath(os.path.expanduser(path)))
+    final = Path(absolute(path))
     if final.exists():
         raise ExportError(f"--output {path} exists already; give another directory, or remove it")
     temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")

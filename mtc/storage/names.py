@@ -41,10 +41,11 @@ def missing(path: str) -> str:
 
 
 def output_path(path: str) -> str:
-    """A place for output made absolute; a relative path counts from the home directory in a submitted job, whose
-    working directory is a copy that Ray deletes."""
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return absolute(os.path.join("~", path) if submitted and "://" not in path else path)
+    """A place for output made absolute, a URL as it is; a relative path counts from the home directory in a submitted
+    job, whose working directory is a copy that Ray deletes."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):  # or what is meant as one, which check_writable refuses
+        return path
+    return absolute(os.path.join("~", path) if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else path)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -31,15 +31,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import fsspec
-import yaml
-
-from mtc.config import RunConfig, make_config
+from mtc.config import ConfigError, RunConfig, make_config, parse_settings
 from mtc.errors import MtcError
 from mtc.record import Record
 from mtc.results import FORMAT_VERSION as ANALYSIS_VERSION
 from mtc.results import Analysis
-from mtc.storage.files import PATIENCE, absolute, patiently, write_atomic
+from mtc.storage.files import PATIENCE, absolute, filesystem, patiently, write_atomic
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -74,7 +71,7 @@ class RunDirectory:
 
     def __init__(self, url: str, run_id: str | None = None):
         self.url = absolute(url)
-        self.fs, self.path = fsspec.core.url_to_fs(self.url)
+        self.fs, self.path = filesystem(self.url)
         self.run_id = run_id or posixpath.basename(self.path.rstrip("/"))
 
     def __repr__(self) -> str:
@@ -132,7 +129,13 @@ class RunDirectory:
         patiently(lambda: self.fs.rm(path, recursive=not name))
 
     def config(self) -> RunConfig:
-        return make_config(yaml.safe_load(self.read("config.yaml")))
+        """What the run was told; raises RunError if that is not there or can't be read."""
+        place = self.location("config.yaml")
+        content = self.read("config.yaml")
+        try:
+            return make_config(parse_settings(content, place))
+        except ConfigError as error:
+            raise RunError(f"{place}: {str(error).removeprefix(f'{place}: ')}") from None
 
     def for_layer(self, layer: int) -> RunDirectory:
         """Where the files of one layer's transcoder lie: here, or in a directory of its own if there are several."""
@@ -255,7 +258,7 @@ def parse_analysis(data: bytes, name: str) -> Analysis:
 
 
 def _latest(url: str) -> str:
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = filesystem(url)
     try:
         name = bytes(patiently(lambda: fs.cat_file(path))).decode().strip()
     except FileNotFoundError:

@@ -54,55 +54,59 @@ def proxy_files(directory: str) -> dict[str, str]:
     return {name: f"{directory}/{file}".rstrip("/") for name, file in _FILES.items()}
 
 
+_MOST = 1 << 24
+"""More tokens, inputs or requests than any service has room for."""
+
+
 class Settings(BaseModel):
     """Arguments of `serve.app:build`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     run: str = Field(min_length=1)
     """Directory or URL of a finished run of one layer, or `<root>/latest`, or one layer of either
     (`<root>/latest/layer9`). With `latest`, runs that are published later replace it."""
     api_keys_file: str | None = None
     """JSON file of API keys, see `python -m serve.keys`. Without it only this machine is answered, and anyone on it."""
-    watch_seconds: float = Field(default=10, gt=0)
+    watch_seconds: float = Field(default=10, gt=0, le=86_400)
     """How often `latest` is looked at."""
-    max_loaded_runs: int = Field(default=3, ge=2)
+    max_loaded_runs: int = Field(default=3, ge=2, le=1000)
     """Runs that each replica keeps in memory: the current one, its predecessor, and others that were asked
     for; the one that was not used for longest makes room."""
 
-    max_input_tokens: int = Field(default=1024, ge=2)
+    max_input_tokens: int = Field(default=1024, ge=2, le=_MOST)
     """Longest input in tokens, BOS included; the model's number of positions is a limit too."""
-    max_inputs: int = Field(default=64, ge=1)
+    max_inputs: int = Field(default=64, ge=1, le=_MOST)
     """Most inputs of a request."""
-    max_request_tokens: int = Field(default=16384, ge=2)
+    max_request_tokens: int = Field(default=16384, ge=2, le=_MOST)
     """Most tokens of a request, all inputs together."""
-    max_body_bytes: int = Field(default=1 << 20, ge=1024)
+    max_body_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 32)
     """Longest body of a request."""
-    max_json_depth: int = Field(default=16, ge=4)
+    max_json_depth: int = Field(default=16, ge=4, le=128)
     """Deepest nesting of lists and objects in a body."""
-    body_timeout_s: float = Field(default=10, gt=0)
+    body_timeout_s: float = Field(default=10, gt=0, le=86_400)
     """Longest time in which a request's body must have arrived, else 408."""
-    request_timeout_s: float = Field(default=60, gt=0)
+    request_timeout_s: float = Field(default=60, gt=0, le=86_400)
     """Longest wait for the models in all parts of a request together, before 504."""
 
-    max_batch_tokens: int = Field(default=4096, ge=1)
+    max_batch_tokens: int = Field(default=4096, ge=1, le=_MOST)
     """Most tokens of one forward pass; a longer input is a batch of its own."""
-    max_queue_tokens: int = Field(default=16384, ge=1)
+    max_queue_tokens: int = Field(default=16384, ge=1, le=_MOST)
     """Most tokens that wait for a forward pass in one replica; more are refused with 429."""
-    max_concurrent_requests: int = Field(default=128, ge=1)
+    max_concurrent_requests: int = Field(default=128, ge=1, le=_MOST)
     """Most encode and decode requests that one replica works on; more are refused with 429, unread."""
 
-    num_replicas: int = Field(default=1, ge=1)
+    num_replicas: int = Field(default=1, ge=1, le=10_000)
     """Processes that answer, each with the models; the least number where `max_replicas` is more."""
-    max_replicas: int | None = None
+    max_replicas: int | None = Field(default=None, ge=1, le=10_000)
     """Most replicas, for autoscaling; by default `num_replicas`."""
-    target_ongoing_requests: float = Field(default=4, gt=0)
+    target_ongoing_requests: float = Field(default=4, gt=0, le=1e6)
     """Requests in a replica above which autoscaling adds another."""
-    num_cpus: float = Field(default=0.6, gt=0)
+    num_cpus: float = Field(default=0.6, gt=0, le=10_000)
     """CPUs that Ray reserves for each replica."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: float = Field(default=0, ge=0, le=1000)
     """GPUs that Ray reserves for each replica; above 0, the models run on the GPU."""
-    num_threads: int | None = Field(default=None, ge=1)
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of a forward pass on a CPU; by default the machine's cores, divided by `num_replicas`."""
 
     @field_validator("run", "api_keys_file")

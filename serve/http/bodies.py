@@ -68,7 +68,9 @@ def parse(body: bytes, model: type[M], max_depth: int) -> M:
         for fault in faults:
             if fault["type"] in _EMPTY and fault["loc"][0] in ("inputs", "input_ids"):
                 field, *rest = (
-                    str(part) for part in fault["loc"] if not str(part).startswith(("list[", "constrained"))
+                    str(part)
+                    for part in fault["loc"]
+                    if not str(part).startswith(("list[", "constrained", "function-"))
                 )
                 where = field + "".join(f"[{index}]" for index in rest)
                 raise ServiceError(400, "empty_inputs", f"{where} is empty", {"field": where}) from None

@@ -59,7 +59,7 @@ def invalid(error: ValidationError | RequestValidationError) -> ServiceError:
     fields = []
     for each in error.errors():
         # Names of alternatives and of constraints are no part of what was sent.
-        parts = [str(part) for part in each["loc"] if not re.match(r"(list|constrained)\W", f"{part}.")]
+        parts = [str(part) for part in each["loc"] if not re.match(r"(list|constrained|function)\W", f"{part}.")]
         fields.append({"field": ".".join(parts), "message": each["msg"]})
     message = "; ".join(f"{f['field']}: {f['message']}" if f["field"] else f["message"] for f in fields[:10])
     return ServiceError(422, "validation", message, fields[:100])

@@ -30,7 +30,7 @@ def test_an_environment_with_whitespace_in_its_path_is_refused_before_ray_starts
     with pytest.raises(ConfigError, match=rf"path holds whitespace: {prefix};"), connected():
         pass
     monkeypatch.setattr(quickstart, "STATE", tmp_path / "head.json")
-    assert quickstart.main(["run", "--preset", "tiny"]) == 1
+    assert quickstart.main(["run", "--preset", "tiny"]) == 2
     assert prefix in capsys.readouterr().err
     assert not quickstart.STATE.exists()
 
@@ -60,7 +60,7 @@ def test_rays_files_lie_where_sockets_can(
 def test_the_longest_sockets_paths_are_short_enough() -> None:
     node, pid = "0" * 56, "4194304"
     session = f"session_2026-11-28_21-16-31_543210_{pid}"
-    sockets = [f"{'r' * LONGEST_ROOT}/ray/{session}/sockets/plasma_store"]
+    sockets = [f"{'r' * LONGEST_ROOT}/ray-4294967294/{session}/sockets/plasma_store"]
     head = "r" * LONGEST_PROXY_ROOT + "/mtc-xxxxxxxx"
     sockets.append(f"{head}/{session}/sockets/plasma_store")
     for name, path in proxy_files(head).items():

@@ -74,7 +74,7 @@ def test_errors_name_the_fields_and_values(overrides, parts):
 
 
 def test_missing_fields_and_unknown_preset():
-    with pytest.raises(ConfigError, match=r"model: Field required"):
+    with pytest.raises(ConfigError, match=r"model: required"):
         make_config({})
     with pytest.raises(ConfigError, match=r"nope.*gemma-2-2b-layer17"):
         load_preset("nope")
@@ -139,7 +139,7 @@ def test_layers_are_saved_in_one_way():
     assert model_as_saved(several)["layers"][1] == {"layer": 0, "source": "mlp_in", "target": "mlp_out"}
     for alone in (1, {"layer": 1}):
         assert load_preset("tiny", {"model": {"layers": [alone]}}) == one, "a list of one is one"
-    with pytest.raises(ConfigError, match=r"model\.layers\.0\.layer: Field required"):
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.layer: required"):
         load_preset("tiny", {"model": {"layers": [{"source": "mlp_in"}]}})
     for config in (one, several):  # as they were saved before
         older = config.model_dump(mode="json")
@@ -174,11 +174,11 @@ def test_an_option_replaces_what_a_file_says_of_layers_in_the_other_way(tmp_path
     ("layers", "message"),
     [
         ([1, 1], r"model\.layers=\[1, 1\] names a layer twice"),
-        ([], r"model\.layers: .*at least 1 item"),
-        ([0, -1], r"model\.layers\.1\.layer: .*greater than or equal to 0, got -1"),
-        (["x"], r"model\.layers\.0\.layer: .*valid integer.*got 'x'"),
+        ([], r"model\.layers: a list of at least 1 is wanted"),
+        ([0, -1], r"model\.layers\.1\.layer: at least 0 is wanted, got -1"),
+        (["x"], r"model\.layers\.0\.layer: a whole number is wanted, got 'x'"),
         ([0, {"layer": 1, "source": "mlp_out"}], r"model\.source and model\.target of layer 1 are both mlp_out"),
-        ([{"layer": 1, "sit": "mlp_in"}], r"model\.layers\.0\.sit: .*not permitted"),
+        ([{"layer": 1, "sit": "mlp_in"}], r"model\.layers\.0\.sit: there is no such field"),
     ],
 )
 def test_bad_layers_are_named(layers, message):
