@@ -124,7 +124,8 @@ def test_files_that_say_their_encoding_are_read(encoding: str, tmp_path: Path) -
     [
         ("optimizer.lr", "3e-4", 3e-4), ("optimizer.lr", ".001", 1e-3), ("data.num_tokens", "1_000_000", 1_000_000),
         ("transcoder.k", "010", 10), ("transcoder.skip", "yes", True), ("cluster.use_gpu", "off", False),
-        ("cluster.use_gpu", "null", None), ("cluster.use_gpu", "~", None), ("output.run_id", "2026-11-29", "2026-11-29"),
+        ("cluster.use_gpu", "null", None), ("cluster.use_gpu", "~", None),
+        ("output.run_id", "2026-11-29", "2026-11-29"),
         ("output.run_id", "20261129", "20261129"), ("output.run_id", "1e5", "1e5"), ("model.revision", "no", "no"),
         ("model.revision", "12:30", "12:30"), ("data.split", "'null'", "null"),
     ],
