@@ -27,7 +27,10 @@ class AsyncClient:
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep, chance: Callable[[], float] = random.random,
     ):  # fmt: skip
         self._http = httpx.AsyncClient(
-            base_url=base_url, headers=calls.authorization(api_key), timeout=timeout, transport=transport
+            base_url=calls.check_address(base_url),
+            headers=calls.authorization(api_key),
+            timeout=timeout,
+            transport=transport,
         )
         self._retries, self._clock, self._sleep, self._chance = retries, clock, sleep, chance
 

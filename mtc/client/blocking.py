@@ -35,7 +35,10 @@ class Client:
         sleep: Callable[[float], object] = time.sleep, chance: Callable[[], float] = random.random,
     ):  # fmt: skip
         self._http = httpx.Client(
-            base_url=base_url, headers=calls.authorization(api_key), timeout=timeout, transport=transport
+            base_url=calls.check_address(base_url),
+            headers=calls.authorization(api_key),
+            timeout=timeout,
+            transport=transport,
         )
         self._retries, self._clock, self._sleep, self._chance = retries, clock, sleep, chance
 

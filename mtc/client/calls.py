@@ -71,6 +71,18 @@ class Call(NamedTuple, Generic[T]):
         return {"method": self.method, "url": self.path, "headers": headers, "content": content, "params": parameters}
 
 
+def check_address(base_url: str) -> str:
+    """The address of a service as it is; raises ValueError for what is none."""
+    try:
+        address = httpx.URL(base_url)
+        usable = address.scheme in ("http", "https") and bool(address.host) and (address.port or 1) < 1 << 16
+    except httpx.InvalidURL:
+        usable = False
+    if not usable:
+        raise ValueError(f"base_url={base_url!r}: an address such as http://127.0.0.1:8000 is wanted")
+    return base_url
+
+
 def encode(inputs: Inputs, format: Format, options: EncodeOptions) -> Call[Encoding]:
     body = {"inputs": inputs, **options, "return": "csr"}
     media_type = _media_type(format)

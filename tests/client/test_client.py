@@ -332,3 +332,10 @@ def test_needs_no_models_and_no_cluster() -> None:
     code = "import sys, mtc.client; print([n for n in ('torch', 'ray', 'serve', 'fastapi') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "localhost:8000", "ftp://host", "http://[::1", "http://h:99999"])
+def test_an_address_that_is_none_is_told_at_once(address: str) -> None:
+    for client in (Client, AsyncClient):
+        with pytest.raises(ValueError, match=r"base_url=.*: an address such as http://127\.0\.0\.1:8000 is wanted"):
+            client(address)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -208,3 +210,15 @@ def test_a_run_whose_text_is_gone_is_analysed_with_the_tokens_that_it_was_traine
     finally:
         Path(f"{url}-gone").rename(url)
         gone.rename(text)
+
+
+def test_a_wrong_value_is_told_without_the_imports_of_the_analysis(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write("config.yaml", to_yaml(load_preset("tiny")))
+    run.publish()
+    code = "import sys; from jobs import analyze; code = analyze.main(sys.argv[1:]); "
+    code += "sys.exit(100 if {'torch', 'ray'} & set(sys.modules) else code)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--run", run.url, "--analysis.num_tokens=0"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "error: analysis.num_tokens: at least 1 is wanted, got '0'\n")

@@ -90,7 +90,10 @@ def test_trainers_that_die_for_good(
         run = RunDirectory(f"{config.output.root}/run")
         cluster.training.train(config, nothing, run, "store", 32, nothing, lambda: None, nothing)
 
-    monkeypatch.setattr(cluster.training, "_trainer", lambda *arguments: SimpleNamespace(fit=fit))
+    starts = list[tuple[Any, ...]]()
+    monkeypatch.setattr(
+        cluster.training, "_trainer", lambda *arguments: starts.append(arguments) or SimpleNamespace(fit=fit)
+    )
     monkeypatch.setattr(cluster.training, "_placement_groups", set)
     monkeypatch.setattr(TokenStore, "open", lambda url: None)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -104,6 +107,7 @@ def test_trainers_that_die_for_good(
     assert lines[-1]["message"].startswith("failed: cluster.max_failures=3: ")
     assert lines[-1]["message"].endswith(reason)
     assert "Traceback" in lines[-2]["message"], "all of it, for whoever looks"
+    assert len({arguments[-1] for arguments in starts}) == len(starts), "no name that another user could have taken"
 
 
 @pytest.mark.usefixtures("logs_as_before")

@@ -65,8 +65,26 @@ def test_a_job_that_left_no_run_is_an_error_in_one_line(
 ) -> None:
     monkeypatch.setattr(quickstart, "start_head", lambda: {"metrics_port": 1})
     monkeypatch.setattr(quickstart, "submit_job", lambda *arguments: None)
-    assert quickstart.main(["run", "--root", str(tmp_path), "--run-id", "x", "--", "--print-config"]) == 1
+    assert quickstart.main(["run", "--root", str(tmp_path), "--run-id", "x", "--", "--print-config"]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/x has no file 'config.yaml'\n"
+
+
+def test_a_mistake_starts_no_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart, "start_head", lambda: pytest.fail("a head was started"))
+    (tmp_path / "file").write_text("")
+    root = str(tmp_path / "runs")
+    for command, message in (
+        (["run", "--preset", "tinny"], "--preset 'tinny' is unknown"),
+        (["run", "--preset", "tiny", "--root", root, "--", "--transcoder.k", "x"], "transcoder.k: a whole number"),
+        (["run", "--preset", "tiny", "--root", root, "--run-id", "a b"], "output.run_id: "),
+        (["run", "--preset", "tiny", "--root", f"{tmp_path}/file"], f"--root {tmp_path}/file: "),
+        (["serve", "--run", root], f"no run at {root}"),
+    ):
+        assert quickstart.main(command) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_ctrl_c_while_the_head_starts_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +101,7 @@ def test_ctrl_c_while_the_head_starts_leaves_no_process(tmp_path: Path, monkeypa
     monkeypatch.setattr(quickstart, "STATE", tmp_path / "state" / "head.json")
     monkeypatch.setattr(quickstart, "_tool", lambda name: str(tmp_path / name))
     monkeypatch.setattr(quickstart, "git_revision", lambda: None)
+    monkeypatch.setattr(quickstart, "open_layer_run", lambda url, verify: None)
     monkeypatch.setattr(subprocess, "Popen", start)
     try:
         assert quickstart.main(["serve", "--run", "runs/latest"]) == 130

@@ -62,7 +62,7 @@ def test_a_user_without_a_home_is_told_what_to_set_and_nothing_is_written(own: P
 
 
 def test_the_cache_takes_the_place_of_a_home_that_is_not_there(own: Path) -> None:
-    """All that a job does before Ray starts, and what it compiles; a whole run is in tests/chaos."""
+    """All that a job does before Ray starts, and what it compiles; the whole of it is the next test."""
     others = own / "others"
     others.mkdir()
     code = f"""
@@ -87,6 +87,17 @@ print(session_directory(), native.status(), sep="\\n")
     assert not list((own / "work").iterdir()), "a directory named ~, or a half-made run"
     assert not list(others.iterdir())
     assert (own / "cache" / "models").is_dir()
+
+
+@pytest.mark.chaos
+def test_a_user_without_a_home_trains_beside_others(own: Path) -> None:
+    options = ["--output.root", "runs", "--output.run_id", "a", "--cluster.num_trainers", "1"]
+    done = stranger(own, "-m", "jobs.train", "--preset", "tiny", *options, MTC_CACHE=str(own / "cache"), USER="root")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (own / "work").iterdir()] == ["runs"]
+    assert (own / "work/runs/a/manifest.json").stat().st_uid == STRANGER
+    mine = [path for path in Path(tempfile.gettempdir()).iterdir() if path.lstat().st_uid == STRANGER]
+    assert not [path for path in mine if path.name.startswith("mtc-train-")]
 
 
 def test_a_home_is_never_a_directory_named_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
