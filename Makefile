@@ -25,7 +25,7 @@ test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 test-chaos: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest tests/chaos -m chaos -s
+	$(BIN)/python -m pytest tests/chaos tests/strangers -m chaos -s
 
 lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .
