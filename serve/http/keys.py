@@ -99,7 +99,12 @@ class Keys:
 
 
 def add_key(path: Path, name: str, admin: bool, expires: date | None) -> str:
-    """Add a new key to the file, which is made if need be; returns the key, which is stored nowhere."""
+    """Add a new key to the file, which is made if need be; returns the key, which is stored nowhere.
+
+    Raises KeyFileError.
+    """
+    if not 0 < len(name) <= 100:
+        raise KeyFileError(f"NAME: 1 to 100 characters are wanted, got {len(name)}")
     key = "mtc_" + secrets.token_urlsafe(32)
     entry = KeyEntry(name=name, sha256=hashlib.sha256(key.encode()).hexdigest(), admin=admin, expires=expires)
     entries = read_keys(path).keys if path.exists() else ()
@@ -118,9 +123,12 @@ def remove_keys(path: Path, name: str, sha256: str = "") -> int:
 
 def _write(path: Path, file: KeyFile) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(file.model_dump_json(indent=1))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(file.model_dump_json(indent=1))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise KeyFileError(f"{path} cannot be written: {error.strerror}") from None

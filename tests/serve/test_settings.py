@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import subprocess
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -17,6 +18,7 @@ from serve.contract.schemas import EncodeRequest
 from serve.environment import LONGEST
 from serve.environment import main as print_environment
 from serve.http.errors import invalid
+from serve.keys import main as make_keys
 
 
 @pytest.mark.parametrize(
@@ -86,3 +88,15 @@ def test_a_shell_takes_the_environment_of_a_ray_that_serves(capsys: pytest.Captu
     for directory, message in (("/tmp/" + "x" * LONGEST, "at most 27"), ("/dev/null", "no directory")):
         assert print_environment([directory]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_file_of_keys_that_cant_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for name, file, message in (
+        ("me", tmp_path / "nowhere" / "keys.json", "cannot be written: No such file or directory"),
+        ("me", tmp_path / "file" / "keys.json", "cannot be written: Not a directory"),
+        ("", tmp_path / "keys.json", "NAME: 1 to 100 characters are wanted, got 0"),
+    ):
+        assert make_keys(["add", name, "--file", str(file)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("serve.keys: ") and err.endswith(f"{message}\n")
