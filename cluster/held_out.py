@@ -67,7 +67,7 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
 
     Returns one result for each entry of `model.sites`; all come from the same forward passes.
     """
-    configure_data_context()
+    configure_data_context(config.cluster.stall_seconds)
     store = TokenStore.open(store_url)
     run_urls = [run.for_layer(sites.layer).url for sites in config.model.sites]
     transcoders = [load_transcoder(RunDirectory(url)) for url in run_urls]

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from mtc.results import StreamTiming
     from mtc.storage import Progress
 
+ANSWER_SECONDS = 120.0
+"""Longest wait for an answer of the MetricsLog actor, which may have to start again first."""
+
 
 class TrainResult(NamedTuple):
     """What the trainers report at the end about one layer's transcoder."""

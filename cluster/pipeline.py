@@ -26,10 +26,12 @@ from cluster.places import (
 from cluster.probing import check_optional
 from cluster.progress import ProgressReader, balance, start_metrics_log
 from cluster.reporting import analyse_and_write, publish, timed
-from cluster.resources import WORKER_ENVIRONMENT, Plan, cluster_nodes, make_plan
+from cluster.resources import WORKER_ENVIRONMENT, Plan
+from cluster.room import plan_in_free_room
 from cluster.tokenise import build_token_store, check_data
 from cluster.training import train
 from mtc.config import RunConfig, to_yaml
+from mtc.joining import joining
 from mtc.language_model import check_model, prepare_model
 from mtc.results import RunFacts
 from mtc.storage import Lease, RunDirectory, check_writable, with_absolute_paths
@@ -63,14 +65,16 @@ def connected(verbose: bool = False) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS or of the surrounding Ray job; without one, run a local Ray for this process.
 
     What Ray, its daemons and workers print is left to Ray's log files unless `verbose`. Raises ConfigError where a
-    local Ray cannot run.
+    local Ray cannot run, and what `mtc.joining` raises for an address at which no cluster answers.
     """
     how: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     how |= {"configure_logging": False}  # its records go where all others go
     logging.getLogger("ray").setLevel(how["logging_level"])
     with prints_left_out(verbose):
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(address="auto", **how)
+        address = os.environ.get("RAY_ADDRESS")
+        if address and address != "local":
+            with joining(address, "RAY_ADDRESS"):
+                ray.init(address="auto", **how)
         else:
             check_installation()
             os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
@@ -90,7 +94,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     config = with_absolute_paths(config)
     configure_data_context()
     d_model = check_model(config.model, config.data.context_length).d_model
-    plan = make_plan(config, cluster_nodes(), d_model)
+    plan = plan_in_free_room(config, d_model)
     check_devices(config, plan)
     run = run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
@@ -160,7 +164,7 @@ class _Job:
         """Have the text as windows of token ids. Raises DataError if there is too little of it."""
         self.metrics.stage("tokenise")
         with timed(self.seconds, "tokenise"):
-            store = TokenStore.open(build_token_store(self.config, self.plan.label_selector))
+            store = TokenStore.open(build_token_store(self.config, self.plan))
         info = store.info
         counts = {"windows": info.windows, "tokens": info.tokens, "documents": info.documents}
         about = ", ".join(f"{sum(each.values()):,} {name}" for name, each in counts.items())

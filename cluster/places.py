@@ -14,6 +14,8 @@ from mtc.config import ConfigError, RunConfig
 from mtc.storage import JOB_COPY, RunDirectory, output_path, with_absolute_paths
 
 logger = logging.getLogger(__name__)
+REACH_SECONDS = 60.0
+"""Longest wait for a node to look for a file; a network file system may hang."""
 LIMITS = ("data.max_skipped_share", "optimizer.max_skipped_steps")  # may be raised to continue a run
 
 
@@ -95,7 +97,8 @@ def share_places(config: RunConfig, run: RunDirectory) -> RunConfig:
             .remote(run.url, probe)
             for node in others
         }
-        missing = [address for address, answer in answers.items() if not ray.get(answer)]
+        ray.wait(list(answers.values()), num_returns=len(answers), timeout=REACH_SECONDS)
+        missing = [address for address, answer in answers.items() if not _answered(answer)]
     finally:
         run.remove(probe)
     if missing:
@@ -111,6 +114,10 @@ def _layer_names(config: RunConfig) -> str:
     return (
         f"layer{layers[0]}" if len(layers) == 1 else f"layers{'-'.join(layers[:4])}" + "-and-more" * (len(layers) > 4)
     )
+
+
+def _answered(answer: ray.ObjectRef) -> bool:
+    return bool(ray.wait([answer], timeout=0)[0] and ray.get(answer))
 
 
 def _reaches(url: str, name: str) -> bool:

@@ -91,6 +91,8 @@ def start_metrics_log(run: RunDirectory) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from cluster.outcome import ANSWER_SECONDS
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     name = f"metrics of {run.url}"
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
@@ -98,7 +100,7 @@ def start_metrics_log(run: RunDirectory) -> Any:
     while True:
         try:
             log: Any = ray.remote(MetricsLog).options(name=name, namespace="mtc", **options).remote()
-            ray.get(log.since.remote("", 0))
+            ray.get(log.since.remote("", 0), timeout=ANSWER_SECONDS)
             return log
         except ValueError as error:
             if "is already" not in str(error):  # Ray has no error of its own for a name that is taken

@@ -12,7 +12,8 @@ from cluster.activations import configure_data_context
 from cluster.gpus import check_devices
 from cluster.held_out import HeldOutResults, analyse_heldout
 from cluster.probing import check_optional
-from cluster.resources import Plan, cluster_nodes, make_plan
+from cluster.resources import Plan
+from cluster.room import plan_in_free_room
 from cluster.tokenise import build_token_store
 from mtc.analysis import features_to_parquet
 from mtc.analysis.analyse import analyse
@@ -103,7 +104,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     check_optional(config)
     info = check_model(config.model, config.data.context_length)
     configure_data_context()
-    plan = make_plan(config, cluster_nodes(), info.d_model)
+    plan = plan_in_free_room(config, info.d_model)
     check_devices(config, plan)
     with Lease(run) as lease:
         for layer in config.model.sites:
@@ -126,7 +127,7 @@ def _token_store(config: RunConfig, run: RunDirectory, plan: Plan) -> str:
     """The text as windows of token ids. If it is gone, what the run was trained on does as well, if that is still
     there and enough."""
     try:
-        return build_token_store(config, plan.label_selector)
+        return build_token_store(config, plan)
     except DataError as error:
         earlier = json.loads(run.read("analysis.json"))["facts"] if run.exists("analysis.json") else {}
         url = earlier.get("token_store")

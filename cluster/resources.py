@@ -47,13 +47,23 @@ class Node(NamedTuple):
     """What one node offers."""
 
     cpus: float
-    """CPUs that Ray may hand out."""
+    """CPUs that Ray may hand out: those that nobody holds."""
     gpus: float
-    """GPUs that Ray may hand out."""
+    """GPUs that Ray may hand out: those that nobody holds."""
     is_head: bool = False
     """Whether it is the cluster's head."""
     node_id: str = ""
     """Ray's id of the node."""
+    held_cpus: float = 0.0
+    """CPUs of it that others hold."""
+    held_gpus: float = 0.0
+    """GPUs of it that others hold."""
+
+    def whole(self) -> Node:
+        """The node as if nobody held anything."""
+        return self._replace(
+            cpus=self.cpus + self.held_cpus, gpus=self.gpus + self.held_gpus, held_cpus=0.0, held_gpus=0.0
+        )
 
 
 class Plan(NamedTuple):
@@ -148,7 +158,7 @@ class Plan(NamedTuple):
         cpus, gpus = _total(self.nodes)
         free_cpus, free_gpus = cpus - self.cpus(), gpus - self.gpus()
         nodes = f"{len(self.nodes)} node{'s' if len(self.nodes) > 1 else ''}"
-        head = f"plan for {nodes} with {cpus:g} CPUs and {gpus:g} GPUs, on {self.device}"
+        head = f"plan for {nodes} with {cpus:g} CPUs and {gpus:g} GPUs{_held(self.nodes)}, on {self.device}"
         return "\n".join(
             [head, *(f"  {line}" for line in lines), f"  left over: {free_cpus:g} CPUs, {free_gpus:g} GPUs"]
         )
@@ -173,26 +183,16 @@ class Plan(NamedTuple):
         return name, processes, f"{cpus:g}", f"{gpus:g}", str(threads), where
 
 
-def cluster_nodes() -> list[Node]:
-    """The nodes of the connected cluster that are alive and have CPUs."""
-    import ray
-
-    found = []
-    for node in ray.nodes():
-        has = node["Resources"]
-        if node["Alive"] and has.get("CPU", 0) > 0:
-            found.append(Node(has["CPU"], has.get("GPU", 0), "node:__internal_head__" in has, node["NodeID"]))
-    return found
-
-
 def make_plan(
     config: RunConfig, nodes: Sequence[Node], d_model: int | None = None, num_trainers: int | None = None
 ) -> Plan:
     """Lay out a run on the cluster's nodes; `d_model` is the language model's width, where it is known, and
     `num_trainers` how many trainers there are, where they run already.
 
-    Raises ConfigError if the run does not fit.
+    Raises ConfigError if the run does not fit into what is free of them.
     """
+    if not nodes:
+        raise ConfigError("the cluster has no node with CPUs")
     if num_trainers is not None:
         settings = config.cluster.model_copy(update={"num_trainers": num_trainers, "min_trainers": None})
         config = config.model_copy(update={"cluster": settings})
@@ -208,7 +208,7 @@ def make_plan(
     cpus, gpus = _total(nodes)
     use_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
     if use_gpu and gpus <= 0:
-        raise ConfigError("cluster.use_gpu is true, but the cluster has 0 GPUs")
+        raise ConfigError(f"cluster.use_gpu is true, but the cluster has 0 GPUs{_held(nodes)}")
     plan = _gpu_plan(config, tuple(nodes), d_model) if use_gpu else _cpu_plan(config, tuple(nodes), d_model)
     plan = plan._replace(not_on=not_on)
     if not_on and (settings.min_trainers or plan.num_trainers) < plan.num_trainers:
@@ -232,8 +232,8 @@ def make_plan(
         raise ConfigError(
             f"the run does not fit the cluster: cluster.num_trainers={plan.num_trainers} and "
             f"cluster.num_model_actors={plan.num_model_actors} need {plan.cpus():g} CPUs and {plan.gpus():g} GPUs, "
-            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes; one process needs at most "
-            f"{max(plan.trainer_cpus, plan.actor_cpus):g} CPUs and {max(plan.trainer_gpus, plan.actor_gpus):g} GPUs "
+            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes{_held(nodes)}; "
+            f"one process needs at most {max(plan.trainer_cpus, plan.actor_cpus):g} CPUs and {max(plan.trainer_gpus, plan.actor_gpus):g} GPUs "
             "on one node"
         )
     return plan
@@ -289,18 +289,20 @@ def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -
     core with the trainer and with Ray. Large models are held once for 8 CPUs all the same, for their memory. An actor
     lies on one node, so its share shrinks until all find a place.
     """
-    cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
+    cpus = sum(node.cpus for node in nodes)
     trainers = config.cluster.num_trainers or 1
-    several = sum(min(int(node.cpus), SMALL_ACTORS_PER_NODE) for node in nodes) if _is_small(config, d_model) else 0
+    # Of a CPU that is held in part, mostly by what sleeps, a whole thread is worth having.
+    cores = [math.ceil(node.cpus) for node in nodes]
+    several = sum(min(n, SMALL_ACTORS_PER_NODE) for n in cores) if _is_small(config, d_model) else 0
     actors = config.cluster.num_model_actors or max(len(nodes), int(cpus // CPUS_PER_ACTOR), several)
     # When a node of one CPU is gone, two trainers share another one with a model actor, or one trains on alone.
     alone = config.cluster.min_trainers is not None and trainers <= len(nodes)
     trainer_cpus = 0.5 if trainers == 1 else 0.55 if alone else 0.45
-    trainer_cpus = min(trainer_cpus, cpus / trainers if alone else cpus / (2 * trainers))
+    trainer_cpus = min(trainer_cpus, _floor(cpus / trainers if alone else cpus / (2 * trainers)))
     left = cpus - trainers * trainer_cpus
     share = max(left / actors * (0.5 if left <= actors else 0.9), SMALLEST_SHARE)
-    trainer_threads = max(1, int(min(largest, CPUS_PER_ACTOR) // trainers))
-    actor_threads = max(1, int(min(cpus // actors, largest)))
+    trainer_threads = max(1, min(max(cores), CPUS_PER_ACTOR) // trainers)
+    actor_threads = max(1, min(sum(cores) // actors, max(cores)))
     while True:
         plan = Plan(
             "cpu", trainers, trainer_cpus, 0, trainer_threads, actors, actors, round(share, 2), 0, actor_threads, nodes
@@ -308,6 +310,11 @@ def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -
         if share <= SMALLEST_SHARE or _fits(plan):
             return plan
         share = max(share * 0.9, SMALLEST_SHARE)
+
+
+def _floor(cpus: float) -> float:
+    """In the ten thousandths that Ray counts in, never more."""
+    return math.floor(cpus * 1e4 + 1e-6) / 1e4
 
 
 def _is_small(config: RunConfig, d_model: int | None) -> bool:
@@ -336,6 +343,12 @@ def _gpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -
     each = cpus / (trainers + most + 1)
     each = 1.0 if each >= 1 else max(math.floor(each * 100) / 100, 0.01)
     return Plan("cuda", trainers, each, trainer_gpus, 1, actors, most, each, actor_gpus, 1, nodes)
+
+
+def _held(nodes: Sequence[Node]) -> str:
+    """That others hold something besides, if they do."""
+    cpus, gpus = sum(node.held_cpus for node in nodes), sum(node.held_gpus for node in nodes)
+    return f", beside {cpus:g} CPUs and {gpus:g} GPUs that others hold" if cpus or gpus else ""
 
 
 def _total(nodes: Sequence[Node]) -> tuple[float, float]:

@@ -17,9 +17,10 @@ import ray.train
 from ray.train import DataConfig
 
 from cluster.activations import activation_dataset, configure_data_context
-from cluster.outcome import permanent_cause
-from cluster.resources import Plan, beside, cluster_nodes, make_plan
+from cluster.outcome import ANSWER_SECONDS, permanent_cause
+from cluster.resources import Node, Plan, beside, make_plan
 from cluster.resume import unneeded_units
+from cluster.room import cluster_nodes
 from mtc.config import ConfigError, RunConfig
 from mtc.errors import known_cause, one_line
 from mtc.storage import Checkpoints
@@ -53,12 +54,13 @@ class StreamConfig(DataConfig):
         **_: Any,
     ) -> list[dict[str, Any]]:
         configure_data_context(self.config.cluster.stall_seconds)
-        if (start := ray.get(self.log.chosen.remote())) is None:
+        if (start := ray.get(self.log.chosen.remote(), timeout=ANSWER_SECONDS)) is None:
             newest = Checkpoints(self.run_url).latest()
             start = newest.name if newest else ""
         rows = remaining_units(self.config, self.run_url, self.store_url, world_size, start)
         try:
-            plan = beside(make_plan(self.config, cluster_nodes(), self.d_model, num_trainers=world_size), self.plan)
+            nodes = _usable(self.plan, worker_node_ids or ())
+            plan = beside(make_plan(self.config, nodes, self.d_model, num_trainers=world_size), self.plan)
         except ConfigError as error:  # nodes are missing; stall_seconds bounds the waiting for them
             logger.warning("%s; waiting for nodes", error)
             plan = self.plan
@@ -69,6 +71,20 @@ class StreamConfig(DataConfig):
         # Whole units, dealt in turn: none is dropped to make the shares equal.
         splits = dataset.streaming_split(world_size, equal=False, locality_hints=None)
         return [{"train": split} for split in splits]
+
+
+def _usable(plan: Plan, trainers: Sequence[str]) -> list[Node]:
+    """The nodes that there are now with what this job may use: of those of its plan what was free then, since what is
+    held of them now is mostly its own; of others what is free and what its `trainers`, given by their nodes, hold."""
+    planned = {node.node_id: node for node in plan.nodes}
+
+    def with_trainers(node: Node) -> Node:
+        there = trainers.count(node.node_id)
+        cpus, gpus = there * plan.trainer_cpus, there * plan.trainer_gpus
+        held = {"held_cpus": node.held_cpus - cpus, "held_gpus": node.held_gpus - gpus}
+        return node._replace(cpus=node.cpus + cpus, gpus=node.gpus + gpus, **held)
+
+    return [planned.get(node.node_id) or with_trainers(node) for node in cluster_nodes()]
 
 
 def remaining_units(config: RunConfig, run_url: str, store_url: str, trainers: int, start: str) -> list[Row]:

@@ -9,6 +9,7 @@ after reading little.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.resources import Plan
 from mtc.config import DataConfig, RunConfig
 from mtc.errors import known_cause
 from mtc.text import (
@@ -63,14 +65,14 @@ EXAMPLES = 5
 """Most documents that could not be used which are named; the others are only counted."""
 
 
-def build_token_store(config: RunConfig, label_selector: dict[str, str] | None = None) -> str:
+def build_token_store(config: RunConfig, plan: Plan | None = None) -> str:
     """URL of a token store that fits this configuration; it is built if there is none.
 
     A store of the same text, tokenizer and window settings is reused if it holds the wanted tokens of each split or
     all of the text. Files are read in an order shuffled by `data.seed`: collections are often sorted (by year, by
     size), and a run that needs only the beginning should see all kinds. Local files and wheels must be present on
-    every node. Documents that cannot be used are skipped and counted in the store's info. Tasks run on the nodes that
-    `label_selector` admits.
+    every node. Documents that cannot be used are skipped and counted in the store's info. Tasks run where those of
+    `plan` may and take no more than what it found free on a node; without one, anywhere.
 
     Needs an initialised Ray. Raises DataError for a source that cannot be read, or of which a larger share than
     data.max_skipped_share cannot be used.
@@ -92,7 +94,7 @@ def build_token_store(config: RunConfig, label_selector: dict[str, str] | None =
     url = new_store_url(config, fingerprint)
     with (
         TokenStoreWriter(url, fingerprint, settings, tokenizer, config.data.context_length) as writer,
-        closing(_window_tables(config, tokenizer, label_selector)) as tables,
+        closing(_window_tables(config, tokenizer, plan)) as tables,
     ):
         for table in tables:
             table, enough = _take(table, left)
@@ -180,9 +182,7 @@ class _Tally:
             )
 
 
-def _window_tables(
-    config: RunConfig, tokenizer: Any, label_selector: dict[str, str] | None
-) -> Generator[pa.Table, None, None]:
+def _window_tables(config: RunConfig, tokenizer: Any, plan: Plan | None) -> Generator[pa.Table, None, None]:
     """Tables of `_tokenize` in the order of the text; closing the iterator stops the tasks."""
     import ray
     from ray.data import DataContext
@@ -192,20 +192,25 @@ def _window_tables(
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
     context.execution_options.preserve_order = True  # window numbers must not depend on which task is faster
-    where: Any = {"label_selector": label_selector} if label_selector else {}
+    context.execution_no_progress_timeout_s = config.cluster.stall_seconds
+    where: Any = {"label_selector": plan.label_selector} if plan and plan.label_selector else {}
+    # Both kinds of tasks fit a node at the same time, or they would wait for each other.
+    largest = max(node.cpus for node in plan.nodes) if plan else math.inf
+    share = min(1.0, largest / (READ_CPUS + TOKENIZE_CPUS))
+    read_cpus, tokenize_cpus = (math.floor(share * cpus * 1e4) / 1e4 for cpus in (READ_CPUS, TOKENIZE_CPUS))
     read: Any = _read  # Ray's type of a batch function leaves no room for fn_kwargs
     tokenize: Any = _tokenize
     with DataContext.current(context):
         dataset = (
             ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
-            .map_batches(read, batch_size=None, fn_kwargs={"data": config.data}, num_cpus=READ_CPUS, **where)
+            .map_batches(read, batch_size=None, fn_kwargs={"data": config.data}, num_cpus=read_cpus, **where)
             .map_batches(
                 tokenize,
                 batch_size=None,
                 batch_format="pyarrow",
                 # Sent once instead of loaded on every node: the nodes need no hub and cannot disagree.
                 fn_kwargs={"data": config.data, "tokenizer": ray.put(tokenizer)},
-                num_cpus=TOKENIZE_CPUS,
+                num_cpus=tokenize_cpus,
                 **where,
             )
         )

@@ -23,7 +23,7 @@ from cluster.accounts import Account, Journal, stream_timing
 from cluster.batches import Batches, Share
 from cluster.blocks import iterate_units
 from cluster.data_state import data_state, position_files
-from cluster.outcome import TrainingStopped, TrainResult, post_event, weights_file
+from cluster.outcome import ANSWER_SECONDS, TrainingStopped, TrainResult, post_event, weights_file
 from cluster.progress import RESUMED
 from cluster.resources import Plan
 from mtc.config import RunConfig, SiteKey
@@ -186,7 +186,7 @@ def _agree_on_start(checkpoints: Checkpoints, rank: int, log: Any) -> _Start:
     if rank == 0:
         checkpoint = checkpoints.latest_intact(lambda message: post_event(log, "checkpoint_damaged", message))
         name, number = checkpoint.name if checkpoint else "", secrets.randbits(32)
-        ray.get(log.choose.remote(name))
+        ray.get(log.choose.remote(name), timeout=ANSWER_SECONDS)
     name, number = broadcast(name, number)
     if rank and name:
         checkpoint = checkpoints.wait_for(name)

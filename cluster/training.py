@@ -25,12 +25,12 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util import placement_group_table
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cluster.outcome import Trained, TrainResult, check_ledger, permanent_cause, post_event, weights_file
 from cluster.resources import Plan
 from cluster.resume import read_progress
+from cluster.room import PlacementWatch, own_placement_groups
 from cluster.stream import StreamConfig, TellFailures
 from cluster.train_worker import train_worker
 from mtc.config import RunConfig
@@ -87,7 +87,13 @@ def train(
             f"output.run_id={run.run_id}: its checkpoint was trained on other text than "
             f"data.name={config.data.name} gives now ({store_url}); give another output.run_id, or the old text"
         )
-    groups = _placement_groups()
+    groups = set(own_placement_groups())
+    watch = PlacementWatch(plan, config.cluster.room_seconds)
+
+    def look() -> None:
+        go_on()
+        watch.look()
+
     while last is None or not last.is_result:
         before = last.manifest.step if last else 0
         if before:
@@ -95,12 +101,12 @@ def train(
         # Only Train's marker lies there. A name that others know could be taken by another user of the machine.
         storage = os.path.join(tempfile.gettempdir(), f"mtc-train-{uuid.uuid4().hex}")
         try:
-            _interruptible(_trainer(config, plan, run, store_url, d_model, log, storage).fit, go_on)
+            _interruptible(_trainer(config, plan, run, store_url, d_model, log, storage).fit, look)
             last = _wait_for_result(checkpoints)
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             if cause := permanent_cause(error):
                 raise cause from None
-            _remove(_placement_groups() - groups)
+            _remove(set(own_placement_groups()) - groups)
             last = checkpoints.latest()
             progress = last is not None and last.manifest.step > before
             failures = 1 if progress else failures + 1
@@ -147,14 +153,6 @@ def _trainer(
             worker_runtime_env=plan.runtime_env,  # type: ignore[call-arg]  # of Train v2
         ),
     )
-
-
-def _placement_groups() -> set[str]:
-    """Ids of the placement groups that this job holds."""
-    job = ray.get_runtime_context().get_job_id()  # ends the id
-    return {
-        name for name, group in placement_group_table().items() if group["state"] != "REMOVED" and name.endswith(job)
-    }
 
 
 def _remove(groups: set[str]) -> None:

@@ -303,6 +303,9 @@ class ClusterConfig(Part):
     """Restarts of the trainers without a new checkpoint in between before the job fails."""
     stall_seconds: float = Field(default=600, gt=0, le=YEAR)
     """Seconds without activations, because actors died and find no place, after which the stream is set up anew."""
+    room_seconds: float = Field(default=600, ge=0, le=YEAR)
+    """Seconds for which CPUs and GPUs that others hold, or that a missing node had, are waited for before the job
+    ends."""
     log_every_steps: int = Field(default=10, ge=1, le=MOST)
     """Steps between lines of the metrics history."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)

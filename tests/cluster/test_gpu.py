@@ -308,7 +308,7 @@ def test_processes_get_what_mps_needs_and_only_while_it_runs(monkeypatch):
         monkeypatch.setattr(stream, "configure_data_context", lambda seconds: None)
         monkeypatch.setattr(stream, "remaining_units", lambda *_: [])
         monkeypatch.setattr(stream, "cluster_nodes", lambda: nodes)
-        monkeypatch.setattr(stream.ray, "get", lambda reference: "")
+        monkeypatch.setattr(stream.ray, "get", lambda reference, timeout: "")
         monkeypatch.setattr(stream, "activation_dataset", lambda config, plan, *_: used.append(plan) or MagicMock())
         stream.StreamConfig(config, together, "run", "store", 32, MagicMock()).configure({}, 1, None, ["a"])
         assert (used[0].environment, used[0].near) == (together.environment, "a")

@@ -29,8 +29,10 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollSt
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 import cluster.pipeline
+import cluster.room
 import cluster.training
 from cluster.outcome import TrainingStopped
+from cluster.room import own_placement_groups
 from cluster.stream import TellFailures
 from jobs import analyze, export, status, train
 from mtc.config import ModelConfig, RunConfig, load_preset, to_yaml
@@ -56,10 +58,10 @@ def logs_as_before() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def wait_for_cpus(groups: set[str]) -> None:
+def wait_for_cpus(groups: dict[str, Any]) -> None:
     """Until there are no other placement groups than these: the next job needs the CPUs."""
     deadline = time.monotonic() + 120
-    while cluster.training._placement_groups() != groups:
+    while own_placement_groups() != groups:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -94,7 +96,8 @@ def test_trainers_that_die_for_good(
     monkeypatch.setattr(
         cluster.training, "_trainer", lambda *arguments: starts.append(arguments) or SimpleNamespace(fit=fit)
     )
-    monkeypatch.setattr(cluster.training, "_placement_groups", set)
+    for module in (cluster.training, cluster.room):
+        monkeypatch.setattr(module, "own_placement_groups", dict)
     monkeypatch.setattr(TokenStore, "open", lambda url: None)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(cluster.pipeline, "check", lambda config: None)
@@ -143,7 +146,7 @@ def test_a_run_that_another_job_takes_and_leaves(
 ) -> None:
     """The first job stops; a third one, the tiny preset on CPUs, brings the run to its end."""
     run, over = RunDirectory(str(tmp_path / "run")), threading.Event()
-    groups = cluster.training._placement_groups()
+    groups = own_placement_groups()
     start, logs = cluster.pipeline.start_metrics_log, list[Any]()
 
     def start_log(run: RunDirectory) -> Any:
@@ -205,7 +208,7 @@ def test_a_model_that_changes_after_the_check_ends_the_run_at_once(
 ) -> None:
     """The weights are cut short when the text is tokenised; what a model actor then finds is said in one line."""
     shutil.copytree(prepare_model(ModelConfig(name="random:llama", layer=1)), tmp_path / "model")
-    groups, starts = cluster.training._placement_groups(), list[str]()
+    groups, starts = own_placement_groups(), list[str]()
     trainer = cluster.training._trainer
 
     def damage_and_train(*arguments: Any) -> Any:
