@@ -233,8 +233,8 @@ def make_plan(
             f"the run does not fit the cluster: cluster.num_trainers={plan.num_trainers} and "
             f"cluster.num_model_actors={plan.num_model_actors} need {plan.cpus():g} CPUs and {plan.gpus():g} GPUs, "
             f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes{_held(nodes)}; "
-            f"one process needs at most {max(plan.trainer_cpus, plan.actor_cpus):g} CPUs and {max(plan.trainer_gpus, plan.actor_gpus):g} GPUs "
-            "on one node"
+            f"one process needs at most {max(plan.trainer_cpus, plan.actor_cpus):g} CPUs and "
+            f"{max(plan.trainer_gpus, plan.actor_gpus):g} GPUs on one node"
         )
     return plan
 

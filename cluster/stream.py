@@ -81,8 +81,8 @@ def _usable(plan: Plan, trainers: Sequence[str]) -> list[Node]:
     def with_trainers(node: Node) -> Node:
         there = trainers.count(node.node_id)
         cpus, gpus = there * plan.trainer_cpus, there * plan.trainer_gpus
-        held = {"held_cpus": node.held_cpus - cpus, "held_gpus": node.held_gpus - gpus}
-        return node._replace(cpus=node.cpus + cpus, gpus=node.gpus + gpus, **held)
+        more = node._replace(cpus=node.cpus + cpus, gpus=node.gpus + gpus)
+        return more._replace(held_cpus=node.held_cpus - cpus, held_gpus=node.held_gpus - gpus)
 
     return [planned.get(node.node_id) or with_trainers(node) for node in cluster_nodes()]
 

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -47,7 +48,11 @@ RAY_LINE = re.compile(r"\s(INFO|SUCC|WARNING) [a-z_]+\.py:\d+ -- |has constructo
 """What Ray's own command says about the job that it submits, and its core of every pool of actors that Ray Data starts:
 nobody can act on that."""
 MARK = "MTC_QUICKSTART_HEAD"
-"""In the environment of all processes of a head: the head's temporary directory."""
+"""In the environment of all processes of a head: its token and whose it is (`_mark`)."""
+OWNER = "mtc-owner"
+"""The same, in the head's temporary directory."""
+START_S = 120.0
+"""Longest wait for a head to start, and for a service to be ready, seconds."""
 STOP_S = 30.0
 """After which processes that were asked to end are killed."""
 
@@ -118,16 +123,15 @@ def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str])
 
 def start_head() -> dict[str, Any]:
     """The running head of this checkout, or a new one."""
-    if STATE.exists():
-        head: dict[str, Any] = json.loads(STATE.read_text())
-        if _processes(head) and _answers(f"{head['dashboard']}/api/version"):
-            return head
+    if known := _known_head():
+        if _runs(known):
+            return known
         stop_head()
     check_installation()
     check_writable(f"the head's state in {STATE.parent}", str(STATE.parent))
+    STATE.parent.mkdir(exist_ok=True)
     port, dashboard, agent, client, metrics, job_metrics = _free_ports(6)
     temporary = make_temporary_directory()
-    STATE.parent.mkdir(exist_ok=True)
     log = STATE.parent / "head.log"
     command = [_tool("ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
@@ -135,21 +139,23 @@ def start_head() -> dict[str, Any]:
     command += [f"--metrics-export-port={metrics}", f"--temp-dir={temporary}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     print(f"starting a local Ray head (log: {log})", flush=True)
-    environment = _environment() | free_ports() | proxy_files(temporary) | {MARK: temporary}
-    head = {"temporary": temporary, "address": f"127.0.0.1:{port}", "dashboard": f"http://127.0.0.1:{dashboard}"}
-    head |= {"http_port": _free_ports(1, first=8000)[0], "metrics_port": job_metrics}
-    STATE.write_text(json.dumps(head))  # before it runs: whatever happens, `stop` knows what to look for
-    STATE.with_name("prometheus.yml").write_text(json.dumps(scrape_config(head), indent=1))  # JSON is YAML
+    head: dict[str, Any] = {"token": secrets.token_hex(16), "temporary": temporary, "address": f"127.0.0.1:{port}"}
+    head |= {"dashboard": f"http://127.0.0.1:{dashboard}", "http_port": _free_ports(1, first=8000)[0]}
+    head |= {"metrics_port": job_metrics}
+    Path(temporary, OWNER).write_text(_mark(head))
+    environment = _environment() | free_ports() | proxy_files(temporary) | {MARK: _mark(head)}
+    _remember(head)  # before it runs: whatever happens, `stop` knows what to look for
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=STATE.parent, env=environment, stdout=output, stderr=output, start_new_session=True
         )
-    deadline = time.monotonic() + 120
-    while not _answers(f"{head['dashboard']}/api/version"):
+    deadline = time.monotonic() + START_S
+    while (session := _session(head)) is None:
         if process.poll() is not None or time.monotonic() > deadline:
             stop_head()
-            raise QuickstartError(f"the Ray head did not start; see {log}")
+            raise QuickstartError(f"the Ray head did not start within {START_S:g} s; see {log}")
         time.sleep(0.5)
+    _remember(head := head | {"session": session})
     return head
 
 
@@ -172,9 +178,8 @@ def scrape_config(head: dict[str, Any]) -> dict[str, Any]:
 
 def stop_head() -> bool:
     """Stop the head of this checkout and everything on it; true if there was one."""
-    if not STATE.exists():
+    if (head := _known_head()) is None:
         return False
-    head = json.loads(STATE.read_text())
     running = found = _processes(head)
     deadline = time.monotonic() + STOP_S
     while running:
@@ -184,8 +189,7 @@ def stop_head() -> bool:
         psutil.wait_procs(running, timeout=5)
         running = _processes(head)  # what they started meanwhile
     shutil.rmtree(head["temporary"], ignore_errors=True)
-    STATE.with_name("prometheus.yml").unlink(missing_ok=True)
-    STATE.unlink()
+    _forget()
     return bool(found)
 
 
@@ -217,15 +221,19 @@ def submit_job(head: dict[str, Any], name: str, arguments: list[str]) -> None:
 
 def serve_run(head: dict[str, Any], run: str) -> str:
     """Deploy the Serve application on a finished run; returns its base URL once it is ready."""
+    if not _runs(head):  # a job may have taken hours
+        raise QuickstartError("the Ray head of this checkout is gone; the same command starts another one")
+    if "serves" not in head:  # until now anybody could take the port
+        _remember(head := head | {"http_port": _free_ports(1, first=head["http_port"])[0], "serves": True})
     command = [sys.executable, "-m", "serve.app", "--run", absolute(run)]
     command += ["--address", head["address"], "--port", str(head["http_port"])]
     if subprocess.run(command, cwd=ROOT, env=_environment(), check=False).returncode:
         raise QuickstartError("the service could not be deployed; its output is above")
     base = f"http://127.0.0.1:{head['http_port']}"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + START_S
     while not _answers(f"{base}/readyz"):
         if time.monotonic() > deadline:
-            raise QuickstartError(f"{base}/readyz is not ready after 120 s")
+            raise QuickstartError(f"{base}/readyz is not ready after {START_S:g} s")
         time.sleep(0.5)
     return base
 
@@ -287,10 +295,59 @@ def _environment() -> dict[str, str]:
     return inherited | local
 
 
+def _known_head() -> dict[str, Any] | None:
+    """The head that this checkout started last, which may have ended; None if there is none.
+
+    A `head.json` that came here by a copy of another checkout is forgotten; its head and all that is that one's are
+    left alone. Raises QuickstartError where the head is another user's.
+    """
+    if not STATE.exists():
+        return None
+    head: dict[str, Any] = json.loads(STATE.read_text())
+    owner = Path(head["temporary"], OWNER)
+    if owner.parent.exists() and owner.parent.stat().st_uid != os.getuid():
+        raise QuickstartError(f"{STATE} is of a head of another user; use a checkout of your own")
+    if owner.exists() and owner.read_text() != _mark(head):
+        print(f"{STATE} is a copy: the head at {head['address']} is another checkout's and left alone", file=sys.stderr)
+        _forget()
+        return None
+    return head
+
+
+def _mark(head: dict[str, Any]) -> str:
+    """The head's token, and what tells the directory of its state from copies of that: device and inode."""
+    state = STATE.parent.stat()
+    return f"{head['token']} {state.st_dev}:{state.st_ino}"
+
+
+def _remember(head: dict[str, Any]) -> None:
+    STATE.write_text(json.dumps(head))
+    STATE.with_name("prometheus.yml").write_text(json.dumps(scrape_config(head), indent=1))  # JSON is YAML
+
+
+def _forget() -> None:
+    STATE.with_name("prometheus.yml").unlink(missing_ok=True)
+    STATE.unlink()
+
+
+def _runs(head: dict[str, Any]) -> bool:
+    """Whether the head of this checkout, and no other that came after it at its address, runs."""
+    return bool(_processes(head)) and "session" in head and _session(head) == head["session"]
+
+
+def _session(head: dict[str, Any]) -> str | None:
+    """Ray's name for the session of whatever head answers at the dashboard's address."""
+    try:
+        answer = httpx.get(f"{head['dashboard']}/api/version", timeout=5)
+        return str(answer.json()["session_name"]) if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError, KeyError):
+        return None
+
+
 def _processes(head: dict[str, Any]) -> list[psutil.Process]:
     """What a head started and that runs, jobs and HAProxy among it, which outlive a head that was killed."""
-    processes = psutil.process_iter(["environ"])  # None where somebody else's
-    return [process for process in processes if (process.info["environ"] or {}).get(MARK) == head["temporary"]]
+    mark, processes = _mark(head), psutil.process_iter(["environ"])  # None where somebody else's
+    return [process for process in processes if (process.info["environ"] or {}).get(MARK) == mark]
 
 
 def _tool(name: str) -> str:

@@ -138,10 +138,22 @@ def head(tmp_path_factory):
         yield head
     finally:
         quickstart.stop_head()
+        left = quickstart._processes(head)
         quickstart.STATE, quickstart.OBJECT_STORE_BYTES = originals
         os.environ.clear()
         os.environ.update(before)
-    assert not quickstart._processes(head)
+    assert not left
+
+
+def test_a_copied_checkout_leaves_the_head_alone(head, tmp_path, monkeypatch, capsys):
+    from jobs import quickstart
+
+    shutil.copytree(quickstart.STATE.parent, tmp_path / "copy")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(quickstart, "STATE", tmp_path / "copy" / "head.json")
+        assert quickstart.main(["stop"]) == 0
+    assert capsys.readouterr().out == "nothing was running\n"
+    assert quickstart.start_head() == head and len(quickstart._processes(head)) > 3
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """The quickstart without a Ray: what it prints of a run that lies anywhere, and that it leaves no process."""
 
 import io
+import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,79 @@ def test_ctrl_c_while_the_head_starts_leaves_no_process(tmp_path: Path, monkeypa
     finally:
         for process in started:
             process.kill()
+
+
+HEAD = """#!{python}
+import http.server, json, os, sys
+class Dashboard(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({{"session_name": "session_" + str(os.getpid())}}).encode())
+    def log_message(self, *arguments):
+        pass
+port = next(word.split("=")[1] for word in sys.argv if word.startswith("--dashboard-port="))
+http.server.HTTPServer(("127.0.0.1", int(port)), Dashboard).serve_forever()
+"""
+
+
+def test_a_head_is_its_own_checkouts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two checkouts, of which one is a copy of the other, made while its head ran; processes with a dashboard stand for
+    the heads."""
+    (tmp_path / "ray").write_text(HEAD.format(python=sys.executable))
+    (tmp_path / "ray").chmod(0o755)
+    monkeypatch.setattr(quickstart, "_tool", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(quickstart, "git_revision", lambda: None)
+    first, copy = tmp_path / "first", tmp_path / "copy"
+
+    def use(checkout: Path) -> None:
+        monkeypatch.setattr(quickstart, "STATE", checkout / "head.json")
+
+    try:
+        use(first)
+        head = quickstart.start_head()
+        assert quickstart.start_head() == head, "a running head is used again"
+        shutil.copytree(first, copy)
+        use(copy)
+        assert quickstart.main(["stop"]) == 0
+        said = capsys.readouterr()
+        assert said.out.endswith("nothing was running\n") and "is a copy" in said.err
+        use(first)
+        assert quickstart.start_head() == head
+        shutil.copytree(first, copy, dirs_exist_ok=True)
+        use(copy)
+        other = quickstart.start_head()
+        assert other["dashboard"] != head["dashboard"]
+        use(first)
+        assert quickstart.start_head() == head
+        use(copy)
+        assert quickstart.stop_head()
+        use(first)
+        moved = tmp_path / "moved"
+        first.rename(moved)
+        use(moved)
+        assert quickstart.start_head() == head, "a checkout may be moved"
+        # Its head dies, and another Ray takes the address before anybody looks.
+        for process in quickstart._processes(head):
+            process.kill()
+            process.wait(10)
+        port = head["dashboard"].rpartition(":")[2]
+        with subprocess.Popen([sys.executable, tmp_path / "ray", f"--dashboard-port={port}"]) as stranger:
+            deadline = time.monotonic() + 30
+            while not quickstart._answers(head["dashboard"]):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert quickstart.start_head()["dashboard"] != head["dashboard"]
+            assert quickstart.stop_head()
+            assert stranger.poll() is None
+            stranger.kill()
+    finally:
+        for checkout in (first, copy, tmp_path / "moved"):
+            if checkout.exists():
+                use(checkout)
+                quickstart.stop_head()
 
 
 def test_of_what_ray_says_about_a_job_only_the_jobs_own_lines_are_shown(
