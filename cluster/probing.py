@@ -8,6 +8,7 @@ import ray
 import torch
 
 from cluster.resources import Plan
+from cluster.room import reserved
 from mtc.config import RunConfig
 from mtc.devices import open_device
 from mtc.language_model import LanguageModel, load_tokenizer
@@ -37,21 +38,30 @@ def check_optional(config: RunConfig) -> None:
 def measure_optional(config: RunConfig, plan: Plan, run_urls: list[str], store_url: str) -> list[dict[str, Any]]:
     """Measure for each layer what was asked for besides, as fields of Findings; one Ray task each, where model actors
     run."""
-    options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
-    options |= {"runtime_env": plan.runtime_env}
-    options |= {"label_selector": plan.label_selector} if plan.label_selector else {}
-    waiting: list[tuple[int, str, Any]] = []
-    for at, url in enumerate(run_urls):
+    tasks = [
+        (at, url, field, task)
+        for at, url in enumerate(run_urls)
         for field, wanted, task in (
             ("probing", config.analysis.probe_tasks, _probe), ("spelling", config.analysis.spelling, _spell),
-        ):  # fmt: skip
-            if wanted:
-                work = ray.remote(task).options(**options)
-                waiting.append((at, field, work.remote(config, url, at, store_url, plan.device, plan.actor_threads)))
+        )
+        if wanted
+    ]  # fmt: skip
     found: list[dict[str, Any]] = [{} for _ in run_urls]
-    for at, field, answer in waiting:
-        kind = Probing if field == "probing" else Spelling
-        found[at][field] = kind.model_validate_json(ray.get(answer))
+    if not tasks:
+        return found
+    each = {"CPU": plan.actor_cpus} | ({"GPU": plan.actor_gpus} if plan.actor_gpus else {})
+    with reserved(
+        each, min(len(tasks), plan.num_model_actors), plan.label_selector, config.cluster.room_seconds
+    ) as place:
+        options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
+        options |= {"runtime_env": plan.runtime_env, "scheduling_strategy": place}
+        answers = [
+            ray.remote(task).options(**options).remote(config, url, at, store_url, plan.device, plan.actor_threads)
+            for at, url, _, task in tasks
+        ]
+        for (at, _, field, _), answer in zip(tasks, answers, strict=True):
+            kind = Probing if field == "probing" else Spelling
+            found[at][field] = kind.model_validate_json(ray.get(answer))
     return found
 
 

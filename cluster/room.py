@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node, state
 from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData  # type: ignore[attr-defined]
-from ray.util import placement_group_table
+from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.resources import Node, Plan, make_plan
 from mtc.config import ConfigError, RunConfig
@@ -56,10 +59,9 @@ def plan_in_free_room(config: RunConfig, d_model: int | None) -> Plan:
     Raises ConfigError if the run would not fit if all was free, unless an autoscaler may add nodes, and ClusterBusy
     after `cluster.room_seconds`.
     """
-    limit = config.cluster.room_seconds
-    wait = _Wait("not enough of the cluster is free", limit)
+    nodes = _settled_nodes()
+    wait = _Wait("not enough of the cluster is free", config.cluster.room_seconds)
     while True:
-        nodes = _settled_nodes()
         try:
             whole = make_plan(config, [node.whole() for node in nodes], d_model)
         except ConfigError as error:
@@ -75,6 +77,7 @@ def plan_in_free_room(config: RunConfig, d_model: int | None) -> Plan:
                 reason = f"{error}; {describe_holders()}"
         wait.go_on(reason)
         time.sleep(LOOK_SECONDS)
+        nodes = cluster_nodes()
 
 
 def _settled_nodes() -> list[Node]:
@@ -110,6 +113,22 @@ class PlacementWatch:
             plan = self._plan
             each = f"{plan.trainer_cpus:g} CPUs and {plan.trainer_gpus:g} GPUs"
             self._wait.go_on(f"{plan.num_trainers} x ({each}) are wanted, {describe_free()}")
+
+
+@contextmanager
+def reserved(
+    each: dict[str, float], count: int, label_selector: dict[str, str] | None, limit: float
+) -> Iterator[PlacementGroupSchedulingStrategy]:
+    """A context with room for `count` tasks that need `each`; raises ClusterBusy if there is none within `limit`."""
+    selectors = [label_selector] * count if label_selector else None
+    group = placement_group([each] * count, bundle_label_selector=selectors)
+    wait = _Wait("the optional measurements have no place", limit, quiet=USUAL_SECONDS)
+    try:
+        while not group.wait(LOOK_SECONDS):
+            wait.go_on(f"{count} x {each} are wanted, {describe_free()}")
+        yield PlacementGroupSchedulingStrategy(group)
+    finally:
+        remove_placement_group(group)
 
 
 def own_placement_groups() -> dict[str, Any]:

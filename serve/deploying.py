@@ -23,14 +23,16 @@ class DeployError(MtcError):
     event = "failed"
 
 
-def deploy(application: ray_serve.Application, name: str, wanted: str, seconds: float = DEPLOY_S) -> None:
-    """Deploy to the connected cluster and wait until all replicas are ready.
+def deploy(
+    application: ray_serve.Application, name: str, wanted: str, seconds: float = DEPLOY_S, route: str = "/"
+) -> None:
+    """Deploy to the connected cluster, at the URL path `route`, and wait until all replicas are ready.
 
     `wanted` says for people what the replicas reserve. Raises DeployError where they fail, and after `seconds`; Serve
     goes on trying then, and has them run as soon as there is room.
     """
     ray_serve.run_many(
-        [ray_serve.RunTarget(application, name=name, route_prefix="/")], wait_for_applications_running=False
+        [ray_serve.RunTarget(application, name=name, route_prefix=route)], wait_for_applications_running=False
     )
     began, said = time.monotonic(), 0.0
     while (state := ray_serve.status().applications[name]).status != "RUNNING":
