@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from safetensors import SafetensorError
@@ -42,7 +41,7 @@ from mtc.language_model.check import (
 )
 from mtc.language_model.gguf import convert_gguf, gguf_digest, gguf_info, gguf_parts, save_prepared
 from mtc.language_model.honoured import check_fields
-from mtc.storage import absolute, cache_directory, is_hub_id, missing, require_on_hub
+from mtc.storage import absolute, cache_directory, is_hub_id, locked, missing, require_on_hub
 
 HUB_TIMEOUT_S = 3.0
 PREPARED_VERSION = 1  # part of the cache key: raise it when what the cache holds changes
@@ -206,7 +205,7 @@ def _build_once(config: ModelConfig, key: str, build: Callable[[Path], None]) ->
     if target.is_dir():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with locked(target):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
                 built = Path(scratch) / "model"

@@ -4,6 +4,7 @@ from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, Ch
 from mtc.storage.files import StorageError, absolute, filesystem, patiently, write_atomic
 from mtc.storage.lease import Lease
 from mtc.storage.ledger import Ledger, Progress, merge_progress, progress_from_parquet, progress_to_parquet, rows_left
+from mtc.storage.locks import LockError, locked
 from mtc.storage.names import JOB_COPY, is_hub_id, missing, output_path, require_on_hub, with_absolute_paths
 from mtc.storage.places import cache_directory, check_writable, prepare_environment
 from mtc.storage.runs import (
@@ -22,10 +23,10 @@ from mtc.storage.status import describe, run_status
 from mtc.storage.wheels import wheel_files
 
 __all__ = [
-    "JOB_COPY", "LISTING_SECONDS", "Checkpoint", "CheckpointWriter", "Checkpoints", "Lease", "Ledger", "Manifest",
-    "NotVisibleError", "Progress", "RunDirectory", "RunError", "StorageError", "absolute", "cache_directory",
-    "check_writable", "describe", "filesystem", "is_hub_id", "json_lines", "load_analysis", "merge_progress", "missing",
-    "named_run", "open_layer_run", "open_run", "output_path", "parse_analysis", "patiently", "prepare_environment",
-    "progress_from_parquet", "progress_to_parquet", "require_on_hub", "require_one_layer", "rows_left", "run_status",
-    "wheel_files", "with_absolute_paths", "write_atomic",
+    "JOB_COPY", "LISTING_SECONDS", "Checkpoint", "CheckpointWriter", "Checkpoints", "Lease", "Ledger", "LockError",
+    "Manifest", "NotVisibleError", "Progress", "RunDirectory", "RunError", "StorageError", "absolute",
+    "cache_directory", "check_writable", "describe", "filesystem", "is_hub_id", "json_lines", "load_analysis", "locked",
+    "merge_progress", "missing", "named_run", "open_layer_run", "open_run", "output_path", "parse_analysis",
+    "patiently", "prepare_environment", "progress_from_parquet", "progress_to_parquet", "require_on_hub",
+    "require_one_layer", "rows_left", "run_status", "wheel_files", "with_absolute_paths", "write_atomic",
 ]  # fmt: skip

@@ -10,6 +10,9 @@ from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "ray", "numpy", "scipy", "pyarrow", "mtc")
 
+GIT_SECONDS = 10.0
+"""Longest wait for git, on a checkout that may lie on a network file system."""
+
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that figures depend on, and of Python."""
@@ -25,10 +28,12 @@ def git_revision() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         answers = [
-            subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, check=True, timeout=GIT_SECONDS
+            ).stdout
             for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         ]
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (FileNotFoundError, subprocess.SubprocessError):
         return None
     return answers[0].strip() + "-dirty" * bool(answers[1].strip())
 

@@ -29,12 +29,11 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from mtc.config import RunConfig
 from mtc.record import Record
-from mtc.storage import RunDirectory, absolute, cache_directory, patiently, write_atomic
+from mtc.storage import RunDirectory, absolute, cache_directory, locked, patiently, write_atomic
 from mtc.text.budget import tokens_wanted
 from mtc.text.sources import EXAMPLES, DataError, Unread, count_reasons, is_hub_dataset, source_files
 from mtc.text.tokens import OVERLAP, PART_CHARS, special_ids
@@ -296,7 +295,7 @@ class TokenStore:
         target = Path(cache_directory()).absolute() / "windows" / f"{posixpath.basename(self.url)}-{key}"
         if not target.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{target}.lock"):
+            with locked(target):
                 if not target.is_dir():
                     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
                         self._write_flat(Path(scratch, "windows"))

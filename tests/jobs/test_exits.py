@@ -44,6 +44,7 @@ from mtc.storage import NotVisibleError, RunDirectory, RunError, load_analysis, 
 from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
 from mtc.text.token_store import StoreMissingError
+from serve.contract import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--preset", "tiny", "--cluster.num_model_actors", "1", "--cluster.num_trainers", "1")
@@ -144,7 +145,9 @@ def test_a_wrong_option_is_told_in_the_format_that_was_asked_for(capsys: pytest.
 def test_a_run_that_another_job_takes_and_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first job stops; a third one, the tiny preset on CPUs, brings the run to its end."""
+    """The first job stops; a third one, the tiny preset on CPUs, brings the run to its end, both beside an actor that
+    holds what a replica of the service does: the plan of an empty machine would wait for ever."""
+    replica = ray.remote(SimpleNamespace).options(num_cpus=Settings(run="one").num_cpus).remote()
     run, over = RunDirectory(str(tmp_path / "run")), threading.Event()
     groups = own_placement_groups()
     start, logs = cluster.pipeline.start_metrics_log, list[Any]()
@@ -181,6 +184,7 @@ def test_a_run_that_another_job_takes_and_leaves(
     said = capsys.readouterr()
     lines = [line for line in (said.out + said.err).splitlines() if line.startswith("{")]  # some are Ray's
     assert "finished" in [json.loads(line)["event"] for line in lines]
+    ray.kill(replica)
     finished = open_run(str(tmp_path / "latest"))
     analysis = load_analysis(finished)
     assert finished.url == run.url and analysis.facts.run_id == "run" and analysis.facts.devices == ("cpu",)
