@@ -109,7 +109,8 @@ def compare_passes(tokens: int, rounds: int) -> dict[str, Any]:
     from cluster.activations import configure_data_context, map_on_model_actors
     from cluster.held_out import _arrays, _results
     from cluster.pipeline import connected
-    from cluster.resources import cluster_nodes, make_plan
+    from cluster.resources import make_plan
+    from cluster.room import cluster_nodes
     from cluster.tokenise import build_token_store
     from mtc.analysis import HeldOutPass, count_tokens
     from mtc.language_model import check_model

@@ -52,7 +52,7 @@ def joining(address: str, setting: str) -> Iterator[None]:
         cause = error.__cause__ or error
         wrong = "ersion mismatch" in str(cause) or isinstance(cause, ValueError)
         raise (AddressError if wrong else UnreachableError)(
-            f"{setting}={address}: Ray answers there, but can't be joined: {_whole(cause)}"
+            f"{setting}={address}: the cluster can't be joined: {_whole(cause)}"
         ) from error
     finally:
         over.cancel()
@@ -156,5 +156,5 @@ def _whole(error: BaseException) -> str:
 
 
 def _give_up(where: str) -> None:
-    fail("failed", f"failed: {where}: Ray answers there, but did not let this process join within {JOIN_S:g} s")
+    fail("failed", f"failed: {where}: the cluster did not let this process join within {JOIN_S:g} s")
     os._exit(1)

@@ -24,7 +24,6 @@ from mtc.config import describe_faults
 from mtc.errors import MtcError
 from mtc.joining import joining
 from serve.contract import Settings
-from serve.deploying import deploy
 from serve.deployments import Control, Server
 from serve.http import check_binding, read_keys
 from serve.service import Catalogue
@@ -84,16 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = os.environ.get("RAY_ADDRESS") if options.address == "auto" else None
         with joining(given or options.address, "RAY_ADDRESS" if given else "--address"):
             ray.init(address=options.address, log_to_driver=options.verbose, logging_level=level)
-        ray_serve.start(http_options={"host": options.host, "port": options.port})
-        deploy(
-            application, "mtc", f"{settings.num_replicas} x ({settings.num_cpus:g} CPUs, {settings.num_gpus:g} GPUs)"
-        )
     except ValidationError as error:
         print(f"serve.app: {describe_faults(error, Settings)}", file=sys.stderr)
         return 2
     except (MtcError, ValueError) as error:
         print(f"serve.app: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, MtcError) else 2
+    ray_serve.start(http_options={"host": options.host, "port": options.port})
+    ray_serve.run(application, name="mtc", route_prefix="/")
     print(f"serving {options.run} at http://{options.host}:{options.port}", flush=True)
     if options.block:
         try:

@@ -108,6 +108,25 @@ def test_a_plan_explains_itself_in_a_table(nodes, lines):
         assert all(row[column] != " " and row[column - 1] == " " for row in rows), text  # cells stand under their heads
 
 
+def test_what_others_hold_is_no_room():
+    tiny = load_preset("tiny")
+    beside_service = make_plan(tiny, [Node(1.4, 0, held_cpus=0.6)], 32)
+    assert beside_service.cpus() <= 1.4 < make_plan(tiny, [Node(1.4, 0, held_cpus=0.6).whole()], 32).cpus()
+    assert make_plan(load_preset("smollm2-135m"), [Node(1.4, 0, held_cpus=0.6)], SMOLLM).num_model_actors == 2
+    last = make_plan(load_preset("gemma-2-2b-layer17"), [Node(30, 1, held_cpus=34, held_gpus=7)], GEMMA_2B)
+    assert (last.num_trainers, last.max_model_actors, last.trainer_gpus + last.actor_gpus) == (1, 1, 1)
+    for free in (0.0, 0.05, 0.1):
+        with pytest.raises(
+            ConfigError, match=rf"the cluster has {free:g} CPUs .*, beside {2 - free:g} CPUs and 0 GPUs that"
+        ):
+            make_plan(tiny, [Node(free, 0, held_cpus=2 - free)], 32)
+    gpus = load_preset("tiny", {"cluster": {"use_gpu": True}})
+    with pytest.raises(ConfigError, match=r"the cluster has 0 GPUs, beside 8 CPUs and 8 GPUs that others hold"):
+        make_plan(gpus, [Node(8, 0, held_cpus=8, held_gpus=8)], 32)
+    with pytest.raises(ConfigError, match="the cluster has no node with CPUs"):  # such as a head of 0 CPUs alone
+        make_plan(tiny, [], 32)
+
+
 def test_work_stays_off_the_head_unless_it_is_needed_there():
     head, worker = Node(2, 0, True, "head"), Node(2, 0, False, "worker")
     tiny = load_preset("tiny")

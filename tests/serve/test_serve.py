@@ -42,7 +42,6 @@ def url(ray_cluster: object, root: Path) -> Iterator[str]:
 
     from serve.app import build
     from serve.contract import Settings
-    from serve.deploying import deploy
 
     for name, seed in (("other", 5), ("third", 6), ("one", 3)):
         make_run(root / name, seed)
@@ -51,7 +50,7 @@ def url(ray_cluster: object, root: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = Settings(run=str(root / "latest"), **SETTINGS)
-    deploy(build(settings), "mtc", "one replica")
+    serve.run(build(settings), name="mtc", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.delete("mtc")
     serve.shutdown()
@@ -350,23 +349,6 @@ def test_clients_that_leave_cost_no_forward_pass(client: httpx.Client, url: str)
     wait_until(lambda: not metric(client, waiting) and metric(client, working) <= 1)
     assert metric(client, "mtc_encode_batch_tokens_sum") - before < 40 * 60 * 251
     assert client.post("/encode", json={"inputs": "a"}).status_code == 200
-
-
-@pytest.mark.usefixtures("url")
-def test_a_service_without_room_is_not_waited_for_without_end(capsys: pytest.CaptureFixture[str]) -> None:
-    from ray import serve
-
-    from serve.deploying import DeployError, deploy
-
-    @serve.deployment(ray_actor_options={"num_cpus": 64})
-    class Large:
-        pass
-
-    with pytest.raises(
-        DeployError, match=r"large are ready after \d s: 1 x 64 CPUs, the cluster has [\d.]+ of 2 CPUs free"
-    ):
-        deploy(Large.bind(), "large", "1 x 64 CPUs", seconds=1, route="/large")
-    serve.delete("large")
 
 
 def test_run_that_can_not_be_served_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
