@@ -115,9 +115,7 @@ def _ask(target: str) -> MtcError | None:
     finally:
         channel.close()
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-        return AddressError(
-            "the cluster asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (docs/cluster.md, Tokens)"
-        )
+        return None  # it is a head; Ray has the token, or says that there is none
     if code == grpc.StatusCode.UNIMPLEMENTED:
         return AddressError(f"another of Ray's ports than its head's, such as Ray Client's 10001; {WANTED}")
     return _http(target)

@@ -44,7 +44,6 @@ from mtc.storage import NotVisibleError, RunDirectory, RunError, load_analysis, 
 from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
 from mtc.text.token_store import StoreMissingError
-from serve.contract import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--preset", "tiny", "--cluster.num_model_actors", "1", "--cluster.num_trainers", "1")
@@ -146,8 +145,8 @@ def test_a_run_that_another_job_takes_and_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first job stops; a third one, the tiny preset on CPUs, brings the run to its end, both beside an actor that
-    holds what a replica of the service does: the plan of an empty machine would wait for ever."""
-    replica = ray.remote(SimpleNamespace).options(num_cpus=Settings(run="one").num_cpus).remote()
+    holds 0.5 of 2 CPUs, as a replica of the service does: the plan of an empty machine would wait for ever."""
+    replica = ray.remote(SimpleNamespace).options(num_cpus=0.5).remote()
     run, over = RunDirectory(str(tmp_path / "run")), threading.Event()
     groups = own_placement_groups()
     start, logs = cluster.pipeline.start_metrics_log, list[Any]()
