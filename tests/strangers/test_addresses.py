@@ -122,7 +122,7 @@ def test_ray_that_never_lets_join_ends_the_process():
 
 
 def test_a_dead_address_ends_the_job(tmp_path):
-    with silent() as port:
+    with closed() as port:
         done = subprocess.run(
             [sys.executable, "jobs/train.py", "--preset", "tiny", "--output.root", str(tmp_path)],
             cwd=ROOT, env=os.environ | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, capture_output=True, text=True,
@@ -130,5 +130,5 @@ def test_a_dead_address_ends_the_job(tmp_path):
         )  # fmt: skip
     assert done.returncode == 1
     *before, last = done.stderr.splitlines()
-    assert last.startswith(f"failed: RAY_ADDRESS=127.0.0.1:{port}: something listens there")
+    assert last.startswith(f"failed: RAY_ADDRESS=127.0.0.1:{port}: nothing listens there")
     assert not any("Traceback" in line for line in before)
