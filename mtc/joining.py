@@ -50,7 +50,7 @@ def joining(address: str, setting: str) -> Iterator[None]:
         yield
     except (ConnectionError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
-        wrong = "ersion mismatch" in str(cause) or isinstance(cause, ValueError)
+        wrong = isinstance(cause, ValueError) or any(word in str(cause) for word in ("ersion mismatch", "AuthToken"))
         raise (AddressError if wrong else UnreachableError)(
             f"{setting}={address}: the cluster can't be joined: {_whole(cause)}"
         ) from error
