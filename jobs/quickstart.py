@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from cluster.local_ray import check_installation, make_temporary_directory
 from jobs.command_line import parse_command_line
 from mtc.errors import MtcError
-from mtc.storage import RunDirectory, absolute, check_writable, named_run, open_layer_run, prepare_environment
+from mtc.storage import RunDirectory, absolute, check_writable, named_run, open_layer_run, open_run, prepare_environment
 from mtc.telemetry import git_revision
 from serve.contract import ENVIRONMENT, free_ports, proxy_files
 
@@ -220,7 +220,8 @@ def submit_job(head: dict[str, Any], name: str, arguments: list[str]) -> None:
 
 
 def serve_run(head: dict[str, Any], run: str) -> str:
-    """Deploy the Serve application on a finished run; returns its base URL once it is ready."""
+    """Deploy the Serve application on a finished run; returns its base URL once that run answers there."""
+    wanted = open_run(run, verify=False).run_id
     if not _runs(head):  # a job may have taken hours
         raise QuickstartError("the Ray head of this checkout is gone; the same command starts another one")
     if "serves" not in head:  # until now anybody could take the port
@@ -235,6 +236,9 @@ def serve_run(head: dict[str, Any], run: str) -> str:
         if time.monotonic() > deadline:
             raise QuickstartError(f"{base}/readyz is not ready after {START_S:g} s")
         time.sleep(0.5)
+    found = httpx.get(f"{base}/info", timeout=60).raise_for_status().json()["model"]["run_id"]
+    if found != wanted:
+        raise QuickstartError(f"{base} answers with the run {found}, not with {wanted}")
     return base
 
 

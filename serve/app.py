@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from mtc.config import describe_faults
 from mtc.errors import MtcError
 from mtc.joining import joining
 from serve.contract import Settings
-from serve.deployments import Control, Server
+from serve.deployments import Control, DeployError, Server, listen, roll_out
 from serve.http import check_binding, read_keys
 from serve.service import Catalogue
 
@@ -33,9 +34,14 @@ QUIET = {"enable_access_log": False}
 
 
 def build(args: Settings) -> ray_serve.Application:
-    """The application, for `import_path: serve.app:build`. Raises RunError if the run can't be served."""
+    """The application, for `import_path: serve.app:build`. Raises RunError if the run can't be served.
+
+    Each call is a deployment of its own: it answers by its settings, whatever the one before had come to. Processes
+    that are started again within it have its name, and take over what it had decided.
+    """
     Catalogue(args.run).served()
-    control = _deployment(Control).options(ray_actor_options={"num_cpus": 0}, logging_config=QUIET).bind(args)
+    name = uuid.uuid4().hex
+    control = _deployment(Control).options(ray_actor_options={"num_cpus": 0}, logging_config=QUIET).bind(args, name)
     replicas: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas is not None and args.max_replicas > args.num_replicas:
         replicas = {
@@ -46,12 +52,14 @@ def build(args: Settings) -> ray_serve.Application:
             }
         }
     resources = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
-    server = _deployment(Server).options(ray_actor_options=resources, logging_config=QUIET, **replicas)
-    return server.bind(args, control)
+    server = _deployment(Server).options(
+        ray_actor_options=resources, logging_config=QUIET, max_surge_percent=args.max_surge_percent, **replicas
+    )
+    return server.bind(args, control, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Deploy to a running Ray cluster; returns the exit status."""
+    """Deploy to a running Ray cluster, in the place of what was served there; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m serve.app", description="Serve finished runs over HTTP.")
     parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this need --keys")
@@ -84,14 +92,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with joining(given or options.address, "RAY_ADDRESS" if given else "--address"):
             ray.init(address=options.address, log_to_driver=options.verbose, logging_level=level)
     except ValidationError as error:
-        print(f"serve.app: {describe_faults(error, Settings)}", file=sys.stderr)
+        _say(describe_faults(error, Settings))
         return 2
     except (MtcError, ValueError) as error:
-        print(f"serve.app: {error}", file=sys.stderr)
+        _say(str(error))
         return error.exit_code if isinstance(error, MtcError) else 2
-    ray_serve.start(http_options={"host": options.host, "port": options.port})
-    ray_serve.run(application, name="mtc", route_prefix="/")
-    print(f"serving {options.run} at http://{options.host}:{options.port}", flush=True)
+    try:
+        listen(options.host, options.port)
+        key = roll_out(application, settings, _say)
+    except DeployError as error:
+        _say(str(error))
+        return error.exit_code
+    print(f"serving {key.run_id} of {key.url} at http://{options.host}:{options.port}", flush=True)
     if options.block:
         try:
             while True:
@@ -99,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             ray_serve.shutdown()
     return 0
+
+
+def _say(message: str) -> None:
+    print(f"serve.app: {message}", file=sys.stderr, flush=True)
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:

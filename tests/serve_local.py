@@ -80,7 +80,7 @@ class LocalControl:
 
     def __init__(self, *runs: RunDirectory):
         self.keys = [key_of(run) for run in runs]
-        self.state = State(1, self.keys[0], tuple(self.keys))
+        self.state = State("local", 1, self.keys[0], tuple(self.keys), self.keys[0])
 
     async def want(self, run_id: str) -> RunKey:
         raise ServiceError(
@@ -102,7 +102,7 @@ class LocalControl:
 
     async def load(self, run_id: str) -> LoadResponse:
         key = next((k for k in self.keys if k.run_id == run_id), None) or await self.want(run_id)
-        previous, self.state = self.state.current, State(self.state.version + 1, key, tuple(self.keys))
+        previous, self.state = self.state.current, self.state._replace(version=self.state.version + 1, current=key)
         return LoadResponse(model=ServedRun(key).identity, previous=previous.run_id, seconds=0.0)
 
     async def metrics(self) -> bytes:

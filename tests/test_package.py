@@ -144,7 +144,7 @@ assert "ui.css" in pages.static_files()
 assert list((pathlib.Path(html.__file__).parent / "templates").iterdir())
 key = RunKey("one", "runs/one", "0" * 64, "")
 metrics = ReplicaMetrics()
-app = create_app(Service(Settings(run="runs/latest"), None, None, State(1, key, (key,)), metrics))
+app = create_app(Service(Settings(run="runs/latest"), None, None, State("one", 1, key, (key,), key), metrics))
 print(native.status())
 names = "mtc.config mtc.client mtc.export cluster.pipeline jobs.quickstart jobs.train serve.app"
 for name in names.split():

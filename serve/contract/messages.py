@@ -24,12 +24,16 @@ class RunKey(NamedTuple):
 class State(NamedTuple):
     """Which runs answer."""
 
+    deployment: str
+    """The deployment of the service that decided it, see `serve.app.build`: for another one it holds nothing."""
     version: int
-    """Grows with every change."""
+    """Grows with every change within the deployment."""
     current: RunKey
     """Answers where no run is named."""
     loaded: tuple[RunKey, ...]
     """In memory, the current one among them, the last that was loaded first."""
+    seen: RunKey
+    """What `Settings.run` named when it was last looked at: once it names another run, that one takes over."""
 
 
 class Options(NamedTuple):

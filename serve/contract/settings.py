@@ -102,6 +102,10 @@ class Settings(BaseModel):
     """Most replicas, for autoscaling; by default `num_replicas`."""
     target_ongoing_requests: float = Field(default=4, gt=0, le=1e6)
     """Requests in a replica above which autoscaling adds another."""
+    max_surge_percent: int = Field(default=100, ge=0, le=100)
+    """Replicas that start before those of the deployment that they replace stop, in percent of `num_replicas`. There
+    must be room for one at least; with 0, old ones make room first, and where there is one alone nobody answers then.
+    """
     num_cpus: float = Field(default=0.6, gt=0, le=10_000)
     """CPUs that Ray reserves for each replica."""
     num_gpus: float = Field(default=0, ge=0, le=1000)

@@ -1,7 +1,8 @@
 """The deployment that decides which runs answer, and adds up what the replicas count. There is one replica of it.
 
 Requests do not pass it: while it restarts, the service answers as before. What it knows is told to it again by the
-replicas, each second.
+replicas, each second. Replicas of another deployment, which another `serve` has replaced, tell it nothing but their
+counts, and are told nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from mtc.storage import RunDirectory, RunError
@@ -34,23 +36,27 @@ logger = logging.getLogger("ray.serve")
 
 LOAD_TIMEOUT_S = 600.0
 BROADCAST_TIMEOUT_S = 10.0
+ASK_TIMEOUT_S = 2.0
+"""In which replicas that outlived a control are to say what it had decided; at the first start there are none."""
 
 
 @ray_serve.deployment(max_ongoing_requests=1024, health_check_timeout_s=60)
 class Control:
     """What a client is to be told is returned as a ServiceError, not raised."""
 
-    async def __init__(self, settings: Settings):  # type: ignore[misc]
+    async def __init__(self, settings: Settings, deployment: str):  # type: ignore[misc]
         self._settings = settings
         self._catalogue = Catalogue(settings.run)
         entry = await asyncio.to_thread(self._catalogue.served)
-        self._state = State(1, entry.key, (entry.key,))
-        self._seen = entry.key
+        self._state = State(deployment, 1, entry.key, (entry.key,), entry.key)
         self._used: dict[RunKey, float] = {}
         self._failed: dict[RunKey, str] = {}
         self._loading: dict[RunKey, asyncio.Task[str | None]] = {}
         self._totals: dict[str, Snapshot] = {}
         self._switching = asyncio.Lock()
+        for state in await self._broadcast("state", timeout_s=ASK_TIMEOUT_S):
+            if isinstance(state, State):
+                self._take_over(state)
         self._watcher = asyncio.create_task(self._watch())
 
     async def state(self) -> State:
@@ -58,14 +64,10 @@ class Control:
         return self._state
 
     async def report(self, replica_id: str, totals: Snapshot, state: State, used: tuple[RunKey, ...]) -> State:
-        """A replica's counts, in case that it dies, and the runs that it used lately; the newest state is the answer.
-
-        A state that is newer than this one was decided before a restart, and holds.
-        """
+        """A replica's counts, in case that it dies, and the runs that it used lately; the answer is what is decided."""
         self._totals[replica_id] = totals
         self._used.update(dict.fromkeys(used, time.monotonic()))
-        if state.version > self._state.version:
-            self._state = state
+        self._take_over(state)
         return self._state
 
     async def want(self, run_id: str) -> RunKey | ServiceError:
@@ -111,6 +113,11 @@ class Control:
         gone = [totals for replica, totals in self._totals.items() if replica not in live]
         return await asyncio.to_thread(render_metrics, live.values(), gone, [self._info()])
 
+    def _take_over(self, state: State) -> None:
+        """A replica's state was decided before a restart, and holds, unless it is that of another deployment."""
+        if state.deployment == self._state.deployment and state.version >= self._state.version:
+            self._state = state
+
     async def _find(self, run_id: str, latest: bool = False) -> Entry | ServiceError:
         try:
             if latest and run_id == "latest":
@@ -136,7 +143,7 @@ class Control:
             self._used[key] = time.monotonic()
             chosen = key if current else self._state.current
             kept, evicted = self._keep(chosen, key)
-            await self._change(State(self._state.version + 1, chosen, kept))
+            await self._change(self._state._replace(version=self._state.version + 1, current=chosen, loaded=kept))
             for old in evicted:
                 await self._broadcast("unload", old)
             logger.info("run %s is %s", key.run_id, "current" if current else "loaded")
@@ -176,6 +183,8 @@ class Control:
         response = handle.broadcast(method, *arguments)
         try:
             return list(await response.results_async(timeout_s=timeout_s, return_exceptions=True))
+        except DeploymentUnavailableError:
+            return []
         except TimeoutError:
             return [TimeoutError(f"no answer to {method} within {timeout_s:g} s")]
 
@@ -185,8 +194,8 @@ class Control:
             await asyncio.sleep(self._settings.watch_seconds)
             try:
                 entry = await asyncio.to_thread(self._catalogue.served)
-                if entry.key != self._seen:
-                    self._seen = entry.key
+                if entry.key != self._state.seen:
+                    self._state = self._state._replace(seen=entry.key)
                     await self._bring(entry, current=True)
             except Exception as error:
                 logger.warning("looking for a new run: %s: %s", type(error).__name__, error)

@@ -56,17 +56,20 @@ class RemoteControl:
 class Server:
     """A replica. It is ready when the runs that answer are loaded."""
 
-    async def __init__(self, settings: Settings, control: DeploymentHandle):  # type: ignore[misc]
+    async def __init__(self, settings: Settings, control: DeploymentHandle, deployment: str):  # type: ignore[misc]
         await _check_binding(settings)
         _use_threads(settings)
         self._control = control
         self._metrics = ReplicaMetrics()
         self._models = Models(settings, self._metrics)
-        state = await control.state.remote()
+        state, loaded = await _decided(control, deployment), None
         self._service = Service(settings, self._models, RemoteControl(control), state, self._metrics)
         self.replica_id = ray_serve.get_replica_context().replica_id.unique_id
-        for key in state.loaded:  # a replica that can't answer must not become healthy
-            await self._open(key)
+        while state.loaded != loaded:  # a replica that can't answer must not become healthy
+            for key in state.loaded:
+                await self._open(key)
+            loaded, state = state.loaded, await _decided(control, deployment)  # it may have changed meanwhile
+            self._service.use(state)
         self._reporter = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -83,6 +86,10 @@ class Server:
     async def unload(self, key: RunKey) -> None:
         """Let go of a run's models."""
         self._models.unload(key)
+
+    async def state(self) -> State:
+        """Which runs answer here."""
+        return self._service.state
 
     async def use(self, state: State) -> None:
         """Answer by these runs from now on; requests that have begun end with theirs."""
@@ -106,6 +113,13 @@ class Server:
                 self._service.use(await self._control.report.remote(self.replica_id, totals, self._service.state, used))
             except Exception as error:
                 logger.warning("no word from the control: %s", type(error).__name__)
+
+
+async def _decided(control: DeploymentHandle, deployment: str) -> State:
+    """What the control of this deployment has decided; while it starts, that of the one before may still answer."""
+    while (state := await control.state.remote()).deployment != deployment:
+        await asyncio.sleep(0.1)
+    return state
 
 
 async def _check_binding(settings: Settings) -> None:

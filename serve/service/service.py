@@ -87,8 +87,9 @@ class Service:
             raise
 
     def use(self, state: State) -> None:
-        """Take over another state, unless it is older than this one; runs that are not loaded any more are closed."""
-        if state.version >= self.state.version:
+        """Take over another state, unless it is older than this one or another deployment's; runs that are not loaded
+        any more are closed."""
+        if state.deployment == self.state.deployment and state.version >= self.state.version:
             self.state = state
             for key in [key for key in self._opened if key not in state.loaded]:
                 del self._opened[key]

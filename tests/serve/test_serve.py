@@ -2,14 +2,12 @@
 swapped under load."""
 
 import asyncio
-import json
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,14 +15,13 @@ import pytest
 import torch
 from hostile import attacks, send
 from prometheus_client.parser import text_string_to_metric_families
+from serve_deployed import TEXTS, load, replicas, wait_until
 from serve_local import make_config, make_run
 
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
 from mtc.storage import RunDirectory, RunError
 from mtc.transcoder import MatryoshkaTranscoder
 
-T = TypeVar("T")
-TEXTS = ["a", "Hello, world", "<bos> is spelled out", "naïve – ünïcode", "x" * 200, "two\nlines"]
 SETTINGS: dict[str, Any] = {
     "max_input_tokens": 256, "max_request_tokens": 4096, "num_replicas": 2, "num_cpus": 0.2,
     "watch_seconds": 0.2, "max_loaded_runs": 2,
@@ -96,52 +93,6 @@ def metric(client: httpx.Client, name: str, **labels: str) -> float:
     families = text_string_to_metric_families(response.text)
     samples = [sample for family in families for sample in family.samples if sample.name == name]
     return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
-
-
-async def load(
-    url: str, requests: int, workers: int, answered: Callable[[int, httpx.Response], Any],
-    broken: Callable[[str], Any] | None = None, lengths: Sequence[int] = (0,),
-) -> None:  # fmt: skip
-    """`requests` of one text each, some at a time; `answered` gets each one's number and response, `broken` what was
-    wrong with a connection that ended without one. Bodies are filled up with spaces to so many bytes, in turn."""
-    numbers = iter(range(requests))
-
-    async with httpx.AsyncClient(base_url=url, timeout=60, headers={"Content-Type": "application/json"}) as client:
-
-        async def work() -> None:
-            for number in numbers:
-                body = json.dumps({"inputs": TEXTS[number % len(TEXTS)], "top_k": 64}).ljust(
-                    lengths[(number + number // len(TEXTS)) % len(lengths)]
-                )
-                try:
-                    response = await client.post("/encode", content=body)
-                except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
-                    if broken is None:
-                        raise
-                    broken(str(error))
-                else:
-                    answered(number, response)
-
-        await asyncio.gather(*(work() for _ in range(workers)))
-
-
-def replicas(deployment: str) -> list[int]:
-    """Process ids of a deployment's live replicas."""
-    import ray
-
-    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    details = ray.get(controller.get_serve_instance_details.remote())
-    found = details["applications"]["mtc"]["deployments"][deployment]["replicas"]
-    return [replica["pid"] for replica in found if replica["state"] == "RUNNING"]
-
-
-def wait_until(reached: Callable[[], T]) -> T:
-    """What `reached` returns once that is true."""
-    deadline = time.monotonic() + 240
-    while not (found := reached()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)  # asking without a pause takes the cores that a replica needs to start
-    return found
 
 
 def test_encode_equals_offline_forward(client: httpx.Client, offline: Any, root: Path) -> None:

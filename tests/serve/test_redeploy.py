@@ -1,0 +1,110 @@
+"""Serving another run in the place of the one before: no request fails meanwhile, and then nobody but the new one
+answers. A process that died comes back as it was."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serve_deployed import TEXTS, load, replicas, wait_until
+from serve_local import make_run
+
+from serve.contract import Settings
+
+SETTINGS: dict[str, Any] = {"num_cpus": 0.2, "num_threads": 1, "watch_seconds": 60}
+
+
+@pytest.fixture(scope="module")
+def port(ray_cluster: object) -> Iterator[int]:
+    from ray import serve
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    yield port
+    serve.shutdown()
+
+
+def deploy(port: int, run: Path, **settings: Any) -> str:
+    """As `python -m serve.app` does; the id of the run that it says is served."""
+    from serve.app import build
+    from serve.deployments import listen, roll_out
+
+    wanted = Settings(run=str(run), **SETTINGS | settings)
+    listen("127.0.0.1", port)
+    return roll_out(build(wanted), wanted, print).run_id
+
+
+def features_of(result: dict[str, Any]) -> list[dict[int, float]]:
+    """Of each token."""
+    return [{f["feature_index"]: f["activation_value"] for f in token} for token in result["features"]]
+
+
+def answers_of(client: httpx.Client) -> tuple[str, list[Any]]:
+    body = client.post("/encode", json={"inputs": TEXTS, "top_k": 64}).raise_for_status().json()
+    return body["model"]["run_id"], [features_of(result) for result in body["results"]]
+
+
+def test_another_deployment_takes_over_and_a_crash_changes_nothing(port: int, tmp_path: Path) -> None:
+    for name, seed in (("b", 5), ("c", 6), ("a", 3)):
+        make_run(tmp_path / name, seed)
+    url = f"http://127.0.0.1:{port}"
+    assert deploy(port, tmp_path / "latest") == "a"
+    with httpx.Client(base_url=url, timeout=60) as client:
+        assert answers_of(client)[0] == "a"
+        client.post("/admin/load", json={"model": "c"}).raise_for_status()
+        expected = dict([answers_of(client)])
+
+        for deployment in ("Control", "Server"):
+            (victim,) = replicas(deployment)
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: (found := replicas(deployment)) and victim not in found)  # noqa: B023
+        assert answers_of(client)[0] == "c", "what was loaded by name holds after a crash"
+        wait_until(lambda: client.get("/runs").status_code == 200)
+
+        answers: list[tuple[int, dict[str, Any]]] = []
+
+        def answered(number: int, response: httpx.Response) -> None:
+            assert response.status_code == 200, response.text
+            answers.append((number, response.json()))
+
+        async def redeploy() -> None:
+            until = asyncio.Event()
+            work = asyncio.create_task(load(url, 10**9, 2, answered, until=until))
+            try:
+                assert await asyncio.to_thread(deploy, port, tmp_path / "b", max_inputs=len(TEXTS)) == "b"
+                done = len(answers)
+                while len(answers) < done + 50:  # connections that are as old as the deployment before
+                    await asyncio.sleep(0.01)
+                    assert not work.done()
+            finally:
+                until.set()
+                await work
+            late = [body["model"]["run_id"] for _, body in answers[done + 2 :]]  # 2 were on their way
+            assert set(late) == {"b"}
+
+        asyncio.run(redeploy())
+        expected |= [answers_of(client)]
+        assert client.get("/info").json()["limits"]["max_inputs"] == len(TEXTS)
+        assert client.post("/encode", json={"inputs": [*TEXTS, "a"]}).status_code == 413
+        for number, body in answers:
+            wanted = expected[body["model"]["run_id"]][number % len(TEXTS)]
+            for found, token in zip(features_of(body["results"][0]), wanted, strict=True):
+                assert found == pytest.approx(token, rel=1e-4, abs=1e-5)
+        assert {body["model"]["run_id"] for _, body in answers} == {"b", "c"}
+
+        client.post("/admin/load", json={"model": "c"}).raise_for_status()
+        assert deploy(port, tmp_path / "b", max_inputs=len(TEXTS)) == "b", "the same settings again"
+        assert answers_of(client)[0] == "b"
+
+
+def test_an_address_that_can_not_be_changed_is_refused(port: int) -> None:
+    from serve.deployments import DeployError, listen
+
+    with pytest.raises(DeployError, match=f"listens on 127.0.0.1:{port} and can't change to 127.0.0.1:1 while"):
+        listen("127.0.0.1", 1)
