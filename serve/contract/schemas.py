@@ -295,7 +295,8 @@ class Limits(SchemaModel):
     max_inputs: int
     """Most texts or windows in a request."""
     max_input_tokens: int
-    """Most tokens of one text or window, BOS included."""
+    """Most tokens of one text or window, BOS included, and of a matrix to decode: the service's limit or, if that is
+    lower, the number of positions of the language model."""
     max_request_tokens: int
     """Most tokens of all texts or windows of a request together."""
     max_json_depth: int

@@ -75,7 +75,7 @@ class Settings(BaseModel):
     for; the one that was not used for longest makes room."""
 
     max_input_tokens: int = Field(default=1024, ge=2, le=_MOST)
-    """Longest input in tokens, BOS included; the model's number of positions is a limit too."""
+    """Longest input in tokens, BOS included; where the model has fewer positions, their number is the limit."""
     max_inputs: int = Field(default=64, ge=1, le=_MOST)
     """Most inputs of a request."""
     max_request_tokens: int = Field(default=16384, ge=2, le=_MOST)
@@ -104,8 +104,7 @@ class Settings(BaseModel):
     """Requests in a replica above which autoscaling adds another."""
     max_surge_percent: int = Field(default=100, ge=0, le=100)
     """Replicas that start before those of the deployment that they replace stop, in percent of `num_replicas`. There
-    must be room for one at least; with 0, old ones make room first, and where there is one alone nobody answers then.
-    """
+    must be room for one at least; with 0, old ones make room first, and where there was one alone requests wait."""
     num_cpus: float = Field(default=0.6, gt=0, le=10_000)
     """CPUs that Ray reserves for each replica."""
     num_gpus: float = Field(default=0, ge=0, le=1000)
@@ -126,6 +125,11 @@ class Settings(BaseModel):
         if self.max_request_tokens < self.max_input_tokens:
             raise ValueError(
                 f"max_request_tokens={self.max_request_tokens} is less than max_input_tokens={self.max_input_tokens}"
+            )
+        if self.max_queue_tokens < self.max_request_tokens:
+            raise ValueError(
+                f"max_queue_tokens={self.max_queue_tokens} is less than max_request_tokens={self.max_request_tokens}: "
+                "the largest requests would always be refused"
             )
         return self
 

@@ -40,7 +40,8 @@ class TokenBatcher(Generic[P, R]):
     """Calls `run` in a thread of its own with the payloads of a batch, which all have the same key.
 
     Args:
-        run: gets the key and a batch's payloads, returns an answer for each. What it raises, all of them get.
+        run: gets the key and a batch's payloads, returns an answer for each. A batch that it raises for is run again in
+            halves, so that what one payload does wrong is its own affair.
         max_batch_tokens: most tokens of a batch; an item that has more is a batch of its own.
         max_queue_tokens: most tokens that wait, those in the running batch left out.
     """
@@ -80,17 +81,32 @@ class TokenBatcher(Generic[P, R]):
 
     async def _work(self) -> None:
         while batch := self._take():
+            await self._answer(batch)
+
+    async def _answer(self, batch: list[_Item]) -> None:
+        """An answer or an error for each item, after about two failures of each size at the most: enough to find two
+        bad ones, while a lost device or a lack of memory does not keep everybody waiting."""
+        parts, failures = [batch], 2 * len(batch).bit_length()
+        while parts:
+            part = [item for item in parts.pop() if not item.answer.done()]  # others were cancelled meanwhile
+            if not part:
+                continue
             try:
-                payloads: list[P] = [item.payload for item in batch]  # type: ignore[misc]
-                answers = await self.call(self._run, batch[0].key, payloads)
+                payloads: list[P] = [item.payload for item in part]  # type: ignore[misc]
+                answers = await self.call(self._run, part[0].key, payloads)
             except Exception as error:
-                for item in batch:
+                failures -= 1
+                if len(part) > 1 and failures > 0:
+                    half = len(part) // 2
+                    parts += [part[half:], part[:half]]
+                    continue
+                for item in part:
                     if not item.answer.done():
                         item.answer.set_exception(error)
-                continue
-            for item, answer in zip(batch, answers, strict=True):
-                if not item.answer.done():  # else it was cancelled meanwhile
-                    item.answer.set_result(answer)
+            else:
+                for item, answer in zip(part, answers, strict=True):
+                    if not item.answer.done():
+                        item.answer.set_result(answer)
 
     def _take(self) -> list[_Item]:
         """The oldest item and, in order, all others of its key that fit beside it."""

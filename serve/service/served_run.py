@@ -28,6 +28,14 @@ class ServedRun:
         self.manifest = self.run.manifest()
         self.config: RunConfig = self.run.config()
         self.tokeniser = Tokeniser(self.config.model)
+        # PyTorch comes along, 2 s and 220 MB, which those that only deploy the service do without.
+        from mtc.language_model import input_limits
+
+        model = input_limits(self.config.model)
+        self.max_positions = model.max_positions
+        """Most tokens of a window that the language model has positions for; None if it does not say."""
+        self.num_ids = min(self.tokeniser.vocab_size, model.num_ids)
+        """Token ids from here on are none, for the tokenizer or for the language model."""
         self.identity = identity_of(self.run, self.config, key.sha256)
 
     @cached_property

@@ -15,6 +15,7 @@ from serve.contract import (
     DecodeRequest,
     Encoded,
     EncodeRequest,
+    Limits,
     LoadResponse,
     Options,
     ReplicaMetrics,
@@ -94,6 +95,20 @@ class Service:
             for key in [key for key in self._opened if key not in state.loaded]:
                 del self._opened[key]
 
+    def max_input_tokens(self, run: ServedRun) -> int:
+        """Most tokens of one input: the service's limit, or the language model's if that is lower."""
+        limit = self.settings.max_input_tokens
+        return limit if run.max_positions is None else min(limit, run.max_positions)
+
+    def limits(self, run: ServedRun) -> Limits:
+        """What a request to the run may ask for."""
+        settings = self.settings
+        return Limits(
+            max_body_bytes=settings.max_body_bytes, max_inputs=settings.max_inputs,
+            max_input_tokens=self.max_input_tokens(run), max_request_tokens=settings.max_request_tokens,
+            max_json_depth=settings.max_json_depth,
+        )  # fmt: skip
+
     def take_used(self) -> tuple[RunKey, ...]:
         """Runs that models were asked for since the last call."""
         used, self._used = tuple(self._used), set()
@@ -115,7 +130,8 @@ class Service:
         inputs: Sequence[object] = request.texts or request.windows or []
         if len(inputs) > settings.max_inputs:
             raise _too_many("too_many_inputs", "inputs", settings.max_inputs, len(inputs))
-        limit = settings.max_input_tokens if request.truncate else None
+        longest = self.max_input_tokens(run)
+        limit = longest if request.truncate else None
         if request.texts is not None:
             texts = request.texts
             if sum(map(len, texts)) <= SHORT_TEXT:
@@ -125,16 +141,14 @@ class Service:
         else:
             windows = request.windows or []
             for index, window in enumerate(windows):
-                if max(window) >= tokeniser.vocab_size:
-                    detail = {"limit": tokeniser.vocab_size - 1, "value": max(window), "index": index}
-                    message = f"input_ids[{index}] has {max(window)}; the largest id is {tokeniser.vocab_size - 1}"
-                    raise ServiceError(422, "validation", message, detail)
+                _check_ids(run, f"input_ids[{index}]", max(window), index)
             tokenised = [tokeniser.ids(window, limit) for window in windows]
         for index, each in enumerate(tokenised):
             if not len(each.ids):
                 raise ServiceError(400, "empty_inputs", f"inputs[{index}] has no token", {"index": index})
-            if len(each.ids) > settings.max_input_tokens:
-                raise _too_many("input_too_long", "tokens", settings.max_input_tokens, len(each.ids), index)
+            if len(each.ids) > longest:
+                raise _too_many("input_too_long", "tokens", longest, len(each.ids), index)
+            _check_ids(run, f"inputs[{index}]", int(each.ids.max()), index)
         total = sum(len(each.ids) for each in tokenised)
         if total > settings.max_request_tokens:
             raise _too_many("too_many_tokens", "tokens", settings.max_request_tokens, total)
@@ -193,8 +207,8 @@ class Service:
             raise ServiceError(422, "skip_connection", message)
         indptr, feature, value = _matrix(request)
         tokens = len(indptr) - 1
-        if tokens > self.settings.max_input_tokens:
-            raise _too_many("too_many_tokens", "tokens", self.settings.max_input_tokens, tokens)
+        if tokens > (limit := self.max_input_tokens(run)):
+            raise _too_many("too_many_tokens", "tokens", limit, tokens)
         if len(feature) and feature.max() >= run.num_features:
             raise _beyond("features", int(feature.max()), run.num_features)
         token = np.repeat(np.arange(tokens), np.diff(indptr))
@@ -259,6 +273,14 @@ def _too_many(kind: str, what: str, limit: int, value: int, index: int | None = 
     where = "the request" if index is None else f"inputs[{index}]"
     detail = {"limit": limit, "value": value} | ({} if index is None else {"index": index})
     return ServiceError(413, kind, f"{where} has {value} {what}, the limit is {limit}", detail)
+
+
+def _check_ids(run: ServedRun, where: str, largest: int, index: int) -> None:
+    """Raises ServiceError 422 for an id that the tokenizer or the language model has no row for."""
+    last = run.num_ids - 1
+    if largest > last:
+        detail = {"limit": last, "value": largest, "index": index}
+        raise ServiceError(422, "validation", f"{where} has the token id {largest}, the largest is {last}", detail)
 
 
 def _beyond(field: str, value: int, total: int) -> ServiceError:

@@ -20,7 +20,7 @@ class Tokeniser:
         self._texts = TokenTexts(self._tokenizer)
         bos = self._tokenizer.bos_token_id
         self._bos = np.array([] if bos is None else [bos], np.int32)
-        self.vocab_size = len(self._tokenizer)
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # not its length: ids may leave gaps
         """Ids from here on are none."""
         self._special = np.zeros(self.vocab_size, bool)
         self._special[special_ids(self._tokenizer)] = True

@@ -109,11 +109,43 @@ def test_cancelled_item_is_not_run_and_frees_its_room() -> None:
     assert [len(payloads) for _, payloads in run(scenario).batches] == [1, 2]
 
 
-def test_failing_batch_fails_its_own_items_only() -> None:
+@pytest.mark.parametrize("bad", [{0}, {63}, {17, 40}])
+def test_of_a_failing_batch_only_the_guilty_fail(bad: set[int]) -> None:
+    names = ["bad" if n in bad else str(n) for n in range(64)]
+
     async def scenario(batcher: TokenBatcher[str, str], recorder: Recorder) -> None:
-        tasks = await first(batcher, recorder, ("m", 5, "bad"), ("m", 5, "with it"), ("m", 5, "after"))
+        tasks = await first(batcher, recorder, *[("m", 1, name) for name in names], ("n", 1, "after"))
         recorder.gate.set()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [str(answer) for answer in answers] == ["m:first", "a bad batch", "a bad batch", "m:after"]
+        wanted = ["a bad batch" if name == "bad" else f"m:{name}" for name in names]
+        assert [str(answer) for answer in answers] == ["m:first", *wanted, "n:after"]
 
-    run(scenario)
+    run(scenario, max_batch=64, max_queue=100)
+
+
+def test_a_lost_device_is_not_asked_for_ever() -> None:
+    """64 items that all fail, as without memory or a device, take 16 passes or so and not 127."""
+
+    async def scenario(batcher: TokenBatcher[str, str], recorder: Recorder) -> None:
+        tasks = await first(batcher, recorder, *[("m", 1, "bad")] * 64)
+        recorder.gate.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [str(answer) for answer in answers] == ["m:first", *["a bad batch"] * 64]
+
+    assert len(run(scenario, max_batch=64, max_queue=100).batches) - 1 <= 24
+
+
+def test_who_leaves_while_a_batch_is_run_again_costs_no_pass() -> None:
+    async def scenario(batcher: TokenBatcher[str, str], recorder: Recorder) -> None:
+        tasks = await first(batcher, recorder, ("m", 1, "bad"), ("m", 1, "gone"))
+
+        def leave(key: Hashable, payloads: list[str]) -> list[str]:
+            if "gone" in payloads:
+                tasks[2].get_loop().call_soon_threadsafe(tasks[2].cancel)
+            return recorder(key, payloads)
+
+        batcher._run = leave
+        recorder.gate.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [payloads for _, payloads in run(scenario).batches] == [["first"], ["bad", "gone"], ["bad"]]

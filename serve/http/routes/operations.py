@@ -8,7 +8,7 @@ from importlib.metadata import version
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from serve.contract import InfoResponse, Limits, LoadRequest, LoadResponse, RunsResponse, Status
+from serve.contract import InfoResponse, LoadRequest, LoadResponse, RunsResponse, Status
 from serve.http.bodies import read_json
 from serve.http.openapi import json_body
 from serve.http.routes.common import TheService, errors
@@ -56,14 +56,14 @@ async def load(request: Request, service: TheService) -> LoadResponse:
 @router.get("/info", response_model=InfoResponse, responses=errors(503))
 async def info(service: TheService) -> InfoResponse:
     """The run that answers, the limits, and the versions of what matters."""
-    run, settings = await service.open(service.state.current), service.settings
+    run = await service.open(service.state.current)
     return InfoResponse(
         model=run.identity,
         created=run.manifest.created,
         fingerprint=run.config.fingerprint(),
         data=run.config.data.name,
         input_norm=run.config.input_norm,
-        limits=Limits(**{name: getattr(settings, name) for name in Limits.model_fields}),
+        limits=service.limits(run),
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("mtc", "ray", "torch", "transformers")},
     )

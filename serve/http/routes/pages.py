@@ -35,7 +35,7 @@ async def text(request: Request, service: TheService, model: Model = None) -> Re
     """A text's tokens and their features."""
     run = await service.run(model)
     frame = await _frame(request, service, run, "text", model)
-    return render("text.html", max_tokens=service.settings.max_input_tokens, **frame)
+    return render("text.html", max_tokens=service.max_input_tokens(run), **frame)
 
 
 @router.get("/ui/features")
