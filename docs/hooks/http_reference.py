@@ -19,7 +19,9 @@ def openapi() -> dict[str, Any]:
     """The document for the default settings, with API keys, and a run of the reference shape."""
     key = RunKey("reference", "runs/reference", "0" * 64, "")
     nothing: Any = None  # no route is asked
-    service = Service(Settings(run="runs/latest"), nothing, nothing, State(1, key, (key,)), ReplicaMetrics())
+    service = Service(
+        Settings(run="runs/latest"), nothing, nothing, State("one", 1, key, (key,), key), ReplicaMetrics()
+    )
     transcoder = load_preset("gemma-2-2b-layer17").transcoder
     run: Any = SimpleNamespace(
         num_features=transcoder.num_features,

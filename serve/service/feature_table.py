@@ -48,16 +48,16 @@ class AnalysisFiles(NamedTuple):
 
 
 class FeatureTable:
-    """The features of the run `key`. Raises RunError or ValueError for files that can't be read."""
+    """The features of the run `key`, for any number of threads. Raises RunError or ValueError for files that can't be
+    read."""
 
     def __init__(self, key: RunKey, files: AnalysisFiles):
         self._key = key
         self.analysis: Analysis = parse_analysis(files.analysis, key.run_id)
         self._table = pq.read_table(io.BytesIO(files.features))
-        self._examples = pq.ParquetFile(io.BytesIO(files.examples))
-        statistics = [
-            self._examples.metadata.row_group(i).column(0).statistics for i in range(self._examples.num_row_groups)
-        ]
+        self._examples, self._metadata = files.examples, pq.read_metadata(io.BytesIO(files.examples))
+        groups = range(self._metadata.num_row_groups)
+        statistics = [self._metadata.row_group(i).column(0).statistics for i in groups]
         self._borders = [(s.min, s.max) for s in statistics]
         """First and last feature of each row group of the examples."""
 
@@ -104,7 +104,7 @@ class FeatureTable:
         if not groups:
             return [], 0
         columns = ["feature", "kind", "rank", "activation", "quantile", "document_id", "context_tokens"]
-        table = self._examples.read_row_groups(
+        table = self._reader().read_row_groups(
             groups, [*columns, "context_activations", "peak_index"], use_threads=False
         )
         table = table.filter(pc.equal(table["feature"], index))
@@ -114,6 +114,10 @@ class FeatureTable:
         renamed = {"context_tokens": "tokens", "context_activations": "activations", "peak_index": "peak"}
         rows = table.drop_columns(["feature"]).slice(offset, limit).to_pylist()
         return [_plain({renamed.get(name, name): value for name, value in row.items()}) for row in rows], table.num_rows
+
+    def _reader(self) -> pq.ParquetFile:
+        """Of the examples, for one call: two threads that read through one reader end the process."""
+        return pq.ParquetFile(pa.BufferReader(self._examples), metadata=self._metadata)
 
     def _check(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -153,7 +157,7 @@ class FeatureTable:
 
     @cached_property
     def _contexts(self) -> tuple[pa.Array, pa.Array]:
-        table = self._examples.read(["feature", "context_tokens"], use_threads=False).combine_chunks()
+        table = self._reader().read(["feature", "context_tokens"], use_threads=False).combine_chunks()
         joined = pc.binary_join(table["context_tokens"].combine_chunks(), "")
         return table["feature"].combine_chunks(), pa.array(
             [text.casefold() for text in joined.to_pylist()], pa.string()

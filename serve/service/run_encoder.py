@@ -23,6 +23,9 @@ SEARCH_TOKENS = 256
 """Where CPUs multiply bfloat16 fast, a search with rounded weights pays from here on: rounding them costs the same for
 any number of tokens."""
 
+_building = threading.Lock()
+"""One model at a time is loaded: transformers meanwhile changes torch's default dtype and initialisers for the whole
+process, and two that overlap would leave them changed. No forward pass depends on them."""
 _models: WeakValueDictionary[tuple[str, str], LanguageModel] = WeakValueDictionary()
 _passes: WeakKeyDictionary[LanguageModel, threading.Lock] = WeakKeyDictionary()
 """Of each model one forward pass at a time: it is watched by hooks on the model, which would see another thread's pass
@@ -146,9 +149,10 @@ class _Features:
 
 def _language_model(config: ModelConfig, device: torch.device) -> LanguageModel:
     key = (config.model_dump_json(), str(device))
-    model = _models.get(key)
-    if model is None:
-        model = _models[key] = LanguageModel(config, device=device)
+    with _building:
+        model = _models.get(key)
+        if model is None:
+            model = _models[key] = LanguageModel(config, device=device)
     return model
 
 
