@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -32,6 +33,9 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMED = 3
 """Most tensors that an error names."""
+LOADING = threading.RLock()
+"""One model at a time is made or loaded: transformers meanwhile changes torch's default dtype, its initialisers and the
+logging of the whole process, and of two that overlap the last one to end would leave them changed."""
 
 
 def refuse_pointer(path: str | os.PathLike[str]) -> None:
@@ -161,7 +165,9 @@ def check_finite(config: ModelConfig, layers: torch.nn.Module) -> None:
 
 @contextmanager
 def quiet(report: bool = True) -> Iterator[None]:
-    """Hide transformers' progress bars, and its report of what was loaded if that is not wanted either."""
+    """Hide transformers' progress bars, and its report of what was loaded if that is not wanted either. One thread at a
+    time."""
+    LOADING.acquire()
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     if not report:
@@ -172,6 +178,7 @@ def quiet(report: bool = True) -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
+        LOADING.release()
 
 
 def _shards(config: ModelConfig, directory: str) -> list[str]:

@@ -33,6 +33,7 @@ from mtc.config import ConfigError, ModelConfig
 from mtc.errors import one_line
 from mtc.language_model.architectures import ModelError, ModelInfo, ModelUnreachableError, model_info, validate
 from mtc.language_model.check import (
+    LOADING,
     check_tokenizer,
     check_tokenizer_files,
     check_weights,
@@ -120,7 +121,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 @contextmanager
 def loading(config: ModelConfig, report: bool = True) -> Iterator[None]:
     """Turn what transformers raises for missing and damaged files into ModelError, without progress bars; it reports
-    on what it loads unless `report` is false. What may pass becomes ModelUnreachableError."""
+    on what it loads unless `report` is false. What may pass becomes ModelUnreachableError. One thread at a time."""
     with quiet(report):
         try:
             yield
@@ -205,7 +206,7 @@ def _build_once(config: ModelConfig, key: str, build: Callable[[Path], None]) ->
     if target.is_dir():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target):
+    with LOADING, locked(target):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
                 built = Path(scratch) / "model"

@@ -105,16 +105,17 @@ class MatryoshkaTranscoder(nn.Module):
         self.shape = shape
         features = sum(shape.group_sizes)
         generator = torch.Generator().manual_seed(seed)
-        encoder = torch.randn(features, shape.d_source, generator=generator)
+        f32 = torch.float32  # not the default, which transformers changes while another thread loads a model
+        encoder = torch.randn(features, shape.d_source, generator=generator, dtype=f32)
         self.W_enc = nn.Parameter(encoder / encoder.norm(dim=1, keepdim=True))
-        self.b_enc = nn.Parameter(torch.zeros(features))
+        self.b_enc = nn.Parameter(torch.zeros(features, dtype=f32))
         # A decoder that starts at zero lets each feature take its direction from the first residuals it sees.
-        self.W_dec = nn.Parameter(torch.zeros(features, shape.d_target))
-        self.b_dec = nn.Parameter(torch.zeros(shape.d_target))
-        self.W_skip = nn.Parameter(torch.zeros(shape.d_target, shape.d_source)) if shape.skip else None
-        self.register_buffer("input_scale", torch.ones(()))
-        self.register_buffer("target_scale", torch.ones(()))
-        self.register_buffer("threshold", torch.full((), float("nan")))
+        self.W_dec = nn.Parameter(torch.zeros(features, shape.d_target, dtype=f32))
+        self.b_dec = nn.Parameter(torch.zeros(shape.d_target, dtype=f32))
+        self.W_skip = nn.Parameter(torch.zeros(shape.d_target, shape.d_source, dtype=f32)) if shape.skip else None
+        self.register_buffer("input_scale", torch.ones((), dtype=f32))
+        self.register_buffer("target_scale", torch.ones((), dtype=f32))
+        self.register_buffer("threshold", torch.full((), float("nan"), dtype=f32))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
 
     @property
@@ -292,7 +293,7 @@ class MatryoshkaTranscoder(nn.Module):
                 transcoder = cls(TranscoderShape(**shape | {"group_sizes": tuple(shape["group_sizes"])}))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 if "threshold" in tensors and tensors["threshold"].shape == (transcoder.num_features,):
-                    transcoder.threshold = torch.empty(transcoder.num_features)
+                    transcoder.threshold = torch.empty(transcoder.num_features, dtype=torch.float32)
                 transcoder.load_state_dict(tensors)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None

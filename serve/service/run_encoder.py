@@ -24,8 +24,7 @@ SEARCH_TOKENS = 256
 any number of tokens."""
 
 _building = threading.Lock()
-"""One model at a time is loaded: transformers meanwhile changes torch's default dtype and initialisers for the whole
-process, and two that overlap would leave them changed. No forward pass depends on them."""
+"""Two runs that are loaded at once and share a model load it once."""
 _models: WeakValueDictionary[tuple[str, str], LanguageModel] = WeakValueDictionary()
 _passes: WeakKeyDictionary[LanguageModel, threading.Lock] = WeakKeyDictionary()
 """Of each model one forward pass at a time: it is watched by hooks on the model, which would see another thread's pass

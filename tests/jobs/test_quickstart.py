@@ -1,10 +1,13 @@
 """The quickstart without a Ray: what it prints of a run that lies anywhere, and that it leaves no process."""
 
 import io
+import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,29 @@ def test_a_mistake_starts_no_head(
         assert quickstart.main(command) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_that_does_not_answer_is_not_said_to_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Service(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": "ready", "model": {"run_id": "before"}}).encode())
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    for name in ("before", "wanted"):
+        RunDirectory(str(tmp_path / name)).publish()
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: subprocess.CompletedProcess([], 0))
+    monkeypatch.setattr(quickstart, "git_revision", lambda: None)
+    monkeypatch.setattr(quickstart, "_runs", lambda head: True)
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        head = {"address": "127.0.0.1:1", "http_port": server.server_port, "serves": True}
+        base = quickstart.serve_run(head, str(tmp_path / "before"))
+        with pytest.raises(quickstart.QuickstartError, match=f"{base} answers with the run before, not with wanted"):
+            quickstart.serve_run(head, str(tmp_path / "wanted"))
+        server.shutdown()
 
 
 def test_ctrl_c_while_the_head_starts_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,3 +220,20 @@ def test_each_feature_may_have_a_threshold_of_its_own(tmp_path):
     path.write_bytes(t.to_bytes())
     with pytest.raises(RuntimeError, match="threshold"):
         MatryoshkaTranscoder.load(str(path))
+
+
+def test_weights_are_float32_whatever_the_default(tmp_path):
+    """Which transformers changes for the whole process, while another thread loads a model."""
+    expected = random_transcoder(skip=True)
+    expected.threshold.fill_(0.5)
+    (tmp_path / "weights").write_bytes(expected.to_bytes())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [random_transcoder(skip=True), MatryoshkaTranscoder.load(str(tmp_path / "weights"))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for transcoder in found:
+        for name, tensor in transcoder.state_dict().items():
+            assert tensor.dtype == expected.state_dict()[name].dtype, name
+    for name, tensor in found[1].state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name

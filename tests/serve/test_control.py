@@ -1,0 +1,69 @@
+"""What the control knows after a restart, without Ray: replicas that outlived it say what they answer with."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from serve_local import key_of, make_run
+
+from serve.contract import Settings, State
+from serve.deployments import Control
+
+
+class Told:
+    """Takes the place of the replicas: what they say of their state, and what they are told."""
+
+    def __init__(self, *states: State):
+        self.states, self.used = states, list[State]()
+
+    async def __call__(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
+        if method == "state":
+            return list(self.states)
+        if method == "use":
+            self.used.append(arguments[0])
+        return [None]
+
+
+async def start(run: Path, replicas: Told) -> Any:
+    cls: Any = Control.func_or_class
+    control = cls.__new__(cls)
+    control._broadcast = replicas
+    await control.__init__(Settings(run=str(run), watch_seconds=0.01), "this")
+    return control
+
+
+def test_a_restart_is_told_from_another_deployment(tmp_path: Path) -> None:
+    c, a = (key_of(make_run(tmp_path / name, seed)) for name, seed in (("c", 5), ("a", 3)))
+
+    async def scenario() -> None:
+        fresh = State("this", 1, a, (a,), a)
+        swapped = fresh._replace(version=4, current=c, loaded=(c, a))
+        assert await (await start(tmp_path / "latest", Told())).state() == fresh
+        for others in ([swapped], [fresh, swapped], [swapped._replace(deployment="before", version=9), swapped]):
+            control = await start(tmp_path / "latest", Told(*others))
+            assert await control.state() == swapped
+            await asyncio.sleep(0.1)  # it looks at `latest`, which names what it did
+            assert await control.state() == swapped
+        control = await start(tmp_path / "latest", Told(swapped._replace(deployment="before")))
+        assert await control.state() == fresh
+        # A replica of the deployment before reports until it has stopped.
+        assert await control.report("old", (), swapped._replace(deployment="before"), ()) == fresh
+        assert await control.report("new", (), swapped, ()) == swapped
+
+    asyncio.run(scenario())
+
+
+def test_what_was_published_while_there_was_no_control_takes_over(tmp_path: Path) -> None:
+    a = key_of(make_run(tmp_path / "a", 3))
+    b = key_of(make_run(tmp_path / "b", 5))  # and `latest` names it
+
+    async def scenario() -> None:
+        replicas = Told(State("this", 1, a, (a,), a))
+        control = await start(tmp_path / "latest", replicas)
+        assert (await control.state()).current == a
+        async with asyncio.timeout(60):
+            while not replicas.used:
+                await asyncio.sleep(0.01)
+        assert await control.state() == replicas.used[-1] == State("this", 2, b, (b, a), b)
+
+    asyncio.run(scenario())
