@@ -48,8 +48,10 @@ def roll_out(application: ray_serve.Application, settings: Settings, say: Callab
 
     `say` is told what is waited for. Raises DeployError.
     """
-    if lacking := _lacking(settings):
-        say(f"waiting for room: {lacking}; replicas of before make it with --set max_surge_percent=0")
+    before, lacking = APP in ray_serve.status().applications, _lacking(settings)
+    if lacking and not (before and settings.max_surge_percent == 0):
+        hint = "; with --set max_surge_percent=0 the replicas of before make it first" if before else ""
+        say(f"waiting for room: {lacking}{hint}")
     target = ray_serve.RunTarget(application, name=APP, route_prefix="/")
     ray_serve.run_many([target], wait_for_applications_running=False)
     deadline, said = time.monotonic() + DEPLOY_TIMEOUT_S, ""
