@@ -184,11 +184,8 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     yield Attack("no such page", _get("/" + "a/" * 2000), (404,), "not_found")
     yield Attack("debugger", _get("/docs/../admin/load"), (404, 405))
     yield Attack("a log line of its own", _get("/healthz", X_Request_ID="a\tb<script>" + "x" * 3000), (200,))
-    yield Attack(
-        "two lengths", _post("/encode", _json()).replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\n", 1), (400,)
-    )
-    yield Attack("a length and chunks", _post("/encode", b"0\r\n\r\n", Transfer_Encoding="chunked"), (400,))
-    yield Attack("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n\r\n", (400,))
+    yield from _duplicates()
+    yield from _malformed()
     yield Attack("nothing at all", b"", (0,), leaves=True)
     yield Attack("a body that ends early", _post("/encode", _json(), Content_Length="5000"), (0, 400), leaves=True)
     yield Attack("HTML", _post("/encode", _json(inputs="<script>alert(1)</script>")), (200,))
@@ -196,10 +193,65 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     yield Attack("overrides and bidi", _post("/encode", _json(inputs="\u202e\u2066\ufeff\U0001f600\U000e0001")), (200,))
 
 
+def _duplicates() -> Iterator[Attack]:
+    """What is said twice, so that two readers may read two things."""
+    twice = b'{"inputs": "a", "inputs": "' + NAME.encode() + b'"}'
+    yield Attack("a key twice", _post("/encode", twice), (422,), "validation")
+    yield Attack("a key twice, escaped", _post("/encode", twice.replace(b'"i', b'"\\u0069', 1)), (422,), "validation")
+    many = b"{" + b'"inputs":"a",' * 70_000 + b'"inputs":"a"}'
+    yield Attack("a key many times", _post("/encode", many), (422,), "validation")
+    entry = b'{"feature_index": 1, "activation_value": 1.0, "feature_index": 2}'
+    yield Attack("a key twice, deep", _post("/decode", b'{"features": [[' + entry + b"]]}"), (422,), "validation")
+    keys = json.dumps({"inputs": ['{"inputs": "a", "inputs": "b"}', "a:b::c"]}).encode()
+    yield Attack("a text like keys", _post("/encode", keys), (200,))
+    yield Attack("a parameter twice", _get("/features?limit=1&limit=2"), (422,), "validation")
+    yield Attack("another parameter twice", _get("/report?model=one&model=two"), (422,), "validation")
+    yield Attack("a list of features", _get("/features?feature=1&feature=2"), (200,))
+    form = _post("/ui/login", b"key=a&key=b", "application/x-www-form-urlencoded", Origin="http://127.0.0.1")
+    yield Attack("a field twice", form, (400,), "malformed_form")
+    for header in ("Authorization", "Content-Type", "Host", "Origin"):
+        doubled = _post("/encode", _json(), **{header.replace("-", "_"): "a"})
+        doubled = doubled.replace(b"\r\n\r\n", f"\r\n{header}: b\r\n\r\n".encode(), 1)
+        yield Attack(f"{header} twice", doubled, (400,), "duplicate_header")
+    ids = _get("/healthz", X_Request_ID="a").replace(b"\r\n\r\n", b"\r\nX-Request-ID: b\r\n\r\n", 1)
+    yield Attack("two ids", ids, (200,))
+    accepts = _post("/encode", _json(), Accept="image/png").replace(b"\r\n\r\n", b"\r\nAccept: */*\r\n\r\n", 1)
+    yield Attack("a list in two headers", accepts, (200,))
+
+
+def _malformed() -> Iterator[Attack]:
+    """What is no HTTP request, or hardly one; a proxy may answer some itself."""
+    whole = _post("/encode", _json())
+    for name, sent in (
+        ("two lengths", whole.replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\n", 1)),
+        ("a length and chunks", _post("/encode", b"0\r\n\r\n", Transfer_Encoding="chunked")),
+        ("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n\r\n"),
+        ("a method in lower case", _get("/healthz").replace(b"GET", b"get", 1)),
+        ("a made-up method", _get("/healthz").replace(b"GET", b"FOO", 1)),
+        ("a long address", _get("/" + "a" * 70_000)),
+        ("a space in the address", _get("/a b")),
+        ("an address that is not ASCII", _get("/\xe9")),
+        ("a header without a name", _get("/healthz").replace(b"\r\n\r\n", b"\r\na b: c\r\n\r\n", 1)),
+        ("NUL in a header", _get("/healthz", X="a\0b")),
+        ("no chunk", _post("/healthz", b"zz\r\n", Content_Length="", Transfer_Encoding="chunked")),
+        ("CONNECT", _get("/healthz").replace(b"GET /healthz", b"CONNECT a:1", 1)),
+    ):
+        yield Attack(name, sent, (400,), "malformed_http")
+    chunks = b"%x\r\n" % len(_json()) + _json() + b"\r\n0\r\nX-Trailer: a\r\n\r\n"
+    trailers = _post("/encode", chunks, Content_Length="", Transfer_Encoding="chunked", Trailer="X-Trailer")
+    yield Attack("trailers", trailers, (200,))
+    yield Attack("many headers", _get("/healthz", **{f"X_{n}": "a" for n in range(150)}), (200,))
+    for protocol in ("websocket", "h2c"):
+        upgrade = _get("/healthz", Upgrade=protocol, Sec_WebSocket_Key="YQ==", Sec_WebSocket_Version="13")
+        yield Attack(protocol, upgrade.replace(b"Connection: close", b"Connection: Upgrade", 1), (200,))
+    yield Attack("half closed", whole, (0, 400), leaves=True)
+
+
 class Answer(NamedTuple):
     status: int
     """0 if the connection ended without one."""
     headers: dict[str, str]
+    """By name in lower case; what came twice is joined by a comma."""
     body: bytes
 
 
@@ -227,7 +279,9 @@ def send(url: str, attack: Attack, headers: dict[str, str] | None = None) -> Ans
     lines = head.decode("latin-1").split("\r\n")
     if not lines[0].startswith("HTTP/1."):
         return Answer(0, {}, received)
-    fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+    fields: dict[str, str] = {}
+    for name, _, value in (line.partition(":") for line in lines[1:]):
+        fields[name.lower()] = ", ".join([*filter(None, [fields.get(name.lower())]), value.strip()])
     return Answer(int(lines[0].split()[1]), fields, body)
 
 

@@ -20,8 +20,18 @@ from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.report import write_report
 from mtc.storage import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
-from serve.contract import LoadResponse, ReplicaMetrics, RunKey, RunSummary, ServiceError, Settings, State
-from serve.http import create_app
+from serve.contract import (
+    LoadResponse,
+    ReplicaMetrics,
+    RunKey,
+    RunSummary,
+    ServiceError,
+    Settings,
+    State,
+    render_metrics,
+    take_snapshot,
+)
+from serve.http import create_app, http_protocol
 from serve.service import Models, ServedRun, Service
 
 
@@ -81,6 +91,7 @@ class LocalControl:
     def __init__(self, *runs: RunDirectory):
         self.keys = [key_of(run) for run in runs]
         self.state = State("local", 1, self.keys[0], tuple(self.keys), self.keys[0])
+        self.counts: ReplicaMetrics | None = None
 
     async def want(self, run_id: str) -> RunKey:
         raise ServiceError(
@@ -106,23 +117,28 @@ class LocalControl:
         return LoadResponse(model=ServedRun(key).identity, previous=previous.run_id, seconds=0.0)
 
     async def metrics(self) -> bytes:
-        return b"# EOF\n"
+        return render_metrics([take_snapshot(self.counts.registry)] if self.counts else [])
 
 
 def make_service(control: LocalControl, models: type[Models] = Models, **settings: Any) -> Service:
     """A replica of the service; the models are loaded when they are first asked for."""
     wanted, metrics = Settings(run=control.keys[0].url, **settings), ReplicaMetrics()
+    control.counts = metrics
     return Service(wanted, models(wanted, metrics), control, control.state, metrics)
 
 
 @contextmanager
-def served(*runs: RunDirectory, **settings: Any) -> Iterator[str]:
+def served(*runs: RunDirectory, models: type[Models] = Models, **settings: Any) -> Iterator[str]:
     """The base URL of a server for the runs, the first one current."""
-    service = make_service(LocalControl(*runs), **settings)
+    service = make_service(LocalControl(*runs), models, **settings)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=port, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(service), http=http_protocol(service.metrics), host="127.0.0.1", port=port, log_level="warning"
+        )
+    )
     started = threading.Event()
     server_startup = server.startup
 

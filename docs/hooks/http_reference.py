@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
-from mtc.config import load_preset
 from serve.contract import ReplicaMetrics, RunKey, Settings, State
 from serve.http import ROUTES, create_app, document
 from serve.service import Service
 
-VOCABULARY = 256_000
-"""Of the reference run's model."""
-
 
 def openapi() -> dict[str, Any]:
-    """The document for the default settings, with API keys, and a run of the reference shape."""
+    """The document for the default settings, with API keys."""
     key = RunKey("reference", "runs/reference", "0" * 64, "")
     nothing: Any = None  # no route is asked
     service = Service(
         Settings(run="runs/latest"), nothing, nothing, State("one", 1, key, (key,), key), ReplicaMetrics()
     )
-    transcoder = load_preset("gemma-2-2b-layer17").transcoder
-    run: Any = SimpleNamespace(
-        num_features=transcoder.num_features,
-        prefixes=transcoder.prefixes,
-        tokeniser=SimpleNamespace(vocab_size=VOCABULARY),
-    )
-    return document(create_app(service), Settings(run="runs/latest", api_keys_file="keys.json"), run)
+    return document(create_app(service), Settings(run="runs/latest", api_keys_file="keys.json"))
 
 
 def reference() -> str:

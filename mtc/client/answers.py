@@ -93,8 +93,9 @@ class EncodedInput(NamedTuple):
     """[entries] float32, activations of the features in `indices`, above 0."""
     l0: NDArray[np.int32] | None
     """[tokens] int32, number of active features of each token; None if it was not asked for."""
-    fvu: NDArray[np.float32] | None
-    """[tokens] float32, unexplained share of each token, NaN for special tokens; None if it was not asked for."""
+    relative_error: NDArray[np.float32] | None
+    """[tokens] float32, squared error of each token over its squared deviation from the decoder's bias, NaN for special
+    tokens; None if it was not asked for."""
 
     def top(self, token: int, k: int = 16) -> list[tuple[int, float]]:
         """A token's `k` strongest features and their activations, equal ones by index."""
@@ -180,14 +181,14 @@ def read_decoding(media_type: str, content: bytes) -> Decoding:
 
 def encoded_input(result: dict[str, Any]) -> EncodedInput:
     """One input's result in CSR form, from JSON, NDJSON or msgpack."""
-    csr, l0, fvu = result["csr"], result.get("l0"), result.get("fvu")
+    csr, l0, relative_error = result["csr"], result.get("l0"), result.get("relative_error")
     return EncodedInput(
         **tokenised_input(result)._asdict(),
         indptr=_array(csr["indptr"], np.int64),
         indices=_array(csr["indices"], np.int32),
         values=_array(csr["values"], np.float32),
         l0=None if l0 is None else np.array(l0, np.int32),
-        fvu=None if fvu is None else np.array(fvu, np.float32),  # None becomes NaN
+        relative_error=None if relative_error is None else np.array(relative_error, np.float32),  # None becomes NaN
     )
 
 
@@ -215,13 +216,13 @@ def _encoding_of_tensors(content: bytes) -> Encoding:
     inputs = []
     for (start, end), cut in zip(bounds, truncated, strict=True):
         first, last = indptr[start], indptr[end]
-        offsets, l0, fvu = (tensors.get(name) for name in ("offsets", "l0", "fvu"))
+        offsets, l0, relative_error = (tensors.get(name) for name in ("offsets", "l0", "relative_error"))
         inputs.append(
             EncodedInput(
                 tuple(tokens[start:end]), tensors["token_ids"][start:end],
                 None if offsets is None else offsets[start:end], tensors["is_special"][start:end].astype(np.bool_), cut,
                 indptr[start : end + 1] - first, tensors["indices"][first:last], tensors["values"][first:last],
-                None if l0 is None else l0[start:end], None if fvu is None else fvu[start:end],
+                None if l0 is None else l0[start:end], None if relative_error is None else relative_error[start:end],
             )
         )  # fmt: skip
     usage = Usage(**json.loads(about["usage"]))

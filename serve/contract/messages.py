@@ -46,7 +46,7 @@ class Options(NamedTuple):
     by_index: bool = False
     """Features of a token ascending by index; otherwise strongest first, equal ones by index."""
     l0: bool = False
-    fvu: bool = False
+    relative_error: bool = False
 
 
 class Encoded(NamedTuple):
@@ -60,7 +60,7 @@ class Encoded(NamedTuple):
     """[entries] activations, above 0."""
     l0: NDArray[np.int32] | None = None
     """[tokens] active features."""
-    fvu: NDArray[np.float32] | None = None
+    relative_error: NDArray[np.float32] | None = None
     """[tokens], NaN for special tokens."""
 
 

@@ -79,9 +79,10 @@ class EncodeRequest(_Input):
     """Number of features used, the first ones: one of the nested dictionaries, cheaper and coarser. By default all."""
     form: Literal["topk", "csr"] = Field(default="topk", alias="return")
     """Features token by token, strongest first, or all inputs' tokens as one sparse matrix (CSR)."""
-    include: list[Literal["l0", "fvu"]] = Field(default=[], max_length=8)
-    """Figures for each token: `l0`, the number of active features, and `fvu`, the share of the MLP output that is not
-    reconstructed. Both are those of the whole prefix, whatever `top_k`, `features` and `min_activation` leave out."""
+    include: list[Literal["l0", "relative_error"]] = Field(default=[], max_length=8)
+    """Figures for each token: `l0`, the number of active features, and `relative_error`, the share of the MLP output
+    that is not reconstructed. Both are those of the whole prefix, whatever `top_k`, `features` and `min_activation`
+    leave out."""
 
 
 class TokenizeRequest(_Input):
@@ -160,10 +161,10 @@ class InputResult(Tokens):
     """With `return: csr`: the tokens' active features as a sparse matrix."""
     l0: list[int] | None = None
     """Number of active features of each token, with `include: l0`."""
-    fvu: list[float | None] | None = None
-    """Fraction of variance unexplained of each token, with `include: fvu`: ||y - y_m||^2 / ||y - b_dec||^2 for the MLP
+    relative_error: list[float | None] | None = None
+    """Relative squared error of each token, with `include: relative_error`: ||y - y_m||^2 / ||y - b_dec||^2 for the MLP
     output y, its reconstruction y_m by the prefix m, and the decoder's bias in the units of y. 0 is perfect, 1 no
-    better than the bias; None for special tokens."""
+    better than the bias; None for special tokens. Not the report's FVU, which is a ratio of sums over many tokens."""
 
 
 class Usage(SchemaModel):

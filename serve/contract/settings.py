@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` as a class, not as a string.
 
+import re
 import socket
 from contextlib import ExitStack
 from typing import Self
@@ -9,6 +10,23 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mtc.storage import absolute
+
+_PROXY_ERRORS = [
+    f"http-error status {status} content-type application/json lf-string "
+    f"""'{{"error":"{error}","error_type":"{error_type}","request_id":"%ID","detail":null}}' hdr X-Request-ID %ID"""
+    for status, error_type, error in (
+        (
+            400,
+            "malformed_http",
+            "the proxy could not read the request, or the client closed its side of the connection",
+        ),
+        (408, "slow_request", "the request had not arrived in time"),
+        (502, "unavailable", "the process that worked on the request was lost"),
+        (503, "unavailable", "no process can take the request now"),
+        (504, "unavailable", "the process that works on the request did not answer in time"),
+    )
+]
+"""What HAProxy answers in place of the service, in the shape of `ErrorResponse`."""
 
 ENVIRONMENT = {
     # HAProxy in front of the replicas' own HTTP servers, instead of a Python process that copies every message:
@@ -18,6 +36,10 @@ ENVIRONMENT = {
     # tokens (max_request_tokens) as JSON do.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 18),
+    # Serve copies the name of the algorithm into HAProxy's defaults: lines that follow it are read there, too.
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "\n    ".join(["leastconn", "unique-id-format %[uuid()]", *_PROXY_ERRORS]),
+    # A client's X-Request-ID is a plain word before Serve sends it back.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.request_ids:serve_middlewares",
     # Routes run in the event loop that reads the requests, not in that of a second thread.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Request logs reach the disk by the hundred.
@@ -26,6 +48,8 @@ ENVIRONMENT = {
 }
 """For every node of a Ray cluster that serves, before Ray starts there. Without it the service works, but slower."""
 
+_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?")
+"""As browsers send it: scheme, host in lower case, a port that is not the usual one, no path."""
 _PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
@@ -73,6 +97,10 @@ class Settings(BaseModel):
     max_loaded_runs: int = Field(default=3, ge=2, le=1000)
     """Runs that each replica keeps in memory: the current one, its predecessor, and others that were asked
     for; the one that was not used for longest makes room."""
+
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask from a browser, such as `https://app.example.org`, with a key in `Authorization`; by
+    default none but the service's own. Several are a list, or one text with commas."""
 
     max_input_tokens: int = Field(default=1024, ge=2, le=_MOST)
     """Longest input in tokens, BOS included; where the model has fewer positions, their number is the limit."""
@@ -132,6 +160,19 @@ class Settings(BaseModel):
                 "the largest requests would always be refused"
             )
         return self
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _listed(cls, origins: object) -> object:
+        return tuple(origins.replace(",", " ").split()) if isinstance(origins, str) else origins
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"cors_origins has {origin!r}, which is no origin such as https://app.example.org")
+        return origins
 
     @property
     def device(self) -> str:

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
+from uvicorn.config import HTTP_PROTOCOLS
 
 from serve.contract import (
     LoadResponse,
@@ -24,7 +25,7 @@ from serve.contract import (
     State,
     take_snapshot,
 )
-from serve.http import check_binding, create_app
+from serve.http import check_binding, create_app, http_protocol
 from serve.service import Models, Service
 
 logger = logging.getLogger("ray.serve")
@@ -59,8 +60,10 @@ class Server:
     async def __init__(self, settings: Settings, control: DeploymentHandle, deployment: str):  # type: ignore[misc]
         await _check_binding(settings)
         _use_threads(settings)
-        self._control = control
         self._metrics = ReplicaMetrics()
+        # Serve starts uvicorn once this has returned, and does not let its protocol be chosen.
+        HTTP_PROTOCOLS["auto"] = http_protocol(self._metrics)  # type: ignore[assignment]
+        self._control = control
         self._models = Models(settings, self._metrics)
         state, loaded = await _decided(control, deployment), None
         self._service = Service(settings, self._models, RemoteControl(control), state, self._metrics)
@@ -73,7 +76,7 @@ class Server:
         self._reporter = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service)
+        return create_app(self._service, name_requests=False)  # Serve does
 
     async def load(self, key: RunKey) -> str | None:
         """Have a run ready; what is wrong with it, or None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import Iterable
 from http.cookies import CookieError, SimpleCookie
 from typing import Literal
@@ -49,7 +50,9 @@ ROUTES: dict[tuple[str, str], Level] = {
 """Method and path template of every route, and the key that it asks for."""
 
 COOKIE = "mtc_key"
-_LOOPBACK_NAME = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
+_LOOPBACK_NAME = re.compile(r"(localhost\.?|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
+_SINGLE = {b"authorization", b"content-encoding", b"content-length", b"content-type", b"host", b"origin"}
+"""Headers that say one thing: of two, some would read the first and some the last."""
 
 
 def check_routes(app: FastAPI) -> None:
@@ -88,7 +91,7 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "websocket":
-                return None  # there are none
+                return await send({"type": "websocket.close"})  # there are none
             return await self.app(scope, receive, send)
         try:
             self._check(scope)
@@ -101,6 +104,9 @@ class Access:
         await self.app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
+        names = Counter(name.decode() for name, _ in scope["headers"] if name in _SINGLE)
+        if twice := sorted(name for name, times in names.items() if times > 1):
+            raise ServiceError(400, "duplicate_header", f"{', '.join(twice)}: is given twice")
         level = self._level(scope["method"], scope["path"])
         if self.keys is None:
             if not _is_local(scope):
@@ -173,7 +179,7 @@ def _is_local(scope: Scope) -> bool:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
+    if host.lower() in ("localhost", "localhost."):
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+from collections import Counter
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
@@ -13,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from serve.contract import ServiceError, Settings
-from serve.http.errors import invalid
+from serve.http.errors import invalid, repeated
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -48,19 +50,23 @@ async def read_form(request: Request, settings: Settings) -> dict[str, str]:
     _check_headers(request, settings, _FORM, "application/x-www-form-urlencoded")
     body = await _read(request, settings)
     try:
-        return dict(parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=16, errors="strict"))
+        pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=16, errors="strict")
     except ValueError:
         raise ServiceError(400, "malformed_form", "the body is not a form of a few fields") from None
+    if len(form := dict(pairs)) < len(pairs):
+        raise ServiceError(400, "malformed_form", "a field of the form is given twice")
+    return form
 
 
 def parse(body: bytes, model: type[M], max_depth: int) -> M:
     """JSON as `model`; raises ServiceError as `read_json`."""
-    found = depth(body)
+    bare = _STRING.sub(b"", body)
+    found = depth(bare)
     if found > max_depth:
         detail = {"limit": max_depth, "value": found}
         raise ServiceError(413, "too_deep", f"the body nests {found} deep, the limit is {max_depth}", detail)
     try:
-        return model.model_validate_json(body)
+        asked = model.model_validate_json(body)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
         if any(fault["type"] == "json_invalid" for fault in faults):
@@ -75,12 +81,37 @@ def parse(body: bytes, model: type[M], max_depth: int) -> M:
                 where = field + "".join(f"[{index}]" for index in rest)
                 raise ServiceError(400, "empty_inputs", f"{where} is empty", {"field": where}) from None
         raise invalid(error) from None
+    # Outside strings, each key has a colon: the parser keeps the last one of several, and no model has a map.
+    if bare.count(b":") > _keys(asked):
+        raise repeated(_repeated_keys(body))
+    return asked
 
 
-def depth(body: bytes) -> int:
-    """How deep lists and objects nest; brackets in strings do not count. Linear, whatever the body holds."""
-    codes = np.frombuffer(_STRING.sub(b"", body), np.uint8)
+def depth(bare: bytes) -> int:
+    """How deep lists and objects nest in JSON without its strings. Linear, whatever the body holds."""
+    codes = np.frombuffer(bare, np.uint8)
     return int(_STEP[codes].cumsum().max(initial=0)) if len(codes) else 0
+
+
+def _keys(value: object) -> int:
+    """Keys of the objects that were read."""
+    if isinstance(value, BaseModel):
+        return len(value.model_fields_set) + sum(_keys(getattr(value, name)) for name in value.model_fields_set)
+    if isinstance(value, list) and value and isinstance(value[0], BaseModel):  # of what has no objects inside
+        return sum(len(each.model_fields_set) for each in value)
+    return sum(map(_keys, value)) if isinstance(value, list) and value and isinstance(value[0], list) else 0
+
+
+def _repeated_keys(body: bytes) -> list[str]:
+    """Keys that an object has more than once; slower than the parser, and for bodies that are refused."""
+    found: set[str] = set()
+
+    def collect(pairs: list[tuple[str, object]]) -> None:
+        names = Counter(name for name, _ in pairs)
+        found.update(name for name, times in names.items() if times > 1)
+
+    json.loads(body, object_pairs_hook=collect)
+    return sorted(found)
 
 
 def _check_headers(request: Request, settings: Settings, wanted: re.Pattern[str], name: str) -> None:

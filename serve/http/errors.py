@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import traceback
-import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -21,18 +21,12 @@ from serve.http.pages import error_page, wants_page
 logger = logging.getLogger("ray.serve")
 
 _TYPES = {404: "not_found", 405: "method_not_allowed"}
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-
-
-def new_request_id(given: str | None) -> str:
-    """The client's or the proxy's own id if it is a plain word, else a new one: it is written into logs."""
-    return given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def error_response(scope: Scope, error: ServiceError) -> Response:
@@ -65,6 +59,12 @@ def invalid(error: ValidationError | RequestValidationError) -> ServiceError:
     return ServiceError(422, "validation", message, fields[:100])
 
 
+def repeated(fields: Sequence[str]) -> ServiceError:
+    """422 for fields of which each is given more than once."""
+    detail = [{"field": field, "message": "is given twice"} for field in fields]
+    return ServiceError(422, "validation", "; ".join(f"{field}: is given twice" for field in fields[:10]), detail)
+
+
 def unexpected(error: BaseException, request_id: str) -> ServiceError:
     """500, with what happened in the log: types and places, not messages, which may hold what was sent."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -86,7 +86,9 @@ async def _service_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
     kind = _TYPES.get(error.status_code, "http_error")
-    headers = dict(error.headers) if error.headers else None
+    headers = dict(error.headers) if error.headers else {}
+    if "GET" in (allowed := headers.get("Allow", "").split(", ")):
+        headers["Allow"] = ", ".join([*allowed, "HEAD"])
     message = f"{error.detail}: {request.method[:20]} {request.url.path[:200]}"
     return error_response(request.scope, ServiceError(error.status_code, kind, message, headers=headers))
 

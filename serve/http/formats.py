@@ -99,8 +99,9 @@ def input_result(run: ServedRun, tokenised: Tokenised, encoded: Encoded, csr: bo
         result["features"] = _pairs(encoded) if packed else orjson.Fragment(_pairs_json(encoded))
     if encoded.l0 is not None:
         result["l0"] = encoded.l0.tolist()
-    if encoded.fvu is not None:
-        result["fvu"] = [None if value != value else value for value in encoded.fvu.tolist()]  # NaN is not itself
+    if encoded.relative_error is not None:
+        errors = encoded.relative_error.tolist()
+        result["relative_error"] = [None if value != value else value for value in errors]  # NaN is not itself
     return result
 
 
@@ -176,7 +177,7 @@ def _encode_tensors(envelope: Envelope, inputs: Sequence[Tokenised], found: Sequ
     }  # fmt: skip
     for name, kind, parts in (
         ("offsets", "<i4", [each.offsets for each in inputs]), ("l0", "<i4", [each.l0 for each in found]),
-        ("fvu", "<f4", [each.fvu for each in found]),
+        ("relative_error", "<f4", [each.relative_error for each in found]),
     ):  # fmt: skip
         if parts[0] is not None:
             tensors[name] = np.concatenate([part for part in parts if part is not None]).astype(kind)

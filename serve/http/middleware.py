@@ -1,12 +1,18 @@
-"""ASGI middleware that every request passes: ids and headers, room for work, and what nobody expected."""
+"""ASGI middleware that every request passes: ids and headers, HEAD, other origins, room for work, and what nobody
+expected."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers as RequestHeaders
 from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.contract import ServiceError
-from serve.http.errors import new_request_id, send_error, unexpected
+from serve.http.errors import send_error, unexpected
+from serve.request_ids import request_id_for
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -21,17 +27,38 @@ HEADERS = {
 WORK = {"/encode", "/tokenize", "/decode"}
 
 
-class Headers:
-    """Gives each request an id, and each answer its headers; answers what nobody expected with 500."""
+class Head:
+    """HEAD is answered as GET, without the body."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+        as_get = {**scope, "method": "GET"}  # the server's own stays HEAD: it checks the length of what is sent
+
+        async def without_body(message: Message) -> None:
+            if "route" in as_get:
+                scope["route"] = as_get["route"]  # for what is counted
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app(as_get, receive, without_body)
+
+
+class Headers:
+    """Gives each request an id, and each answer its headers; answers what nobody expected with 500.
+
+    Ray Serve adds the id's header itself: then `name_requests` is false, or each answer would have two.
+    """
+
+    def __init__(self, app: ASGIApp, name_requests: bool = True):
+        self.app, self.name_requests = app, name_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), None)
-        request_id = scope.setdefault("state", {})["request_id"] = new_request_id(given)
+        request_id = scope.setdefault("state", {})["request_id"] = request_id_for(scope["headers"])
         started = False
 
         async def with_headers(message: Message) -> None:
@@ -41,7 +68,8 @@ class Headers:
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
-                headers["X-Request-ID"] = request_id
+                if self.name_requests:
+                    headers["X-Request-ID"] = request_id
             await send(message)
 
         try:
@@ -51,6 +79,25 @@ class Headers:
             if started:
                 raise  # the connection breaks, so that nobody takes a part for the whole
             await send_error(scope, receive, with_headers, answer)
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, with errors of our shape: pages of the listed origins may ask, with an API key, never a cookie."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]):
+        super().__init__(
+            app, allow_origins=origins, allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("Authorization", "X-Request-ID"), expose_headers=("X-Request-ID", "Retry-After", "ETag"),
+        )  # fmt: skip
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = RequestHeaders(scope=scope)
+        if scope["type"] == "http" and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            refused = self.preflight_response(headers) if "origin" in headers else None
+            if refused is not None and refused.status_code >= 400:
+                error = ServiceError(400, "cors", bytes(refused.body).decode())
+                return await send_error(scope, receive, send, error)
+        await super().__call__(scope, receive, send)
 
 
 class Admission:

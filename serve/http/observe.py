@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,7 +14,7 @@ from serve.contract import ReplicaMetrics
 
 logger = logging.getLogger("ray.serve")
 
-CLIENT_GONE = 499
+CLIENT_GONE, BROKEN = 499, 500
 
 
 class Observe:
@@ -24,7 +26,7 @@ class Observe:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        start, code, counted = time.perf_counter(), CLIENT_GONE, False
+        start, code, begun, counted = time.perf_counter(), CLIENT_GONE, False, False
         scope.setdefault("state", {})
 
         def count() -> None:
@@ -34,9 +36,9 @@ class Observe:
                 self._count(scope, code, time.perf_counter() - start)
 
         async def counting(message: Message) -> None:
-            nonlocal code
+            nonlocal code, begun
             if message["type"] == "http.response.start":
-                code = message["status"]
+                code, begun = message["status"], True
             elif message["type"] == "http.response.body" and not message.get("more_body"):
                 count()  # before the client can know of its answer, so that a scrape that follows has it
             await send(message)
@@ -44,8 +46,14 @@ class Observe:
         self.metrics.in_flight.inc()
         try:
             await self.app(scope, receive, counting)
+        except Exception:
+            if begun and not counted:
+                code = BROKEN
+            raise
         finally:
             self.metrics.in_flight.dec()
+            if begun and not counted and code != BROKEN:
+                code = CLIENT_GONE  # whoever reads a stream has left before its end
             count()
             self._log(scope, code, time.perf_counter() - start)
 
@@ -60,12 +68,16 @@ class Observe:
                 self.metrics.rejected.labels(reason).inc()
 
     def _log(self, scope: Scope, code: int, seconds: float) -> None:
-        route, method = _names(scope)
-        line = {
-            "route": route, "method": method, "code": code, "ms": round(seconds * 1e3, 2),
-            **{name: scope["state"].get(name) for name in ("run_id", "error_type", "request_id")},
-        }  # fmt: skip
-        logger.info(orjson.dumps(line).decode())
+        log_answer(*_names(scope), code, seconds, scope["state"])
+
+
+def log_answer(route: str, method: str, code: int, seconds: float, state: Mapping[str, Any]) -> None:
+    """One line of JSON for an answer; `state` has the ids of the request and its run, and what was wrong."""
+    line = {
+        "route": route, "method": method, "code": code, "ms": round(seconds * 1e3, 2),
+        **{name: state.get(name) for name in ("run_id", "error_type", "request_id")},
+    }  # fmt: skip
+    logger.info(orjson.dumps(line).decode())
 
 
 def _names(scope: Scope) -> tuple[str, str]:

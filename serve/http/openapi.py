@@ -1,8 +1,8 @@
 """The OpenAPI document: what FastAPI finds by itself, and what it cannot know.
 
 Routes read their bodies themselves, before anything is parsed, so that the document gets the bodies' schemas from
-`json_body`. Limits of the settings and of the current run are written into it, as far as JSON Schema can say
-them: limits of tokens are in words.
+`json_body`. Limits of the settings are written into it, as far as JSON Schema can say them: limits of tokens are in
+words. Client generators read it, see tests/serve/test_serve_openapi.py: what they cannot read is said in another way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from serve.contract import Settings
 from serve.http.access import ROUTES
-from serve.service import ServedRun
 
 _REFERENCES = "#/components/schemas/{model}"
 _HEADERS = {
@@ -35,8 +34,8 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}, _MODELS: parts}
 
 
-def document(app: FastAPI, settings: Settings, run: ServedRun) -> dict[str, Any]:
-    """The whole document, for the limits of `settings` and of the run that is current."""
+def document(app: FastAPI, settings: Settings) -> dict[str, Any]:
+    """The whole document, for the limits of `settings`."""
     found = get_openapi(
         title="Matryoshka transcoder", version="1", routes=app.routes,
         description="Feature activations of text, and the analysis of the features, of a nested transcoder.",
@@ -56,7 +55,7 @@ def document(app: FastAPI, settings: Settings, run: ServedRun) -> dict[str, Any]
             _complete(operation, public)
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is never answered
         schemas.pop(name, None)
-    _limit(schemas, settings, run)
+    _complete_bodies(schemas, settings)
     return found
 
 
@@ -78,46 +77,31 @@ def _complete(operation: dict[str, Any], public: bool) -> None:
             headers[name] = _HEADERS[name]
 
 
-def _limit(schemas: dict[str, Any], settings: Settings, run: ServedRun) -> None:
-    last = run.num_features - 1
-    texts, ids = {"maxItems": settings.max_inputs}, {"maxItems": settings.max_input_tokens}
+def _complete_bodies(schemas: dict[str, Any], settings: Settings) -> None:
+    """Limits of the settings, what excludes what, examples. What depends on a run is not here: another may answer
+    before the document is read again."""
     for name in ("EncodeRequest", "TokenizeRequest"):
         properties = schemas[name]["properties"]
-        for part in properties["inputs"]["anyOf"]:
-            if part.get("type") == "array":
-                part.update(texts)
         limits = f"At most {settings.max_input_tokens} tokens each, {settings.max_request_tokens} in all, BOS included."
         properties["inputs"]["description"] += f" {limits}"
+        for part in properties["inputs"]["anyOf"] + properties["input_ids"]["anyOf"]:
+            if part.get("type") == "array" and part["items"].get("type") in ("string", "array"):
+                part["maxItems"] = settings.max_inputs
         for part in properties["input_ids"]["anyOf"]:
             if part.get("type") == "array":
-                inner = part["items"] if part["items"].get("type") == "array" else part
-                inner.update(ids)
-                inner["items"]["maximum"] = run.tokeniser.vocab_size - 1
-                inner["items"].pop("exclusiveMaximum", None)
-                if inner is not part:
-                    part.update(texts)
-        schemas[name]["oneOf"] = [
-            {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
-            for one, other in (("inputs", "input_ids"), ("input_ids", "inputs"))
-        ]
-    for name in ("EncodeRequest", "TokenizeRequest", "DecodeRequest"):
-        schemas[name]["example"] = _EXAMPLES[name]
-    encode = schemas["EncodeRequest"]["properties"]
-    for part in encode["features"]["anyOf"]:
-        if part.get("type") == "array":
-            part["items"] = {"type": "integer", "minimum": 0, "maximum": last}
-    prefix = {"anyOf": [{"type": "integer", "enum": list(run.prefixes)}, {"type": "null"}], "default": None}
-    for name in ("EncodeRequest", "DecodeRequest"):
-        properties = schemas[name]["properties"]
-        properties["prefix"] = prefix | {"description": properties["prefix"].get("description", "")}
-    decode = schemas["DecodeRequest"]
-    decode["oneOf"] = [
-        {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
-        for one, other in (("features", "csr"), ("csr", "features"))
-    ]
-    index = schemas["FeatureActivation"]["properties"]["feature_index"]
-    index.pop("exclusiveMaximum", None)
-    index["maximum"] = last
+                (part["items"] if part["items"].get("type") == "array" else part)["maxItems"] = (
+                    settings.max_input_tokens
+                )
+        schemas[name] |= _either("inputs", "input_ids")
+    schemas["DecodeRequest"] |= _either("features", "csr")
+    for name, example in _EXAMPLES.items():
+        schemas[name]["example"] = example
+
+
+def _either(one: str, other: str) -> dict[str, Any]:
+    """Exactly one of two fields is given. Not as `oneOf`: generators of clients would see two types without fields."""
+    given = {name: {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in (one, other)}
+    return {"if": given[one], "then": {"properties": {other: {"type": "null"}}}, "else": given[other]}
 
 
 _EXAMPLES = {

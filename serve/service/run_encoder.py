@@ -53,7 +53,7 @@ class RunEncoder:
         with self._one_at_a_time:
             self._model.warm_up(max_tokens)
         for length in (1, 16):  # lengths differ in what they set up
-            self.encode_batch([np.zeros(length, np.int32)], [Options(top_k=1, fvu=True)])
+            self.encode_batch([np.zeros(length, np.int32)], [Options(top_k=1, relative_error=True)])
         return self._model.compute
 
     def encode_batch(self, windows: Sequence[NDArray[np.int32]], options: Sequence[Options]) -> list[Encoded]:
@@ -72,7 +72,7 @@ class RunEncoder:
                 part = pair if len(chosen) == len(windows) else type(pair)(*(site[index] for site in pair))
                 trainable = packed.trainable.numpy()[rows]
                 ends = np.cumsum([packed.lengths[i] for i in chosen])
-                found = self._features(part, trainable, prefix, any(options[i].fvu for i in chosen))
+                found = self._features(part, trainable, prefix, any(options[i].relative_error for i in chosen))
                 for i, end in zip(chosen, ends, strict=True):
                     results[i] = found.of_window(int(end - packed.lengths[i]), int(end), options[i])
         return [results[i] for i in range(len(windows))]
@@ -92,16 +92,18 @@ class RunEncoder:
         with torch.inference_mode():
             return _numpy(self.transcoder.decode_codes(Codes(tokens, *entries))[-1])
 
-    def _features(self, pair: SitePair, trainable: NDArray[np.bool_], prefix: int | None, fvu: bool) -> _Features:
+    def _features(
+        self, pair: SitePair, trainable: NDArray[np.bool_], prefix: int | None, relative_error: bool
+    ) -> _Features:
         transcoder = self.transcoder
         search = self._bfloat16_search and len(pair.source) >= SEARCH_TOKENS
         codes = transcoder.encode_sparse(pair.source, search, prefix)
         token, feature, value = map(_numpy, (codes.token, codes.feature, codes.value))
         kept = trainable[token]
-        error = self._unexplained(pair, codes, prefix, trainable) if fvu else None
+        error = self._relative_error(pair, codes, prefix, trainable) if relative_error else None
         return _Features(token[kept], feature[kept].astype(np.int32), value[kept], error)
 
-    def _unexplained(
+    def _relative_error(
         self, pair: SitePair, codes: Codes, prefix: int | None, trainable: NDArray[np.bool_]
     ) -> NDArray[np.float32]:
         transcoder = self.transcoder
@@ -118,9 +120,9 @@ class _Features:
 
     def __init__(
         self, token: NDArray[np.int64], feature: NDArray[np.int32], value: NDArray[np.float32],
-        fvu: NDArray[np.float32] | None,
+        errors: NDArray[np.float32] | None,
     ):  # fmt: skip
-        self._token, self._feature, self._value, self._fvu = token, feature, value, fvu
+        self._token, self._feature, self._value, self._errors = token, feature, value, errors
 
     def of_window(self, start: int, end: int, options: Options) -> Encoded:
         """The tokens from `start` to `end`, as the options want them."""
@@ -128,7 +130,7 @@ class _Features:
         token, feature, value = self._token[a:b] - start, self._feature[a:b], self._value[a:b]
         tokens = end - start
         l0 = np.bincount(token, minlength=tokens).astype(np.int32) if options.l0 else None
-        fvu = self._fvu[start:end] if options.fvu and self._fvu is not None else None
+        relative_error = None if self._errors is None or not options.relative_error else self._errors[start:end]
         wanted = value >= np.float64(options.min_activation)  # which may be beyond float32
         if options.features is not None:
             wanted &= np.isin(feature, np.array(options.features))
@@ -143,7 +145,7 @@ class _Features:
                 order = np.sort(order)  # entries came by index
             token, feature, value = token[order], feature[order], value[order]
         indptr = np.searchsorted(token, np.arange(tokens + 1)).astype(np.int64)
-        return Encoded(indptr, feature, value, l0, fvu)
+        return Encoded(indptr, feature, value, l0, relative_error)
 
 
 def _language_model(config: ModelConfig, device: torch.device) -> LanguageModel:

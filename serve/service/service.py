@@ -167,7 +167,7 @@ class Service:
         features = None if request.features is None else tuple(request.features)
         return Options(
             request.prefix, top_k, features, request.min_activation, csr, "l0" in request.include,
-            "fvu" in request.include,
+            "relative_error" in request.include,
         )  # fmt: skip
 
     def check_prefix(self, run: ServedRun, prefix: int | None) -> None:

@@ -16,7 +16,7 @@ from serve_local import make_analysed_run, make_run, served
 from mtc.client import AsyncClient, Client, EncodedInput, Retry, ServiceError
 
 TEXTS = ["Hello, world", "a", "naïve – ünïcode", "x" * 200]
-OPTIONS: dict[str, Any] = {"include": ["l0", "fvu"], "prefix": 48}
+OPTIONS: dict[str, Any] = {"include": ["l0", "relative_error"], "prefix": 48}
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,10 @@ def check(found: Any, plain: dict[str, Any]) -> None:
         assert getattr(found, name).tolist() == plain[name]
     assert (list(found.tokens), found.truncated) == (plain["tokens"], plain["truncated"])
     kinds = (("token_ids", np.int32), ("offsets", np.int32), ("is_special", np.bool_), ("indptr", np.int64),
-             ("indices", np.int32), ("values", np.float32), ("l0", np.int32), ("fvu", np.float32))  # fmt: skip
+             ("indices", np.int32), ("values", np.float32), ("l0", np.int32),
+             ("relative_error", np.float32))  # fmt: skip
     assert all(getattr(found, name).dtype == kind for name, kind in kinds)
-    assert [None if np.isnan(v) else v for v in found.fvu.tolist()] == plain["fvu"]
+    assert [None if np.isnan(v) else v for v in found.relative_error.tolist()] == plain["relative_error"]
     dense = np.zeros((len(plain["tokens"]), 64))
     for t, row in enumerate(plain["features"]):
         pairs = [(f["feature_index"], f["activation_value"]) for f in row]
@@ -124,7 +125,7 @@ def test_ids_tokens_and_reconstructions(url: str, kind: Any) -> None:
         windows = [encoded.token_ids, encoded.token_ids[:4].tolist()]
         by_ids = client.encode(input_ids=windows, top_k=3, features=range(40)).inputs
         assert [each.offsets for each in by_ids] == [None, None]
-        assert [each.l0 is None and each.fvu is None for each in by_ids] == [True, True]
+        assert [each.l0 is None and each.relative_error is None for each in by_ids] == [True, True]
         # Only what was asked for: of the first 40 features the three strongest.
         for t in range(len(encoded.tokens)):
             assert by_ids[0].top(t) == [pair for pair in encoded.top(t, 64) if pair[0] < 40][:3]

@@ -36,7 +36,7 @@ class Offline(NamedTuple):
     ids: list[int]
     activations: NDArray[np.float32]
     """[tokens, prefix], BOS zero."""
-    fvu: NDArray[np.float32]
+    relative_error: NDArray[np.float32]
 
 
 class Truth:
@@ -56,10 +56,10 @@ class Truth:
             y, bias = pair.target.double(), transcoder.b_dec.double() / transcoder.target_scale
             reconstruction = activations.double() @ transcoder.W_dec[: activations.shape[1]].double()
             error = y - reconstruction / transcoder.target_scale - bias
-            fvu = error.square().sum(1) / (y - bias).square().sum(1)
+            relative_error = error.square().sum(1) / (y - bias).square().sum(1)
         special = torch.tensor(ids) == self.tokenizer.bos_token_id
-        activations[special], fvu[special] = 0.0, float("nan")
-        return Offline(list(ids), activations.numpy(), fvu.numpy())  # type: ignore[arg-type]
+        activations[special], relative_error[special] = 0.0, float("nan")
+        return Offline(list(ids), activations.numpy(), relative_error.numpy())  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ Rows = list[list[tuple[int, float]]]
 
 
 def encode(client: httpx.Client, media_type: str, form: str, **body: Any) -> list[dict[str, Any]]:
-    """Per input token_ids, offsets, is_special, truncated, l0, fvu, and `rows`: each token's features and values."""
+    """Per input token_ids, offsets, is_special, truncated, l0, relative_error, and `rows`: features and values."""
     answer = ask(client, "/encode", media_type, **body, **{"return": form})
     if media_type == SAFETENSORS:
         return split(*answer)
@@ -133,7 +133,7 @@ def rows_of(indptr: NDArray[Any], indices: NDArray[Any], values: NDArray[Any]) -
 
 def split(tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> list[dict[str, Any]]:
     kinds = {"indptr": "int64", "indices": "int32", "values": "float32", "token_ids": "int32", "offsets": "int32",
-             "is_special": "uint8", "input_offsets": "int64", "l0": "int32", "fvu": "float32"}  # fmt: skip
+             "is_special": "uint8", "input_offsets": "int64", "l0": "int32", "relative_error": "float32"}  # fmt: skip
     assert {name: tensor.dtype.name for name, tensor in tensors.items()} == {name: kinds[name] for name in tensors}
     assert (metadata["format"], metadata["format_version"]) == ("mtc-encode", "1")
     bounds, truncated = tensors["input_offsets"].tolist(), json.loads(metadata["truncated"])
@@ -143,9 +143,9 @@ def split(tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> list[di
     for i, (a, b) in enumerate(itertools.pairwise(bounds)):
         result: dict[str, Any] = {name: tensors[name][a:b].tolist() for name in ("token_ids", "is_special")}
         result["offsets"] = tensors["offsets"][a:b].tolist() if "offsets" in tensors else None
-        result |= {name: tensors[name][a:b].tolist() for name in ("l0", "fvu") if name in tensors}
-        if "fvu" in result:
-            result["fvu"] = [None if np.isnan(v) else v for v in result["fvu"]]
+        result |= {name: tensors[name][a:b].tolist() for name in ("l0", "relative_error") if name in tensors}
+        if "relative_error" in result:
+            result["relative_error"] = [None if np.isnan(v) else v for v in result["relative_error"]]
         result["rows"] = rows_of(tensors["indptr"][a : b + 1], tensors["indices"], tensors["values"])
         results.append(result | {"truncated": truncated[i], "tokens": tokens[a:b]})
     return results
@@ -167,7 +167,7 @@ def strongest(row: list[tuple[int, float]], k: int) -> list[tuple[int, float]]:
 def test_every_format_equals_the_offline_forward(client: httpx.Client, truth: Truth) -> None:
     expected = [truth(text) for text in TEXTS]
     answers = {
-        form: encode(client, *form, inputs=TEXTS, top_k=64, include=["l0", "fvu"]) for form in FORMS
+        form: encode(client, *form, inputs=TEXTS, top_k=64, include=["l0", "relative_error"]) for form in FORMS
     }  # fmt: skip
     first = answers[JSON, "csr"]
     check(first, expected)
@@ -176,7 +176,7 @@ def test_every_format_equals_the_offline_forward(client: httpx.Client, truth: Tr
         in_order = form == "csr" or media_type == SAFETENSORS
         for result, other, text in zip(results, first, TEXTS, strict=True):
             # Bit for bit the same everywhere.
-            for name in ("tokens", "token_ids", "offsets", "is_special", "truncated", "l0", "fvu"):
+            for name in ("tokens", "token_ids", "offsets", "is_special", "truncated", "l0", "relative_error"):
                 assert result[name] == other[name], (media_type, form, name)
             rows = [sorted(row) if in_order else strongest(row, 64) for row in other["rows"]]
             assert result["rows"] == rows, (media_type, form)
@@ -190,9 +190,9 @@ def test_every_format_equals_the_offline_forward(client: httpx.Client, truth: Tr
             assert position == len(text)
     for result, offline in zip(first, expected, strict=True):
         assert result["l0"] == (offline.activations > 0).sum(1).tolist()
-        fvu = [np.nan if value is None else value for value in result["fvu"]]
-        np.testing.assert_allclose(fvu, offline.fvu, rtol=1e-3)
-        assert result["fvu"][0] is None
+        relative_error = [np.nan if value is None else value for value in result["relative_error"]]
+        np.testing.assert_allclose(relative_error, offline.relative_error, rtol=1e-3)
+        assert result["relative_error"][0] is None
     for text, result in zip(TEXTS, first, strict=True):  # a batch changes no answer
         (alone,) = encode(client, SAFETENSORS, "csr", inputs=text)
         for row, other_row in zip(alone["rows"], result["rows"], strict=True):
@@ -231,12 +231,14 @@ def test_options_select(client: httpx.Client, truth: Truth, media_type: str, for
     assert check_all == (whole_rows if by_index else [min(16, n) for n in whole_rows])
     assert max(whole_rows) > 16
     for prefix in (16, 48):
-        found = encode(client, media_type, form, inputs=TEXTS, top_k=64, prefix=prefix, include=["l0", "fvu"])
+        found = encode(
+            client, media_type, form, inputs=TEXTS, top_k=64, prefix=prefix, include=["l0", "relative_error"]
+        )
         offline = [truth(text, prefix) for text in TEXTS]
         check(found, offline)
         for result, each in zip(found, offline, strict=True):
             assert result["l0"] == (each.activations > 0).sum(1).tolist()
-            np.testing.assert_allclose(result["fvu"][1:], each.fvu[1:], rtol=1e-3)
+            np.testing.assert_allclose(result["relative_error"][1:], each.relative_error[1:], rtol=1e-3)
 
 
 @pytest.mark.parametrize(("media_type", "form"), FORMS)

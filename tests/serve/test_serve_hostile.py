@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -22,7 +23,7 @@ LIMITS: dict[str, Any] = {
     "max_input_tokens": 64, "max_inputs": 8, "max_request_tokens": 256,
     "body_timeout_s": 0.5,
 }  # fmt: skip
-GOOD = {"inputs": "Hello", "include": ["l0", "fvu"]}
+GOOD = {"inputs": "Hello", "include": ["l0", "relative_error"]}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def test_attack(url: str, good: Any, attack: Attack, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO):
         answer = send(url, attack)
     assert answer.status in attack.statuses, answer
+    assert not answer.status or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", answer.headers["x-request-id"])  # one, and plain
     if answer.status and answer.headers.get("content-type") == "application/json":
         assert answer.headers["x-content-type-options"] == "nosniff"
         if answer.status >= 400:

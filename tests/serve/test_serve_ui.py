@@ -39,7 +39,7 @@ def tab() -> Iterator[chromium.Page]:
 
 
 def encoded(url: str, text: str = TEXT, **options: Any) -> dict[str, Any]:
-    body = {"inputs": text, "top_k": 64, "include": ["l0", "fvu"]} | options
+    body = {"inputs": text, "top_k": 64, "include": ["l0", "relative_error"]} | options
     result: dict[str, Any] = httpx.post(f"{url}/encode", json=body, timeout=60).json()["results"][0]
     return result
 
@@ -71,13 +71,13 @@ def show(tab: chromium.Page, url: str, text: str = TEXT, width: int = 1280, sche
 
 
 def figures(tab: chromium.Page) -> list[float]:
-    return [float(tab.evaluate(f"document.querySelector('#{name}').textContent")) for name in ("l0", "fvu")]
+    return [float(tab.evaluate(f"document.querySelector('#{name}').textContent")) for name in ("l0", "relative_error")]
 
 
 def means(result: dict[str, Any]) -> list[float]:
     l0 = [n for n, special in zip(result["l0"], result["is_special"], strict=True) if not special]
-    fvu = [v for v in result["fvu"] if v is not None]
-    return [sum(l0) / len(l0), sum(fvu) / len(fvu)]
+    relative_error = [v for v in result["relative_error"] if v is not None]
+    return [sum(l0) / len(l0), sum(relative_error) / len(relative_error)]
 
 
 def test_type_click_slide(tab: chromium.Page, url: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from serve.contract import ErrorResponse, ServiceError
+from serve.http.errors import repeated
 from serve.http.media_types import negotiate
 from serve.service import Service
 
+_LISTS = {"feature"}
+"""Parameters that may be given several times."""
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -21,6 +25,13 @@ async def _service(request: Request) -> Service:  # not a plain function: FastAP
 TheService = Annotated[Service, Depends(_service)]
 
 
+async def single_parameters(request: Request) -> None:
+    """Raises ServiceError 422 for a parameter that is given twice, of which one would not be read."""
+    names = Counter(name for name, _ in request.query_params.multi_items() if name not in _LISTS)
+    if twice := sorted(name[:100] for name, times in names.items() if times > 1):
+        raise repeated(twice)
+
+
 def request_id_of(request: Request) -> str:
     found: str = request.scope["state"]["request_id"]
     return found
@@ -28,7 +39,7 @@ def request_id_of(request: Request) -> str:
 
 def wanted(request: Request, offered: tuple[str, ...]) -> str:
     """The best media type for the request's Accept header; raises ServiceError 406 if none will do."""
-    accept = request.headers.get("accept") or "*/*"
+    accept = ", ".join(request.headers.getlist("accept")) or "*/*"
     media_type = negotiate(accept, list(offered))
     if media_type is None:
         message = f"this is answered as {', '.join(offered)}, not as {accept[:200]}"

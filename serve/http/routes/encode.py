@@ -54,7 +54,7 @@ async def encode(request: Request, service: TheService) -> Response:
     envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
     found = service.encode_inputs(run, inputs, options)
     if media_type == formats.NDJSON:
-        return await _stream(service, envelope, csr, inputs, found)
+        return await _stream(request, service, envelope, csr, inputs, found)
     encoded = [each async for _, each in found]
     with service.metrics.duration.labels("serialise").time():
         size = formats.entries(encoded)
@@ -105,7 +105,7 @@ async def _written(entries: int, write: Callable[[], bytes]) -> bytes:
 
 
 async def _stream(
-    service: Service, envelope: formats.Envelope, csr: bool, inputs: Sequence[Tokenised],
+    request: Request, service: Service, envelope: formats.Envelope, csr: bool, inputs: Sequence[Tokenised],
     found: AsyncIterator[tuple[int, Encoded]],
 ) -> Response:  # fmt: skip
     """Starts with the first result, so that what fails before has a status of its own."""
@@ -133,7 +133,10 @@ async def _stream(
             serialise.observe(seconds)
             yield formats.last_line(inputs)
 
-    return StreamingResponse(lines(), media_type=formats.NDJSON, headers={"Vary": "Accept"})
+    headers = {"Vary": "Accept"}
+    if request.scope["http_version"] == "1.0":  # which has no chunks
+        return Response(b"".join([each async for each in lines()]), media_type=formats.NDJSON, headers=headers)
+    return StreamingResponse(lines(), media_type=formats.NDJSON, headers=headers)
 
 
 async def _chain(first: T, others: AsyncIterator[T]) -> AsyncIterator[T]:

@@ -29,7 +29,11 @@ async def readyz(service: TheService) -> Status:
     return Status(status="ready")
 
 
-@router.get("/metrics", response_class=Response, responses=errors(503))
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses=errors(503) | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(service: TheService) -> Response:
     """What all replicas have counted, in Prometheus's text format."""
     return Response(await service.control.metrics(), media_type=CONTENT_TYPE_LATEST)

@@ -26,7 +26,15 @@ PAGE = (
 """For the report, which forbids all scripts but its own by their digest itself, and has no rights here."""
 PICTURE = "sandbox; default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 """For SVG files: their scripts do not run."""
-_FORMS = {200: {"content": {HTML: {"schema": {"type": "string"}}, MARKDOWN: {"schema": {"type": "string"}}}}}
+_FORMS = {
+    200: {
+        "content": {
+            HTML: {"schema": {"type": "string"}},
+            MARKDOWN: {"schema": {"type": "string"}},
+            JSON: {"schema": {}},
+        }
+    }
+}
 
 
 @router.get(

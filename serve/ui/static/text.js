@@ -52,7 +52,7 @@ async function call(address, options, aborted) {
 async function encode(prefix) {
   const known = answers;  // of this text; another one gets another map
   if (known.has(prefix)) return known.get(prefix);
-  const body = { inputs: text, model: ask.dataset.model, prefix, return: "csr", include: ["l0", "fvu"], truncate: true };
+  const body = { inputs: text, model: ask.dataset.model, prefix, return: "csr", include: ["l0", "relative_error"], truncate: true };
   const options = { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json", Accept: "application/json" } };
   const answer = await (await call("/encode", options, asking.signal)).json();
   known.set(prefix, answer.results[0]);
@@ -121,7 +121,7 @@ function draw() {
   element("count").textContent = number(count);
   element("cut").textContent = shown.truncated ? "the rest was left out" : "";
   element("l0").textContent = number(mean(shown.l0.filter((_, t) => !shown.is_special[t])));
-  element("fvu").textContent = number(mean(shown.fvu));
+  element("relative_error").textContent = number(mean(shown.relative_error));
   if (token !== null && token >= count) token = null;
   drawTokens();
   drawList();
