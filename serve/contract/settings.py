@@ -14,6 +14,7 @@ from mtc.storage import absolute
 _PROXY_ERRORS = [
     f"http-error status {status} content-type application/json lf-string "
     f"""'{{"error":"{error}","error_type":"{error_type}","request_id":"%ID","detail":null}}' hdr X-Request-ID %ID"""
+    + (" hdr Retry-After 1" if error_type == "unavailable" else "")
     for status, error_type, error in (
         (
             400,

@@ -3,6 +3,7 @@ swapped under load."""
 
 import asyncio
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from hostile import attacks, send
+from hostile import Attack, attacks, send
 from prometheus_client.parser import text_string_to_metric_families
 from serve_deployed import TEXTS, load, replicas, wait_until
 from serve_local import make_config, make_run
@@ -122,6 +123,28 @@ def test_probes_and_info(client: httpx.Client) -> None:
     }
 
 
+def test_every_answer_has_one_request_id(client: httpx.Client) -> None:
+    """The client's own if it is a plain word, in the header as in the body; another for what is not."""
+    for given, kept in (({}, None), ({"X-Request-ID": "mine-1"}, "mine-1"), ({"X-Request-ID": "<b>\tx"}, None)):
+        for body, status in (({"inputs": "a"}, 200), ({}, 422)):
+            answer = client.post("/encode", json=body, headers=given)
+            (named,) = answer.headers.get_list("x-request-id")
+            assert (answer.status_code, answer.json()["request_id"]) == (status, named)
+            assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", named) and kept in (None, named)
+
+
+def test_head_and_http_1_0_pass_the_proxy(client: httpx.Client, url: str) -> None:
+    head, get = client.head("/info"), client.get("/info")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == get.headers["content-length"]
+    body = b'{"inputs": "a"}'
+    fields = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    sent = f"POST /encode HTTP/1.0\r\n{fields}\r\nAccept: application/x-ndjson\r\n\r\n".encode() + body
+    answer = send(url, Attack("", sent, (200,)))
+    assert "transfer-encoding" not in answer.headers
+    assert [json.loads(line)["type"] for line in answer.body.splitlines()] == ["model", "result", "usage"]
+
+
 def test_totals_of_all_replicas_are_exact(client: httpx.Client, url: str) -> None:
     names = ("mtc_encode_requests_total", "mtc_encode_tokens_total", "mtc_encode_batch_tokens_sum")
     before = [metric(client, name) for name in names]
@@ -145,8 +168,8 @@ def test_totals_of_all_replicas_are_exact(client: httpx.Client, url: str) -> Non
 
 def test_replica_killed_under_load(client: httpx.Client, url: str, offline: Any, root: Path) -> None:
     """The proxy asks another replica, whose answer is right, long bodies as short ones. What the killed one had not
-    read yet breaks the connection or gets the proxy's own answer, which a client can tell by its shape: no more of them
-    than requests at a time."""
+    read yet breaks the connection or gets the proxy's own answer, in the shape of all errors: no more of them than
+    requests at a time."""
     expected = [offline(root / "one", text) for text in TEXTS]
     victim, counted = replicas("Server")[0], metric(client, "mtc_encode_requests_total")
     answers, broken = 0, list[str]()
@@ -155,7 +178,7 @@ def test_replica_killed_under_load(client: httpx.Client, url: str, offline: Any,
         nonlocal answers
         if number == 60:
             os.kill(victim, signal.SIGKILL)
-        if response.status_code == 500 and "error_type" not in response.text:
+        if response.status_code in (502, 503) and response.json()["error_type"] == "unavailable":
             return broken.append(response.text)
         assert response.status_code == 200, response.text
         check(response.json(), [expected[number % len(TEXTS)]])
@@ -269,16 +292,23 @@ def test_control_killed_under_load(client: httpx.Client, url: str, offline: Any,
 
 def test_hostile_requests(client: httpx.Client, url: str, offline: Any, root: Path) -> None:
     """Through the proxy, which answers some of them itself; test_serve_hostile.py says more of the answers."""
-    from serve.contract import Settings
+    from serve.contract import ErrorResponse, Settings
 
     wrong, refused_by_proxy = [], {0, 400, 408, 413, 414, 431, 501}
     tried = [a for a in attacks(Settings(run="one", **SETTINGS)) if b" /features" not in a.sent]  # has no analysis
+    shaped: dict[str, ErrorResponse] = {}
     for attack in tried:
         answer = send(url, attack)
         if answer.status not in {*attack.statuses, *refused_by_proxy} or b"root:" in answer.body:
             wrong.append((attack.name, answer))
+        if answer.status >= 400 and not answer.body.startswith(b"<html><body><h1>400 Bad request"):  # not HAProxy's
+            shaped[attack.name] = ErrorResponse.model_validate_json(answer.body)
+            assert shaped[attack.name].request_id == answer.headers["x-request-id"]
     assert wrong == []
     assert len(tried) > 100
+    # What the replicas' server and the proxy refuse by themselves, as far as they can be told how.
+    refused = {"a long address", "a method in lower case", "a made-up method", "half closed"}
+    assert {shaped[name].error_type for name in refused} == {"malformed_http"}
     body = client.post("/encode", json={"inputs": TEXTS, "top_k": 64}).json()
     check(body, [offline(root / body["model"]["run_id"], text) for text in TEXTS])
 

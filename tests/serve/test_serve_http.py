@@ -169,3 +169,5 @@ def test_no_other_origin_by_default(client: httpx.Client) -> None:
     for wrong in ("*", "https://a.example/", "a.example", "https://A.example", "null", "https://*.a.example"):
         with pytest.raises(ValidationError, match="cors_origins has"):
             Settings(run="one", cors_origins=(wrong,))
+    typed = Settings.model_validate({"run": "one", "cors_origins": "https://a.example, http://b.example:81"})
+    assert typed.cors_origins == ("https://a.example", "http://b.example:81")

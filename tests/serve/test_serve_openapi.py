@@ -1,6 +1,8 @@
 """The OpenAPI document against the service: schemathesis sends requests that fit it and that do not, and checks the
 answers by it. What JSON Schema cannot say is in schemathesis.toml."""
 
+import importlib
+import json
 import re
 import subprocess
 import sys
@@ -8,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import attrs
 import httpx
 import pytest
-from serve_local import make_analysed_run, served
+from serve_local import make_analysed_run, make_run, served
 
 from serve.http import ROUTES, keys
 
@@ -33,14 +36,38 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 
 @pytest.fixture(scope="module")
 def document(api: Api) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{api.url}/openapi.json", headers=api.headers).json()
+    found: dict[str, Any] = httpx.get(f"{api.url}/openapi.json", headers=api.headers, timeout=60).json()
+    return found
+
+
+def within_limits(api: Api, document: dict[str, Any]) -> dict[str, Any]:
+    """The document with what a client learns of the run that answers now, from /info and from what is refused."""
+    found: dict[str, Any] = json.loads(json.dumps(document))
+    with httpx.Client(base_url=api.url, headers=api.headers, timeout=60) as client:
+        model = client.get("/info").json()["model"]
+        refused = client.post("/tokenize", json={"input_ids": [2**30]}).json()
+    schemas = found["components"]["schemas"]
+    for name in ("EncodeRequest", "DecodeRequest"):
+        schemas[name]["properties"]["prefix"]["anyOf"][0] = {"type": "integer", "enum": model["prefixes"]}
+    for name in ("EncodeRequest", "TokenizeRequest"):
+        for part in schemas[name]["properties"]["input_ids"]["anyOf"][:2]:
+            innermost = part["items"].get("items", part["items"])
+            del innermost["exclusiveMaximum"]
+            innermost["maximum"] = refused["detail"]["limit"]
+    for index in (
+        schemas["EncodeRequest"]["properties"]["features"]["anyOf"][0]["items"],
+        schemas["FeatureActivation"]["properties"]["feature_index"],
+    ):
+        del index["exclusiveMaximum"]
+        index["maximum"] = model["num_features"] - 1
     return found
 
 
 def test_schemathesis_finds_nothing(api: Api, document: dict[str, Any], tmp_path: Path) -> None:
-    config = Path(__file__).parents[1] / "schemathesis.toml"
-    arguments = [f"{api.url}/openapi.json", "-H", f"Authorization: {api.headers['Authorization']}", "--checks", "all",
-                 "--max-examples", "20", "--generation-deterministic", "--no-color"]  # fmt: skip
+    config, schema = Path(__file__).parents[1] / "schemathesis.toml", tmp_path / "openapi.json"
+    schema.write_text(json.dumps(within_limits(api, document)))
+    arguments = [str(schema), "--url", api.url, "-H", f"Authorization: {api.headers['Authorization']}", "--checks",
+                 "all", "--max-examples", "20", "--generation-deterministic", "--no-color"]  # fmt: skip
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(config), "run", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -48,6 +75,68 @@ def test_schemathesis_finds_nothing(api: Api, document: dict[str, Any], tmp_path
     assert f"Tested: {operations}" in done.stdout
     passed = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
     assert passed and passed[1] == passed[2] and int(passed[1]) > 500, done.stdout
+
+
+@pytest.fixture(scope="module")
+def generated(document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A client's package that openapi-python-client makes of the document."""
+    root = tmp_path_factory.mktemp("generated")
+    (root / "openapi.json").write_text(json.dumps(document))
+    (root / "config.yaml").write_text("post_hooks: []\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "openapi_python_client", "generate", "--path", "openapi.json", "--config", "config.yaml",
+         "--meta", "none", "--output-path", "generated_client", "--fail-on-warning"],
+        cwd=root, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    sys.path.insert(0, str(root))
+    yield root
+    sys.path.remove(str(root))
+
+
+def test_generated_client_encodes(api: Api, generated: Path) -> None:
+    """With types: what it sends and gets are fields, not anything."""
+    client_module = importlib.import_module("generated_client")
+    models = importlib.import_module("generated_client.models")
+    endpoints = importlib.import_module("generated_client.api.activations")
+    assert {"inputs", "input_ids", "top_k", "return_"} <= {f.name for f in attrs.fields(models.EncodeRequest)}
+    key = api.headers["Authorization"].removeprefix("Bearer ")
+    request = models.EncodeRequest(inputs="Hello", return_=models.EncodeRequestReturn.CSR)
+    plain = httpx.post(
+        f"{api.url}/encode", json={"inputs": "Hello", "return": "csr"}, headers=api.headers, timeout=60
+    ).json()
+    with client_module.AuthenticatedClient(base_url=api.url, token=key, timeout=httpx.Timeout(60)) as client:
+        encode = importlib.import_module(f"{endpoints.__name__}.encode")
+        answer = encode.sync(client=client, body=request)
+        assert isinstance(answer, models.EncodeResponse)
+        (result,) = answer.results
+        assert result.token_ids == plain["results"][0]["token_ids"]
+        assert result.csr.to_dict() == plain["results"][0]["csr"]
+        assert answer.model.run_id == "one"
+        refused = encode.sync(client=client, body=models.EncodeRequest(inputs="Hello", prefix=17))
+        assert isinstance(refused, models.ErrorResponse) and refused.error_type == "validation"
+        feature = importlib.import_module("generated_client.api.features.feature").sync(3, client=client)
+        assert feature.feature.feature == 3
+    with client_module.Client(base_url=api.url, timeout=httpx.Timeout(60)) as stranger:
+        assert encode.sync_detailed(client=stranger, body=request).status_code == 401
+
+
+def test_document_says_nothing_of_one_run(api: Api, document: dict[str, Any], tmp_path: Path) -> None:
+    """Another run takes over with another dictionary, and what generators and clients have read holds."""
+    names = {operation["operationId"] for methods in document["paths"].values() for operation in methods.values()}
+    assert names == {
+        "encode", "tokenize", "decode", "features", "feature", "examples", "report", "report_file", "healthz",
+        "readyz", "metrics", "runs", "load", "info",
+    }  # fmt: skip
+    with (
+        served(make_analysed_run(tmp_path / "one"), make_run(tmp_path / "other")) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        before = client.get("/openapi.json").json()
+        client.post("/admin/load", json={"model": "other"})
+        assert before == client.get("/openapi.json").json()
+    assert all("content" in operation["responses"]["200"] for methods in before["paths"].values()
+               for operation in methods.values())  # fmt: skip
 
 
 def test_document_is_complete(document: dict[str, Any]) -> None:

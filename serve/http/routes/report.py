@@ -35,6 +35,7 @@ _FORMS = {
         }
     }
 }
+_FILES = ("application/octet-stream", HTML, MARKDOWN, JSON, "image/png", "image/svg+xml", "image/webp")
 
 
 @router.get(
@@ -55,7 +56,8 @@ async def report(request: Request, service: TheService, model: Model = None) -> 
 @router.get(
     "/report/files/{name:path}",
     response_class=Response,
-    responses=errors(404, 409, 422, 503) | {200: {"content": {"*/*": BINARY}}, 304: {"description": "It is the same."}},
+    responses=errors(404, 409, 422, 503)
+    | {200: {"content": dict.fromkeys(_FILES, BINARY)}, 304: {"description": "It is the same."}},
 )
 async def report_file(request: Request, service: TheService, name: Name, model: Model = None) -> Response:
     """A file of the report, such as a plot."""
