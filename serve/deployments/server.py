@@ -12,7 +12,6 @@ from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
-from uvicorn.config import HTTP_PROTOCOLS
 
 from serve.contract import (
     LoadResponse,
@@ -25,7 +24,7 @@ from serve.contract import (
     State,
     take_snapshot,
 )
-from serve.http import check_binding, create_app, http_protocol
+from serve.http import check_binding, create_app, use_http_protocol
 from serve.service import Models, Service
 
 logger = logging.getLogger("ray.serve")
@@ -62,7 +61,7 @@ class Server:
         _use_threads(settings)
         self._metrics = ReplicaMetrics()
         # Serve starts uvicorn once this has returned, and does not let its protocol be chosen.
-        HTTP_PROTOCOLS["auto"] = http_protocol(self._metrics)  # type: ignore[assignment]
+        use_http_protocol(self._metrics)
         self._control = control
         self._models = Models(settings, self._metrics)
         state, loaded = await _decided(control, deployment), None

@@ -5,11 +5,17 @@ from __future__ import annotations
 import uuid
 
 import orjson
+from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serve.contract import ErrorResponse, ReplicaMetrics
 from serve.http.middleware import HEADERS
 from serve.http.observe import log_answer
+
+
+def use_http_protocol(metrics: ReplicaMetrics) -> None:
+    """Let uvicorn servers of this process that are started from now on have it, for who cannot choose theirs."""
+    HTTP_PROTOCOLS["auto"] = http_protocol(metrics)  # type: ignore[assignment]
 
 
 def http_protocol(metrics: ReplicaMetrics) -> type[HttpToolsProtocol]:

@@ -139,6 +139,12 @@ def test_document_says_nothing_of_one_run(api: Api, document: dict[str, Any], tm
                for operation in methods.values())  # fmt: skip
 
 
+def test_nothing_but_the_reports_ratio_of_sums_is_called_fvu(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    assert not [name for name, parts in schemas.items() if "fvu" in parts.get("properties", {})]
+    assert schemas["EncodeRequest"]["properties"]["include"]["items"]["enum"] == ["l0", "relative_error"]
+
+
 def test_document_is_complete(document: dict[str, Any]) -> None:
     listed = {
         (method.upper(), path.replace("{name}", "{name:path}"))

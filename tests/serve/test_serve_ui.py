@@ -88,6 +88,7 @@ def test_type_click_slide(tab: chromium.Page, url: str) -> None:
     assert texts(tab, "#tokens button") == shown
     assert tab.evaluate("document.querySelectorAll('main img, #tokens b').length") == 0
     assert figures(tab) == pytest.approx(means(result), rel=1e-3)
+    assert texts(tab, "#result dt") == ["Tokens", "L0", "Relative error"]  # a mean over tokens is no FVU
     # The list is of the whole text: strongest activation and number of tokens of each feature.
     best: dict[int, float] = {}
     for many in result["features"]:
