@@ -2,6 +2,7 @@
 swapped under load."""
 
 import asyncio
+import json
 import os
 import re
 import signal
