@@ -145,13 +145,15 @@ def check_tokenizer_files(config: ModelConfig, directory: str) -> None:
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raises ModelError for a tokenizer with ids beyond the `rows` of the embedding."""
-    if len(tokenizer) > rows:
-        beyond = tokenizer.convert_ids_to_tokens(rows)
+    """Raises ModelError for a tokenizer with ids beyond the `rows` of the embedding. Special tokens but BOS may have
+    such ids, as a `[PAD]` that was added for batches has: no text becomes one."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = [id for id in tokenizer.get_vocab().values() if id >= rows]
+    if wrong := sorted(id for id in beyond if id not in special or id == tokenizer.bos_token_id):
         raise ModelError(
             f"{config.name}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows (vocab_size): "
-            f"{beyond!r} (id {rows}) has none; save the model after resize_token_embeddings, or the tokenizer without "
-            "what was added"
+            f"{tokenizer.convert_ids_to_tokens(wrong[0])!r} (id {wrong[0]}) has none; save the model after "
+            "resize_token_embeddings, or the tokenizer without what was added"
         )
 
 

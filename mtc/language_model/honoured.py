@@ -37,7 +37,10 @@ def check_fields(name: str, config: PretrainedConfig) -> None:
     text = config.get_text_config()
     wrong = [*_wrong(config), *(_wrong(text) if text is not config else ())]
     if wrong:
-        raise ModelError(f"model.name={name} can't be run as its config.json says: {'; '.join(wrong)}")
+        raise ModelError(
+            f"model.name={name} can't be run as its config.json says: {'; '.join(wrong)} (a field of no account can "
+            "be removed in a local copy)"
+        )
 
 
 def sorted_in(model_type: str, field: str) -> bool:
@@ -59,10 +62,7 @@ def _wrong(config: PretrainedConfig) -> Iterator[str]:
             if obeyed is not None:
                 yield f"{field}={_short(value)}, and supported is only {obeyed}"
         elif not (field in fields.free or _has_no_part(field) or not value or value == defaults.get(field)):
-            yield (
-                f"{field}={_short(value)}, which nothing reads in a model of type {config.model_type} (if it is of no "
-                "account, remove it in a local copy)"
-            )
+            yield f"{field}={_short(value)}, which nothing reads in a model of type {config.model_type}"
 
 
 def _short(value: Any) -> str:
