@@ -8,7 +8,7 @@ import ray
 import torch
 
 from cluster.resources import Plan
-from cluster.room import reserved
+from cluster.room import ClusterBusy, reserved
 from mtc.config import RunConfig
 from mtc.devices import open_device
 from mtc.language_model import LanguageModel, load_tokenizer
@@ -23,6 +23,7 @@ from mtc.probing import (
 )
 from mtc.results import ProbeTask, Probing, Spelling
 from mtc.storage import RunDirectory
+from mtc.telemetry import say
 from mtc.text import TokenStore
 from mtc.transcoder import load_transcoder
 
@@ -50,18 +51,20 @@ def measure_optional(config: RunConfig, plan: Plan, run_urls: list[str], store_u
     if not tasks:
         return found
     each = {"CPU": plan.actor_cpus} | ({"GPU": plan.actor_gpus} if plan.actor_gpus else {})
-    with reserved(
-        each, min(len(tasks), plan.num_model_actors), plan.label_selector, config.cluster.room_seconds
-    ) as place:
-        options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
-        options |= {"runtime_env": plan.runtime_env, "scheduling_strategy": place}
-        answers = [
-            ray.remote(task).options(**options).remote(config, url, at, store_url, plan.device, plan.actor_threads)
-            for at, url, _, task in tasks
-        ]
-        for (at, _, field, _), answer in zip(tasks, answers, strict=True):
-            kind = Probing if field == "probing" else Spelling
-            found[at][field] = kind.model_validate_json(ray.get(answer))
+    room = (each, min(len(tasks), plan.num_model_actors), plan.label_selector, config.cluster.room_seconds)
+    try:
+        with reserved(*room) as place:
+            options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
+            options |= {"runtime_env": plan.runtime_env, "scheduling_strategy": place}
+            answers = [
+                ray.remote(task).options(**options).remote(config, url, at, store_url, plan.device, plan.actor_threads)
+                for at, url, _, task in tasks
+            ]
+            for (at, _, field, _), answer in zip(tasks, answers, strict=True):
+                kind = Probing if field == "probing" else Spelling
+                found[at][field] = kind.model_validate_json(ray.get(answer))
+    except ClusterBusy as error:
+        say("left_out", f"probes are left out, all else is written: {error}; jobs/analyze.py measures them later")
     return found
 
 

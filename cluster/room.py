@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray._private.state import available_resources_per_node, state
 from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData  # type: ignore[attr-defined]
 from ray.util import placement_group, placement_group_table, remove_placement_group
@@ -21,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.resources import Node, Plan, make_plan
 from mtc.config import ConfigError, RunConfig
-from mtc.errors import MtcError
+from mtc.errors import MtcError, one_line
 from mtc.telemetry import say
 
 logger = logging.getLogger(__name__)
@@ -56,26 +57,19 @@ def cluster_nodes() -> list[Node]:
 def plan_in_free_room(config: RunConfig, d_model: int | None) -> Plan:
     """Lay out a run in what is free of the connected cluster, and wait for that while others hold too much.
 
-    Raises ConfigError if the run would not fit if all was free, unless an autoscaler may add nodes, and ClusterBusy
-    after `cluster.room_seconds`.
+    Raises ConfigError if the run would not fit if all was free, and ClusterBusy after `cluster.room_seconds`. An
+    autoscaler is not asked for nodes: a run is laid out on those that there are.
     """
     nodes = _settled_nodes()
     wait = _Wait("not enough of the cluster is free", config.cluster.room_seconds)
     while True:
+        whole = make_plan(config, [node.whole() for node in nodes], d_model)
+        # A cluster of GPUs that others use is no cluster of CPUs.
+        settings = config.cluster.model_copy(update={"use_gpu": whole.device == "cuda"})
         try:
-            whole = make_plan(config, [node.whole() for node in nodes], d_model)
+            return make_plan(config.model_copy(update={"cluster": settings}), nodes, d_model)
         except ConfigError as error:
-            if state.get_max_resources_from_cluster_config() is None:
-                raise
-            reason = f"{error} (an autoscaler may add nodes)"
-        else:
-            # A cluster of GPUs that others use is no cluster of CPUs.
-            settings = config.cluster.model_copy(update={"use_gpu": whole.device == "cuda"})
-            try:
-                return make_plan(config.model_copy(update={"cluster": settings}), nodes, d_model)
-            except ConfigError as error:
-                reason = f"{error}; {describe_holders()}"
-        wait.go_on(reason)
+            wait.go_on(f"{error}; {describe_holders()}")
         time.sleep(LOOK_SECONDS)
         nodes = cluster_nodes()
 
@@ -104,6 +98,12 @@ class PlacementWatch:
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + LOOK_SECONDS
+        try:
+            self._look()
+        except ray.exceptions.RayError as error:  # of a head that starts again, say: no reason to end a training
+            logger.warning("the trainers' place can't be looked at: %s", one_line(error))
+
+    def _look(self) -> None:
         states = {group["state"] for group in own_placement_groups().values()}
         if "CREATED" in states:
             self._wait = None

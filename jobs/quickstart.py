@@ -60,6 +60,10 @@ STOP_S = 30.0
 class QuickstartError(RuntimeError):
     """A step failed; the message says which and where its log is."""
 
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             quickstart(arguments.preset, arguments.root, arguments.run_id, arguments.overrides)
     except (QuickstartError, MtcError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, MtcError) else 1
+        return error.exit_code
     except KeyboardInterrupt:
         stop_head()
         print("\ninterrupted: the local Ray head was stopped, nothing was published", file=sys.stderr)
@@ -228,8 +232,8 @@ def serve_run(head: dict[str, Any], run: str) -> str:
         _remember(head := head | {"http_port": _free_ports(1, first=head["http_port"])[0], "serves": True})
     command = [sys.executable, "-m", "serve.app", "--run", absolute(run)]
     command += ["--address", head["address"], "--port", str(head["http_port"])]
-    if subprocess.run(command, cwd=ROOT, env=_environment(), check=False).returncode:
-        raise QuickstartError("the service could not be deployed; its output is above")
+    if code := subprocess.run(command, cwd=ROOT, env=_environment(), check=False).returncode:
+        raise QuickstartError("the service could not be deployed; its output is above", code)
     base = f"http://127.0.0.1:{head['http_port']}"
     deadline = time.monotonic() + START_S
     while not _answers(f"{base}/readyz"):
@@ -319,9 +323,12 @@ def _known_head() -> dict[str, Any] | None:
 
 
 def _mark(head: dict[str, Any]) -> str:
-    """The head's token, and what tells the directory of its state from copies of that: device and inode."""
+    """The head's token, and what tells the directory of its state from copies of that: device and inode.
+
+    Heads that were started before there were tokens are known by their temporary directory.
+    """
     state = STATE.parent.stat()
-    return f"{head['token']} {state.st_dev}:{state.st_ino}"
+    return f"{head['token']} {state.st_dev}:{state.st_ino}" if "token" in head else str(head["temporary"])
 
 
 def _remember(head: dict[str, Any]) -> None:

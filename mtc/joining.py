@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 from mtc.errors import MtcError, one_line
@@ -28,7 +29,7 @@ class AddressError(MtcError):
     """The address is none of a Ray cluster."""
 
 
-class UnreachableError(MtcError):
+class ClusterUnreachable(MtcError):
     """Nothing of Ray answers at the address now; it may later."""
 
     exit_code = 1
@@ -39,8 +40,8 @@ class UnreachableError(MtcError):
 def joining(address: str, setting: str) -> Iterator[None]:
     """A context for `ray.init(address)`, which may take JOIN_S; `setting` names where the address comes from.
 
-    Raises AddressError and UnreachableError, for what Ray raises too. Where Ray neither joins nor raises, which nothing
-    interrupts, the process ends with exit code 1, having said so.
+    Raises AddressError and ClusterUnreachable, for what Ray raises too. Where Ray neither joins nor raises, which
+    nothing interrupts, the process ends with exit code 1, having said so.
     """
     check_address(address, setting)
     over = threading.Timer(JOIN_S, _give_up, [f"{setting}={address}"])
@@ -51,7 +52,7 @@ def joining(address: str, setting: str) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
         wrong = isinstance(cause, ValueError) or any(word in str(cause) for word in ("ersion mismatch", "AuthToken"))
-        raise (AddressError if wrong else UnreachableError)(
+        raise (AddressError if wrong else ClusterUnreachable)(
             f"{setting}={address}: the cluster can't be joined: {_whole(cause)}"
         ) from error
     finally:
@@ -61,7 +62,7 @@ def joining(address: str, setting: str) -> Iterator[None]:
 def check_address(address: str, setting: str) -> None:
     """Return if the head of a Ray cluster answers at `address`, HOST:PORT, and for `auto` and `local`.
 
-    Raises AddressError if there is something else, UnreachableError if there is nothing, in LOOK_S at most.
+    Raises AddressError if there is something else, ClusterUnreachable if there is nothing, in LOOK_S at most.
     """
     where = f"{setting}={address}"
     if address in ("auto", "local"):
@@ -89,14 +90,16 @@ def _look(host: str, port: int, target: str) -> MtcError | None:
     """What is wrong with what answers at a port; None if that is Ray's head."""
     try:
         socket.create_connection((host, port), CONNECT_S).close()
+    except UnicodeError:  # an empty part, one of more than 63 letters
+        return AddressError(f"{host!r} is no name of a machine; {WANTED}")
     except socket.gaierror:
-        return UnreachableError(f"no machine of the name {host} is known here; {WANTED}")
+        return ClusterUnreachable(f"no machine of the name {host} is known here; {WANTED}")
     except ConnectionRefusedError:
-        return UnreachableError(f"nothing listens there (connection refused); {WANTED}")
+        return ClusterUnreachable(f"nothing listens there (connection refused); {WANTED}")
     except TimeoutError:
-        return UnreachableError(f"no answer within {CONNECT_S:g} s, from a machine or a firewall; {WANTED}")
+        return ClusterUnreachable(f"no answer within {CONNECT_S:g} s, from a machine or a firewall; {WANTED}")
     except OSError as error:
-        return UnreachableError(f"{error.strerror or error}; {WANTED}")
+        return ClusterUnreachable(f"{error.strerror or error}; {WANTED}")
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return None  # only Ray has the certificates
     return _ask(target)
@@ -127,7 +130,7 @@ def _http(target: str) -> MtcError:
     try:
         answer = httpx.get(f"http://{target}/api/version", timeout=ANSWER_S, trust_env=False)
     except httpx.HTTPError:
-        return UnreachableError(
+        return ClusterUnreachable(
             f"something listens there, but does not answer as a Ray head does within {ANSWER_S:g} s; {WANTED}"
         )
     if "ray_version" in answer.text:
@@ -140,11 +143,19 @@ def _http(target: str) -> MtcError:
 
 def _in_time(call: Callable[[], MtcError | None]) -> MtcError | None:
     """What `call` returns, in LOOK_S: resolving a name can't be bounded otherwise."""
-    found: list[MtcError | None] = []
-    thread = threading.Thread(target=lambda: found.append(call()), daemon=True)
-    thread.start()
-    thread.join(LOOK_S)
-    return found[0] if found else UnreachableError(f"no answer within {LOOK_S:g} s; {WANTED}")
+    found: Future[MtcError | None] = Future()
+
+    def look() -> None:
+        try:
+            found.set_result(call())
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=look, daemon=True).start()  # an executor's threads would be waited for at the end
+    try:
+        return found.result(LOOK_S)
+    except TimeoutError:
+        return ClusterUnreachable(f"no answer within {LOOK_S:g} s; {WANTED}")
 
 
 def _whole(error: BaseException) -> str:

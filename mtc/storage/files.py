@@ -25,7 +25,7 @@ class StorageError(MtcError):
     it."""
 
 
-class UnreachableError(StorageError):
+class StorageUnreachable(StorageError):
     """Storage does not answer, or fails; later it may do."""
 
     exit_code = 1

@@ -7,7 +7,15 @@ import re
 import uuid
 
 from mtc.errors import one_line
-from mtc.storage.files import StorageError, UnreachableError, absolute, filesystem, home_directory, may_pass, patiently
+from mtc.storage.files import (
+    StorageError,
+    StorageUnreachable,
+    absolute,
+    filesystem,
+    home_directory,
+    may_pass,
+    patiently,
+)
 
 PROBE_SECONDS = 15.0
 """For which storage is asked again before it counts as out of reach."""
@@ -78,5 +86,5 @@ def _check_remote(what: str, url: str) -> None:
     except StorageError as error:
         raise StorageError(f"{what}: {str(error).removeprefix(f'{url}: ')}") from None
     except Exception as error:  # each client of object stores has errors of its own
-        kind = UnreachableError if may_pass(error) else StorageError
+        kind = StorageUnreachable if may_pass(error) else StorageError
         raise kind(f"{what}: it can't be written: {one_line(error)}") from None

@@ -17,7 +17,7 @@ import pytest
 import serve.app
 from cluster.pipeline import connected
 from mtc import joining
-from mtc.joining import AddressError, UnreachableError, check_address
+from mtc.joining import AddressError, ClusterUnreachable, check_address
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,8 +64,8 @@ def other_grpc() -> Iterator[int]:
 @pytest.mark.parametrize(
     ("place", "error", "message"),
     [
-        (closed(), UnreachableError, "nothing listens there"),
-        (silent(), UnreachableError, "something listens there, but does not answer as a Ray head does"),
+        (closed(), ClusterUnreachable, "nothing listens there"),
+        (silent(), ClusterUnreachable, "something listens there, but does not answer as a Ray head does"),
         (
             http(b'{"ray_version": "2.60.0"}', 200),
             AddressError,
@@ -89,7 +89,8 @@ def test_what_answers_is_said(place, error, message, monkeypatch):
         ("nonsense", AddressError, "not HOST:PORT"),
         ("127.0.0.1:99999", AddressError, "not HOST:PORT"),
         ("two words:6379", AddressError, "not HOST:PORT"),
-        ("nowhere.invalid:6379", UnreachableError, "no machine of the name nowhere.invalid"),
+        ("a..b:6379", AddressError, "'a..b' is no name of a machine"),
+        ("nowhere.invalid:6379", ClusterUnreachable, "no machine of the name nowhere.invalid"),
     ],
 )
 def test_what_can_be_no_address_is_refused(address, error, message, monkeypatch, capsys):
@@ -108,7 +109,7 @@ def test_a_name_that_nobody_resolves_ends_the_look(monkeypatch):
     over = threading.Event()
     monkeypatch.setattr(joining, "LOOK_S", 0.1)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: over.wait(60) and [])  # of a name server that is gone
-    with pytest.raises(UnreachableError, match=r"--address=head:6379: no answer within 0\.1 s"):
+    with pytest.raises(ClusterUnreachable, match=r"--address=head:6379: no answer within 0\.1 s"):
         check_address("head:6379", "--address")
     over.set()
 
