@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,21 @@ class Dashboard(http.server.BaseHTTPRequestHandler):
 port = next(word.split("=")[1] for word in sys.argv if word.startswith("--dashboard-port="))
 http.server.HTTPServer(("127.0.0.1", int(port)), Dashboard).serve_forever()
 """
+
+
+def test_a_head_of_an_older_version_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart, "STATE", tmp_path / "head.json")
+    (tmp_path / "ray").mkdir()
+    head = {"temporary": str(tmp_path / "ray"), "address": "127.0.0.1:1", "dashboard": "http://127.0.0.1:1"}
+    (tmp_path / "head.json").write_text(json.dumps(head | {"http_port": 8000, "metrics_port": 1}))
+    mark = {quickstart.MARK: head["temporary"]}
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=os.environ | mark) as process:
+        assert quickstart.main(["stop"]) == 0
+        process.wait(30)
+    assert capsys.readouterr().out == "stopped\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_head_is_its_own_checkouts_alone(
