@@ -162,7 +162,8 @@ class _Tally:
         if not document.reason:
             self._read += document.documents
         else:
-            self.skipped[document.reason] += document.documents
+            if document.documents:
+                self.skipped[document.reason] += document.documents
             if len(self.examples) < EXAMPLES:
                 self.examples.append(f"{document.reason}: {document.name}")
                 self._first = self._first or str(document)

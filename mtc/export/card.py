@@ -27,8 +27,8 @@ def model_card(
     metadata: dict[str, Any] = {
         "license": subject.license,
         "library_name": library,
-        "base_model": config.model.name if on_hub(config.model.name) else None,
-        "datasets": [config.data.name] if on_hub(config.data.name) and not subject.imported else None,
+        "base_model": config.model.name if _on_hub(config.model.name) else None,
+        "datasets": [config.data.name] if _on_hub(config.data.name) and not subject.imported else None,
         "tags": ["transcoder", "matryoshka", "sparse-autoencoder", "interpretability", "mtc", *tags],
         "mtc": {
             "hook_name": hook_name,
@@ -96,7 +96,7 @@ def read_card(path: Path) -> dict[str, Any]:
     return ours | {"mtc": ours} if isinstance(ours, dict) else {}
 
 
-def on_hub(name: str) -> bool:
+def _on_hub(name: str) -> bool:
     """Whether a model's or data set's name is one on a hub, OWNER/NAME, and not a path, a URL or a package."""
     return "/" in name and is_hub_id(name)
 

@@ -35,6 +35,8 @@ class ModelInfo(NamedTuple):
     """Width of the residual stream."""
     max_positions: int | None
     """Most tokens of a window that the model knows positions for; None if it does not say."""
+    num_ids: int
+    """Rows of the embedding: token ids from here on are none."""
 
 
 class Modules(NamedTuple):
@@ -75,7 +77,7 @@ def modules_of(config: ModelConfig, model_type: str | None) -> Modules:
 def model_info(model_config: PretrainedConfig) -> ModelInfo:
     text = model_config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    return ModelInfo(model_config.model_type, text.num_hidden_layers, text.hidden_size, positions)
+    return ModelInfo(model_config.model_type, text.num_hidden_layers, text.hidden_size, positions, text.vocab_size)
 
 
 def validate(config: ModelConfig, info: ModelInfo, context_length: int = 0) -> ModelInfo:

@@ -26,10 +26,10 @@ from transformers.utils import logging as transformers_logging
 from mtc.config import ModelConfig
 from mtc.errors import one_line
 from mtc.language_model.architectures import MODULES, ModelError, modules_of
+from mtc.storage import LFS_POINTER
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMED = 3
 """Most tensors that an error names."""
@@ -80,8 +80,8 @@ def check_weights(config: ModelConfig, directory: str, model_config: PretrainedC
     cut short, damaged, pickled or quantised, and for tensors that are missing, have other shapes, or that the
     architecture has no place for.
     """
-    shards = _shards(config, directory)
-    if not complete and not all(map(os.path.isfile, shards)):
+    shards = _shards(config, directory, complete)
+    if not complete and not (shards and all(map(os.path.isfile, shards))):
         return
     if not shards:
         raise ModelError(f"{config.name} holds no weights: there is neither {WEIGHTS} nor {INDEX}")
@@ -169,22 +169,22 @@ def check_finite(config: ModelConfig, layers: torch.nn.Module) -> None:
 def quiet(report: bool = True) -> Iterator[None]:
     """Hide transformers' progress bars, and its report of what was loaded if that is not wanted either. One thread at a
     time."""
-    LOADING.acquire()
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    if not report:
-        transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
-        LOADING.release()
+    with LOADING:
+        verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        if not report:
+            transformers_logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bar:
+                transformers_logging.enable_progress_bar()
 
 
-def _shards(config: ModelConfig, directory: str) -> list[str]:
-    """The files of weights in the order in which transformers looks for them, those that are missing among them."""
+def _shards(config: ModelConfig, directory: str, complete: bool) -> list[str]:
+    """The files of weights in the order in which transformers looks for them, those that are missing among them; none
+    where they may come later."""
     if os.path.isfile(alone := os.path.join(directory, WEIGHTS)):
         return [alone]
     if os.path.isfile(index := os.path.join(directory, INDEX)):
@@ -192,7 +192,7 @@ def _shards(config: ModelConfig, directory: str) -> list[str]:
         if not names or not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ModelError(f"{index} names no files: weight_map={names!r:.60}")
         return [os.path.join(directory, name) for name in sorted(set(names.values()))]
-    if pickled := sorted(path.name for path in Path(directory).glob("pytorch_model*.bin")):
+    if complete and (pickled := sorted(path.name for path in Path(directory).glob("pytorch_model*.bin"))):
         raise ModelError(
             f"{config.name} has its weights in {_some(pickled)}, a pickle, which is not read: load it with "
             "AutoModelForCausalLM.from_pretrained where it may be trusted, and save_pretrained writes safetensors"

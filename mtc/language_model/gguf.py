@@ -13,16 +13,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import gguf
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from mtc.config import ConfigError, ModelConfig
 from mtc.language_model.architectures import ModelError, ModelInfo
-from mtc.language_model.check import check_report, refuse_pointer
+from mtc.language_model.check import check_report, quiet, refuse_pointer
 from mtc.language_model.gguf_fields import check_gguf_fields
 from mtc.storage import absolute, cache_directory, wheel_files, write_atomic
 
@@ -120,7 +118,7 @@ def gguf_info(parts: list[Path]) -> ModelInfo:
     if not tokens or tokens > rows:
         raise ModelError(f"{path}: its tokenizer has {tokens} tokens, the embedding {rows} rows")
     check_gguf_fields(path, values, shapes)
-    return ModelInfo(_GGUF_NAMES.get(name, name), layers, width, values.get(f"{name}.context_length"))
+    return ModelInfo(_GGUF_NAMES.get(name, name), layers, width, values.get(f"{name}.context_length"), rows)
 
 
 def convert_gguf(config: ModelConfig, parts: list[Path], directory: Path) -> None:
@@ -133,13 +131,13 @@ def convert_gguf(config: ModelConfig, parts: list[Path], directory: Path) -> Non
                     with part.open("rb") as file:
                         shutil.copyfileobj(file, out, 1 << 20)
         folder, name = str(whole.parent), whole.name
-        transformers_logging.disable_progress_bar()
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model, report = loaded
         check_report(config, report, model.config)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     save_prepared(model, tokenizer, directory, torch.bfloat16)
 
 
@@ -157,6 +155,7 @@ def save_prepared(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Pat
     (directory / "model.safetensors").chmod(0o644)  # safetensors makes it private; users may share the cache
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
+    vars(model.config).pop("quantization_config", None)  # that of the GGUF file: what is written is not quantised
     model.config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -181,6 +180,8 @@ class _Tensor(NamedTuple):
 def _head(file: BinaryIO) -> tuple[dict[str, Any], list[_Tensor]]:
     """The values and the tensors that a GGUF file's head lists, the file being left behind it. Raises ValueError, and
     what `struct` and others raise, for a damaged one."""
+    import gguf  # of those who have such a file
+
     magic, _, num_tensors, num_values = struct.unpack("<4sIQQ", file.read(24))
     if magic != b"GGUF":
         raise ValueError("no GGUF")
@@ -204,6 +205,8 @@ def _head(file: BinaryIO) -> tuple[dict[str, Any], list[_Tensor]]:
 
 def _readable(kind: str) -> bool:
     """Whether numbers of a type can be turned into floating point; tried on one block of it."""
+    import gguf  # of those who have such a file
+
     if kind not in gguf.GGMLQuantizationType.__members__:
         return False
     known = gguf.GGMLQuantizationType[kind]

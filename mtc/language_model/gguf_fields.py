@@ -39,7 +39,7 @@ _OTHER_SCALE = {"gemma2": 46, "gemma3": 62}
 def check_gguf_fields(path: Path, values: Mapping[str, Any], tensors: Iterable[str]) -> None:
     """Raise ModelError if a file's metadata, or the names of its tensors, ask for what would not be done."""
     architecture = str(values.get("general.architecture"))
-    if architecture not in MODULES:
+    if architecture not in MODULES or architecture not in GGUF_CONFIG_MAPPING:
         return  # refused as such
     read: Any = GGUF_CONFIG_MAPPING[architecture]
     wrong: list[str] = []

@@ -167,13 +167,15 @@ _EVERYWHERE: dict[str, Rule] = {
     "auto_map": _no_model_code,
 }
 _NO_PART = frozenset((
-    "architectures", "cache_implementation", "chunk_size_feed_forward", "dtype", "finetuning_task",
-    "gradient_checkpointing", "id2label", "ignore_keys_at_rope_validation", "initializer_range", "is_decoder",
-    "is_llama_config", "label2id", "max_sequence_length", "model_max_length", "model_type", "n_ctx", "num_labels",
-    "output_attentions", "output_hidden_states", "output_past", "prefix", "pretraining_tp", "problem_type",
+    "architectures", "cache_implementation", "chunk_size_feed_forward", "custom_pipelines", "dtype", "finetuning_task",
+    "gradient_checkpointing", "id2label", "ignore_keys_at_rope_validation", "init_std", "initializer_range",
+    "is_decoder", "is_llama_config", "label2id", "license", "max_sequence_length", "model_max_length", "model_name",
+    "model_type", "n_ctx", "n_special", "neftune_noise_alpha", "num_labels", "output_attentions",
+    "output_hidden_states", "output_past", "pad_vocab_size_multiple", "predict_special_tokens", "prefix",
+    "pretraining_tp", "problem_type",
     "quantization_config",  # what it says of weights is not for here
     "seq_length", "task_specific_params", "tf_legacy_loss", "torch_dtype", "torchscript", "transformers.js_config",
-    "use_bfloat16", "use_cache",
+    "use_bfloat16", "use_cache", "use_flash_attention_2",
 ))  # fmt: skip
 _DECODER = frozenset((
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -22,17 +22,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mtc.config import ModelConfig
 from mtc.devices import choose_dtype, is_gpu, send
 from mtc.language_model import attention, flex
 from mtc.language_model.architectures import model_info, modules_of, validate
-from mtc.language_model.check import check_finite, check_report, check_weights, read_model_config
+from mtc.language_model.check import check_finite, check_report, check_weights
 from mtc.language_model.honoured import check_fields
 from mtc.language_model.packing import PackedWindows, pack_windows
-from mtc.language_model.weights import loading, prepare_model, revision
+from mtc.language_model.weights import loading, model_config_of, prepare_model, revision
 
 logger = logging.getLogger(__name__)
 WARM_WITHOUT_KERNEL = 1024
@@ -62,14 +62,10 @@ class LanguageModel:
         self.device = torch.device(device)
         self.dtype = choose_dtype(config.dtype, self.device)
         self.full = full
-        if local := os.path.isdir(path):  # it may have changed since the job began, or be another one on this node
-            model_config = read_model_config(config, path)
-        else:
-            with loading(config):
-                model_config = AutoConfig.from_pretrained(path, **revision(config))
+        model_config = model_config_of(config)
         info = validate(config, model_info(model_config))
         check_fields(config.name, model_config)
-        if local:
+        if os.path.isdir(path):  # it may have changed since the job began, or be another one on this node
             check_weights(config, path, model_config)
         self.d_model = info.d_model
         text = model_config.get_text_config()
@@ -106,7 +102,7 @@ class LanguageModel:
         products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
         self._warm_for = 0
         """Largest number of tokens that `warm_up` was called for."""
-        self._context_length: int | None = getattr(text, "max_position_embeddings", None)
+        self._context_length = info.max_positions
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or info.d_model // heads
         self._flops_per_token = 2 * sum(products)

@@ -45,7 +45,7 @@ from mtc.language_model.honoured import check_fields
 from mtc.storage import absolute, cache_directory, is_hub_id, locked, missing, require_on_hub
 
 HUB_TIMEOUT_S = 3.0
-PREPARED_VERSION = 1  # part of the cache key: raise it when what the cache holds changes
+PREPARED_VERSION = 2  # part of the cache key: raise it when what the cache holds changes
 _RANDOM = {"gemma2": "gemma2", "gemma3": "gemma3_text", "llama": "llama", "gpt2": "gpt2", "gpt_neox": "gpt_neox"}
 
 
@@ -53,10 +53,11 @@ def check_model(config: ModelConfig, context_length: int = 0) -> ModelInfo:
     """Find the model and compare its files with each other and with the configuration, in seconds and without reading
     weights into memory.
 
-    Raises ModelError if it can't be had (hub unreachable, gated or unknown; wheel or file missing; digest differs) or
-    could not be used once it is loaded (check.py says what is looked at, of what is not in the hub's cache yet only
-    config.json, and honoured.py which configurations are obeyed), and ConfigError if the architecture is unknown, or
-    `model.layer` or `context_length`, a window's tokens, is out of its range.
+    Raises ModelError if it can't be had (gated or unknown; wheel or file missing; digest differs) or could not be used
+    once it is loaded: check.py says what is looked at, of what is not in the hub's cache yet only config.json, and
+    honoured.py which configurations are obeyed. Raises ModelUnreachableError if the hub does not answer, and
+    ConfigError if the architecture is unknown, or `model.layer` or `context_length`, a window's tokens, is out of its
+    range.
     """
     if config.name.startswith("random:"):
         return validate(config, model_info(_random_config(config)), context_length)
@@ -97,6 +98,20 @@ def prepare_model(config: ModelConfig) -> str:
         key = hashlib.sha256(f"{PREPARED_VERSION} {gguf_digest(config, parts)}".encode()).hexdigest()
         return _build_once(config, key, lambda directory: convert_gguf(config, parts, directory))
     return _directory(config) or config.name
+
+
+def model_config_of(config: ModelConfig) -> PretrainedConfig:
+    """The configuration of the model as it is loaded. Raises ModelError and ConfigError like `check_model`."""
+    path = prepare_model(config)
+    if os.path.isdir(path):
+        return read_model_config(config, path)
+    with loading(config):
+        return AutoConfig.from_pretrained(path, **revision(config))
+
+
+def describe_model(config: ModelConfig) -> ModelInfo:
+    """What is known of a model that was checked before. Raises ModelError and ConfigError like `check_model`."""
+    return model_info(model_config_of(config))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -177,6 +192,7 @@ def _download_config(config: ModelConfig) -> str:
 def _hub_error(config: ModelConfig, error: Exception) -> ModelError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     token = "an access token in HF_TOKEN (or `hf auth login`)"
+    kind: type[ModelError] = ModelError
     gated = isinstance(error, hub_errors.GatedRepoError)
     if gated or (status in (401, 403) and not isinstance(error, hub_errors.RepositoryNotFoundError)):
         reason = f"is gated: accept its licence at https://huggingface.co/{config.name} and set {token}"
@@ -189,11 +205,12 @@ def _hub_error(config: ModelConfig, error: Exception) -> ModelError:
     elif isinstance(error, hub_errors.RemoteEntryNotFoundError):
         reason = "has no config.json on the hub"
     else:
+        kind = ModelUnreachableError
         reason = (
             "can't be had: there is no such directory and the model hub can't be reached. Check the network; a gated "
             f"model also needs its licence accepted and {token}; without a hub use a local directory or a pip: model"
         )
-    return ModelError(f"model.name={config.name} {reason} ({type(error).__name__}: {str(error).strip()})")
+    return kind(f"model.name={config.name} {reason} ({type(error).__name__}: {str(error).strip()})")
 
 
 # What the cache holds -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Where a run lives: its directory on any file system, checkpoints, the writer's lease, its status."""
 
 from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, CheckpointWriter, NotVisibleError
-from mtc.storage.files import StorageError, absolute, filesystem, patiently, write_atomic
+from mtc.storage.files import LFS_POINTER, StorageError, absolute, filesystem, patiently, write_atomic
 from mtc.storage.lease import Lease
 from mtc.storage.ledger import Ledger, Progress, merge_progress, progress_from_parquet, progress_to_parquet, rows_left
 from mtc.storage.locks import LockError, locked
@@ -23,8 +23,8 @@ from mtc.storage.status import describe, run_status
 from mtc.storage.wheels import wheel_files
 
 __all__ = [
-    "JOB_COPY", "LISTING_SECONDS", "Checkpoint", "CheckpointWriter", "Checkpoints", "Lease", "Ledger", "LockError",
-    "Manifest", "NotVisibleError", "Progress", "RunDirectory", "RunError", "StorageError", "absolute",
+    "JOB_COPY", "LFS_POINTER", "LISTING_SECONDS", "Checkpoint", "CheckpointWriter", "Checkpoints", "Lease", "Ledger",
+    "LockError", "Manifest", "NotVisibleError", "Progress", "RunDirectory", "RunError", "StorageError", "absolute",
     "cache_directory", "check_writable", "describe", "filesystem", "is_hub_id", "json_lines", "load_analysis", "locked",
     "merge_progress", "missing", "named_run", "open_layer_run", "open_run", "output_path", "parse_analysis",
     "patiently", "prepare_environment", "progress_from_parquet", "progress_to_parquet", "require_on_hub",

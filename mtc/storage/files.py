@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 PATIENCE = 60.0
 """Seconds for which storage that fails is asked again, by default."""
 LONGEST_PAUSE = 15.0
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the few lines begin that git leaves in the place of a large file which it did not fetch."""
 
 
 class StorageError(MtcError):

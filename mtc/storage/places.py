@@ -48,7 +48,8 @@ def cache_directory() -> str:
     """
     if named := os.environ.get("MTC_CACHE"):
         return absolute(named)
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = base if os.path.isabs(base) else ""  # relative ones are to be ignored, says its specification
     if not base and home_directory() is None:
         raise StorageError(f"{_homeless()}: set MTC_CACHE to a directory that it may write, for caches")
     return os.path.join(base or absolute("~/.cache"), "mtc")

@@ -18,13 +18,16 @@ import numpy as np
 from mtc.config import DataConfig
 from mtc.storage import missing, require_on_hub
 from mtc.text.files import Document, file_documents, is_damage, no_column, too_long, unusable, value_document
-from mtc.text.sources import DataError, is_hub_dataset, source_files
+from mtc.text.sources import DataError, DataUnreachableError, is_hub_dataset, source_files
 
 HUB_TIMEOUT_S = 10.0
 
 
 def check_hub(data: DataConfig) -> None:
-    """Ask the hub for the data set with a short limit, because opening one without a network retries for minutes."""
+    """Ask the hub for the data set with a short limit, because opening one without a network retries for minutes.
+
+    Raises DataError if there is none, DataUnreachableError if the hub does not answer.
+    """
     require_on_hub("data.name", data.name)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -37,7 +40,7 @@ def check_hub(data: DataConfig) -> None:
             f"check the name, and HF_TOKEN if it is private or gated ({type(error).__name__})"
         ) from error
     except Exception as error:  # the HTTP client's errors differ between versions of the hub library
-        raise DataError(
+        raise DataUnreachableError(
             f"data.name={data.name!r} is no file or directory here, and the hub cannot be reached: "
             f"check the network and HF_TOKEN ({type(error).__name__}: {error})"
         ) from error

@@ -18,6 +18,7 @@ import fsspec
 import pyarrow.parquet as pq
 
 from mtc.config import DataConfig
+from mtc.storage import LFS_POINTER
 from mtc.text.json_array import array_elements
 from mtc.text.packed import DAMAGE, unpacked
 from mtc.text.sources import DataError, text_format
@@ -28,7 +29,7 @@ FIELDS_BYTES = 4 * 2**20
 """Bytes allowed to a line of JSON beside its text."""
 DETAIL_CHARS = 200
 """Most characters that are kept of a library's error message, which may quote the document."""
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+NO_FIELD = "no text field"
 
 
 class Document(NamedTuple):
@@ -44,7 +45,7 @@ class Document(NamedTuple):
     detail: str = ""
     """Why exactly the document cannot be used; empty if it can."""
     documents: int = 1
-    """How many documents this is: a damaged row group loses its rows."""
+    """How many documents this is: a damaged row group loses its rows, a file that describes others is none."""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.name}" + (f" ({self.detail})" if self.detail else "")
@@ -147,12 +148,14 @@ def _json(url: str, file: io.BufferedReader, data: DataConfig) -> Iterator[Docum
     limit = _json_limit(data)
     first = file.readline(limit + 1)
     begun = first.removeprefix(codecs.BOM_UTF8).strip()
-    if not begun.startswith(b"{") or begun.endswith(b"}"):
+    if not begun.startswith(b"{") or (begun.endswith(b"}") and file.peek()):
         yield from _json_lines(url, file, data, first)
         return
     content = first + file.read(limit + 1 - len(first))
     whole = content.removeprefix(codecs.BOM_UTF8)
-    yield too_long(url, data) if len(content) > limit else _json_document(url, whole, data)
+    document = too_long(url, data) if len(content) > limit else _json_document(url, whole, data)
+    # metadata.json, package.json, ...: not a text that is lost
+    yield document._replace(documents=0) if document.reason == NO_FIELD else document
 
 
 def _json_array(url: str, file: io.BufferedReader, data: DataConfig) -> Iterator[Document]:
@@ -181,7 +184,7 @@ def _row_document(name: str, row: Any, data: DataConfig) -> Document:
     if not isinstance(row, dict):
         return unusable(name, "broken JSON", f"{type(row).__name__}, not an object")
     if data.text_field not in row:
-        return unusable(name, "no text field", no_column(data, row))
+        return unusable(name, NO_FIELD, no_column(data, row))
     return value_document(name, row[data.text_field], data)
 
 

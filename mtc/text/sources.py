@@ -16,13 +16,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from mtc.config import DataConfig
 from mtc.errors import MtcError
-from mtc.storage import absolute, is_hub_id, missing, wheel_files
+from mtc.storage import absolute, filesystem, is_hub_id, missing, wheel_files
 
 KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 PACKINGS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
@@ -41,6 +40,13 @@ EXAMPLES = 5
 
 class DataError(MtcError):
     """The text or its token store cannot be used; the message names the fields or the files."""
+
+
+class DataUnreachableError(DataError):
+    """The hub does not answer; starting again may help."""
+
+    exit_code = 1
+    event = "failed"
 
 
 class SourceFile(NamedTuple):
@@ -79,7 +85,7 @@ def is_hub_dataset(data: DataConfig) -> bool:
 
 def text_format(name: str) -> tuple[str, str | None] | None:
     """How a file of this name is read: one of KINDS, and one of PACKINGS' compressions or None; None if it is not."""
-    stem, suffix = posixpath.splitext(posixpath.basename(name).lower())
+    stem, suffix = posixpath.splitext(posixpath.basename(_without_query(name)).lower())
     packing = PACKINGS.get(suffix)
     kind = posixpath.splitext(stem)[1] if packing else suffix
     return None if kind not in KINDS or (packing and kind == ".parquet") else (kind, packing)
@@ -96,7 +102,7 @@ def source_listing(data: DataConfig) -> Listing:
     if data.name.startswith("pip:"):
         return Listing(_wheel_files(data.name.removeprefix("pip:")), [])
     url = absolute(data.name)
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = filesystem(url)
     local = isinstance(fs, LocalFileSystem)
     found = _local(path) if local else _remote(fs, path)
     files: list[SourceFile] = []
@@ -206,6 +212,11 @@ def _remote(fs: Any, path: str) -> Iterator[_Entry]:
         changed = next((info[key] for key in ("mtime", "ETag", "etag", "LastModified", "updated") if key in info), "")
         reason = HIDDEN if hidden else "" if info["type"] == "file" else NO_FILE
         yield _Entry(name, name, f"{info['size']} {changed}", reason)
+
+
+def _without_query(name: str) -> str:
+    """A file's name; what a web server is asked for may go on behind it."""
+    return name.partition("?")[0] if name.startswith(("http://", "https://")) else name
 
 
 def _unread_name(name: str) -> str:

@@ -29,9 +29,9 @@ class ServedRun:
         self.config: RunConfig = self.run.config()
         self.tokeniser = Tokeniser(self.config.model)
         # PyTorch comes along, 2 s and 220 MB, which those that only deploy the service do without.
-        from mtc.language_model import input_limits
+        from mtc.language_model import describe_model
 
-        model = input_limits(self.config.model)
+        model = describe_model(self.config.model)
         self.max_positions = model.max_positions
         """Most tokens of a window that the language model has positions for; None if it does not say."""
         self.num_ids = min(self.tokeniser.vocab_size, model.num_ids)

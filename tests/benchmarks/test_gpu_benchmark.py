@@ -27,10 +27,7 @@ ON_A_GPU_MACHINE = {
     "torch", "numpy", "scipy", "pyarrow", "yaml", "fsspec", "filelock", "transformers", "tokenizers", "huggingface_hub",
     "safetensors",
 }  # fmt: skip
-BROUGHT_ALONG = {
-    "pydantic",
-    "tenacity",
-}  # the first with pydantic_core, annotated_types and typing_inspection; the docstring says so
+BROUGHT_ALONG = {"pydantic", "pydantic_core", "tenacity"}  # with what pydantic needs; the docstring says so
 
 
 def run(tmp_path: Path, command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:

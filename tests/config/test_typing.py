@@ -17,8 +17,9 @@ TINY = to_yaml(load_preset("tiny"))
 BASE = load_preset("tiny").model_dump()
 ZERO = {
     "analysis.coactivation_tokens", "analysis.loss_tokens", "analysis.min_activation", "analysis.num_random_features",
-    "analysis.samples_per_feature", "cluster.max_failures", "cluster.metrics_port", "data.max_skipped_share",
-    "data.seed", "data.shuffle_buffer_tokens", "model.layer", "optimizer.betas", "optimizer.decay_fraction",
+    "analysis.samples_per_feature", "cluster.max_failures", "cluster.metrics_port", "cluster.room_seconds",
+    "data.max_skipped_share", "data.seed", "data.shuffle_buffer_tokens", "model.layer", "optimizer.betas",
+    "optimizer.decay_fraction",
     "optimizer.final_lr_fraction", "optimizer.warmup_steps", "transcoder.aux_coefficient",
     "transcoder.prefix_weights", "transcoder.seed",
 }  # fmt: skip

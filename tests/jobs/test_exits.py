@@ -202,7 +202,7 @@ def test_a_finished_run_whose_model_is_gone(
     monkeypatch.setattr(cluster.pipeline, "connected", None)  # no cluster is started
     assert analyze.main(["--run", run.url]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: model.name={tmp_path / 'gone'} is neither a directory nor a hub id")
+    assert line.startswith(f"error: model.name={tmp_path / 'gone'} is neither a directory here nor a hub id: ")
 
 
 @pytest.mark.usefixtures("logs_as_before", "ray_cluster")

@@ -224,6 +224,8 @@ ORDINARY: dict[str, tuple[str, dict[str, Any]]] = {
         "n_ctx": 1024, "resid_pdrop": 0.1, "summary_type": "cls_index", "output_past": True,
         "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
     }),
+    "gpt2-xl": ("gpt2", {"n_special": 0, "predict_special_tokens": True}),
+    "dolly": ("gpt_neox", {"custom_pipelines": {"text-generation": {"impl": "x"}}, "rotary_pct": 0.25}),
     "alias-gpt2-small": ("gpt2", {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}),
     "pythia": ("gpt_neox", {
         "rotary_emb_base": 10000, "rotary_pct": 0.25, "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0,

@@ -29,7 +29,7 @@ from transformers import (
 
 from mtc.config import ConfigError, ModelConfig
 from mtc.errors import MtcError
-from mtc.language_model import LanguageModel, ModelError, check_model, load_tokenizer
+from mtc.language_model import LanguageModel, ModelError, check_model, describe_model, load_tokenizer, pack_windows
 from mtc.language_model.weights import loading
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 134664\n"
@@ -99,7 +99,7 @@ def refused(directory: Path, error: type[MtcError] = ModelError, **more: Any) ->
 def test_what_transformers_saves_passes(saved: Callable[..., Path], architecture: str, shards: bool) -> None:
     directory = saved(architecture, shards=shards)
     assert len(list(directory.glob("*.safetensors"))) > 1 or not shards
-    assert check_model(ModelConfig(name=str(directory), layer=1)) == (architecture, 3, 32, 64)
+    assert check_model(ModelConfig(name=str(directory), layer=1)) == (architecture, 3, 32, 64, 300)
     LanguageModel(ModelConfig(name=str(directory), layer=1))
 
 
@@ -323,7 +323,7 @@ def test_gguf_files(tmp_path: Path) -> None:
         return str(caught.value)
 
     write_gguf(file)
-    assert check_model(config) == ("llama", 2, 32, 64)
+    assert check_model(config) == ("llama", 2, 32, 64, 3)
     with pytest.raises(ConfigError, match=r"data\.context_length=65 is too long: .* 64 positions"):
         check_model(config, context_length=65)
     assert "its tokenizer has 4 tokens, the embedding 3 rows" in refused(tokens=4)
@@ -385,3 +385,47 @@ def test_only_what_may_pass_is_tried_again(error: OSError, permanent: bool) -> N
     with pytest.raises(ModelError) as caught, loading(ModelConfig(name="m", layer=0)):
         raise error
     assert caught.value.permanent == permanent
+
+
+def test_a_gguf_file_is_read_to_the_end(tmp_path: Path) -> None:
+    """From the file to activations: what is converted passes the checks of every model that is loaded."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<bos>"]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000)
+    writer.add_context_length(64)
+    writer.add_vocab_size(len(letters))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(letters)
+    writer.add_token_types([1] * 257 + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(257)
+    shapes = {"token_embd": (len(letters), 32), "output": (len(letters), 32), "output_norm": (32,)}
+    for layer in ("blk.0", "blk.1"):
+        shapes |= {f"{layer}.attn_{part}": (32, 32) for part in ("q", "k", "v", "output")}
+        shapes |= {f"{layer}.ffn_gate": (64, 32), f"{layer}.ffn_up": (64, 32), f"{layer}.ffn_down": (32, 64)}
+        shapes |= {f"{layer}.attn_norm": (32,), f"{layer}.ffn_norm": (32,)}
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(0, 0.3, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    config = ModelConfig(name=str(tmp_path), gguf_file="m.gguf", layer=1, dtype="float32")
+    info = check_model(config)
+    assert info == describe_model(config) == ("llama", 2, 32, 64, 258)
+    window = load_tokenizer(config)("bac")["input_ids"]
+    found = LanguageModel(config, full=True).logits(pack_windows([window], ()))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.copy_(weight.bfloat16())  # as it is kept
+        wanted = theirs(torch.tensor([window])).logits[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)

@@ -38,7 +38,7 @@ def _rank(rank, function, directory):
 
 
 def agree(directory, rank):
-    ray.get = lambda answer: answer
+    ray.get = lambda answer, timeout: answer
     log = SimpleNamespace(choose=SimpleNamespace(remote=lambda name: None))
     starts = [_agree_on_start(Checkpoints(f"{directory}/{run}"), rank, log) for run in ("new", "begun")]
     return [(start.checkpoint and start.checkpoint.name, start.number) for start in starts]
