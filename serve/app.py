@@ -25,7 +25,7 @@ from mtc.config import describe_faults
 from mtc.errors import MtcError
 from mtc.joining import joining
 from serve.contract import Settings
-from serve.deployments import Control, DeployError, Server, listen, roll_out
+from serve.deployments import Control, DeployError, Server, check_room, listen, roll_out
 from serve.http import check_binding, read_keys
 from serve.service import Catalogue
 
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return error.exit_code if isinstance(error, MtcError) else 2
     try:
+        check_room(settings)
         listen(options.host, options.port)
         key = roll_out(application, settings, _say)
     except DeployError as error:

@@ -19,8 +19,8 @@ async def load(
     broken: Callable[[str], Any] | None = None, lengths: Sequence[int] = (0,), until: asyncio.Event | None = None,
 ) -> None:  # fmt: skip
     """`requests` of one text each, some at a time, none after `until`; `answered` gets each one's number and response,
-    `broken` what was wrong with a connection that ended without one. Bodies are filled up with spaces to so many bytes,
-    in turn."""
+    whose request has the time (monotonic) under `extensions["sent"]`, `broken` what was wrong with a connection that
+    ended without one. Bodies are filled up with spaces to so many bytes, in turn."""
     numbers = iter(range(requests))
 
     async with httpx.AsyncClient(base_url=url, timeout=60, headers={"Content-Type": "application/json"}) as client:
@@ -33,7 +33,7 @@ async def load(
                     lengths[(number + number // len(TEXTS)) % len(lengths)]
                 )
                 try:
-                    response = await client.post("/encode", content=body)
+                    response = await client.post("/encode", content=body, extensions={"sent": time.monotonic()})
                 except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
                     if broken is None:
                         raise

@@ -40,16 +40,20 @@ ENVIRONMENT = {
     # Serve copies the name of the algorithm into HAProxy's defaults: lines that follow it are read there, too.
     "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "\n    ".join(["leastconn", "unique-id-format %[uuid()]", *_PROXY_ERRORS]),
     # A client's X-Request-ID is a plain word before Serve sends it back.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.request_ids:serve_middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mtc.request_ids:serve_middlewares",
     # Routes run in the event loop that reads the requests, not in that of a second thread.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Request logs reach the disk by the hundred.
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
-"""For every node of a Ray cluster that serves, before Ray starts there. Without it the service works, but slower."""
+"""For every node of a Ray cluster that serves, before Ray starts there. Without it the service works, but slower.
 
-_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?")
+It holds for all Serve applications of the cluster: each one's environment needs this package (`mtc.request_ids`), and
+what HAProxy answers in their place has this service's shape.
+"""
+
+_ORIGIN = re.compile(r"(?!http:.*:80$|https:.*:443$)https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[1-9]\d{0,4})?")
 """As browsers send it: scheme, host in lower case, a port that is not the usual one, no path."""
 _PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",

@@ -1,8 +1,11 @@
 """The deployment that decides which runs answer, and adds up what the replicas count. There is one replica of it.
 
 Requests do not pass it: while it restarts, the service answers as before. What it knows is told to it again by the
-replicas, each second. Replicas of another deployment, which another `serve` has replaced, tell it nothing but their
-counts, and are told nothing.
+replicas, each second.
+
+Serve replaces it at once when another deployment begins, while the replicas of before go on until those of the new one
+answer, for good if they never do. These tell it nothing but their counts, and are told nothing: what they have decided
+holds, and whoever wants it changed through them is answered that another deployment is taking over.
 """
 
 from __future__ import annotations
@@ -42,7 +45,10 @@ ASK_TIMEOUT_S = 2.0
 
 @ray_serve.deployment(max_ongoing_requests=1024, health_check_timeout_s=60)
 class Control:
-    """What a client is to be told is returned as a ServiceError, not raised."""
+    """What a client is to be told is returned as a ServiceError, not raised.
+
+    `deployment` of a call is the one of the replica that asks, see `serve.app.build`.
+    """
 
     async def __init__(self, settings: Settings, deployment: str):  # type: ignore[misc]
         self._settings = settings
@@ -70,8 +76,10 @@ class Control:
         self._take_over(state)
         return self._state
 
-    async def want(self, run_id: str) -> RunKey | ServiceError:
+    async def want(self, deployment: str, run_id: str) -> RunKey | ServiceError:
         """See `serve.service.Control.want`."""
+        if deployment != self._state.deployment:
+            return _taking_over()
         entry = await self._find(run_id)
         if isinstance(entry, ServiceError):
             return entry
@@ -87,8 +95,10 @@ class Control:
         message = f"run {run_id} is being loaded"
         return ServiceError(503, "loading", message, {"model": run_id}, {"Retry-After": "1"})
 
-    async def load(self, run_id: str) -> LoadResponse | ServiceError:
+    async def load(self, deployment: str, run_id: str) -> LoadResponse | ServiceError:
         """See `serve.service.Control.load`; a run that failed before is tried again."""
+        if deployment != self._state.deployment:
+            return _taking_over()
         entry = await self._find(run_id, latest=True)
         if isinstance(entry, ServiceError):
             return entry
@@ -101,8 +111,10 @@ class Control:
         identity = await asyncio.to_thread(identity_of, run, entry.config, entry.key.sha256)
         return LoadResponse(model=identity, previous=previous, seconds=time.monotonic() - start)
 
-    async def runs(self) -> list[RunSummary]:
+    async def runs(self, deployment: str) -> list[RunSummary] | ServiceError:
         """All runs beside the one that the service was started with."""
+        if deployment != self._state.deployment:
+            return _taking_over()
         return [self._summary(entry) for entry in await asyncio.to_thread(self._catalogue.entries)]
 
     async def metrics(self) -> bytes:
@@ -145,7 +157,7 @@ class Control:
             kept, evicted = self._keep(chosen, key)
             await self._change(self._state._replace(version=self._state.version + 1, current=chosen, loaded=kept))
             for old in evicted:
-                await self._broadcast("unload", old)
+                await self._broadcast("unload", self._state.deployment, old)
             logger.info("run %s is %s", key.run_id, "current" if current else "loaded")
         return None
 
@@ -154,13 +166,13 @@ class Control:
             await asyncio.to_thread(RunDirectory(key.url, key.run_id).verify)
         except (RunError, OSError, ValueError) as error:
             return str(error)
-        answers = await self._broadcast("load", key, timeout_s=LOAD_TIMEOUT_S)
+        answers = await self._broadcast("load", self._state.deployment, key, timeout_s=LOAD_TIMEOUT_S)
         # A replica that died meanwhile is replaced by one that loads what is needed.
         problems = [str(each) for each in answers if each is not None and not isinstance(each, RayActorError)]
         if not problems and not answers:
             problems = ["no replica is there"]
         if problems:
-            await self._broadcast("unload", key)
+            await self._broadcast("unload", self._state.deployment, key)
         return problems[0] if problems else None
 
     def _keep(self, *needed: RunKey) -> tuple[tuple[RunKey, ...], list[RunKey]]:
@@ -177,7 +189,8 @@ class Control:
         await self._broadcast("use", state)
 
     async def _broadcast(self, method: str, *arguments: Any, timeout_s: float = BROADCAST_TIMEOUT_S) -> list[Any]:
-        """Call a method of all replicas of `serve.deployments.Server`; their answers or errors."""
+        """Call a method of all replicas of `serve.deployments.Server`, also those of the deployment before; their
+        answers or errors."""
         app_name = ray_serve.get_replica_context().app_name
         handle: DeploymentHandle = ray_serve.get_deployment_handle("Server", app_name)
         response = handle.broadcast(method, *arguments)
@@ -217,3 +230,11 @@ class Control:
         labels = (("run_id", key.run_id), ("sha256", key.sha256))
         about = CATALOGUE["mtc_model_info"]
         return Family(about.name, about.kind, about.documentation, ((about.name, labels, 1.0),))
+
+
+def _taking_over() -> ServiceError:
+    message = (
+        "another deployment of the service is taking over: until it answers, this one answers by the runs that it has "
+        "in memory, and no others"
+    )
+    return ServiceError(503, "unavailable", message, headers={"Retry-After": "5"})

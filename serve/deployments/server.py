@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TypeVar
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 import ray
 from fastapi import FastAPI
 from ray import serve as ray_serve
+from ray.exceptions import RayActorError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.contract import (
@@ -24,30 +27,39 @@ from serve.contract import (
     State,
     take_snapshot,
 )
+from serve.deployments.control import LOAD_TIMEOUT_S
 from serve.http import check_binding, create_app, use_http_protocol
 from serve.service import Models, Service
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 
+CONTROL_TIMEOUT_S = 15.0
+"""In which Control answers a client's question, beside those that load a run; its own of all replicas takes 10 s."""
+START_TIMEOUT_S = 120.0
+"""In which a replica that starts must have learned from Control which runs answer, and from Serve who can connect."""
+
 
 class RemoteControl:
-    """`serve.service.Control` by the deployment of that name."""
+    """`serve.service.Control` by the deployment of that name, for a replica of `deployment`.
 
-    def __init__(self, control: DeploymentHandle):
-        self._control = control
+    All raise ServiceError 503, too, where it does not answer: it is starting, or lost.
+    """
+
+    def __init__(self, control: DeploymentHandle, deployment: str):
+        self._control, self._deployment = control, deployment
 
     async def want(self, run_id: str) -> RunKey:
-        return _value(await self._control.want.remote(run_id))
+        return await _answer(self._control.want.remote(self._deployment, run_id), CONTROL_TIMEOUT_S)
 
     async def runs(self) -> list[RunSummary]:
-        return await self._control.runs.remote()
+        return await _answer(self._control.runs.remote(self._deployment), CONTROL_TIMEOUT_S)
 
     async def load(self, run_id: str) -> LoadResponse:
-        return _value(await self._control.load.remote(run_id))
+        return await _answer(self._control.load.remote(self._deployment, run_id), LOAD_TIMEOUT_S)
 
     async def metrics(self) -> bytes:
-        return await self._control.metrics.remote()
+        return await _answer(self._control.metrics.remote(), CONTROL_TIMEOUT_S)
 
 
 # Larger than this service's own limits, so that it refuses first, with its error shape, and the probes are answered.
@@ -57,37 +69,41 @@ class Server:
     """A replica. It is ready when the runs that answer are loaded."""
 
     async def __init__(self, settings: Settings, control: DeploymentHandle, deployment: str):  # type: ignore[misc]
-        await _check_binding(settings)
+        await _in_time(_check_binding(settings))
         _use_threads(settings)
         self._metrics = ReplicaMetrics()
         # Serve starts uvicorn once this has returned, and does not let its protocol be chosen.
         use_http_protocol(self._metrics)
-        self._control = control
+        self._control, self._deployment = control, deployment
         self._models = Models(settings, self._metrics)
-        state, loaded = await _decided(control, deployment), None
-        self._service = Service(settings, self._models, RemoteControl(control), state, self._metrics)
+        state, loaded = await _in_time(_decided(control, deployment)), None
+        remote = RemoteControl(control, deployment)
+        self._service = Service(settings, self._models, remote, state, self._metrics)
         self.replica_id = ray_serve.get_replica_context().replica_id.unique_id
         while state.loaded != loaded:  # a replica that can't answer must not become healthy
             for key in state.loaded:
                 await self._open(key)
-            loaded, state = state.loaded, await _decided(control, deployment)  # it may have changed meanwhile
+            loaded, state = state.loaded, await _in_time(_decided(control, deployment))  # it may have changed meanwhile
             self._service.use(state)
         self._reporter = asyncio.create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service, name_requests=False)  # Serve does
 
-    async def load(self, key: RunKey) -> str | None:
-        """Have a run ready; what is wrong with it, or None."""
+    async def load(self, deployment: str, key: RunKey) -> str | None:
+        """Have a run ready, if this is a replica of that deployment; what is wrong with it, or None."""
+        if deployment != self._deployment:
+            return None
         try:
             await self._open(key)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None
 
-    async def unload(self, key: RunKey) -> None:
-        """Let go of a run's models."""
-        self._models.unload(key)
+    async def unload(self, deployment: str, key: RunKey) -> None:
+        """Let go of a run's models, if this is a replica of that deployment."""
+        if deployment == self._deployment:
+            self._models.unload(key)
 
     async def state(self) -> State:
         """Which runs answer here."""
@@ -112,9 +128,19 @@ class Server:
             used = self._service.take_used()
             try:
                 _, totals = await self.totals()
-                self._service.use(await self._control.report.remote(self.replica_id, totals, self._service.state, used))
+                told = self._control.report.remote(self.replica_id, totals, self._service.state, used)
+                self._service.use(await _answer(told, CONTROL_TIMEOUT_S))
             except Exception as error:
-                logger.warning("no word from the control: %s", type(error).__name__)
+                logger.warning("no word from the control: %s: %s", type(error).__name__, error)
+
+
+async def _in_time(answer: Awaitable[T]) -> T:
+    """What a replica must know to start."""
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            return await answer
+    except TimeoutError:
+        raise TimeoutError(f"no answer from Control or from Serve within {START_TIMEOUT_S:g} s") from None
 
 
 async def _decided(control: DeploymentHandle, deployment: str) -> State:
@@ -143,7 +169,14 @@ def _use_threads(settings: Settings) -> None:
         torch.set_num_threads(settings.num_threads or max(1, cores // settings.num_replicas))
 
 
-def _value(answer: T | ServiceError) -> T:
+async def _answer(asked: Awaitable[Any], timeout_s: float) -> Any:
+    """What Control answers. Raises ServiceError: what it returns as one, and 503 if it does not answer."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            answer = await asked
+    except (TimeoutError, RayActorError, DeploymentUnavailableError) as error:
+        message = f"what decides about runs does not answer now ({type(error).__name__}); runs in memory still do"
+        raise ServiceError(503, "unavailable", message, headers={"Retry-After": "5"}) from error
     if isinstance(answer, ServiceError):
         raise answer
     return answer

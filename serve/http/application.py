@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from serve.http.access import Access, check_routes
 from serve.http.errors import install_error_handlers
 from serve.http.keys import Keys
-from serve.http.middleware import Admission, Cors, Head, Headers
+from serve.http.middleware import Admission, Cors, Failures, Head, Headers
 from serve.http.observe import Observe
 from serve.http.openapi import document
 from serve.http.routes import encode, features, operations, pages, report
@@ -41,6 +41,7 @@ def create_app(service: Service, name_requests: bool = True) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(Admission, limit=settings.max_concurrent_requests)
     app.add_middleware(Access, keys=app.state.keys)
+    app.add_middleware(Failures)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
     app.add_middleware(Headers, name_requests=name_requests)

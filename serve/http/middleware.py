@@ -10,9 +10,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mtc.request_ids import request_id_for
 from serve.contract import ServiceError
 from serve.http.errors import send_error, unexpected
-from serve.request_ids import request_id_for
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -47,7 +47,7 @@ class Head:
 
 
 class Headers:
-    """Gives each request an id, and each answer its headers; answers what nobody expected with 500.
+    """Gives each request an id, and each answer its headers.
 
     Ray Serve adds the id's header itself: then `name_requests` is false, or each answer would have two.
     """
@@ -59,12 +59,9 @@ class Headers:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id = scope.setdefault("state", {})["request_id"] = request_id_for(scope["headers"])
-        started = False
 
         async def with_headers(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
@@ -72,13 +69,32 @@ class Headers:
                     headers["X-Request-ID"] = request_id
             await send(message)
 
+        await self.app(scope, receive, with_headers)
+
+
+class Failures:
+    """Answers what nobody expected with 500. It lies within `Headers` and `Cors`, so that pages can read that, too."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
         try:
-            await self.app(scope, receive, with_headers)
+            await self.app(scope, receive, watched)
         except Exception as error:
-            answer = unexpected(error, request_id)
+            answer = unexpected(error, scope["state"]["request_id"])
             if started:
                 raise  # the connection breaks, so that nobody takes a part for the whole
-            await send_error(scope, receive, with_headers, answer)
+            await send_error(scope, receive, send, answer)
 
 
 class Cors(CORSMiddleware):

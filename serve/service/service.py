@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Protocol, TypeVar
@@ -31,6 +32,7 @@ from serve.service.models import Models
 from serve.service.served_run import ServedRun
 
 T = TypeVar("T")
+logger = logging.getLogger("ray.serve")
 
 DEFAULT_TOP_K = 16
 READY_TIMEOUT_S = 5.0
@@ -115,9 +117,15 @@ class Service:
         return used
 
     async def listed_runs(self) -> list[RunSummary]:
-        """All finished runs, newest first, as they were within the last LISTED_FOR_S."""
+        """All finished runs, newest first, as they were within the last LISTED_FOR_S; as they were last while nobody
+        knows: a page shows what is in memory without."""
         if self._listed is None or time.monotonic() > self._listed[0] + LISTED_FOR_S:
-            self._listed = time.monotonic(), await self.control.runs()
+            try:
+                found = await self.control.runs()
+            except ServiceError as error:
+                logger.warning("pages show the runs of before: %s", error)
+                found = self._listed[1] if self._listed else []
+            self._listed = time.monotonic(), found
         return self._listed[1]
 
     async def tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:

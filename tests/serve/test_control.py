@@ -4,10 +4,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 from serve_local import key_of, make_run
 
-from serve.contract import Settings, State
-from serve.deployments import Control
+from serve.contract import ServiceError, Settings, State
+from serve.deployments import Control, server
 
 
 class Told:
@@ -49,6 +50,44 @@ def test_a_restart_is_told_from_another_deployment(tmp_path: Path) -> None:
         # A replica of the deployment before reports until it has stopped.
         assert await control.report("old", (), swapped._replace(deployment="before"), ()) == fresh
         assert await control.report("new", (), swapped, ()) == swapped
+        # Nor is anything decided for its clients, who would be told of what its replicas do not have.
+        for refused in (
+            await control.want("before", "c"),
+            await control.load("before", "c"),
+            await control.runs("before"),
+        ):
+            assert (refused.status, refused.error_type) == (503, "unavailable")
+            assert refused.headers == {"Retry-After": "5"}
+        assert await control.state() == swapped
+        assert await control.want("this", "c") == c
+
+    asyncio.run(scenario())
+
+
+def test_a_control_that_does_not_answer_is_waited_for_no_longer_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        """A handle of a deployment that does not start."""
+
+        def __getattr__(self, method: str) -> Any:
+            return self
+
+        def remote(self, *arguments: Any) -> Any:
+            return asyncio.Event().wait()
+
+    for name in ("CONTROL_TIMEOUT_S", "LOAD_TIMEOUT_S", "START_TIMEOUT_S"):
+        monkeypatch.setattr(server, name, 0.01)
+    silent: Any = Silent()
+    control = server.RemoteControl(silent, "this")
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            for asked in (control.want("c"), control.load("c"), control.runs(), control.metrics()):
+                with pytest.raises(ServiceError, match="does not answer now") as refused:
+                    await asked
+                assert (refused.value.status, refused.value.error_type) == (503, "unavailable")
+                assert refused.value.headers == {"Retry-After": "5"}
+            with pytest.raises(TimeoutError, match="no answer from Control"):
+                await server._in_time(server._decided(silent, "this"))
 
     asyncio.run(scenario())
 

@@ -5,6 +5,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,40 +68,87 @@ def test_another_deployment_takes_over_and_a_crash_changes_nothing(port: int, tm
         assert answers_of(client)[0] == "c", "what was loaded by name holds after a crash"
         wait_until(lambda: client.get("/runs").status_code == 200)
 
-        answers: list[tuple[int, dict[str, Any]]] = []
+        answers: list[tuple[int, float, dict[str, Any]]] = []
 
         def answered(number: int, response: httpx.Response) -> None:
             assert response.status_code == 200, response.text
-            answers.append((number, response.json()))
+            answers.append((number, response.request.extensions["sent"], response.json()))
 
         async def redeploy() -> None:
             until = asyncio.Event()
             work = asyncio.create_task(load(url, 10**9, 2, answered, until=until))
             try:
                 assert await asyncio.to_thread(deploy, port, tmp_path / "b", max_inputs=len(TEXTS)) == "b"
-                done = len(answers)
+                done, replaced = len(answers), time.monotonic()
                 while len(answers) < done + 50:  # connections that are as old as the deployment before
                     await asyncio.sleep(0.01)
                     assert not work.done()
             finally:
                 until.set()
                 await work
-            late = [body["model"]["run_id"] for _, body in answers[done + 2 :]]  # 2 were on their way
+            late = [body["model"]["run_id"] for _, sent, body in answers if sent > replaced]
             assert set(late) == {"b"}
 
         asyncio.run(redeploy())
         expected |= [answers_of(client)]
         assert client.get("/info").json()["limits"]["max_inputs"] == len(TEXTS)
         assert client.post("/encode", json={"inputs": [*TEXTS, "a"]}).status_code == 413
-        for number, body in answers:
+        for number, _, body in answers:
             wanted = expected[body["model"]["run_id"]][number % len(TEXTS)]
             for found, token in zip(features_of(body["results"][0]), wanted, strict=True):
                 assert found == pytest.approx(token, rel=1e-4, abs=1e-5)
-        assert {body["model"]["run_id"] for _, body in answers} == {"b", "c"}
+        assert {body["model"]["run_id"] for *_, body in answers} == {"b", "c"}
 
         client.post("/admin/load", json={"model": "c"}).raise_for_status()
         assert deploy(port, tmp_path / "b", max_inputs=len(TEXTS)) == "b", "the same settings again"
         assert answers_of(client)[0] == "b"
+
+
+def test_a_deployment_that_fails_changes_nothing(port: int, tmp_path: Path) -> None:
+    from serve.deployments import DeployError
+
+    old = make_run(tmp_path / "a", 3)
+    for name in ("b", "c"):
+        make_run(tmp_path / "new" / name, 5)
+    weights = tmp_path / "new" / "b" / "transcoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert deploy(port, tmp_path / "a") == "a"
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        expected = answers_of(client)
+        with pytest.raises(DeployError, match=r"RunError: .*transcoder\.safetensors") as failed:
+            deploy(port, tmp_path / "new" / "b")
+        assert failed.value.exit_code == 2 and "\n" not in str(failed.value)
+        assert answers_of(client) == expected
+        assert client.get("/ui").status_code == 200
+        for refused in (
+            client.post("/admin/load", json={"model": "c"}),
+            client.post("/encode", json={"inputs": "a", "model": "c"}),
+            client.get("/runs"),
+        ):
+            assert (refused.status_code, refused.json()["error_type"]) == (503, "unavailable")
+            assert "another deployment" in refused.json()["error"] and refused.headers["Retry-After"]
+        assert deploy(port, tmp_path / "a") == old.run_id
+        assert [run["run_id"] for run in client.get("/runs").json()["runs"]] == ["a"]
+
+
+def test_what_no_node_could_hold_is_refused_at_once(
+    port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from serve.deployments import DeployError, check_room
+    from serve.deployments.rollout import _lacking
+
+    run = str(make_run(tmp_path / "a").url)
+    for settings, wanted in (
+        ({"num_gpus": 1}, "num_replicas=1 of 0.6 CPU and 1 GPU"),
+        ({"num_cpus": 64}, "num_replicas=1 of 64 CPU"),
+        ({"num_cpus": 1.5, "num_replicas": 2}, "num_replicas=2 of 1.5 CPU"),
+    ):
+        with pytest.raises(DeployError, match=f"no room for {wanted}, even if all of it was free") as error:
+            check_room(Settings.model_validate({"run": run} | settings))
+        assert error.value.exit_code == 2
+    check_room(Settings(run=run, num_cpus=0.5, num_replicas=4))
+    assert not _lacking(Settings(run=run, num_cpus=0.2), 1)
+    assert _lacking(Settings(run=run, num_cpus=0.2), 99).startswith("99 x (0.2 CPU) are wanted, there is room for ")
 
 
 def test_an_address_that_can_not_be_changed_is_refused(port: int) -> None:

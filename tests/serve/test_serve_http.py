@@ -161,13 +161,37 @@ def test_listed_origins_may_ask_with_a_key(run: RunDirectory, tmp_path: Path) ->
         assert "access-control-allow-origin" not in other.headers
 
 
+def test_a_listed_page_can_read_that_the_service_failed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: Any) -> None:
+        raise RuntimeError("nobody expected it")
+
+    monkeypatch.setattr(Models, "encode_windows", fail)
+    with served(run, cors_origins=[ORIGIN]) as url, talk(url) as client:
+        answer = client.post("/encode", json=BODY, headers={"Origin": ORIGIN, "X-Request-ID": "mine"})
+        refused = client.options("/encode", headers=preflight("https://evil.example") | {"X-Request-ID": "mine"})
+    assert (answer.status_code, answer.json()["error_type"]) == (500, "internal")
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    for each in (answer, refused):
+        assert each.headers["x-request-id"] == each.json()["request_id"] == "mine"
+        assert each.headers["x-content-type-options"] == "nosniff"
+
+
 def test_no_other_origin_by_default(client: httpx.Client) -> None:
     assert client.options("/encode", headers=preflight(ORIGIN)).status_code == 405
     answer = client.get("/info", headers={"Origin": ORIGIN})
     assert answer.status_code == 200
     assert not [name for name in answer.headers if name.startswith("access-control")]
-    for wrong in ("*", "https://a.example/", "a.example", "https://A.example", "null", "https://*.a.example"):
+    never_sent = ("https://a.example:443", "http://a.example:80", "http://[::1]:80", "http://a.example:081")
+    for wrong in (
+        "*",
+        "https://a.example/",
+        "a.example",
+        "https://A.example",
+        "null",
+        "https://*.a.example",
+        *never_sent,
+    ):
         with pytest.raises(ValidationError, match="cors_origins has"):
             Settings(run="one", cors_origins=(wrong,))
-    typed = Settings.model_validate({"run": "one", "cors_origins": "https://a.example, http://b.example:81"})
-    assert typed.cors_origins == ("https://a.example", "http://b.example:81")
+    typed = Settings.model_validate({"run": "one", "cors_origins": "https://a.example:80, http://b.example:8080"})
+    assert typed.cors_origins == ("https://a.example:80", "http://b.example:8080")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.routing import APIRoute
+from prometheus_client.parser import text_string_to_metric_families
 from serve_local import LocalControl, make_analysed_run, make_run, make_service
 from starlette.routing import compile_path
 
@@ -94,6 +95,9 @@ def test_sixteen_clients_get_what_one_gets(server: tuple[subprocess.Popen[str], 
             response = await client.post(path, json={"inputs": TEXT, "truncate": True})
         else:
             response = await client.get(path)
+        if path == "/metrics":  # counts what the other clients do
+            assert list(text_string_to_metric_families(response.text))
+            return path, response.status_code, b""
         return path, response.status_code, response.content
 
     async def work(client: httpx.AsyncClient, first: int) -> list[tuple[str, int, bytes]]:
@@ -134,7 +138,10 @@ def test_models_that_are_loaded_at_once_are_loaded_one_by_one(tmp_path: Path) ->
         encoders = list(threads.map(load, runs))
     assert (torch.get_default_dtype(), torch.nn.init.normal_) == before
     assert encoders[0]._model is encoders[3]._model, "runs of the same layer share the language model"
-    windows, options = [np.arange(3, 40, dtype=np.int32)] * 2, [Options(fvu=True), Options(prefix=16, fvu=True)]
+    windows, options = (
+        [np.arange(3, 40, dtype=np.int32)] * 2,
+        [Options(relative_error=True), Options(prefix=16, relative_error=True)],
+    )
     for encoder in encoders[:3]:  # answers while another one is loaded are the same
         wanted = encoder.encode_batch(windows, options)
         try:
@@ -143,5 +150,5 @@ def test_models_that_are_loaded_at_once_are_loaded_one_by_one(tmp_path: Path) ->
         finally:
             torch.set_default_dtype(before[0])
         for one, other in zip(found, wanted, strict=True):
-            for name in ("indptr", "indices", "values", "fvu"):
+            for name in ("indptr", "indices", "values", "relative_error"):
                 np.testing.assert_array_equal(getattr(one, name), getattr(other, name))

@@ -39,7 +39,7 @@ async def metrics(service: TheService) -> Response:
     return Response(await service.control.metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/runs", response_model=RunsResponse, responses=errors())
+@router.get("/runs", response_model=RunsResponse, responses=errors(503))
 async def runs(service: TheService) -> RunsResponse:
     """The finished runs that can be asked for as `model`."""
     return RunsResponse(runs=await service.control.runs())
@@ -49,7 +49,7 @@ async def runs(service: TheService) -> RunsResponse:
     "/admin/load",
     response_model=LoadResponse,
     openapi_extra=json_body(LoadRequest),
-    responses=errors(400, 404, 408, 409, 413, 415, 422),
+    responses=errors(400, 404, 408, 409, 413, 415, 422, 503),
 )
 async def load(request: Request, service: TheService) -> LoadResponse:
     """Let another run answer: it is verified, loaded and warmed up, then takes over between two requests."""

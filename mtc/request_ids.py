@@ -1,7 +1,8 @@
 """Ids of requests, and the middleware that Ray Serve puts before its own, so that a request has one id everywhere.
 
 Serve sends a client's `X-Request-ID` back as it came, whatever it holds. Ray's processes import this module by name
-(`serve.contract.ENVIRONMENT`), so that it needs nothing but starlette.
+(`serve.contract.ENVIRONMENT`), also those of other applications of the cluster, in whose working directory may be a
+`serve` of their own: so it needs nothing but starlette, and is not in that package.
 """
 
 from __future__ import annotations
