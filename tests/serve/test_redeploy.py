@@ -111,7 +111,7 @@ def test_a_deployment_that_fails_changes_nothing(port: int, tmp_path: Path) -> N
     for name in ("b", "c"):
         make_run(tmp_path / "new" / name, 5)
     weights = tmp_path / "new" / "b" / "transcoder.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     assert deploy(port, tmp_path / "a") == "a"
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         expected = answers_of(client)
