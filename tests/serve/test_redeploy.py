@@ -15,6 +15,7 @@ import pytest
 from serve_deployed import TEXTS, load, replicas, wait_until
 from serve_local import make_run
 
+from mtc.storage import RunDirectory
 from serve.contract import Settings
 
 SETTINGS: dict[str, Any] = {"num_cpus": 0.2, "num_threads": 1, "watch_seconds": 60}
@@ -49,6 +50,28 @@ def features_of(result: dict[str, Any]) -> list[dict[int, float]]:
 def answers_of(client: httpx.Client) -> tuple[str, list[Any]]:
     body = client.post("/encode", json={"inputs": TEXTS, "top_k": 64}).raise_for_status().json()
     return body["model"]["run_id"], [features_of(result) for result in body["results"]]
+
+
+def check_a_failed_deployment(port: int, run: RunDirectory, client: httpx.Client) -> None:
+    """What answers before one of a run that is damaged answers after it; nothing else is decided for its clients."""
+    from serve.deployments import DeployError
+
+    weights = Path(run.url) / "transcoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    before = answers_of(client)
+    with pytest.raises(DeployError, match=r"RunError: .*transcoder\.safetensors") as failed:
+        deploy(port, Path(run.url))
+    assert failed.value.exit_code == 2 and "\n" not in str(failed.value)
+    assert answers_of(client) == before
+    assert client.post("/encode", json={"inputs": "a", "model": "b"}).status_code == 200, "in memory"
+    assert client.get("/ui").status_code == 200
+    for refused in (
+        client.post("/admin/load", json={"model": "b"}),
+        client.post("/encode", json={"inputs": "a", "model": "a"}),
+        client.get("/runs"),
+    ):
+        assert (refused.status_code, refused.json()["error_type"]) == (503, "unavailable")
+        assert "another deployment" in refused.json()["error"] and refused.headers["Retry-After"]
 
 
 def test_another_deployment_takes_over_and_a_crash_changes_nothing(port: int, tmp_path: Path) -> None:
@@ -100,35 +123,9 @@ def test_another_deployment_takes_over_and_a_crash_changes_nothing(port: int, tm
         assert {body["model"]["run_id"] for *_, body in answers} == {"b", "c"}
 
         client.post("/admin/load", json={"model": "c"}).raise_for_status()
+        check_a_failed_deployment(port, make_run(tmp_path / "damaged", 7), client)
         assert deploy(port, tmp_path / "b", max_inputs=len(TEXTS)) == "b", "the same settings again"
         assert answers_of(client)[0] == "b"
-
-
-def test_a_deployment_that_fails_changes_nothing(port: int, tmp_path: Path) -> None:
-    from serve.deployments import DeployError
-
-    old = make_run(tmp_path / "a", 3)
-    for name in ("b", "c"):
-        make_run(tmp_path / "new" / name, 5)
-    weights = tmp_path / "new" / "b" / "transcoder.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert deploy(port, tmp_path / "a") == "a"
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        expected = answers_of(client)
-        with pytest.raises(DeployError, match=r"RunError: .*transcoder\.safetensors") as failed:
-            deploy(port, tmp_path / "new" / "b")
-        assert failed.value.exit_code == 2 and "\n" not in str(failed.value)
-        assert answers_of(client) == expected
-        assert client.get("/ui").status_code == 200
-        for refused in (
-            client.post("/admin/load", json={"model": "c"}),
-            client.post("/encode", json={"inputs": "a", "model": "c"}),
-            client.get("/runs"),
-        ):
-            assert (refused.status_code, refused.json()["error_type"]) == (503, "unavailable")
-            assert "another deployment" in refused.json()["error"] and refused.headers["Retry-After"]
-        assert deploy(port, tmp_path / "a") == old.run_id
-        assert [run["run_id"] for run in client.get("/runs").json()["runs"]] == ["a"]
 
 
 def test_what_no_node_could_hold_is_refused_at_once(
