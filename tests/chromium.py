@@ -20,7 +20,7 @@ TIMEOUT_S = 60
 _WAIT = """new Promise((done, fail) => {
   const end = performance.now() + LIMIT;
   (function look() {
-    if (CONDITION) done();
+    if (document.readyState === "complete" && (CONDITION)) done();
     else if (performance.now() > end) fail(new Error("never true"));
     else requestAnimationFrame(look);
   })();
@@ -89,7 +89,8 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, expression: str) -> None:
-        """Return once a JavaScript expression is true, looked at with every frame, on the next page too if need be."""
+        """Return once the page has loaded, styles and all, and a JavaScript expression is true, looked at with every
+        frame, on the next page too if need be."""
         script = _WAIT.replace("LIMIT", str(TIMEOUT_S * 500)).replace("CONDITION", expression)
         while True:
             try:
