@@ -28,6 +28,7 @@ from mtc.text import (
     Document,
     Piece,
     TokenStoreWriter,
+    Unread,
     Window,
     check_hub,
     document_id,
@@ -108,6 +109,7 @@ def build_token_store(config: RunConfig, plan: Plan | None = None) -> str:
         tally.check()
         if not sum(writer.windows.values()):
             raise DataError(f"data.name={config.data.name!r} has no text of 2 tokens or more")
+        unread += tally.no_texts
         info = writer.finish(not enough, tally.skipped, tally.examples, unread)
     logger.info(
         "token store: %d windows, %d + %d tokens (train + held-out), %d documents, %d skipped, %d entries "
@@ -152,6 +154,8 @@ class _Tally:
     def __init__(self, max_share: float):
         self.skipped: Counter[str] = Counter()
         self.examples: list[str] = []
+        self.no_texts: list[Unread] = []
+        """Files that turned out to be none of texts."""
         self._first = ""
         self._max_share = max_share
         self._read = 0
@@ -161,9 +165,11 @@ class _Tally:
         cluster."""
         if not document.reason:
             self._read += document.documents
+        elif not document.documents:
+            self.no_texts.append(Unread(document.name, "an object without data.text_field"))
+            logger.warning("not read: %s", document)
         else:
-            if document.documents:
-                self.skipped[document.reason] += document.documents
+            self.skipped[document.reason] += document.documents
             if len(self.examples) < EXAMPLES:
                 self.examples.append(f"{document.reason}: {document.name}")
                 self._first = self._first or str(document)

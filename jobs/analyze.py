@@ -46,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         check_model(config.model, config.data.context_length)
         with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)
-            analyse_run(arguments.run, overrides)
+            try:
+                analyse_run(arguments.run, overrides)
+            except Exception as error:
+                return failed(error)  # now: Ray may end the process while it shuts down
     except Exception as error:
         return failed(error)
     except KeyboardInterrupt:

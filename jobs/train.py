@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
         with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)  # again, since ray.init has taken it
-            run_pipeline(config)
+            try:
+                run_pipeline(config)
+            except Exception as error:
+                return failed(error)  # now: Ray may end the process while it shuts down
     except Exception as error:
         return failed(error)
     except KeyboardInterrupt:

@@ -245,7 +245,8 @@ def served(interrupted, settings, head, scraped):
     assert code == 0, output.getvalue()
     assert killed
     run = open_layer_run(str(interrupted.root / "latest" / "layer1"))
-    return Served(f"http://127.0.0.1:{head['http_port']}", run, output.getvalue(), store)
+    port = json.loads(quickstart.STATE.read_text())["http_port"]  # another one if somebody took the head's meanwhile
+    return Served(f"http://127.0.0.1:{port}", run, output.getvalue(), store)
 
 
 def test_every_token_is_trained_once_and_what_happened_is_told(served):
@@ -474,7 +475,7 @@ def test_without_a_hub_the_reference_preset_fails_fast_and_says_why():
 def test_the_service_encodes_on_the_gpu_that_it_was_given(head, served):
     base, run, *_ = served
     command = [sys.executable, "-m", "serve.app", "--run", run.url, "--address", head["address"]]
-    command += ["--port", str(head["http_port"]), "--set", "num_gpus=1"]
+    command += ["--port", base.rpartition(":")[2], "--set", "num_gpus=1"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     check_encode(base, run)

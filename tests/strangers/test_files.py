@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.tokenise import check_data
+from cluster.tokenise import _Tally, check_data
 from mtc.config import DataConfig, load_preset
 from mtc.language_model import load_tokenizer
 from mtc.text import DataError, Document, read_piece, source_pieces, sources, store_fingerprint
@@ -329,3 +329,17 @@ def test_an_empty_array_has_no_documents_and_a_pointer_is_no_text(tmp_path: Path
     for name in ("b.txt", "b.jsonl"):
         (tmp_path / name).write_text(pointer)
         assert [d.reason for d in documents(tmp_path / name)] == ["Git LFS pointer"]
+
+
+def test_a_description_beside_texts_is_counted_as_not_read_and_no_text_that_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "metadata.json").write_text('{"author": "me"}')
+    (tmp_path / "package.json").write_text('{\n "name": "x"\n}\n')
+    tally = _Tally(max_share=0)
+    for document in documents(tmp_path):
+        tally.add(document)
+    tally.check()
+    assert not tally.skipped and not tally.examples
+    assert {os.path.basename(entry.name): entry.reason for entry in tally.no_texts} == dict.fromkeys(
+        ("metadata.json", "package.json"), "an object without data.text_field"
+    )
