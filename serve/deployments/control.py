@@ -208,7 +208,8 @@ class Control:
             try:
                 entry = await asyncio.to_thread(self._catalogue.served)
                 if entry.key != self._state.seen:
-                    self._state = self._state._replace(seen=entry.key)
+                    # A version of its own: what replicas report meanwhile, who do not know of it yet, must not undo it.
+                    self._state = self._state._replace(version=self._state.version + 1, seen=entry.key)
                     await self._bring(entry, current=True)
             except Exception as error:
                 logger.warning("looking for a new run: %s: %s", type(error).__name__, error)

@@ -103,6 +103,39 @@ def test_what_was_published_while_there_was_no_control_takes_over(tmp_path: Path
         async with asyncio.timeout(60):
             while not replicas.used:
                 await asyncio.sleep(0.01)
-        assert await control.state() == replicas.used[-1] == State("this", 2, b, (b, a), b)
+        assert await control.state() == replicas.used[-1] == State("this", 3, b, (b, a), b)
+
+    asyncio.run(scenario())
+
+
+def test_what_an_operator_loads_stays_though_replicas_reported_while_a_published_run_came(tmp_path: Path) -> None:
+    """They know nothing then of what the control has seen, and what they say must not make it see that again."""
+    other = key_of(make_run(tmp_path / "other", 7))
+    a = key_of(make_run(tmp_path / "a", 3))
+    before = State("this", 1, a, (a,), a)
+    control: Any = None
+
+    class Reporting(Told):
+        async def __call__(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
+            if method == "load":
+                await control.report("replica", (), self.used[-1] if self.used else before, ())
+            return await super().__call__(method, *arguments, **options)
+
+    async def scenario() -> None:
+        nonlocal control
+        replicas = Reporting()
+        control = await start(tmp_path / "latest", replicas)
+        assert await control.state() == before
+        b = key_of(make_run(tmp_path / "b", 5))  # and `latest` names it
+        async with asyncio.timeout(60):
+            while (await control.state()).current != b:
+                await asyncio.sleep(0.01)
+        answer = await control.load("this", "other")
+        assert answer.previous == "b"
+        loaded = await control.state()
+        assert (loaded.current, loaded.seen) == (other, b)
+        assert [state.version for state in replicas.used] == sorted({state.version for state in replicas.used})
+        await asyncio.sleep(0.1)  # it looks at `latest` some ten times
+        assert await control.state() == loaded
 
     asyncio.run(scenario())
