@@ -489,6 +489,18 @@ def test_json_keeps_undefined_numbers() -> None:
     assert "loss recovered" not in {i.rule for i in analysis.insights}
 
 
+def test_a_share_of_a_loss_that_the_ablation_does_not_raise_is_no_key_figure() -> None:
+    evaluation = make_evaluation([4, 10])
+    assert evaluation.loss
+    harmless = {"ce_zero": 2.99, "recovered_zero": [2.16, 2.16]}
+    loss = evaluation.loss.model_copy(update=harmless)
+    analysis, features = make_analysis(evaluation=evaluation.model_copy(update={"loss": loss}))
+    files = write_report(analysis, features, [])
+    key = read_markdown(files[MARKDOWN].decode()).tables[0][1]
+    (figure,) = [row for row in key if row[0].startswith("Loss recovered")]
+    assert figure[1:] == ["says nothing", "zero ablation does not raise the loss"]
+
+
 def test_published_schema_is_current_and_holds(data: Any) -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "mtc.results.json_schema"], capture_output=True, text=True, check=True

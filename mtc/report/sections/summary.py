@@ -38,18 +38,17 @@ def _key_figures(analysis: Analysis) -> KeyFigures:
     s = analysis.summary
     loss, dead_after = s.loss, analysis.config.transcoder.dead_after_tokens
     l0 = interval(analysis.evaluation.l0_interval, -1)
-    recovered = percent_interval(loss.recovered_zero_interval if loss else None, -1)
+    recovered = percent(loss.recovered_zero[-1] if loss else None)
+    about = f"95 %: {percent_interval(loss.recovered_zero_interval if loss else None, -1)}"
+    if loss and not loss.ce_zero > loss.ce_clean:  # a share of nothing, whatever the quotient is
+        recovered, about = "says nothing", "zero ablation does not raise the loss"
     kl = interval(loss.kl_interval if loss else None, -1)
     figures = (
         KeyFigure("FVU", number(s.fvu[-1]), f"95 %: {interval(s.fvu_interval, -1)}"),
         KeyFigure("Explained variance", percent(s.explained_variance[-1]), "1 less FVU"),
         KeyFigure("Cosine", number(s.cosine[-1] if s.cosine else None), "target and reconstruction, mean"),
         KeyFigure("L0, active features per token", number(s.l0), f"k = {number(s.k)}; 95 %: {l0}"),
-        KeyFigure(
-            "Loss recovered (zero ablation)",
-            percent(loss.recovered_zero[-1] if loss else None),
-            f"95 %: {recovered}",
-        ),
+        KeyFigure("Loss recovered (zero ablation)", recovered, about),
         KeyFigure("KL (nats per token)", number(loss.kl[-1] if loss else None), f"95 %: {kl}"),
         KeyFigure(
             "Silent features", number(s.silent_features), f"{percent(s.silent_fraction)} of {number(s.total_features)}"
