@@ -168,7 +168,8 @@ class _Job:
         info = store.info
         counts = {"windows": info.windows, "tokens": info.tokens, "documents": info.documents}
         about = ", ".join(f"{sum(each.values()):,} {name}" for name, each in counts.items())
-        say("token_store", f"token store {store.url}: {about}", url=store.url, **counts)
+        extent = "all of the text" if info.exhausted else "as much of the text as the run needs"
+        say("token_store", f"token store {store.url}: {about}, {extent}", url=store.url, **counts)
         work = work_units(store, self.config)  # a text that is too short is found here, not after the training
         heldout_units(store, self.config, self.config.analysis.num_tokens)
         return store, work

@@ -20,6 +20,7 @@ from mtc.results import Evaluation, RunFacts
 from mtc.storage import RunDirectory
 from mtc.text import TokenTexts
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from tests.report_example import make_evaluation
 from tests.strangers.tokenizers_as_they_come import named
 
 BOS = 1
@@ -340,6 +341,19 @@ def test_model_card_says_what_the_run_says(analysed: RunDirectory) -> None:
     }  # fmt: skip
     assert "| 16 | 0.5000 | 1.00 |\n| 48 | 0.4000 | 2.00 |\n\nOn 21 held-out tokens of `OWNER/texts`" in card.text
     assert "the first 48 of 64, in nested groups [16, 32]" in card.text
+
+
+def test_model_card_says_nothing_of_a_loss_that_zero_ablation_does_not_raise(analysed: RunDirectory) -> None:
+    data = json.loads(analysed.read("analysis.json"))
+    prefixes = data["evaluation"]["prefixes"]
+    loss = make_evaluation(data["evaluation"]["prefixes"]).loss
+    assert loss
+    for prefix, ce_zero, said in (("16", 5.0, True), ("48", 2.9, False)):
+        data["summary"]["loss"] = loss.model_copy(update={"ce_zero": ce_zero}).model_dump()
+        analysed.write("analysis.json", json.dumps(data))
+        analysed.publish()
+        text = card_of(export(analysed, "saelens", "--prefix", prefix)).text
+        assert ("the language model recovers 74.4% of the loss" in text) == ("recovers" in text) == said
 
 
 def test_base_model_is_named_if_it_is_on_a_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
