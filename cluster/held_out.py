@@ -22,6 +22,7 @@ from safetensors.numpy import load, save
 from cluster.activations import UNIT_TYPE, ModelActor, configure_data_context, map_on_model_actors
 from cluster.probing import measure_optional
 from cluster.resources import Plan
+from cluster.tables import iterate_tables
 from mtc.analysis import (
     MAX_BLOCKS,
     Findings,
@@ -228,8 +229,7 @@ def _arrays(data: bytes) -> dict[str, Any]:
 
 def _results(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     """Rows of results in the order of the work."""
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(table, pa.Table)
+    for table in iterate_tables(dataset):
         yield from table.to_pylist()
 
 

@@ -6,14 +6,36 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mtc.config import ConfigError
+from mtc.errors import MtcError, one_line
 
 LONGEST_ROOT = 25
 """Longest path, in bytes, in which Ray can make its sockets, in the user's directory there: theirs have 107 at most."""
 LONGEST_PROXY_ROOT = 14
 """Longest path, in bytes, for a Ray that serves: HAProxy's sockets lie deeper, ROOT/mtc-xxxxxxxx/NODE
 ID/admin.sock.PROCESS ID.tmp."""
+
+
+class LocalRayError(MtcError):
+    """A Ray of one's own did not start, such as within the 30 s that it gives itself; it may the next time."""
+
+    exit_code = 1
+    event = "failed"
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """A context for what starts a Ray of one's own. Raises LocalRayError for whatever Ray raises."""
+    try:
+        yield
+    except Exception as error:
+        raise LocalRayError(
+            f"a Ray of this process's own did not start: {one_line(error)}; what its parts say is in "
+            f"{session_directory()}/session_latest/logs"
+        ) from error
 
 
 def check_installation() -> None:

@@ -14,7 +14,7 @@ import ray
 from cluster.activations import configure_data_context
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
-from cluster.local_ray import check_installation, session_directory
+from cluster.local_ray import check_installation, session_directory, starting
 from cluster.outcome import Trained, TrainResult
 from cluster.places import (
     check_same_run,
@@ -65,7 +65,8 @@ def connected(verbose: bool = False) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS or of the surrounding Ray job; without one, run a local Ray for this process.
 
     What Ray, its daemons and workers print is left to Ray's log files unless `verbose`. Raises ConfigError where a
-    local Ray cannot run, and what `mtc.joining` raises for an address at which no cluster answers.
+    local Ray cannot run, LocalRayError where it did not start, and what `mtc.joining` raises for an address at which no
+    cluster answers.
     """
     how: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     how |= {"configure_logging": False}  # its records go where all others go
@@ -79,7 +80,9 @@ def connected(verbose: bool = False) -> Iterator[None]:
             check_installation()
             os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            ray.init(address="local", dashboard_host="127.0.0.1", _temp_dir=session_directory(), **how)
+            directory = session_directory()
+            with starting():
+                ray.init(address="local", dashboard_host="127.0.0.1", _temp_dir=directory, **how)
         try:
             yield
         finally:

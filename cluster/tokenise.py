@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.resources import Plan
+from cluster.tables import iterate_tables
 from mtc.config import DataConfig, RunConfig
 from mtc.errors import known_cause
 from mtc.text import (
@@ -222,8 +223,7 @@ def _window_tables(config: RunConfig, tokenizer: Any, plan: Plan | None) -> Gene
             )
         )
     try:
-        table: Any
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for table in iterate_tables(dataset):
             if table.num_rows:
                 yield table
     except Exception as error:

@@ -40,6 +40,19 @@ def test_an_ordinary_environment_is_not(monkeypatch: pytest.MonkeyPatch) -> None
     check_installation()
 
 
+def test_a_ray_that_does_not_start_is_told_in_one_line(tmp_path: Path) -> None:
+    tiny = ["--preset", "tiny", "--output.root", str(tmp_path)]
+    environment = os.environ | {"RAY_OVERRIDE_RESOURCES": "{"}  # read after the head's first processes were started
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", *tiny], env=environment, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("failed: a Ray of this process's own did not start: JSONDecodeError: Expecting")
+    assert Path(last.rpartition(" ")[2]).is_dir(), last
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
 def test_rays_files_lie_where_sockets_can(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory

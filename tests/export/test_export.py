@@ -345,7 +345,6 @@ def test_model_card_says_what_the_run_says(analysed: RunDirectory) -> None:
 
 def test_model_card_says_nothing_of_a_loss_that_zero_ablation_does_not_raise(analysed: RunDirectory) -> None:
     data = json.loads(analysed.read("analysis.json"))
-    prefixes = data["evaluation"]["prefixes"]
     loss = make_evaluation(data["evaluation"]["prefixes"]).loss
     assert loss
     for prefix, ce_zero, said in (("16", 5.0, True), ("48", 2.9, False)):

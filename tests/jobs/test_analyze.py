@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,10 @@ class Here:
         made = actor(device=plan.device, threads=torch.get_num_threads(), **arguments)
         self.tables = (table for row in rows for table in made(row))
 
-    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
-        return self.tables
+    @classmethod
+    def takes_over(cls, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(cluster.held_out, "map_on_model_actors", cls)
+        patch.setattr(cluster.held_out, "iterate_tables", lambda here: here.tables)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def analysed(ray_cluster: Any, text: Path, tmp_path_factory: pytest.TempPathFact
     optional = {"probe_tasks": ["sotu/spoken"], "spelling": True}
     settings = {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0} | optional}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster.held_out, "map_on_model_actors", Here)
+        Here.takes_over(patch)
         analyse_run(one.url, {"cluster": {"num_model_actors": 1}})
         shutil.copytree(one.url, root / "other")
         other = make_run(root, "other", 1, text)
@@ -194,7 +196,7 @@ def test_two_runs_side_by_side(analysed: list[RunDirectory], tmp_path: Path) -> 
 def test_a_run_whose_text_is_gone_is_analysed_with_the_tokens_that_it_was_trained_on(
     analysed: list[RunDirectory], text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.held_out, "map_on_model_actors", Here)
+    Here.takes_over(monkeypatch)
     run = analysed[2]
     settings = {"analysis": {"num_tokens": 1000, "loss_tokens": 0, "coactivation_tokens": 0}}
     settings |= {"cluster": {"num_model_actors": 1}}

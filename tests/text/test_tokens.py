@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import threading
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -640,10 +641,13 @@ def test_too_much_poison_stops_the_run_before_all_is_read(
     bad, fine = "{\n", "".join(json.dumps({"text": text}) + "\n" for text in make_texts(1000))
     output = {"token_store": str(tmp_path / "stores")}
     config = make_config(data={"name": str(tmp_path / "a.jsonl"), "num_tokens": 10**6}, output=output)
-    # 6 of the first 100 are more than 5 %, though few in the end.
-    (tmp_path / "a.jsonl").write_text(bad * 6 + fine)
+    # 6 of the first 100 are more than 5 %, though few in the end; there is text for many more tasks.
+    (tmp_path / "a.jsonl").write_text(bad * 6 + fine * (20 * job.BLOCK_BYTES // len(fine)))
+    before = set(threading.enumerate())
     with pytest.raises(DataError, match=r": 6 of 100 documents \(6 %\) cannot be used: 6 broken JSON"):
         job.build_token_store(config)
+    # One that asks Ray for something while the job shuts it down would end the process, with exit code 1.
+    assert set(threading.enumerate()) <= before
     assert not list((tmp_path / "stores").glob("*"))
     (tmp_path / "a.jsonl").write_text(bad * 5 + fine)
     info = TokenStore.open(job.build_token_store(config)).info
