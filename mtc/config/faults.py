@@ -24,7 +24,7 @@ _WANTED = {
     "string_too_short": "text is wanted", "string_type": "text is wanted",
     "string_unicode": "text in Unicode is wanted",
     "too_long": "a list of at most {max_length} is wanted", "too_short": "a list of at least {min_length} is wanted",
-    "tuple_type": "a list is wanted",
+    "list_type": "a list is wanted", "tuple_type": "a list is wanted",
 }  # fmt: skip
 """Pydantic's kinds of errors in our words."""
 _LONGEST = 200  # characters of a value that are repeated
@@ -37,6 +37,13 @@ def describe_faults(error: ValidationError, model: type[BaseModel]) -> str:
     # Where an item of a list is wrong, the list also has too few.
     shown = [f for f in faults if f["type"] != "too_short" or not any(_is_within(g["loc"], f["loc"]) for g in faults)]
     return "\n".join(_line(fault, names) for fault in shown)
+
+
+def wanted(fault: Any) -> str:
+    """What pydantic says of one fault, one of `ValidationError.errors()`, in our words; without what was given."""
+    words = _WANTED.get(fault["type"])
+    # Our own checks name their fields.
+    return words.format_map(fault.get("ctx", {})) if words else str(fault["msg"]).removeprefix("Value error, ")
 
 
 def field_names(model: type[BaseModel]) -> Iterator[str]:
@@ -57,11 +64,10 @@ def suggestion(wrong: str, names: Sequence[str]) -> str:
 
 
 def _line(fault: Any, names: Sequence[str]) -> str:
+    message = wanted(fault)
     if fault["type"] == "value_error":
-        return str(fault["msg"]).removeprefix("Value error, ")  # our own checks name their fields
+        return message
     field = ".".join(str(part) for part in fault["loc"])
-    wanted = _WANTED.get(fault["type"])
-    message = wanted.format_map(fault.get("ctx", {})) if wanted else fault["msg"]
     if fault["type"] == "missing":
         return f"{field}: {message}"
     value = repr(fault["input"])

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
+from mtc.config import wanted
 from serve.contract import ErrorResponse, ServiceError
 from serve.http.pages import error_page, wants_page
 
@@ -49,12 +50,18 @@ async def send_error(scope: Scope, receive: Receive, send: Send, error: ServiceE
 
 
 def invalid(error: ValidationError | RequestValidationError) -> ServiceError:
-    """422 with the fields that are wrong. What was sent is not repeated: it may be private."""
-    fields = []
+    """422 with the fields that are wrong and what is wanted there. What was sent is not repeated: it may be private."""
+    faults: dict[str, dict[str, None]] = {}
     for each in error.errors():
         # Names of alternatives and of constraints are no part of what was sent.
         parts = [str(part) for part in each["loc"] if not re.match(r"(list|constrained|function)\W", f"{part}.")]
-        fields.append({"field": ".".join(parts), "message": each["msg"]})
+        faults.setdefault(".".join(parts), {})[wanted(each)] = None
+    # Of alternatives, such as one text or several, the one that was meant is the one that was got into.
+    fields = [
+        {"field": field, "message": ", or ".join(messages)}
+        for field, messages in faults.items()
+        if not any(other.startswith(f"{field}.") for other in faults if field)
+    ]
     message = "; ".join(f"{f['field']}: {f['message']}" if f["field"] else f["message"] for f in fields[:10])
     return ServiceError(422, "validation", message, fields[:100])
 

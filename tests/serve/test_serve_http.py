@@ -195,3 +195,23 @@ def test_no_other_origin_by_default(client: httpx.Client) -> None:
             Settings(run="one", cors_origins=(wrong,))
     typed = Settings.model_validate({"run": "one", "cors_origins": "https://a.example:80, http://b.example:8080"})
     assert typed.cors_origins == ("https://a.example:80", "http://b.example:8080")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"inputs": [[1, 2]]}, {"inputs.0": "text is wanted"}),
+        ({"inputs": 5}, {"inputs": "text is wanted, or a list is wanted"}),
+        ({"input_ids": [[1, "a"]]}, {"input_ids.0.1": "a whole number is wanted"}),
+        ({"inputs": "a", "top_k": 0, "k": 1}, {"top_k": "at least 1 is wanted", "k": "there is no such field"}),
+        ({"inputs": "a", "return": "s"}, {"return": "'topk' or 'csr' is wanted"}),
+        ({}, {"": "give either `inputs` or `input_ids`"}),
+    ],
+)  # fmt: skip
+def test_what_is_wanted_of_a_field_is_said_once_and_in_our_words(
+    client: httpx.Client, asked: dict[str, Any], said: dict[str, str]
+) -> None:
+    answer = client.post("/encode", json=asked)
+    assert answer.status_code == 422
+    assert {fault["field"]: fault["message"] for fault in answer.json()["detail"]} == said
+    assert answer.json()["error"] == "; ".join(f"{f}: {m}" if f else m for f, m in said.items())
