@@ -127,6 +127,8 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     for part in (b'"\\', b'"', b"\\", b'["\\"', b'"\\\\'):  # slow to read, for what looks for strings anew at each
         body = part * (limits.max_body_bytes // len(part))
         yield Attack(f"quotes without end {part!r}", _post("/encode", body), (400,), "malformed_json")
+    wrong = b'{"inputs": [' + b"1," * (limits.max_body_bytes // 2 - 8) + b"1]}"
+    yield Attack("wrong items without end", _post("/encode", wrong), (422,), "validation")
     yield Attack("numbers without end", _post("/encode", b"9" * limits.max_body_bytes), (400, 422))
 
     yield Attack("100 MB announced", _post("/encode", b"", Content_Length="100000000"), (413,), "too_large")

@@ -24,7 +24,9 @@ WHOLE = BeforeValidator(_whole)
 """Comes last, or the limits before it would be missing in the document."""
 
 _Index = Annotated[int, Field(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[_Index], Field(min_length=1), WHOLE]
+FIRST = Field(fail_fast=True)
+"""Of the lists that a client sends: the first wrong item is told, not each of what may be half a million."""
+TokenIds = Annotated[list[_Index], Field(min_length=1), FIRST, WHOLE]
 FeatureIndex = Annotated[_Index, WHOLE]
 Prefix = Annotated[int, Field(ge=1, lt=1 << 31), WHOLE]
 
@@ -39,9 +41,9 @@ class SchemaModel(BaseModel):
 class _Input(SchemaModel):
     """Texts, or token ids; exactly one of the two."""
 
-    inputs: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    inputs: Text | Annotated[list[Text], Field(min_length=1), FIRST] | None = None
     """One text or several."""
-    input_ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1)] | None = None
+    input_ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1), FIRST] | None = None
     """One window of token ids or several, read as they are: BOS is not added."""
     model: str | None = Field(default=None, min_length=1, max_length=200)
     """Id of the run that answers, one of `GET /runs`; by default the current one."""
@@ -71,7 +73,7 @@ class EncodeRequest(_Input):
 
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K), WHOLE] | None = None
     """Strongest active features returned for each token; by default 16, in CSR form all."""
-    features: Annotated[list[_Index], Field(min_length=1, max_length=4096), WHOLE] | None = None
+    features: Annotated[list[_Index], Field(min_length=1, max_length=4096), FIRST, WHOLE] | None = None
     """Indices of the only features to return."""
     min_activation: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Least activation that is returned."""
@@ -101,11 +103,11 @@ class FeatureActivation(SchemaModel):
 class Csr(SchemaModel):
     """Activations as a sparse matrix, [tokens, features]: row t has the entries indptr[t] to indptr[t + 1]."""
 
-    indptr: Annotated[list[_Index], Field(min_length=2), WHOLE]
+    indptr: Annotated[list[_Index], Field(min_length=2), FIRST, WHOLE]
     """Where each row's entries start, and where the last ones end: [tokens + 1]."""
-    indices: Annotated[list[_Index], WHOLE]
+    indices: Annotated[list[_Index], FIRST, WHOLE]
     """Feature of each entry, ascending in each row: [entries]."""
-    values: list[float]
+    values: Annotated[list[float], FIRST]
     """float32 activation of each entry, not rounded: [entries]."""
 
 
@@ -207,7 +209,7 @@ class TokenizeResponse(SchemaModel):
 class DecodeRequest(SchemaModel):
     """Sparse features to a reconstruction; exactly one of `features` and `csr`."""
 
-    features: Annotated[list[list[FeatureActivation]], Field(min_length=1)] | None = None
+    features: Annotated[list[Annotated[list[FeatureActivation], FIRST]], Field(min_length=1), FIRST] | None = None
     """Active features of each token."""
     csr: Csr | None = None
     """Active features of all tokens as a sparse matrix; they may come in any order, repeated ones add up."""

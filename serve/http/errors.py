@@ -57,10 +57,11 @@ def invalid(error: ValidationError | RequestValidationError) -> ServiceError:
         parts = [str(part) for part in each["loc"] if not re.match(r"(list|constrained|function)\W", f"{part}.")]
         faults.setdefault(".".join(parts), {})[wanted(each)] = None
     # Of alternatives, such as one text or several, the one that was meant is the one that was got into.
+    entered = {field[: dot.start()] for field in faults for dot in re.finditer(r"\.", field)}
     fields = [
         {"field": field, "message": ", or ".join(messages)}
         for field, messages in faults.items()
-        if not any(other.startswith(f"{field}.") for other in faults if field)
+        if field not in entered
     ]
     message = "; ".join(f"{f['field']}: {f['message']}" if f["field"] else f["message"] for f in fields[:10])
     return ServiceError(422, "validation", message, fields[:100])
