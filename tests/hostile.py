@@ -129,6 +129,8 @@ def attacks(limits: Settings) -> Iterator[Attack]:
         yield Attack(f"quotes without end {part!r}", _post("/encode", body), (400,), "malformed_json")
     wrong = b'{"inputs": [' + b"1," * (limits.max_body_bytes // 2 - 8) + b"1]}"
     yield Attack("wrong items without end", _post("/encode", wrong), (422,), "validation")
+    dots = _json(**{"." * (limits.max_body_bytes // 2): 1})
+    yield Attack("an unknown field of dots", _post("/encode", dots), (422,), "validation")
     yield Attack("numbers without end", _post("/encode", b"9" * limits.max_body_bytes), (400, 422))
 
     yield Attack("100 MB announced", _post("/encode", b"", Content_Length="100000000"), (413,), "too_large")

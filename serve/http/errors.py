@@ -21,6 +21,8 @@ from serve.http.pages import error_page, wants_page
 
 logger = logging.getLogger("ray.serve")
 
+_LONGEST_NAME = 100
+"""Characters of a field's name that are repeated."""
 _TYPES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -50,18 +52,22 @@ async def send_error(scope: Scope, receive: Receive, send: Send, error: ServiceE
 
 
 def invalid(error: ValidationError | RequestValidationError) -> ServiceError:
-    """422 with the fields that are wrong and what is wanted there. What was sent is not repeated: it may be private."""
-    faults: dict[str, dict[str, None]] = {}
+    """422 with the fields that are wrong and what is wanted there. What was sent is not repeated: it may be private.
+
+    Names of fields are, as far as one can be read.
+    """
+    faults: dict[tuple[str, ...], dict[str, None]] = {}
     for each in error.errors():
         # Names of alternatives and of constraints are no part of what was sent.
-        parts = [str(part) for part in each["loc"] if not re.match(r"(list|constrained|function)\W", f"{part}.")]
-        faults.setdefault(".".join(parts), {})[wanted(each)] = None
+        parts = (str(part)[:_LONGEST_NAME] for part in each["loc"])
+        place = tuple(part for part in parts if not re.match(r"(list|constrained|function)\W", f"{part}."))
+        faults.setdefault(place, {})[wanted(each)] = None
     # Of alternatives, such as one text or several, the one that was meant is the one that was got into.
-    entered = {field[: dot.start()] for field in faults for dot in re.finditer(r"\.", field)}
+    entered = {place[:depth] for place in faults for depth in range(1, len(place))}
     fields = [
-        {"field": field, "message": ", or ".join(messages)}
-        for field, messages in faults.items()
-        if field not in entered
+        {"field": ".".join(place), "message": ", or ".join(messages)}
+        for place, messages in faults.items()
+        if place not in entered
     ]
     message = "; ".join(f"{f['field']}: {f['message']}" if f["field"] else f["message"] for f in fields[:10])
     return ServiceError(422, "validation", message, fields[:100])

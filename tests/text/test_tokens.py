@@ -647,7 +647,8 @@ def test_too_much_poison_stops_the_run_before_all_is_read(
     with pytest.raises(DataError, match=r": 6 of 100 documents \(6 %\) cannot be used: 6 broken JSON"):
         job.build_token_store(config)
     # One that asks Ray for something while the job shuts it down would end the process, with exit code 1.
-    assert set(threading.enumerate()) <= before
+    # The executor's own has been told to end, and Ray waits 2 s for that.
+    assert not {t for t in threading.enumerate() if not t.name.startswith("StreamingExecutor")} - before
     assert not list((tmp_path / "stores").glob("*"))
     (tmp_path / "a.jsonl").write_text(bad * 5 + fine)
     info = TokenStore.open(job.build_token_store(config)).info
