@@ -12,9 +12,10 @@ Callers always pass and get raw activations; the scaling of inputs and targets l
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,14 @@ from torch import Tensor, nn
 
 from mtc.transcoder.dense_loss import dense_loss
 from mtc.transcoder.distributed import agree, all_gather, all_reduce, distributed
+from mtc.transcoder.massive import above, massive_norm
 from mtc.transcoder.objective import Objective, Weights
 from mtc.transcoder.products import Workspace, bag_sums, entry_dots, make_bags
 from mtc.transcoder.sparse_loss import sparse_loss
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = ("1", "2")
+"""Versions of weights files that are read; those of version 1 do not tell massive tokens."""
 RMS_EPS = 1e-6
 
 
@@ -91,13 +95,14 @@ class MatryoshkaTranscoder(nn.Module):
     with `shape.skip` W_skip [d_target, d_source] (Paulo et al. 2025, arXiv:2501.18823).
 
     Buffers: `input_scale` and `target_scale` (scalars that multiply sources and targets), `threshold` (scalar, NaN
-    until calibrated; [features] in dictionaries that were imported with one for each) and `tokens_since_fired`
-    [features], int64.
+    until calibrated; [features] in dictionaries that were imported with one for each), `massive_norm` (scalar, the raw
+    target's norm above which a token is massive; NaN where it is not known) and `tokens_since_fired` [features], int64.
     """
 
     input_scale: Tensor
     target_scale: Tensor
     threshold: Tensor
+    massive_norm: Tensor
     tokens_since_fired: Tensor
 
     def __init__(self, shape: TranscoderShape, seed: int = 0):
@@ -116,6 +121,7 @@ class MatryoshkaTranscoder(nn.Module):
         self.register_buffer("input_scale", torch.ones((), dtype=f32))
         self.register_buffer("target_scale", torch.ones((), dtype=f32))
         self.register_buffer("threshold", torch.full((), float("nan"), dtype=f32))
+        self.register_buffer("massive_norm", torch.full((), float("nan"), dtype=f32))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
 
     @property
@@ -209,6 +215,12 @@ class MatryoshkaTranscoder(nn.Module):
             return x * torch.rsqrt(mean_square + RMS_EPS)
         return x * self.input_scale if self.shape.input_norm == "scalar" else x
 
+    @torch.no_grad()
+    def massive(self, target: Tensor) -> Tensor:
+        """[tokens] bool: which raw targets [tokens, d_target] are of massive tokens (mtc.transcoder.massive); none
+        where `massive_norm` is not known."""
+        return above(target, self.massive_norm)
+
     def base(self, source: Tensor | None) -> Tensor:
         """The part of a reconstruction that is no feature's, scaled: [d_target], with a skip [tokens, d_target]."""
         if self.W_skip is None:
@@ -242,10 +254,11 @@ class MatryoshkaTranscoder(nn.Module):
     def initialise(self, source: Tensor, target: Tensor, seed: int = 0) -> None:
         """Set scalars, encoder and biases from the first raw activations of all ranks.
 
-        Targets get a mean squared norm of d_target and b_dec is their mean. Each feature starts out looking for one
-        source token: W_enc's rows are sources drawn by `seed`, less the mean, with norm 1; b_enc = -W_enc mean(x)
-        centres the pre-activations.
+        Targets get a mean squared norm of d_target and b_dec is their mean; their norms tell `massive_norm`. Each
+        feature starts out looking for one source token: W_enc's rows are sources drawn by `seed`, less the mean, with
+        norm 1; b_enc = -W_enc mean(x) centres the pre-activations.
         """
+        self.massive_norm.copy_(massive_norm(target))
         y = target.double()
         self.target_scale.copy_((y.shape[1] / _mean_over_ranks(y.square().sum(1))).sqrt())
         if self.shape.input_norm == "scalar":
@@ -271,6 +284,11 @@ class MatryoshkaTranscoder(nn.Module):
 
     # Files ----------------------------------------------------------------------------------------------------------
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; a state without `massive_norm`, of older files and other libraries, leaves it unknown."""
+        unknown = {"massive_norm": torch.full((), float("nan"), dtype=torch.float32)}
+        return super().load_state_dict(unknown | dict(state_dict), strict, assign)
+
     def to_bytes(self) -> bytes:
         """The weights as a safetensors file, with the shape in its metadata."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -284,10 +302,10 @@ class MatryoshkaTranscoder(nn.Module):
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 version = metadata.get("format_version")
-                if metadata.get("format") != "mtc-transcoder" or version != str(FORMAT_VERSION):
+                if metadata.get("format") != "mtc-transcoder" or version not in READABLE:
                     raise ValueError(
                         f"{path}: format {metadata.get('format')!r} version {version!r} is not readable here; "
-                        f"expected 'mtc-transcoder' version '{FORMAT_VERSION}'"
+                        f"expected 'mtc-transcoder' version {' or '.join(READABLE)}"
                     )
                 shape = json.loads(metadata["shape"])
                 transcoder = cls(TranscoderShape(**shape | {"group_sizes": tuple(shape["group_sizes"])}))

@@ -1,5 +1,6 @@
 """The transcoder against a dense reference written from the formulas, and against sorting."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,21 @@ def test_initialisation_centres_pre_activations_and_targets():
     nearest = t.W_enc @ (centred / centred.norm(dim=1, keepdim=True)).T
     assert nearest.max(1).values.min().item() == pytest.approx(1, abs=1e-5)  # each row is a centred source
     assert len(nearest.argmax(1).unique()) == F
+    norms = np.linalg.norm(y.numpy().astype(np.float64), axis=1)
+    assert float(t.massive_norm) == pytest.approx(5 * np.median(norms), rel=1e-3)
+
+
+def test_massive_tokens_are_those_far_above_the_median_norm():
+    t = MatryoshkaTranscoder(TranscoderShape(D_SOURCE, D_TARGET, GROUPS, K, "rms"))
+    x, y = data(1001)
+    planted = torch.arange(0, 1001, 97)
+    y[planted] *= 40
+    assert not t.massive(y).any(), "nothing is massive where the norm is not known"
+    t.initialise(x, y)
+    assert t.massive(y).nonzero().squeeze(1).tolist() == planted.tolist()
+    old = {name: value for name, value in t.state_dict().items() if name != "massive_norm"}
+    t.load_state_dict(old)
+    assert t.massive_norm.isnan(), "older weights do not know it"
 
 
 def test_initialisation_from_few_rows_makes_no_two_features_equal():
@@ -139,6 +155,7 @@ def test_initialisation_from_few_rows_makes_no_two_features_equal():
 def test_weights_file_round_trip_and_refusals(tmp_path):
     t = random_transcoder("scalar")
     t.threshold.fill_(0.5)
+    t.massive_norm.fill_(70)
     t.tokens_since_fired += torch.arange(F)
     path = tmp_path / "t.safetensors"
     path.write_bytes(t.to_bytes())
@@ -226,6 +243,7 @@ def test_weights_are_float32_whatever_the_default(tmp_path):
     """Which transformers changes for the whole process, while another thread loads a model."""
     expected = random_transcoder(skip=True)
     expected.threshold.fill_(0.5)
+    expected.massive_norm.fill_(70)
     (tmp_path / "weights").write_bytes(expected.to_bytes())
     torch.set_default_dtype(torch.bfloat16)
     try:
