@@ -28,6 +28,7 @@ from cluster.progress import RESUMED
 from cluster.resources import Plan
 from mtc.config import RunConfig, SiteKey
 from mtc.devices import open_device
+from mtc.language_model import neuron_directions
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
@@ -156,12 +157,16 @@ def _rows_of(trainer: Trainer, activations: Mapping[SiteKey, torch.Tensor]) -> t
 
 
 def _initialise(trainers: list[Trainer], batches: Batches) -> None:
-    """Set scales and biases by the first rows; called on all ranks at once."""
+    """Set scales, encoders and biases by the first rows; called on all ranks at once."""
     with batches.clock.part("step"):
         first = batches.buffer.peek()
         for trainer in trainers:
             source, target = _rows_of(trainer, first)
-            trainer.initialise(source[:INITIAL_ROWS], target[:INITIAL_ROWS])
+            directions = None
+            if trainer.config.transcoder.init == "mlp":
+                (sites,) = trainer.config.model.sites
+                directions = neuron_directions(trainer.config.model, sites.layer, sites.source)
+            trainer.initialise(source[:INITIAL_ROWS], target[:INITIAL_ROWS], directions)
 
 
 def _step(trainers: list[Trainer], batches: Batches, share: Share) -> list[StepResult]:

@@ -171,6 +171,9 @@ class TranscoderConfig(Part):
     """Relative weights of the prefixes' errors in the loss; by default equal."""
     calibration_tokens: int = Field(default=65_536, ge=1, le=MOST)
     """Fresh tokens on which the inference threshold is set, after training."""
+    init: Literal["tokens", "mlp"] = "mlp"
+    """Where the encoder starts: at source tokens of the first activations, or at the directions that the MLP's own
+    neurons look for (of a gated MLP its gate's), the strongest first, and at tokens once these are used up."""
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
     """Seed of the initial encoder."""
 

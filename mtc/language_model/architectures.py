@@ -50,9 +50,15 @@ class Modules(NamedTuple):
     attention: str = "self_attn"
     final_norm: str = "norm"
     """Path of the norm before the unembedding, from the base model."""
+    neurons: str = "mlp.gate_proj"
+    """Path of the linear map that the MLP's nonlinearity is applied to, from the layer."""
+    transposed: bool = False
+    """Whether that map is stored as [d_model, neurons], as a Conv1D is."""
+    stored_gain: float = 0.0
+    """What is added to the stored gain of an RMS norm."""
 
 
-_GEMMA = Modules("layers", norm="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm")
+_GEMMA = Modules("layers", norm="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm", stored_gain=1.0)
 MODULES = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
@@ -62,8 +68,8 @@ MODULES = {
     "mistral": Modules("layers"),
     "qwen2": Modules("layers"),
     "qwen3": Modules("layers"),
-    "gpt2": Modules("h", norm="ln_2", attention="attn", final_norm="ln_f"),
-    "gpt_neox": Modules("layers", attention="attention", final_norm="final_layer_norm"),
+    "gpt2": Modules("h", norm="ln_2", attention="attn", final_norm="ln_f", neurons="mlp.c_fc", transposed=True),
+    "gpt_neox": Modules("layers", attention="attention", final_norm="final_layer_norm", neurons="mlp.dense_h_to_4h"),
 }
 
 

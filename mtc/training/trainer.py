@@ -131,9 +131,11 @@ class Trainer:
         self.step_number = 0
         self.tokens = 0
 
-    def initialise(self, source: Tensor, target: Tensor) -> None:
-        """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d]."""
-        self.transcoder.initialise(source.to(self.device), target.to(self.device), self.config.transcoder.seed)
+    def initialise(self, source: Tensor, target: Tensor, directions: Tensor | None = None) -> None:
+        """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d], the encoder as
+        far as there are any from `directions` [n, d_source]."""
+        seed = self.config.transcoder.seed
+        self.transcoder.initialise(source.to(self.device), target.to(self.device), seed, directions)
 
     def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
         """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations.

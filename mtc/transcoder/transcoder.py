@@ -18,17 +18,17 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from mtc.transcoder.dense_loss import dense_loss
-from mtc.transcoder.distributed import agree, all_gather, all_reduce, distributed
+from mtc.transcoder.distributed import agree, all_reduce
 from mtc.transcoder.massive import above, massive_norm
 from mtc.transcoder.objective import Objective, Weights
 from mtc.transcoder.products import Workspace, bag_sums, entry_dots, make_bags
 from mtc.transcoder.sparse_loss import sparse_loss
+from mtc.transcoder.starts import distinct, draw_distinct, strongest_first, unit
 
 FORMAT_VERSION = 2
 READABLE = ("1", "2")
@@ -251,24 +251,32 @@ class MatryoshkaTranscoder(nn.Module):
         return TrainOutput(*output, y.sum(0), square)
 
     @torch.no_grad()
-    def initialise(self, source: Tensor, target: Tensor, seed: int = 0) -> None:
+    def initialise(self, source: Tensor, target: Tensor, seed: int = 0, directions: Tensor | None = None) -> None:
         """Set scalars, encoder and biases from the first raw activations of all ranks.
 
-        Targets get a mean squared norm of d_target and b_dec is their mean; their norms tell `massive_norm`. Each
-        feature starts out looking for one source token: W_enc's rows are sources drawn by `seed`, less the mean, with
-        norm 1; b_enc = -W_enc mean(x) centres the pre-activations.
+        Targets get a mean squared norm of d_target and b_dec is their mean; their norms tell `massive_norm`, and tokens
+        above it are in none of the other figures. W_enc's rows have norm 1 and none is a copy of another: the strongest
+        of the `directions` [n, d_source], if there are any, then source tokens drawn by `seed`, less the mean
+        (mtc.transcoder.starts). b_enc = -W_enc mean(x) centres the pre-activations.
         """
         self.massive_norm.copy_(massive_norm(target))
-        y = target.double()
+        usual = ~self.massive(target)
+        y = target[usual].double()
         self.target_scale.copy_((y.shape[1] / _mean_over_ranks(y.square().sum(1))).sqrt())
         if self.shape.input_norm == "scalar":
-            x = source.double()
+            x = source[usual].double()
             self.input_scale.copy_((x.shape[1] / _mean_over_ranks(x.square().sum(1))).sqrt())
         self.b_dec.copy_(_mean_over_ranks(y) * self.target_scale)
-        x = self.normalise(source)
+        x = self.normalise(source[usual])
         mean = _mean_over_ranks(x.double()).float()
-        rows = _draw_over_ranks(x - mean, self.num_features, seed)
-        self.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True).clamp(min=RMS_EPS))
+        rows = x.new_empty(0, x.shape[1])
+        if directions is not None:
+            rows = unit(directions.to(x))
+            rows = rows[strongest_first(rows, x - mean, y.float() * self.target_scale - self.b_dec)]
+            rows = rows[distinct(rows, self.num_features)]
+        if len(rows) < self.num_features:
+            rows = torch.cat([rows, draw_distinct(x - mean, self.num_features - len(rows), seed)])
+        self.W_enc.copy_(rows)
         self.b_enc.copy_(-(self.W_enc @ mean))
 
     def _check_calibrated(self) -> None:
@@ -324,22 +332,3 @@ def _mean_over_ranks(values: Tensor) -> Tensor:
     all_reduce(total)
     (count,) = agree(len(values))
     return total / count
-
-
-def _draw_over_ranks(values: Tensor, count: int, seed: int) -> Tensor:
-    """`count` random rows of all ranks' `values` [rows, d], the same on every rank and however rows are spread.
-
-    Where there are fewer rows than that, they are repeated with as much noise, so that no two are equal.
-    """
-    sizes = all_gather(torch.tensor(len(values)))
-    total, before = int(sizes.sum()), int(sizes[: dist.get_rank() if distributed() else 0].sum())
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]
-    mine = ((index >= before) & (index < before + len(values))).nonzero().squeeze(1)
-    drawn = values.new_zeros(count, values.shape[1])
-    drawn[mine] = values[index[mine] - before]
-    all_reduce(drawn)
-    if count > total:
-        noise = torch.randn(count - total, values.shape[1], generator=generator).to(drawn)
-        drawn[total:] += noise * (drawn[total:].norm(dim=1) / noise.norm(dim=1)).unsqueeze(1)
-    return drawn

@@ -23,12 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mtc.config import ConfigError, ModelConfig
 from mtc.devices import choose_dtype
 from mtc.language_model import (
+    MODULES,
     LanguageModel,
     ModelError,
     PackedWindows,
     attention,
     check_model,
     load_tokenizer,
+    neuron_directions,
     pack_windows,
     prepare_model,
 )
@@ -87,6 +89,13 @@ def reference(config: ModelConfig, packed: PackedWindows) -> tuple[Any, list[Ten
         outputs = [model(ids[None], output_hidden_states=True) for ids in packed.input_ids.split(packed.lengths)]
     layers = [torch.cat([part[0] for part in parts]) for parts in zip(*(o.hidden_states for o in outputs), strict=True)]
     return model, layers, torch.cat([o.logits[0] for o in outputs])
+
+
+def save_model(model: Any, config: ModelConfig, directory: Path) -> ModelConfig:
+    """A local directory with these weights and the files of the prepared model."""
+    shutil.copytree(prepare_model(config), directory)
+    model.save_pretrained(directory)
+    return config.model_copy(update={"name": str(directory)})
 
 
 def test_resid_mid_plus_mlp_out_is_the_layers_output(config: ModelConfig) -> None:
@@ -193,6 +202,29 @@ def norm_by_hand(layer: Any, x: Tensor, model_config: Any) -> Tensor:
     if model_config.model_type == "llama":
         return unit * layer.post_attention_layernorm.weight
     return unit * (1 + layer.pre_feedforward_layernorm.weight)
+
+
+@pytest.mark.parametrize("site", ["resid_mid", "mlp_in"])
+def test_neuron_directions_are_what_the_nonlinearity_reads(config: ModelConfig, site: str, tmp_path: Path) -> None:
+    """Truth: the model's own linear map behind its own norm, on random residuals; the difference is one constant."""
+    model, *_ = reference(config, windows((3,)))
+    modules = MODULES[model.config.model_type]
+    layer = model.base_model.get_submodule(f"{modules.layers}.{LAYER}")
+    norm, inner = layer.get_submodule(modules.norm), layer.get_submodule(modules.neurons)
+    with torch.no_grad():
+        norm.weight.add_(torch.rand_like(norm.weight))
+    changed = save_model(model, config, tmp_path / "changed")
+    x = 3 * torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(0)) + 1
+    with torch.no_grad():
+        mlp_in = norm(x)
+        pre_activations = inner(mlp_in)
+    centre = x.mean(1, keepdim=True) if isinstance(norm, torch.nn.LayerNorm) else 0.0
+    unit = (x - centre) / ((x - centre).square().mean(1, keepdim=True) + 1e-6).sqrt()
+    directions = neuron_directions(changed, LAYER, site)
+    constant = pre_activations - (mlp_in if site == "mlp_in" else unit) @ directions.T
+    torch.testing.assert_close(constant, constant[:1].expand_as(constant), atol=1e-4, rtol=0)
+    assert directions.shape == (pre_activations.shape[1], x.shape[1])
+    assert pre_activations.std(0).min() > 100 * constant.std(0).max()  # else it would say nothing
 
 
 @pytest.mark.parametrize("layer", [0, 2])
