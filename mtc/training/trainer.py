@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from mtc.config import ConfigError, RunConfig
 from mtc.devices import choose_bfloat16, device_name, is_gpu, synchronise
 from mtc.training.backends import Backend, choose_backend
+from mtc.training.calibration import CALIBRATION_ROWS, Calibrator
 from mtc.transcoder import (
     Averaging,
     Compute,
     MatryoshkaTranscoder,
     Objective,
     TrainOutput,
-    TranscoderShape,
     Workspace,
     agree,
     all_reduce,
     native,
+    transcoder_shape,
     world_size,
 )
 
@@ -44,7 +45,7 @@ class StepMetrics(NamedTuple):
     tokens: int
     """Tokens trained on up to now, over all steps and ranks."""
     loss: float
-    """Training loss: weighted mean over prefixes, plus AuxK."""
+    """Training loss: weighted mean over prefixes, plus AuxK and the activation function's penalty."""
     fvu: tuple[float, ...]
     """Squared error over squared deviation from the batch's mean, per prefix."""
     l0: float
@@ -108,7 +109,7 @@ class Trainer:
         self.config = config
         self.device = torch.device(device)
         settings, optimizer = config.transcoder, config.optimizer
-        shape = TranscoderShape(d_source, d_target, settings.group_sizes, settings.k, config.input_norm, settings.skip)
+        shape = transcoder_shape(config, d_source, d_target)
         self.transcoder = MatryoshkaTranscoder(shape, settings.seed).to(self.device)
         self.averaging = Averaging(self.transcoder, self.device)
         self.optimizer: Any = torch.optim.Adam(
@@ -132,8 +133,14 @@ class Trainer:
         self.tokens = 0
 
     def initialise(self, source: Tensor, target: Tensor) -> None:
-        """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d]."""
+        """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d], and thresholds
+        that are trained so that k features per token are active."""
         self.transcoder.initialise(source.to(self.device), target.to(self.device), self.config.transcoder.seed)
+        if self.transcoder.activation.thresholds == "trained":
+            first = Calibrator(self.transcoder)
+            for rows in source.split(CALIBRATION_ROWS):
+                first.add(rows)
+            first.finish()
 
     def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
         """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations.
@@ -160,6 +167,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.transcoder.project()
 
         self.step_number += 1
         self.tokens += tokens
@@ -210,6 +218,11 @@ class Trainer:
             dead=self.dead_index if settings.aux_coefficient else self.dead_index[:0],
             aux_k=settings.aux_k,
             aux_weight=settings.aux_coefficient * per_token,
+            activation=settings.activation,
+            k=settings.k,
+            by_contribution=settings.rank == "contribution" and self.step_number >= self.config.optimizer.warmup_steps,
+            l0_weight=settings.l0_coefficient * world_size() / tokens,
+            bandwidth=settings.bandwidth,
         )
 
     def _choose_compute(self, source: Tensor, target: Tensor, objective: Objective) -> None:
