@@ -408,6 +408,7 @@ class RunConfig(Record):
             )
         if self.transcoder.rank == "contribution" and not self.optimizer.warmup_steps:
             raise ValueError(
-                "transcoder.rank=contribution needs optimizer.warmup_steps of at least 1, got 0: decoder rows start at 0"
+                "transcoder.rank=contribution with optimizer.warmup_steps=0: at least 1 is wanted, since decoder rows "
+                "start at 0"
             )
         return self

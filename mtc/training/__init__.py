@@ -8,6 +8,6 @@ from mtc.training.trainer import StepMetrics, StepResult, Trainer
 from mtc.training.upload import Upload, on_device
 
 __all__ = [
-    "CALIBRATION_ROWS", "Calibrator", "Clock", "Health", "ShuffleBuffer", "StepMetrics", "StepResult", "Taken", "Trainer", "Unit",
-    "Upload", "on_device",
+    "CALIBRATION_ROWS", "Calibrator", "Clock", "Health", "ShuffleBuffer", "StepMetrics", "StepResult", "Taken",
+    "Trainer", "Unit", "Upload", "on_device",
 ]  # fmt: skip

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mtc.transcoder import MatryoshkaTranscoder, agree, kth_largest
 
-
 CALIBRATION_ROWS = 4096
 """Tokens to take in at a time, so that memory stays small."""
 

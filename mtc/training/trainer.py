@@ -33,6 +33,9 @@ from mtc.transcoder import (
 )
 
 BACKENDS: tuple[Backend, ...] = ("dense", "sparse")
+THRESHOLD_RATE = 25.0
+"""Learning rate of trained thresholds in those of the weights: Adam moves every number by about the rate at a step, and
+a pre-activation is the sum of as many moved weights as the source has dimensions."""
 DEAD_REFRESH = 8
 """Steps between two looks at which features are dead, for AuxK to work on."""
 
@@ -112,9 +115,18 @@ class Trainer:
         shape = transcoder_shape(config, d_source, d_target)
         self.transcoder = MatryoshkaTranscoder(shape, settings.seed).to(self.device)
         self.averaging = Averaging(self.transcoder, self.device)
+        thresholds = {name for name, _ in self.transcoder.named_parameters() if name == "threshold"}
+        groups = [
+            {
+                "params": [p for name, p in self.transcoder.named_parameters() if (name in thresholds) == own],
+                "rate": rate,
+            }
+            for own, rate in ((False, 1.0), (True, THRESHOLD_RATE))
+        ]
         self.optimizer: Any = torch.optim.Adam(
-            self.transcoder.parameters(), lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
-        )
+            [group for group in groups if group["params"]],
+            lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True,
+        )  # fmt: skip
         self.compute: Compute | None = None
         """How losses are computed, which is chosen at the first step; None before."""
         self.compute_timings: dict[str, float] = {}
@@ -165,7 +177,7 @@ class Trainer:
         self.optimizer.found_inf = bad.float()
         lr = self.learning_rate(self.step_number)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         self.optimizer.step()
         self.transcoder.project()
 

@@ -8,12 +8,11 @@ import torch
 from torch.autograd import gradcheck
 
 from mtc import devices
-from mtc.transcoder import Objective, Workspace, native
-from mtc.transcoder import selection
+from mtc.transcoder import Objective, Workspace, native, selection
 from mtc.transcoder import sparse_loss as kernels
-from mtc.transcoder.selection import _border, _by_histogram, _largest_values, keep_largest
 from mtc.transcoder.dense_loss import dense_loss
 from mtc.transcoder.objective import Weights
+from mtc.transcoder.selection import _border, _by_histogram, _largest_values, keep_largest
 from mtc.transcoder.sparse_loss import sparse_loss
 
 TOKENS, D_SOURCE, D_TARGET, ENDS = 9, 7, 5, (6, 16, 24)
