@@ -20,7 +20,7 @@ from benchmarks.quality import TASKS, Task, score, train_ours
 from mtc.training import StepResult, Trainer
 from mtc.transcoder import Objective
 from mtc.transcoder import sparse_loss as kernels
-from mtc.transcoder.batch_topk import Chosen
+from mtc.transcoder.selection import Chosen
 
 LR = 6e-3
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtc import devices
 from mtc.transcoder import Workspace, entry_dots, kth_largest
-from mtc.transcoder.batch_topk import keep_largest, largest_entries
+from mtc.transcoder.selection import keep_largest, largest_entries
 from mtc.transcoder.products import Bags, bag_sums, make_bags
 from mtc.transcoder.sparse_loss import Entries, nested_residuals
 

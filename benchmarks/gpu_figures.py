@@ -27,7 +27,7 @@ from mtc.devices import device_name
 from mtc.language_model import Capture, LanguageModel, PackedWindows, pack_windows
 from mtc.training import Trainer
 from mtc.training.trainer import DEAD_REFRESH
-from mtc.transcoder.batch_topk import largest_entries
+from mtc.transcoder.selection import largest_entries
 
 CAPTURE_SHARE = 0.45
 """Target: the matrix products of capture, over what a large bfloat16 product would do in the same time."""

@@ -25,7 +25,7 @@ class TrainResult(NamedTuple):
     tokens: int
     """Tokens trained on."""
     threshold: float
-    """Calibrated inference threshold."""
+    """Inference threshold; the median where every feature has one of its own."""
     calibration_tokens: int
     """Fresh tokens that the threshold was calibrated on."""
     precision: str

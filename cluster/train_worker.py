@@ -32,12 +32,11 @@ from mtc.language_model import neuron_directions
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
-from mtc.training import Calibrator, Clock, StepResult, Trainer, on_device
+from mtc.training import CALIBRATION_ROWS, Calibrator, Clock, StepResult, Trainer, on_device
 from mtc.transcoder import agree, broadcast
 
 INITIAL_ROWS = 16_384  # tokens per rank from which scales and biases are set
 DROPPED_OF = 100_000  # tokens, before a share of them says something
-CALIBRATION_ROWS = 4096  # at a time, so that memory stays small
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -243,11 +242,15 @@ def _check_dropped(config: RunConfig, batches: Batches, least: int) -> None:
 
 
 def _calibrate(trainers: list[Trainer], batches: Batches) -> int:
-    """Set every transcoder's threshold on what follows in the stream; returns how many tokens that was."""
-    calibrators = [Calibrator(trainer.transcoder) for trainer in trainers]
+    """Set the threshold of every transcoder whose threshold is calibrated on what follows in the stream; returns how
+    many tokens that was."""
+    wanted = [trainer for trainer in trainers if trainer.transcoder.activation.thresholds == "calibrated"]
+    if not wanted:
+        return 0  # nor is there anything in the stream
+    calibrators = [Calibrator(trainer.transcoder) for trainer in wanted]
     for unit in batches.calibration():
         with batches.clock.part("step"):
-            for trainer, calibrator in zip(trainers, calibrators, strict=True):
+            for trainer, calibrator in zip(wanted, calibrators, strict=True):
                 (sites,) = trainer.config.model.sites
                 for rows in unit.activations[sites.source_key].split(CALIBRATION_ROWS):
                     calibrator.add(rows)
@@ -276,7 +279,7 @@ def _finish(
             sites.layer,
             trainer.step_number,
             trainer.tokens,
-            float(trainer.transcoder.threshold),
+            float(trainer.transcoder.threshold.median()),
             calibrated,
             "bfloat16" if trainer.compute and trainer.compute.bfloat16 else "float32",
             trainer.describe_compute(),

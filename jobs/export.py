@@ -21,7 +21,7 @@ from mtc.storage import RunDirectory, check_writable, open_run, prepare_environm
 from mtc.telemetry import configure
 
 FORMATS = ("saelens", "circuit-tracer", "gemma-scope-npz", "neuronpedia")
-IMPORTS = ("saelens", "gemma-scope-npz")
+IMPORTS = ("saelens", "gemma-scope-npz", "gemma-scope-2")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,8 +70,8 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
     from mtc import export  # as in export_run; only `--help` without `--import` does without
     from mtc.language_model import check_model
 
-    read = export.read_saelens if options.format == "saelens" else export.read_gemma_scope
-    imported = read(options.path)
+    readers = (export.read_saelens, export.read_gemma_scope, export.read_gemma_scope_2)
+    imported = dict(zip(IMPORTS, readers, strict=True))[options.format](options.path)
     config, parsed = parse_command_line(rest, __doc__ or "", imported.known)
     if parsed.print_config:
         print(to_yaml(config), end="")

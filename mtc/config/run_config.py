@@ -19,6 +19,8 @@ from mtc.record import Record
 
 LR_AT_1152 = 6e-3
 """Default learning rate of 1,152 features and batches of 1,024 tokens; see docs/quality.md."""
+L0_COEFFICIENT, BANDWIDTH = 0.3, 0.1
+"""Defaults of `transcoder.activation: jumprelu`; see docs/concepts.md."""
 Site = Literal["resid_mid", "mlp_in", "mlp_out"]
 SiteKey = tuple[int, str]
 """Layer and site: under this name activations travel from the language model to the trainers."""
@@ -156,7 +158,19 @@ class TranscoderConfig(Part):
     group_sizes: tuple[int, ...] = Field(min_length=1)
     """Features that each nested prefix adds; prefixes are the cumulative sums."""
     k: int = Field(ge=1, le=MOST_FEATURES)
-    """Active features per token, on average over the global batch."""
+    """Active features per token: on average over the global batch, for `topk` of every token; the target of
+    `jumprelu`."""
+    activation: Literal["batch_topk", "topk", "jumprelu"] = "batch_topk"
+    """Which features are active: the `k` largest per token on average over the batch, at inference those above a
+    threshold that is calibrated after training; each token's `k` largest, also at inference; or those above thresholds
+    that are trained, one for each feature."""
+    rank: Literal["activation", "contribution"] = "activation"
+    """What features compete with to be active. `contribution` is the activation times the norm of the feature's decoder
+    row, once the learning rate has warmed up; the threshold is then one for each feature."""
+    l0_coefficient: float = Field(default=L0_COEFFICIENT, ge=0, le=1e6)
+    """Weight of `jumprelu`'s penalty on active features per token, (L0 / k - 1)^2."""
+    bandwidth: float = Field(default=BANDWIDTH, gt=0, le=1e6)
+    """Width of the window around `jumprelu`'s thresholds inside which their gradients are estimated."""
     input_norm: Literal["rms", "scalar", "none"] | None = None
     """How the source is scaled; by default `rms` for resid_mid and `scalar` otherwise."""
     aux_coefficient: float = Field(default=1 / 32, ge=0, le=1e6)
@@ -170,7 +184,7 @@ class TranscoderConfig(Part):
     prefix_weights: tuple[float, ...] | None = None
     """Relative weights of the prefixes' errors in the loss; by default equal."""
     calibration_tokens: int = Field(default=65_536, ge=1, le=MOST)
-    """Fresh tokens on which the inference threshold is set, after training."""
+    """Fresh tokens on which the inference threshold is set, after training; none where it is not calibrated."""
     init: Literal["tokens", "mlp"] = "mlp"
     """Where the encoder starts: at source tokens of the first activations, or at the directions that the MLP's own
     neurons look for (of a gated MLP its gate's), the strongest first, and at tokens once these are used up."""
@@ -180,6 +194,11 @@ class TranscoderConfig(Part):
     @property
     def num_features(self) -> int:
         return sum(self.group_sizes)
+
+    @property
+    def fresh_tokens(self) -> int:
+        """Tokens that are kept for calibration."""
+        return self.calibration_tokens if self.activation == "batch_topk" else 0
 
     @property
     def prefixes(self) -> tuple[int, ...]:
@@ -207,6 +226,10 @@ class TranscoderConfig(Part):
             raise ValueError(
                 f"transcoder.k={self.k} is larger than the dictionary: "
                 f"transcoder.group_sizes={list(self.group_sizes)} sum to {self.num_features}"
+            )
+        if self.rank == "contribution" and self.activation == "jumprelu":
+            raise ValueError(
+                "transcoder.rank=contribution with transcoder.activation=jumprelu: there nothing is ranked"
             )
         return self
 
@@ -385,5 +408,10 @@ class RunConfig(Record):
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's {self.total_steps} steps "
                 f"(data.num_tokens={self.data.num_tokens} / optimizer.batch_tokens={batch})"
+            )
+        if self.transcoder.rank == "contribution" and not self.optimizer.warmup_steps:
+            raise ValueError(
+                "transcoder.rank=contribution with optimizer.warmup_steps=0: at least 1 is wanted, since decoder rows "
+                "start at 0"
             )
         return self

@@ -11,6 +11,9 @@ import yaml
 from mtc.export.subject import Subject
 from mtc.storage import is_hub_id
 
+JUMPRELU = "JumpReLU: a pre-activation counts where it is above its feature's threshold"
+TOPK = "TopK: of each token the largest positive pre-activations count"
+
 
 def model_card(
     subject: Subject,
@@ -50,7 +53,7 @@ def model_card(
         ("Imitates", f"`{hook_name_out}`"),
         ("Dictionary", f"{size}, in nested groups {list(subject.group_sizes)}"),
         ("Active features", f"about {config.transcoder.k} per token"),
-        ("Activation function", "JumpReLU: a pre-activation counts where it is above its feature's threshold"),
+        ("Activation function", JUMPRELU if transcoder.activation.thresholds != "none" else TOPK),
         ("Skip connection", "an affine map of the source is added" if transcoder.W_skip is not None else "none"),
         ("Run", f"`{subject.run_id}`" + ", of weights that were imported, not trained in it" * subject.imported),
     ]

@@ -39,6 +39,11 @@ HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 SOURCES = ("hook_resid_mid", "hook_mlp_in", "ln2.hook_normalized", "mlp.hook_in")
 """Hook points in a block where a transcoder that we can use reads."""
 
+GEMMA_SCOPE_2 = frozenset(
+    ("affine_connection", "architecture", "hf_hook_point_in", "hf_hook_point_out", "l0", "model_name", "type", "width")
+)
+"""Fields of Gemma Scope 2's config.json; which language model was read binds nothing."""
+
 
 class ImportFailure(MtcError):
     """The files are no transcoder that we can use; the message says why."""
@@ -73,6 +78,30 @@ def check_sizes(file: Path, cfg: dict[str, Any], sizes: Mapping[str, int]) -> No
     for field, size in sizes.items():
         if cfg.get(field, size) != size:
             raise ImportFailure(f"{file}: {field}={cfg[field]!r}, but the tensors have {size}")
+
+
+def read_gemma_scope_2_config(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma Scope 2's config.json says of layer, source, activation function and k, as nested values of the
+    configuration. Raises ImportFailure for what is no transcoder of one layer, and for fields that nobody knows."""
+    for field, value in {"type": "transcoder", "architecture": "jump_relu"}.items():
+        if cfg.get(field) != value:
+            raise ImportFailure(f"{file}: {field}={cfg.get(field)!r} can't be used, only {value}")
+    for field in sorted(cfg.keys() - GEMMA_SCOPE_2):
+        if cfg[field]:
+            raise ImportFailure(f"{file}: {field}={cfg[field]!r} can't be used: nobody knows it")
+    if not isinstance(cfg.get("affine_connection", False), bool):
+        raise ImportFailure(f"{file}: affine_connection={cfg['affine_connection']!r} is neither true nor false")
+    hooks = {"hf_hook_name": cfg.get("hf_hook_point_in"), "hf_hook_name_out": cfg.get("hf_hook_point_out")}
+    for field, name in zip(("hf_hook_point_in", "hf_hook_point_out"), hooks.values(), strict=True):
+        if not name:
+            raise ImportFailure(f"{file}: {field} is missing")
+    known = read_sites(file, hooks | {"model_name": "gemma-3"})
+    known["transcoder"]["activation"] = "jumprelu"
+    if (k := cfg.get("l0")) is not None:
+        if not _counts([k]):
+            raise ImportFailure(f"{file}: l0={k!r} is no number of features")
+        known["transcoder"]["k"] = k
+    return known
 
 
 def metadata_of(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:

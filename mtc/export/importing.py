@@ -1,4 +1,4 @@
-"""Others' transcoders as runs of ours: Gemma Scope's `params.npz` and SAELens's folders.
+"""Others' transcoders as runs of ours: Gemma Scope's `params.npz`, Gemma Scope 2's and SAELens's folders.
 
 Read are JumpReLU and plain ReLU transcoders. What they read must be one of our sites, which the file says or the user;
 what they write must be `mlp_out`. Top-k activations have no threshold and are refused, and so are autoencoders, which
@@ -26,12 +26,13 @@ from mtc.export.import_metadata import (
     check_cfg,
     check_sizes,
     metadata_of,
+    read_gemma_scope_2_config,
     read_groups,
     read_sites,
 )
 from mtc.language_model import ModelInfo
 from mtc.storage import RunDirectory, RunError
-from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from mtc.transcoder import MatryoshkaTranscoder, transcoder_shape
 
 LAYER_NORM = ("gpt2", "gpt_neox")
 """Architectures whose norm before the MLP is a LayerNorm, not an RMS norm."""
@@ -126,6 +127,35 @@ def read_saelens(path: str) -> Imported:
     return _imported(tensors, normalised, known, origin)
 
 
+def read_gemma_scope_2(path: str) -> Imported:
+    """Read Gemma Scope 2's folder of `config.json` and `params.safetensors`. Raises ImportFailure for what is no usable
+    transcoder.
+
+    Its transcoders read what the norm before the MLP returns, our `mlp_in`; the affine skip connection is stored as
+    [d_source, d_target] there.
+    """
+    folder = _local(path)
+    config_file, weights_file = folder / "config.json", folder / "params.safetensors"
+    try:
+        cfg = json.loads(config_file.read_text())
+        tensors = load_file(weights_file)
+        if not isinstance(cfg, dict):
+            raise TypeError("config.json is no mapping")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ImportFailure(f"{folder} is not a readable Gemma Scope 2 folder: {error}") from None
+    names = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
+    known = read_gemma_scope_2_config(config_file, cfg)
+    skip = {"affine_skip_connection"} if cfg.get("affine_connection") else set()
+    _check_names(weights_file, tensors, {"w_enc", "b_enc", "w_dec", "b_dec", "threshold"} | skip)
+    tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    if skip:
+        tensors["W_skip"] = tensors["W_skip"].T.contiguous()
+    tensors = _checked(weights_file, tensors, set(tensors))
+    check_sizes(config_file, cfg, {"width": len(tensors["b_enc"])})
+    origin = {"format": "gemma-scope-2"} | _digests(config_file) | _digests(weights_file)
+    return _imported(tensors, False, known, origin)
+
+
 def write_run(imported: Imported, config: RunConfig, info: ModelInfo, run: RunDirectory) -> None:
     """Make a finished run of an imported transcoder: config.yaml, transcoder.safetensors and import.json.
 
@@ -162,13 +192,13 @@ def write_run(imported: Imported, config: RunConfig, info: ModelInfo, run: RunDi
         raise ImportFailure(
             f"the transcoder maps {d_source} to {d_target} dimensions, but {config.model.name} has {info.d_model}"
         )
-    shape = TranscoderShape(d_source, d_target, settings.group_sizes, settings.k, settings.input_norm, settings.skip)
-    transcoder = MatryoshkaTranscoder(shape)
-    if len(imported.threshold.unique()) > 1:
-        transcoder.threshold = torch.empty(features)
-        threshold = imported.threshold
-    else:
-        threshold = imported.threshold[0]
+    transcoder = MatryoshkaTranscoder(transcoder_shape(config, d_source, d_target))
+    if transcoder.activation.thresholds == "none":
+        raise ImportFailure(
+            f"transcoder.activation={settings.activation} can't be that of an import: it has thresholds"
+        )
+    is_one = transcoder.activation.thresholds == "calibrated" and len(imported.threshold.unique()) == 1
+    threshold = imported.threshold[0] if is_one else imported.threshold
     weights = {name: getattr(imported, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")}
     state = transcoder.state_dict() | {name: value for name, value in weights.items() if value is not None}
     transcoder.load_state_dict(state | {"threshold": threshold})
@@ -184,13 +214,17 @@ def _local(path: str) -> Path:
     return Path(path)
 
 
-def _checked(file: Path, tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """Tensors in the layout of both formats, W_enc [d_source, features], in float32; ImportFailure for wrong names,
-    kinds, shapes or values."""
+def _check_names(file: Path, tensors: dict[str, Tensor], names: set[str]) -> None:
     parts = [("lacks", names - tensors.keys()), ("also holds", tensors.keys() - names)]
     wrong = [f"{verb} {', '.join(sorted(some))}" for verb, some in parts if some]
     if wrong:
         raise ImportFailure(f"{file} is no transcoder of this format: it {' and '.join(wrong)}")
+
+
+def _checked(file: Path, tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """Tensors in the layout of both formats, W_enc [d_source, features], in float32; ImportFailure for wrong names,
+    kinds, shapes or values."""
+    _check_names(file, tensors, names)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ImportFailure(f"{file}: {name} holds {tensor.dtype}, no floating-point numbers")

@@ -137,8 +137,17 @@ def load_subject(
 
 
 def plain_weights(subject: Subject) -> PlainWeights:
-    """The prefix's weights with `input_scale` and `target_scale` folded in; computed in float64, stored in float32."""
+    """The prefix's weights with `input_scale` and `target_scale` folded in; computed in float64, stored in float32.
+
+    Raises ExportError for an activation function without thresholds, which no format of weights here has for
+    transcoders.
+    """
     t, m = subject.transcoder, subject.prefix
+    if t.activation.thresholds == "none":
+        raise ExportError(
+            f"transcoder.activation={t.shape.activation}: features have no thresholds but compete for the k places of "
+            "a token, and no transcoder of SAELens, circuit-tracer or Gemma Scope does that; use neuronpedia"
+        )
     into = t.input_scale.double() if t.shape.input_norm == "scalar" else torch.ones((), dtype=torch.float64)
     out = 1 / t.target_scale.double()
 

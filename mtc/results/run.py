@@ -103,7 +103,7 @@ class Training(Record):
     target_scale: float
     """Factor that targets are multiplied by."""
     threshold: float
-    """Pre-activation above which a feature is active at inference; the mean if each feature has its own."""
+    """Pre-activation above which a feature is active at inference; the median if each feature has its own."""
     planned_steps: int
     """Steps that the configuration asks for."""
     fingerprint: str

@@ -1,6 +1,6 @@
 """From activations to weights: shuffle buffer, trainer, calibration, and the ledger of what was trained."""
 
-from mtc.training.calibration import Calibrator
+from mtc.training.calibration import CALIBRATION_ROWS, Calibrator
 from mtc.training.clock import Clock
 from mtc.training.health import Health
 from mtc.training.shuffle_buffer import ShuffleBuffer, Taken, Unit
@@ -8,6 +8,6 @@ from mtc.training.trainer import StepMetrics, StepResult, Trainer
 from mtc.training.upload import Upload, on_device
 
 __all__ = [
-    "Calibrator", "Clock", "Health", "ShuffleBuffer", "StepMetrics", "StepResult", "Taken", "Trainer", "Unit",
-    "Upload", "on_device",
+    "CALIBRATION_ROWS", "Calibrator", "Clock", "Health", "ShuffleBuffer", "StepMetrics", "StepResult", "Taken",
+    "Trainer", "Unit", "Upload", "on_device",
 ]  # fmt: skip

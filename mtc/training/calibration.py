@@ -1,7 +1,8 @@
 """The inference threshold, from fresh tokens after training: k entries per token exceed it on average.
 
 BatchTopK chooses among the tokens of a batch; at inference each token stands alone, and a threshold takes its place
-(Bussmann et al. 2024, arXiv:2412.06410).
+(Bussmann et al. 2024, arXiv:2412.06410). Where features compete with z times the norm of their decoder row, the border
+t of that is found, and t / norm is the threshold of each feature.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from mtc.transcoder import MatryoshkaTranscoder, agree, kth_largest
+
+CALIBRATION_ROWS = 4096
+"""Tokens to take in at a time, so that memory stays small."""
 
 
 class Calibrator:
@@ -30,7 +34,10 @@ class Calibrator:
         """Take in raw source activations [tokens, d_source]."""
         if not len(source):
             return
-        z = self.transcoder.pre_activations(source.to(self.transcoder.W_enc.device)).flatten()
+        z = self.transcoder.pre_activations(source.to(self.transcoder.W_enc.device))
+        if (scale := self.transcoder.rank_scale()) is not None:
+            z.mul_(scale)  # in the same memory
+        z = z.flatten()
         share = min(z.numel(), self.headroom * self.transcoder.shape.k * len(source))
         border = z.topk(share).values[-1]
         self.strongest.append(z[(z >= border) & (z > 0)])
@@ -38,11 +45,18 @@ class Calibrator:
 
     @torch.no_grad()
     def finish(self) -> float:
-        """Set and return the threshold; call on every rank."""
+        """Set the threshold, or one for each feature, and return what z, or z times the norm of the decoder row, must
+        exceed; call on every rank."""
         device = self.transcoder.W_enc.device
         (total,) = agree(self.tokens)
         values = torch.cat([*self.strongest, torch.zeros(0, device=device)])
         # Entries strictly above the threshold are active, so it is the first value that is not among the k per token.
-        threshold = float(kth_largest(values, self.transcoder.shape.k * int(total) + 1))
-        self.transcoder.threshold.fill_(threshold)
-        return threshold
+        border = float(kth_largest(values, self.transcoder.shape.k * int(total) + 1))
+        scale = self.transcoder.rank_scale()
+        if scale is None:
+            self.transcoder.threshold.fill_(border)
+        else:
+            # A feature whose decoder row is 0 contributes nothing, so it must not fire: no number is above this one.
+            never = torch.finfo(torch.float32).max
+            self.transcoder.threshold = torch.where(scale > 0, border / scale, never).clamp(max=never)
+        return border

@@ -17,21 +17,25 @@ from torch import Tensor, nn
 from mtc.config import ConfigError, RunConfig
 from mtc.devices import choose_bfloat16, device_name, is_gpu, synchronise
 from mtc.training.backends import Backend, choose_backend
+from mtc.training.calibration import CALIBRATION_ROWS, Calibrator
 from mtc.transcoder import (
     Averaging,
     Compute,
     MatryoshkaTranscoder,
     Objective,
     TrainOutput,
-    TranscoderShape,
     Workspace,
     agree,
     all_reduce,
     native,
+    transcoder_shape,
     world_size,
 )
 
 BACKENDS: tuple[Backend, ...] = ("dense", "sparse")
+THRESHOLD_RATE = 25.0
+"""Learning rate of trained thresholds in those of the weights: Adam moves every number by about the rate at a step, and
+a pre-activation is the sum of as many moved weights as the source has dimensions."""
 DEAD_REFRESH = 8
 """Steps between two looks at which features are dead, for AuxK to work on."""
 
@@ -44,7 +48,7 @@ class StepMetrics(NamedTuple):
     tokens: int
     """Tokens trained on up to now, over all steps and ranks."""
     loss: float
-    """Training loss: weighted mean over prefixes, plus AuxK."""
+    """Training loss: weighted mean over prefixes, plus AuxK and the activation function's penalty."""
     fvu: tuple[float, ...]
     """Squared error over squared deviation from the batch's mean, per prefix."""
     l0: float
@@ -108,12 +112,21 @@ class Trainer:
         self.config = config
         self.device = torch.device(device)
         settings, optimizer = config.transcoder, config.optimizer
-        shape = TranscoderShape(d_source, d_target, settings.group_sizes, settings.k, config.input_norm, settings.skip)
+        shape = transcoder_shape(config, d_source, d_target)
         self.transcoder = MatryoshkaTranscoder(shape, settings.seed).to(self.device)
         self.averaging = Averaging(self.transcoder, self.device)
+        thresholds = {name for name, _ in self.transcoder.named_parameters() if name == "threshold"}
+        groups = [
+            {
+                "params": [p for name, p in self.transcoder.named_parameters() if (name in thresholds) == own],
+                "rate": rate,
+            }
+            for own, rate in ((False, 1.0), (True, THRESHOLD_RATE))
+        ]
         self.optimizer: Any = torch.optim.Adam(
-            self.transcoder.parameters(), lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
-        )
+            [group for group in groups if group["params"]],
+            lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True,
+        )  # fmt: skip
         self.compute: Compute | None = None
         """How losses are computed, which is chosen at the first step; None before."""
         self.compute_timings: dict[str, float] = {}
@@ -133,9 +146,15 @@ class Trainer:
 
     def initialise(self, source: Tensor, target: Tensor, directions: Tensor | None = None) -> None:
         """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d], the encoder as
-        far as there are any from `directions` [n, d_source]."""
+        far as there are any from `directions` [n, d_source], and thresholds that are trained so that k features per
+        token are active."""
         seed = self.config.transcoder.seed
         self.transcoder.initialise(source.to(self.device), target.to(self.device), seed, directions)
+        if self.transcoder.activation.thresholds == "trained":
+            first = Calibrator(self.transcoder)
+            for rows in source.split(CALIBRATION_ROWS):
+                first.add(rows)
+            first.finish()
 
     def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
         """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations.
@@ -160,8 +179,9 @@ class Trainer:
         self.optimizer.found_inf = bad.float()
         lr = self.learning_rate(self.step_number)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         self.optimizer.step()
+        self.transcoder.project()
 
         self.step_number += 1
         self.tokens += tokens
@@ -212,6 +232,11 @@ class Trainer:
             dead=self.dead_index if settings.aux_coefficient else self.dead_index[:0],
             aux_k=settings.aux_k,
             aux_weight=settings.aux_coefficient * per_token,
+            activation=settings.activation,
+            k=settings.k,
+            by_contribution=settings.rank == "contribution" and self.step_number >= self.config.optimizer.warmup_steps,
+            l0_weight=settings.l0_coefficient * world_size() / tokens,
+            bandwidth=settings.bandwidth,
         )
 
     def _choose_compute(self, source: Tensor, target: Tensor, objective: Objective) -> None:

@@ -1,14 +1,22 @@
-"""The Matryoshka transcoder: weights, BatchTopK over all ranks, the nested loss dense and sparse."""
+"""The Matryoshka transcoder: weights, activation functions, the nested loss dense and sparse."""
 
-from mtc.transcoder.batch_topk import kth_largest
 from mtc.transcoder.distributed import Averaging, agree, all_gather, all_reduce, backend, broadcast, waits, world_size
 from mtc.transcoder.objective import Objective
 from mtc.transcoder.products import Workspace, entry_dots
 from mtc.transcoder.saved import load_transcoder
-from mtc.transcoder.transcoder import RMS_EPS, Codes, Compute, MatryoshkaTranscoder, TrainOutput, TranscoderShape
+from mtc.transcoder.selection import kth_largest
+from mtc.transcoder.transcoder import (
+    RMS_EPS,
+    Codes,
+    Compute,
+    MatryoshkaTranscoder,
+    TrainOutput,
+    TranscoderShape,
+    transcoder_shape,
+)
 
 __all__ = [
     "RMS_EPS", "Averaging", "Codes", "Compute", "MatryoshkaTranscoder", "Objective", "TrainOutput",
     "TranscoderShape", "Workspace", "agree", "all_gather", "all_reduce", "backend", "broadcast", "entry_dots",
-    "kth_largest", "load_transcoder", "waits", "world_size",
+    "kth_largest", "load_transcoder", "transcoder_shape", "waits", "world_size",
 ]  # fmt: skip

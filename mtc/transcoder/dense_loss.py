@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mtc.transcoder.batch_topk import keep_largest
+from mtc.transcoder.activations import ACTIVATIONS
 from mtc.transcoder.objective import LossOutput, Objective, Weights
 
 
@@ -18,16 +18,15 @@ def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> 
     """The training loss by dense products and autograd. x [tokens, d_source] normalised, y [tokens, d_target]
     scaled."""
     before = linear(x, weights.W_enc, weights.b_enc)
-    z = torch.relu(before)
-    keep, _ = keep_largest(z.detach().float().flatten(), objective.num_entries)
-    keep = keep.view_as(z)
-    a = z * keep
+    a, penalty = ACTIVATIONS[objective.activation].dense(before, weights, objective)
     residual, errors, start = weights.b_dec - y, [], 0
     for end in objective.ends:
         residual = residual + a[:, start:end] @ weights.W_dec[start:end]
         errors.append(residual.square().sum())
         start = end
     loss = sum(w * e for w, e in zip(objective.weights, errors, strict=True))
+    if penalty is not None:
+        loss = loss + penalty
     aux_error = y.new_zeros(())
     if len(objective.dead):
         candidates = before[:, objective.dead]
@@ -35,4 +34,5 @@ def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> 
         a_dead = torch.zeros_like(candidates).scatter(1, strongest.indices, strongest.values)
         aux_error = (residual.detach() + a_dead @ weights.W_dec[objective.dead]).square().sum()
         loss = loss + objective.aux_weight * aux_error
-    return LossOutput(loss, torch.stack(errors).detach(), aux_error.detach(), keep.sum(), keep.any(0))  # type: ignore[arg-type]
+    active = a.detach() > 0
+    return LossOutput(loss, torch.stack(errors).detach(), aux_error.detach(), active.sum(), active.any(0))  # type: ignore[arg-type]

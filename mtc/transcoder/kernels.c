@@ -87,29 +87,30 @@ void nested_pass(const float *value, const i64 *feature, const i64 *offsets, con
     }
 }
 
-void count_above(const float *z, i64 rows, i64 width, float border, i64 *counts, int threads) {
+// An entry is above where it is larger than its column's border.
+void count_above(const float *z, i64 rows, i64 width, const float *border, i64 *counts, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 r = 0; r < rows; r++) {
         int count = 0;
-        for (i64 i = 0; i < width; i++) count += z[r * width + i] > border;
+        for (i64 i = 0; i < width; i++) count += z[r * width + i] > border[i];
         counts[r] = count;
     }
 }
 
-void list_above(const float *z, i64 rows, i64 width, float border, const i64 *offsets, i64 *column, float *value,
-                int threads) {
+void list_above(const float *z, i64 rows, i64 width, const float *border, const i64 *offsets, i64 *column,
+                float *value, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 r = 0; r < rows; r++) {
         i64 e = offsets[r];
         for (i64 at = 0; at < width; at += 16) {
-            const float *part = z + r * width + at;
+            const float *part = z + r * width + at, *limit = border + at;
             const i64 n = least(16, width - at);
             int any = 0;
-            if (n == 16) for (int i = 0; i < 16; i++) any |= part[i] > border;
+            if (n == 16) for (int i = 0; i < 16; i++) any |= part[i] > limit[i];
             else any = 1;
             if (any)
                 for (i64 i = 0; i < n; i++)
-                    if (part[i] > border) { column[e] = at + i; value[e++] = part[i]; }
+                    if (part[i] > limit[i]) { column[e] = at + i; value[e++] = part[i]; }
         }
     }
 }

@@ -1,9 +1,10 @@
 """What the training loss is: its parts at one step, and what the dense and the sparse computation of it give back.
 
     z     = ReLU(x W_enc^T + b_enc)                        [tokens, features]
-    a     = BatchTopK(z)                                   k entries per token on average
+    a     = activation(z)                                  k entries per token on average; mtc.transcoder.activations
     R_p   = b_dec + sum over groups g <= p of a_g W_dec_g - y     residual of prefix p, [tokens, d_target]
     loss  = sum over p of w_p ||R_p||^2  +  w_aux ||stop(R_last) + a_dead W_dec_dead||^2
+            +  the activation's penalty
 
 x is the normalised source, y the scaled target. The nested sum is that of Matryoshka dictionaries (Bussmann et al.
 2025, arXiv:2503.17547). The last term is AuxK (Gao et al. 2024, arXiv:2406.04093): each token's strongest dead features
@@ -33,11 +34,25 @@ class Objective(NamedTuple):
     """Dead features per token that reconstruct the residual in AuxK."""
     aux_weight: float
     """Weight of AuxK's squared error."""
+    activation: str = "batch_topk"
+    """Which activations the loss is of, a key of `mtc.transcoder.activations.ACTIVATIONS`."""
+    k: int = 0
+    """Active features per token; on average, except for TopK."""
+    by_contribution: bool = False
+    """Whether entries are ranked by z times the norm of the feature's decoder row instead of z."""
+    l0_weight: float = 0.0
+    """Weight of JumpReLU's penalty, (L0 / k - 1)^2 summed over tokens."""
+    bandwidth: float = 0.0
+    """Width of the window around JumpReLU's thresholds inside which their gradients are estimated."""
+
+    def rank_scale(self, W_dec: Tensor) -> Tensor | None:
+        """[features], what z is multiplied with to rank entries, without gradients; None for 1."""
+        return W_dec.detach().norm(dim=1) if self.by_contribution else None
 
 
 class LossOutput(NamedTuple):
     loss: Tensor
-    """Scalar, this rank's part of the weighted sum of squared errors; differentiable."""
+    """Scalar, this rank's part of the weighted sum of squared errors and the penalty; differentiable."""
     errors: Tensor
     """[prefixes], squared error of each prefix in scaled units, summed over this rank's tokens and dimensions."""
     aux_error: Tensor
@@ -58,3 +73,5 @@ class Weights(NamedTuple):
     """[features, d_target], decoder rows."""
     b_dec: Tensor
     """[d_target], decoder bias."""
+    threshold: Tensor | None = None
+    """[features], thresholds that are trained; None for activations without."""

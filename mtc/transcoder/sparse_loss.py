@@ -1,6 +1,7 @@
 """The training loss of mtc.transcoder.objective and its gradients from the chosen entries alone.
 
-One product of [tokens, d] x [d, features], for z; then only the chosen entries (about 1 % of z) are touched. Per token
+One product of [tokens, d] x [d, features], for z; then only the chosen entries (about 1 % of z) are touched; which they
+are, and what their activations a are, says the activation function (mtc.transcoder.activations). Per token
 the residuals R_p follow from one decode, cut at the prefix borders and accumulated. With
 H_p = 2 sum over q >= p of w_q R_q,
 
@@ -20,16 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
-from mtc.devices import is_gpu
 from mtc.transcoder import native
-from mtc.transcoder.batch_topk import Chosen, keep_largest, largest_entries
+from mtc.transcoder.activations import ACTIVATIONS, Activated, Activation
 from mtc.transcoder.objective import LossOutput, Objective, Weights
+from mtc.transcoder.pre_activations import pre_activations
 from mtc.transcoder.products import Bags, Workspace, bag_sums, entry_dots, make_bags
-
-REFINE = 1.1
-"""How many times the wanted entries the bfloat16 product proposes; their values, computed again, decide."""
+from mtc.transcoder.selection import Chosen
 
 
 class Entries(NamedTuple):
@@ -61,31 +59,35 @@ def sparse_loss(
     slots = len(objective.ends) + aux
     if len(objective.weights) != len(objective.ends):
         raise ValueError(f"{len(objective.weights)} weights for {len(objective.ends)} prefixes")
+    activation = ACTIVATIONS[objective.activation]
     with torch.no_grad():
-        z = _product(x, weights, workspace, bfloat16_product)
-        token, feature, value = _choose(z, x, weights, objective, workspace, bfloat16_product)
-        active = value > 0
+        before = pre_activations(x, weights, workspace, bfloat16_product)
+        token, feature, value = activation.choose(before, objective, workspace)
+        given, active = value != 0, activation.active(value, feature, weights)
         num_active = active.sum()
-        fired = torch.zeros_like(weights.b_enc).index_add_(0, feature, value) > 0
+        fired = torch.zeros_like(weights.b_enc).index_add_(0, feature, active.to(value.dtype)) > 0
         # Of the sums only the sign is read, so it does not matter that a GPU adds in any order.
         # Numbers go to a GPU as arguments of its kernels: a small tensor made on the host would wait for the device.
         slot = token * slots + sum((feature >= end).long() for end in objective.ends[:-1])
         if aux:
-            dead = _choose_dead(z, objective)
-            if bfloat16_product:
-                dead = dead._replace(value=_refine(x, weights, dead.token, dead.feature))
+            dead = _choose_dead(before.z, objective)
+            if before.rounded:
+                dead = dead._replace(value=before.exact(dead.token, dead.feature))
             slot, order = torch.cat([slot, dead.token * slots + slots - 1]).sort(stable=True)
             token, feature, value = (
                 torch.cat(parts)[order] for parts in ((token, dead.token), (feature, dead.feature), (value, dead.value))
             )
-            active = torch.cat([active, torch.ones_like(dead.value, dtype=torch.bool)])[order]
-        workspace.give("z", z)
+            given = torch.cat([given, torch.ones_like(dead.value, dtype=torch.bool)])[order]
+        workspace.give("z", before.z)
         # A token that is not finite has no entries: without this its NaN would go unnoticed.
         value = value + 0 * x.sum()
         entries = _arrange(token, feature, slot, slots, len(x), len(weights.b_enc))
-    value = _EncodeChosen.apply(x, weights.W_enc, weights.b_enc, value, active, entries, workspace)
+    value = _EncodeChosen.apply(x, weights.W_enc, weights.b_enc, value, given, entries, workspace)
+    value, penalty = _activate(activation, value, entries, slots if aux else None, len(x), weights, objective)
     slot_weights = (*objective.weights, objective.aux_weight) if aux else objective.weights
     loss, errors = _NestedLoss.apply(value, weights.W_dec, weights.b_dec, y, entries, slot_weights, aux, workspace)
+    if penalty is not None:
+        loss = loss + penalty
     aux_error = errors[-1] if aux else errors.new_zeros(())
     return LossOutput(loss, errors[: len(objective.ends)], aux_error, num_active, fired)
 
@@ -116,35 +118,18 @@ def nested_residuals(
     return H, entry_dots(H.flatten(0, 1), entries.slot, W_dec, entries.feature), errors
 
 
-def _product(x: Tensor, weights: Weights, workspace: Workspace, bfloat16_product: bool) -> Tensor:
-    """x W_enc^T + b_enc, [tokens, features], in x's dtype; its values are bfloat16's if the product was."""
-    if bfloat16_product and x.device.type != "cpu":  # where the sums of products need not be rounded to bfloat16 again
-        return torch.mm(x.bfloat16(), weights.W_enc.bfloat16().t(), out_dtype=x.dtype).add_(weights.b_enc)
-    z = workspace.take("z", (len(x), len(weights.b_enc)), x)
-    if bfloat16_product:
-        return z.copy_(linear(x.bfloat16(), weights.W_enc.bfloat16(), weights.b_enc.bfloat16()))
-    return torch.addmm(weights.b_enc, x, weights.W_enc.t(), out=z)
-
-
-def _choose(
-    z: Tensor, x: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool
-) -> Chosen:
-    """Entries of this rank among the global batch's largest positive ones."""
-    count = objective.num_entries
-    if not bfloat16_product:
-        chosen, workspace.border = largest_entries(z, count, workspace.border)
-        return chosen
-    proposed, workspace.border = largest_entries(z, round(count * REFINE), workspace.border)
-    value = torch.where(proposed.value > 0, _refine(x, weights, proposed.token, proposed.feature).relu(), 0.0)
-    keep, _ = keep_largest(value.float(), count)
-    if is_gpu(z.device):  # shapes that depend on values would wait for the host; zeros add nothing
-        return proposed._replace(value=torch.where(keep, value, 0.0))
-    return Chosen(proposed.token[keep], proposed.feature[keep], value[keep])
-
-
-def _refine(x: Tensor, weights: Weights, token: Tensor, feature: Tensor) -> Tensor:
-    """x W_enc^T + b_enc at some entries, in x's dtype."""
-    return entry_dots(x, token, weights.W_enc, feature) + weights.b_enc[feature]
+def _activate(
+    activation: Activation, value: Tensor, entries: Entries, slots: int | None, tokens: int, weights: Weights,
+    objective: Objective,
+) -> Activated:  # fmt: skip
+    """Activations of the chosen entries; those of AuxK, in the last of `slots` if that is given, stay as they are."""
+    token, feature = entries.token, entries.feature
+    if slots is None or activation.thresholds != "trained":  # the others change no value
+        return activation.sparse(value, token, feature, tokens, weights, objective)
+    is_aux = entries.slot % slots == slots - 1
+    (chosen,) = (~is_aux).nonzero(as_tuple=True)
+    found = activation.sparse(value[chosen], token[chosen], feature[chosen], tokens, weights, objective)
+    return found._replace(value=value.index_put((chosen,), found.value))
 
 
 def _choose_dead(z: Tensor, objective: Objective) -> Chosen:
@@ -173,23 +158,23 @@ def _offsets(index: Tensor, size: int) -> Tensor:
 
 class _EncodeChosen(Function):
     """Values of the chosen entries, x[t] . W_enc[j] + b_enc[j], which are known already; adds their gradients, where
-    `active` [entries]: the others only fill up the shape."""
+    `given` [entries]: the others only fill up the shape."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, value: Tensor, active: Tensor, entries: Entries,
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, value: Tensor, given: Tensor, entries: Entries,
         workspace: Workspace,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, W_enc, active)
+        ctx.save_for_backward(x, W_enc, given)
         ctx.entries, ctx.workspace = entries, workspace
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, active = ctx.saved_tensors
+        x, W_enc, given = ctx.saved_tensors
         entries: Entries = ctx.entries
-        gradient = torch.where(active, gradient, 0.0)
+        gradient = torch.where(given, gradient, 0.0)
         order = entries.by_feature
         token, by_feature = entries.token[order], gradient[order]
         d_W = bag_sums(x, token, by_feature, entries.features, ctx.workspace, "W_enc")

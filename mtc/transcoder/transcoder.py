@@ -1,10 +1,11 @@
 """The Matryoshka transcoder: a sparse one-hidden-layer network whose dictionary is nested in prefixes.
 
     z   = ReLU(norm(x) W_enc^T + b_enc)                    pre-activations of all F features
-    a   = z where z is among the k * B largest of the global batch (training), or z > threshold (inference)
+    a   = z where the activation function has z active     BatchTopK: among the k * B largest of the global batch
+                                                           (training), above the threshold (inference)
     y_m = sum over features j < m of a_j W_dec[j] + b_dec  one per prefix m; with `skip`, + W_skip norm(x)
 
-BatchTopK: Bussmann et al. 2024, arXiv:2412.06410. Matryoshka dictionaries: Bussmann et al. 2025, arXiv:2503.17547.
+Activation functions: mtc.transcoder.activations. Matryoshka dictionaries: Bussmann et al. 2025, arXiv:2503.17547.
 Transcoders: Dunefsky et al. 2024, arXiv:2406.11944. AuxK: Gao et al. 2024, arXiv:2406.04093.
 Callers always pass and get raw activations; the scaling of inputs and targets lives in the weights.
 """
@@ -22,11 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from mtc.config import RunConfig
+from mtc.transcoder.activations import ACTIVATIONS, Activation
 from mtc.transcoder.dense_loss import dense_loss
 from mtc.transcoder.distributed import agree, all_reduce
 from mtc.transcoder.massive import above, massive_norm
 from mtc.transcoder.objective import Objective, Weights
 from mtc.transcoder.products import Workspace, bag_sums, entry_dots, make_bags
+from mtc.transcoder.selection import largest_of_each
 from mtc.transcoder.sparse_loss import sparse_loss
 from mtc.transcoder.starts import distinct, draw_distinct, strongest_first, unit
 
@@ -46,6 +50,16 @@ class TranscoderShape(NamedTuple):
     input_norm: str
     skip: bool = False
     """Whether an affine map of the source is added to every reconstruction."""
+    activation: str = "batch_topk"
+    """Name of the activation function in `mtc.transcoder.activations.ACTIVATIONS`."""
+    rank: str = "activation"
+    """What entries compete with: `activation`, or `contribution`, times the norm of the feature's decoder row."""
+
+
+def transcoder_shape(config: RunConfig, d_source: int, d_target: int) -> TranscoderShape:
+    """The shape that a configuration gives a transcoder of one layer."""
+    t = config.transcoder
+    return TranscoderShape(d_source, d_target, t.group_sizes, t.k, config.input_norm, t.skip, t.activation, t.rank)
 
 
 class Codes(NamedTuple):
@@ -94,9 +108,10 @@ class MatryoshkaTranscoder(nn.Module):
     """Weights W_enc [features, d_source], b_enc [features], W_dec [features, d_target], b_dec [d_target], float32, and
     with `shape.skip` W_skip [d_target, d_source] (Paulo et al. 2025, arXiv:2501.18823).
 
-    Buffers: `input_scale` and `target_scale` (scalars that multiply sources and targets), `threshold` (scalar, NaN
-    until calibrated; [features] in dictionaries that were imported with one for each), `massive_norm` (scalar, the raw
-    target's norm above which a token is massive; NaN where it is not known) and `tokens_since_fired` [features], int64.
+    Buffers: `input_scale` and `target_scale` (scalars that multiply sources and targets), `threshold` (scalar, or
+    [features] with one for each; NaN until calibrated, 0 for TopK, a parameter where it is trained), `massive_norm`
+    (scalar, the raw target's norm above which a token is massive; NaN where it is not known) and `tokens_since_fired`
+    [features], int64.
     """
 
     input_scale: Tensor
@@ -120,9 +135,19 @@ class MatryoshkaTranscoder(nn.Module):
         self.W_skip = nn.Parameter(torch.zeros(shape.d_target, shape.d_source, dtype=f32)) if shape.skip else None
         self.register_buffer("input_scale", torch.ones((), dtype=f32))
         self.register_buffer("target_scale", torch.ones((), dtype=f32))
-        self.register_buffer("threshold", torch.full((), float("nan"), dtype=f32))
+        unknown = torch.full((features,) if self.activation.thresholds == "trained" else (), float("nan"), dtype=f32)
+        if self.activation.thresholds == "trained":
+            self.threshold = nn.Parameter(unknown)
+        else:
+            self.register_buffer(
+                "threshold", unknown if self.activation.thresholds == "calibrated" else unknown.zero_()
+            )
         self.register_buffer("massive_norm", torch.full((), float("nan"), dtype=f32))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
+
+    @property
+    def activation(self) -> Activation:
+        return ACTIVATIONS[self.shape.activation]
 
     @property
     def num_features(self) -> int:
@@ -148,7 +173,12 @@ class MatryoshkaTranscoder(nn.Module):
         Raises ValueError if the threshold was never calibrated or `prefix` is not one of `prefixes`.
         """
         self._check_calibrated()
-        z = self.pre_activations(source, self._check_prefix(prefix))
+        m = self._check_prefix(prefix)
+        if self.activation.thresholds == "none":
+            z = self.pre_activations(source)
+            chosen = largest_of_each(z.detach(), self.shape.k, self.rank_scale())
+            return z[:, :m] * torch.zeros_like(z).index_put((chosen.token, chosen.feature), chosen.value)[:, :m].gt(0)
+        z = self.pre_activations(source, m)
         return z * (z > (self.threshold[:prefix] if self.threshold.dim() else self.threshold))
 
     def decode(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
@@ -168,6 +198,10 @@ class MatryoshkaTranscoder(nn.Module):
         """
         self._check_calibrated()
         m = self._check_prefix(prefix)
+        if self.activation.thresholds == "none":  # features of one token compete, also with those beyond the prefix
+            chosen = largest_of_each(self.pre_activations(source), self.shape.k, self.rank_scale())
+            kept = (chosen.feature < m) & (chosen.value > 0)
+            return Codes(len(source), *(part[kept] for part in chosen))
         x, threshold, W_enc, b_enc = self.normalise(source), self.threshold.clamp(min=0), self.W_enc[:m], self.b_enc[:m]
         if threshold.dim():
             threshold = threshold[:m]
@@ -207,6 +241,10 @@ class MatryoshkaTranscoder(nn.Module):
         x = self.normalise(source)
         return torch.relu(torch.nn.functional.linear(x, self.W_enc[:prefix], self.b_enc[:prefix]).float())
 
+    def rank_scale(self) -> Tensor | None:
+        """[features], what z is multiplied with where entries compete, without gradients; None for 1."""
+        return self.W_dec.detach().norm(dim=1) if self.shape.rank == "contribution" else None
+
     def normalise(self, source: Tensor) -> Tensor:
         """Scale raw sources: `rms` divides each token by its root mean square, `scalar` is one number."""
         x = source.float()
@@ -234,7 +272,7 @@ class MatryoshkaTranscoder(nn.Module):
     def forward(
         self, source: Tensor, target: Tensor, objective: Objective, compute: Compute, workspace: Workspace
     ) -> TrainOutput:
-        """Training loss of raw activations [tokens, d_source] and [tokens, d_target] with global-batch BatchTopK.
+        """Training loss of raw activations [tokens, d_source] and [tokens, d_target].
 
         `objective` is equal on all ranks. Called on every rank at once when torch.distributed is set up.
         """
@@ -242,13 +280,20 @@ class MatryoshkaTranscoder(nn.Module):
         with rounded or nullcontext():
             x, y = self.normalise(source), target.float() * self.target_scale
             residual = y if self.W_skip is None else y - torch.nn.functional.linear(x, self.W_skip).float()
-            weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+            trained = self.threshold if self.activation.thresholds == "trained" else None
+            weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, trained)
             if compute.backend == "dense":
                 output = dense_loss(x, residual, weights, objective)
             else:
                 output = sparse_loss(x, residual, weights, objective, workspace, compute.bfloat16)
         square = torch.linalg.vector_norm(y, dim=1).double().square().sum()
         return TrainOutput(*output, y.sum(0), square)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep thresholds that are trained at 0 or above, after a step of the optimizer."""
+        if self.activation.thresholds == "trained":
+            self.threshold.clamp_(min=0)
 
     @torch.no_grad()
     def initialise(self, source: Tensor, target: Tensor, seed: int = 0, directions: Tensor | None = None) -> None:
@@ -293,7 +338,11 @@ class MatryoshkaTranscoder(nn.Module):
     # Files ----------------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; a state without `massive_norm`, of older files and other libraries, leaves it unknown."""
+        """As torch's; a calibrated threshold may be one for each feature, and a state without `massive_norm`, of older
+        files and other libraries, leaves it unknown."""
+        if self.activation.thresholds == "calibrated" and "threshold" in state_dict:
+            each = state_dict["threshold"].shape == (self.num_features,)
+            self.threshold = self.threshold.new_empty((self.num_features,) if each else ())
         unknown = {"massive_norm": torch.full((), float("nan"), dtype=torch.float32)}
         return super().load_state_dict(unknown | dict(state_dict), strict, assign)
 
@@ -318,8 +367,6 @@ class MatryoshkaTranscoder(nn.Module):
                 shape = json.loads(metadata["shape"])
                 transcoder = cls(TranscoderShape(**shape | {"group_sizes": tuple(shape["group_sizes"])}))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                if "threshold" in tensors and tensors["threshold"].shape == (transcoder.num_features,):
-                    transcoder.threshold = torch.empty(transcoder.num_features, dtype=torch.float32)
                 transcoder.load_state_dict(tensors)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None

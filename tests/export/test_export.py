@@ -19,7 +19,7 @@ from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prep
 from mtc.results import Evaluation, RunFacts
 from mtc.storage import RunDirectory
 from mtc.text import TokenTexts
-from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
+from mtc.transcoder import MatryoshkaTranscoder, transcoder_shape
 from tests.report_example import make_evaluation
 from tests.strangers.tokenizers_as_they_come import named
 
@@ -32,8 +32,7 @@ KINDS = [(norm, skip) for norm in ("rms", "scalar", "none") for skip in (False, 
 
 def make_transcoder(config: RunConfig, seed: int = 0) -> MatryoshkaTranscoder:
     """Random weights, scales that are not 1, about a third of the features active."""
-    shape = TranscoderShape(D, D, GROUPS, config.transcoder.k, config.input_norm, config.transcoder.skip)
-    transcoder = MatryoshkaTranscoder(shape, seed=seed)
+    transcoder = MatryoshkaTranscoder(transcoder_shape(config, D, D), seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, size in (("W_dec", 0.2), ("b_enc", 1), ("b_dec", 1), ("W_skip", 0.1)):
@@ -198,16 +197,28 @@ def test_thresholds_of_their_own_are_exported(tmp_path: Path) -> None:
     run = make_run(tmp_path, "none")
     transcoder = MatryoshkaTranscoder.load(run.location("transcoder.safetensors"))
     transcoder.threshold = torch.linspace(-1, 2, F)  # one below 0 lets every positive pre-activation through
+    transcoder.threshold[-1] = torch.finfo(torch.float32).max  # of a feature that contributes nothing
     run.write("transcoder.safetensors", transcoder.to_bytes())
     run.publish()
     x = torch.from_numpy(sources())
     z = torch.relu(x @ transcoder.W_enc.T + transcoder.b_enc).detach()
-    expected = z * (z > torch.linspace(-1, 2, F))
+    expected = z * (z > transcoder.threshold)
+    assert not expected[:, -1].any()
     file, cpu = str(export(run, "circuit-tracer") / "layer_1.safetensors"), torch.device("cpu")
     traced = load_relu_transcoder(file, 1, device=cpu, lazy_encoder=False, lazy_decoder=False)
     with torch.no_grad():
         torch.testing.assert_close(SAE.load_from_disk(export(run, "saelens")).encode(x), expected, **CLOSE)
         torch.testing.assert_close(traced.encode(x), expected, **CLOSE)
+
+
+def test_features_that_compete_for_places_have_no_thresholds_to_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, transcoder={"activation": "topk"})
+    for format in ("saelens", "circuit-tracer", "gemma-scope-npz"):
+        assert main(["--run", run.url, "--format", format, "--output", str(tmp_path / "x")]) == 2
+        assert "transcoder.activation=topk: features have no thresholds" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "llama", "gpt2"])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from jobs.export import main
-from mtc.export import read_gemma_scope, read_saelens
+from mtc.export import read_gemma_scope, read_gemma_scope_2, read_saelens
 from mtc.export.import_metadata import ARCHITECTURES, FREE, ONLY, ImportFailure
 from mtc.language_model import LanguageModel, pack_windows
 from mtc.storage import RunDirectory, open_layer_run
@@ -125,6 +125,75 @@ def test_gemma_scope_npz_is_the_formula_and_can_be_served(tmp_path: Path) -> Non
         entries = slice(found.indptr[token], found.indptr[token + 1])
         got = dict(zip(found.indices[entries].tolist(), found.values[entries].tolist(), strict=True))
         assert got == pytest.approx({j: v for j, v in enumerate(row) if v}, rel=1e-4, abs=1e-5)
+
+
+POINT_IN, POINT_OUT = (f"model.layers.1.{name}_feedforward_layernorm.output" for name in ("pre", "post"))
+
+
+def save_gemma_scope_2(folder: Path, affine: bool = False, drop: str = "", **cfg: Any) -> dict[str, np.ndarray]:
+    """A folder with the names, shapes and fields of google/gemma-scope-2-270m-pt/transcoder/layer_1_width_..."""
+    folder.mkdir(parents=True)
+    p = {name.lower(): value for name, value in parameters().items()}
+    if affine:
+        p["affine_skip_connection"] = np.random.default_rng(1).normal(size=(D, D)).astype(np.float32) * 0.1
+    usual = {
+        "hf_hook_point_in": POINT_IN, "hf_hook_point_out": POINT_OUT, "width": F, "model_name": "gemma-v3-270m-pt",
+        "architecture": "jump_relu", "l0": 7, "affine_connection": affine, "type": "transcoder",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(usual | cfg))
+    kept = {name: torch.from_numpy(value) for name, value in p.items() if name != drop}
+    (folder / "params.safetensors").write_bytes(save(kept))
+    return p
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_gemma_scope_2_is_the_formula_and_what_circuit_tracer_reads(tmp_path: Path, affine: bool) -> None:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_gemma_scope_2_transcoder, load_relu_transcoder
+
+    p = save_gemma_scope_2(tmp_path / "theirs", affine)
+    assert run_import(tmp_path / "theirs", "gemma-scope-2", tmp_path / "runs", "--model.name", "random:gemma3") == 0
+    run = open_layer_run(str(tmp_path / "runs" / "latest"))
+    config, transcoder, x = run.config(), load_transcoder(run), sources()
+    assert (config.model.layer, config.model.source, config.input_norm) == (1, "mlp_in", "none")
+    assert (config.transcoder.activation, config.transcoder.k, config.transcoder.skip) == ("jumprelu", 7, affine)
+    exact = x.numpy().astype(np.float64)
+    z = exact @ p["w_enc"] + p["b_enc"]
+    features = np.where(z > p["threshold"], z, 0)
+    y = features @ p["w_dec"] + p["b_dec"] + (exact @ p["affine_skip_connection"] if affine else 0)
+    theirs = load_gemma_scope_2_transcoder(str(tmp_path / "theirs" / "params.safetensors"), 1, torch.device("cpu"))
+    assert main(["--run", run.url, "--format", "circuit-tracer", "--output", str(tmp_path / "back")]) == 0
+    lazy = {"device": torch.device("cpu"), "lazy_encoder": False, "lazy_decoder": False}
+    back = load_relu_transcoder(str(tmp_path / "back" / "layer_1.safetensors"), 1, **lazy)
+    with torch.no_grad():
+        for found in (transcoder.encode(x), theirs.encode(x), back.encode(x)):
+            np.testing.assert_allclose(found, features, **CLOSE)
+        for found in (transcoder.reconstruct(x), theirs(x), back(x)):
+            np.testing.assert_allclose(found, y, **CLOSE)
+
+
+@pytest.mark.parametrize(("change", "options", "message"), [
+    ({"type": "sae"}, [], "type='sae' can't be used, only transcoder"),
+    ({"type": "clt"}, [], "type='clt' can't be used, only transcoder"),
+    ({"architecture": "topk"}, [], "architecture='topk' can't be used, only jump_relu"),
+    ({"hf_hook_point_out": None}, [], "hf_hook_point_out is missing"),
+    ({"hf_hook_point_out": "model.layers.2.post_feedforward_layernorm.output"}, [], "are of several layers"),
+    ({"hf_hook_point_in": "model.layers.1.output"}, [], "is not where"),
+    ({"affine_connection": True}, [], "lacks affine_skip_connection"),
+    ({"affine": True, "affine_connection": False}, [], "also holds affine_skip_connection"),
+    ({"affine_connection": "yes"}, [], "affine_connection='yes' is neither true nor false"),
+    ({"width": 9}, [], "width=9, but the tensors have 48"),
+    ({"l0": 0}, [], "l0=0 is no number of features"),
+    ({"scale": 2}, [], "scale=2 can't be used: nobody knows it"),
+    ({"drop": "threshold"}, [], "lacks threshold"),
+    ({}, ["--transcoder.activation", "topk"], "transcoder.activation=topk can't be that of an import"),
+])  # fmt: skip
+def test_a_gemma_scope_2_folder_of_another_kind_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], options: list[str], message: str
+) -> None:
+    save_gemma_scope_2(tmp_path / "theirs", **change)
+    assert run_import(tmp_path / "theirs", "gemma-scope-2", tmp_path / "runs", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_export_comes_back_with_its_groups(tmp_path: Path) -> None:
@@ -370,7 +439,7 @@ def test_gemma_scopes_autoencoders_are_not_taken_for_transcoders(tmp_path: Path,
     assert read_gemma_scope(str(folder)).known["model"]["layer"] == 5
 
 
-@pytest.mark.parametrize("read", [read_gemma_scope, read_saelens])
+@pytest.mark.parametrize("read", [read_gemma_scope, read_gemma_scope_2, read_saelens])
 def test_a_url_is_refused_as_it_was_given(read: Any) -> None:
     with pytest.raises(ImportFailure, match="--import s3://bucket/layer_5: imports are read from local directories"):
         read("s3://bucket/layer_5")

@@ -80,7 +80,7 @@ def test_training_on_two_and_three_ranks_equals_one(tmp_path, backend):
 def chosen_among_ties(rank, world):
     """As on CPUs, which must equal as on GPUs: one at a time and as entries of a matrix."""
     from mtc import devices
-    from mtc.transcoder.batch_topk import keep_largest, largest_entries
+    from mtc.transcoder.selection import keep_largest, largest_entries
 
     values = torch.randint(-3, 6, (400,), generator=torch.Generator().manual_seed(0)).float()
     values[50:60] = torch.nan

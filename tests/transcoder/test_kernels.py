@@ -8,12 +8,11 @@ import torch
 from torch.autograd import gradcheck
 
 from mtc import devices
-from mtc.transcoder import Objective, Workspace, native
-from mtc.transcoder import batch_topk as selection
+from mtc.transcoder import Objective, Workspace, native, selection
 from mtc.transcoder import sparse_loss as kernels
-from mtc.transcoder.batch_topk import _border, _by_histogram, _largest_values, keep_largest
 from mtc.transcoder.dense_loss import dense_loss
 from mtc.transcoder.objective import Weights
+from mtc.transcoder.selection import _border, _by_histogram, _largest_values, keep_largest
 from mtc.transcoder.sparse_loss import sparse_loss
 
 TOKENS, D_SOURCE, D_TARGET, ENDS = 9, 7, 5, (6, 16, 24)
@@ -31,19 +30,27 @@ def loops(request, monkeypatch):
     return request.param
 
 
-def objective(count=3 * TOKENS, dead=(), aux_k=4, weights=(0.2, 0.3, 0.5)):
-    return Objective(ENDS, weights, count, torch.tensor(dead, dtype=torch.int64), aux_k, 0.07)
+def objective(count=3 * TOKENS, dead=(), aux_k=4, weights=(0.2, 0.3, 0.5), **activation):
+    return Objective(ENDS, weights, count, torch.tensor(dead, dtype=torch.int64), aux_k, 0.07, **activation)
+
+
+TOPK = {"activation": "topk", "k": 3}
+JUMP = {"activation": "jumprelu", "k": 3, "l0_weight": 0.2, "bandwidth": 0.8}
 
 
 def leaves(dtype=torch.float64, seed=0, tokens=TOKENS):
-    """x, y and all weights, each wanting a gradient."""
+    """x, y and all weights, thresholds the last, each wanting a gradient."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(tokens, D_SOURCE), (tokens, D_TARGET), (F, D_SOURCE), (F,), (F, D_TARGET), (D_TARGET,)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    shapes = [(tokens, D_SOURCE), (tokens, D_TARGET), (F, D_SOURCE), (F,), (F, D_TARGET), (D_TARGET,), (F,)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    tensors[-1] = tensors[-1].abs()
+    return [t.to(dtype).requires_grad_() for t in tensors]
 
 
-def loss_and_gradients(loss, tensors, *arguments):
-    output = loss(tensors[0], tensors[1], Weights(*tensors[2:]), *arguments)
+def loss_and_gradients(loss, tensors, wanted, *arguments):
+    """Thresholds only where they are trained."""
+    tensors = tensors[: 7 if wanted.activation == "jumprelu" else 6]
+    output = loss(tensors[0], tensors[1], Weights(*tensors[2:]), wanted, *arguments)
     return output, torch.autograd.grad(output.loss, tensors)
 
 
@@ -75,6 +82,13 @@ CASES = {
     "empty rows": (make_silent_tokens, objective(dead=(1, 20))),
     "k larger than the positives": (lambda t: None, objective(count=TOKENS * F)),
     "nothing positive": (lambda t: t[3].data.fill_(-100), objective(dead=(4,))),
+    "by contribution": (lambda t: t[4].data[5:9].zero_(), objective(by_contribution=True, dead=(3, 6))),
+    "topk": (lambda t: None, objective(dead=(1, 5), **TOPK)),
+    "topk, ties and empty rows": (lambda t: (make_ties(t), make_silent_tokens(t)), objective(**TOPK)),
+    "topk by contribution": (lambda t: t[4].data[5:9].zero_(), objective(by_contribution=True, **TOPK)),
+    "jumprelu": (lambda t: None, objective(**JUMP)),
+    "jumprelu, dead features inside the window": (lambda t: None, objective(dead=(1, 5, 6, 17, 23), **JUMP)),
+    "jumprelu, nothing active": (lambda t: t[6].data.fill_(100), objective(dead=(4,), **JUMP)),
 }
 
 
@@ -91,11 +105,58 @@ def test_sparse_loss_and_every_gradient_equal_dense_autograd(case, loops):
         tolerance = {"rtol": 1e-4, "atol": 2e-5} if loops == "compiled" else {"rtol": 1e-9, "atol": 1e-12}
         for got, want in zip(output, expected, strict=True):
             torch.testing.assert_close(got, want, check_dtype=False, **tolerance)
-        names = ("x", "y", *Weights._fields)
+        names = ("x", "y", *Weights._fields)[: len(gradients)]
         for name, got, want in zip(names, gradients, expected_gradients, strict=True):
             torch.testing.assert_close(got, want, check_dtype=False, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
             workspace.give(name, torch.full_like(got, float("nan")))  # what comes back must be written over
     assert len(expected.errors) == 3 and expected.loss > 0
+
+
+def formulas(x, y, weights, wanted):
+    """The loss where the choice is a sort and JumpReLU's step has the slope of a ramp, for autograd."""
+    before, threshold = x @ weights.W_enc.T + weights.b_enc, weights.threshold
+    rank = (before * (weights.W_dec.norm(dim=1) if wanted.by_contribution else 1)).detach()
+    penalty = 0
+    if wanted.activation == "jumprelu":
+        ramp = ((before - threshold) / wanted.bandwidth + 0.5).clamp(0, 1)
+        step = (before > threshold).double() + ramp - ramp.detach()
+        a = before * step.detach() + threshold.detach() * (ramp - ramp.detach())
+        penalty = wanted.l0_weight * sum((row.sum() / wanted.k - 1) ** 2 for row in step)
+    else:
+        rows, k = (rank, wanted.k) if wanted.activation == "topk" else (rank.reshape(1, -1), wanted.num_entries)
+        chosen = torch.zeros_like(rows)
+        for row, keep in zip(rows, chosen, strict=True):
+            for index in sorted(range(len(row)), key=lambda i: -row[i].item())[:k]:
+                keep[index] = row[index] > 0
+        a = before * chosen.view_as(before)
+    errors = [(y - weights.b_dec - a[:, :end] @ weights.W_dec[:end]).square().sum() for end in wanted.ends]
+    return sum(w * e for w, e in zip(wanted.weights, errors, strict=True)) + penalty, (a > 0).any(0)
+
+
+@pytest.mark.parametrize("activation", [
+    {"by_contribution": True}, TOPK, TOPK | {"by_contribution": True}, JUMP, JUMP | {"l0_weight": 0.0}
+])  # fmt: skip
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_activations_and_every_gradient_equal_the_formulas(activation, bfloat16, loops):
+    tensors, wanted = leaves(tokens=40), objective(count=120, **activation)
+    tensors[4].data *= torch.linspace(0, 3, F).unsqueeze(1)
+    tensors[6].data[0] = 90
+    if loops == "compiled":
+        tensors = [t.detach().float().requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    loss, fired = formulas(exact[0], exact[1], Weights(*exact[2:]), wanted)
+    used = 7 if wanted.activation == "jumprelu" else 6
+    expected = torch.autograd.grad(loss, exact[:used])
+    tolerance = {"rtol": 1e-4, "atol": 2e-5} if loops == "compiled" else {"rtol": 1e-9, "atol": 1e-12}
+    losses = [sparse_loss] if bfloat16 else [dense_loss, sparse_loss]
+    for compute in losses:
+        rest = () if compute is dense_loss else (Workspace(), bfloat16)
+        output, gradients = loss_and_gradients(compute, tensors, wanted, *rest)
+        torch.testing.assert_close(output.loss, loss, check_dtype=False, **tolerance)
+        assert torch.equal(output.fired, fired)
+        for got, want in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(got, want, check_dtype=False, **tolerance)
+    assert fired[0] == (activation is TOPK)
 
 
 def test_rows_wider_than_the_loops_blocks(loops):
@@ -126,7 +187,7 @@ LOSSES = {"dense": dense_loss, "sparse": lambda *arguments: sparse_loss(*argumen
 
 @pytest.mark.parametrize("backend", LOSSES)
 def test_gradients_equal_finite_differences(backend):
-    assert gradcheck(lambda *t: LOSSES[backend](t[0], t[1], Weights(*t[2:]), objective()).loss, leaves(seed=3))
+    assert gradcheck(lambda *t: LOSSES[backend](t[0], t[1], Weights(*t[2:]), objective()).loss, leaves(seed=3)[:6])
 
 
 @pytest.mark.parametrize("backend", LOSSES)

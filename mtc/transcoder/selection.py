@@ -1,6 +1,8 @@
-"""BatchTopK over the global batch: exactly the k * B largest positive pre-activations of all ranks together.
+"""Which entries of a matrix [tokens, features] are chosen: the largest of all ranks together, of each row, or all above
+a border.
 
-Bussmann et al. 2024, arXiv:2412.06410, there for one process. On CPUs no sort: positive floats order like their bit
+BatchTopK takes exactly the k * B largest positive pre-activations of the global batch (Bussmann et al. 2024,
+arXiv:2412.06410, there for one process). On CPUs no sort: positive floats order like their bit
 patterns, so the border is found by counting. On GPUs each rank's own largest come from torch's topk, without the host.
 Ties at the border go by rank, then position. One rank with a batch and several with its parts therefore choose the same
 entries.
@@ -33,14 +35,47 @@ class Chosen(NamedTuple):
     """[entries], value of each entry in the matrix's dtype."""
 
 
-def largest_entries(z: Tensor, count: int, border: float = 0.0) -> tuple[Chosen, float]:
+def largest_entries(z: Tensor, count: int, border: float = 0.0, scale: Tensor | None = None) -> tuple[Chosen, float]:
     """The `count` largest positive entries of all ranks' z [tokens, features], this rank's part; fewer if there are.
 
-    `border` is a guess at the smallest of them that saves time on a CPU and never changes the result; the true one is
-    returned. On a GPU, in one process, nothing waits for the host: the entries are always `count`, or as many as z has,
-    some of value 0 if fewer are positive, and the border returned is 0.
+    With `scale` [features], at least 0, z * scale is what is compared and must be positive; values stay z's. `border`
+    is a guess at the smallest of them that saves time on a CPU and never changes the result; the true one is returned.
+    On a GPU, in one process, nothing waits for the host: the entries are always `count`, or as many as z has, some of
+    value 0 if fewer are positive, and the border returned is 0.
     """
-    return (_largest_gpu(z, count), 0.0) if is_gpu(z.device) else _largest_cpu(z, count, border)
+    return (_largest_gpu(z, count, scale), 0.0) if is_gpu(z.device) else _largest_cpu(z, count, border, scale)
+
+
+def largest_of_each(z: Tensor, k: int, scale: Tensor | None = None) -> Chosen:
+    """The `k` largest positive entries of each row of z [tokens, features], fewer where fewer are positive.
+
+    With `scale`, of z's shape or [features], z * scale is what is compared and must be positive; values stay z's. On a
+    GPU nothing waits for the host: rows always have `k` entries, some of value 0.
+    """
+    ranked = z if scale is None else z * scale
+    rank, feature = ranked.topk(min(k, z.shape[1]), dim=1, sorted=False)
+    feature, order = feature.sort(dim=1)
+    is_chosen = rank.gather(1, order) > 0
+    value = torch.where(is_chosen, z.gather(1, feature), 0.0)
+    token = torch.arange(len(z), device=z.device).repeat_interleave(feature.shape[1])
+    chosen = Chosen(token, feature.flatten(), value.flatten())
+    return chosen if is_gpu(z.device) else Chosen(*(part[is_chosen.flatten()] for part in chosen))
+
+
+def entries_above(z: Tensor, floor: Tensor | float) -> Chosen:
+    """All entries of z [tokens, features] above `floor`, a number or one for each feature [features]; waits for the
+    host on a GPU."""
+    if not native.runs(z):
+        index = (z > floor).flatten().nonzero().squeeze(1)
+        token = index.div(z.shape[1], rounding_mode="floor")
+        return Chosen(token, index - token * z.shape[1], z.flatten()[index])
+    floors = floor if isinstance(floor, Tensor) else z.new_full((z.shape[1],), floor)
+    counts = torch.empty(len(z), dtype=torch.int64)
+    native.call("count_above", z, *z.shape, floors, counts)
+    total = int(counts.sum())
+    feature, value = torch.empty(total, dtype=torch.int64), torch.empty(total)
+    native.call("list_above", z, *z.shape, floors, counts.cumsum(0) - counts, feature, value)
+    return Chosen(torch.repeat_interleave(counts, output_size=total), feature, value)
 
 
 def keep_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -71,20 +106,24 @@ def kth_largest(values: Tensor, count: int) -> Tensor:
     return _by_histogram(values, count)
 
 
-def _largest_cpu(z: Tensor, count: int, border: float) -> tuple[Chosen, float]:
+def _largest_cpu(z: Tensor, count: int, border: float, scale: Tensor | None = None) -> tuple[Chosen, float]:
     for floor in (GUESS * border, 0.0):
-        found = _list_above(z, floor)
-        keep, smallest = keep_largest(found.value.float(), count)
-        if floor == 0 or smallest > 0:  # otherwise the guess was too high, on all ranks together
+        # A border of z for each feature costs no more than one for all; a scaled copy of z or of weights would. Where
+        # the scale is 0 it is infinite, or 0 / 0, and nothing is above. Rounding may list too much, never too little.
+        found = entries_above(z, floor if scale is None else (1 - 1e-6) * floor / scale)
+        rank = found.value if scale is None else found.value * scale[found.feature]
+        keep, smallest = keep_largest(rank.float(), count)
+        if smallest > floor or floor == 0:  # otherwise the guess was too high, on all ranks together
             break
     kept = keep.nonzero().squeeze(1)
     return Chosen(*(part[kept] for part in found)), float(smallest)
 
 
-def _largest_gpu(z: Tensor, count: int) -> Chosen:
+def _largest_gpu(z: Tensor, count: int, scale: Tensor | None = None) -> Chosen:
     """The largest entries by torch's topk, which knows no order among equal values: the first ones of those at the
     border are put in."""
-    flat = torch.where(z > 0, z, 0.0).flatten()  # NaN counts as nothing
+    ranked = torch.where(z > 0, z, 0.0)  # NaN counts as nothing
+    flat = (ranked if scale is None else ranked.mul_(scale)).flatten()
     size = min(count, flat.numel())
     value, index = flat.topk(size, sorted=False)
     border, above, tied = _border(value, count)
@@ -95,26 +134,12 @@ def _largest_gpu(z: Tensor, count: int) -> Chosen:
     index = torch.where(at_border, first[place.clamp(min=0)], index)
     keep = (value > border) | (at_border & (border > 0) & (place < _free(count, above, tied)))
     index, order = index.sort()
-    value = torch.where(keep, value, 0.0)[order]
+    value = torch.where(keep[order], z.flatten()[index], 0.0)
     if distributed():  # ranks hold different numbers of entries
         chosen = value > 0
         index, value = index[chosen], value[chosen]
     token = index.div(z.shape[1], rounding_mode="floor")
     return Chosen(token, index - token * z.shape[1], value)
-
-
-def _list_above(z: Tensor, floor: float) -> Chosen:
-    """All entries of the matrix above `floor`."""
-    if not native.runs(z):
-        index = (z > floor).flatten().nonzero().squeeze(1)
-        token = index.div(z.shape[1], rounding_mode="floor")
-        return Chosen(token, index - token * z.shape[1], z.flatten()[index])
-    counts = torch.empty(len(z), dtype=torch.int64)
-    native.call("count_above", z, *z.shape, floor, counts)
-    total = int(counts.sum())
-    feature, value = torch.empty(total, dtype=torch.int64), torch.empty(total)
-    native.call("list_above", z, *z.shape, floor, counts.cumsum(0) - counts, feature, value)
-    return Chosen(torch.repeat_interleave(counts, output_size=total), feature, value)
 
 
 def _free(count: int, above: Tensor, tied: Tensor) -> Tensor:
