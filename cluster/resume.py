@@ -27,10 +27,10 @@ class Position(NamedTuple):
     size: int
     """Rows that `units` have in all."""
     left: dict[int, list[int]]
-    """Rows of `units` that have not left the buffer for the last time, by unit, each as often as it is still to leave."""
+    """Rows of `units` that have not left the buffer for the last time, by unit, each as often as it is to leave yet."""
     filters: dict[int, list[int]]
-    """Rows to be trained of units that other numbers of trainers left in part, by unit, each as often as it is left; the
-    same on all ranks."""
+    """Rows to be trained of units that other numbers of trainers left in part, by unit, each as often as it is left;
+    the same on all ranks."""
 
 
 def read_progress(checkpoint: Checkpoint) -> Progress:

@@ -151,8 +151,8 @@ class DataConfig(Part):
     """Most token positions in a work unit, which is what one forward pass takes and one message carries; a longer
     window is a unit of its own."""
     shuffle_buffer_tokens: int = Field(default=32_768, ge=0, le=1_000_000_000)
-    """Tokens, over all trainers, that are held in their memory to be mixed and replayed. Each trainer holds `replays` + 1
-    work units at least."""
+    """Tokens, over all trainers, that are held in their memory to be mixed and replayed. Each trainer holds
+    `replays` + 1 work units at least."""
 
 
 class TranscoderConfig(Part):

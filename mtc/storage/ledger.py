@@ -156,8 +156,8 @@ def progress_from_parquet(data: bytes) -> pa.Table:
 def rows_left(
     earlier: Mapping[int, NDArray[np.int32]], now: Iterable[Mapping[int, NDArray[np.int32]]]
 ) -> dict[int, NDArray[np.int32]]:
-    """Rows still to be trained of each unit that is begun but not finished, each as often as it is left: the fewest that
-    anybody knows of."""
+    """Rows still to be trained of each unit that is begun but not finished, each as often as it is left: the fewest
+    that anybody knows of."""
     left = dict(earlier)
     for part in now:
         for unit, rows in part.items():

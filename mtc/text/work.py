@@ -54,9 +54,9 @@ class Work(NamedTuple):
 def work_units(store: TokenStore, config: RunConfig) -> Work:
     """The windows to train on, from one permutation of the text per epoch, and fresh ones for calibration.
 
-    The training units, repeated `data.replays` times, hold a batch for each of `total_steps` steps, and before that less
-    than a window more. The order depends on `data.seed` alone. Only the part of the text that this configuration wants is used, so that a run does not change
-    when a larger store is found in the cache.
+    The training units, each token `data.replays` times, hold a batch for each of `total_steps` steps, and less than a
+    window more of each time. The order depends on `data.seed` alone. Only the part of the text that this configuration
+    wants is used, so that a run does not change when a larger store is found in the cache.
 
     Raises DataError if the text is too short.
     """
