@@ -58,11 +58,11 @@ class Batches:
         self.num_training = num_training
         """Number of the first unit that is for calibration; those before are for training."""
         self.filters = dict(filters)
-        """Rows that are left of units which were trained in part on other trainers, by unit."""
+        """Rows that are left of units which were trained in part on other trainers, by unit, each as often as it is."""
         self.costs = ActorCosts()
         """What the model actors spent on all units that this rank received but the first."""
         self.tokens = 0
-        """Tokens taken by all ranks for steps."""
+        """Tokens taken by all ranks for steps, repeats included."""
         self.own_tokens = 0
         """Tokens taken by this rank for steps."""
         self.calibrated = 0
@@ -115,8 +115,8 @@ class Batches:
             self._held = self._next()
 
     def _fill(self, rows: float) -> None:
-        """Take in units until `rows` can be taken and a chunk is mixed, or the training units end."""
-        while not self._ended and (self.buffer.available < rows or self.buffer.size < self.buffer.chunk_rows):
+        """Take in units until `rows` can be taken and the buffer is filled, or the training units end."""
+        while not self._ended and (self.buffer.available < rows or not self.buffer.filled):
             unit = self._next()
             if unit is None or unit.number >= self.num_training:
                 self._held, self._ended = unit, True
@@ -175,8 +175,9 @@ def _shares(equal: Sequence[int], rows: Sequence[int]) -> list[int]:
 
 
 def _only(unit: Unit, rows: NDArray[np.int32]) -> Unit:
-    """A unit with only some of its rows."""
-    kept = np.isin(unit.rows, rows)
+    """A unit with only some of its rows, each to be trained as often as `rows` names it."""
+    left = np.bincount(rows, minlength=unit.tokens)[unit.rows].astype(np.int32)
+    kept = left > 0
     chosen = torch.from_numpy(np.flatnonzero(kept))
     activations = {key: part[chosen.to(part.device)] for key, part in unit.activations.items()}
-    return unit._replace(activations=activations, rows=unit.rows[kept])
+    return unit._replace(activations=activations, rows=unit.rows[kept], left=left[kept])

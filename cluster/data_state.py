@@ -26,11 +26,11 @@ class DataState(NamedTuple):
     ledger: Ledger
     """Counts of what is trained; rank 0's holds those of earlier starts too."""
     filters: dict[int, np.ndarray]
-    """Rows to be trained of units that other numbers of trainers left in part, by unit."""
+    """Rows to be trained of units that other numbers of trainers left in part, by unit, each as often as it is left."""
     generation: int
     """How often the number of trainers changed before this start."""
     run_again: int
-    """Tokens of all ranks' begun chunks that are trained already: the stream has them again, training has not."""
+    """Tokens of all ranks' begun chunks that were trained before, once at least: the stream has them again."""
 
 
 def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, world: int, device: Any) -> DataState:
@@ -39,14 +39,15 @@ def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, worl
     As many trainers as before go on within their chunks; other numbers of trainers share what is left of those.
     """
     generation, filters, run_again = 0, {}, 0
-    ledger, position = Ledger(), None
+    replays = config.data.replays
+    ledger, position = Ledger(replays=replays), None
     if checkpoint is not None:
         positions = [read_position(checkpoint, r) for r in range(checkpoint.manifest.world_size)]
         progress = read_progress(checkpoint)
-        run_again = sum(position.taken for position in positions)
+        run_again = sum(position.size - _untouched(position, replays) for position in positions)
         generation = positions[0].generation
         filters = {unit: np.array(rows, np.int32) for unit, rows in positions[0].filters.items()}
-        ledger = Ledger(progress if rank == 0 else None)
+        ledger = Ledger(progress if rank == 0 else None, replays)
         if world == len(positions):
             position = positions[rank]
         else:
@@ -55,7 +56,7 @@ def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, worl
             finished = set(progress.finished().tolist())
             filters = {unit: rows for unit, rows in rows_left(filters, left).items() if unit not in finished}
     seed = (config.data.seed, generation, world, rank)
-    buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens // world, seed, device)
+    buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens // world, seed, device, replays)
     if position is not None:
         buffer.restore(position.chunk, position.units, position.taken, position.size)
     return DataState(buffer, ledger, filters, generation, run_again)
@@ -72,3 +73,8 @@ def position_files(batches: Batches, generation: int, rank: int) -> dict[str, Ca
         f"position-{rank}.json": lambda: json.dumps(position._asdict()).encode(),
         f"units-{rank}.parquet": lambda: progress_to_parquet(table),
     }
+
+
+def _untouched(position: Position, replays: int) -> int:
+    """Rows of the begun chunks' units that are still to be trained as often as all are."""
+    return sum(int((np.bincount(rows) == replays).sum()) for rows in position.left.values() if rows)

@@ -23,7 +23,7 @@ class TrainResult(NamedTuple):
     steps: int
     """Optimizer steps done."""
     tokens: int
-    """Tokens trained on."""
+    """Tokens trained on, repeats included."""
     threshold: float
     """Inference threshold; the median where every feature has one of its own."""
     calibration_tokens: int
@@ -63,13 +63,14 @@ def permanent_cause(error: BaseException) -> MtcError | None:
 
 
 def check_ledger(progress: Progress, units: int) -> None:
-    """Raises TrainingStopped unless every token of the training units 0 to `units` - 1 was trained exactly once."""
+    """Raises TrainingStopped unless every token of the training units 0 to `units` - 1 was trained exactly as often as
+    the ledger says that it should be."""
     wrong = progress.wrong_units().tolist()
     missing = sorted(set(range(units)) - set(progress.finished().tolist()))
     if wrong or missing:
         raise TrainingStopped(
             f"the ledger of trained tokens is wrong, and so may be the transcoder: of {units} work units "
-            f"{len(missing)} are not finished ({missing[:5]}...) and {len(wrong)} have tokens more than once "
+            f"{len(missing)} are not finished ({missing[:5]}...) and {len(wrong)} have tokens too often "
             f"({wrong[:5]}...)"
         )
 

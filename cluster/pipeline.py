@@ -190,9 +190,11 @@ class _Job:
         ):
             trained = train(config, plan, run, store.url, self.d_model, self.log, self.lease.require, work)
         first = trained.layers[0]
-        done = f"trained {first.tokens:,} tokens in {first.steps:,} steps; " + _thresholds(trained)
-        say("trained", done, tokens=first.tokens, steps=first.steps)
-        say("ledger", _account(trained))
+        captured, times = trained.progress.captured_tokens(), config.data.replays
+        tokens = f"{first.tokens:,} tokens" + (f" ({captured:,} captured, each {times} times)" if times > 1 else "")
+        done = f"trained {tokens} in {first.steps:,} steps; " + _thresholds(trained)
+        say("trained", done, tokens=first.tokens, captured_tokens=captured, steps=first.steps)
+        say("ledger", _account(trained, times))
         say("balance", balance(trained.timing), **trained.timing.model_dump())
         return trained, progress
 
@@ -216,6 +218,7 @@ class _Job:
             run_id=self.run.for_layer(layer.layer).run_id,
             steps=layer.steps,
             trained_tokens=layer.tokens,
+            captured_tokens=trained.progress.captured_tokens(),
             calibration_tokens=layer.calibration_tokens,
             precision=layer.precision,
             compute=layer.compute,
@@ -240,10 +243,11 @@ class _Job:
         )
 
 
-def _account(trained: Trained) -> str:
+def _account(trained: Trained, replays: int) -> str:
     """A line of what the ledger, which was checked, says of the training tokens."""
     progress = trained.progress
-    line = f"ledger: {len(progress.finished())} work units, {progress.trained_tokens():,} tokens trained, each once"
+    each = "each once" if replays == 1 else f"each of {progress.captured_tokens():,} {replays} times"
+    line = f"ledger: {len(progress.finished())} work units, {progress.trained_tokens():,} tokens trained, {each}"
     if dropped := progress.dropped_tokens():
         line += f"; {dropped:,} dropped as not finite"
     if skipped := max(layer.skipped_steps for layer in trained.layers):

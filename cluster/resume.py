@@ -21,15 +21,16 @@ class Position(NamedTuple):
     chunk: int
     """Number of the chunk that rows leave at present."""
     units: list[int]
-    """Numbers of the units in the present chunk."""
+    """Numbers of the units in the present chunk's blocks, as far as rows of these have left the buffer."""
     taken: int
     """Rows that left the present chunk."""
     size: int
-    """Rows that the present chunk has in all."""
+    """Rows that `units` have in all."""
     left: dict[int, list[int]]
-    """Rows of the present chunk's units that have not left it, by unit."""
+    """Rows of `units` that have not left the buffer for the last time, by unit, each as often as it is to leave yet."""
     filters: dict[int, list[int]]
-    """Rows to be trained of units that other numbers of trainers left in part, by unit; the same on all ranks."""
+    """Rows to be trained of units that other numbers of trainers left in part, by unit, each as often as it is left;
+    the same on all ranks."""
 
 
 def read_progress(checkpoint: Checkpoint) -> Progress:
@@ -42,9 +43,9 @@ def read_progress(checkpoint: Checkpoint) -> Progress:
 
 
 def unneeded_units(checkpoint: Checkpoint, world: int) -> set[int]:
-    """Units that need not be streamed again to `world` trainers: finished, and not of a chunk that is begun.
+    """Units that need not be streamed again to `world` trainers: finished, and in no block that a trainer still needs.
 
-    A chunk goes on in the order that it began in, for which all of its units must be there.
+    A chunk goes on in the order that it began in, for which all units of its blocks must be there.
     """
     finished = set(read_progress(checkpoint).finished().tolist())
     if world == checkpoint.manifest.world_size:

@@ -75,8 +75,8 @@ def train(
     Continues from the run's last checkpoint if there is one. Ray Train starts dead trainers again, up to
     `cluster.max_failures` times; if it gives up although there was a new checkpoint in between, or if its controller
     dies, it is started again here. Raises TrainingFailed if that does not help either, at once the permanent error of a
-    trainer or a model actor, TrainingStopped also if the ledger does not have every token once, and RunError for
-    checkpoints that cannot be used.
+    trainer or a model actor, TrainingStopped also if the ledger does not have every token `data.replays` times, and
+    RunError for checkpoints that cannot be used.
     """
     checkpoints = Checkpoints(run.url)
     tell = partial(post_event, log)

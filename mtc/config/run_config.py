@@ -138,7 +138,11 @@ class DataConfig(Part):
     context_length: int = Field(default=64, ge=4, le=131_072)
     """Tokens in a window, BOS included."""
     num_tokens: int = Field(ge=1, le=MOST)
-    """Tokens to train on; BOS, other special tokens and padding are not counted."""
+    """Tokens to run through the language model for training, each of which is trained `replays` times; BOS, other
+    special tokens and padding are not counted."""
+    replays: int = Field(default=1, ge=1, le=64)
+    """How often each captured token is trained, spread out and each time among others. It multiplies the steps, not the
+    work of the language model."""
     max_epochs: int = Field(default=1, ge=1, le=1_000_000)
     """How often the text may be repeated to reach num_tokens."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
@@ -149,7 +153,8 @@ class DataConfig(Part):
     """Most token positions in a work unit, which is what one forward pass takes and one message carries; a longer
     window is a unit of its own."""
     shuffle_buffer_tokens: int = Field(default=32_768, ge=0, le=1_000_000_000)
-    """Tokens, over all trainers, that are mixed before they form a batch."""
+    """Tokens, over all trainers, that are held in their memory to be mixed and replayed. Each trainer holds
+    `replays` + 1 work units at least."""
 
 
 class TranscoderConfig(Part):
@@ -381,7 +386,7 @@ class RunConfig(Record):
 
     @property
     def total_steps(self) -> int:
-        return self.data.num_tokens // self.optimizer.batch_tokens
+        return self.data.num_tokens * self.data.replays // self.optimizer.batch_tokens
 
     def for_layers(self) -> tuple[RunConfig, ...]:
         """One configuration for each layer that is read, as if it were the only one."""
@@ -407,7 +412,8 @@ class RunConfig(Record):
         if self.optimizer.warmup_steps > self.total_steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's {self.total_steps} steps "
-                f"(data.num_tokens={self.data.num_tokens} / optimizer.batch_tokens={batch})"
+                f"(data.num_tokens={self.data.num_tokens} * data.replays={self.data.replays} / "
+                f"optimizer.batch_tokens={batch})"
             )
         if self.transcoder.rank == "contribution" and not self.optimizer.warmup_steps:
             raise ValueError(

@@ -13,7 +13,7 @@ from mtc.report.drawing import MARKERS, colours, new_figure, picture, style
 from mtc.report.html import render_html
 from mtc.report.markdown import render_markdown
 from mtc.report.sections.configuration import timing_blocks
-from mtc.report.sections.provenance import provenance, stamp
+from mtc.report.sections.provenance import captured, provenance, stamp
 from mtc.results import NOT_MEASURED, Analysis, interval, number, percent, report_names
 
 MARKDOWN, HTML, JSON = "layers_report.md", "layers_report.html", "layers_report.json"
@@ -55,7 +55,7 @@ def _document(analyses: Sequence[Analysis], form: int) -> Document:
     return Document(
         title=f"Matryoshka transcoders, {model.name}, {number(len(analyses))} layers",
         subtitle=f"One run, one forward pass of the language model for all layers: {number(f.trained_tokens)} tokens "
-        f"trained, {number(first.summary.analysed_tokens)} held-out tokens analysed.",
+        f"trained{captured(f)}, {number(first.summary.analysed_tokens)} held-out tokens analysed.",
         sections=(Section("Layers", tuple(blocks)), Section("Timing", tuple(timing_blocks(f.timing)))),
         provenance=provenance(first),
         stamp=stamp(first),

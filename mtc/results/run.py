@@ -30,6 +30,9 @@ class RunFacts(Record):
     """Training steps done."""
     trained_tokens: int
     """Tokens trained on, repeats included."""
+    captured_tokens: int | None = None
+    """Tokens of the training text that ran through the language model, each of which was trained `data.replays` times;
+    None in a run of before that could be asked for."""
     dropped_tokens: int = 0
     """Tokens whose activations were not finite, never trained on."""
     calibration_tokens: int = 0
@@ -134,7 +137,7 @@ class StreamTiming(Record):
     """Where the time of training went, from the first activations to the last batch, since the run's last start."""
 
     tokens: int
-    """Tokens that left the shuffle buffers: trained on, and used for calibration."""
+    """Tokens that left the shuffle buffers: trained on, repeats included, and used for calibration."""
     wall_seconds: float
     """Wall time from the first activations to the last batch, seconds."""
     startup_seconds: float

@@ -22,14 +22,17 @@ SCHEMA = pa.schema(
         "tokens": pa.int64(),  # trainable tokens of the unit
         "dropped": pa.int64(),  # of which so many have activations that are not finite,
         "dropped_sum": pa.int64(),  # the sum of their numbers in the unit;
-        "trained": pa.int64(),  # so many were trained on,
+        "trained": pa.int64(),  # so many were trained on, each time counted,
         "trained_sum": pa.int64(),  # the sum of their numbers: a token that took another's place would change it
+        "replays": pa.int64(),  # so often each token is to be trained
     }
 )
 
 
 # A unit that was streamed again has the same tokens and lacks the same ones.
-_TOGETHER = {"tokens": "max", "dropped": "max", "dropped_sum": "max", "trained": "sum", "trained_sum": "sum"}
+_TOGETHER = {
+    "tokens": "max", "dropped": "max", "dropped_sum": "max", "trained": "sum", "trained_sum": "sum", "replays": "max",
+}  # fmt: skip
 
 
 class Progress(NamedTuple):
@@ -41,30 +44,49 @@ class Progress(NamedTuple):
     def finished(self) -> NDArray[np.int64]:
         """Numbers of the work units of which nothing is left to train."""
         column = self._columns()
-        return column["unit"][column["trained"] + column["dropped"] >= column["tokens"]]
+        return column["unit"][column["trained"] >= _wanted(column)]
 
     def dropped_tokens(self) -> int:
         return int(self._columns()["dropped"].sum())
 
+    def captured_tokens(self) -> int:
+        """Tokens of the units that were begun whose activations are finite, each counted once."""
+        column = self._columns()
+        return int((column["tokens"] - column["dropped"]).sum())
+
     def trained_tokens(self) -> int:
+        """Tokens trained on, each time counted."""
         return int(self._columns()["trained"].sum())
 
     def repeated_tokens(self) -> int:
-        """Tokens that were trained twice, for certain: beyond those that the units have."""
+        """Tokens that were trained too often, for certain: beyond what `data.replays` makes of those that the units
+        have."""
         column = self._columns()
-        return int(np.maximum(column["trained"] + column["dropped"] - column["tokens"], 0).sum())
+        return int(np.maximum(column["trained"] - _wanted(column), 0).sum())
 
     def wrong_units(self) -> NDArray[np.int64]:
-        """Numbers of the work units in which a token was trained twice, or one instead of another."""
+        """Numbers of the work units in which a token was trained too often, or one instead of another."""
         column = self._columns()
-        tokens = column["tokens"]
-        all_numbers = tokens * (tokens - 1) // 2
-        done = column["trained"] + column["dropped"]
-        mixed = (done == tokens) & (column["trained_sum"] + column["dropped_sum"] != all_numbers)
-        return column["unit"][(done > tokens) | mixed]
+        tokens, wanted = column["tokens"], _wanted(column)
+        numbers = tokens * (tokens - 1) // 2 - column["dropped_sum"]
+        mixed = (column["trained"] == wanted) & (column["trained_sum"] != column["replays"] * numbers)
+        return column["unit"][(column["trained"] > wanted) | mixed]
 
     def _columns(self) -> dict[str, NDArray[np.int64]]:
-        return {name: self.table[name].to_numpy() for name in SCHEMA.names}
+        table = _with_replays(self.table)
+        return {name: table[name].to_numpy() for name in SCHEMA.names}
+
+
+def _wanted(column: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """[units] tokens of each unit that are to be trained, repeats included."""
+    return column["replays"] * (column["tokens"] - column["dropped"])
+
+
+def _with_replays(table: pa.Table) -> pa.Table:
+    """A table of SCHEMA, also if it was written before tokens could be trained more than once."""
+    if "replays" in table.column_names:
+        return table
+    return table.append_column("replays", pa.array(np.ones(len(table), np.int64)))
 
 
 def merge_progress(tables: Iterable[pa.Table]) -> Progress:
@@ -79,7 +101,8 @@ def merge_progress(tables: Iterable[pa.Table]) -> Progress:
 class Ledger:
     """One rank's counts; rank 0 also carries those of earlier starts."""
 
-    def __init__(self, earlier: Progress | None = None):
+    def __init__(self, earlier: Progress | None = None, replays: int = 1):
+        self.replays = replays
         self._settled = earlier.table if earlier else SCHEMA.empty_table()
         carried = self._settled.to_pydict()
         self._open: dict[int, list[int]] = {}
@@ -91,7 +114,7 @@ class Ledger:
     def receive(self, unit: int, tokens: int, dropped: NDArray[np.int32]) -> None:
         """Count a unit that arrived with `tokens` trainable tokens; `dropped` are the numbers of those that are not
         finite."""
-        self._open[unit] = [tokens, len(dropped), int(dropped.sum()), 0, 0]
+        self._open[unit] = [tokens, len(dropped), int(dropped.sum()), 0, 0, self.replays]
         self.received_tokens += tokens
         self.dropped_tokens += len(dropped)
 
@@ -127,15 +150,23 @@ def progress_to_parquet(table: pa.Table) -> bytes:
 
 def progress_from_parquet(data: bytes) -> pa.Table:
     """The table of SCHEMA in the bytes of a Parquet file."""
-    return pq.read_table(io.BytesIO(data), schema=SCHEMA)
+    return _with_replays(pq.read_table(io.BytesIO(data)))
 
 
 def rows_left(
     earlier: Mapping[int, NDArray[np.int32]], now: Iterable[Mapping[int, NDArray[np.int32]]]
 ) -> dict[int, NDArray[np.int32]]:
-    """Rows still to be trained of each unit that is begun but not finished: the fewest that anybody knows of."""
+    """Rows still to be trained of each unit that is begun but not finished, each as often as it is left: the fewest
+    that anybody knows of."""
     left = dict(earlier)
     for part in now:
         for unit, rows in part.items():
-            left[unit] = np.intersect1d(left[unit], rows) if unit in left else rows
+            left[unit] = _in_both(left[unit], rows) if unit in left else rows
     return left
+
+
+def _in_both(a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Numbers that are in both, each as often as in the one that has fewer of it."""
+    most = max(a.max(initial=-1), b.max(initial=-1)) + 1
+    counts = np.minimum(np.bincount(a, minlength=most), np.bincount(b, minlength=most))
+    return np.repeat(np.arange(most, dtype=np.int32), counts)

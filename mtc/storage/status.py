@@ -35,7 +35,7 @@ class RunStatus(Record):
     total_steps: int
     """Optimizer steps that the run has in all."""
     tokens: int
-    """Tokens trained on."""
+    """Tokens trained on, repeats included."""
     tokens_per_second: float | None
     """Speed of training at the newest row of the metrics history; None without a row."""
     fvu: list[float] | None
@@ -75,7 +75,7 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
         evaluation = json.loads(layer.read("analysis.json"))["evaluation"]
         fvu, l0 = evaluation["fvu"], evaluation["l0"][-1]
     speed = row.get("tokens_per_second")
-    left = max(config.data.num_tokens - row.get("tokens", 0), 0)
+    left = max(config.data.num_tokens * config.data.replays - row.get("tokens", 0), 0)
     trained = layer.exists("transcoder.safetensors")
     checkpoint = None if finished else Checkpoints(run.url).latest()
     return RunStatus(

@@ -37,7 +37,7 @@ class Work(NamedTuple):
     `data.unit_tokens` positions. Units are numbered through, those for calibration after those for training."""
 
     training: list[NDArray[np.int64]]
-    """Work units that are trained on, each token of them once."""
+    """Work units that are trained on, each token of them `data.replays` times."""
     calibration: list[NDArray[np.int64]]
     """Work units that set the threshold; no epoch trains on them."""
 
@@ -54,14 +54,14 @@ class Work(NamedTuple):
 def work_units(store: TokenStore, config: RunConfig) -> Work:
     """The windows to train on, from one permutation of the text per epoch, and fresh ones for calibration.
 
-    The training units hold a batch for each of `total_steps` steps, and less than a window more. The order depends on
-    `data.seed` alone. Only the part of the text that this configuration wants is used, so that a run does not change
-    when a larger store is found in the cache.
+    The training units, each token `data.replays` times, hold a batch for each of `total_steps` steps, and less than a
+    window more of each time. The order depends on `data.seed` alone. Only the part of the text that this configuration
+    wants is used, so that a run does not change when a larger store is found in the cache.
 
     Raises DataError if the text is too short.
     """
     data, calibration = config.data, config.transcoder.fresh_tokens
-    wanted = config.total_steps * config.optimizer.batch_tokens
+    wanted = -(-config.total_steps * config.optimizer.batch_tokens // data.replays)
     windows = _wanted_windows(store, config, "train")
     windows = windows[np.random.default_rng(data.seed).permutation(len(windows))]
     total = np.concatenate([[0], np.cumsum(store.trainable_tokens(windows))])  # total[n]: tokens of the first n windows

@@ -42,15 +42,17 @@ def make_unit(number):
     return Unit(number, {(0, "resid_mid"): column, (0, "mlp_out"): -column}, rows, tokens, dropped, costs)
 
 
-def every_row():
-    return Counter(int(v) for n in range(TRAINING) for v in make_unit(n).activations[0, "resid_mid"])
+def every_row(replays):
+    rows = [int(v) for n in range(TRAINING) for v in make_unit(n).activations[0, "resid_mid"]]
+    return Counter(rows * replays)
 
 
-def train_some(url, steps, lost, rank, world):
+def train_some(url, steps, lost, replays, rank, world):
     """A trainer without a model: `steps` steps, a checkpoint, `lost` more steps, the end. All steps if it is None."""
+    config = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"replays": replays})})
     checkpoints = Checkpoints(url)
     checkpoint = checkpoints.latest()
-    state = data_state(CONFIG, checkpoint, rank, world, "cpu")
+    state = data_state(config, checkpoint, rank, world, "cpu")
     unneeded = unneeded_units(checkpoint, world) if checkpoint else set()
     left = [(number, None) for number in range(TRAINING + CALIBRATION) if number not in unneeded]
     units = (make_unit(number) for number, _ in deal(left, world)[rank::world] if number >= 0)
@@ -72,20 +74,20 @@ def train_some(url, steps, lost, rank, world):
     return done, shares, held, wrong
 
 
-def run_start(directory, number, world, steps, lost):
+def run_start(directory, number, world, steps, lost, replays=1):
     """One start of `world` trainers; returns their rows by step, and the sizes of the global batches."""
-    found = run_ranks(train_some, world, directory / str(number), str(directory / "run"), steps, lost)
+    found = run_ranks(train_some, world, directory / str(number), str(directory / "run"), steps, lost, replays)
     assert all(f[1] == found[0][1] for f in found), "ranks disagree on the global batch"
     assert not any(f[3] for f in found), "calibration units in the ledger"
     by_step = [[row for f in found for row in f[0][step]] for step in range(len(found[0][0]))]
     return by_step, found[0][1], sum(f[2] for f in found)
 
 
-@pytest.mark.parametrize("backend", ["dense", "sparse"])
-def test_a_resumed_training_has_the_same_bits_as_one_that_was_not_interrupted(tmp_path, backend):
+@pytest.mark.parametrize(("backend", "replays"), [("dense", 1), ("sparse", 3)])
+def test_a_resumed_training_has_the_same_bits_as_one_that_was_not_interrupted(tmp_path, backend, replays):
     """Weights, moments, schedule, counters of silent features and the order of the data, through a checkpoint."""
     changes = {"optimizer": {"batch_tokens": 32, "backend": backend, "warmup_steps": 5}, "transcoder": {"k": 4}}
-    changes |= {"data": {"num_tokens": 1024, "shuffle_buffer_tokens": 400}}
+    changes |= {"data": {"num_tokens": 1024, "shuffle_buffer_tokens": 400, "replays": replays}}
     config = load_preset("tiny", changes)
     config = config.model_copy(
         update={
@@ -120,7 +122,7 @@ def test_a_resumed_training_has_the_same_bits_as_one_that_was_not_interrupted(tm
         return trainer
 
     whole = run()
-    run(stop=13)
+    run(stop=13 * replays)
     again = run(checkpoint=Checkpoints(str(tmp_path)).latest())
     assert again.step_number == whole.step_number > 30
     assert again.tokens == whole.tokens
@@ -131,23 +133,25 @@ def test_a_resumed_training_has_the_same_bits_as_one_that_was_not_interrupted(tm
 
 
 @pytest.mark.parametrize(
-    "worlds", [(1, 1, 1), (2, 2, 2), (2, 3, 1), (1, 2, 2, 3)], ids=lambda worlds: "-".join(map(str, worlds))
+    ("worlds", "replays"),
+    [((1, 1, 1), 1), ((2, 2, 2), 1), ((2, 2, 2), 3), ((2, 3, 1), 1), ((1, 2, 2, 3), 1), ((1, 2, 2, 3), 4)],
 )
-def test_every_token_is_trained_once_whatever_the_number_of_trainers(tmp_path, worlds):
+def test_every_token_is_trained_as_often_as_asked_whatever_the_number_of_trainers(tmp_path, worlds, replays):
     """Each start dies two steps after its checkpoint, the last one ends; what counts is what a checkpoint kept."""
     lineage, sizes = [], []
     for number, world in enumerate(worlds):
         last = number == len(worlds) - 1
-        steps, tokens, held = run_start(tmp_path, number, world, None if last else 5 + number, 0 if last else 2)
-        kept = steps if last else steps[: 5 + number]
+        before = (5 + number) * replays
+        steps, tokens, held = run_start(tmp_path, number, world, None if last else before, 0 if last else 2, replays)
+        kept = steps if last else steps[:before]
         lineage += kept
         sizes += tokens[: len(kept)]
-    assert Counter(row for step in lineage for row in step) == every_row()
+    assert Counter(row for step in lineage for row in step) == every_row(replays)
     assert sizes[:-1] == [BATCH] * (len(sizes) - 1), "the global batch depends on the trainers"
     assert held == sum(len(make_unit(n).rows) for n in range(TRAINING, TRAINING + CALIBRATION))
     if len(set(worlds)) == 1:
         (tmp_path / "whole").mkdir()
-        whole, _, _ = run_start(tmp_path / "whole", 0, worlds[0], None, 0)
+        whole, _, _ = run_start(tmp_path / "whole", 0, worlds[0], None, 0, replays)
         assert [sorted(step) for step in lineage] == [sorted(step) for step in whole]
 
 

@@ -9,7 +9,7 @@ from mtc.report.sections.features import feature_cards, top_features
 from mtc.report.sections.findings import files, insights, recommendations
 from mtc.report.sections.nesting import nesting
 from mtc.report.sections.probing import probing
-from mtc.report.sections.provenance import provenance, stamp
+from mtc.report.sections.provenance import captured, provenance, stamp
 from mtc.report.sections.summary import summary
 from mtc.report.sections.weights import weights
 from mtc.results import Analysis, number
@@ -35,7 +35,8 @@ def document(analysis: Analysis) -> Document:
     return Document(
         title=f"Matryoshka transcoder, {model.name}, layer {model.layer}",
         subtitle=f"Run {analysis.facts.run_id}: {number(analysis.summary.total_features)} features on layer "
-        f"{model.layer} ({model.source} to {model.target}), {number(analysis.facts.trained_tokens)} trained tokens. "
+        f"{model.layer} ({model.source} to {model.target}), {number(analysis.facts.trained_tokens)} trained tokens"
+        f"{captured(analysis.facts)}. "
         "Numbers have four significant digits; the JSON file has all of them.",
         sections=tuple(section(analysis) for section in SECTIONS),
         provenance=provenance(analysis),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mtc.report.blocks import Block, Code, Heading, Items, Paragraph, Section, Table, Text
+from mtc.report.sections.provenance import captured
 from mtc.results import NOT_MEASURED, Analysis, RunFacts, StreamTiming, number, percent
 from mtc.results.numbers import numbers
 
@@ -113,7 +114,7 @@ def _settings(analysis: Analysis) -> Table:
         ("Adam betas", numbers(o.betas)),
         ("Gradient clip", number(o.gradient_clip)),
         ("Steps", f"{number(f.steps)} of {number(t.planned_steps)}"),
-        ("Trained tokens", number(f.trained_tokens)),
+        ("Trained tokens", number(f.trained_tokens) + captured(f)),
         ("Batch (tokens)", number(o.batch_tokens)),
         ("Data", f.data_name),
         ("Documents", _counts(f.documents)),

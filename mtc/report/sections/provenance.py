@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtc.report.blocks import Paragraph, Section, Table
-from mtc.results import Analysis, number
+from mtc.results import Analysis, RunFacts, number
 
 NOT_KNOWN = "not known"
 
@@ -19,7 +19,7 @@ def provenance(analysis: Analysis) -> Section:
         ("Data", f.data_name),
         ("Data fingerprint", f.data_fingerprint or NOT_KNOWN),
         ("Seeds", f"data {c.data.seed}, transcoder {c.transcoder.seed}"),
-        ("Trained tokens", number(f.trained_tokens)),
+        ("Trained tokens", number(f.trained_tokens) + captured(f)),
         ("Calibration tokens", number(f.calibration_tokens)),
         ("Held-out tokens, evaluated", number(s.evaluated_tokens)),
         ("Held-out tokens, loss", number(s.loss.tokens if s.loss else None)),
@@ -39,10 +39,16 @@ def provenance(analysis: Analysis) -> Section:
     )
 
 
+def captured(facts: RunFacts) -> str:
+    """How many tokens were captured for those that were trained, in brackets; empty if that is as many or not known."""
+    count = facts.captured_tokens
+    return "" if count in (None, facts.trained_tokens) else f" ({number(count)} captured)"
+
+
 def stamp(analysis: Analysis) -> str:
     """The run in one line."""
     f = analysis.facts
     parts = [f"run {f.run_id}", f"configuration {analysis.training.fingerprint}"]
     parts += [f"data {f.data_fingerprint or NOT_KNOWN}", f"git {f.git_revision or NOT_KNOWN}"]
-    parts += [f"{number(f.trained_tokens)} trained tokens", f"analysed {f.analysed or NOT_KNOWN}"]
+    parts += [f"{number(f.trained_tokens)} trained tokens{captured(f)}", f"analysed {f.analysed or NOT_KNOWN}"]
     return ", ".join(parts)

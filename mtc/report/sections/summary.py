@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mtc.report.blocks import Block, Heading, Items, KeyFigure, KeyFigures, Link, Paragraph, Plots, Section, Table
+from mtc.report.sections.provenance import captured
 from mtc.results import MIN_DOCUMENTS, NOT_MEASURED, Analysis, interval, number, percent, percent_interval
 
 
@@ -121,7 +122,7 @@ def _figures(analysis: Analysis) -> Table:
         ("Average samples per feature (of those with samples)", number(s.average_samples)),
         (few, percent(s.few_samples_fraction)),
         ("Uniformly drawn examples", number(s.uniform_examples)),
-        ("Trained tokens", number(s.trained_tokens)),
+        ("Trained tokens", number(s.trained_tokens) + captured(analysis.facts)),
         ("Dropped tokens (activations not finite)", number(analysis.facts.dropped_tokens)),
         ("Analysed held-out tokens (examples, counts)", number(s.analysed_tokens)),
         ("Evaluated held-out tokens (FVU, L0)", number(s.evaluated_tokens)),
