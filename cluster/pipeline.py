@@ -98,7 +98,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     configure_data_context()
     d_model = check_model(config.model, config.data.context_length).d_model
     plan = plan_in_free_room(config, d_model)
-    check_devices(config, plan)
+    check_devices(config, plan, d_model)
     run = run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
     set_run(run.run_id)
