@@ -1,4 +1,4 @@
-"""What the training loop tells: rates, where wall time went, and each layer's metrics.
+"""What the training loop tells: rates, where wall time went, and each transcoder's metrics.
 
 Imported by trainers only: the processes that coordinate them do without torch.
 """
@@ -6,6 +6,7 @@ Imported by trainers only: the processes that coordinate them do without torch.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,13 +80,13 @@ class Account:
 class Journal:
     """Rank 0's account of training to the driver."""
 
-    def __init__(self, log: Any, trainers: list[Trainer], clock: Clock):
+    def __init__(self, log: Any, trainers: Mapping[str, Trainer], clock: Clock):
         self.log, self.clock = log, clock
-        self.layers = [trainer.config.model.layer for trainer in trainers]
-        self.tokens = trainers[0].tokens
-        self.health = [Health(t.config.transcoder.k, int(t.skipped[0])) for t in trainers]
+        self.members = [(name, trainer.config.model.layer) for name, trainer in trainers.items()]
+        self.tokens = next(iter(trainers.values())).tokens
+        self.health = [Health(t.config.transcoder.k, int(t.skipped[0])) for t in trainers.values()]
         self.extremes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """For each layer the highest [loss, l0] and the lowest since the last row, on the device."""
+        """For each transcoder the highest [loss, l0] and the lowest since the last row, on the device."""
 
     def look(self, done: list[StepResult]) -> None:
         """Take note of a step, whether it is written down or not; waits for nothing."""
@@ -102,17 +103,17 @@ class Journal:
             return [result.metrics() for result in done]
 
     def write(self, metrics: list[StepMetrics], account: dict[str, Any]) -> None:
-        """Send a row for each layer, with this rank's account since the last one."""
+        """Send a row for each transcoder, with this rank's account since the last one."""
         extremes = [(float(high[0]), float(low[1])) for high, low in self.extremes]
         self.extremes = []
         wall = max(sum(account["seconds"].values()), 1e-9)
         speed = (metrics[0].tokens - self.tokens) / wall
         self.tokens = metrics[0].tokens
         shared = {"tokens_per_second": speed, **{name: account[name] for name in ("seconds", "model_seconds", "time")}}
-        for layer, row, health, (loss, l0) in zip(self.layers, metrics, self.health, extremes, strict=True):
-            self.log.append.remote(row._asdict() | {"layer": layer} | shared)
+        for (name, layer), row, health, (loss, l0) in zip(self.members, metrics, self.health, extremes, strict=True):
+            self.log.append.remote(row._asdict() | {"member": name, "layer": layer} | shared)
             for kind, message in health.look(row, loss, l0):
-                where = f"layer {layer}: " if len(self.layers) > 1 else ""
+                where = f"{name}: " if len(self.members) > 1 else ""
                 self.log.event.remote(kind, where + message, row.step)
 
 

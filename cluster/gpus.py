@@ -11,10 +11,11 @@ from functools import partial
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.memory import check_gpu_memory
 from cluster.mps import PROGRAM, shared_gpu
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
-from mtc.devices import DeviceError, open_device
+from mtc.devices import DeviceError, gpu_memory, open_device
 from mtc.telemetry import say
 
 logger = logging.getLogger(__name__)
@@ -23,10 +24,11 @@ FREE_SECONDS = 60.0
 """Seconds that a free GPU on every node is waited for; a run waits longer, for Ray."""
 
 
-def check_devices(config: RunConfig, plan: Plan) -> None:
+def check_devices(config: RunConfig, plan: Plan, d_model: int) -> None:
     """Have a process on every node with GPUs look for one, before any work. A node whose GPUs are taken is passed over.
 
-    Raises ConfigError with what a node's torch says if it sees none, and if `cluster.mps` is on though no GPU is shared
+    Raises ConfigError with what a node's torch says if it sees none, if the largest GPU is too small for the
+    transcoders of a language model of width `d_model`, and if `cluster.mps` is on though no GPU is shared
     here or MPS is not installed.
     """
     nodes = [node.node_id for node in plan.nodes if node.gpus]
@@ -40,14 +42,19 @@ def check_devices(config: RunConfig, plan: Plan) -> None:
         raise ConfigError(f"cluster.mps is true, but {PROGRAM}, which comes with NVIDIA's driver, is not on PATH")
     if plan.device != "cuda":
         return
-    look = ray.remote(_device_error).options
+    look = ray.remote(_look_at_device).options
     shared = {"num_cpus": 0, "num_gpus": plan.actor_gpus, "runtime_env": plan.runtime_env}
     on_node = partial(NodeAffinitySchedulingStrategy, soft=False)
     answers = {look(**shared, scheduling_strategy=on_node(node)).remote(): node for node in nodes}
     ready, busy = ray.wait(list(answers), num_returns=len(answers), timeout=FREE_SECONDS)
+    memory = []
     for answer in ready:
-        if error := ray.get(answer):
-            raise ConfigError(f"node {answers[answer][:8]}: {error}")
+        found = ray.get(answer)
+        if isinstance(found, str):
+            raise ConfigError(f"node {answers[answer][:8]}: {found}")
+        memory.append(found)
+    if memory and None not in memory:
+        check_gpu_memory(config, plan, d_model, max(memory))
     for answer in busy:
         ray.cancel(answer)
         logger.warning("node %s: no GPU came free within %.0f s; others have them", answers[answer][:8], FREE_SECONDS)
@@ -67,9 +74,10 @@ def on_one_gpu(config: RunConfig, plan: Plan) -> Iterator[Plan]:
         yield plan._replace(environment=tuple(environment.items()))
 
 
-def _device_error() -> str | None:
+def _look_at_device() -> int | str | None:
+    """Bytes of the GPU's memory, None where a CPU is taken for one, or why there is none."""
     try:
-        open_device("cuda")
+        device = open_device("cuda")
     except DeviceError as error:
         return str(error)
-    return None
+    return gpu_memory(device)

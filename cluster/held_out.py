@@ -51,7 +51,7 @@ FEATURES_PER_ROW = 1024
 
 
 class HeldOutResults(NamedTuple):
-    """What the held-out pass finds about the transcoder of one layer."""
+    """What the held-out pass finds about one transcoder."""
 
     found: Findings
     """Figures, examples and optional measurements of the transcoder."""
@@ -66,11 +66,11 @@ class HeldOutResults(NamedTuple):
 def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str) -> list[HeldOutResults]:
     """Run the pass on `analysis.num_tokens` held-out tokens and the whole model on `analysis.loss_tokens`.
 
-    Returns one result for each entry of `model.sites`; all come from the same forward passes.
+    Returns one result for each of the run's transcoders; all come from the same forward passes.
     """
     configure_data_context(config.cluster.stall_seconds)
     store = TokenStore.open(store_url)
-    run_urls = [run.for_layer(sites.layer).url for sites in config.model.sites]
+    run_urls = [own.url for own in run.members().values()]
     transcoders = [load_transcoder(RunDirectory(url)) for url in run_urls]
     settings = config.analysis
     units = heldout_units(store, config, settings.num_tokens)
@@ -96,7 +96,9 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     losses: list[list[dict[str, Any]]] = [[] for _ in passes]
     effects: list[list[dict[str, Any]]] = [[] for _ in passes]
     if loss_units:
-        rows = [_row([unit], document_of) for unit in loss_units] + _logit_rows(config.transcoder.num_features)
+        rows = [_row([unit], document_of) for unit in loss_units] + _logit_rows(
+            max(transcoder.num_features for transcoder in transcoders)
+        )
         means = [held.blocks.mean() for held in passes]
         arguments |= {"target_means": means, "num_documents": num_documents}
         for row in _results(map_on_model_actors(rows, WholeModelActor, plan, **arguments)):
@@ -115,7 +117,7 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
 
 
 class _HeldOutActor(ModelActor):
-    """A model actor with what both passes need: the language model, each layer's transcoder and the token store."""
+    """A model actor with what both passes need: the language model, the run's transcoders and the token store."""
 
     full_model = False
 
@@ -128,10 +130,13 @@ class _HeldOutActor(ModelActor):
         self.model.warm_up(config.data.unit_tokens)
         self.machine = describe_machine()
         self.transcoders = [load_transcoder(RunDirectory(url), on) for url in run_urls]
+        layers = [sites.layer for sites in config.model.sites]
+        self.sites = [layers.index(member.config.model.layer) for member in config.members()]
+        """Of each transcoder the number of its layer among those that are read."""
 
 
 class FeatureActor(_HeldOutActor):
-    """A model actor: several units -> for each layer one row with all that a HeldOutPass finds in them."""
+    """A model actor: several units -> for each transcoder one row with all that a HeldOutPass finds in them."""
 
     def load(  # type: ignore[override]
         self, occurrences: np.ndarray, num_documents: int, candidates: list[np.ndarray], **arguments: Any
@@ -150,8 +155,8 @@ class FeatureActor(_HeldOutActor):
             ids = np.asarray(unit)
             windows = pack_windows(self.store.input_ids(ids), self.store.info.special_ids)
             pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
-            for held, pair in zip(passes, pairs, strict=True):
-                held.add(ids, windows, pair, np.asarray(documents), row["sampled"])
+            for held, site in zip(passes, self.sites, strict=True):
+                held.add(ids, windows, pairs[site], np.asarray(documents), row["sampled"])
         dtype = str(self.model.dtype).removeprefix("torch.")
         for at, held in enumerate(passes):
             how = {"dtype": dtype, "compute": self.model.compute, "machine": self.machine}
@@ -159,8 +164,8 @@ class FeatureActor(_HeldOutActor):
 
 
 class WholeModelActor(_HeldOutActor):
-    """A model actor: one unit -> for each layer one row of losses by document; a range of features -> their effects on
-    the logits."""
+    """A model actor: one unit -> for each transcoder one row of losses by document; a range of features -> their
+    effects on the logits."""
 
     full_model = True
 
@@ -173,14 +178,15 @@ class WholeModelActor(_HeldOutActor):
         (row,) = batch.to_pylist()
         if row["end"]:
             for at, transcoder in enumerate(self.transcoders):
-                yield _found("effects", at, logit_effects(self.model, transcoder, row["first"], row["end"])._asdict())
+                if row["first"] < (end := min(row["end"], transcoder.num_features)):
+                    yield _found("effects", at, logit_effects(self.model, transcoder, row["first"], end)._asdict())
             return
         (unit,), (documents,) = row["units"], row["documents"]
         windows = pack_windows(self.store.input_ids(np.asarray(unit)), self.store.info.special_ids)
         labels = torch.from_numpy(np.repeat(np.asarray(documents), windows.lengths) % self.num_blocks)
-        sums = loss_sums(self.model, self.transcoders, windows, self.target_means, labels, self.num_blocks)
-        for at, of_layer in enumerate(sums):
-            yield _found("losses", at, of_layer._asdict())
+        sums = loss_sums(self.model, self.transcoders, windows, self.target_means, labels, self.num_blocks, self.sites)
+        for at, of_one in enumerate(sums):
+            yield _found("losses", at, of_one._asdict())
 
 
 def _feature_rows(
@@ -217,7 +223,7 @@ def _row(
 
 
 def _found(kind: str, at: int, arrays: dict[str, Any], **more: str) -> pa.Table:
-    """One row of results: arrays as a safetensors file, what they are, and which layer they are of."""
+    """One row of results: arrays as a safetensors file, what they are, and which transcoder they are of."""
     data = save({name: np.asarray(value, order="C") for name, value in arrays.items()})
     columns = {"kind": [kind], "at": [at], "found": pa.array([data], pa.large_binary())}
     return pa.table(columns | {name: [value] for name, value in more.items()})

@@ -26,7 +26,8 @@ class JobMetrics:
         self.registry = CollectorRegistry()
         self._metrics = {instrument.name: make(instrument.name, self.registry) for instrument in JOB}
         self.config, self._run_id = config, run_id
-        self._skipped: dict[int, int] = {}
+        self._members = {member.name: member.config.transcoder for member in config.members()}
+        self._skipped: dict[str, int] = {}
         self._stage: str | None = None
         self.url: str | None = None
         """Address where scrapes are answered; None if they are not."""
@@ -51,21 +52,23 @@ class JobMetrics:
         self._stage = name
 
     def row(self, row: dict[str, Any]) -> None:
-        layer = str(row["layer"])
+        transcoder = self._members[row["member"]]
+        # Without a sweep the layer says which transcoder it is; to Prometheus an empty label is none.
+        which = {"layer": str(row["layer"]), "member": row["member"] if self.config.sweep else ""}
         self._of("mtc_train_step").set(row["step"])
-        self._of("mtc_train_loss", layer=layer).set(row["loss"])
-        self._of("mtc_train_learning_rate", layer=layer).set(row["lr"])
-        self._of("mtc_train_gradient_norm", layer=layer).set(row["gradient_norm"])
-        self._of("mtc_l0_features", layer=layer).set(row["l0"])
+        self._of("mtc_train_loss", **which).set(row["loss"])
+        self._of("mtc_train_learning_rate", **which).set(row["lr"])
+        self._of("mtc_train_gradient_norm", **which).set(row["gradient_norm"])
+        self._of("mtc_l0_features", **which).set(row["l0"])
         self._of("mtc_last_progress_timestamp_seconds").set(row["time"])
-        for prefix, fvu in zip(self.config.transcoder.prefixes, row["fvu"], strict=True):
-            self._of("mtc_fvu_ratio", layer=layer, prefix=str(prefix)).set(fvu)
-        for group, (size, dead) in enumerate(zip(self.config.transcoder.group_sizes, row["dead_groups"], strict=True)):
-            self._of("mtc_features", layer=layer, group=str(group)).set(size)
-            self._of("mtc_dead_features", layer=layer, group=str(group)).set(dead)
-        before = self._skipped.get(row["layer"], 0)
-        self._of("mtc_train_skipped_steps_total", layer=layer).inc(max(row["skipped"] - before, 0))
-        self._skipped[row["layer"]] = row["skipped"]
+        for prefix, fvu in zip(transcoder.prefixes, row["fvu"], strict=True):
+            self._of("mtc_fvu_ratio", **which, prefix=str(prefix)).set(fvu)
+        for group, (size, dead) in enumerate(zip(transcoder.group_sizes, row["dead_groups"], strict=True)):
+            self._of("mtc_features", **which, group=str(group)).set(size)
+            self._of("mtc_dead_features", **which, group=str(group)).set(dead)
+        before = self._skipped.get(row["member"], 0)
+        self._of("mtc_train_skipped_steps_total", **which).inc(max(row["skipped"] - before, 0))
+        self._skipped[row["member"]] = row["skipped"]
 
     def account(self, account: dict[str, Any]) -> None:
         seconds, model = account["seconds"], account["model_seconds"]

@@ -16,8 +16,10 @@ ANSWER_SECONDS = 120.0
 
 
 class TrainResult(NamedTuple):
-    """What the trainers report at the end about one layer's transcoder."""
+    """What the trainers report at the end about one transcoder."""
 
+    member: str
+    """Name of the transcoder among the run's."""
     layer: int
     """Layer of the language model whose MLP is imitated, from 0."""
     steps: int
@@ -37,10 +39,10 @@ class TrainResult(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What training leaves beside the weights, of all layers."""
+    """What training leaves beside the weights, of all transcoders."""
 
-    layers: tuple[TrainResult, ...]
-    """Result of each entry of `model.sites`, in order."""
+    members: tuple[TrainResult, ...]
+    """Result of each of the run's transcoders, in order."""
     timing: StreamTiming
     """Where the time of training went: what waited on what."""
     progress: Progress
@@ -79,5 +81,6 @@ def post_event(log: Any, kind: str, message: str, step: int | None = None) -> An
     return log.event.remote(kind, message, step)
 
 
-def weights_file(kind: str, layer: int) -> str:
-    return f"{kind}-layer{layer}.safetensors"
+def weights_file(kind: str, member: str) -> str:
+    """Name of a transcoder's file in a checkpoint, such as `trainer-layer9.safetensors`."""
+    return f"{kind}-{member}.safetensors"

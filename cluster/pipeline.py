@@ -98,7 +98,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     configure_data_context()
     d_model = check_model(config.model, config.data.context_length).d_model
     plan = plan_in_free_room(config, d_model)
-    check_devices(config, plan)
+    check_devices(config, plan, d_model)
     run = run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
     set_run(run.run_id)
@@ -143,10 +143,6 @@ class _Job:
         trained, progress = self._train(store, work)
         self._analyse(store, trained, progress)
 
-    def _layer_runs(self) -> list[RunDirectory]:
-        """The run directories of the layers that are read, in their order."""
-        return [self.run.for_layer(sites.layer) for sites in self.config.model.sites]
-
     def _prepare(self) -> None:
         """Make the language model ready, and write the configuration down."""
         self.metrics.stage("prepare")
@@ -159,9 +155,9 @@ class _Job:
         )
         prepare_model(config.model)
         self.run.write("config.yaml", to_yaml(config))
-        if len(config.model.sites) > 1:
-            for alone, own in zip(config.for_layers(), self._layer_runs(), strict=True):
-                own.write("config.yaml", to_yaml(alone))
+        members, places = config.members(), self.run.members()
+        for member in members if len(members) > 1 else ():
+            places[member.name].write("config.yaml", to_yaml(member.config))
 
     def _tokenise(self) -> tuple[TokenStore, Work]:
         """Have the text as windows of token ids. Raises DataError if there is too little of it."""
@@ -178,18 +174,17 @@ class _Job:
         return store, work
 
     def _train(self, store: TokenStore, work: Work) -> tuple[Trained, ProgressReader]:
-        """Train every layer's weights; returns what was read of the training's progress too."""
+        """Train every transcoder; returns what was read of the training's progress too."""
         config, run = self.config, self.run
         self.metrics.stage("train")
-        histories = {sites.layer: own for sites, own in zip(config.model.sites, self._layer_runs(), strict=True)}
         with (
             timed(self.seconds, "train"),
             tracking(config, run) as trackers,
             on_one_gpu(config, self.plan) as plan,
-            ProgressReader(self.log, histories, config.total_steps, [self.metrics, *trackers]) as progress,
+            ProgressReader(self.log, run.members(), config.total_steps, [self.metrics, *trackers]) as progress,
         ):
             trained = train(config, plan, run, store.url, self.d_model, self.log, self.lease.require, work)
-        first = trained.layers[0]
+        first = trained.members[0]
         captured, times = trained.progress.captured_tokens(), config.data.replays
         tokens = f"{first.tokens:,} tokens" + (f" ({captured:,} captured, each {times} times)" if times > 1 else "")
         done = f"trained {tokens} in {first.steps:,} steps; " + _thresholds(trained)
@@ -199,10 +194,10 @@ class _Job:
         return trained, progress
 
     def _analyse(self, store: TokenStore, trained: Trained, progress: ProgressReader) -> None:
-        """Run the held-out pass, write every layer's report, and the manifest with which the run is finished."""
+        """Run the held-out pass, write every transcoder's report, and the manifest with which the run is finished."""
         self.metrics.stage("analyse")
-        facts = [self._facts(store, trained, layer, progress.events) for layer in trained.layers]
-        rows = [progress.rows(layer.layer) for layer in trained.layers]
+        facts = [self._facts(store, trained, each, progress.events) for each in trained.members]
+        rows = [progress.rows(each.member) for each in trained.members]
         analyses = analyse_and_write(self.config, self.plan, self.run, store.url, facts, rows, self.lease.require)
         self.lease.require()
         publish(self.run, latest=True)
@@ -211,18 +206,19 @@ class _Job:
         took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
         say("finished", f"finished {self.run.url} in {took}", url=self.run.url, seconds=seconds)
 
-    def _facts(self, store: TokenStore, trained: Trained, layer: TrainResult, events: list[dict[str, Any]]) -> RunFacts:
-        """RunFacts of one layer's run, as far as they are known before its analysis."""
+    def _facts(self, store: TokenStore, trained: Trained, own: TrainResult, events: list[dict[str, Any]]) -> RunFacts:
+        """RunFacts of one transcoder's run, as far as they are known before its analysis."""
         sites, info = self.config.model.sites, store.info
         return RunFacts(
-            run_id=self.run.for_layer(layer.layer).run_id,
-            steps=layer.steps,
-            trained_tokens=layer.tokens,
+            run_id=self.run.members()[own.member].run_id,
+            steps=own.steps,
+            trained_tokens=own.tokens,
             captured_tokens=trained.progress.captured_tokens(),
-            calibration_tokens=layer.calibration_tokens,
-            precision=layer.precision,
-            compute=layer.compute,
-            other_layers=tuple(other.layer for other in sites if other.layer != layer.layer),
+            calibration_tokens=own.calibration_tokens,
+            precision=own.precision,
+            compute=own.compute,
+            other_layers=tuple(other.layer for other in sites if other.layer != own.layer),
+            other_members=tuple(other.member for other in trained.members if other.member != own.member),
             timing=trained.timing,
             dropped_tokens=trained.progress.dropped_tokens(),
             language_model_dtype="",  # the analysis tells
@@ -250,12 +246,12 @@ def _account(trained: Trained, replays: int) -> str:
     line = f"ledger: {len(progress.finished())} work units, {progress.trained_tokens():,} tokens trained, {each}"
     if dropped := progress.dropped_tokens():
         line += f"; {dropped:,} dropped as not finite"
-    if skipped := max(layer.skipped_steps for layer in trained.layers):
+    if skipped := max(each.skipped_steps for each in trained.members):
         line += f"; {skipped:,} steps had no finite gradient and changed nothing"
     return line
 
 
 def _thresholds(trained: Trained) -> str:
-    if len(trained.layers) == 1:
-        return f"threshold {trained.layers[0].threshold:.4f}"
-    return "thresholds " + ", ".join(f"{layer.threshold:.4f} (layer {layer.layer})" for layer in trained.layers)
+    if len(trained.members) == 1:
+        return f"threshold {trained.members[0].threshold:.4f}"
+    return "thresholds " + ", ".join(f"{each.threshold:.4f} ({each.member})" for each in trained.members)

@@ -67,7 +67,8 @@ def check_same_run(config: RunConfig, run: RunDirectory) -> None:
     if output_root(stored) != stored.output.root:  # by a version that stored relative paths, of which this is one
         stored = with_absolute_paths(stored)
     before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in (stored, config))
-    changed = [f"{part}.{f}" for part in now for f in now[part] if now[part][f] != before[part].get(f)]
+    changed = ["sweep"] if now.pop("sweep") != before.pop("sweep") else []
+    changed += [f"{part}.{f}" for part in now for f in now[part] if now[part][f] != before[part].get(f)]
     changed = [field for field in changed if field not in LIMITS]
     if changed:
         raise ConfigError(
@@ -111,9 +112,10 @@ def share_places(config: RunConfig, run: RunDirectory) -> RunConfig:
 
 def _layer_names(config: RunConfig) -> str:
     layers = [str(sites.layer) for sites in config.model.sites]
-    return (
-        f"layer{layers[0]}" if len(layers) == 1 else f"layers{'-'.join(layers[:4])}" + "-and-more" * (len(layers) > 4)
-    )
+    sweep = f"-sweep{len(config.sweep)}" if config.sweep else ""
+    if len(layers) == 1:
+        return f"layer{layers[0]}{sweep}"
+    return f"layers{'-'.join(layers[:4])}" + "-and-more" * (len(layers) > 4) + sweep
 
 
 def _answered(answer: ray.ObjectRef) -> bool:

@@ -1,4 +1,5 @@
-"""What the analysis measures only if it is asked for: sparse probes and first-letter spelling, one Ray task a layer."""
+"""What the analysis measures only if it is asked for: sparse probes and first-letter spelling, a Ray task
+for each transcoder."""
 
 from __future__ import annotations
 
@@ -37,8 +38,10 @@ def check_optional(config: RunConfig) -> None:
 
 
 def measure_optional(config: RunConfig, plan: Plan, run_urls: list[str], store_url: str) -> list[dict[str, Any]]:
-    """Measure for each layer what was asked for besides, as fields of Findings; one Ray task each, where model actors
-    run."""
+    """Measure for each transcoder what was asked for besides, as fields of Findings; one Ray task each, where model
+    actors run."""
+    layers = [sites.layer for sites in config.model.sites]
+    site_of = [layers.index(member.config.model.layer) for member in config.members()]
     tasks = [
         (at, url, field, task)
         for at, url in enumerate(run_urls)
@@ -57,7 +60,9 @@ def measure_optional(config: RunConfig, plan: Plan, run_urls: list[str], store_u
             options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
             options |= {"runtime_env": plan.runtime_env, "scheduling_strategy": place}
             answers = [
-                ray.remote(task).options(**options).remote(config, url, at, store_url, plan.device, plan.actor_threads)
+                ray.remote(task)
+                .options(**options)
+                .remote(config, url, site_of[at], store_url, plan.device, plan.actor_threads)
                 for at, url, _, task in tasks
             ]
             for (at, _, field, _), answer in zip(tasks, answers, strict=True):

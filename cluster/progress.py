@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 RESUMED = "resume"  # a kind of event
 SHOWN = ("step", "tokens", "tokens_per_second", "loss", "fvu", "l0", "dead")  # of a row, in JSON lines
+OF_MEMBER = ("loss", "fvu", "l0", "dead")  # of each transcoder's row, where there are several
+MOST_SHOWN = 3  # transcoders with a figure each in the progress line
 QUIET = ("checkpoint",)  # kinds that are neither kept nor shown: one a minute, for weeks
 DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
 WAITING = 0.2
@@ -111,9 +113,10 @@ def start_metrics_log(run: RunDirectory) -> Any:
 
 
 class ProgressReader:
-    """While used as a context, a thread copies the log's rows into each layer's `metrics.jsonl` and shows the newest.
+    """While used as a context, a thread copies the log's rows into each transcoder's `metrics.jsonl` and shows the
+    newest.
 
-    `runs` maps a layer to the directory of its transcoder. On a terminal one line is redrawn; elsewhere a line appears
+    `runs` has the directory of each transcoder by its name. On a terminal one line is redrawn; elsewhere a line appears
     every `seconds`. A restart from a checkpoint repeats steps: their first account is replaced. Events go into
     `events.jsonl` of each directory, and are shown. `followers` get everything; one that fails gets nothing more.
     """
@@ -121,18 +124,18 @@ class ProgressReader:
     def __init__(
         self,
         log: Any,
-        runs: Mapping[int, RunDirectory],
+        runs: Mapping[str, RunDirectory],
         total_steps: int,
         followers: Sequence[Follower] = (),
         seconds: float = 5.0,
     ):
         self.log, self.runs, self.total_steps, self.seconds = log, runs, total_steps, seconds
         self.followers = list(followers)
-        self.histories: dict[int, dict[int, dict[str, Any]]] = {}
-        """Rows of the metrics history by step, in the order of steps, for each layer."""
+        self.histories: dict[str, dict[int, dict[str, Any]]] = {}
+        """Rows of the metrics history by step, in the order of steps, for each transcoder."""
         self.events: list[dict[str, Any]] = []
-        for layer, run in runs.items():
-            self.histories[layer] = {row["step"]: row for row in run.read_lines("metrics.jsonl")}
+        for name, run in runs.items():
+            self.histories[name] = {row["step"]: row for row in run.read_lines("metrics.jsonl")}
             self.events = run.read_lines("events.jsonl")
         self._name, self._position = "", 0
         self._shown_at = 0.0
@@ -153,8 +156,8 @@ class ProgressReader:
         if exception[0] is None:
             self._show(final=True)
 
-    def rows(self, layer: int) -> list[dict[str, Any]]:
-        return list(self.histories[layer].values())
+    def rows(self, member: str) -> list[dict[str, Any]]:
+        return list(self.histories[member].values())
 
     def _follow(self) -> None:
         while not self._stop.wait(1.0):
@@ -185,7 +188,7 @@ class ProgressReader:
             self._write()
 
     def _take_metrics(self, row: dict[str, Any]) -> None:
-        history = self.histories[row["layer"]]
+        history = self.histories[row["member"]]
         while history and _newest(history) >= row["step"]:
             history.popitem()
         history[row["step"]] = row
@@ -216,8 +219,8 @@ class ProgressReader:
         began = time.monotonic()
         events = "".join(json.dumps(event) + "\n" for event in self.events)
         try:
-            for layer, run in self.runs.items():
-                run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows(layer)), WRITE_SECONDS)
+            for name, run in self.runs.items():
+                run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows(name)), WRITE_SECONDS)
                 run.write("events.jsonl", events, WRITE_SECONDS)
             self._changed = False
         except Exception as error:  # of the storage; all rows are written again the next time
@@ -249,6 +252,8 @@ class ProgressReader:
         line = progress_line(newest, self.total_steps)
         if not live:
             fields = {name: newest[0][name] for name in SHOWN if name in newest[0]}
+            if len(newest) > 1:
+                fields["members"] = {row["member"]: {name: row[name] for name in OF_MEMBER} for row in newest}
             say("step", line, total_steps=self.total_steps, **fields)
             return
         output().write(f"\r{line}\x1b[K" + ("\n" if final else ""))
@@ -273,9 +278,9 @@ def balance(timing: StreamTiming) -> str:
 
 
 def progress_line(rows: Sequence[dict[str, Any]], total_steps: int) -> str:
-    """One line for the newest rows of the history, one for each layer, e.g.
+    """One line for the newest rows of the history, one for each transcoder, e.g.
     `step   120/256  47 %   1,482 tok/s  wait 71%  loss 0.612  fvu 0.71 0.60 0.55  l0 32.0  dead 0  eta 0:46`;
-    of several layers only the full dictionaries' FVU is shown."""
+    of several transcoders only the full dictionaries' FVU is shown, of many the least and the most."""
     row = rows[0]
     batch = row["tokens"] / row["step"]
     seconds = (total_steps - row["step"]) * batch / max(row["tokens_per_second"], 1e-9)
@@ -290,12 +295,14 @@ def progress_line(rows: Sequence[dict[str, Any]], total_steps: int) -> str:
         fvu = " ".join(f"{value:.3f}" for value in row["fvu"])
         quality = f"loss {row['loss']:.4f}  fvu {fvu}  l0 {row['l0']:.1f}  dead {row['dead']}"
     else:
-        fvu = " ".join(f"{r['fvu'][-1]:.3f} (layer {r['layer']})" for r in rows)
-        quality = f"fvu {fvu}  dead {' '.join(str(r['dead']) for r in rows)}"
+        many, dead = len(rows) > MOST_SHOWN, [r["dead"] for r in rows]
+        shown = sorted(rows, key=lambda r: r["fvu"][-1])[:: len(rows) - 1] if many else rows
+        fvu = (" to " if many else " ").join(f"{r['fvu'][-1]:.3f} ({r['member']})" for r in shown)
+        quality = f"fvu {fvu}  dead " + (f"{min(dead)} to {max(dead)}" if many else " ".join(map(str, dead)))
     step = f"step {row['step']:>6,}/{total_steps:,} {share:4.0%}"
     return f"{step} {speed:>8,.0f} tok/s  wait {waiting:3.0%}  {quality}  eta {eta}"
 
 
 def _newest(history: Mapping[int, Any]) -> int:
-    """The last step of a layer's history; 0 before the first."""
+    """The last step of a transcoder's history; 0 before the first."""
     return next(reversed(history), 0)

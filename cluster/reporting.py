@@ -21,6 +21,7 @@ from mtc.config import RunConfig, changed_config
 from mtc.language_model import check_model, load_tokenizer
 from mtc.report import write_report
 from mtc.report.layers import write_layers_report
+from mtc.report.sweep import write_sweep_report
 from mtc.results import RUN_FILES, Analysis, RunFacts
 from mtc.storage import Lease, RunDirectory, RunError, open_run
 from mtc.telemetry import describe_machine, git_revision, package_versions, say, set_run
@@ -39,37 +40,40 @@ def analyse_and_write(
     histories: Sequence[list[dict[str, Any]]],
     still_ours: Callable[[], None],
 ) -> list[Analysis]:
-    """Run the held-out pass and write examples, features, analysis and report of every layer; nothing is published.
+    """Run the held-out pass and write every transcoder's examples, features, analysis and report; nothing is published.
 
-    `facts` and `histories` are of each entry of `model.sites`; facts of the analysis itself are filled in here.
+    `facts` and `histories` are of each of the run's transcoders; facts of the analysis itself are filled in here.
     `still_ours` raises if another job has taken the run meanwhile; it is asked before every write.
     """
     seconds: dict[str, float] = {}
     with timed(seconds, "analyse"):
         results = analyse_heldout(config, plan, run, store_url)
     analyses, files = [], []
-    for alone, found, of_layer, history in zip(config.for_layers(), results, facts, histories, strict=True):
+    members, places = config.members(), run.members()
+    for member, found, own_facts, history in zip(members, results, facts, histories, strict=True):
         about = {
             "language_model_dtype": found.dtype,
             "language_model_compute": found.compute,
             "token_store": store_url,
             "devices": (plan.device,),
-            "seconds": of_layer.seconds | seconds,
+            "seconds": own_facts.seconds | seconds,
             "versions": package_versions(),
             "git_revision": git_revision(),
             "hardware": tuple(dict.fromkeys([describe_machine(), *found.machines])),
         }
-        own = run.for_layer(alone.model.layer)
-        analysis, content = _files(alone, own, found, history, of_layer.model_copy(update=about))
+        own = places[member.name]
+        analysis, content = _files(member.config, own, found, history, own_facts.model_copy(update=about))
         analyses.append(analysis)
         files += [(own, name, data) for name, data in content.items()]
         fvu = " ".join(f"{value:.3f}" for value in analysis.evaluation.fvu)
-        where = f"layer {alone.model.layer}: " if len(results) > 1 else ""
-        l0 = analysis.evaluation.l0[-1]
-        figures = {"layer": alone.model.layer, "fvu": analysis.evaluation.fvu, "l0": l0}
-        say("heldout", f"{where}held-out fvu {fvu}, l0 {l0:.2f} (k {config.transcoder.k})", **figures)
+        where = f"{member.name}: " if len(results) > 1 else ""
+        l0, k = analysis.evaluation.l0[-1], member.config.transcoder.k
+        figures = {"member": member.name, "layer": member.config.model.layer, "fvu": analysis.evaluation.fvu, "l0": l0}
+        say("heldout", f"{where}held-out fvu {fvu}, l0 {l0:.2f} (k {k})", **figures)
     if len(analyses) > 1:
-        files += [(run, f"report/{name}", data) for name, data in write_layers_report(analyses).items()]
+        by_name = dict(zip(places, analyses, strict=True))
+        whole = write_sweep_report(by_name, config.sweep) if config.sweep else write_layers_report(analyses)
+        files += [(run, f"report/{name}", data) for name, data in whole.items()]
     # All is computed before the first file is written, so that an older analysis stays whole for as long as can be.
     for place, name, data in files:
         still_ours()
@@ -78,11 +82,10 @@ def analyse_and_write(
 
 
 def publish(run: RunDirectory, latest: bool) -> None:
-    """Let readers see the run; a run of several layers after its layers."""
-    layers = run.config().model.sites
-    if len(layers) > 1:
-        for sites in layers:
-            run.for_layer(sites.layer).publish(latest=False)
+    """Let readers see the run; a run of several transcoders after each of these."""
+    members = run.members()
+    for own in members.values() if len(members) > 1 else ():
+        own.publish(latest=False)
     run.publish(latest)
 
 
@@ -99,22 +102,23 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     run = open_run(url, verify=False)
     if "/" in run.run_id:
         whole = run.url.rstrip("/").rsplit("/", 1)[0]
-        raise RunError(f"{run.url} is one layer of a run of several, which are analysed together: name {whole}")
+        raise RunError(f"{run.url} is one transcoder of a run of several, which are analysed together: name {whole}")
     config = changed_config(run.config(), overrides)
     check_optional(config)
     info = check_model(config.model, config.data.context_length)
     configure_data_context()
     plan = plan_in_free_room(config, info.d_model)
-    check_devices(config, plan)
+    check_devices(config, plan, info.d_model)
     with Lease(run) as lease:
-        for layer in config.model.sites:
-            run.for_layer(layer.layer).verify(("transcoder.safetensors",))
+        members = list(run.members().values())
+        for own in members:
+            own.verify(("transcoder.safetensors",))
         set_run(run.run_id)
         say("run", f"run {run.run_id} in {run.url}", url=run.url)
-        store_url = _token_store(config, run.for_layer(config.model.sites[0].layer), plan)
+        store_url = _token_store(config, members[0], plan)
         store = TokenStore.open(store_url).info
-        facts = [_earlier_facts(config, run.for_layer(s.layer), store, plan) for s in config.model.sites]
-        histories = [run.for_layer(s.layer).read_lines("metrics.jsonl") for s in config.model.sites]
+        facts = [_earlier_facts(config, own, store, plan) for own in members]
+        histories = [own.read_lines("metrics.jsonl") for own in members]
         analyses = analyse_and_write(config, plan, run, store_url, facts, histories, lease.require)
         lease.require()
         publish(run, latest=False)
@@ -148,7 +152,7 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def _files(
     config: RunConfig, run: RunDirectory, results: HeldOutResults, history: list[dict[str, Any]], facts: RunFacts
 ) -> tuple[Analysis, dict[str, bytes]]:
-    """One layer's analysis and the files that hold it, by name."""
+    """One transcoder's analysis and the files that hold it, by name."""
     analysis, features = analyse(config, load_transcoder(run), results.found, history, facts)
     files = {
         "examples.parquet": results.found.examples.to_parquet(),

@@ -58,6 +58,8 @@ class Node(NamedTuple):
     """CPUs of it that others hold."""
     held_gpus: float = 0.0
     """GPUs of it that others hold."""
+    memory: float = 0.0
+    """Bytes of main memory that Ray counts for processes there; 0 if that is not known."""
 
     def whole(self) -> Node:
         """The node as if nobody held anything."""
@@ -266,14 +268,16 @@ def trainer_rate(config: RunConfig, d_model: int) -> float:
     """Tokens per second that one trainer on a GPU takes, estimated for the sparse step.
 
     A step makes one product of d_model x features, moves the rows of its chosen entries, and Adam's weights; it takes
-    at least the time in which the host can start it. Every layer that is read has a step of its own.
+    at least the time in which the host can start it. Every transcoder of the run has a step of its own.
     """
-    batch, features = config.optimizer.batch_tokens, config.transcoder.num_features
-    product = 2 * batch * d_model * features / PRODUCT_FLOPS
-    entries = batch * config.transcoder.k * d_model * 4 * ENTRY_PASSES / STEP_BYTES
-    adam = 2 * d_model * features * 4 * ADAM_PASSES / STEP_BYTES
-    step = max(STEP_SECONDS, product + entries + adam)
-    return batch / (step * len(config.model.sites))
+    batch, seconds = config.optimizer.batch_tokens, 0.0
+    for _, member in config.members():
+        features = member.transcoder.num_features
+        product = 2 * batch * d_model * features / PRODUCT_FLOPS
+        entries = batch * member.transcoder.k * d_model * 4 * ENTRY_PASSES / STEP_BYTES
+        adam = 2 * d_model * features * 4 * ADAM_PASSES / STEP_BYTES
+        seconds += max(STEP_SECONDS, product + entries + adam)
+    return batch / seconds
 
 
 def actors_per_trainer(config: RunConfig, d_model: int) -> float:

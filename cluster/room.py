@@ -20,6 +20,7 @@ from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData  # type: ign
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.memory import check_main_memory
 from cluster.resources import Node, Plan, make_plan
 from mtc.config import ConfigError, RunConfig
 from mtc.errors import MtcError, one_line
@@ -50,7 +51,8 @@ def cluster_nodes() -> list[Node]:
             if gpus >= 1:
                 gpus = float(int(gpus))  # the rest of a GPU has its memory taken
             held = (round(has.get(kind, 0.0) - mine, 4) for kind, mine in zip(KINDS, (cpus, gpus), strict=True))
-            found.append(Node(cpus, gpus, "node:__internal_head__" in has, node["NodeID"], *held))
+            node_id, is_head = node["NodeID"], "node:__internal_head__" in has
+            found.append(Node(cpus, gpus, is_head, node_id, *held)._replace(memory=has.get("memory", 0.0)))
     return found
 
 
@@ -64,6 +66,8 @@ def plan_in_free_room(config: RunConfig, d_model: int | None) -> Plan:
     wait = _Wait("not enough of the cluster is free", config.cluster.room_seconds)
     while True:
         whole = make_plan(config, [node.whole() for node in nodes], d_model)
+        if d_model is not None:
+            check_main_memory(config, whole, d_model)
         # A cluster of GPUs that others use is no cluster of CPUs.
         settings = config.cluster.model_copy(update={"use_gpu": whole.device == "cuda"})
         try:

@@ -52,7 +52,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if start.checkpoint is not None and start.checkpoint.is_result:
         return  # another trainer died after the last checkpoint was complete
     trainers = _open_trainers(config, settings["d_model"], device, start.checkpoint)
-    lead, total = trainers[0], config.total_steps
+    lead, total = next(iter(trainers.values())), config.total_steps
     data = data_state(config, start.checkpoint, rank, world, device)
     if rank == 0 and start.checkpoint is not None:
         _tell_resumed(tell, lead.step_number, world, data.run_again)
@@ -68,7 +68,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         journal = Journal(log, trainers, clock) if rank == 0 else None
         while lead.step_number < total:
             save = rank == 0 and due.now(lead.step_number) and not writer.busy
-            save = save and all(trainer.healthy() for trainer in trainers)
+            save = save and all(trainer.healthy() for trainer in trainers.values())
             share = batches.agree(lead.step_number == total - 1, save)
             if share is None:
                 break  # tokens were dropped, so there are fewer steps
@@ -84,19 +84,21 @@ def train_worker(settings: dict[str, Any]) -> None:
                 journal.look(done)
             if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number in (1, total):
                 _write_down(account, journal, batches, done)
-                _check_health(config, trainers)
+                _check_health(trainers)
                 _check_dropped(config, batches, DROPPED_OF)
         _check_dropped(config, batches, 0)
         calibrated = _calibrate(trainers, batches)
-    _finish(config, trainers, batches, writer, data.generation, rank, calibrated)
+    _finish(trainers, batches, writer, data.generation, rank, calibrated)
 
 
-def files_of(trainers: list[Trainer], batches: Batches, generation: int, rank: int) -> dict[str, Callable[[], bytes]]:
+def files_of(
+    trainers: Mapping[str, Trainer], batches: Batches, generation: int, rank: int
+) -> dict[str, Callable[[], bytes]]:
     """This rank's part of a checkpoint: a snapshot of now, turned into bytes when it is written."""
     files = position_files(batches, generation, rank)
     if rank == 0:
-        for trainer in trainers:
-            files[weights_file("trainer", trainer.config.model.layer)] = partial(_to_safetensors, trainer.state_dict())
+        for name, trainer in trainers.items():
+            files[weights_file("trainer", name)] = partial(_to_safetensors, trainer.state_dict())
     return files
 
 
@@ -121,12 +123,12 @@ def _take_place(plan: Plan) -> tuple[int, int, torch.device]:
 
 def _open_trainers(
     config: RunConfig, d_model: int, device: torch.device, checkpoint: Checkpoint | None
-) -> list[Trainer]:
-    """A Trainer for each entry of `model.sites`, as the checkpoint left it or new."""
-    trainers = [Trainer(alone, d_model, d_model, device) for alone in config.for_layers()]
+) -> dict[str, Trainer]:
+    """A Trainer for each of the run's transcoders by name, as the checkpoint left it or new."""
+    trainers = {member.name: Trainer(member.config, d_model, d_model, device) for member in config.members()}
     if checkpoint is not None:
-        for trainer in trainers:
-            _load(trainer, checkpoint)
+        for name, trainer in trainers.items():
+            trainer.load_state_dict(load(checkpoint.read(weights_file("trainer", name))))
     return trainers
 
 
@@ -147,7 +149,7 @@ def _tell_resumed(tell: Callable[..., Any], step: int, world: int, run_again: in
 
 
 def _rows_of(trainer: Trainer, activations: Mapping[SiteKey, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Source and target of a trainer's layer, [rows, d] each; no rows for a rank that never got a unit."""
+    """Source and target of a trainer's sites, [rows, d] each; no rows for a rank that never got a unit."""
     (sites,) = trainer.config.model.sites
     if not activations:
         weights = trainer.transcoder
@@ -155,11 +157,11 @@ def _rows_of(trainer: Trainer, activations: Mapping[SiteKey, torch.Tensor]) -> t
     return activations[sites.source_key], activations[sites.target_key]
 
 
-def _initialise(trainers: list[Trainer], batches: Batches) -> None:
+def _initialise(trainers: Mapping[str, Trainer], batches: Batches) -> None:
     """Set scales, encoders and biases by the first rows; called on all ranks at once."""
     with batches.clock.part("step"):
         first = batches.buffer.peek()
-        for trainer in trainers:
+        for trainer in trainers.values():
             source, target = _rows_of(trainer, first)
             directions = None
             if trainer.config.transcoder.init == "mlp":
@@ -168,11 +170,11 @@ def _initialise(trainers: list[Trainer], batches: Batches) -> None:
             trainer.initialise(source[:INITIAL_ROWS], target[:INITIAL_ROWS], directions)
 
 
-def _step(trainers: list[Trainer], batches: Batches, share: Share) -> list[StepResult]:
-    """One step of every layer's trainer on its sites' rows; called on all ranks at once."""
+def _step(trainers: Mapping[str, Trainer], batches: Batches, share: Share) -> list[StepResult]:
+    """One step of every trainer on its sites' rows of the same batch; called on all ranks at once."""
     taken = batches.take(share)
     with batches.clock.part("step"):
-        return [trainer.step(*_rows_of(trainer, taken), share.tokens) for trainer in trainers]
+        return [trainer.step(*_rows_of(trainer, taken), share.tokens) for trainer in trainers.values()]
 
 
 def _write_down(account: Account, journal: Journal | None, batches: Batches, done: list[StepResult]) -> None:
@@ -214,14 +216,15 @@ class _Due:
         self.step, self.at = step, time.monotonic()
 
 
-def _check_health(config: RunConfig, trainers: list[Trainer]) -> None:
+def _check_health(trainers: Mapping[str, Trainer]) -> None:
     """Go back to the last checkpoint after too many steps in a row that could not be made; the same on all ranks."""
-    for trainer in trainers:
-        in_a_row = int(trainer.skipped[1])
-        if in_a_row >= config.optimizer.max_skipped_steps:
+    for name, trainer in trainers.items():
+        in_a_row, limit = int(trainer.skipped[1]), trainer.config.optimizer.max_skipped_steps
+        if in_a_row >= limit:
+            where = f"{name}: " if len(trainers) > 1 else ""
             raise FloatingPointError(
-                f"{in_a_row} steps in a row up to step {trainer.step_number} had no finite gradient "
-                f"(optimizer.max_skipped_steps={config.optimizer.max_skipped_steps}): "
+                f"{where}{in_a_row} steps in a row up to step {trainer.step_number} had no finite gradient "
+                f"(optimizer.max_skipped_steps={limit}): "
                 "back to the last checkpoint; if it happens again, lower optimizer.lr"
             )
 
@@ -241,31 +244,30 @@ def _check_dropped(config: RunConfig, batches: Batches, least: int) -> None:
         raise TrainingStopped(reason)
 
 
-def _calibrate(trainers: list[Trainer], batches: Batches) -> int:
+def _calibrate(trainers: Mapping[str, Trainer], batches: Batches) -> int:
     """Set the threshold of every transcoder whose threshold is calibrated on what follows in the stream; returns how
     many tokens that was."""
-    wanted = [trainer for trainer in trainers if trainer.transcoder.activation.thresholds == "calibrated"]
+    wanted = [t for t in trainers.values() if t.transcoder.activation.thresholds == "calibrated"]
     if not wanted:
         return 0  # nor is there anything in the stream
-    calibrators = [Calibrator(trainer.transcoder) for trainer in wanted]
+    calibrators = [(Calibrator(trainer.transcoder), trainer.config.model) for trainer in wanted]
     for unit in batches.calibration():
         with batches.clock.part("step"):
-            for trainer, calibrator in zip(wanted, calibrators, strict=True):
-                (sites,) = trainer.config.model.sites
+            for calibrator, model in calibrators:
+                (sites,) = model.sites
                 for rows in unit.activations[sites.source_key].split(CALIBRATION_ROWS):
                     calibrator.add(rows)
     with batches.clock.part("step"):
         (calibrated,) = agree(batches.calibrated)
         if not calibrated:
             raise RuntimeError("the activation stream ended before the units for calibrating the threshold")
-        for calibrator in calibrators:
+        for calibrator, _ in calibrators:
             calibrator.finish()
     return int(calibrated)
 
 
 def _finish(
-    config: RunConfig,
-    trainers: list[Trainer],
+    trainers: Mapping[str, Trainer],
     batches: Batches,
     writer: CheckpointWriter,
     generation: int,
@@ -276,7 +278,8 @@ def _finish(
     timing = stream_timing(batches)
     results = [
         TrainResult(
-            sites.layer,
+            name,
+            trainer.config.model.layer,
             trainer.step_number,
             trainer.tokens,
             float(trainer.transcoder.threshold.median()),
@@ -285,21 +288,17 @@ def _finish(
             trainer.describe_compute(),
             int(trainer.skipped[0]),
         )
-        for sites, trainer in zip(config.model.sites, trainers, strict=True)
+        for name, trainer in trainers.items()
     ]
     files = files_of(trainers, batches, generation, rank)
     if rank == 0:
-        for trainer in trainers:
-            files[weights_file("transcoder", trainer.config.model.layer)] = trainer.transcoder.to_bytes
-        result = {"layers": [layer._asdict() for layer in results], "timing": timing.model_dump()}
+        for name, trainer in trainers.items():
+            files[weights_file("transcoder", name)] = trainer.transcoder.to_bytes
+        result = {"members": [each._asdict() for each in results], "timing": timing.model_dump()}
         files["result.json"] = lambda: json.dumps(result).encode()
-    writer.save(trainers[0].step_number, files, result=True).result()
+    writer.save(results[0].steps, files, result=True).result()
     writer.close()
 
 
 def _to_safetensors(state: dict[str, Any]) -> bytes:
     return save(state)
-
-
-def _load(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    trainer.load_state_dict(load(checkpoint.read(weights_file("trainer", trainer.config.model.layer))))

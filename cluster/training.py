@@ -69,7 +69,7 @@ def train(
     go_on: Callable[[], None],
     work: Work,
 ) -> Trained:
-    """Train, calibrate and write each layer's `transcoder.safetensors`; `log` is a MetricsLog actor's handle, and
+    """Train, calibrate and write each transcoder's `transcoder.safetensors`; `log` is a MetricsLog actor's handle, and
     `go_on` raises what ends the whole run, once something does. `work` is what `work_units` gives.
 
     Continues from the run's last checkpoint if there is one. Ray Train starts dead trainers again, up to
@@ -182,15 +182,17 @@ def _wait_for_result(checkpoints: Checkpoints) -> Checkpoint:
 def _result(checkpoint: Checkpoint, run: RunDirectory) -> Trained:
     """What training ended with, from the last checkpoint, whose weights and ledger are copied into the run."""
     result = json.loads(checkpoint.read("result.json"))
-    layers = tuple(TrainResult(**layer) for layer in result["layers"])
-    for layer in layers:
-        run.for_layer(layer.layer).write(
-            "transcoder.safetensors", checkpoint.read(weights_file("transcoder", layer.layer))
-        )
+    found = result.get("members") or result["layers"]  # as an earlier version called them
+    members = tuple(TrainResult(**({"member": f"layer{each['layer']}"} | each)) for each in found)
+    places = run.members()
+    for each in members:
+        weights = checkpoint.read(weights_file("transcoder", each.member))
+        places[each.member].write("transcoder.safetensors", weights)
     progress = read_progress(checkpoint)
-    for layer in layers:
-        run.for_layer(layer.layer).write("ledger.parquet", progress_to_parquet(progress.table))
-    return Trained(layers, StreamTiming(**result["timing"]), progress)
+    ledger = progress_to_parquet(progress.table)
+    for own in places.values():
+        own.write("ledger.parquet", ledger)
+    return Trained(members, StreamTiming(**result["timing"]), progress)
 
 
 def _interruptible(call: Callable[[], Any], go_on: Callable[[], None]) -> None:

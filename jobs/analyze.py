@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__ or "", "(--run RUN [--PART.FIELD VALUE ...] | --compare RUN_A RUN_B [--output DIR])")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", help="a run directory or URL, or ROOT/latest")
-    what.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs; each of one layer")
+    what.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs; each of one transcoder")
     parser.add_argument("--output", help="directory for the comparison (default: comparison)")
     try:
         arguments, overrides = parse_overrides(parser, sys.argv[1:] if argv is None else argv, ("analysis", "cluster"))

@@ -117,9 +117,12 @@ def failed(error: Exception) -> int:
 def _overview(parts: Sequence[str]) -> str:
     lines = [f"fields of the configuration, each with an option of its own such as --{_example(parts[0])}:"]
     for part in parts:
-        model = RunConfig.model_fields[part].annotation
-        first = (model.__doc__ or "").strip().splitlines()[0]
-        lines.append(f"  --{part + '.*':<15} {first}")
+        field = RunConfig.model_fields[part]
+        if isinstance(field.annotation, type):
+            first = (field.annotation.__doc__ or "").strip().splitlines()[0]
+            lines.append(f"  --{part + '.*':<15} {first}")
+        else:  # a field of its own
+            lines.append(f"  --{part:<15} {(field.description or '').partition(':')[0]}.")
     return "\n".join([*lines, "", "--help-fields explains them all, --print-config shows their values."])
 
 

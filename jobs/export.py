@@ -17,7 +17,14 @@ from datetime import UTC, datetime
 
 from jobs.command_line import failed, parse_command_line
 from mtc.config import to_yaml
-from mtc.storage import RunDirectory, check_writable, open_run, prepare_environment, with_absolute_paths
+from mtc.storage import (
+    RunDirectory,
+    check_writable,
+    open_run,
+    prepare_environment,
+    require_one_layer,
+    with_absolute_paths,
+)
 from mtc.telemetry import configure
 
 FORMATS = ("saelens", "circuit-tracer", "gemma-scope-npz", "neuronpedia")
@@ -50,8 +57,9 @@ def export_run(options: argparse.Namespace) -> None:
 
     with export.new_directory(options.output) as directory:
         if options.format == "circuit-tracer":  # the only one that several layers share
-            sites = run.config().model.sites
-            export.write_circuit_tracer([subject(run.for_layer(part.layer)) for part in sites], directory)
+            if run.config().sweep:  # several of one layer
+                require_one_layer(run)
+            export.write_circuit_tracer([subject(own) for own in run.members().values()], directory)
         elif options.format == "saelens":
             export.write_saelens(subject(run), directory)
         elif options.format == "gemma-scope-npz":

@@ -113,16 +113,15 @@ def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str])
     arguments += ["--cluster.metrics_port", str(head["metrics_port"]), *overrides]
     submit_job(head, submission, arguments)
     run = RunDirectory(f"{root.rstrip('/')}/{run_id}")
-    first, *others = (run.for_layer(sites.layer).url for sites in run.config().model.sites)
+    first, *others = (own.url for own in run.members().values())
     base = serve_run(head, first)
     print_answer(ask(base, SENTENCE), top_tokens(first))
     print_usage(base, first)
     if others:
         serve = "make serve RUN=" if IN_TREE else "python -m jobs.quickstart serve --run "
-        print(
-            f"layers     {first} is served, the first of model.layers; others: {', '.join(map(serve.__add__, others))}"
-        )
-        print(f"           {run.location('report/layers_report.html')} compares them")
+        kind, field = ("sweep", "sweep") if run.config().sweep else ("layers", "model.layers")
+        print(f"{kind:<10} {first} is served, the first of {field}; others: {', '.join(map(serve.__add__, others))}")
+        print(f"           {run.location(f'report/{kind}_report.html')} compares them")
 
 
 def start_head() -> dict[str, Any]:

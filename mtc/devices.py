@@ -63,6 +63,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory, whoever uses it; None for what is no GPU."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
+
+
 def side_stream(device: torch.device) -> Any:
     """A new stream of a GPU, beside the one that kernels are started on."""
     return _module(device).Stream(device) if device.type == "cuda" else torch.cpu.Stream()

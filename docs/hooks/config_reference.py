@@ -22,7 +22,9 @@ def parts() -> str:
     text = []
     for part, field in RunConfig.model_fields.items():
         model = field.annotation
-        assert isinstance(model, type) and issubclass(model, BaseModel)
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            text += [f"## {part}", "", " ".join((field.description or "").split()), ""]
+            continue
         text += [f"## {part}", "", _summary(model), "", _table(model, f"{part}."), ""]
         if part == "model":
             text += ["### An entry of model.layers", "", _summary(LayerConfig), "", _table(LayerConfig, ""), ""]

@@ -106,7 +106,7 @@ def _side(analysis: Analysis) -> Side:
 
 
 def _differences(a: Analysis, b: Analysis) -> tuple[str, ...]:
-    of_a, of_b = (x.config.model_dump(mode="json", exclude={"output", "cluster"}) for x in (a, b))
+    of_a, of_b = (x.config.model_dump(mode="json", exclude={"output", "cluster", "sweep"}) for x in (a, b))
     return tuple(
         f"{part}.{field}: {of_a[part][field]}, {of_b[part][field]}"
         for part in of_a

@@ -77,15 +77,18 @@ def loss_sums(
     target_means: Sequence[Tensor],
     labels: Tensor | None = None,
     num_labels: int = 1,
+    sites: Sequence[int] | None = None,
 ) -> list[LossSums]:
-    """Cross-entropies of a few windows, for the transcoder of each entry of the model's `config.sites` in turn.
+    """Cross-entropies of a few windows, for each transcoder in turn.
 
-    `model` has its upper layers and head, `target_means` are [d_target], `labels` [tokens] int64 say what each token
-    is counted under. Only trainable positions are replaced: BOS is never trained on, so its MLP output stays the
-    model's own.
+    `sites` says for each transcoder at which entry of the model's `config.sites` it is, by default one at each.
+    Transcoders at the same one share its clean and ablated passes, with the mean of the first of them. `model` has its
+    upper layers and head, `target_means` are [d_target], `labels` [tokens] int64 say what each token is counted under.
+    Only trainable positions are replaced: BOS is never trained on, so its MLP output stays the model's own.
     """
     if labels is None:
         labels = torch.zeros(len(windows.input_ids), dtype=torch.int64)
+    sites = range(len(transcoders)) if sites is None else sites
     at_once = max(1, max_logits(model.device) // model.vocab_size)
     sums: list[list[LossSums]] = []
     for part, own in _split(windows, labels, at_once):
@@ -93,7 +96,7 @@ def loss_sums(
         predicted = (part.trainable & (part.position_ids > 0)).nonzero().squeeze(1)
         # Of a window that is longer than the limit a piece at a time: the passes are run again for each.
         pieces = predicted.split(at_once)
-        sums += [_loss_sums(model, transcoders, part, target_means, own, num_labels, piece) for piece in pieces]
+        sums += [_loss_sums(model, transcoders, part, target_means, own, num_labels, piece, sites) for piece in pieces]
     return [reduce(add, same) for same in zip(*sums, strict=True)]
 
 
@@ -114,6 +117,7 @@ def _loss_sums(
     labels: Tensor,
     num_labels: int,
     labelled: Tensor,
+    sites: Sequence[int],
 ) -> list[LossSums]:
     """LossSums of the predictions of the tokens with the indices `labelled`."""
     trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
@@ -138,12 +142,14 @@ def _loss_sums(
     tokens = by_label(torch.ones(len(next_ids), device=model.device))
     scale = by_label(scales[0][(labelled - 1).to(model.device)])
     results = []
-    for at, (transcoder, mean) in enumerate(zip(transcoders, target_means, strict=True)):
-        d_target = transcoder.shape.d_target
-        ce = [cross_entropy(clean)]
-        ce.append(cross_entropy(run(lambda s, d=d_target: torch.zeros(len(s), d, device=s.device), at)))  # type: ignore[misc]
-        ce.append(cross_entropy(run(lambda s, y=mean: y.to(s.device).float().expand(len(s), -1), at)))  # type: ignore[misc]
-        kl = []
+    unspliced: dict[int, list[Array]] = {}
+    for transcoder, mean, at in zip(transcoders, target_means, sites, strict=True):
+        if at not in unspliced:
+            fixed = (torch.zeros_like(mean), mean)
+            ablated = [run(lambda s, y=y: y.to(s.device).float().expand(len(s), -1), at) for y in fixed]  # type: ignore[misc]
+            unspliced[at] = [cross_entropy(clean), *map(cross_entropy, ablated)]
+            del ablated
+        ce, kl = list(unspliced[at]), []
         for m in transcoder.prefixes:
             spliced = run(lambda s, m=m, t=transcoder: t.reconstruct(s, m), at)  # type: ignore[misc]
             ce.append(cross_entropy(spliced))

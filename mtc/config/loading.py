@@ -54,6 +54,8 @@ def to_yaml(config: RunConfig) -> str:
     parts = config.model_dump(mode="json")
     for name in LayerConfig.model_fields if config.model.layers else ("layers",):
         del parts["model"][name]
+    if config.sweep is None:
+        del parts["sweep"]
     return yaml.safe_dump(parts, sort_keys=False)
 
 
@@ -62,7 +64,7 @@ def merge_settings(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        if isinstance(value, dict) and isinstance(below, dict):
+        if isinstance(value, dict) and isinstance(below, dict) and key != "sweep":  # two grids are not one
             merged[key] = merge_settings(_without_replaced_layers(below, value) if key == "model" else below, value)
         else:
             merged[key] = value

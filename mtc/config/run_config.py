@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mtc.config.part import MOST, MOST_FEATURES, MOST_SEED, YEAR, Name, Part
+from mtc.config.sweep import MOST_MEMBERS, Entry, entry_names, overridden, read_sweep
 from mtc.errors import MtcError
 from mtc.record import Record
 
@@ -363,6 +364,16 @@ class OutputConfig(Part):
     """Project or experiment that the trackers file the run under."""
 
 
+class Member(NamedTuple):
+    """One of the transcoders that a run trains on one stream of activations."""
+
+    name: str
+    """Short name in paths and URLs: of its layer, `layer9`, of what a sweep sets for it, `k16`, or of both,
+    `layer9-k16`."""
+    config: RunConfig
+    """Configuration of the transcoder as if it were the run's only one."""
+
+
 class RunConfig(Record):
     """Everything that decides a run."""
 
@@ -373,6 +384,10 @@ class RunConfig(Record):
     analysis: AnalysisConfig = AnalysisConfig()
     cluster: ClusterConfig = ClusterConfig()
     output: OutputConfig = OutputConfig()
+    sweep: tuple[dict[str, Any], ...] | None = None
+    """Several transcoders that are trained side by side on one stream of activations: a list of overrides of
+    `transcoder.*` and `optimizer.*`, such as `[{transcoder.k: 16}, {transcoder.k: 64, transcoder.seed: 1}]`, or a grid
+    of all combinations, such as `{transcoder.k: [16, 64], optimizer.lr: [0.003, 0.006]}`."""
 
     @property
     def input_norm(self) -> Literal["rms", "scalar", "none"]:
@@ -388,18 +403,44 @@ class RunConfig(Record):
     def total_steps(self) -> int:
         return self.data.num_tokens * self.data.replays // self.optimizer.batch_tokens
 
-    def for_layers(self) -> tuple[RunConfig, ...]:
-        """One configuration for each layer that is read, as if it were the only one."""
-        alone = [self.model.model_copy(update=dict(sites) | {"layers": None}) for sites in self.model.sites]
-        return tuple(self.model_copy(update={"model": model}) for model in alone)
+    def members(self) -> tuple[Member, ...]:
+        """The run's transcoders: one for each layer that is read and, of a sweep, for each of its entries."""
+        parts, entries = self._swept(), self.sweep or ({},)
+        of_entries = [self.model_copy(update=overridden(entry, parts) | {"sweep": None}) for entry in entries]
+        found = []
+        for sites in self.model.sites:
+            model = self.model.model_copy(update=dict(sites) | {"layers": None})
+            layer = f"layer{sites.layer}"
+            for name, config in zip(entry_names(entries), of_entries, strict=True):
+                name = layer if not self.sweep else f"{layer}-{name}" if len(self.model.sites) > 1 else name
+                found.append(Member(name, config.model_copy(update={"model": model})))
+        return tuple(found)
 
     def fingerprint(self) -> str:
         """16 hex digits of everything but `output` and `cluster`."""
-        settings = self.model_dump(mode="json", exclude={"output", "cluster"})
+        left_out = {"output", "cluster"} | (set() if self.sweep else {"sweep"})
+        settings = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _swept(self) -> dict[str, Any]:
+        """The parts whose fields a sweep may set, by name."""
+        return {"transcoder": self.transcoder, "optimizer": self.optimizer}
+
+    @field_validator("sweep", mode="before")
+    @classmethod
+    def _read_sweep(cls, value: Any, info: ValidationInfo) -> tuple[Entry, ...] | None:
+        parts: dict[str, Any] = {name: info.data[name] for name in ("transcoder", "optimizer") if name in info.data}
+        # What is wrong with the settings themselves is said first.
+        return None if value is None or len(parts) < 2 else read_sweep(value, parts)
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        self._check_limits()
+        if self.sweep:
+            self._check_members()
+        return self
+
+    def _check_limits(self) -> None:
         batch, trainers = self.optimizer.batch_tokens, self.cluster.num_trainers or 1
         if batch < trainers:
             raise ValueError(f"optimizer.batch_tokens={batch} is smaller than cluster.num_trainers={trainers}")
@@ -420,4 +461,15 @@ class RunConfig(Record):
                 "transcoder.rank=contribution with optimizer.warmup_steps=0: at least 1 is wanted, since decoder rows "
                 "start at 0"
             )
-        return self
+
+    def _check_members(self) -> None:
+        if (count := len(self.model.sites) * len(self.sweep or ())) > MOST_MEMBERS:
+            raise ValueError(
+                f"model.layers={len(self.model.sites)} layers and sweep={len(self.sweep or ())} entries make {count} "
+                f"transcoders; at most {MOST_MEMBERS} are wanted"
+            )
+        for member in self.members():
+            try:
+                member.config._check_limits()
+            except ValueError as error:
+                raise ValueError(f"sweep, {member.name}: {error}") from None

@@ -188,6 +188,8 @@ def write_run(imported: Imported, config: RunConfig, info: ModelInfo, run: RunDi
         raise ImportFailure(f"transcoder.skip={settings.skip}, but the files say {imported.W_skip is not None}")
     if len(config.model.sites) > 1:
         raise ImportFailure(f"model.layers names {len(config.model.sites)} layers; an import has one")
+    if config.sweep:
+        raise ImportFailure(f"sweep asks for {len(config.sweep)} transcoders; an import is one")
     if {d_source, d_target} != {info.d_model}:
         raise ImportFailure(
             f"the transcoder maps {d_source} to {d_target} dimensions, but {config.model.name} has {info.d_model}"

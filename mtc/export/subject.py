@@ -105,11 +105,11 @@ class Hooks(NamedTuple):
 def load_subject(
     run: RunDirectory, prefix: int | None = None, model_type: str | None = None, license: str | None = None
 ) -> Subject:
-    """The transcoder of a finished run, or of one of its layers.
+    """The transcoder of a finished run, or one of its several.
 
     `model_type` is found from the model's configuration where it is None, which needs the model or a hub. Raises
     ExportError for an unknown prefix, a threshold that was never set or a model that is needed and can't be had,
-    RunError for a run of several layers or an analysis of another version.
+    RunError for a run of several transcoders or an analysis of another version.
     """
     require_one_layer(run)
     config, transcoder = run.config(), load_transcoder(run)

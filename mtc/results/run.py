@@ -74,6 +74,8 @@ class RunFacts(Record):
     """What waited on what during training, since the run's last start; None if it was not measured."""
     other_layers: tuple[int, ...] = ()
     """Layers whose transcoders were trained from the same forward passes."""
+    other_members: tuple[str, ...] = ()
+    """Names of the transcoders that were trained beside this one, on the same activations or those of other layers."""
     events: tuple[dict[str, Any], ...] = ()
     """Events of the run, in order: at least `time` (ISO 8601), `kind` and `message`, and `step` where there is one."""
     versions: dict[str, str] = {}

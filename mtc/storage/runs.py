@@ -15,8 +15,9 @@
                    manifest.json           sizes and sha256 of all of the above, written last
     <root>/latest                          the id of the newest finished run
 
-A run of several layers (`model.layers`) has one such directory for each, `<root>/<run id>/layer<N>`, a run of its own
-for every reader; beside them lie its config.yaml, a report that compares the layers, and a manifest of everything.
+A run of several transcoders (`model.layers`, `sweep`) has one such directory for each, `<root>/<run id>/layer<N>` or
+`<root>/<run id>/<what the sweep sets>`, a run of its own for every reader; beside them lie its config.yaml, a report
+that compares them, and a manifest of everything.
 
 A directory without a manifest is a run in progress or one that failed: readers refuse it and `latest` never names it.
 """
@@ -59,7 +60,7 @@ class Manifest(Record):
     format_version: int
     """Layout of the run directory; readers refuse one they do not know."""
     run_id: str
-    """Name of the run: its directory's, for one layer of several `<run id>/layer<N>`."""
+    """Name of the run: its directory's, for one transcoder of several `<run id>/<its name>`."""
     created: str
     """When the run was finished, ISO 8601, UTC."""
     files: dict[str, FileEntry]
@@ -137,11 +138,13 @@ class RunDirectory:
         except ConfigError as error:
             raise RunError(f"{place}: {str(error).removeprefix(f'{place}: ')}") from None
 
-    def for_layer(self, layer: int) -> RunDirectory:
-        """Where the files of one layer's transcoder lie: here, or in a directory of its own if there are several."""
-        if len(self.config().model.sites) == 1:
-            return self
-        return RunDirectory(self.location(f"layer{layer}"), f"{self.run_id}/layer{layer}")
+    def members(self) -> dict[str, RunDirectory]:
+        """Where the files of each of the run's transcoders lie, by its name: here, or in a directory of its own if
+        there are several."""
+        names = [member.name for member in self.config().members()]
+        if len(names) == 1:
+            return {names[0]: self}
+        return {name: RunDirectory(self.location(name), f"{self.run_id}/{name}") for name in names}
 
     def is_finished(self) -> bool:
         return self.exists(MANIFEST)
@@ -201,7 +204,7 @@ class RunDirectory:
 
 
 def open_run(url: str, verify: bool = True) -> RunDirectory:
-    """A finished run by its directory, or `<root>/latest`, or one layer of either (`<root>/latest/layer9`).
+    """A finished run by its directory, or `<root>/latest`, or one transcoder of either (`<root>/latest/layer9`).
 
     Raises RunError if it is missing, unfinished or damaged.
     """
@@ -222,18 +225,19 @@ def named_run(url: str) -> RunDirectory:
 
 
 def open_layer_run(url: str, verify: bool = True) -> RunDirectory:
-    """Like `open_run`, for readers of one transcoder: also raises RunError if the run holds those of several layers."""
+    """Like `open_run`, for readers of one transcoder: also raises RunError if the run holds several."""
     run = open_run(url, verify)
     require_one_layer(run)
     return run
 
 
 def require_one_layer(run: RunDirectory) -> None:
-    """Raises RunError if the run holds the transcoders of several layers, saying where each of them is."""
-    sites = run.config().model.sites
-    if len(sites) > 1:
-        places = ", ".join(run.for_layer(part.layer).url for part in sites)
-        raise RunError(f"{run.url} holds the transcoders of {len(sites)} layers; name one of them: {places}")
+    """Raises RunError if the run holds several transcoders, saying where each of them lies."""
+    members = run.members()
+    if len(members) > 1:
+        places = ", ".join(own.url for own in members.values())
+        what = f"{len(members)} transcoders" if run.config().sweep else f"the transcoders of {len(members)} layers"
+        raise RunError(f"{run.url} holds {what}; name one of them: {places}")
 
 
 def json_lines(content: bytes) -> list[Any]:

@@ -65,18 +65,18 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
     if not run.exists("config.yaml"):
         raise RunError(f"no run at {run.url}: there is no config.yaml")
     config = run.config()
-    layer = run.for_layer(config.model.sites[0].layer)
-    history, events = layer.read_lines("metrics.jsonl"), layer.read_lines("events.jsonl")
+    first = next(iter(run.members().values()))
+    history, events = first.read_lines("metrics.jsonl"), first.read_lines("events.jsonl")
     row = history[-1] if history else {}
     finished = run.is_finished()
     state: State = "finished" if finished else "running" if _has_job(run, watch_seconds) else "stopped"
     fvu, l0 = row.get("fvu"), row.get("l0")
-    if finished and layer.exists("analysis.json"):
-        evaluation = json.loads(layer.read("analysis.json"))["evaluation"]
+    if finished and first.exists("analysis.json"):
+        evaluation = json.loads(first.read("analysis.json"))["evaluation"]
         fvu, l0 = evaluation["fvu"], evaluation["l0"][-1]
     speed = row.get("tokens_per_second")
     left = max(config.data.num_tokens * config.data.replays - row.get("tokens", 0), 0)
-    trained = layer.exists("transcoder.safetensors")
+    trained = first.exists("transcoder.safetensors")
     checkpoint = None if finished else Checkpoints(run.url).latest()
     return RunStatus(
         run_id=run.run_id,

@@ -46,6 +46,7 @@ def _gauge(name: str, documentation: str, *labels: str) -> Instrument:
 
 
 RUN = "run_id"
+OF_MEMBER = (RUN, "layer", "member")  # `member` is empty without a sweep
 JOB = (
     _gauge("mtc_job_info", "1; what the run reads.", RUN, "model", "layers", "device"),
     _gauge("mtc_job_stage", "1 for what the job does now, 0 for what it did.", RUN, "stage"),
@@ -59,15 +60,15 @@ JOB = (
                "trainer, waiting included.", (RUN,), SECONDS),
     _counter("mtc_train_seconds_total", "The trainers' wall time by part (waiting, transport, step, all_reduce, "
              "checkpoint, other), summed over them.", RUN, "part"),
-    _counter("mtc_train_skipped_steps_total", "Steps whose gradient was not finite.", RUN, "layer"),
-    _gauge("mtc_train_loss", "Training loss of the newest logged step.", RUN, "layer"),
-    _gauge("mtc_train_learning_rate", "Learning rate of the newest logged step.", RUN, "layer"),
-    _gauge("mtc_train_gradient_norm", "Gradient norm before clipping, of the newest logged step.", RUN, "layer"),
+    _counter("mtc_train_skipped_steps_total", "Steps whose gradient was not finite.", *OF_MEMBER),
+    _gauge("mtc_train_loss", "Training loss of the newest logged step.", *OF_MEMBER),
+    _gauge("mtc_train_learning_rate", "Learning rate of the newest logged step.", *OF_MEMBER),
+    _gauge("mtc_train_gradient_norm", "Gradient norm before clipping, of the newest logged step.", *OF_MEMBER),
     _gauge("mtc_fvu_ratio", "Fraction of variance unexplained on the newest logged batch, by nested prefix.",
-           RUN, "layer", "prefix"),
-    _gauge("mtc_l0_features", "Active features per token on the newest logged batch.", RUN, "layer"),
-    _gauge("mtc_features", "Features of the dictionary, by group.", RUN, "layer", "group"),
-    _gauge("mtc_dead_features", "Features that have not fired for dead_after_tokens, by group.", RUN, "layer", "group"),
+           *OF_MEMBER, "prefix"),
+    _gauge("mtc_l0_features", "Active features per token on the newest logged batch.", *OF_MEMBER),
+    _gauge("mtc_features", "Features of the dictionary, by group.", *OF_MEMBER, "group"),
+    _gauge("mtc_dead_features", "Features that have not fired for dead_after_tokens, by group.", *OF_MEMBER, "group"),
     _counter("mtc_stream_tokens_total", "Token positions that ran through the language model.", RUN),
     _counter("mtc_stream_forward_seconds_total", "Time of the language model's forward passes, summed over actors.",
              RUN),

@@ -136,13 +136,12 @@ class RowTracker:
 
     def __init__(self, tracker: Tracker, config: RunConfig):
         self.tracker = tracker
-        self._prefixes = config.transcoder.prefixes
-        self._several = len(config.model.sites) > 1
+        self._prefixes = {member.name: member.config.transcoder.prefixes for member in config.members()}
 
     def row(self, row: dict[str, Any]) -> None:
-        place = f"layer{row['layer']}/" if self._several else ""
+        place = f"{row['member']}/" if len(self._prefixes) > 1 else ""
         values = {f"{place}{name}": float(row[name]) for name in SHOWN}
-        for prefix, fvu in zip(self._prefixes, row["fvu"], strict=True):
+        for prefix, fvu in zip(self._prefixes[row["member"]], row["fvu"], strict=True):
             values[f"{place}fvu/{prefix}"] = float(fvu)
         self.tracker.log(row["step"], values)
 
@@ -156,4 +155,5 @@ class RowTracker:
 def settings(config: RunConfig) -> dict[str, Any]:
     """The configuration's fields by dotted name."""
     parts = config.model_dump(mode="json")
-    return {f"{part}.{name}": value for part, fields in parts.items() for name, value in fields.items()}
+    sweep = {"sweep": entries} if (entries := parts.pop("sweep")) else {}
+    return {f"{part}.{name}": value for part, fields in parts.items() for name, value in fields.items()} | sweep

@@ -244,7 +244,7 @@ class RunSummary(SchemaModel):
     """A finished run that can be asked for as `model`."""
 
     run_id: str
-    """Id of the run, for one layer of several `<run id>/layer<N>`."""
+    """Id of the run, for one transcoder of several `<run id>/<its name>`, such as `<run id>/layer9`."""
     created: str
     """When the run was finished, ISO 8601, UTC."""
     base_model: str

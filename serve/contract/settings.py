@@ -93,7 +93,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     run: str = Field(min_length=1)
-    """Directory or URL of a finished run of one layer, or `<root>/latest`, or one layer of either
+    """Directory or URL of a finished run of one transcoder, or `<root>/latest`, or one transcoder of either
     (`<root>/latest/layer9`). With `latest`, runs that are published later replace it."""
     api_keys_file: str | None = None
     """JSON file of API keys, see `python -m serve.keys`. Without it only this machine is answered, and anyone on it."""

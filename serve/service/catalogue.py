@@ -11,12 +11,11 @@ from mtc.storage import Manifest, RunDirectory, RunError, absolute, open_run, re
 from serve.contract import RunKey
 from serve.service.served_run import WEIGHTS
 
-_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]+(/layer[0-9]+)?")
-_LAYER = re.compile(r"layer[0-9]+")
+_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]+(/(?!\.)[A-Za-z0-9._-]+)?")
 
 
 class Entry(NamedTuple):
-    """A finished run of one layer."""
+    """A finished run of one transcoder."""
 
     key: RunKey
     manifest: Manifest
@@ -24,12 +23,13 @@ class Entry(NamedTuple):
 
 
 class Catalogue:
-    """Args: `run` as `Settings.run`: a run, `<root>/latest`, or one layer of either."""
+    """Args: `run` as `Settings.run`: a run, `<root>/latest`, or one transcoder of either."""
 
     def __init__(self, run: str):
         self._run = absolute(run).rstrip("/")
-        above, name = posixpath.split(self._run)
-        self.root = posixpath.dirname(above) if _LAYER.fullmatch(name) else above
+        above = posixpath.dirname(self._run)
+        of_several = posixpath.basename(above) == "latest" or RunDirectory(above).is_finished()
+        self.root = posixpath.dirname(above) if of_several else above
 
     def served(self) -> Entry:
         """What the service was started with, as it is now. Raises RunError if it can't be served."""
@@ -52,9 +52,8 @@ class Catalogue:
                 continue
             run = RunDirectory(posixpath.join(self.root, name), name)
             try:
-                sites = run.config().model.sites if run.is_finished() else ()
-                names = [name] if len(sites) == 1 else [f"{name}/layer{part.layer}" for part in sites]
-                found += [self.find(each) for each in names]
+                members = run.members() if run.is_finished() else {}
+                found += [self.find(own.run_id) for own in members.values()]
             except (RunError, ValueError):
                 continue  # unfinished, damaged, or of a version that this one can't read
         return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)

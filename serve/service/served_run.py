@@ -20,7 +20,7 @@ ANALYSIS = ("features.parquet", "examples.parquet", "analysis.json")
 
 
 class ServedRun:
-    """A finished run of one layer, opened for answers. Raises RunError if it can't be read."""
+    """A finished run of one transcoder, opened for answers. Raises RunError if it can't be read."""
 
     def __init__(self, key: RunKey):
         self.key = key

@@ -310,7 +310,7 @@ def test_two_transcoders_from_one_pass_and_a_report_of_both(served, interrupted)
     as_json = {entry["layer"]: entry for entry in json.loads(run.read("report/layers_report.json"))}
     assert run.read("report/layers_overview.png")[:4] == b"\x89PNG"
     transcoders = []
-    for alone in run.config().for_layers():
+    for _, alone in run.config().members():
         layer = alone.model.layer
         own = open_layer_run(f"{interrupted.root}/latest/layer{layer}")
         assert own.run_id == f"{RUN_ID}/layer{layer}"

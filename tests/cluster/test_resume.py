@@ -63,7 +63,7 @@ def train_some(url, steps, lost, replays, rank, world):
             writer = CheckpointWriter(checkpoints, os.getpid() if rank else 7, rank, world, 2, lambda *news: None)
             writer.start = 7
             step = (checkpoint.manifest.step if checkpoint else 0) + steps
-            writer.save(step, files_of([], batches, state.generation, rank)).result()
+            writer.save(step, files_of({}, batches, state.generation, rank)).result()
         share = batches.agree(last=False)
         if share is None:
             break
@@ -118,7 +118,7 @@ def test_a_resumed_training_has_the_same_bits_as_one_that_was_not_interrupted(tm
             trainer.step(*batches.take(share).values(), share.tokens)
         if stop is not None:
             writer = CheckpointWriter(Checkpoints(str(tmp_path)), 1, 0, 1, 2, lambda *news: None)
-            writer.save(stop, files_of([trainer], batches, 0, 0)).result()
+            writer.save(stop, files_of({"layer1": trainer}, batches, 0, 0)).result()
         return trainer
 
     whole = run()

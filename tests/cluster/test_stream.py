@@ -234,12 +234,15 @@ def test_balance_says_who_waits() -> None:
 
 def test_progress_line_of_one_and_of_several_layers() -> None:
     row = {"step": 5, "tokens": 500, "loss": 0.25, "fvu": [0.5, 0.4], "l0": 8.0, "dead": 1, "tokens_per_second": 100.0}
-    row |= {"layer": 3, "seconds": dict.fromkeys(PARTS, 0.0) | {"waiting": 3.0, "step": 1.0}}
+    row |= {"member": "layer3", "layer": 3, "seconds": dict.fromkeys(PARTS, 0.0) | {"waiting": 3.0, "step": 1.0}}
     assert progress_line([row], 10) == (
         "step      5/10  50%      100 tok/s  wait 75%  loss 0.2500  fvu 0.500 0.400  l0 8.0  dead 1  eta 0:05"
     )
-    several = progress_line([row, row | {"layer": 7, "fvu": [0.9, 0.8], "dead": 0}], 10)
-    assert "fvu 0.400 (layer 3) 0.800 (layer 7)  dead 1 0" in several
+    several = progress_line([row, row | {"member": "layer7", "layer": 7, "fvu": [0.9, 0.8], "dead": 0}], 10)
+    assert "fvu 0.400 (layer3) 0.800 (layer7)  dead 1 0" in several
+    sweep = [row | {"member": f"k{k}", "fvu": [0.9, 8 / k], "dead": 20 - k} for k in range(13, 20)]
+    line = progress_line(sweep, 10)
+    assert "fvu 0.421 (k19) to 0.615 (k13)  dead 1 to 7" in line and len(line) < 120
 
 
 def test_the_history_goes_on_through_restarts_of_trainers_log_and_driver(
@@ -256,14 +259,15 @@ def test_the_history_goes_on_through_restarts_of_trainers_log_and_driver(
             parts = {"tokens_per_second": 9.0, "seconds": dict.fromkeys(PARTS, 1.0), "loss": loss}
             ray.get(
                 log.append.remote(
-                    {"layer": 3, "step": step, "tokens": step, "fvu": [1.0], "l0": 1.0, "dead": 0} | parts
+                    {"member": "layer3", "layer": 3, "step": step, "tokens": step, "fvu": [1.0], "l0": 1.0, "dead": 0}
+                    | parts
                 )
             )
 
     def read() -> list[int]:
-        with ProgressReader(log, {3: run}, 100) as reader:
+        with ProgressReader(log, {"layer3": run}, 100) as reader:
             pass  # it collects at the end too
-        steps = [row["step"] for row in reader.rows(3)]
+        steps = [row["step"] for row in reader.rows("layer3")]
         assert [json.loads(line)["step"] for line in run.read("metrics.jsonl").decode().splitlines()] == steps
         return steps
 

@@ -115,13 +115,14 @@ def test_several_layers_are_numbers_or_mappings_and_each_is_a_run_of_its_own():
         (2, "mlp_in", "mlp_out"),
     ]
     assert make_config(yaml.safe_load(to_yaml(config))) == config
-    for alone, layer, source in zip(config.for_layers(), (0, 2), ("resid_mid", "mlp_in"), strict=True):
+    assert [member.name for member in config.members()] == ["layer0", "layer2"]
+    for (_, alone), layer, source in zip(config.members(), (0, 2), ("resid_mid", "mlp_in"), strict=True):
         assert (alone.model.layer, alone.model.source, alone.model.layers) == (layer, source, None)
         assert alone.model.dtype == "float32"
         assert alone == make_config(yaml.safe_load(to_yaml(alone)))
         assert alone == load_preset("tiny", {"model": {"layer": layer, "source": source, "dtype": "float32"}})
     one = load_preset("tiny")
-    assert one.for_layers() == (one,)
+    assert one.members() == (("layer1", one),)
 
 
 def model_as_saved(config):

@@ -51,11 +51,12 @@ def make_run(root: Path, norm: str = "rms", skip: bool = False, name: str = "one
     run.write("config.yaml", to_yaml(config))
     if len(config.model.sites) == 1:
         run.write("transcoder.safetensors", make_transcoder(config).to_bytes())
-    for alone in config.for_layers() if len(config.model.sites) > 1 else ():
-        layer = run.for_layer(alone.model.layer)
-        layer.write("config.yaml", to_yaml(alone))
-        layer.write("transcoder.safetensors", make_transcoder(alone, alone.model.layer).to_bytes())
-        layer.publish(latest=False)
+    members = config.members()
+    for name, alone in members if len(members) > 1 else ():
+        own = run.members()[name]
+        own.write("config.yaml", to_yaml(alone))
+        own.write("transcoder.safetensors", make_transcoder(alone, alone.model.layer).to_bytes())
+        own.publish(latest=False)
     run.publish()
     return run
 
@@ -161,7 +162,7 @@ def test_circuit_tracer_loads_all_layers_of_a_run_as_one_set(tmp_path: Path) -> 
         features = loaded.encode(fed)
         y = loaded.decode(features, fed)
     for layer in (0, 1):
-        file = run.for_layer(layer).location("transcoder.safetensors")
+        file = run.members()[f"layer{layer}"].location("transcoder.safetensors")
         expected, target = formula(MatryoshkaTranscoder.load(file), x)
         np.testing.assert_allclose(features[layer], expected, **CLOSE)
         np.testing.assert_allclose(y[layer], target, **CLOSE)

@@ -40,8 +40,9 @@ def test_a_run_is_shown_wherever_its_root_is(
             f"{arguments[arguments.index('--output.root') + 1]}/{arguments[arguments.index('--output.run_id') + 1]}"
         )
         run.write("config.yaml", to_yaml(load_preset("tiny", {"model": {"layers": layers}})))
-        run.for_layer(layers[0]).write("features.parquet", table.getvalue())
-        run.for_layer(layers[0]).write("report/report.md", "# Report")
+        first = run.members()[f"layer{layers[0]}"]
+        first.write("features.parquet", table.getvalue())
+        first.write("report/report.md", "# Report")
 
     monkeypatch.setattr(quickstart, "start_head", lambda: {"metrics_port": 1})
     monkeypatch.setattr(quickstart, "submit_job", train)

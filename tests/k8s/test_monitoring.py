@@ -100,8 +100,10 @@ MtcTrainersRestart:
 MtcStepsSkipped:
   mtc_train_skipped_steps_total{run_id="a",layer="9"}: 0+2x60
 MtcFeaturesDead:
-  mtc_dead_features{run_id="a",layer="9",group="0"}: 30+0x60
-  mtc_features{run_id="a",layer="9",group="0"}: 100+0x60
+  mtc_dead_features{run_id="a",layer="9",member="k16",group="0"}: 30+0x60
+  mtc_features{run_id="a",layer="9",member="k16",group="0"}: 100+0x60
+  mtc_dead_features{run_id="a",layer="9",member="k64",group="0"}: 0+0x60
+  mtc_features{run_id="a",layer="9",member="k64",group="0"}: 100+0x60
 MtcTrainersStarve:
   mtc_stream_wait_seconds_total{run_id="a",stage="trainer"}: 0+55x60
   mtc_train_seconds_total{run_id="a",part="waiting"}: 0+60x60
@@ -130,7 +132,7 @@ def test_alerts_are_raised_by_what_they_describe_and_by_nothing_else(tmp_path: P
     for raised, series in SERIES.items():
         labels = {"run_id": "a"} if any("run_id" in name for name in series) else {}
         if raised == "MtcFeaturesDead":
-            labels["layer"] = "9"
+            labels |= {"layer": "9", "member": "k16"}
         if raised == "MtcRunUnusable":
             labels["outcome"] = "failed"
         expected = {"exp_labels": labels | {"severity": alerts[raised].severity}}
@@ -152,7 +154,14 @@ def test_alerts_are_raised_by_what_they_describe_and_by_nothing_else(tmp_path: P
 
 def row(step: int, skipped: int = 0) -> dict[str, Any]:
     figures = {"loss": 0.5, "fvu": [0.9, 0.8, 0.7], "l0": 8.0, "dead": 3, "dead_groups": [1, 0, 2], "lr": 1e-3}
-    return figures | {"layer": 1, "step": step, "gradient_norm": 1.0, "skipped": skipped, "time": 1e9 + step}
+    return figures | {
+        "member": "layer1",
+        "layer": 1,
+        "step": step,
+        "gradient_norm": 1.0,
+        "skipped": skipped,
+        "time": 1e9 + step,
+    }
 
 
 def account(rank: int, tokens: int) -> dict[str, Any]:
@@ -166,7 +175,7 @@ def scrape(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     found = {}
     for family in text_string_to_metric_families(httpx.get(url, timeout=10).text):
         for sample in family.samples:
-            labels = {name: value for name, value in sample.labels.items() if name != "run_id"}
+            labels = {name: value for name, value in sample.labels.items() if name != "run_id" and value}
             assert sample.labels["run_id"] == "a-run"
             found[sample.name, tuple(sorted(labels.items()))] = sample.value
     return found

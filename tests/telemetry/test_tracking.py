@@ -13,8 +13,9 @@ from mtc.telemetry import check_trackers
 from mtc.telemetry.tracking import tracking
 
 ROWS = [
-    {"layer": 1, "step": step, "tokens": 256 * step, "loss": 1 / step, "fvu": [0.9, 0.8, 0.5 + 1 / step], "l0": 8.0,
-     "dead": 2, "lr": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 100.0}
+    {"member": "layer1", "layer": 1, "step": step, "tokens": 256 * step, "loss": 1 / step,
+     "fvu": [0.9, 0.8, 0.5 + 1 / step], "l0": 8.0, "dead": 2,
+     "lr": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 100.0}
     for step in (1, 10, 20)
 ]  # fmt: skip
 
@@ -91,9 +92,9 @@ def test_one_that_fails_gets_nothing_more_and_training_goes_on(tmp_path: Path) -
 
     broken = Broken()
     run = RunDirectory(str(tmp_path / "a-run"))
-    reader = ProgressReader(None, {1: run}, 20, [broken])  # type: ignore[list-item]
+    reader = ProgressReader(None, {"layer1": run}, 20, [broken])  # type: ignore[list-item]
     for row in ROWS:
         reader._take_metrics(dict(row))
     assert broken.calls == 1
-    assert [row["step"] for row in reader.rows(1)] == [1, 10, 20]
-    assert json.dumps(reader.rows(1))
+    assert [row["step"] for row in reader.rows("layer1")] == [1, 10, 20]
+    assert json.dumps(reader.rows("layer1"))

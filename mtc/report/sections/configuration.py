@@ -96,6 +96,7 @@ def _settings(analysis: Analysis) -> Table:
         ("Language model", c.model.name),
         ("Layer", number(c.model.layer)),
         ("Layers trained from the same passes", numbers(f.other_layers) if f.other_layers else "none"),
+        ("Transcoders trained beside this one", ", ".join(f.other_members) or "none"),
         ("Sites", sites),
         ("Features", number(c.transcoder.num_features)),
         ("Group sizes", numbers(c.transcoder.group_sizes)),
@@ -171,6 +172,6 @@ def _events(facts: RunFacts) -> list[Block]:
 def _fields(analysis: Analysis) -> Table:
     """Every field of the configuration under the name that the command line and the recommendations give it."""
     rows: list[tuple[Text, ...]] = []
-    for part, values in analysis.config.model_dump(mode="json").items():
+    for part, values in analysis.config.model_dump(mode="json", exclude={"sweep"}).items():
         rows += [(Code(f"{part}.{name}"), setting(value)) for name, value in values.items()]
     return Table("Configuration", ("Field", "Value"), tuple(rows), folded=True)

@@ -1,0 +1,115 @@
+"""Transcoders that are trained side by side on one stream: each is what it would be alone, through checkpoints too."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from cluster.batches import Batches
+from cluster.blocks import ActorCosts
+from cluster.data_state import data_state
+from cluster.memory import check_gpu_memory, check_main_memory, training_bytes
+from cluster.resources import Node, make_plan
+from cluster.resume import unneeded_units
+from cluster.train_worker import _calibrate, _initialise, _open_trainers, _step, files_of
+from mtc.config import ConfigError, load_preset
+from mtc.storage import Checkpoints, CheckpointWriter
+from mtc.training import Clock, Unit
+
+D, UNITS, CALIBRATION, TOKENS = 8, 12, 2, 96
+SWEEP = [
+    {}, {"transcoder.k": 5, "transcoder.seed": 3}, {"transcoder.group_sizes": [24, 40, 12], "optimizer.lr": 1e-2},
+    {"transcoder.skip": True, "optimizer.backend": "dense", "transcoder.input_norm": "scalar"},
+]  # fmt: skip
+
+
+def settings(**changes):
+    return load_preset(
+        "tiny",
+        {
+            "model": {"layers": [1, {"layer": 0, "source": "mlp_in"}]},
+            "transcoder": {"group_sizes": [16, 32], "k": 3, "dead_after_tokens": 64},
+            "optimizer": {"batch_tokens": 64, "backend": "sparse", "warmup_steps": 2},
+            "data": {"num_tokens": UNITS * TOKENS, "shuffle_buffer_tokens": 300},
+        }
+        | changes,
+    )
+
+
+def unit(number):
+    generator = torch.Generator().manual_seed(number)
+    keys = [(1, "resid_mid"), (1, "mlp_out"), (0, "mlp_in"), (0, "mlp_out")]
+    activations = {key: torch.randn(TOKENS, D, generator=generator).to(torch.bfloat16) for key in keys}
+    rows = torch.arange(TOKENS, dtype=torch.int32).numpy()
+    return Unit(number, activations, rows, TOKENS, rows[:0], dict.fromkeys((*ActorCosts.FIELDS, "device_flops"), 1.0))
+
+
+def train(config, place, stop=None):
+    """What train_worker does, on units of this process: to the end, or for `stop` steps and a checkpoint."""
+    checkpoints = Checkpoints(str(place))
+    checkpoint = checkpoints.latest()
+    trainers = _open_trainers(config, D, torch.device("cpu"), checkpoint)
+    lead = next(iter(trainers.values()))
+    state = data_state(config, checkpoint, 0, 1, "cpu")
+    unneeded = unneeded_units(checkpoint, 1) if checkpoint else set()
+    units = (unit(n) for n in range(UNITS + CALIBRATION) if n not in unneeded)
+    batches = Batches(units, state.buffer, 64, state.ledger, Clock(), UNITS, state.filters)
+    while lead.step_number != stop and (share := batches.agree(lead.step_number == config.total_steps - 1)):
+        if lead.step_number == 0:
+            _initialise(trainers, batches)
+        _step(trainers, batches, share)
+    if stop is not None:
+        writer = CheckpointWriter(checkpoints, 1, 0, 1, 2, lambda *news: None)
+        writer.save(stop, files_of(trainers, batches, 0, 0)).result()
+        return {}
+    _calibrate(trainers, batches)
+    return {name: safetensors.torch.load(trainer.transcoder.to_bytes()) for name, trainer in trainers.items()}
+
+
+def test_each_has_the_same_bits_as_trained_alone_through_a_checkpoint(tmp_path):
+    whole = settings(sweep=SWEEP)
+    assert len(whole.members()) == 8
+    train(whole, tmp_path / "sweep", stop=7)
+    together = train(whole, tmp_path / "sweep")
+    assert len({weights["W_enc"].numpy().tobytes() for weights in together.values()}) == 8
+    for name, config in whole.members():
+        (alone,) = train(config, tmp_path / name).values()
+        assert alone["W_enc"].shape == (config.transcoder.num_features, D)
+        for tensor, value in alone.items():
+            torch.testing.assert_close(together[name][tensor], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def bytes_held(config):
+    """What trainers hold that have made steps, counted tensor by tensor: weights, gradients, moments, workspace."""
+    trainers = _open_trainers(config, D, torch.device("cpu"), None)
+    generator, tensors = torch.Generator().manual_seed(0), []
+    for trainer in trainers.values():
+        for _ in range(2):
+            trainer.step(*torch.randn(2, 64, D, generator=generator))
+        tensors += [*trainer.transcoder.parameters(), *trainer.workspace._free.values()]
+        for parameter in trainer.transcoder.parameters():
+            tensors += [parameter.grad, trainer.optimizer.state[parameter]["exp_avg"]]
+            tensors += [trainer.optimizer.state[parameter]["exp_avg_sq"]]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def test_a_plan_counts_the_memory_of_all_and_refuses_what_does_not_fit():
+    entries = [{"transcoder.group_sizes": [200 * n, 300 * n]} for n in (1, 2, 3)]
+    config = settings(model={"layer": 1}, sweep=entries)
+    need, held = training_bytes(config, D, 1), bytes_held(config)
+    assert need.device == pytest.approx(held, rel=0.2)
+    assert need.checkpoint == 3 * 4 * sum(n * 500 * (2 * D + 1) + D for n in (1, 2, 3))
+    wide = load_preset("gemma-2-2b-layer17", {"sweep": {"transcoder.k": [16, 32, 64, 128]}})
+    need = training_bytes(wide, 2304, 1)
+    plan = make_plan(wide, [Node(8, 0, memory=sum(need) - 1e6)], 2304)
+    with pytest.raises(ConfigError, match=r"sweep asks for 4 transcoders: training takes at least 2\.7 GB of main"):
+        check_main_memory(wide, plan, 2304)
+    check_main_memory(wide, plan._replace(nodes=(Node(8, 0, memory=sum(need) + 1e6),)), 2304)
+    check_main_memory(wide, plan._replace(nodes=(Node(8, 0),)), 2304)  # which is not known
+    shared = make_plan(wide, [Node(8, 1)], 2304)
+    with pytest.raises(ConfigError, match=r"of a GPU's memory .* beside 2\.29 GB of the language model, .* 3 GB"):
+        check_gpu_memory(wide, shared, 2304, 3 * 10**9)
+    check_gpu_memory(wide, shared, 2304, 24 * 10**9)
+    check_gpu_memory(wide, make_plan(wide, [Node(8, 2)], 2304), 2304, 3 * 10**9)
+    alone = load_preset("gemma-2-2b-layer17", {"transcoder": {"group_sizes": [1 << 22]}})
+    with pytest.raises(ConfigError, match=r"^transcoder\.group_sizes: .* lower transcoder\.group_sizes, or"):
+        check_gpu_memory(alone, make_plan(alone, [Node(8, 2)], 2304), 2304, 80 * 10**9)
