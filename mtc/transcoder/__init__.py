@@ -2,13 +2,14 @@
 
 from mtc.transcoder.batch_topk import kth_largest
 from mtc.transcoder.distributed import Averaging, agree, all_gather, all_reduce, backend, broadcast, waits, world_size
+from mtc.transcoder.massive import MASSIVE_RATIO, massive_norm
 from mtc.transcoder.objective import Objective
 from mtc.transcoder.products import Workspace, entry_dots
 from mtc.transcoder.saved import load_transcoder
 from mtc.transcoder.transcoder import RMS_EPS, Codes, Compute, MatryoshkaTranscoder, TrainOutput, TranscoderShape
 
 __all__ = [
-    "RMS_EPS", "Averaging", "Codes", "Compute", "MatryoshkaTranscoder", "Objective", "TrainOutput",
+    "MASSIVE_RATIO", "RMS_EPS", "Averaging", "Codes", "Compute", "MatryoshkaTranscoder", "Objective", "TrainOutput",
     "TranscoderShape", "Workspace", "agree", "all_gather", "all_reduce", "backend", "broadcast", "entry_dots",
-    "kth_largest", "load_transcoder", "waits", "world_size",
+    "kth_largest", "load_transcoder", "massive_norm", "waits", "world_size",
 ]  # fmt: skip
