@@ -31,15 +31,18 @@ from mtc.analysis import (
     LossSums,
     analyse_nesting,
     count_tokens,
+    find_copies,
     logit_effects,
     loss_recovered,
     number_documents,
+    recognise,
 )
 from mtc.analysis.evaluation import evaluation
 from mtc.analysis.loss_sums import loss_sums
+from mtc.analysis.straight_line import FOLDS
 from mtc.config import RunConfig
 from mtc.devices import open_device
-from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
+from mtc.language_model import LanguageModel, PackedWindows, SitePair, load_tokenizer, pack_windows
 from mtc.storage import RunDirectory
 from mtc.telemetry import describe_machine
 from mtc.text import TokenStore, TokenTexts, heldout_units
@@ -86,7 +89,7 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     passes = [HeldOutPass(config, transcoder, **about) for transcoder in transcoders]
     dtype, compute, machines = "", set(), set()
     rows = _feature_rows(store, config, units, document_of)
-    about |= {"candidates": [held.candidates for held in passes]}
+    about |= {"candidates": [held.candidates for held in passes], "first_unit": units[0]}
     for row in _results(map_on_model_actors(rows, FeatureActor, plan, **arguments, **about)):
         passes[row["at"]].merge(_arrays(row["found"]))
         dtype = row["dtype"]
@@ -139,11 +142,20 @@ class FeatureActor(_HeldOutActor):
     """A model actor: several units -> for each transcoder one row with all that a HeldOutPass finds in them."""
 
     def load(  # type: ignore[override]
-        self, occurrences: np.ndarray, num_documents: int, candidates: list[np.ndarray], **arguments: Any
+        self,
+        occurrences: np.ndarray,
+        num_documents: int,
+        candidates: list[np.ndarray],
+        first_unit: np.ndarray,
+        **arguments: Any,
     ) -> None:
         super().load(**arguments)
         self.about = (occurrences, num_documents)
         self.candidates = candidates
+        if any(transcoder.massive_norm.isnan() for transcoder in self.transcoders):
+            # Weights from elsewhere. Every actor looks at the same tokens, whichever it works on.
+            for transcoder, pair in zip(self.transcoders, self._capture(first_unit)[1], strict=True):
+                recognise(transcoder, pair.target)
 
     def work(self, batch: pa.Table) -> Iterator[pa.Table]:
         passes = [
@@ -153,14 +165,18 @@ class FeatureActor(_HeldOutActor):
         (row,) = batch.to_pylist()
         for unit, documents in zip(row["units"], row["documents"], strict=True):
             ids = np.asarray(unit)
-            windows = pack_windows(self.store.input_ids(ids), self.store.info.special_ids)
-            pairs = self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
+            windows, pairs = self._capture(ids)
             for held, site in zip(passes, self.sites, strict=True):
-                held.add(ids, windows, pairs[site], np.asarray(documents), row["sampled"])
+                held.add(ids, windows, pairs[site], np.asarray(documents), row["sampled"], row["fold"])
         dtype = str(self.model.dtype).removeprefix("torch.")
         for at, held in enumerate(passes):
             how = {"dtype": dtype, "compute": self.model.compute, "machine": self.machine}
             yield _found("sums", at, held.arrays(), **how)
+
+    def _capture(self, ids: np.ndarray) -> tuple[PackedWindows, tuple[SitePair, ...]]:
+        """Windows, and for each layer the activations of their trainable tokens."""
+        windows = pack_windows(self.store.input_ids(ids), self.store.info.special_ids)
+        return windows, self.model.capture(windows, windows.trainable.nonzero().squeeze(1))
 
 
 class WholeModelActor(_HeldOutActor):
@@ -195,10 +211,13 @@ def _feature_rows(
     """Rows of work of several units each; the first rows, until they hold analysis.coactivation_tokens, are sampled for
     co-activations."""
     per_row = max(1, min(UNITS_PER_ROW, len(units) // ROWS_WANTED))
-    rows, sampled = [], 0
+    rows: list[pa.Table] = []
+    sampled = 0
     for i in range(0, len(units), per_row):
         some = units[i : i + per_row]
-        rows.append(_row(some, document_of, sampled=sampled < config.analysis.coactivation_tokens))
+        rows.append(
+            _row(some, document_of, sampled=sampled < config.analysis.coactivation_tokens, fold=len(rows) % FOLDS)
+        )
         sampled += int(sum(store.trainable_tokens(unit).sum() for unit in some))
     return rows
 
@@ -213,13 +232,18 @@ def _logit_rows(features: int) -> list[pa.Table]:
 
 
 def _row(
-    units: list[np.ndarray], document_of: dict[int, int], sampled: bool = False, first: int = 0, end: int = 0
+    units: list[np.ndarray],
+    document_of: dict[int, int],
+    sampled: bool = False,
+    fold: int = 0,
+    first: int = 0,
+    end: int = 0,
 ) -> pa.Table:
     """One row of work: window ids by unit and the number of each one's document, or a range of features."""
     ids = [unit.tolist() for unit in units]
     documents = [[document_of[window] for window in unit] for unit in ids]
     columns = {"units": pa.array([ids], pa.list_(UNIT_TYPE)), "documents": pa.array([documents], pa.list_(UNIT_TYPE))}
-    return pa.table(columns | {"sampled": [sampled], "first": [first], "end": [end]})
+    return pa.table(columns | {"sampled": [sampled], "fold": [fold], "first": [first], "end": [end]})
 
 
 def _found(kind: str, at: int, arrays: dict[str, Any], **more: str) -> pa.Table:
@@ -248,18 +272,19 @@ def _findings(
     effects: list[dict[str, Any]],
 ) -> Findings:
     loss = reduce(add, [LossSums(**part) for part in losses]) if losses else None
+    texts = TokenTexts(load_tokenizer(config.model))
     on_logits = None
     if loss:
         whole = {name: np.concatenate([part[name] for part in effects]) for name in LogitEffects._fields}
         on_logits = LogitEffects(**whole).scaled(float(loss.norm_scale.sum() / loss.tokens.sum()))
     return Findings(
-        evaluation=evaluation(held, loss_recovered(loss, documents[1]) if loss else None, documents[0]),
+        evaluation=evaluation(held, loss_recovered(loss, documents[1]) if loss else None, documents[0], texts.token),
         statistics=held.examples.statistics,
-        examples=held.examples.examples(
-            store.input_ids, store.info.special_ids, store.document_ids, TokenTexts(load_tokenizer(config.model))
-        ),
+        examples=held.examples.examples(store.input_ids, store.info.special_ids, store.document_ids, texts),
         token_errors=held.token_errors,
-        deviation=held.blocks.mean_deviation(),
+        deviation=held.blocks.halves()[0].mean_deviation(),
+        massive=held.massive,
+        copies=find_copies(held.transcoder, held.sample),
         nesting=analyse_nesting(held.transcoder, held.sample, held.candidates),
         effects=on_logits,
     )

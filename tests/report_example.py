@@ -10,10 +10,22 @@ import torch
 
 from mtc.analysis import Findings, LogitEffects
 from mtc.analysis.analyse import analyse
+from mtc.analysis.copies import FoundCopies
 from mtc.analysis.examples import EDGES, Examples, FeatureStatistics, _Rows
+from mtc.analysis.massive import MassiveSums
 from mtc.analysis.nesting import Absorption, Nesting, Parents, Split
 from mtc.config import RunConfig, load_preset
-from mtc.results import Analysis, Evaluation, LossRecovered, RunFacts, Slice
+from mtc.results import (
+    AllTokens,
+    Analysis,
+    Evaluation,
+    LossRecovered,
+    Massive,
+    RunFacts,
+    Slice,
+    StraightLine,
+    TokenCount,
+)
 from mtc.text import TokenTexts
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 from tests.strangers.tokenizers_as_they_come import named
@@ -77,7 +89,30 @@ def make_examples(samples: list[int] = SAMPLES) -> Examples:
     )  # fmt: skip
 
 
-def make_evaluation(prefixes: list[int], loss: bool = True, intervals: bool = True) -> Evaluation:
+def make_massive(tokens: int = 20) -> Massive:
+    """What `make_evaluation` says of massive tokens: 20, of which 15 are `the`; with 0, that there are none."""
+    top = [TokenCount(token_id=VOCABULARY.index(t), token=t, count=n) for t, n in (("the", 15), ("|", 5))]
+    return Massive(
+        ratio=5.0, norm=123.4, tokens=tokens, share=tokens / TOKENS, variance=0.5183 if tokens else 0.0,
+        error=0.0131 if tokens else 0.0, l0=158.25 if tokens else None, first_positions=4,
+        beyond_first=0.75 if tokens else None, different_ids=2 if tokens else 0,
+        top_tokens=tuple(top) if tokens else (),
+    )  # fmt: skip
+
+
+def make_massive_sums(massive: bool = True) -> MassiveSums:
+    """Features 8 and 0 fire on massive tokens: 8 with 0.9 of its activation, 0 with 0.1."""
+    sums = MassiveSums.empty(len(VOCABULARY), 10)
+    if massive:
+        sums.tokens[VOCABULARY.index("the")] = 15
+        sums.fired[[0, 8]] = 18, 20
+        sums.activation[[0, 8]] = 0.1 * 250, 0.9 * 50.5
+    return sums
+
+
+def make_evaluation(
+    prefixes: list[int], loss: bool = True, intervals: bool = True, massive: bool = False
+) -> Evaluation:
     n = len(prefixes)
     fvu = [0.6, 0.4512345, 0.449][:n]
     ends = [(v - 0.02345678, v + 0.0312345) for v in fvu]
@@ -89,10 +124,17 @@ def make_evaluation(prefixes: list[int], loss: bool = True, intervals: bool = Tr
         recovered_mean_interval=[(0.42, 0.55)] * n if intervals else None,
     )  # fmt: skip
     slices = [(1, 9, 120), (10, 99, 380), (100, 999, 500)]
+    figures: dict[str, Any] = {
+        "fvu": fvu, "fvu_interval": ends if intervals else None, "cosine": [0.61, 0.7512, 0.76][:n],
+        "l0": [2.2, 4.4, 4.5][:n],
+        "l0_interval": [(2.1, 2.3), (4.25, 4.61), (4.3, 4.7)][:n] if intervals else None,
+    }  # fmt: skip
+    of_all = figures | ({"fvu": [0.3, 0.2512, 0.22][:n], "l0": [3.1, 6.3, 6.4][:n]} if massive else {})
     return Evaluation(
-        tokens=TOKENS, documents=9 if intervals else 3, prefixes=prefixes, fvu=fvu,
-        fvu_interval=ends if intervals else None, cosine=[0.61, 0.7512, 0.76][:n],
-        l0=[2.2, 4.4, 4.5][:n], l0_interval=[(2.1, 2.3), (4.25, 4.61), (4.3, 4.7)][:n] if intervals else None,
+        tokens=TOKENS, documents=9 if intervals else 3, prefixes=prefixes, **figures,
+        all_tokens=AllTokens(**of_all), massive=make_massive(20 if massive else 0),
+        line=StraightLine(fvu=0.62, added=1 - fvu[-1] / 0.62, all_tokens_fvu=0.5, all_tokens_added=0.4976, folds=5)
+        if intervals else None,
         l0_counts=[20, 0, 80, 200, 300, 250, 100, 0, 50], never_fired=2,
         by_position=[
             Slice(low=2 * i, high=2 * i + 1, tokens=500 + i, fvu=[0.3 + i / 9] * n, cosine=[0.7] * n, l0=4.0 + i)
@@ -152,7 +194,8 @@ def make_findings(transcoder: MatryoshkaTranscoder, **parts: Any) -> Findings:
         errors[[0, 3, 4], 2] = 9, 20, 12
     found = {
         "evaluation": make_evaluation(prefixes), "statistics": make_statistics(), "examples": make_examples(),
-        "token_errors": errors, "deviation": 2.0, "nesting": make_nesting() if len(prefixes) > 1 else None,
+        "token_errors": errors, "deviation": 2.0, "massive": make_massive_sums(False),
+        "copies": FoundCopies(800, np.full(10, -1)), "nesting": make_nesting() if len(prefixes) > 1 else None,
         "effects": make_effects(),
     }  # fmt: skip
     return Findings(**(found | parts))

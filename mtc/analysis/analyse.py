@@ -9,11 +9,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mtc.analysis import copies as copied
 from mtc.analysis import nesting as nested
 from mtc.analysis.evidence import Evidence
 from mtc.analysis.examples import EDGES, Examples, FeatureStatistics
 from mtc.analysis.feature_table import alignment, features_table, read_feature, top_token
 from mtc.analysis.logits import LogitEffects
+from mtc.analysis.massive import MassiveSums
 from mtc.analysis.rules import judge
 from mtc.config import RunConfig
 from mtc.results import (
@@ -21,6 +23,8 @@ from mtc.results import (
     AbsorbedFeature,
     Analysis,
     Child,
+    CopiedFeature,
+    Copies,
     Distribution,
     Evaluation,
     Example,
@@ -38,6 +42,7 @@ from mtc.results import (
     TokenGain,
     TopFeature,
     Training,
+    TrainingFit,
     Tree,
     Trend,
     Weights,
@@ -57,6 +62,8 @@ GAIN_TOKENS = 10
 MIN_GAIN_COUNT = 10
 FAMILIES, CHILDREN, CANDIDATES = 20, 8, 20
 MIN_TREND_ROWS = 5
+MASSIVE_FEATURES = 5
+COPIED = 20
 
 
 class Findings(NamedTuple):
@@ -69,9 +76,13 @@ class Findings(NamedTuple):
     examples: Examples
     """Activating examples ordered by feature."""
     token_errors: Array
-    """[vocabulary, 1 + prefixes]: tokens with each id, and the sum of their squared errors."""
+    """[vocabulary, 1 + prefixes]: tokens with each id, and the sum of their squared errors, without massive tokens."""
     deviation: float
-    """Mean squared deviation of the targets from their mean, the unit of token gains."""
+    """Mean squared deviation of the targets from their mean, without massive tokens: the unit of token gains."""
+    massive: MassiveSums
+    """Which tokens are massive, and what fires on them."""
+    copies: copied.FoundCopies | None
+    """Which features are copies of others; None without sampled tokens."""
     nesting: nested.Nesting | None
     """The nested tree; None with one group, or without sampled tokens."""
     effects: LogitEffects | None
@@ -97,14 +108,18 @@ def analyse(
     evaluation = found.evaluation
     if tuple(evaluation.prefixes) != transcoder.prefixes:
         raise ValueError(f"evaluation of prefixes {evaluation.prefixes}, the dictionary's are {transcoder.prefixes}")
-    features = features_table(transcoder, found.statistics, found.examples, found.effects, found.nesting)
+    features = features_table(
+        transcoder, found.statistics, found.examples, found.massive, found.effects, found.nesting, found.copies
+    )
     if not facts.trained_tokens:
         at = features.schema.get_field_index("tokens_since_fired")
         features = features.set_column(at, features.schema.field(at), pa.nulls(len(features), pa.int64()))
     summary = _summary(config, transcoder, found, features, history, facts)
     tree = _tree(transcoder, found.nesting, features)
-    insights, recommendations = judge(Evidence(summary, config, evaluation, tree))
-    top = _top_features(features, config.analysis.num_top_features)
+    copies = _copies(found.copies, features)
+    insights, recommendations = judge(Evidence(summary, config, evaluation, tree, copies))
+    massive = features["massive"].to_numpy()
+    top = _top_features(features, ~massive, config.analysis.num_top_features)
     analysis = Analysis(
         summary=summary,
         config=config,
@@ -125,6 +140,9 @@ def analyse(
         density=_density(transcoder, found.statistics),
         activation_edges=tuple(EDGES.tolist()),
         top_features=top,
+        massive_features=_top_features(features, massive, MASSIVE_FEATURES),
+        massive_indices=tuple(np.flatnonzero(massive).tolist()),
+        copies=copies,
         features=_shown(config, features, found.examples, [f.feature for f in top]),
         prefix_steps=_prefix_steps(transcoder, found),
         tree=tree,
@@ -180,16 +198,22 @@ def _summary(
         explained_variance=tuple(1 - v for v in evaluation.fvu),
         cosine=tuple(evaluation.cosine),
         l0=evaluation.l0[-1],
+        all_tokens=evaluation.all_tokens,
+        massive=evaluation.massive,
+        massive_features=int(features["massive"].to_numpy().sum()),
+        line=evaluation.line,
+        training_fit=_training_fit(history, evaluation.all_tokens.fvu[-1]),
         k=transcoder.shape.k,
         loss=evaluation.loss,
         trend=_trend(history),
     )
 
 
-def _top_features(features: pa.Table, limit: int) -> tuple[TopFeature, ...]:
+def _top_features(features: pa.Table, wanted: NDArray[np.bool_], limit: int) -> tuple[TopFeature, ...]:
+    """The strongest of the `wanted` features, [features], that fired."""
     strength, count = features["max_activation"].to_numpy(), features["count"].to_numpy()
     order = np.argsort(-strength, kind="stable")
-    chosen = order[count[order] > 0][:limit].tolist()
+    chosen = order[(wanted & (count > 0))[order]][:limit].tolist()
     return tuple(
         TopFeature(
             rank=rank,
@@ -360,6 +384,31 @@ def _tree(transcoder: MatryoshkaTranscoder, nesting: nested.Nesting | None, feat
     )
 
 
+def _copies(found: copied.FoundCopies | None, features: pa.Table) -> Copies | None:
+    if found is None:
+        return None
+    is_copy = found.copy_of >= 0
+    originals, count = np.unique(found.copy_of[is_copy], return_counts=True)
+    most = np.argsort(-count, kind="stable")[:COPIED]
+    return Copies(
+        tokens=found.tokens,
+        cosine=copied.COSINE,
+        together=copied.TOGETHER,
+        features=int(is_copy.sum()),
+        share=float(is_copy.mean()),
+        copied=tuple(
+            CopiedFeature(
+                feature=j,
+                top_token=top_token(features, j),
+                massive=features["massive"][j].as_py(),
+                copies=tuple(np.flatnonzero(found.copy_of == j).tolist()),
+            )
+            for j in originals[most].tolist()
+        ),
+        num_copied=len(originals),
+    )
+
+
 def _density(transcoder: MatryoshkaTranscoder, statistics: FeatureStatistics) -> Histogram:
     """Features by density, in half decades from 10^-8 to 1, for each group."""
     edges = np.arange(-8, 0.25, 0.5)
@@ -408,9 +457,22 @@ def _distribution(values: NDArray[Any]) -> Distribution:
     )
 
 
-def _trend(history: list[dict[str, Any]]) -> Trend | None:
+def _tail(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last fifth of the logged steps; nothing if that is too few to say anything."""
     tail = history[-max(1, len(history) // 5) :]
-    if len(tail) < MIN_TREND_ROWS:
+    return tail if len(tail) >= MIN_TREND_ROWS else []
+
+
+def _training_fit(history: list[dict[str, Any]], heldout: float) -> TrainingFit | None:
+    """The training FVU beside the full dictionary's held-out FVU of all tokens."""
+    tail = _tail(history)
+    fvu = float(np.mean([row["fvu"][-1] for row in tail])) if tail else 0.0
+    return TrainingFit(rows=len(tail), fvu=fvu, excess=heldout / fvu - 1) if np.isfinite(fvu) and fvu > 0 else None
+
+
+def _trend(history: list[dict[str, Any]]) -> Trend | None:
+    tail = _tail(history)
+    if not tail:
         return None
     x = np.array([row["tokens"] for row in tail], np.float64)
     y = np.array([row["fvu"][-1] for row in tail], np.float64)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 
 from mtc.transcoder import MatryoshkaTranscoder
 
@@ -49,6 +50,12 @@ class CoactivationSample(NamedTuple):
         """Samples of several parts of the text as one."""
         columns = list(zip(*parts, strict=True))
         return cls(sum(map(int, columns[0])), *(np.concatenate(column) for column in columns[1:]))
+
+    def fired(self, features: int) -> sparse.csc_matrix:
+        """[tokens, features] float32: 1 where the feature fired."""
+        _, row = np.unique(self.token, return_inverse=True)
+        shape = (int(self.tokens), features)
+        return sparse.csc_matrix((np.ones(len(row), np.float32), (row, self.feature)), shape=shape)
 
 
 @torch.no_grad()

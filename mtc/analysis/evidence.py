@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from mtc.config import RunConfig
-from mtc.results import Evaluation, Slice, Summary, Tree, interval, number, percent, whole_range
+from mtc.results import Copies, Evaluation, Slice, Summary, Tree, interval, number, percent, whole_range
 
 MIN_RARE = 100
 """Fewest tokens of a slice by frequency that is judged."""
@@ -19,6 +19,67 @@ class Evidence(NamedTuple):
     c: RunConfig
     evaluation: Evaluation
     tree: Tree | None
+    copies: Copies | None
+
+
+def without(e: Evidence) -> str:
+    """What to put behind a headline figure where massive tokens were left out of it."""
+    return " but massive ones" if e.s.massive.tokens else ""
+
+
+def massive_sentence(e: Evidence) -> str:
+    m, where = e.s.massive, f"{e.c.model.name}, layer {e.c.model.layer}"
+    limit = f"target norms above {number(m.ratio)} times the median"
+    if not m.tokens:
+        return f"At {where}, none of the {number(e.s.evaluated_tokens)} held-out tokens has {limit}."
+    return (
+        f"At {where}, {number(m.tokens)} held-out tokens ({percent(m.share)}) with {limit} hold {percent(m.variance)} "
+        f"of the variance and {percent(m.error)} of the squared error. FVU is {number(e.s.fvu[-1])} without them, the "
+        f"headline figure, and {number(e.s.all_tokens.fvu[-1])} with them."
+    )
+
+
+def sparsity_value(e: Evidence) -> float:
+    """How far the L0 of all tokens, which the threshold is calibrated on, is from k, as a share of k."""
+    return e.s.all_tokens.l0[-1] / e.s.k - 1
+
+
+def sparsity_sentence(e: Evidence) -> str:
+    beside = f" (without massive ones {number(e.s.l0)})" if e.s.massive.tokens else ""
+    return (
+        f"Held-out L0 of all tokens is {number(e.s.all_tokens.l0[-1])}{beside} where k = {number(e.s.k)} was asked, "
+        f"{percent(sparsity_value(e))} off."
+    )
+
+
+def line_value(e: Evidence, skip: bool) -> float | None:
+    """What the features add over the affine map, of a transcoder with a skip connection or of one without."""
+    return e.s.line.added if e.s.line and e.c.transcoder.skip == skip else None
+
+
+def line_sentence(e: Evidence) -> str:
+    assert e.s.line is not None
+    return (
+        f"The least-squares affine map leaves {number(e.s.line.fvu)} of the held-out variance unexplained, the full "
+        f"dictionary {number(e.s.fvu[-1])}: its features add {percent(e.s.line.added)}."
+    )
+
+
+def overfitting_sentence(e: Evidence) -> str:
+    assert e.s.training_fit is not None
+    return (
+        f"The full dictionary's FVU of all held-out tokens is {number(e.s.all_tokens.fvu[-1])}, its batch FVU "
+        f"{number(e.s.training_fit.fvu)} over the last fifth of training ({number(e.s.training_fit.rows)} rows): "
+        f"{percent(e.s.training_fit.excess)} more."
+    )
+
+
+def copies_sentence(e: Evidence) -> str:
+    assert e.copies is not None
+    return (
+        f"{number(e.copies.features)} of {number(e.s.total_features)} features ({percent(e.copies.share)}) are copies "
+        f"of an earlier one: decoder and encoder cosine above {number(e.copies.cosine)}, and they fire together."
+    )
 
 
 def smallest_gain(e: Evidence) -> float | None:
@@ -118,7 +179,7 @@ def rare_sentence(e: Evidence) -> str:
     assert rare is not None
     return (
         f"FVU is {number(rare.fvu[-1])} on tokens that occur {whole_range(rare.low, rare.high)} times in the held-out "
-        f"text ({number(rare.tokens)} of them), {number(e.s.fvu[-1])} on all."
+        f"text ({number(rare.tokens)} of them), {number(e.s.fvu[-1])} on all{without(e)}."
     )
 
 

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from mtc.analysis.copies import FoundCopies
 from mtc.analysis.examples import Examples, FeatureStatistics
 from mtc.analysis.logits import LogitEffects
+from mtc.analysis.massive import MassiveSums
 from mtc.analysis.nesting import Nesting
 from mtc.results import Feature
 from mtc.transcoder import MatryoshkaTranscoder
@@ -32,6 +34,10 @@ SCHEMA = pa.schema({
     "mean_activation": pa.float64(),
     "count": pa.int64(),
     "density": pa.float64(),
+    "massive": pa.bool_(),
+    "massive_activation": pa.float64(),
+    "massive_firings": pa.float64(),
+    "copy_of": pa.int32(),
     "samples": pa.int32(),
     "tokens_since_fired": pa.int64(),
     "decoder_norm": pa.float64(),
@@ -52,11 +58,13 @@ def features_table(
     transcoder: MatryoshkaTranscoder,
     statistics: FeatureStatistics,
     examples: Examples,
+    massive: MassiveSums,
     effects: LogitEffects | None,
     nesting: Nesting | None,
+    copies: FoundCopies | None,
 ) -> pa.Table:
-    """The table of all features, ordered by index; columns as in SCHEMA. `effects` and `nesting` are None where they
-    were not measured.
+    """The table of all features, ordered by index; columns as in SCHEMA. `effects`, `nesting` and `copies` are None
+    where they were not measured.
 
     Raises ValueError if the statistics belong to another dictionary.
     """
@@ -72,6 +80,10 @@ def features_table(
         "mean_activation": statistics.total / np.maximum(count, 1),
         "count": count,
         "density": count / max(1, statistics.tokens),
+        "massive": massive.features(statistics),
+        "massive_activation": massive.activation_share(statistics),
+        "massive_firings": massive.fired / np.maximum(count, 1),
+        "copy_of": copies and pa.array(copies.copy_of, mask=copies.copy_of < 0),
         "samples": np.bincount(examples.feature[examples.is_top], minlength=total),
         "tokens_since_fired": transcoder.tokens_since_fired.cpu().numpy(),
         "decoder_norm": transcoder.W_dec.detach().double().norm(dim=1).cpu().numpy(),

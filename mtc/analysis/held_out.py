@@ -18,6 +18,8 @@ from torch import Tensor
 from mtc.analysis.coactivation import CoactivationSample, parent_candidates, to_bfloat16
 from mtc.analysis.examples import ExampleCollector
 from mtc.analysis.intervals import MAX_BLOCKS
+from mtc.analysis.massive import MassiveSums
+from mtc.analysis.straight_line import LineSums
 from mtc.analysis.token_sums import MAX_ENTRIES, Array, SparseActivations, TokenErrors, TokenSums
 from mtc.config import RunConfig
 from mtc.devices import choose_bfloat16
@@ -61,9 +63,10 @@ class HeldOutPass:
         def zeros(labels: int) -> TokenSums:
             n = len(self.prefixes)
             return TokenSums(
-                *(np.zeros((labels, *more)) for more in ((), (n,), (shape.d_target,), (), (n,), (n,)))
+                *(np.zeros((2 * labels, *more)) for more in ((), (n,), (shape.d_target,), (), (n,), (n,)))
             )  # fmt: skip
 
+        # Of all three the first half is of tokens that are not massive, the second half of massive ones.
         self.blocks = zeros(self._num_blocks)
         """Sums of the tokens by document, or by block of documents."""
         self.positions = zeros(POSITION_BINS)
@@ -71,9 +74,14 @@ class HeldOutPass:
         self.frequencies = zeros(FREQUENCY_BINS)
         """Sums of the tokens by the decimal digits of their id's `occurrences`, less one."""
         self.l0_counts = np.zeros(transcoder.num_features + 1, np.int64)
-        """[features + 1] int64, tokens by their number of active features."""
+        """[features + 1] int64, tokens that are not massive by their number of active features."""
         self.token_errors = np.zeros((len(occurrences), 1 + len(self.prefixes)))
-        """[vocabulary, 1 + prefixes]: tokens with each id, and the sum of their squared errors per prefix."""
+        """[vocabulary, 1 + prefixes]: tokens with each id that are not massive, and the sum of their squared errors per
+        prefix."""
+        self.massive = MassiveSums.empty(len(occurrences), transcoder.num_features)
+        """Which tokens are massive, and what fires on them."""
+        self.line = LineSums()
+        """Sums for the least-squares affine map."""
         self.examples = ExampleCollector(
             transcoder.num_features,
             settings.max_per_feature,
@@ -94,12 +102,14 @@ class HeldOutPass:
         pair: SitePair,
         documents: Array | None = None,
         sampled: bool = False,
+        fold: int | None = None,
     ) -> None:
         """Take in packed windows and the raw activations of their trainable tokens.
 
         Args: window_ids [windows] int64; documents [windows] int64, the number of each window's, by default 0;
-        `sampled` windows also go into `sample`. Tokens of which a number is not finite activate no feature and are in
-        no sum but the examples' count of tokens.
+        `sampled` windows also go into `sample`; `fold` is the part of the text that they are of for the affine map,
+        which leaves them out by default. Tokens of which a number is not finite activate no feature and are in no sum
+        but the examples' count of tokens.
         """
         device = self.transcoder.W_dec.device
         source, target = pair.source.to(device), pair.target.to(device)
@@ -112,6 +122,8 @@ class HeldOutPass:
         block = torch.from_numpy(np.zeros(len(window), np.int64) if documents is None else documents[window])
         position = _bits(windows.position_ids[chosen])
         token = windows.input_ids[chosen]
+        if fold is not None:
+            self.line.add(self.transcoder.normalise(source), target, self.transcoder.massive(target), fold)
         parts = []
         step = max(1, MAX_ENTRIES // self.transcoder.num_features)
         for start in range(0, len(source), step):
@@ -130,12 +142,17 @@ class HeldOutPass:
         ends = [codes.feature < prefix for prefix in self.prefixes]
         active = torch.stack([torch.bincount(codes.token[inside], minlength=codes.tokens) for inside in ends], 1)
         found = TokenErrors.of(self.transcoder.decode_codes(codes, source), target, active)
-        self.blocks += found.sums(block, self._num_blocks)
-        self.positions += found.sums(position, POSITION_BINS)
-        self.frequencies += found.sums(self._decade[token], FREQUENCY_BINS)
-        self.l0_counts += torch.bincount(active[:, -1], minlength=len(self.l0_counts)).cpu().numpy()
-        errors = torch.cat([torch.ones_like(found.errors[:, :1]), found.errors], 1).cpu().numpy()
-        ids, which = np.unique(token.cpu().numpy(), return_inverse=True)
+        massive = self.transcoder.massive(target)
+        for name, labels, count in (
+            ("blocks", block, self._num_blocks),
+            ("positions", position, POSITION_BINS),
+            ("frequencies", self._decade[token], FREQUENCY_BINS),
+        ):
+            setattr(self, name, getattr(self, name) + found.sums(labels + count * massive, 2 * count))
+        self.massive = self.massive.add(massive, token, codes)
+        self.l0_counts += torch.bincount(active[~massive, -1], minlength=len(self.l0_counts)).cpu().numpy()
+        errors = torch.cat([torch.ones_like(found.errors[:, :1]), found.errors], 1)[~massive].cpu().numpy()
+        ids, which = np.unique(token[~massive].cpu().numpy(), return_inverse=True)
         for column in range(errors.shape[1]):
             self.token_errors[ids, column] += np.bincount(which, weights=errors[:, column])
         return codes
@@ -171,20 +188,28 @@ class HeldOutPass:
     def arrays(self) -> dict[str, Array]:
         """Everything that the pass found, to travel between processes."""
         found = {"l0_counts": self.l0_counts, "token_errors": self.token_errors}
-        for name in ("blocks", "positions", "frequencies", "sample"):
+        found["massive_norm"] = self.transcoder.massive_norm.cpu().numpy()
+        for name in ("blocks", "positions", "frequencies"):
+            sums = getattr(self, name)
+            found[f"{name}.labels"] = labels = np.flatnonzero(sums.tokens)  # few, in a part of the text
+            found |= {f"{name}.{n}": column[labels] for n, column in sums._asdict().items()}
+        for name in ("massive", "sample"):
             found |= {f"{name}.{n}": np.asarray(v) for n, v in getattr(self, name)._asdict().items()}
+        found |= {f"line.{n}": v for n, v in self.line.arrays().items()}
         return found | {f"examples.{n}": v for n, v in self.examples.arrays().items()}
 
     def merge(self, arrays: dict[str, Any]) -> None:
         """Take in what another pass with the same settings found, as its `arrays`."""
+        self.transcoder.massive_norm.fill_(float(arrays["massive_norm"]))
         self.l0_counts += arrays["l0_counts"]
         self.token_errors += arrays["token_errors"]
         for name in ("blocks", "positions", "frequencies"):
-            other = TokenSums(*(arrays[f"{name}.{n}"] for n in TokenSums._fields))
-            setattr(self, name, getattr(self, name) + other)
+            for n, column in getattr(self, name)._asdict().items():
+                column[arrays[f"{name}.labels"]] += arrays[f"{name}.{n}"]
+        self.massive += MassiveSums(*(arrays[f"massive.{n}"] for n in MassiveSums._fields))
+        self.line.merge_arrays(_under("line.", arrays))
         self._samples.append(CoactivationSample(**{n: arrays[f"sample.{n}"] for n in CoactivationSample._fields}))
-        prefix = "examples."
-        self.examples.merge_arrays({n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)})
+        self.examples.merge_arrays(_under("examples.", arrays))
 
 
 def count_tokens(windows: Sequence[Array], special: Sequence[int], vocabulary: int) -> Array:
@@ -200,6 +225,10 @@ def number_documents(document_ids: Sequence[str]) -> tuple[Array, int]:
     numbers: dict[str, int] = {}
     found = np.array([numbers.setdefault(name, len(numbers)) for name in document_ids], np.int64)
     return found, len(numbers)
+
+
+def _under(prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 def _bits(positions: Tensor) -> Tensor:

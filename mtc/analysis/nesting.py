@@ -112,9 +112,7 @@ def analyse_nesting(transcoder: MatryoshkaTranscoder, sample: CoactivationSample
     """
     if not sample.tokens or len(transcoder.groups) < 2:
         return None
-    _, row = np.unique(sample.token, return_inverse=True)
-    shape = (int(sample.tokens), transcoder.num_features)
-    fired = sparse.csc_matrix((np.ones(len(row), np.float32), (row, sample.feature)), shape=shape)
+    fired = sample.fired(transcoder.num_features)
     parents = _parents(transcoder, fired)
     absorptions, tested = _absorptions(transcoder, sample, candidates)
     near = chance_cosine(transcoder.num_features, transcoder.shape.d_target)

@@ -16,6 +16,7 @@ import torch
 from mtc.analysis.evaluation import evaluation, loss_recovered
 from mtc.analysis.held_out import HeldOutPass
 from mtc.analysis.loss_sums import LossSums, loss_sums
+from mtc.analysis.massive import recognise
 from mtc.config import RunConfig
 from mtc.errors import MtcError
 from mtc.language_model import LanguageModel, PackedWindows, pack_windows
@@ -38,6 +39,7 @@ def evaluate(
     total = HeldOutPass(config, transcoder, np.zeros(model.vocab_size, np.int64))
     for windows in units:
         (pair,) = model.capture(windows, windows.trainable.nonzero().squeeze(1))
+        recognise(transcoder, pair.target)
         total.add(np.zeros(len(windows.lengths), np.int64), windows, pair)
     if not total.blocks.tokens.sum():
         raise ValueError("there are no held-out windows to evaluate on")

@@ -59,6 +59,8 @@ def judge(found: Evidence) -> tuple[list[Finding], list[Finding]]:
 def _setting(value: float | tuple[float, ...] | None) -> str:
     if value is None:
         return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return numbers(value) if isinstance(value, tuple) else number(value)
 
 
@@ -82,6 +84,28 @@ RULES = (
         "transcoder.group_sizes", "Enlarge the dictionary",
     ),
     Rule(
+        "massive tokens", "share of the variance that massive tokens hold > 10 %", ">", 0.1,
+        lambda e: e.s.massive.variance, evidence.massive_sentence,
+        "model.layer", "Judge by the figures without massive tokens, or read a layer that has none",
+    ),
+    Rule(
+        "straight line", "what the features add over the least-squares affine map < 10 %, without a skip connection",
+        "<", 0.1,
+        lambda e: evidence.line_value(e, skip=False), evidence.line_sentence,
+        "transcoder.skip", "Turn the skip connection on, so that features need not imitate a straight line",
+    ),
+    Rule(
+        "features beside the skip connection",
+        "what the features add over the least-squares affine map < 10 %, with a skip connection", "<", 0.1,
+        lambda e: evidence.line_value(e, skip=True), evidence.line_sentence,
+        "transcoder.k", "Allow more active features, train longer or enlarge the dictionary",
+    ),
+    Rule(
+        "overfitting", "held-out FVU of all tokens / training FVU - 1 > 10 %", ">", 0.1,
+        lambda e: e.s.training_fit.excess if e.s.training_fit else None, evidence.overfitting_sentence,
+        "data.num_tokens", "Train on more tokens",
+    ),
+    Rule(
         "rare tokens",
         f"FVU of the rarest tokens / FVU of all > 1.5 (rarest decade with {evidence.MIN_RARE} tokens or more)",
         ">", 1.5,
@@ -101,10 +125,8 @@ RULES = (
         "data.heldout_fraction", "Hold out more documents, or split the data into more of them",
     ),
     Rule(
-        "sparsity", "|L0 / k - 1| > 5 %", ">", 0.05,
-        lambda e: abs(e.s.l0 / e.s.k - 1),
-        lambda e: f"Held-out L0 is {number(e.s.l0)} where k = {number(e.s.k)} was asked, "
-        f"{percent(e.s.l0 / e.s.k - 1)} off.",
+        "sparsity", "|L0 of all tokens / k - 1| > 5 %", ">", 0.05,
+        lambda e: abs(evidence.sparsity_value(e)), evidence.sparsity_sentence,
         "transcoder.calibration_tokens", "Calibrate the threshold on more tokens",
     ),
     Rule(
@@ -129,6 +151,11 @@ RULES = (
         "dense features", "features that fire on more than 10 % of tokens > 1 %", ">", 0.01,
         lambda e: e.s.dense_fraction, evidence.dense_sentence,
         "transcoder.k", "Use fewer active features or a larger dictionary",
+    ),
+    Rule(
+        "copies", "features that are copies of an earlier one > 0.5 %", ">", 0.005,
+        lambda e: e.copies.share if e.copies else None, evidence.copies_sentence,
+        "transcoder.group_sizes", "Make the dictionary smaller: part of it is spent twice",
     ),
     Rule(
         "loss recovered", "loss recovered against zero ablation < 90 %", "<", 0.9,

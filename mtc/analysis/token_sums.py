@@ -55,6 +55,11 @@ class TokenSums(NamedTuple):
         """The sums over the tokens of all labels, as one label."""
         return TokenSums(*(column.sum(0, keepdims=True) for column in self))
 
+    def halves(self) -> tuple[TokenSums, TokenSums]:
+        """The first half of the labels, and the second."""
+        half = len(self.tokens) // 2
+        return TokenSums(*(column[:half] for column in self)), TokenSums(*(column[half:] for column in self))
+
     def weighted(self, weights: Array) -> TokenSums:
         """Sums of the labels combined with `weights` [results, labels]: one label per result."""
         return TokenSums(*(np.tensordot(weights, column, 1) for column in self))
@@ -79,11 +84,17 @@ class TokenSums(NamedTuple):
         hide the mean and flatter. NaN for labels without tokens.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
+            return self.errors / self.deviation(mean)[:, None]
+
+    def deviation(self, mean: Array | None = None) -> Array:
+        """[labels]: sum ||y - mean||^2 over each label's tokens; `mean` as in `fvu`."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Array
             if mean is None:
-                deviation = self.target_square - np.square(self.target).sum(1) / self.tokens
+                found = self.target_square - np.square(self.target).sum(1) / self.tokens
             else:
-                deviation = self.target_square - 2 * self.target @ mean + self.tokens * (mean @ mean)
-            return self.errors / deviation[:, None]
+                found = self.target_square - 2 * self.target @ mean + self.tokens * (mean @ mean)
+            return found
 
     def per_token(self, column: Array) -> Array:
         """`column` [labels, prefixes] as a mean over each label's tokens; NaN without any."""

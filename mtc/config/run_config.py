@@ -403,6 +403,11 @@ class RunConfig(Record):
     def total_steps(self) -> int:
         return self.data.num_tokens * self.data.replays // self.optimizer.batch_tokens
 
+    @property
+    def fresh_tokens(self) -> int:
+        """Tokens that follow those to train on: as many as one of the transcoders is calibrated on."""
+        return max(member.config.transcoder.fresh_tokens for member in self.members())
+
     def members(self) -> tuple[Member, ...]:
         """The run's transcoders: one for each layer that is read and, of a sweep, for each of its entries."""
         parts, entries = self._swept(), self.sweep or ({},)

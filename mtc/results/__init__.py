@@ -2,7 +2,8 @@
 
 from mtc.results.analysis import FORMAT_VERSION, Analysis, Finding, Summary
 from mtc.results.comparison import SHOWN, Comparison, Match, Matching, Side
-from mtc.results.evaluation import Evaluation, LossRecovered, Slice
+from mtc.results.copies import CopiedFeature, Copies
+from mtc.results.evaluation import AllTokens, Evaluation, LossRecovered, Massive, Slice, StraightLine
 from mtc.results.features import (
     Distribution,
     Example,
@@ -12,6 +13,7 @@ from mtc.results.features import (
     LogitEffect,
     Parent,
     ShownFeature,
+    TokenCount,
     TopFeature,
     Weights,
 )
@@ -30,14 +32,15 @@ from mtc.results.probing import (
     Spelling,
     TaskResult,
 )
-from mtc.results.run import PARTS, RUN_FILES, File, RunFacts, StreamTiming, Training, Trend
+from mtc.results.run import PARTS, RUN_FILES, File, RunFacts, StreamTiming, Training, TrainingFit, Trend
 
 __all__ = [
     "FORMAT_VERSION", "MIN_ACCURACY", "MIN_DOCUMENTS", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS", "RUN_FILES",
-    "SHOWN", "AbsorbedFeature", "Analysis", "Child", "Comparison", "Distribution", "Evaluation", "Example",
-    "Family", "Feature", "File", "Finding", "Group", "Histogram", "Interval", "Intervals", "LetterAbsorption",
-    "LogitEffect", "LossRecovered", "Match", "Matching", "Parent", "Pooling", "PrefixAbsorption", "PrefixStep",
-    "ProbeResult", "ProbeTask", "Probing", "RunFacts", "ShownFeature", "Side", "Slice", "Spelling", "SplitFeature",
-    "StreamTiming", "Summary", "TaskResult", "TokenGain", "TopFeature", "Training", "Tree", "Trend", "Weights",
+    "SHOWN", "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "CopiedFeature", "Copies",
+    "Distribution", "Evaluation", "Example", "Family", "Feature", "File", "Finding", "Group", "Histogram",
+    "Interval", "Intervals", "LetterAbsorption", "LogitEffect", "LossRecovered", "Massive", "Match", "Matching",
+    "Parent", "Pooling", "PrefixAbsorption", "PrefixStep", "ProbeResult", "ProbeTask", "Probing", "RunFacts",
+    "ShownFeature", "Side", "Slice", "Spelling", "SplitFeature", "StraightLine", "StreamTiming", "Summary",
+    "TaskResult", "TokenCount", "TokenGain", "TopFeature", "Training", "TrainingFit", "Tree", "Trend", "Weights",
     "interval", "number", "percent", "percent_interval", "plot_path", "report_files", "report_names", "whole_range",
 ]  # fmt: skip

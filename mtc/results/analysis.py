@@ -2,21 +2,24 @@
 
 Terms. A *sample* of a feature is one of its stored top examples (`kind == "top"`, at most one per window); examples
 drawn uniformly are counted apart. A feature is *silent* if it did not fire on the analysed held-out tokens, and *dead*
-if the training counter says that it had not fired for `transcoder.dead_after_tokens` when training ended.
+if the training counter says that it had not fired for `transcoder.dead_after_tokens` when training ended. FVU, cosine
+and L0 are *headline* figures, without massive tokens, unless they are said to be of all tokens; a feature is *of
+massive tokens* if more than half of its summed activation falls on them.
 """
 
 from __future__ import annotations
 
 from mtc.config import RunConfig
 from mtc.record import Record
-from mtc.results.evaluation import Evaluation, LossRecovered
+from mtc.results.copies import Copies
+from mtc.results.evaluation import AllTokens, Evaluation, LossRecovered, Massive, StraightLine
 from mtc.results.features import Histogram, ShownFeature, TopFeature, Weights
 from mtc.results.intervals import Intervals
 from mtc.results.nesting import PrefixStep, Tree
 from mtc.results.probing import Probing, Spelling
-from mtc.results.run import File, RunFacts, Training, Trend
+from mtc.results.run import File, RunFacts, Training, TrainingFit, Trend
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Summary(Record):
@@ -54,21 +57,31 @@ class Summary(Record):
     dense_activation_share: float
     """Share of all activations (counted, not summed) that belong to dense features, from 0 to 1."""
     evaluated_tokens: int
-    """Held-out tokens on which FVU and L0 were measured."""
+    """Held-out tokens on which FVU and L0 were measured, massive ones included."""
     documents: int
     """Documents of the tokens on which FVU and L0 were measured; their intervals come from resampling documents."""
     prefixes: tuple[int, ...]
     """Sizes of the nested dictionaries in features, ascending."""
     fvu: tuple[float, ...]
-    """Held-out fraction of variance unexplained, per prefix."""
+    """Held-out fraction of variance unexplained, per prefix, without massive tokens."""
     fvu_interval: Intervals | None
     """95 % interval of `fvu`, from resampled documents; None with too few of them."""
     explained_variance: tuple[float, ...]
-    """Held-out share of the targets' variance that is explained, 1 - FVU, per prefix."""
+    """Held-out share of the targets' variance that is explained, 1 - FVU, per prefix, without massive tokens."""
     cosine: tuple[float, ...]
-    """Mean cosine between target and reconstruction over held-out tokens, per prefix."""
+    """Mean cosine between target and reconstruction over held-out tokens, per prefix, without massive tokens."""
     l0: float
-    """Active features of the whole dictionary per held-out token, mean."""
+    """Active features of the whole dictionary per held-out token, mean, without massive tokens."""
+    all_tokens: AllTokens
+    """FVU, cosine and L0 of all held-out tokens, massive ones included."""
+    massive: Massive
+    """Which held-out tokens are massive, and what they hold."""
+    massive_features: int
+    """Features of massive tokens: more than half of their summed activation falls on these."""
+    line: StraightLine | None
+    """How well the least-squares affine map does on the same tokens; None with too few tokens to fit it."""
+    training_fit: TrainingFit | None
+    """FVU on the tokens that were trained on, beside the held-out one; None with too few logged steps."""
     k: int
     """Active features per token that the configuration asks for."""
     loss: LossRecovered | None
@@ -118,7 +131,13 @@ class Analysis(Record):
     activation_edges: tuple[float, ...]
     """Borders of the bins of Feature.histogram, in scaled units; the outer bins take what lies beyond."""
     top_features: tuple[TopFeature, ...]
-    """Strongest features that fired, by maximum activation (section 5)."""
+    """Strongest features that fired, by maximum activation, those of massive tokens left out (section 5)."""
+    massive_features: tuple[TopFeature, ...]
+    """Strongest features of massive tokens, by maximum activation (section 5)."""
+    massive_indices: tuple[int, ...]
+    """Indices of all features of massive tokens."""
+    copies: Copies | None
+    """Features that are copies of others (section 5); None if no tokens were sampled."""
     features: tuple[ShownFeature, ...]
     """Features that the report shows in full (section 6); features.parquet has all of them."""
     prefix_steps: tuple[PrefixStep, ...]

@@ -126,6 +126,14 @@ class Feature(Record):
     """Analysed tokens on which the feature fired."""
     density: float
     """Share of the analysed tokens on which the feature fired, from 0 to 1."""
+    massive: bool
+    """Whether the feature is of massive tokens: more than half of its summed activation falls on them."""
+    massive_activation: float
+    """Share of the feature's summed activation that falls on massive tokens, from 0 to 1; 0 if it never fired."""
+    massive_firings: float
+    """Share of the tokens on which the feature fired that are massive, from 0 to 1; 0 if it never fired."""
+    copy_of: int | None
+    """Index of the earliest feature that this one is a copy of; None if it is none, or if it was not looked for."""
     samples: int
     """Stored top examples of the feature."""
     tokens_since_fired: int | None
@@ -183,7 +191,7 @@ class ShownFeature(Record):
 
 
 class TopFeature(Record):
-    """A row of the table of strongest features."""
+    """A row of the table of strongest features, or of strongest features of massive tokens."""
 
     rank: int
     """Place of the feature by maximum activation, from 1."""

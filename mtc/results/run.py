@@ -126,6 +126,17 @@ class Trend(Record):
     """Standard error of `fall`, from the residuals."""
 
 
+class TrainingFit(Record):
+    """The fit to the tokens that were trained on, beside which held-out figures stand."""
+
+    rows: int
+    """Logged steps that the training FVU is the mean of: the last fifth."""
+    fvu: float
+    """Mean batch FVU of the full dictionary, massive tokens included."""
+    excess: float
+    """How far the held-out FVU of all tokens lies above the training FVU, as a share of it; negative if below."""
+
+
 class File(Record):
     """A file of the run or of its report."""
 

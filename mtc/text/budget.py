@@ -15,7 +15,7 @@ def tokens_wanted(config: RunConfig) -> dict[str, int]:
     training = -(-config.data.num_tokens // config.data.max_epochs)
     slack = 2 * config.data.context_length  # windows are taken whole
     return {
-        "train": training + config.transcoder.fresh_tokens + slack,
+        "train": training + config.fresh_tokens + slack,
         "heldout": max(config.analysis.num_tokens, config.analysis.loss_tokens),
     }
 

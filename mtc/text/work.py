@@ -60,7 +60,7 @@ def work_units(store: TokenStore, config: RunConfig) -> Work:
 
     Raises DataError if the text is too short.
     """
-    data, calibration = config.data, config.transcoder.fresh_tokens
+    data, calibration = config.data, config.fresh_tokens
     wanted = -(-config.total_steps * config.optimizer.batch_tokens // data.replays)
     windows = _wanted_windows(store, config, "train")
     windows = windows[np.random.default_rng(data.seed).permutation(len(windows))]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtc.analysis import Findings, HeldOutPass, analyse_nesting, count_tokens, read_feature
+from mtc.analysis import Findings, HeldOutPass, analyse_nesting, count_tokens, find_copies, read_feature
 from mtc.analysis.analyse import analyse
 from mtc.analysis.compare import match_features
 from mtc.analysis.evaluation import evaluation
@@ -78,7 +78,7 @@ def found(planted):
     )
     findings = Findings(
         evaluation(held, None), held.examples.statistics, examples, held.token_errors, held.blocks.mean_deviation(),
-        nesting, None,
+        held.massive, find_copies(transcoder, held.sample), nesting, None,
     )  # fmt: skip
     facts = RunFacts(
         run_id="planted", steps=0, trained_tokens=5000, data_name="planted", language_model_dtype="float32",
