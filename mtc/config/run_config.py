@@ -191,6 +191,9 @@ class TranscoderConfig(Part):
     """Relative weights of the prefixes' errors in the loss; by default equal."""
     calibration_tokens: int = Field(default=65_536, ge=1, le=MOST)
     """Fresh tokens on which the inference threshold is set, after training; none where it is not calibrated."""
+    massive_tokens: Literal["cap", "keep"] = "cap"
+    """What a massive token, whose target is more than 5 times as long as the median, weighs in the loss: as much as one
+    of that length, or its full square."""
     init: Literal["tokens", "mlp"] = "mlp"
     """Where the encoder starts: at source tokens of the first activations, or at the directions that the MLP's own
     neurons look for (of a gated MLP its gate's), the strongest first, and at tokens once these are used up."""

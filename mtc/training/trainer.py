@@ -237,6 +237,7 @@ class Trainer:
             by_contribution=settings.rank == "contribution" and self.step_number >= self.config.optimizer.warmup_steps,
             l0_weight=settings.l0_coefficient * world_size() / tokens,
             bandwidth=settings.bandwidth,
+            cap_massive=settings.massive_tokens == "cap",
         )
 
     def _choose_compute(self, source: Tensor, target: Tensor, objective: Objective) -> None:

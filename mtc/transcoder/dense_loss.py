@@ -11,14 +11,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mtc.transcoder.activations import ACTIVATIONS
-from mtc.transcoder.objective import LossOutput, Objective, Weights
+from mtc.transcoder.objective import LossOutput, Objective, Weights, scaled_targets
 
 
-def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> LossOutput:
-    """The training loss by dense products and autograd. x [tokens, d_source] normalised, y [tokens, d_target]
-    scaled."""
+def dense_loss(
+    x: Tensor, y: Tensor, weights: Weights, objective: Objective, scale: Tensor | None = None
+) -> LossOutput:
+    """The training loss by dense products and autograd. x [tokens, d_source] normalised, y [tokens, d_target] scaled;
+    `scale` [tokens] multiplies each token's residuals."""
     before = linear(x, weights.W_enc, weights.b_enc)
     a, penalty = ACTIVATIONS[objective.activation].dense(before, weights, objective)
+    fired = a.detach() > 0
+    if scale is not None:
+        a, y = a * scale[:, None], scaled_targets(y, weights.b_dec, scale)
     residual, errors, start = weights.b_dec - y, [], 0
     for end in objective.ends:
         residual = residual + a[:, start:end] @ weights.W_dec[start:end]
@@ -32,7 +37,8 @@ def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective) -> 
         candidates = before[:, objective.dead]
         strongest = candidates.topk(min(objective.aux_k, len(objective.dead)), dim=1)
         a_dead = torch.zeros_like(candidates).scatter(1, strongest.indices, strongest.values)
+        if scale is not None:
+            a_dead = a_dead * scale[:, None]
         aux_error = (residual.detach() + a_dead @ weights.W_dec[objective.dead]).square().sum()
         loss = loss + objective.aux_weight * aux_error
-    active = a.detach() > 0
-    return LossOutput(loss, torch.stack(errors).detach(), aux_error.detach(), active.sum(), active.any(0))  # type: ignore[arg-type]
+    return LossOutput(loss, torch.stack(errors).detach(), aux_error.detach(), fired.sum(), fired.any(0))  # type: ignore[arg-type]

@@ -32,3 +32,10 @@ def massive_norm(target: Tensor) -> Tensor:
 def above(target: Tensor, norm: Tensor) -> Tensor:
     """[tokens] bool: the raw targets [tokens, d_target] that are longer than `norm`; none if that is NaN."""
     return torch.linalg.vector_norm(target.float(), dim=1) > norm
+
+
+def cap(target: Tensor, norm: Tensor) -> Tensor:
+    """[tokens] float32, `norm` / ||target|| of the raw targets [tokens, d_target] that are longer, 1 of the others; all
+    1 if `norm` is NaN."""
+    lengths = torch.linalg.vector_norm(target.float(), dim=1)
+    return torch.where(lengths > norm, norm / lengths, 1.0)

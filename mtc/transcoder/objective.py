@@ -10,6 +10,9 @@ x is the normalised source, y the scaled target. The nested sum is that of Matry
 2025, arXiv:2503.17547). The last term is AuxK (Gao et al. 2024, arXiv:2406.04093): each token's strongest dead features
 reconstruct what the last prefix leaves. Their values a_dead are those before the ReLU, since a feature that is negative
 on every token gets no gradient through one and stays dead.
+
+A massive token (mtc.transcoder.massive) may be capped: all its residuals are multiplied by s = massive_norm / ||y||, so
+that it weighs no more than a token with that norm. s (R - y) is what R's sum leaves of s y if every a is s a, too.
 """
 
 from __future__ import annotations
@@ -45,6 +48,9 @@ class Objective(NamedTuple):
     bandwidth: float = 0.0
     """Width of the window around JumpReLU's thresholds inside which their gradients are estimated."""
 
+    cap_massive: bool = False
+    """Whether a massive token's residuals are scaled down as if its target were no longer than the limit."""
+
     def rank_scale(self, W_dec: Tensor) -> Tensor | None:
         """[features], what z is multiplied with to rank entries, without gradients; None for 1."""
         return W_dec.detach().norm(dim=1) if self.by_contribution else None
@@ -75,3 +81,9 @@ class Weights(NamedTuple):
     """[d_target], decoder bias."""
     threshold: Tensor | None = None
     """[features], thresholds that are trained; None for activations without."""
+
+
+def scaled_targets(y: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:
+    """What y [tokens, d_target] becomes so that b_dec - y is multiplied by `scale` [tokens]; b_dec gets its gradient
+    through both."""
+    return y * scale[:, None] + (1 - scale)[:, None] * b_dec

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from mtc.transcoder import native
 from mtc.transcoder.activations import ACTIVATIONS, Activated, Activation
-from mtc.transcoder.objective import LossOutput, Objective, Weights
+from mtc.transcoder.objective import LossOutput, Objective, Weights, scaled_targets
 from mtc.transcoder.pre_activations import pre_activations
 from mtc.transcoder.products import Bags, Workspace, bag_sums, entry_dots, make_bags
 from mtc.transcoder.selection import Chosen
@@ -48,7 +48,13 @@ class Entries(NamedTuple):
 
 
 def sparse_loss(
-    x: Tensor, y: Tensor, weights: Weights, objective: Objective, workspace: Workspace, bfloat16_product: bool = False
+    x: Tensor,
+    y: Tensor,
+    weights: Weights,
+    objective: Objective,
+    workspace: Workspace,
+    bfloat16_product: bool = False,
+    scale: Tensor | None = None,
 ) -> LossOutput:
     """The same numbers as `dense_loss` gives, up to rounding, with gradients computed from the chosen entries.
 
@@ -84,6 +90,8 @@ def sparse_loss(
         entries = _arrange(token, feature, slot, slots, len(x), len(weights.b_enc))
     value = _EncodeChosen.apply(x, weights.W_enc, weights.b_enc, value, given, entries, workspace)
     value, penalty = _activate(activation, value, entries, slots if aux else None, len(x), weights, objective)
+    if scale is not None:
+        value, y = value * scale[token], scaled_targets(y, weights.b_dec, scale)
     slot_weights = (*objective.weights, objective.aux_weight) if aux else objective.weights
     loss, errors = _NestedLoss.apply(value, weights.W_dec, weights.b_dec, y, entries, slot_weights, aux, workspace)
     if penalty is not None:

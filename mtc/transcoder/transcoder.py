@@ -24,10 +24,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from mtc.config import RunConfig
+from mtc.devices import is_gpu
 from mtc.transcoder.activations import ACTIVATIONS, Activation
 from mtc.transcoder.dense_loss import dense_loss
 from mtc.transcoder.distributed import agree, all_reduce
-from mtc.transcoder.massive import above, massive_norm
+from mtc.transcoder.massive import above, cap, massive_norm
 from mtc.transcoder.objective import Objective, Weights
 from mtc.transcoder.products import Workspace, bag_sums, entry_dots, make_bags
 from mtc.transcoder.selection import largest_of_each
@@ -99,9 +100,9 @@ class TrainOutput(NamedTuple):
     fired: Tensor
     """[features] bool: the feature was chosen at least once on this rank."""
     target_sum: Tensor
-    """[d_target], scaled targets summed over tokens."""
+    """[d_target], scaled targets summed over tokens, massive ones as they are capped."""
     target_square: Tensor
-    """Scalar, squares of scaled targets summed over tokens and dimensions."""
+    """Scalar, squares of scaled targets summed over tokens and dimensions, massive ones as they are capped."""
 
 
 class MatryoshkaTranscoder(nn.Module):
@@ -282,10 +283,15 @@ class MatryoshkaTranscoder(nn.Module):
             residual = y if self.W_skip is None else y - torch.nn.functional.linear(x, self.W_skip).float()
             trained = self.threshold if self.activation.thresholds == "trained" else None
             weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, trained)
+            scale = cap(target, self.massive_norm) if objective.cap_massive else None
+            if scale is not None and not is_gpu(scale.device) and bool((scale == 1).all()):  # there it would wait
+                scale = None
             if compute.backend == "dense":
-                output = dense_loss(x, residual, weights, objective)
+                output = dense_loss(x, residual, weights, objective, scale)
             else:
-                output = sparse_loss(x, residual, weights, objective, workspace, compute.bfloat16)
+                output = sparse_loss(x, residual, weights, objective, workspace, compute.bfloat16, scale)
+        if scale is not None:
+            y = y * scale[:, None]
         square = torch.linalg.vector_norm(y, dim=1).double().square().sum()
         return TrainOutput(*output, y.sum(0), square)
 
