@@ -35,6 +35,15 @@ def prefix_sentence(e: Evidence) -> str:
     )
 
 
+def sparsity_value(e: Evidence) -> float:
+    return abs(e.s.l0 / e.s.k - 1)
+
+
+def sparsity_sentence(e: Evidence) -> str:
+    off = percent(e.s.l0 / e.s.k - 1)
+    return f"Held-out L0 is {number(e.s.l0)} where k = {number(e.s.k)} was asked, {off} off."
+
+
 def dead_sentence(e: Evidence) -> str:
     counter = (
         f"; by the training counter {number(e.s.dead_features)} had not fired for "

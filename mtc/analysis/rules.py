@@ -102,10 +102,15 @@ RULES = (
     ),
     Rule(
         "sparsity", "|L0 / k - 1| > 5 %", ">", 0.05,
-        lambda e: abs(e.s.l0 / e.s.k - 1),
-        lambda e: f"Held-out L0 is {number(e.s.l0)} where k = {number(e.s.k)} was asked, "
-        f"{percent(e.s.l0 / e.s.k - 1)} off.",
+        lambda e: None if e.c.transcoder.activation == "jumprelu" else evidence.sparsity_value(e),
+        evidence.sparsity_sentence,
         "transcoder.calibration_tokens", "Calibrate the threshold on more tokens",
+    ),
+    Rule(
+        "sparsity as trained", "|L0 / k - 1| > 5 % of thresholds that were trained", ">", 0.05,
+        lambda e: evidence.sparsity_value(e) if e.c.transcoder.activation == "jumprelu" else None,
+        evidence.sparsity_sentence,
+        "transcoder.l0_coefficient", "Raise the weight of the penalty on L0, or train longer",
     ),
     Rule(
         "empty tokens", "held-out tokens with no active feature > 1 %", ">", 0.01,
