@@ -40,15 +40,14 @@ def massive_sentence(e: Evidence) -> str:
 
 
 def sparsity_value(e: Evidence) -> float:
-    """How far the L0 of all tokens, which the threshold is calibrated on, is from k, as a share of k."""
-    return e.s.all_tokens.l0[-1] / e.s.k - 1
+    """How far L0 is from k, as a share of k."""
+    return e.s.l0 / e.s.k - 1
 
 
 def sparsity_sentence(e: Evidence) -> str:
-    beside = f" (without massive ones {number(e.s.l0)})" if e.s.massive.tokens else ""
+    beside = f" ({number(e.s.all_tokens.l0[-1])} with massive tokens)" if e.s.massive.tokens else ""
     return (
-        f"Held-out L0 of all tokens is {number(e.s.all_tokens.l0[-1])}{beside} where k = {number(e.s.k)} was asked, "
-        f"{percent(sparsity_value(e))} off."
+        f"Held-out L0 is {number(e.s.l0)}{beside} where k = {number(e.s.k)} was asked, {percent(sparsity_value(e))} off."
     )
 
 

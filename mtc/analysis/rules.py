@@ -125,9 +125,16 @@ RULES = (
         "data.heldout_fraction", "Hold out more documents, or split the data into more of them",
     ),
     Rule(
-        "sparsity", "|L0 of all tokens / k - 1| > 5 %", ">", 0.05,
-        lambda e: abs(evidence.sparsity_value(e)), evidence.sparsity_sentence,
+        "sparsity", "|L0 / k - 1| > 5 %", ">", 0.05,
+        lambda e: None if e.c.transcoder.activation == "jumprelu" else abs(evidence.sparsity_value(e)),
+        evidence.sparsity_sentence,
         "transcoder.calibration_tokens", "Calibrate the threshold on more tokens",
+    ),
+    Rule(
+        "sparsity as trained", "|L0 / k - 1| > 5 % of thresholds that were trained", ">", 0.05,
+        lambda e: abs(evidence.sparsity_value(e)) if e.c.transcoder.activation == "jumprelu" else None,
+        evidence.sparsity_sentence,
+        "transcoder.l0_coefficient", "Raise the weight of the penalty on L0, or train longer",
     ),
     Rule(
         "empty tokens", "held-out tokens with no active feature > 1 %", ">", 0.01,

@@ -115,18 +115,12 @@ class Trainer:
         shape = transcoder_shape(config, d_source, d_target)
         self.transcoder = MatryoshkaTranscoder(shape, settings.seed).to(self.device)
         self.averaging = Averaging(self.transcoder, self.device)
-        thresholds = {name for name, _ in self.transcoder.named_parameters() if name == "threshold"}
-        groups = [
-            {
-                "params": [p for name, p in self.transcoder.named_parameters() if (name in thresholds) == own],
-                "rate": rate,
-            }
-            for own, rate in ((False, 1.0), (True, THRESHOLD_RATE))
-        ]
+        named = dict(self.transcoder.named_parameters())
+        thresholds = [named.pop("threshold")] if "threshold" in named else []
+        groups = [{"params": list(named.values()), "rate": 1.0}, {"params": thresholds, "rate": THRESHOLD_RATE}]
         self.optimizer: Any = torch.optim.Adam(
-            [group for group in groups if group["params"]],
-            lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True,
-        )  # fmt: skip
+            groups, lr=config.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
+        )
         self.compute: Compute | None = None
         """How losses are computed, which is chosen at the first step; None before."""
         self.compute_timings: dict[str, float] = {}

@@ -6,15 +6,8 @@ from mtc.transcoder.objective import Objective
 from mtc.transcoder.products import Workspace, entry_dots
 from mtc.transcoder.saved import load_transcoder
 from mtc.transcoder.selection import kth_largest
-from mtc.transcoder.transcoder import (
-    RMS_EPS,
-    Codes,
-    Compute,
-    MatryoshkaTranscoder,
-    TrainOutput,
-    TranscoderShape,
-    transcoder_shape,
-)
+from mtc.transcoder.shape import TranscoderShape, transcoder_shape
+from mtc.transcoder.transcoder import RMS_EPS, Codes, Compute, MatryoshkaTranscoder, TrainOutput
 
 __all__ = [
     "MASSIVE_RATIO", "RMS_EPS", "Averaging", "Codes", "Compute", "MatryoshkaTranscoder", "Objective", "TrainOutput",

@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from mtc.config import RunConfig
 from mtc.devices import is_gpu
 from mtc.transcoder.activations import ACTIVATIONS, Activation
 from mtc.transcoder.dense_loss import dense_loss
@@ -32,6 +31,7 @@ from mtc.transcoder.massive import above, cap, massive_norm
 from mtc.transcoder.objective import Objective, Weights
 from mtc.transcoder.products import Workspace, bag_sums, entry_dots, make_bags
 from mtc.transcoder.selection import largest_of_each
+from mtc.transcoder.shape import TranscoderShape
 from mtc.transcoder.sparse_loss import sparse_loss
 from mtc.transcoder.starts import distinct, draw_distinct, strongest_first, unit
 
@@ -39,28 +39,6 @@ FORMAT_VERSION = 2
 READABLE = ("1", "2")
 """Versions of weights files that are read; those of version 1 do not tell massive tokens."""
 RMS_EPS = 1e-6
-
-
-class TranscoderShape(NamedTuple):
-    """Sizes and settings of a transcoder that its weights file needs to be read again."""
-
-    d_source: int
-    d_target: int
-    group_sizes: tuple[int, ...]
-    k: int
-    input_norm: str
-    skip: bool = False
-    """Whether an affine map of the source is added to every reconstruction."""
-    activation: str = "batch_topk"
-    """Name of the activation function in `mtc.transcoder.activations.ACTIVATIONS`."""
-    rank: str = "activation"
-    """What entries compete with: `activation`, or `contribution`, times the norm of the feature's decoder row."""
-
-
-def transcoder_shape(config: RunConfig, d_source: int, d_target: int) -> TranscoderShape:
-    """The shape that a configuration gives a transcoder of one layer."""
-    t = config.transcoder
-    return TranscoderShape(d_source, d_target, t.group_sizes, t.k, config.input_norm, t.skip, t.activation, t.rank)
 
 
 class Codes(NamedTuple):

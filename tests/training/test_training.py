@@ -39,33 +39,39 @@ def batches(steps, tokens=64):
         yield z @ read + 0.5, z @ write - 0.3
 
 
-def train_rank(steps, rank, world, backend="sparse"):
-    trainer = Trainer(small_config(backend), D, D)
+def train_rank(steps, rank, world, backend="sparse", transcoder=None):
+    trainer = Trainer(small_config(backend, transcoder), D, D)
     metrics = []
     for number, (x, y) in enumerate(batches(steps)):
         part = slice(rank * len(x) // world, (rank + 1) * len(x) // world)  # 64 tokens do not divide by 3
         if number == 0:
             trainer.initialise(x[part], y[part])
         metrics.append(trainer.step(x[part], y[part], len(x)).metrics())
-    calibrator = Calibrator(trainer.transcoder)
-    for x, _ in batches(4):
-        calibrator.add(x[rank * len(x) // world : (rank + 1) * len(x) // world])
-    calibrator.finish()
+    if trainer.transcoder.activation.thresholds == "calibrated":
+        calibrator = Calibrator(trainer.transcoder)
+        for x, _ in batches(4):
+            calibrator.add(x[rank * len(x) // world : (rank + 1) * len(x) // world])
+        calibrator.finish()
     return metrics, trainer
 
 
-def trained_rank(backend, rank, world):
-    metrics, trainer = train_rank(50, rank, world, backend)
+def trained_rank(backend, transcoder, rank, world):
+    metrics, trainer = train_rank(50, rank, world, backend, transcoder)
     return [m._asdict() for m in metrics], {n: v.numpy() for n, v in trainer.transcoder.state_dict().items()}
 
 
-@pytest.mark.parametrize("backend", ["dense", "sparse"])
-def test_training_on_two_and_three_ranks_equals_one(tmp_path, backend):
-    """Global-batch BatchTopK over 50 steps, through real gloo process groups, with AuxK active."""
-    metrics, trainer = train_rank(50, 0, 1, backend)
+@pytest.mark.parametrize(("backend", "worlds", "transcoder"), [
+    ("dense", (2,), {}),
+    ("sparse", (3,), {"rank": "contribution"}),
+    ("sparse", (2,), {"activation": "topk"}),
+    ("sparse", (2,), {"activation": "jumprelu"}),
+])  # fmt: skip
+def test_training_on_several_ranks_equals_one(tmp_path, backend, worlds, transcoder):
+    """50 steps through real gloo process groups, with AuxK active; k, and the penalty, are of the global batch."""
+    metrics, trainer = train_rank(50, 0, 1, backend, transcoder)
     assert sum(m.dead > 0 for m in metrics) > 10, "AuxK must be active for this test to say anything"
-    for world in (2, 3):
-        results = run_ranks(trained_rank, world, tmp_path / str(world), backend)
+    for world in worlds:
+        results = run_ranks(trained_rank, world, tmp_path / str(world), backend, transcoder)
         for history, state in results:
             for one, many in zip(metrics, history, strict=True):
                 assert one.loss == pytest.approx(many["loss"], rel=2e-4)
@@ -313,6 +319,40 @@ def test_calibration_gives_exactly_k_per_token():
         calibrator.add(x)
     calibrator.finish()
     assert (transcoder.encode(torch.cat(seen)) > 0).sum().item() == 4 * 640
+
+
+@pytest.mark.parametrize("k", [4, 40])
+def test_calibration_by_contribution_gives_a_threshold_to_each_feature(k, tmp_path):
+    """Also where fewer than k per token are positive: 40 of 48 are asked."""
+    transcoder = MatryoshkaTranscoder(TranscoderShape(D, D, (16, 32), k, "rms", rank="contribution"), seed=3)
+    seen = torch.cat([x for x, _ in batches(10)])
+    with torch.no_grad():
+        transcoder.W_dec.normal_(generator=torch.Generator().manual_seed(0)).mul_(torch.linspace(0, 3, 48).unsqueeze(1))
+        transcoder.W_dec[1] *= 1e-43  # border / norm is beyond float32
+        transcoder.b_enc[:2] = 100
+    calibrator = Calibrator(transcoder)
+    for rows in seen.split(64):
+        calibrator.add(rows)
+    border = calibrator.finish()
+    (tmp_path / "t").write_bytes(transcoder.to_bytes())
+    again = MatryoshkaTranscoder.load(str(tmp_path / "t"))
+    assert again.threshold.isfinite().all()
+    fires = again.encode(seen).detach() > 0
+    z = transcoder.pre_activations(seen).detach()
+    rank = z * transcoder.W_dec.detach().norm(dim=1)
+    positive = int((rank > 0).sum())
+    wanted = rank.flatten().sort(descending=True).values[: min(4 * 640 if k == 4 else positive, positive)]
+    assert fires.sum().item() == len(wanted)
+    assert not fires[:, 0].any() and (z[:, :2] > 90).all()
+    assert border == (0 if k == 40 else pytest.approx(wanted[-1].item(), rel=1e-2))
+    for search in (False, True):
+        assert len(again.encode_sparse(seen, search).value) == len(wanted)
+    trainer = Trainer(small_config(transcoder={"rank": "contribution"}), D, D)  # the last checkpoint of such a run
+    trainer.transcoder.threshold = torch.ones(trainer.transcoder.num_features)
+    state = trainer.state_dict()
+    resumed = Trainer(small_config(transcoder={"rank": "contribution"}), D, D)
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.transcoder.threshold, trainer.transcoder.threshold)
 
 
 def make_unit(number, rows=20, without=()):

@@ -10,8 +10,9 @@ GROUPS, K, D_SOURCE, D_TARGET = (6, 10, 8), 3, 7, 5
 F = sum(GROUPS)
 
 
-def random_transcoder(input_norm="rms", skip=False):
-    transcoder = MatryoshkaTranscoder(TranscoderShape(D_SOURCE, D_TARGET, GROUPS, K, input_norm, skip), seed=1)
+def random_transcoder(input_norm="rms", skip=False, activation="batch_topk", rank="activation"):
+    shape = TranscoderShape(D_SOURCE, D_TARGET, GROUPS, K, input_norm, skip, activation, rank)
+    transcoder = MatryoshkaTranscoder(shape, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         transcoder.W_dec.normal_(generator=generator)
@@ -237,6 +238,50 @@ def test_each_feature_may_have_a_threshold_of_its_own(tmp_path):
     path.write_bytes(t.to_bytes())
     with pytest.raises(RuntimeError, match="threshold"):
         MatryoshkaTranscoder.load(str(path))
+
+
+@pytest.mark.parametrize("rank", ["activation", "contribution"])
+def test_topk_has_the_k_largest_of_each_token_at_inference_too(tmp_path, rank):
+    t = random_transcoder(activation="topk", rank=rank)
+    with torch.no_grad():
+        t.W_dec[4] = 0
+        t.b_enc[:] -= 2  # fewer than k are positive on some tokens
+    (tmp_path / "t").write_bytes(t.to_bytes())
+    t = MatryoshkaTranscoder.load(str(tmp_path / "t"))
+    x, _ = data(tokens=50)
+    with torch.no_grad():
+        z = torch.relu(x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() @ t.W_enc.T + t.b_enc)
+        expected = torch.zeros_like(z)
+        for row, out in zip(z, expected, strict=True):
+            order = row * t.W_dec.norm(dim=1) if rank == "contribution" else row
+            for j in sorted(range(F), key=lambda j: -order[j].item())[:K]:
+                out[j] = row[j] if order[j] > 0 else 0
+        assert 0 < ((expected > 0).sum(1) < K).sum() < 50
+        for m in (F, *t.prefixes):
+            torch.testing.assert_close(t.encode(x, m), expected[:, :m])
+            for search in (False, True):
+                codes = t.encode_sparse(x, search, m)
+                found = torch.zeros_like(z).index_put((codes.token, codes.feature), codes.value)
+                torch.testing.assert_close(found[:, :m], expected[:, :m])
+                assert (codes.value > 0).all() and (codes.feature < m).all()
+
+
+def test_thresholds_that_are_trained_are_saved_with_the_weights(tmp_path):
+    t = random_transcoder(activation="jumprelu")
+    with pytest.raises(ValueError, match="not calibrated"):
+        t.encode(data()[0])
+    with torch.no_grad():
+        t.threshold.copy_(torch.linspace(-0.1, 1.5, F))
+    t.project()
+    assert t.threshold.min() == 0
+    (tmp_path / "t").write_bytes(t.to_bytes())
+    again = MatryoshkaTranscoder.load(str(tmp_path / "t"))
+    x, _ = data()
+    with torch.no_grad():
+        z = torch.relu(x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() @ t.W_enc.T + t.b_enc)
+        torch.testing.assert_close(again.encode(x), torch.where(z > t.threshold, z, 0.0))
+        codes = again.encode_sparse(x, True)
+    torch.testing.assert_close(codes.value.sum(), again.encode(x).sum().detach())
 
 
 def test_weights_are_float32_whatever_the_default(tmp_path):
