@@ -11,10 +11,11 @@ from functools import partial
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.buffer_memory import no_room
 from cluster.mps import PROGRAM, shared_gpu
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
-from mtc.devices import DeviceError, open_device
+from mtc.devices import DeviceError, free_memory, open_device
 from mtc.telemetry import say
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,11 @@ FREE_SECONDS = 60.0
 """Seconds that a free GPU on every node is waited for; a run waits longer, for Ray."""
 
 
-def check_devices(config: RunConfig, plan: Plan) -> None:
+def check_devices(config: RunConfig, plan: Plan, buffer_bytes: int = 0) -> None:
     """Have a process on every node with GPUs look for one, before any work. A node whose GPUs are taken is passed over.
 
-    Raises ConfigError with what a node's torch says if it sees none, and if `cluster.mps` is on though no GPU is shared
-    here or MPS is not installed.
+    Raises ConfigError with what a node's torch says if it sees none, if no GPU has `buffer_bytes` free for a trainer's
+    shuffle buffer, and if `cluster.mps` is on though no GPU is shared here or MPS is not installed.
     """
     nodes = [node.node_id for node in plan.nodes if node.gpus]
     if config.cluster.mps and not (plan.shares_gpu and nodes == [ray.get_runtime_context().get_node_id()]):
@@ -40,14 +41,19 @@ def check_devices(config: RunConfig, plan: Plan) -> None:
         raise ConfigError(f"cluster.mps is true, but {PROGRAM}, which comes with NVIDIA's driver, is not on PATH")
     if plan.device != "cuda":
         return
-    look = ray.remote(_device_error).options
+    look = ray.remote(_look).options
     shared = {"num_cpus": 0, "num_gpus": plan.actor_gpus, "runtime_env": plan.runtime_env}
     on_node = partial(NodeAffinitySchedulingStrategy, soft=False)
     answers = {look(**shared, scheduling_strategy=on_node(node)).remote(): node for node in nodes}
     ready, busy = ray.wait(list(answers), num_returns=len(answers), timeout=FREE_SECONDS)
+    free = []
     for answer in ready:
-        if error := ray.get(answer):
+        error, memory = ray.get(answer)
+        if error:
             raise ConfigError(f"node {answers[answer][:8]}: {error}")
+        free.append(memory)
+    if free and max(free) < buffer_bytes:
+        raise ConfigError(no_room(config, buffer_bytes, max(free), "of a GPU are free"))
     for answer in busy:
         ray.cancel(answer)
         logger.warning("node %s: no GPU came free within %.0f s; others have them", answers[answer][:8], FREE_SECONDS)
@@ -67,9 +73,9 @@ def on_one_gpu(config: RunConfig, plan: Plan) -> Iterator[Plan]:
         yield plan._replace(environment=tuple(environment.items()))
 
 
-def _device_error() -> str | None:
+def _look() -> tuple[str, float]:
+    """Why the GPU can't be used, if it can't, and the bytes of it that are free."""
     try:
-        open_device("cuda")
+        return "", free_memory(open_device("cuda"))
     except DeviceError as error:
-        return str(error)
-    return None
+        return str(error), 0.0

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from cluster.activations import configure_data_context
+from cluster.buffer_memory import buffer_bytes, check_host_memory
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
 from cluster.local_ray import check_installation, session_directory, starting
@@ -98,7 +99,8 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     configure_data_context()
     d_model = check_model(config.model, config.data.context_length).d_model
     plan = plan_in_free_room(config, d_model)
-    check_devices(config, plan)
+    check_host_memory(config, plan, d_model)
+    check_devices(config, plan, buffer_bytes(config, plan.num_trainers, d_model))
     run = run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
     set_run(run.run_id)

@@ -58,6 +58,8 @@ class Node(NamedTuple):
     """CPUs of it that others hold."""
     held_gpus: float = 0.0
     """GPUs of it that others hold."""
+    memory: float = 0.0
+    """Bytes of memory that Ray found for processes when it started there; 0 if that is not known."""
 
     def whole(self) -> Node:
         """The node as if nobody held anything."""

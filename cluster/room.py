@@ -50,7 +50,9 @@ def cluster_nodes() -> list[Node]:
             if gpus >= 1:
                 gpus = float(int(gpus))  # the rest of a GPU has its memory taken
             held = (round(has.get(kind, 0.0) - mine, 4) for kind, mine in zip(KINDS, (cpus, gpus), strict=True))
-            found.append(Node(cpus, gpus, "node:__internal_head__" in has, node["NodeID"], *held))
+            found.append(
+                Node(cpus, gpus, "node:__internal_head__" in has, node["NodeID"], *held, has.get("memory", 0.0))
+            )
     return found
 
 

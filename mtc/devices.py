@@ -6,6 +6,7 @@ It is for tests on machines without one, together with a Ray that believes in GP
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -61,6 +62,11 @@ def is_gpu(device: torch.device) -> bool:
 def device_name(device: torch.device) -> str:
     """Name of the GPU as torch gives it, or the device's type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU's memory that nobody holds; of another device's, which is not asked, infinity."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else math.inf
 
 
 def side_stream(device: torch.device) -> Any:
