@@ -158,10 +158,10 @@ def _rows_of(trainer: Trainer, activations: Mapping[SiteKey, torch.Tensor]) -> t
 def _initialise(trainers: list[Trainer], batches: Batches) -> None:
     """Set scales and biases by the first rows; called on all ranks at once."""
     with batches.clock.part("step"):
-        first = batches.buffer.peek()
+        first = batches.buffer.peek(INITIAL_ROWS)
         for trainer in trainers:
             source, target = _rows_of(trainer, first)
-            trainer.initialise(source[:INITIAL_ROWS], target[:INITIAL_ROWS])
+            trainer.initialise(source, target)
 
 
 def _step(trainers: list[Trainer], batches: Batches, share: Share) -> list[StepResult]:
