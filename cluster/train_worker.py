@@ -160,14 +160,14 @@ def _rows_of(trainer: Trainer, activations: Mapping[SiteKey, torch.Tensor]) -> t
 def _initialise(trainers: Mapping[str, Trainer], batches: Batches) -> None:
     """Set scales, encoders and biases by the first rows; called on all ranks at once."""
     with batches.clock.part("step"):
-        first = batches.buffer.peek()
+        first = batches.buffer.peek(INITIAL_ROWS)
         for trainer in trainers.values():
             source, target = _rows_of(trainer, first)
             directions = None
             if trainer.config.transcoder.init == "mlp":
                 (sites,) = trainer.config.model.sites
                 directions = neuron_directions(trainer.config.model, sites.layer, sites.source)
-            trainer.initialise(source[:INITIAL_ROWS], target[:INITIAL_ROWS], directions)
+            trainer.initialise(source, target, directions)
 
 
 def _step(trainers: Mapping[str, Trainer], batches: Batches, share: Share) -> list[StepResult]:

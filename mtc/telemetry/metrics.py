@@ -54,7 +54,7 @@ JOB = (
     _gauge("mtc_job_model_actors", "Model actors that the plan has.", RUN),
     _gauge("mtc_train_step", "Optimizer steps done; falls when a restart goes back to a checkpoint.", RUN),
     _gauge("mtc_train_target_steps", "Optimizer steps that the run will have.", RUN),
-    _counter("mtc_train_tokens_total", "Tokens trained on, again after a restart included.", RUN),
+    _counter("mtc_train_tokens_total", "Tokens trained on, repeats and those again after a restart included.", RUN),
     _counter("mtc_train_repeated_steps_total", "Steps that a restart from a checkpoint undid.", RUN),
     Instrument("mtc_train_step_duration_seconds", "histogram", "Time from one optimizer step to the next, on the first "
                "trainer, waiting included.", (RUN,), SECONDS),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -175,13 +176,14 @@ class ShuffleBuffer:
             found |= zip(block.units, np.split(np.repeat(rows, mine), ends)[:-1], strict=True)
         return found
 
-    def peek(self) -> dict[SiteKey, Tensor]:
-        """The rows of the first blocks, as many as a chunk has at most, unmixed and not removed; empty if no unit
+    def peek(self, most: int | None = None) -> dict[SiteKey, Tensor]:
+        """The rows of the first blocks, as many as a chunk has or `most`, unmixed and not removed; empty if no unit
         came."""
-        blocks = [*self._blocks, self._collecting][: self.replays]
-        parts = [
-            {key: memory[: block.size] for key, memory in block.memory.items()} for block in blocks if block.memory
-        ]
+        parts, wanted = [], sys.maxsize if most is None else most
+        for block in [*self._blocks, self._collecting][: self.replays]:
+            if block.memory:
+                parts.append({key: memory[: min(block.size, wanted)] for key, memory in block.memory.items()})
+                wanted = max(wanted - block.size, 0)
         if len(parts) < 2:
             return parts[0] if parts else {}
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

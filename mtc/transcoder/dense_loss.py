@@ -14,9 +14,7 @@ from mtc.transcoder.activations import ACTIVATIONS
 from mtc.transcoder.objective import LossOutput, Objective, Weights, scaled_targets
 
 
-def dense_loss(
-    x: Tensor, y: Tensor, weights: Weights, objective: Objective, scale: Tensor | None = None
-) -> LossOutput:
+def dense_loss(x: Tensor, y: Tensor, weights: Weights, objective: Objective, scale: Tensor | None = None) -> LossOutput:
     """The training loss by dense products and autograd. x [tokens, d_source] normalised, y [tokens, d_target] scaled;
     `scale` [tokens] multiplies each token's residuals."""
     before = linear(x, weights.W_enc, weights.b_enc)

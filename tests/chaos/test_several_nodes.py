@@ -11,7 +11,7 @@ import pytest
 from benchmarks.faults import ROOT, wait_for
 from mtc.storage import open_run
 from tests.chaos.nodes import available, real_cluster
-from tests.chaos.runs import OPTIONS, each_once
+from tests.chaos.runs import OPTIONS, none_too_often
 
 pytestmark = pytest.mark.chaos
 
@@ -82,7 +82,7 @@ def test_a_run_over_three_nodes_that_is_stopped_and_survives_the_death_of_one(cl
     assert "failure" in out, out
     assert "each once" in out
     finished = open_run(str(run))
-    progress = each_once(str(run))
+    progress = none_too_often(str(run))
     assert progress.trained_tokens() >= 600_000 // 256 * 256
     events = [json.loads(line) for line in finished.read("events.jsonl").decode().splitlines()]
     assert sum(event["kind"] == "resume" for event in events) >= 2
@@ -155,7 +155,7 @@ def test_fewer_trainers_go_on_when_a_node_stays_away(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     run = open_run(str(tmp_path / "runs" / "elastic"))
-    progress = each_once(run.url)
+    progress = none_too_often(run.url)
     history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
     steps = run.config().total_steps
     assert history[-1]["step"] == steps

@@ -17,18 +17,18 @@ from benchmarks.faults import Job, ray_head, wait_for
 from mtc.config import load_preset
 from mtc.language_model import load_tokenizer, prepare_model
 from mtc.storage import open_run
-from tests.chaos.runs import OPTIONS, each_once
+from tests.chaos.runs import OPTIONS, none_too_often
 
 pytestmark = pytest.mark.chaos
 
 OPTIONS = [*OPTIONS, "--data.unit_tokens", "1024"]
 
 
-def finished(job):
+def finished(job, each="each once"):
     job.finish()
     run = open_run(str(job.run))
-    assert "each once" in job.output()
-    return run, each_once(run.url)
+    assert each in job.output()
+    return run, none_too_often(run.url)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,8 @@ def test_an_actor_or_the_driver_that_dies_in_the_analysis_costs_time_only(head, 
 
 
 def test_another_number_of_trainers_continues_a_run(head, tmp_path):
-    """And the global batch stays the same."""
-    options = [*OPTIONS, "--data.num_tokens", "600000"]
+    """And the global batch stays the same; with tokens that are left one, two or three times."""
+    options = [*OPTIONS, "--data.num_tokens", "200000", "--data.replays", "3"]
     job = Job(head, tmp_path, "many", [*options, "--cluster.num_trainers", "2"])
     job.wait_for_checkpoint(20)
     job.kill()
@@ -142,7 +142,8 @@ def test_another_number_of_trainers_continues_a_run(head, tmp_path):
     job.command = [*job.command[:-1], "3"]
     job.start()
     job.wait_for_restart(start)
-    run, progress = finished(job)
+    run, progress = finished(job, " 3 times\n")
+    assert progress.trained_tokens() == 3 * progress.captured_tokens()
     history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
     assert [row["tokens"] for row in history[:-1]] == [256 * row["step"] for row in history[:-1]]
     assert progress.trained_tokens() == history[-1]["tokens"]

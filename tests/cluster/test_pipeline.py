@@ -46,10 +46,11 @@ from mtc.transcoder import load_transcoder
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-TOKENS = 150_000
+TOKENS, REPLAYS = 150_000, 2
 SETTINGS = {
     "model": {"dtype": "float32", "compile": False, "layers": [1, {"layer": 0, "source": "mlp_in"}]},
-    "data": {"num_tokens": TOKENS}, "cluster": {"checkpoint_every_steps": 30},
+    "data": {"num_tokens": TOKENS, "replays": REPLAYS}, "optimizer": {"batch_tokens": 256 * REPLAYS},
+    "cluster": {"checkpoint_every_steps": 30},
 }  # fmt: skip
 RUN_ID = "cut"
 STORE_BYTES = 120_000_000
@@ -249,9 +250,8 @@ def served(interrupted, settings, head, scraped):
     return Served(f"http://127.0.0.1:{port}", run, output.getvalue(), store)
 
 
-def test_every_token_is_trained_once_and_what_happened_is_told(served):
+def test_every_token_is_trained_twice_and_what_happened_is_told(served):
     _, run, said, _ = served
-    assert "each once" in said
     assert [json.loads(line)["event"] for line in said.splitlines() if line.startswith("{")][-1] == "finished"
     facts = json.loads(run.read("analysis.json"))["facts"]
     kinds = [event["kind"] for event in facts["events"]]  # the other trainer may or may not fail of the same
@@ -266,6 +266,13 @@ def test_every_token_is_trained_once_and_what_happened_is_told(served):
     assert not len(progress.wrong_units())
     work = work_units(TokenStore.open(facts["token_store"]), run.config())
     assert progress.finished().tolist() == list(range(len(work.training)))
+    captured = progress.captured_tokens()
+    wanted = history[-1]["step"] * 256  # tokens of REPLAYS times as large batches
+    assert wanted <= captured == facts["captured_tokens"] < wanted + 64
+    assert progress.trained_tokens() == facts["trained_tokens"] == REPLAYS * captured
+    assert f"{REPLAYS * captured:,} tokens trained, each of {captured:,} {REPLAYS} times" in said
+    assert f"trained {REPLAYS * captured:,} tokens ({captured:,} captured, each {REPLAYS} times)" in said
+    assert f"{REPLAYS * captured:,} trained tokens ({captured:,} captured)" in report
 
 
 def test_it_ran_on_a_ray_that_believes_in_gpus(served):
@@ -344,7 +351,7 @@ def test_the_stream_is_bounded_by_a_small_object_store(served):
     capacity = first.object_store_bytes_used + first.object_store_bytes_avail
     created = last.cumulative_created_bytes - first.cumulative_created_bytes
     timing = Analysis.model_validate_json(served.run.read("analysis.json")).facts.timing
-    assert created > timing.tokens * 4 * WIDTH * 2  # bfloat16 of four sites: all activations went through it
+    assert created > timing.tokens / REPLAYS * 4 * WIDTH * 2  # bfloat16 of four sites: all activations went through it
     assert created > 2 * capacity
     assert last.spilled_bytes_total == first.spilled_bytes_total
     assert max(sample.object_store_bytes_fallback for sample in served.store.samples) == 0

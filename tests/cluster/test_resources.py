@@ -1,5 +1,6 @@
 import pytest
 
+from cluster.memory import check_main_memory, training_bytes
 from cluster.resources import Node, actor_rate, beside, make_plan, trainer_rate
 from mtc.config import ConfigError, load_preset
 
@@ -47,6 +48,22 @@ def test_small_models_run_in_several_actors_of_one_thread(nodes, d_model, actors
     plan = make_plan(load_preset("smollm2-135m", {"model": {"layer": 20}}), nodes, d_model)
     assert (plan.num_model_actors, plan.actor_threads) == (actors, threads)
     assert plan.num_trainers * plan.trainer_cpus + actors * plan.actor_cpus <= sum(n.cpus for n in nodes)
+
+
+@pytest.mark.parametrize(("replays", "rows"), [(1, 80_000 + 2 * 4096), (4, 5 * (80_000 // 5 + 4096) + 4096)])
+def test_a_shuffle_buffer_that_does_not_fit_is_refused(replays, rows):
+    data = {"replays": replays, "unit_tokens": 4096, "shuffle_buffer_tokens": 80_000}
+    config = load_preset("smollm2-135m", {"data": data})
+    need = training_bytes(config, SMOLLM, 1)
+    assert need.buffer == rows * 2 * SMOLLM * 2
+    plan = make_plan(config, [Node(2, 0, memory=sum(need) - 1), Node(1, 0, memory=1)], SMOLLM)
+    words = rf"data\.shuffle_buffer_tokens=80000 with data\.replays={replays}: .* {need.buffer / 1e9:.3g} GB of shuffle"
+    with pytest.raises(ConfigError, match=words):
+        check_main_memory(config, plan, SMOLLM)
+    check_main_memory(config, plan._replace(nodes=(Node(2, 0, memory=sum(need)),)), SMOLLM)
+    two = plan._replace(num_trainers=2, nodes=(Node(4, 0, memory=sum(need)),))  # each has a unit more than its share
+    with pytest.raises(ConfigError, match=r"lower data\.shuffle_buffer_tokens"):
+        check_main_memory(config, two, SMOLLM)
 
 
 def test_one_gpu_is_shared_and_several_are_not():

@@ -96,7 +96,7 @@ def test_a_plan_counts_the_memory_of_all_and_refuses_what_does_not_fit():
     entries = [{"transcoder.group_sizes": [200 * n, 300 * n]} for n in (1, 2, 3)]
     config = settings(model={"layer": 1}, sweep=entries)
     need, held = training_bytes(config, D, 1), bytes_held(config)
-    assert need.device == pytest.approx(held, rel=0.2)
+    assert need.transcoders == pytest.approx(held, rel=0.2)
     assert need.checkpoint == 3 * 4 * sum(n * 500 * (2 * D + 1) + D for n in (1, 2, 3))
     wide = load_preset("gemma-2-2b-layer17", {"sweep": {"transcoder.k": [16, 32, 64, 128]}})
     need = training_bytes(wide, 2304, 1)
