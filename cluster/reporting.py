@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+import pyarrow as pa
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from cluster.activations import configure_data_context
 from cluster.gpus import check_devices
-from cluster.held_out import HeldOutResults, analyse_heldout
+from cluster.held_out import analyse_heldout
 from cluster.probing import check_optional
 from cluster.resources import Plan
 from cluster.room import plan_in_free_room
@@ -48,7 +53,7 @@ def analyse_and_write(
     seconds: dict[str, float] = {}
     with timed(seconds, "analyse"):
         results = analyse_heldout(config, plan, run, store_url)
-    analyses, files = [], []
+    analyses, files, reports = [], [], _Reports(len(results))
     members, places = config.members(), run.members()
     for member, found, own_facts, history in zip(members, results, facts, histories, strict=True):
         about = {
@@ -62,7 +67,14 @@ def analyse_and_write(
             "hardware": tuple(dict.fromkeys([describe_machine(), *found.machines])),
         }
         own = places[member.name]
-        analysis, content = _files(member.config, own, found, history, own_facts.model_copy(update=about))
+        facts_now = own_facts.model_copy(update=about)
+        analysis, features = analyse(member.config, load_transcoder(own), found.found, history, facts_now)
+        content = {
+            "examples.parquet": found.found.examples.to_parquet(),
+            "features.parquet": features_to_parquet(features),
+            "analysis.json": analysis.model_dump_json(indent=1).encode(),
+        }
+        reports.add(analysis, features, history)
         analyses.append(analysis)
         files += [(own, name, data) for name, data in content.items()]
         fvu = " ".join(f"{value:.3f}" for value in analysis.evaluation.fvu)
@@ -70,6 +82,8 @@ def analyse_and_write(
         l0, k = analysis.evaluation.l0[-1], member.config.transcoder.k
         figures = {"member": member.name, "layer": member.config.model.layer, "fvu": analysis.evaluation.fvu, "l0": l0}
         say("heldout", f"{where}held-out fvu {fvu}, l0 {l0:.2f} (k {k})", **figures)
+    for own, report in zip(places.values(), reports.finish(), strict=True):
+        files += [(own, f"report/{name}", data) for name, data in report.items()]
     if len(analyses) > 1:
         by_name = dict(zip(places, analyses, strict=True))
         whole = write_sweep_report(by_name, config.sweep) if config.sweep else write_layers_report(analyses)
@@ -149,17 +163,31 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = perf_counter() - start
 
 
-def _files(
-    config: RunConfig, run: RunDirectory, results: HeldOutResults, history: list[dict[str, Any]], facts: RunFacts
-) -> tuple[Analysis, dict[str, bytes]]:
-    """One transcoder's analysis and the files that hold it, by name."""
-    analysis, features = analyse(config, load_transcoder(run), results.found, history, facts)
-    files = {
-        "examples.parquet": results.found.examples.to_parquet(),
-        "features.parquet": features_to_parquet(features),
-        "analysis.json": analysis.model_dump_json(indent=1).encode(),
-    }
-    return analysis, files | {f"report/{n}": data for n, data in write_report(analysis, features, history).items()}
+class _Reports:
+    """Reports of several transcoders, which Ray tasks on this node render while the next one is analysed: plots take
+    longer than the analysis. The only one is rendered here, which needs no process to start.
+    """
+
+    def __init__(self, count: int):
+        self._several = count > 1
+        self._at_once = len(os.sched_getaffinity(0))
+        self._rendered: list[Any] = []
+
+    def add(self, analysis: Analysis, features: pa.Table, history: list[dict[str, Any]]) -> None:
+        """Begin a report; waits while as many are in work as there are CPUs."""
+        if not self._several:
+            self._rendered.append(write_report(analysis, features, history))
+            return
+        if (too_many := len(self._rendered) + 1 - self._at_once) > 0:
+            ray.wait(self._rendered, num_returns=too_many)
+        # No CPU is asked for: one that others hold would be waited for.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        task = ray.remote(write_report).options(num_cpus=0, scheduling_strategy=here)
+        self._rendered.append(task.remote(analysis, features, history))
+
+    def finish(self) -> list[dict[str, bytes]]:
+        """The files of all reports by name, in the order in which they were begun."""
+        return ray.get(self._rendered) if self._several else self._rendered
 
 
 def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan: Plan) -> RunFacts:

@@ -157,7 +157,14 @@ def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, windows,
     config = load_preset("tiny", {"model": {"layers": [2, 1], "dtype": "float32"}}).model
     model = LanguageModel(config, full=True)
     mean = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    other, found = loss_sums(model, [transcoder, transcoder], windows, [mean, mean])
+    both = loss_sums(model, [transcoder, transcoder], windows, [mean, mean])
+    # Also several of one layer, which share its clean and ablated passes.
+    narrow = MatryoshkaTranscoder(TranscoderShape(32, 32, (4, 8, 4), 4, "rms"), 3)
+    narrow.threshold.fill_(0.1)
+    other, middle, found = loss_sums(model, [transcoder, narrow, transcoder], windows, [mean] * 3, sites=[0, 1, 1])
+    for one, alone in zip((other, found), both, strict=True):
+        assert all(map(np.array_equal, one, alone))
+    assert np.array_equal(middle.ce[:, :3], found.ce[:, :3]) and not np.array_equal(middle.ce[:, 3:], found.ce[:, 3:])
     losses = loss_recovered(found)
     hf = AutoModelForCausalLM.from_pretrained(prepare_model(config), dtype=torch.float32).eval()
     layer = hf.model.layers[1]

@@ -20,6 +20,8 @@ import pytest
 import ray.data
 import ray.exceptions
 import ray.train
+import safetensors.torch
+import torch
 from ray import cloudpickle as pickle
 from ray.exceptions import RayTaskError
 from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
@@ -40,12 +42,14 @@ from mtc.devices import DeviceError
 from mtc.errors import MtcError, known_cause, one_line
 from mtc.language_model import ModelError, prepare_model
 from mtc.language_model.architectures import ModelUnreachableError
-from mtc.storage import NotVisibleError, RunDirectory, RunError, load_analysis, open_run
+from mtc.storage import NotVisibleError, RunDirectory, RunError, load_analysis, open_layer_run, open_run
 from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
 from mtc.text.token_store import StoreMissingError
+from serve.service.catalogue import Catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
+SWEEP = [{}, {"transcoder.k": 4, "transcoder.group_sizes": [8, 16]}, {"optimizer.max_skipped_steps": 11}]
 TINY = ("--preset", "tiny", "--cluster.num_model_actors", "1", "--cluster.num_trainers", "1")
 
 
@@ -144,8 +148,9 @@ def test_a_wrong_option_is_told_in_the_format_that_was_asked_for(capsys: pytest.
 def test_a_run_that_another_job_takes_and_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first job stops; a third one, the tiny preset on CPUs, brings the run to its end, both beside an actor that
-    holds 0.5 of 2 CPUs, as a replica of the service does: the plan of an empty machine would wait for ever."""
+    """The first job stops; a third one, a sweep of the tiny preset on CPUs, brings the run to its end, both beside an
+    actor that holds 0.5 of 2 CPUs, as a replica of the service does: the plan of an empty machine would wait for ever.
+    """
     replica = ray.remote(SimpleNamespace).options(num_cpus=0.5).remote()
     run, over = RunDirectory(str(tmp_path / "run")), threading.Event()
     groups = own_placement_groups()
@@ -168,6 +173,7 @@ def test_a_run_that_another_job_takes_and_leaves(
     monkeypatch.setattr(cluster.pipeline, "connected", lambda verbose: nullcontext())
     try:
         options = ["--output.root", str(tmp_path), "--output.run_id", "run", "--log-format", "json"]
+        options += ["--optimizer.backend", "sparse", "--sweep", json.dumps(SWEEP)]
         code = train.main([*TINY, *options])
     finally:
         over.set()
@@ -185,10 +191,37 @@ def test_a_run_that_another_job_takes_and_leaves(
     assert "finished" in [json.loads(line)["event"] for line in lines]
     ray.kill(replica)
     finished = open_run(str(tmp_path / "latest"))
-    analysis = load_analysis(finished)
-    assert finished.url == run.url and analysis.facts.run_id == "run" and analysis.facts.devices == ("cpu",)
-    assert analysis.evaluation.fvu[-1] < 0.9, "nothing was learnt"
-    assert finished.read("report/layer1_analysis_report.html").startswith(b"<!doctype html>")
+    assert finished.url == run.url and finished.run_id == "run"
+    names = ["base", "k4-groups8x16", "max-skipped-steps11"]
+    assert list(finished.members()) == names
+    report = json.loads(finished.read("report/sweep_report.json"))
+    steps = [json.loads(line) for line in lines if json.loads(line)["event"] == "step"]
+    weights = []
+    for name, listed in zip(names, report["members"], strict=True):
+        own = open_layer_run(f"{tmp_path}/latest/{name}")
+        analysis, config = load_analysis(own), own.config()
+        assert own.run_id == analysis.facts.run_id == f"run/{name}" == f"run/{listed['member']}"
+        assert analysis.facts.other_members == tuple(other for other in names if other != name)
+        assert config == analysis.config and config.sweep is None
+        assert analysis.facts.devices == ("cpu",)
+        assert analysis.evaluation.fvu[-1] < 0.9, "nothing was learnt"
+        assert analysis.evaluation.l0[-1] == pytest.approx(config.transcoder.k, rel=0.2)
+        assert listed["summary"]["fvu"] == list(analysis.summary.fvu)
+        assert own.read("report/layer1_analysis_report.html").startswith(b"<!doctype html>")
+        history = own.read_lines("metrics.jsonl")
+        assert history[-1]["step"] == config.total_steps and {row["member"] for row in history} == {name}
+        assert steps[-1]["members"][name]["fvu"] == history[-1]["fvu"]
+        weights.append(safetensors.torch.load(own.read("transcoder.safetensors")))
+    # A limit that nothing reached changes nothing: the same batches give the same bits, whoever else is trained.
+    for name, value in weights[0].items():
+        assert torch.equal(weights[2][name], value), name
+    assert weights[1]["W_enc"].shape != weights[0]["W_enc"].shape
+    with pytest.raises(RunError, match=r"holds 3 transcoders; name one of them: .*/run/base, .*/run/k4-groups8x16, "):
+        Catalogue(run.url).served()
+    served = Catalogue(f"{run.url}/base")
+    assert [entry.key.run_id for entry in served.entries()] == [f"run/{name}" for name in reversed(names)]
+    assert Catalogue(f"{tmp_path}/latest/base").root == served.root == str(tmp_path)
+    assert served.find("run/k4-groups8x16").config.transcoder.group_sizes == (8, 16)
 
 
 @pytest.mark.usefixtures("logs_as_before")
