@@ -63,11 +63,7 @@ def analyse_and_write(
         analysis, content = _files(alone, own, found, history, of_layer.model_copy(update=about))
         analyses.append(analysis)
         files += [(own, name, data) for name, data in content.items()]
-        fvu = " ".join(f"{value:.3f}" for value in analysis.evaluation.fvu)
-        where = f"layer {alone.model.layer}: " if len(results) > 1 else ""
-        l0 = analysis.evaluation.l0[-1]
-        figures = {"layer": alone.model.layer, "fvu": analysis.evaluation.fvu, "l0": l0}
-        say("heldout", f"{where}held-out fvu {fvu}, l0 {l0:.2f} (k {config.transcoder.k})", **figures)
+        _say_heldout(analysis, f"layer {alone.model.layer}: " if len(results) > 1 else "")
     if len(analyses) > 1:
         files += [(run, f"report/{name}", data) for name, data in write_layers_report(analyses).items()]
     # All is computed before the first file is written, so that an older analysis stays whole for as long as can be.
@@ -75,6 +71,22 @@ def analyse_and_write(
         still_ours()
         place.write(name, data)
     return analyses
+
+
+def _say_heldout(analysis: Analysis, where: str) -> None:
+    """Tell the headline figures, and beside them those of all tokens where they differ."""
+    found, of_all = analysis.evaluation, analysis.evaluation.all_tokens
+    massive = found.massive.tokens
+    fvu, all_fvu = (" ".join(f"{value:.3f}" for value in part.fvu) for part in (found, of_all))
+    text = f"{where}held-out fvu {fvu}, l0 {found.l0[-1]:.2f} (k {analysis.summary.k})"
+    if massive:
+        text += f", without {massive:,} massive tokens; of all tokens fvu {all_fvu}, l0 {of_all.l0[-1]:.2f}"
+    if found.line:
+        text += f"; affine map fvu {found.line.fvu:.3f}"
+    say(
+        "heldout", text, layer=analysis.config.model.layer, fvu=found.fvu, l0=found.l0[-1], massive_tokens=massive,
+        all_tokens_fvu=of_all.fvu, all_tokens_l0=of_all.l0[-1],
+    )  # fmt: skip
 
 
 def publish(run: RunDirectory, latest: bool) -> None:

@@ -460,7 +460,7 @@ def test_degenerate_runs(case: str) -> None:
         if name.endswith(".png"):
             pixels(content)
     summary = page.text[page.text.index("1. Executive") : page.text.index("2. Training")]
-    assert ("not measured" in summary) == (case in ("no loss", "all silent", "bare"))
+    assert ("not measured" in summary) == (case in ("no history", "no loss", "all silent", "bare"))
     assert ("The tree was not measured" in page.text) == (case in ("one group", "bare"))
     assert ("None of the 10 features fired" in page.text) == (case in ("all silent", "bare"))
     if case == "bare":
@@ -529,7 +529,8 @@ def test_layers_side_by_side() -> None:
     assert markdown.tables == page.tables
     rows = page.table("Held-out figures of every layer")[1:]
     assert [row[0].startswith("layer") for row in rows] == [True, True]
-    assert rows[0][2:6] == ["0.6", "0.4512", "0.4278 to 0.4825", "4.4"]
+    assert rows[0][2:9] == ["0.6", "0.4512", "0.4278 to 0.4825", "0.62", "0.4512", "0", "0 %"]
+    assert rows[0][9] == "4.4"
     assert "../layer2/report/layer2_analysis_report.html" in targets
     assert "(../layer2/report/layer2_analysis_report.md)" in markdown.text
     assert [entry["layer"] for entry in json.loads(files["layers_report.json"])] == [1, 2]
