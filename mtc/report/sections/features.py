@@ -69,8 +69,8 @@ def _massive(analysis: Analysis) -> list[Block]:
     if not count:
         return []
     text = (
-        f"More than half of the summed activation of {number(count)} features falls on massive tokens (section 3). "
-        "They bear a badge, and are left out of the list above and of the plots below."
+        "More than half of the summed activation of some features falls on massive tokens (section 3). They bear a "
+        f"badge, and are left out of the list above and of the plots below: {number(count)}."
     )
     headers = ("Rank", "Feature", "Group", "Max activation", "Samples", "Top token")
     rows = tuple(_row(f) for f in analysis.massive_features)

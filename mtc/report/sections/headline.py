@@ -10,7 +10,7 @@ from mtc.results import NOT_MEASURED, Analysis, number, percent
 def massive_tokens(analysis: Analysis) -> list[Block]:
     """Which tokens are left out of headline figures, what they hold, and where they are."""
     m, s = analysis.evaluation.massive, analysis.summary
-    limit = f"{number(m.ratio)} times the median norm of the first activations, which is {number(m.norm)} here"
+    limit = f"{number(m.norm)}, {number(m.ratio)} times the median of the first activations"
     if not m.tokens:
         return [Paragraph(f"None: no held-out token has a target norm above {limit}.")]
     of_all = s.all_tokens
