@@ -238,7 +238,7 @@ def test_features_are_filtered_and_read(tab: chromium.Page, url: str) -> None:
     tab.wait("location.pathname === '/ui/feature/1' && document.querySelector('article')")
     assert texts(tab, ".tree > li > ul a") == ["6", "7"]
     tab.open(f"{url}/ui/feature/8", 1280, 900, "light")
-    assert "feature 0 is silent on 15 of 20 tokens on which feature 8 fires" in texts(tab, "article")[0]
+    assert "feature 0 is silent on 15 of 20 tokens on which feature 8 massive fires" in texts(tab, "article")[0]
     assert texts(tab, "h1 .badge") == ["massive"]
     assert "90 % of its activation and 20 % of its firings fall on them" in texts(tab, "article")[0]
 
