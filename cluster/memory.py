@@ -100,8 +100,8 @@ def _asked(config: RunConfig, need: TrainingBytes) -> str:
 
 def _parts(config: RunConfig, need: TrainingBytes) -> str:
     return (
-        f"for each {_gb(need.transcoders)} of weights, gradients, Adam's moments and work, {_gb(need.buffer)} of shuffle "
-        f"buffer; {_gb(need.checkpoint)} for a checkpoint's copy"
+        f"for each {_gb(need.transcoders)} of weights, gradients, Adam's moments and work, {_gb(need.buffer)} of "
+        f"shuffle buffer; {_gb(need.checkpoint)} for a checkpoint's copy"
     )
 
 

@@ -22,7 +22,7 @@ from cluster.room import plan_in_free_room
 from cluster.tokenise import build_token_store
 from mtc.analysis import features_to_parquet
 from mtc.analysis.analyse import analyse
-from mtc.config import RunConfig, changed_config
+from mtc.config import Member, RunConfig, changed_config
 from mtc.language_model import check_model, load_tokenizer
 from mtc.report import write_report
 from mtc.report.layers import write_layers_report
@@ -77,11 +77,7 @@ def analyse_and_write(
         reports.add(analysis, features, history)
         analyses.append(analysis)
         files += [(own, name, data) for name, data in content.items()]
-        fvu = " ".join(f"{value:.3f}" for value in analysis.evaluation.fvu)
-        where = f"{member.name}: " if len(results) > 1 else ""
-        l0, k = analysis.evaluation.l0[-1], member.config.transcoder.k
-        figures = {"member": member.name, "layer": member.config.model.layer, "fvu": analysis.evaluation.fvu, "l0": l0}
-        say("heldout", f"{where}held-out fvu {fvu}, l0 {l0:.2f} (k {k})", **figures)
+        _say_heldout(analysis, member, f"{member.name}: " if len(results) > 1 else "")
     for own, report in zip(places.values(), reports.finish(), strict=True):
         files += [(own, f"report/{name}", data) for name, data in report.items()]
     if len(analyses) > 1:
@@ -93,6 +89,22 @@ def analyse_and_write(
         still_ours()
         place.write(name, data)
     return analyses
+
+
+def _say_heldout(analysis: Analysis, member: Member, where: str) -> None:
+    """Tell the headline figures, and beside them those of all tokens where they differ."""
+    found, of_all = analysis.evaluation, analysis.evaluation.all_tokens
+    massive = found.massive.tokens
+    fvu, all_fvu = (" ".join(f"{value:.3f}" for value in part.fvu) for part in (found, of_all))
+    text = f"{where}held-out fvu {fvu}, l0 {found.l0[-1]:.2f} (k {analysis.summary.k})"
+    if massive:
+        text += f", without {massive:,} massive tokens; of all tokens fvu {all_fvu}, l0 {of_all.l0[-1]:.2f}"
+    if found.line:
+        text += f"; affine map fvu {found.line.fvu:.3f}"
+    say(
+        "heldout", text, member=member.name, layer=member.config.model.layer, fvu=found.fvu, l0=found.l0[-1], massive_tokens=massive,
+        all_tokens_fvu=of_all.fvu, all_tokens_l0=of_all.l0[-1],
+    )  # fmt: skip
 
 
 def publish(run: RunDirectory, latest: bool) -> None:

@@ -115,7 +115,7 @@ def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str])
     run = RunDirectory(f"{root.rstrip('/')}/{run_id}")
     first, *others = (own.url for own in run.members().values())
     base = serve_run(head, first)
-    print_answer(ask(base, SENTENCE), top_tokens(first))
+    print_answer(ask(base, SENTENCE), *about_features(first))
     print_usage(base, first)
     if others:
         serve = "make serve RUN=" if IN_TREE else "python -m jobs.quickstart serve --run "
@@ -250,15 +250,16 @@ def ask(base: str, text: str, top_k: int = 5) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def top_tokens(run: str) -> dict[int, list[str]]:
-    """The tokens that each feature is strongest on, most frequent first."""
+def about_features(run: str) -> tuple[dict[int, list[str]], set[int]]:
+    """The tokens that each feature is strongest on, most frequent first; and the features of massive tokens."""
     table = pa.BufferReader(RunDirectory(run).read("features.parquet"))
-    rows = pq.read_table(table, columns=["feature", "top_tokens"]).to_pylist()
-    return {row["feature"]: [token["token"] for token in row["top_tokens"][:4]] for row in rows}
+    rows = pq.read_table(table, columns=["feature", "top_tokens", "massive"]).to_pylist()
+    tokens = {row["feature"]: [token["token"] for token in row["top_tokens"][:4]] for row in rows}
+    return tokens, {row["feature"] for row in rows if row["massive"]}
 
 
-def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]]) -> None:
-    """Per token its strongest features; per feature the tokens it is strongest on."""
+def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]], massive: set[int]) -> None:
+    """Per token its strongest features, those of massive tokens last; per feature the tokens it is strongest on."""
     print(
         f'\nPOST /encode {{"inputs": "{SENTENCE}"}}\n\n{"token":>14}  strongest features (activation: its top tokens)'
     )
@@ -267,9 +268,10 @@ def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]]) -> No
         if special:
             continue
         features = []
-        for feature in strongest[:2]:
+        for feature in sorted(strongest, key=lambda f: f["feature_index"] in massive)[:2]:
             tokens = " ".join(map(repr, top_tokens[feature["feature_index"]]))
-            features.append(f"#{feature['feature_index']} ({feature['activation_value']:.2f}: {tokens})")
+            kind = ", of massive tokens" if feature["feature_index"] in massive else ""
+            features.append(f"#{feature['feature_index']} ({feature['activation_value']:.2f}{kind}: {tokens})")
         print(f"{token!r:>14}  " + "; ".join(features))
 
 

@@ -65,10 +65,11 @@ def make_run(directory: Path, seed: int = 3, config: RunConfig | None = None) ->
 
 def make_analysed_run(directory: Path, seed: int = 3) -> RunDirectory:
     """A finished run of random weights, with the analysis of ten features of `report_example`: tokens that try to break
-    out of pages, figures that can be worked out by hand."""
+    out of pages, figures that can be worked out by hand. Feature 8 is of massive tokens."""
     config = example.make_config(model={"dtype": "float32"})
     run = make_run(directory, seed, config)
-    analysis, features = example.make_analysis(config, facts=example.make_facts(run_id=run.run_id))
+    massive = example.make_massive_sums()
+    analysis, features = example.make_analysis(config, facts=example.make_facts(run_id=run.run_id), massive=massive)
     for name, data in write_report(analysis, features, example.make_history(50)).items():
         run.write(f"report/{name}", data)
     table = io.BytesIO()

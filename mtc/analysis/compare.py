@@ -83,10 +83,18 @@ def _side(analysis: Analysis) -> Side:
     }
     for i, prefix in enumerate(s.prefixes):
         figures[f"FVU, {prefix:,} features"] = s.fvu[i]
+        figures[f"FVU of all tokens, {prefix:,} features"] = s.all_tokens.fvu[i]
     figures |= {
         "Cosine, full dictionary": s.cosine[-1],
+        "FVU of the affine map": s.line.fvu if s.line else None,
+        "What the features add over it": s.line.added if s.line else None,
         "L0": s.l0,
+        "L0 of all tokens": s.all_tokens.l0[-1],
         "k": s.k,
+        "Massive tokens": s.massive.tokens,
+        "Their share of the variance": s.massive.variance,
+        "Features of massive tokens": s.massive_features,
+        "Features that are copies": analysis.copies.features if analysis.copies else None,
         "Loss recovered (zero ablation)": loss.recovered_zero[-1] if loss else None,
         "Loss recovered (mean ablation)": loss.recovered_mean[-1] if loss else None,
         "KL (nats)": loss.kl[-1] if loss else None,

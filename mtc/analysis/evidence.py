@@ -46,7 +46,8 @@ def sparsity_value(e: Evidence) -> float:
 
 def sparsity_sentence(e: Evidence) -> str:
     beside = f" ({number(e.s.all_tokens.l0[-1])} with massive tokens)" if e.s.massive.tokens else ""
-    return f"Held-out L0 is {number(e.s.l0)}{beside} where k = {number(e.s.k)} was asked, {percent(sparsity_value(e))} off."
+    off = percent(sparsity_value(e))
+    return f"Held-out L0 is {number(e.s.l0)}{beside} where k = {number(e.s.k)} was asked, {off} off."
 
 
 def line_value(e: Evidence, skip: bool) -> float | None:

@@ -89,14 +89,14 @@ RULES = (
         "model.layer", "Judge by the figures without massive tokens, or read a layer that has none",
     ),
     Rule(
-        "straight line", "what the features add over the least-squares affine map < 10 %, without a skip connection",
+        "straight line", "without a skip connection, what the features add over the least-squares affine map < 10 %",
         "<", 0.1,
         lambda e: evidence.line_value(e, skip=False), evidence.line_sentence,
         "transcoder.skip", "Turn the skip connection on, so that features need not imitate a straight line",
     ),
     Rule(
         "features beside the skip connection",
-        "what the features add over the least-squares affine map < 10 %, with a skip connection", "<", 0.1,
+        "with a skip connection, what the features add over the least-squares affine map < 10 %", "<", 0.1,
         lambda e: evidence.line_value(e, skip=True), evidence.line_sentence,
         "transcoder.k", "Allow more active features, train longer or enlarge the dictionary",
     ),

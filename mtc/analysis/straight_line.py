@@ -61,7 +61,8 @@ class LineSums:
         bool."""
         for kind, rows in ((False, ~massive), (True, massive)):
             for some in rows.nonzero().squeeze(1).split(BLOCK):
-                self._add((fold, kind), _moments(source[some].float(), target[some].float()))
+                if len(some):
+                    self._add((fold, kind), _moments(source[some].float(), target[some].float()))
 
     def arrays(self) -> dict[str, Array]:
         """Everything that was summed, to travel between processes."""

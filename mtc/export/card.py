@@ -108,10 +108,24 @@ def _quality(subject: Subject) -> str:
     if subject.analysis is None:
         return "Not measured: this run was never analysed."
     summary, evaluation = subject.analysis.summary, subject.analysis.evaluation
-    lines = ["| Features | Fraction of variance unexplained | Active features per token |", "| --- | --- | --- |"]
-    rows = zip(evaluation.prefixes, evaluation.fvu, evaluation.l0, strict=True)
-    lines += [f"| {m:,} | {fvu:.4f} | {l0:.2f} |" for m, fvu, l0 in rows if m <= subject.prefix]
-    text = "\n".join(lines) + f"\n\nOn {evaluation.tokens:,} held-out tokens of `{subject.config.data.name}`"
+    massive, of_all = evaluation.massive, evaluation.all_tokens
+    names = ["Fraction of variance unexplained (FVU)", "Active features per token"]
+    columns = [evaluation.fvu, evaluation.l0]
+    if massive.tokens:
+        names, columns = [*names, *(f"{n}, all tokens" for n in names)], [*columns, of_all.fvu, of_all.l0]
+    lines = [f"| Features | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    for m, *values in zip(evaluation.prefixes, *columns, strict=True):
+        shown = (f"{v:.2f}" if i % 2 else f"{v:.4f}" for i, v in enumerate(values))
+        lines += [f"| {m:,} | {' | '.join(shown)} |"] if m <= subject.prefix else []
+    text = "\n".join(lines)
+    if massive.tokens:
+        text += (
+            f"\n\nWhere it is not said, without {massive.tokens:,} massive tokens, whose target norms are above "
+            f"{massive.ratio:g} times the median and which hold {massive.variance:.1%} of the variance."
+        )
+    if evaluation.line:
+        text += f"\n\nThe least-squares affine map from the same source has an FVU of {evaluation.line.fvu:.4f}."
+    text += f"\n\nOn {evaluation.tokens:,} held-out tokens of `{subject.config.data.name}`"
     text += f", after training on {summary.trained_tokens:,} tokens." if summary.trained_tokens else "."
     if summary.loss is not None and summary.loss.ce_zero > summary.loss.ce_clean:  # else a share of nothing
         recovered = summary.loss.recovered_zero[evaluation.prefixes.index(subject.prefix)]

@@ -7,7 +7,9 @@ whoever renders them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 from mtc.results import Example, Finding
 
@@ -24,6 +26,8 @@ class FeatureLink:
     """A feature's number, which leads to its card if there is one."""
 
     feature: int
+    massive: bool = False
+    """Whether the feature is of massive tokens, which a badge tells; see `with_badges`."""
 
 
 @dataclass(frozen=True)
@@ -186,3 +190,14 @@ class Document:
     """Where the figures come from, as the report's last section."""
     stamp: str
     """Where the figures come from in one line, for the foot of printed pages."""
+
+
+def with_badges(content: Any, massive: Collection[int]) -> Any:
+    """Blocks, sections or texts with a badge at each link to one of the `massive` features."""
+    if isinstance(content, FeatureLink):
+        return replace(content, massive=content.feature in massive)
+    if isinstance(content, tuple):
+        return tuple(with_badges(part, massive) for part in content)
+    if is_dataclass(content) and not isinstance(content, type):
+        return replace(content, **{f.name: with_badges(getattr(content, f.name), massive) for f in fields(content)})
+    return content

@@ -48,7 +48,8 @@ def render(comparison: Comparison) -> str:
         f"# {escape(a.run_id)} and {escape(b.run_id)}",
         table(["", "A", "B"], about),
         "## Figures",
-        "On each run's own held-out text, at its calibrated threshold.",
+        "On each run's own held-out text, at its calibrated threshold; FVU, cosine and L0 are without massive tokens, "
+        "whose target norms are above 5 times the median, unless they are said to be of all tokens.",
         table(["Figure", "A", "B", "B - A"], rows),
         "## Settings that differ",
         "\n".join(f"- {escape(line)}" for line in comparison.differences) or "None.",

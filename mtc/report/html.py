@@ -26,6 +26,8 @@ from mtc.results import NOT_MEASURED, number
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( %)?( to [-+]?[\d,.]+(e[-+]?\d+)?( %)?)?|–|undefined")
 STRENGTHS = 5
 """Shades of the marks on the tokens of a context."""
+BADGE = Markup(' <span class="badge" title="most of its activation falls on massive tokens">massive</span>')
+"""What stands behind a feature of massive tokens."""
 _BAR_WIDTH, _BAR_HEIGHT = 14, 60
 
 
@@ -70,9 +72,10 @@ class Renderer:
             case blocks.Token():
                 return Markup('<span class="token">{}</span>').format(spaced(text.text))
             case blocks.FeatureLink():
-                if (address := self._link(text.feature)) is not None:
-                    return Markup('<a href="{}">{}</a>').format(address, text.feature)
-                return escape(str(text.feature))
+                address = self._link(text.feature)
+                name = escape(str(text.feature))
+                link = name if address is None else Markup('<a href="{}">{}</a>').format(address, name)
+                return link + BADGE if text.massive else link
             case blocks.Code():
                 return Markup("<code>{}</code>").format(visible(text.text))
             case blocks.Link():

@@ -49,7 +49,10 @@ def _document(analyses: Sequence[Analysis], form: int) -> Document:
     model, f = first.config.model, first.facts
     blocks: list[Block] = [
         _table(analyses, form),
-        Paragraph("FVU is the fraction of held-out variance left unexplained."),
+        Paragraph(
+            "FVU is the fraction of held-out variance left unexplained. FVU and L0 are without massive tokens, whose "
+            "target norms are above 5 times the median, unless they are said to be of all tokens."
+        ),
         Plots(((PLOT, "Held-out FVU of every prefix against the layer; values in the table."),)),
     ]
     return Document(
@@ -72,9 +75,14 @@ def _table(analyses: Sequence[Analysis], form: int) -> Table:
         )
         silent = f"{number(s.silent_features)} of {number(s.total_features)}"
         ends = interval(s.fvu_interval, -1)
-        rows.append((link, model.source, *(number(v) for v in s.fvu), ends, number(s.l0), silent, *loss))
+        beside = [
+            number(s.line.fvu if s.line else None), number(s.all_tokens.fvu[-1]), number(s.massive.tokens),
+            percent(s.massive.variance),
+        ]  # fmt: skip
+        rows.append((link, model.source, *(number(v) for v in s.fvu), ends, *beside, number(s.l0), silent, *loss))
     headers = ["Layer", "Source", *(f"FVU, {number(m)} features" for m in analyses[0].summary.prefixes)]
-    headers += ["95 % interval", "L0", "Silent features", "Loss recovered (zero ablation)"]
+    headers += ["95 % interval", "FVU of the affine map", "FVU of all tokens", "Massive tokens"]
+    headers += ["Their share of the variance", "L0", "Silent features", "Loss recovered (zero ablation)"]
     headers += ["Loss recovered (mean ablation)"]
     return Table("Held-out figures of every layer", tuple(headers), tuple(rows))
 

@@ -47,7 +47,7 @@ def _text(text: blocks.Text) -> str:
         case blocks.Token():
             return escape(spaced(text.text))
         case blocks.FeatureLink():
-            return str(text.feature)
+            return f"{text.feature} (massive)" if text.massive else str(text.feature)
         case blocks.Code():
             return f"`{text.text}`"
         case blocks.Link():

@@ -46,7 +46,18 @@ class PlotData(NamedTuple):
 
     @property
     def fired(self) -> pa.Table:
-        return self.features.filter(pc.greater(self.features["count"], 0))
+        """Features that fired, those of massive tokens left out: their activations would hide the others'."""
+        return self.features.filter(pc.and_not(pc.greater(self.features["count"], 0), self.features["massive"]))
+
+    @property
+    def left_out(self) -> str:
+        """What is left out of headline figures, for titles; nothing if nothing is."""
+        return ", without massive tokens" if self.analysis.summary.massive.tokens else ""
+
+    @property
+    def features_left_out(self) -> str:
+        count = self.analysis.summary.massive_features
+        return f"; {number(count)} of massive tokens left out" if count else ""
 
 
 def render_plot(name: str, data: PlotData) -> Picture:
@@ -71,9 +82,17 @@ def overview(data: PlotData) -> Figure:
 
 def prefix_fvu(axes: Axes, data: PlotData) -> None:
     s = data.analysis.summary
-    axes.set_title("Held-out FVU of each nested prefix")
+    axes.set_title(f"Held-out FVU of each prefix{data.left_out}")
     axes.set_ylabel("FVU (1 - explained variance)")
     _prefix_bars(axes, s.prefixes, s.fvu, s.fvu_interval)
+    if s.massive.tokens:
+        at = range(len(s.prefixes))
+        axes.plot(at, s.all_tokens.fvu, linestyle="", marker="D", mfc=PAPER, color=INK, label="all tokens")
+    if s.line:
+        axes.axhline(s.line.fvu, color=GREY, linestyle="--", label=f"affine map {number(s.line.fvu)}")
+    if s.massive.tokens or s.line:
+        axes.margins(y=0.35)  # room for the legend
+        axes.legend(fontsize=9, loc="upper right", ncols=2)
 
 
 def prefix_recovered(axes: Axes, data: PlotData) -> None:
@@ -129,7 +148,7 @@ def sparsity(axes: Axes, data: PlotData) -> None:
 
 
 def l0(axes: Axes, data: PlotData) -> None:
-    axes.set_title("Active features per held-out token")
+    axes.set_title(f"Active features per token{data.left_out}")
     axes.set_xlabel("active features (L0 of a token)")
     axes.set_ylabel("tokens")
     counts = data.analysis.evaluation.l0_counts
@@ -170,27 +189,27 @@ def density(axes: Axes, data: PlotData) -> None:
 
 
 def fvu_by_position(axes: Axes, data: PlotData) -> None:
-    axes.set_title("Held-out FVU by position in the window")
+    axes.set_title(f"Held-out FVU by position{data.left_out}")
     axes.set_xlabel("position (tokens)")
     _slices(axes, data.analysis.evaluation.by_position, data.analysis.summary.prefixes)
 
 
 def fvu_by_frequency(axes: Axes, data: PlotData) -> None:
-    axes.set_title("Held-out FVU by frequency of the token")
+    axes.set_title(f"Held-out FVU by frequency{data.left_out}")
     axes.set_xlabel("occurrences in the held-out text (tokens)")
     _slices(axes, data.analysis.evaluation.by_frequency, data.analysis.summary.prefixes)
 
 
 def max_activation(axes: Axes, data: PlotData) -> None:
     axes.set_title("Strongest activation of each feature that fired")
-    axes.set_xlabel("max activation (scaled units)")
+    axes.set_xlabel(f"max activation (scaled units){data.features_left_out}")
     _histogram(axes, data, data.fired["max_activation"].to_numpy())
 
 
 def samples(axes: Axes, data: PlotData) -> None:
     limit = number(data.analysis.config.analysis.max_per_feature)
     axes.set_title("Samples of each feature that fired")
-    axes.set_xlabel(f"samples (stored top examples, at most {limit})")
+    axes.set_xlabel(f"samples (at most {limit}){data.features_left_out}")
     _histogram(axes, data, data.fired["samples"].to_numpy())
 
 
@@ -198,9 +217,10 @@ def activation_vs_samples(axes: Axes, data: PlotData) -> None:
     """A dot per feature that fired."""
     fired, s = data.fired, data.analysis.summary
     groups, n = fired["group"].to_numpy(), len(data.analysis.weights.groups)
+    of_massive = f", {number(s.massive_features)} of massive tokens" if s.massive_features else ""
     axes.set_title("Strongest activation against number of samples")
     limit = number(data.analysis.config.analysis.max_per_feature)
-    axes.set_xlabel(f"samples (at most {limit})\nnot shown: {number(s.silent_features)} silent features")
+    axes.set_xlabel(f"samples (at most {limit})\nnot shown: {number(s.silent_features)} silent features{of_massive}")
     axes.set_ylabel("max activation (scaled units)")
     axes.grid()
     if not len(groups):

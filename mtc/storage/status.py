@@ -41,6 +41,8 @@ class RunStatus(Record):
     fvu: list[float] | None
     """Fraction of variance unexplained by prefix: of held-out tokens if the run is finished, of the newest logged batch
     otherwise."""
+    massive_tokens: int
+    """Held-out tokens that `fvu` and `l0` are without, if the run is finished: the massive ones."""
     l0: float | None
     """Active features per token: of held-out tokens if the run is finished, of the newest logged batch otherwise."""
     dead: int | None
@@ -70,10 +72,11 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
     row = history[-1] if history else {}
     finished = run.is_finished()
     state: State = "finished" if finished else "running" if _has_job(run, watch_seconds) else "stopped"
-    fvu, l0 = row.get("fvu"), row.get("l0")
+    fvu, l0, massive = row.get("fvu"), row.get("l0"), 0
     if finished and first.exists("analysis.json"):
         evaluation = json.loads(first.read("analysis.json"))["evaluation"]
         fvu, l0 = evaluation["fvu"], evaluation["l0"][-1]
+        massive = evaluation.get("massive", {}).get("tokens", 0)  # an older analysis leaves none out
     speed = row.get("tokens_per_second")
     left = max(config.data.num_tokens * config.data.replays - row.get("tokens", 0), 0)
     trained = first.exists("transcoder.safetensors")
@@ -88,6 +91,7 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
         tokens=row.get("tokens", 0),
         tokens_per_second=speed,
         fvu=fvu,
+        massive_tokens=massive,
         l0=l0,
         dead=row.get("dead"),
         seconds_left=left / speed if state == "running" and speed and not trained else None,
@@ -111,6 +115,7 @@ def describe(status: RunStatus) -> str:
     if status.fvu and status.l0 is not None:
         where = "held-out" if status.state == "finished" else "last batch's"
         lines.append(f"  {where} fvu {' '.join(f'{value:.3f}' for value in status.fvu)}, l0 {status.l0:.1f}")
+        lines[-1] += f", without {status.massive_tokens:,} massive tokens" if status.massive_tokens else ""
     if status.checkpoint_step is not None:
         lines.append(f"  newest checkpoint: step {status.checkpoint_step:,}")
     if status.newest_row and status.state != "finished":

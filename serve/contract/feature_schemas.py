@@ -21,6 +21,9 @@ class FeaturesQuery(BaseModel):
     """Only features with this index; may be given several times."""
     group: int | None = Field(default=None, ge=0, lt=1 << 31)
     """Only features of this group of the nested dictionary, from 0."""
+    massive: bool | None = None
+    """Only features of massive tokens (true), or only others (false): those of which more than half of the summed
+    activation falls on tokens with a target norm above 5 times the median."""
     min_density: float | None = Field(default=None, ge=0, le=1)
     """Only features that fire on this share of the tokens at least."""
     max_density: float | None = Field(default=None, ge=0, le=1)
@@ -56,6 +59,10 @@ class FeatureRow(SchemaModel):
     """Mean activation over the tokens on which the feature fired; 0 if it never fired."""
     decoder_norm: float
     """Euclidean norm of the feature's decoder row, in scaled target units."""
+    massive: bool
+    """Whether the feature is of massive tokens: more than half of its summed activation falls on them."""
+    copy_of: int | None
+    """Index of the earliest feature that this one is a copy of, if it is one."""
     top_tokens: list[str]
     """Most frequent peak tokens of the feature's samples."""
     parent: int | None

@@ -27,6 +27,7 @@ class Filters(NamedTuple):
     """Which features, and in which order; see `GET /features`."""
 
     group: int | None = None
+    massive: bool | None = None
     min_density: float | None = None
     max_density: float | None = None
     token: str | None = None
@@ -131,6 +132,8 @@ class FeatureTable:
         density = self._column("density")
         if filters.group is not None:
             wanted &= self._column("group") == filters.group
+        if filters.massive is not None:
+            wanted &= np.isin(np.arange(len(self)), self.analysis.massive_indices) == filters.massive
         if filters.min_density is not None:
             wanted &= density >= filters.min_density
         if filters.max_density is not None:
@@ -180,6 +183,8 @@ class FeatureTable:
             "max_activation",
             "mean_activation",
             "decoder_norm",
+            "massive",
+            "copy_of",
             "parent",
         ]
         row = self._table.select([*columns, "children"]).slice(index, 1).to_pylist()[0]

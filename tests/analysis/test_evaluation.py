@@ -1,5 +1,6 @@
 """Held-out metrics against direct computations on whole tensors, through a real random language model."""
 
+import copy
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from mtc.analysis import HeldOutPass, count_tokens, loss_recovered
 from mtc.analysis.evaluation import evaluation
 from mtc.analysis.loss_sums import loss_sums
 from mtc.analysis.recompute import evaluate
+from mtc.analysis.straight_line import LineSums
 from mtc.config import load_preset
 from mtc.language_model import LanguageModel, PackedWindows, SitePair, pack_windows, prepare_model
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
@@ -38,7 +40,7 @@ def windows() -> PackedWindows:
 
 
 def held_out(transcoder, windows, pair, documents, parts):
-    """The passes over parts of the windows, merged."""
+    """The passes over parts of the windows, merged; window w is of fold w % 5."""
     config = load_preset("tiny", {"transcoder": {"group_sizes": [16, 32, 16], "k": 8}})
     occurrences = count_tokens([windows.input_ids.numpy()], [BOS], 259)
     starts = np.r_[0, np.cumsum(windows.lengths)]
@@ -53,7 +55,7 @@ def held_out(transcoder, windows, pair, documents, parts):
             )
             rows = slice(before[one.start], before[one.stop])
             of_one = SitePair(pair.source[rows], pair.target[rows])
-            found.add(np.array([w]), alone, of_one, documents[[w]])
+            found.add(np.array([w]), alone, of_one, documents[[w]], fold=int(w) % 5)
         if first is None:
             first = found
         else:
@@ -104,12 +106,89 @@ def test_metrics_equal_a_direct_computation_in_any_partition(transcoder, many):
     assert found.documents == len(set(documents[np.array(windows.lengths) > 1].tolist()))
 
 
+@pytest.fixture(scope="module")
+def with_massive(transcoder, many):
+    """Of `many`, with targets that are in part a straight line of the source, and a few far too long ones."""
+    windows, pair, documents = many
+    generator = torch.Generator().manual_seed(11)
+    y = 3 * transcoder.normalise(pair.source) @ torch.randn(32, 32, generator=generator) + pair.target
+    planted = torch.arange(3, len(y), 41)
+    y[planted] = 60 * y[planted[:1]] + y[planted]
+    knowing = copy.deepcopy(transcoder)
+    knowing.massive_norm.fill_(5 * y.norm(dim=1).median())
+    parts = np.array_split(np.random.default_rng(1).permutation(60), 4)
+    return knowing, y.double(), planted, held_out(knowing, windows, SitePair(pair.source, y), documents, parts)
+
+
+def test_headline_figures_are_without_massive_tokens_and_stand_beside_those_of_all(many, with_massive):
+    windows, pair, _ = many
+    transcoder, y, planted, found = with_massive
+    e = evaluation(found, None, text=lambda i: f"t{i}")
+    usual = torch.ones(len(y), dtype=torch.bool)
+    usual[planted] = False
+    a = transcoder.encode(pair.source).detach()
+    active = (a > 0).sum(1)
+    deviation = (y - y.mean(0)).square().sum(1)
+    for i, m in enumerate(transcoder.prefixes):
+        y_m = transcoder.decode(a[:, :m]).detach().double()
+        error, cosine = (y - y_m).square().sum(1), torch.nn.functional.cosine_similarity(y, y_m, dim=1)
+        for figures, rows in ((e, usual), (e.all_tokens, torch.ones_like(usual))):
+            own = (y[rows] - y[rows].mean(0)).square().sum()
+            assert figures.fvu[i] == pytest.approx((error[rows].sum() / own).item(), rel=1e-6)
+            assert figures.cosine[i] == pytest.approx(cosine[rows].mean().item(), rel=1e-6)
+            assert figures.l0[i] == pytest.approx((a[rows, :m] > 0).sum(1).double().mean().item())
+    assert e.fvu_interval[-1] != e.all_tokens.fvu_interval[-1]
+    assert e.l0_counts == np.bincount(active[usual].numpy()).tolist()
+    assert (e.tokens, e.massive.tokens) == (len(y), len(planted))
+    assert e.massive.variance == pytest.approx((deviation[planted].sum() / deviation.sum()).item(), rel=1e-6)
+    assert e.massive.error == pytest.approx((error[planted].sum() / error.sum()).item(), rel=1e-6)
+    assert e.massive.l0 == pytest.approx(active[planted].double().mean().item())
+    position = windows.position_ids[windows.trainable].numpy()[planted]
+    assert e.massive.beyond_first == pytest.approx((position >= 4).mean())
+    ids = windows.input_ids[windows.trainable].numpy()[planted]
+    assert sum(part.massive for part in e.by_position) == sum(part.massive for part in e.by_frequency) == len(planted)
+    assert sum(part.tokens for part in e.by_position) == int(usual.sum())
+    assert {t.token: t.count for t in e.massive.top_tokens}.items() <= {
+        f"t{i}": n for i, n in zip(*np.unique(ids, return_counts=True), strict=True)
+    }.items()
+    assert e.massive.different_ids == len(set(ids.tolist()))
+    assert found.massive.fired.tolist() == (a[planted] > 0).sum(0).tolist()
+    share = (a[planted].double().sum(0) / a.double().sum(0).clamp(min=1e-30)).numpy()
+    np.testing.assert_allclose(found.massive.activation_share(found.examples.statistics), share, rtol=1e-6)
+    assert e.never_fired == int((a > 0).sum(0).eq(0).sum())
+    assert found.token_errors[:, 0].sum() == int(usual.sum())
+
+
+def test_the_straight_line_is_numpys_least_squares_and_no_token_is_judged_by_a_map_that_saw_it(many, with_massive):
+    windows, pair, _ = many
+    transcoder, y, planted, found = with_massive
+    x = np.c_[transcoder.normalise(pair.source).double().numpy(), np.ones(len(y))]
+    fold = np.repeat(np.arange(60), windows.lengths)[windows.trainable.numpy()] % 5
+    usual = ~np.isin(np.arange(len(y)), planted)
+    e = evaluation(found, None)
+    line = e.line
+    expected = []
+    for rows in (usual, np.ones_like(usual)):
+        target, error = y.numpy(), 0.0
+        for k in range(5):
+            fitted = np.linalg.lstsq(x[rows & (fold != k)], target[rows & (fold != k)], rcond=None)[0]
+            error += np.square(target[rows & (fold == k)] - x[rows & (fold == k)] @ fitted).sum()
+        expected.append(error / np.square(target[rows] - target[rows].mean(0)).sum())
+    assert (line.fvu, line.all_tokens_fvu) == pytest.approx(tuple(expected), rel=1e-4)
+    assert line.folds == 5
+    assert line.added == pytest.approx(1 - e.fvu[-1] / line.fvu)
+    few, none_massive = LineSums(), torch.zeros(200, dtype=torch.bool)
+    for part in (0, 1):
+        few.add(pair.source[part::2][:200], pair.target[part::2][:200], none_massive, part)
+    assert few.fvu(massive=False) is None, "200 tokens are too few for a map from 32 dimensions"
+
+
 def test_merged_passes_are_one_pass_and_tokens_that_are_not_finite_are_left_out(transcoder, many):
     windows, pair, documents = many
     whole = held_out(transcoder, windows, pair, documents, [np.arange(60)])
     parts = held_out(transcoder, windows, pair, documents, np.array_split(np.random.default_rng(0).permutation(60), 7))
     for name, value in whole.arrays().items():
-        np.testing.assert_allclose(parts.arrays()[name], value, rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(parts.arrays()[name], value, rtol=1e-12, atol=1e-10, err_msg=name)
     x, y = (rows.clone() for rows in pair)
     x[3, 3], y[-1, 5] = math.inf, math.nan
     without = held_out(transcoder, windows, SitePair(x, y), documents, [np.arange(60)])

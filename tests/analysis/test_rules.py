@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mtc.analysis.copies import FoundCopies
 from mtc.analysis.rules import RULES
 from mtc.config import RunConfig
-from mtc.results import Analysis
+from mtc.results import Analysis, StraightLine
 from tests.report_example import (
     NONE,
     bare_analysis,
@@ -17,6 +18,7 @@ from tests.report_example import (
     make_evaluation,
     make_examples,
     make_history,
+    make_massive_sums,
     make_statistics,
 )
 
@@ -33,7 +35,8 @@ def test_rules() -> None:
         "documents": False, "sparsity": True, "empty tokens": True, "dead features": True, "dead counter": False,
         "dense features": True, "loss recovered": True, "ablation gap": False, "loss measured": False,
         "still improving": True, "nested features": False, "judged features": False, "absorption": False,
-        "few samples": False, "held-out text": False,
+        "few samples": False, "held-out text": False, "massive tokens": False, "straight line": False,
+        "overfitting": False, "copies": False,
     }  # fmt: skip
     values = {i.rule: i.value for i in analysis.insights}
     expected = {
@@ -42,6 +45,8 @@ def test_rules() -> None:
         "dead features": 0.2, "dense features": 0.2, "loss recovered": 0.74385, "ablation gap": 2.0,
         "nested features": 3 / 3,  # 6, 7 and 8; 4, 5 and 9 fired on fewer than 10 tokens
         "judged features": 3 / 6, "absorption": 1 / 10, "few samples": 3 / 8,
+        "massive tokens": 0, "straight line": 1 - 0.4512345 / 0.62, "copies": 0,
+        "overfitting": 0.4512345 / np.mean([0.9 - 1e-5 * 256 * i for i in range(40, 50)]) - 1,
     }  # fmt: skip
     for name, value in expected.items():
         assert values[name] == pytest.approx(value), name
@@ -91,11 +96,46 @@ def test_rules_follow_the_measurement() -> None:
     assert met["interval"]  # 0.11 / 0.4512
 
 
+def test_rules_about_what_the_headline_figure_is_held_against() -> None:
+    evaluation = make_evaluation([4, 10], massive=True)
+    copies = FoundCopies(800, np.array([-1, -1, -1, 1, -1, -1, 1, -1, -1, -1]))
+    line = StraightLine(fvu=0.49, added=1 - 0.4512345 / 0.49, all_tokens_fvu=0.4, all_tokens_added=0.372, folds=5)
+    history = [row | {"fvu": [0.1, 0.2]} for row in make_history(50)]
+    analysis, met = findings(
+        evaluation=evaluation.model_copy(update={"line": line}), massive=make_massive_sums(), copies=copies,
+        history=history,
+    )  # fmt: skip
+    for rule in ("massive tokens", "straight line", "overfitting", "copies"):
+        assert met[rule], rule
+    assert met["sparsity"]  # L0 of all tokens, 6.3 where 4 was asked
+    texts = {r.rule: r.text for r in analysis.recommendations}
+    assert f"{analysis.config.model.name}, layer {analysis.config.model.layer}" in texts["massive tokens"]
+    assert "20 held-out tokens (2 %)" in texts["massive tokens"]
+    assert "hold 51.83 % of the variance and 1.31 % of the squared error" in texts["massive tokens"]
+    assert "0.4512 without them, the headline figure, and 0.2512 with them" in texts["massive tokens"]
+    assert "features add 7.911 %" in texts["straight line"]
+    assert "`transcoder.skip` is no" in texts["straight line"]
+    assert "is 0.2512, its batch FVU 0.2 over" in texts["overfitting"]
+    assert "25.6 % more" in texts["overfitting"]
+    assert "2 of 10 features (20 %)" in texts["copies"]
+    skip = make_config(transcoder={"skip": True})
+    with_skip, met = findings(skip, evaluation=evaluation.model_copy(update={"line": line}))
+    assert "straight line" not in met
+    assert {r.rule: r.field for r in with_skip.recommendations}["features beside the skip connection"] == "transcoder.k"
+
+    assert analysis.summary.massive_features == 1
+    assert analysis.massive_indices == (8,)
+    assert 8 not in [f.feature for f in analysis.top_features]
+    assert [f.feature for f in analysis.massive_features] == [8]
+    assert analysis.copies is not None
+    assert [(c.feature, c.copies) for c in analysis.copies.copied] == [(1, (3, 6))]
+
+
 def test_nothing_measured_nothing_said() -> None:
     analysis, _ = bare_analysis()
     assert {i.rule for i in analysis.insights} == {
         "reconstruction", "documents", "sparsity", "dead features", "dead counter", "dense features", "loss measured",
-        "held-out text",
+        "held-out text", "massive tokens", "copies",
     }  # fmt: skip
     silent, met = findings(statistics=make_statistics(NONE), examples=make_examples(NONE))
     assert silent.summary.few_samples_fraction is None

@@ -13,10 +13,11 @@ from jobs.export import main
 from mtc.analysis import Findings, LogitEffects, features_to_parquet
 from mtc.analysis.analyse import analyse
 from mtc.analysis.examples import EDGES, ExampleCollector
+from mtc.analysis.massive import MassiveSums
 from mtc.analysis.token_sums import SparseActivations
 from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
-from mtc.results import Evaluation, RunFacts
+from mtc.results import RunFacts
 from mtc.storage import RunDirectory
 from mtc.text import TokenTexts
 from mtc.transcoder import MatryoshkaTranscoder, transcoder_shape
@@ -286,15 +287,24 @@ def analysed(tmp_path: Path) -> RunDirectory:
         lambda windows: [f"doc{w}" for w in windows],
         TokenTexts(named(lambda t: f"<{chr(t)}>", 128)),
     )
-    evaluation = Evaluation(
-        tokens=21, prefixes=[16, 48, 64], fvu=[0.5, 0.4, 0.25], l0=[1.0, 2, 3], never_fired=1, loss=None
-    )
+    evaluation = make_evaluation([16, 48, 64], loss=False)
+    evaluation = evaluation.model_copy(update={"tokens": 21, "fvu": [0.5, 0.4, 0.25], "l0": [1.0, 2, 3]})
     facts = RunFacts(
         run_id="one", steps=1, trained_tokens=100, data_name="texts", language_model_dtype="float32", devices=("cpu",),
         num_trainers=1, num_model_actors=1,
     )  # fmt: skip
     effects = LogitEffects(*(np.tile(np.arange(60, 70, dtype=kind), (F, 1)) for kind in ("i8", "f4") * 2))
-    found = Findings(evaluation, collector.statistics, examples, np.zeros((100, 4)), 1.0, None, effects)
+    found = Findings(
+        evaluation,
+        collector.statistics,
+        examples,
+        np.zeros((100, 4)),
+        1.0,
+        MassiveSums.empty(128, F),
+        None,
+        None,
+        effects,
+    )
     analysis, features = analyse(config, transcoder, found, [], facts)
     run.write("examples.parquet", examples.to_parquet())
     run.write("features.parquet", features_to_parquet(features))

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from mtc.analysis.copies import FoundCopies
 from mtc.report import write_report
 from mtc.report.format import context, escape, token
 from mtc.report.html import render_html
@@ -38,6 +39,7 @@ from tests.report_example import (
     make_facts,
     make_findings,
     make_history,
+    make_massive_sums,
     make_statistics,
     make_transcoder,
 )
@@ -460,7 +462,7 @@ def test_degenerate_runs(case: str) -> None:
         if name.endswith(".png"):
             pixels(content)
     summary = page.text[page.text.index("1. Executive") : page.text.index("2. Training")]
-    assert ("not measured" in summary) == (case in ("no loss", "all silent", "bare"))
+    assert ("not measured" in summary) == (case in ("no history", "no loss", "all silent", "bare"))
     assert ("The tree was not measured" in page.text) == (case in ("one group", "bare"))
     assert ("None of the 10 features fired" in page.text) == (case in ("all silent", "bare"))
     if case == "bare":
@@ -517,6 +519,46 @@ def test_published_schema_is_current_and_holds(data: Any) -> None:
         assert not validator.is_valid(data | change), change
 
 
+def test_massive_tokens_are_told_apart_everywhere() -> None:
+    """Figures without them first and of all tokens beside, badges at their features, which are no strongest ones."""
+    copies = FoundCopies(800, np.array([-1, -1, -1, 1, -1, -1, 1, -1, 0, -1]))
+    evaluation = make_evaluation([4, 10], massive=True)
+    analysis, features = make_analysis(evaluation=evaluation, massive=make_massive_sums(), copies=copies)
+    files = write_report(analysis, features, make_history(50))
+    markdown, (page, _, _) = read_markdown(files[MARKDOWN].decode()), read_html(files[HTML].decode())
+    # A badge is a word in brackets in Markdown.
+    plain = [
+        (caption, [[cell.replace(" (massive)", " massive") for cell in row] for row in rows])
+        for caption, rows in markdown.tables[1:]
+    ]
+    assert plain == page.tables
+    for text in (page.text, markdown.text):
+        assert "FVU, cosine and L0 are without 20 massive tokens (2 %)" in squeeze(text)
+        assert "hold 51.83 % of the variance and 1.31 % of the squared error; with them FVU is 0.2512" in squeeze(text)
+        assert "75 % of them lie beyond the first 4 positions" in squeeze(text)
+        assert "Feature 6 (group 1)" in text
+        assert "Found: 3 of 10 features (30 %)" in squeeze(text)
+    figures = {row[0]: row[1:] for row in page.table("Figures with and without massive tokens")}
+    assert figures["FVU, full dictionary"] == ["0.4512", "–", "0.2512"]
+    assert figures["L0"] == ["4.4", "158.2", "6.3"]
+    assert page.table("The most frequent massive tokens")[1:] == [["the", "15", "75 %"], ["|", "5", "25 %"]]
+    prefixes = page.table("Held-out quality of each nested prefix")
+    assert [row[prefixes[0].index("FVU, all tokens")] for row in prefixes[1:]] == ["0.3", "0.2512"]
+    line = page.table("The least-squares affine map")
+    assert line[1:] == [
+        ["tokens that are not massive", "0.62", "0.4512", "27.22 %"], ["all tokens", "0.5", "0.2512", "49.76 %"],
+    ]  # fmt: skip
+    assert page.table("FVU of the full dictionary, massive")[1] == ["0.7861", "0.2512", "-68.04 %"]
+    assert [row[1] for row in page.table("The strongest features (")[1:]] == ["9", "7", "6", "4", "3", "1"]
+    assert [row[1] for row in page.table("The strongest features of massive")[1:]] == ["8 massive"]
+    assert [(row[0], row[3]) for row in page.table("Features with copies")[1:]] == [("1", "3, 6"), ("0", "8 massive")]
+
+    none, _ = make_analysis()
+    plain_page = read_html(write_report(none, features, [])[HTML].decode())[0]
+    assert "No held-out token is massive (target norm above 5 times the median" in squeeze(plain_page.text)
+    assert "all tokens" not in " ".join(plain_page.table("Held-out quality of each nested prefix")[0])
+
+
 def test_layers_side_by_side() -> None:
     analyses = []
     for layer in (2, 1):
@@ -529,7 +571,8 @@ def test_layers_side_by_side() -> None:
     assert markdown.tables == page.tables
     rows = page.table("Held-out figures of every layer")[1:]
     assert [row[0].startswith("layer") for row in rows] == [True, True]
-    assert rows[0][2:6] == ["0.6", "0.4512", "0.4278 to 0.4825", "4.4"]
+    assert rows[0][2:9] == ["0.6", "0.4512", "0.4278 to 0.4825", "0.62", "0.4512", "0", "0 %"]
+    assert rows[0][9] == "4.4"
     assert "../layer2/report/layer2_analysis_report.html" in targets
     assert "(../layer2/report/layer2_analysis_report.md)" in markdown.text
     assert [entry["layer"] for entry in json.loads(files["layers_report.json"])] == [1, 2]

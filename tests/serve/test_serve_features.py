@@ -38,7 +38,8 @@ def test_features_are_the_rows_of_the_file(client: httpx.Client, rows: list[dict
     answer = client.get("/features").json()
     assert (answer["run_id"], answer["total"], answer["cursor"]) == ("one", 10, None)
     for found, row in zip(answer["features"], rows, strict=True):
-        for name in ("feature", "group", "density", "count", "max_activation", "mean_activation", "decoder_norm"):
+        for name in ("feature", "group", "density", "count", "max_activation", "mean_activation", "decoder_norm",
+                     "massive", "copy_of"):  # fmt: skip
             assert found[name] == row[name]
         assert found["top_tokens"] == [t["token"] for t in row["top_tokens"]]
         assert found["parent"] == (row["parent"] or {"feature": None})["feature"]
@@ -58,6 +59,8 @@ FILTERS: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
     ({"token": " | "}, lambda row: any(t["token"].strip() == "|" for t in row["top_tokens"])),
     ({"token": HOSTILE[3].upper()}, lambda row: any(t["token"] == HOSTILE[3] for t in row["top_tokens"])),
     ({"token": "nowhere"}, lambda row: False),
+    ({"massive": True}, lambda row: row["feature"] == 8),
+    ({"massive": False, "group": 1}, lambda row: row["group"] == 1 and row["feature"] != 8),
     ({"feature": [7, 2, 2, 99]}, lambda row: row["feature"] in (2, 7)),
 ]  # fmt: skip
 

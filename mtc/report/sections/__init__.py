@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtc.report.blocks import Document
+from mtc.report.blocks import Document, with_badges
 from mtc.report.sections.configuration import configuration
 from mtc.report.sections.evaluation import evaluation
 from mtc.report.sections.features import feature_cards, top_features
@@ -38,7 +38,7 @@ def document(analysis: Analysis) -> Document:
         f"{model.layer} ({model.source} to {model.target}), {number(analysis.facts.trained_tokens)} trained tokens"
         f"{captured(analysis.facts)}. "
         "Numbers have four significant digits; the JSON file has all of them.",
-        sections=tuple(section(analysis) for section in SECTIONS),
+        sections=with_badges(tuple(section(analysis) for section in SECTIONS), frozenset(analysis.massive_indices)),
         provenance=provenance(analysis),
         stamp=stamp(analysis),
     )

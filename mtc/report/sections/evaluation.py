@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mtc.report.blocks import Block, Heading, Paragraph, Plots, Section, Table
+from mtc.report.sections.headline import massive_tokens, overfitting, straight_line
 from mtc.results import (
     NOT_MEASURED,
     Analysis,
@@ -25,6 +26,12 @@ def evaluation(analysis: Analysis) -> Section:
     model."""
     e = analysis.evaluation
     blocks: list[Block] = [
+        Heading("Massive tokens"),
+        *massive_tokens(analysis),
+        Heading("The straight line"),
+        straight_line(analysis),
+        Heading("Training and held-out text"),
+        overfitting(analysis),
         Heading("Active features per token"),
         *_sparsity(analysis),
         Heading("Density of features"),
@@ -32,7 +39,8 @@ def evaluation(analysis: Analysis) -> Section:
         Heading("Reconstruction by position and by frequency of the token"),
         Paragraph(
             "FVU of some tokens is their squared error over their squared deviation from the mean of all held-out "
-            "targets. Frequency counts how often the token's id occurs in the held-out text of the pass."
+            f"targets{', massive tokens left out' if e.massive.tokens else ''}. Frequency counts how often the token's "
+            "id occurs in the held-out text of the pass."
         ),
         _slices("Tokens by position in the window", "Position", e.by_position, analysis),
         _slices("Tokens by frequency in the held-out text", "Occurrences", e.by_frequency, analysis),
@@ -101,11 +109,13 @@ def _slices(caption: str, what: str, slices: list[Slice], analysis: Analysis) ->
         (
             whole_range(s.low, s.high), number(s.tokens), *(number(v) for v in s.fvu),
             number(s.cosine[-1] if s.cosine else None), number(s.l0),
+            *([number(s.massive)] if analysis.summary.massive.tokens else []),
         )
         for s in slices
     )  # fmt: skip
-    headers = (what, "Tokens", *(f"FVU, {number(m)} features" for m in prefixes), "Cosine, full", "L0")
-    return Table(caption, headers, rows)
+    headers = [what, "Tokens", *(f"FVU, {number(m)} features" for m in prefixes), "Cosine, full", "L0"]
+    headers += ["Massive tokens left out"] if analysis.summary.massive.tokens else []
+    return Table(caption, tuple(headers), rows)
 
 
 def _loss(analysis: Analysis) -> list[Block]:

@@ -21,40 +21,60 @@ from mtc.report.blocks import (
     Text,
     Token,
 )
-from mtc.results import NOT_MEASURED, Analysis, Example, Feature, LogitEffect, Parent, ShownFeature, number, percent
-
-
-def listed(parts: list[tuple[Piece, ...]]) -> tuple[Piece, ...]:
-    """Texts in a row, with commas between them."""
-    pieces: list[Piece] = []
-    for part in parts:
-        pieces += [", ", *part] if pieces else part
-    return tuple(pieces)
-
-
-def maybe_token(text: str | None) -> Piece:
-    return "no samples" if text is None else Token(text)
+from mtc.report.sections.copies import copies
+from mtc.report.sections.listing import listed, maybe_token
+from mtc.results import (
+    NOT_MEASURED,
+    Analysis,
+    Example,
+    Feature,
+    LogitEffect,
+    Parent,
+    ShownFeature,
+    TopFeature,
+    number,
+    percent,
+)
 
 
 def top_features(analysis: Analysis) -> Section:
-    """Section 5: the strongest features that fired."""
+    """Section 5: the strongest features that fired, those of massive tokens apart, and copies."""
     density = {f.figures.feature: f.figures.density for f in analysis.features}
     rows: tuple[tuple[Text, ...], ...] = tuple(
-        (
-            number(f.rank), FeatureLink(f.feature), number(f.group), number(f.max_activation),
-            number(density.get(f.feature)), number(f.samples), maybe_token(f.top_token),
-        )
-        for f in analysis.top_features
-    )  # fmt: skip
+        (*_row(f)[:4], number(density.get(f.feature)), *_row(f)[4:]) for f in analysis.top_features
+    )
     headers = ("Rank", "Feature", "Group", "Max activation", "Density", "Samples", "Top token")
     caption = "The strongest features (activations in scaled units)"
-    body: Block = Table(caption, headers, rows, searchable=True) if rows else _none_fired(analysis)
+    fired = rows or analysis.massive_features
+    body: Block = Table(caption, headers, rows, searchable=True) if fired else _none_fired(analysis)
     plots = (
         ("max_activation", "Histogram of features by strongest activation, per group."),
         ("samples", "Histogram of features by number of stored top examples, per group."),
         ("activation_vs_samples", "Strongest activation against number of samples, a dot per feature that fired."),
     )
-    return Section("Top features by activation", (body, Plots(plots)))
+    blocks = (body, *_massive(analysis), Plots(plots), Heading("Copies"), *copies(analysis))
+    return Section("Top features by activation", blocks)
+
+
+def _row(f: TopFeature) -> tuple[Text, ...]:
+    return (
+        number(f.rank), FeatureLink(f.feature), number(f.group), number(f.max_activation), number(f.samples),
+        maybe_token(f.top_token),
+    )  # fmt: skip
+
+
+def _massive(analysis: Analysis) -> list[Block]:
+    """The strongest of the features of massive tokens, in short; nothing where there are none."""
+    count = analysis.summary.massive_features
+    if not count:
+        return []
+    text = (
+        "More than half of the summed activation of some features falls on massive tokens (section 3). They bear a "
+        f"badge, and are left out of the list above and of the plots below: {number(count)}."
+    )
+    headers = ("Rank", "Feature", "Group", "Max activation", "Samples", "Top token")
+    rows = tuple(_row(f) for f in analysis.massive_features)
+    return [Paragraph(text), Table("The strongest features of massive tokens", headers, rows)]
 
 
 def feature_cards(analysis: Analysis) -> Section:
@@ -127,6 +147,7 @@ def feature_blocks(
                 ("Nearest features (decoder cosine): ", *near),
                 ("Parent: ", *(_parent(named(f.parent.feature), f.parent) if f.parent else (no_parent,))),
                 ("Children: ", *(listed([named(c) for c in f.children]) or ("none",))),
+                *_particulars(f),
             )
         ),
         Bars("Activations by size (scaled units)", edges, f.histogram),
@@ -141,7 +162,20 @@ def _card(shown: ShownFeature, analysis: Analysis) -> Card:
     top: list[Piece] = [Token(f.top_tokens[0].token)] if f.top_tokens else ["no samples"]
     blocks = feature_blocks(f, shown.examples, analysis.activation_edges, analysis.tree is not None)
     summary = (*top, f", max activation {number(f.max_activation)}, density {number(f.density)}")
-    return Card(f.feature, f"Feature {f.feature} (group {f.group})", summary, blocks)
+    kind = ", of massive tokens" if f.massive else ""
+    return Card(f.feature, f"Feature {f.feature} (group {f.group}){kind}", summary, blocks)
+
+
+def _particulars(f: Feature) -> list[Text]:
+    """What a feature has to do with massive tokens, and whether it is a copy; nothing of most."""
+    found: list[Text] = []
+    if f.massive_firings:
+        about = "a feature of massive tokens" if f.massive else "not a feature of massive tokens"
+        shares = f"{percent(f.massive_activation)} of its activation and {percent(f.massive_firings)} of its firings"
+        found.append(f"Massive tokens: {about}; {shares} fall on them")
+    if f.copy_of is not None:
+        found.append(("Copy of: ", FeatureLink(f.copy_of)))
+    return found
 
 
 def _effects(effects: tuple[LogitEffect, ...] | None) -> tuple[Piece, ...]:

@@ -15,7 +15,7 @@ from mtc.report.blocks import (
     Table,
     Text,
 )
-from mtc.report.sections.features import listed, maybe_token
+from mtc.report.sections.listing import listed, maybe_token
 from mtc.results import NOT_MEASURED, Analysis, Family, PrefixStep, Tree, number, percent, whole_range
 
 

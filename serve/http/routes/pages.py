@@ -10,8 +10,8 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
-from mtc.report.blocks import Branch, Branches, FeatureLink, Heading, Items, Token
-from mtc.report.html import Renderer
+from mtc.report.blocks import Branch, Branches, FeatureLink, Heading, Items, Token, with_badges
+from mtc.report.html import BADGE, Renderer
 from mtc.results import number, percent
 from serve.contract import FeaturesQuery, ServiceError
 from serve.http.access import COOKIE, same_origin
@@ -53,7 +53,8 @@ async def features(request: Request, service: TheService) -> Response:
     return render(
         "features.html", **await _frame(request, service, run, "features", wanted.model), wanted=wanted, rows=rows,
         total=total, groups=range(len(run.prefixes)), next_page=query(**asked, cursor=after) if after else None,
-        first_page=query(**asked) if wanted.cursor else None, analysed_tokens=table.analysis.summary.analysed_tokens,
+        first_page=query(**asked) if wanted.cursor else None, badge=BADGE,
+        analysed_tokens=table.analysis.summary.analysed_tokens,
     )  # fmt: skip
 
 
@@ -143,7 +144,8 @@ def _content(table: FeatureTable, feature: int, limit: int, model: str | None) -
     blocks[place:place] = [*_tree(table, feature), *_candidates(table, feature), Heading("Contexts")]
     figures = table.feature(feature)
     return {
-        "figures": figures, "blocks": [renderer.block(block) for block in blocks],
+        "figures": figures, "badge": BADGE if figures.massive else "",
+        "blocks": [renderer.block(with_badges(block, table.analysis.massive_indices)) for block in blocks],
         "more": max(totals.values()) if max(totals.values()) > limit else None,
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ const LISTED = 50, STRENGTHS = 5, TRIES = 30;
 let text = "";         // what the shown answers are about
 let answers = new Map();  // by nested dictionary
 let names = new Map();    // top tokens of features
+let massive = null;    // features of massive tokens, once they are known
 let shown = null;      // the answer that is shown
 let token = null, feature = null;  // what is chosen
 let asking = new AbortController(), reading = new AbortController();
@@ -67,6 +68,7 @@ async function show() {
   element("status").textContent = "Encoding …";
   try {
     const answer = await encode(prefix);
+    await learnMassive(mine.signal);
     await learn(strongest(answer).slice(0, LISTED).map((row) => row.feature), mine.signal);
     if (mine !== asking) return;
     shown = answer;
@@ -79,7 +81,10 @@ async function show() {
   }
 }
 
-// Features of the text, strongest first.
+// Strongest first; features of massive tokens, whose activations say nothing beside others', come last.
+const byStrength = (a, b) => massive.has(a.feature) - massive.has(b.feature) || b.value - a.value || a.feature - b.feature;
+
+// Features of the text.
 function strongest(answer) {
   const found = new Map();
   const { indptr, indices, values } = answer.csr;
@@ -91,7 +96,7 @@ function strongest(answer) {
       found.set(indices[i], row);
     }
   }
-  return [...found.values()].sort((a, b) => b.value - a.value || a.feature - b.feature);
+  return [...found.values()].sort(byStrength);
 }
 
 // Top tokens of features that were not asked for before; a run without an analysis has none.
@@ -108,11 +113,28 @@ async function learn(features, signal) {
   for (const f of missing) if (!names.has(f)) names.set(f, []);
 }
 
+// Which features are of massive tokens; of a run without an analysis nobody knows.
+async function learnMassive(signal) {
+  if (massive) return;
+  const found = new Set();
+  try {
+    for (let cursor = ""; cursor !== null;) {
+      const wanted = new URLSearchParams([["model", ask.dataset.model], ["massive", true], ["limit", 500], ...(cursor ? [["cursor", cursor]] : [])]);
+      const answer = await (await call("/features?" + wanted, {}, signal)).json();
+      for (const row of answer.features) found.add(row.feature);
+      cursor = answer.cursor;
+    }
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+  }
+  massive = found;
+}
+
 function entries(t) {
   const { indptr, indices, values } = shown.csr;
   const found = [];
   for (let i = indptr[t]; i < indptr[t + 1]; i++) found.push({ feature: indices[i], value: values[i] });
-  return found.sort((a, b) => b.value - a.value || a.feature - b.feature);
+  return found.sort(byStrength);
 }
 
 function draw() {
@@ -163,6 +185,7 @@ function table(caption, rows, headers, cells) {
     const button = make("button", String(row.feature), { type: "button" });
     button.addEventListener("click", () => pick(row.feature));
     const top = (names.get(row.feature) ?? []).slice(0, 3).flatMap((s) => [make("span", spaced(s), { class: "token" }), " "]);
+    if (massive.has(row.feature)) top.unshift(make("span", "massive", { class: "badge", title: "most of its activation falls on massive tokens" }), " ");
     const line = make("tr", [make("th", button, { scope: "row" }), make("td", top), ...cells(row).map((c) => make("td", c, { class: "n" }))]);
     if (row.feature === feature) line.setAttribute("aria-current", "true");
     return line;
@@ -177,7 +200,8 @@ function bar(value, most) {
 function drawList() {
   const rows = strongest(shown), listed = rows.slice(0, LISTED);
   const caption = rows.length > LISTED ? `The strongest ${LISTED} of ${number(rows.length)} features` : `${number(rows.length)} features`;
-  element("list").replaceChildren(table(caption, listed, ["Feature", "Top tokens", "", "Strongest", "Tokens"], (row) => [bar(row.value, rows[0].value), number(row.value), number(row.tokens)]));
+  const last = listed.some((row) => massive.has(row.feature)) ? "; those of massive tokens come last" : "";
+  element("list").replaceChildren(table(caption + last, listed, ["Feature", "Top tokens", "", "Strongest", "Tokens"], (row) => [bar(row.value, rows[0].value), number(row.value), number(row.tokens)]));
 }
 
 function drawToken() {
