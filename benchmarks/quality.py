@@ -194,6 +194,7 @@ def summary(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "versions": {library: peer_version(library) for library in libraries},
+        "seeds": len(next(iter(tasks.values()))["results"][0]["scores"]),
         **describe({name: task["figures"] for name, task in tasks.items()}),
         "tasks": tasks,
     }

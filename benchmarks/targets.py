@@ -1,8 +1,14 @@
 """The project's targets for reconstruction, and where benchmarks.quality finds them: ratios within one task, and the
-worst over the tasks that they are for."""
+worst over the tasks that they are for.
+
+`python -m benchmarks.targets docs/benchmarks/quality-*.json` prints the tables of docs/quality.md from saved results.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 TARGETS: dict[str, Any] = {
@@ -80,6 +86,42 @@ def describe(by_task: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def tables(tasks: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a table for each task, then the targets."""
+    lines = []
+    for name, task in tasks.items():
+        about, line = task["task"], task["linear_map"]
+        lines += [
+            f"### {name}: {about['model']} layer {about['layer']}, {about['train_tokens']:,} captured tokens, "
+            f"{100 * task['massive_share']:.2f} % massive (linear map: FVU {line['fvu']:.3f}, of all tokens "
+            f"{line['fvu_all']:.3f})",
+            "",
+            "| | learning rate | FVU per prefix | L0 | dead | train, s | CPU, s | FVU of all tokens | its L0 |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        shares = [{"contender": f"mtc, {s['share']:g} of the tokens", "lr": None, **s} for s in task.get("shares", [])]
+        for result in [*task["results"], *shares]:
+            means, lr = result["means"], "" if result["lr"] is None else f"{result['lr']:g}"
+            fvu, fvu_all = (" / ".join(f"{value:.3f}" for value in means[key]) for key in ("fvu", "fvu_all"))
+            lines.append(
+                f"| {result['contender']} | {lr} | {fvu} | {means['l0']:.2f} | {100 * means['dead']:.1f} % "
+                f"| {means['seconds']:.0f} | {means['cpu_seconds']:.0f} | {fvu_all} | {means['l0_all']:.2f} |"
+            )
+        lines.append("")
+    lines += [f"| | {' | '.join(tasks)} | worst | target |", f"| --- |{' --- |' * len(tasks)} --- | --- |"]
+    for figure, about in describe({name: task["figures"] for name, task in tasks.items()}).items():
+        values = [_shown(about["tasks"][name]) if name in about["tasks"] else "" for name in tasks]
+        target = f"{_shown(about['target'])}, {'met' if about['met'] else 'not met'}"
+        lines.append(f"| {figure} | {' | '.join(values)} | {_shown(about['worst'])} | {target} |")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_shown(each) for each in value)
+    return "out of reach" if value is None else f"{value:.3f}"
+
+
 def _to_match(task: dict[str, Any], peer: dict[str, Any], shares: list[dict[str, Any]]) -> dict[str, Any]:
     matching = [s for s in shares if s["means"]["fvu"][-1] <= peer["fvu"][-1]]
     if not matching:
@@ -102,3 +144,7 @@ def _worst(values: list[Any]) -> Any:
     if isinstance(values[0], list):
         return [_worst(list(column)) for column in zip(*values, strict=True)]
     return None if None in values else max(values)
+
+
+if __name__ == "__main__":
+    print(tables({n: t for file in sys.argv[1:] for n, t in json.loads(Path(file).read_text())["tasks"].items()}))
