@@ -287,9 +287,11 @@ class Sparsify:
         if self._scheduler is None:
             self._optimizer.eval()  # from the weights that gradients are taken at to their average
         exported = _exported(encoder.weight, encoder.bias, coder.W_dec, coder.b_dec, torch.ones(coder.num_latents))
+        if coder.W_skip is not None:
+            exported["W_skip"] = coder.W_skip.detach().clone()
         if self._scheduler is None:
             self._optimizer.train()
-        return exported if coder.W_skip is None else exported | {"W_skip": coder.W_skip.detach().clone()}
+        return exported
 
 
 def batches(tokens: int, work: Work) -> Iterator[Tensor]:
