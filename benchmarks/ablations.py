@@ -1,4 +1,5 @@
-"""What each training choice is worth: the defaults with one thing changed at a time, on the validation part.
+"""What each training choice is worth: the defaults with one thing changed at a time, on the validation part. Every
+captured token is trained once.
 
 `python -m benchmarks.ablations [--task smollm2] [--only NAME ...] [--json]` prints the table of docs/quality.md.
 Choices that the library does not offer, since they lost here, are written out below.
@@ -14,9 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import quality
-from benchmarks.activations import Activations, load
-from benchmarks.quality import TASKS, Task, score, train_ours
+from benchmarks.activations import Part
+from benchmarks.contenders import Ours, Task, train_ours
+from benchmarks.quality import TASKS
+from benchmarks.rows import Rows, load_rows
+from benchmarks.scores import Score, score
 from mtc.training import StepResult, Trainer
 from mtc.transcoder import Objective
 from mtc.transcoder import sparse_loss as kernels
@@ -178,18 +181,16 @@ VARIANTS = (
 )
 
 
-def run(variant: Variant, task: Task, data: Activations) -> quality.Score:
+def run(variant: Variant, task: Task, rows: Rows) -> Score:
     """Train with LR and score on the second half of the validation part, calibrated on the first."""
     transcoder, optimizer = dict(variant.transcoder or {}), dict(variant.optimizer or {})
     if "warmup_steps" in optimizer:
         optimizer["warmup_steps"] = round(optimizer["warmup_steps"] * task.steps)
-    changes = {"transcoder": transcoder, "optimizer": optimizer}
-    dictionary, seconds = train_ours(data, task, LR, transcoder.get("seed", 0), variant.trainer, **changes)
-    half = len(data.validation.source) // 2
-    first, second = (
-        type(data.validation)(*(t[part] for t in data.validation)) for part in (slice(half), slice(half, None))
-    )
-    return score(dictionary, task, False, first, second, seconds)
+    ours = Ours({"transcoder": transcoder, "optimizer": optimizer}, replays=1)
+    trained = train_ours(rows, task, LR, transcoder.get("seed", 0), ours, variant.trainer)
+    half = len(rows.validation.source) // 2
+    first, second = (Part(*(t[part] for t in rows.validation)) for part in (slice(half), slice(half, None)))
+    return score(trained.dictionary, task.prefixes, task.k, False, rows, first, second)
 
 
 def main() -> None:
@@ -199,13 +200,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object on a line")
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
-    data = quality.scaled(load(task.model, task.train_tokens))
+    rows = load_rows(task.model, task.layer, task.train_tokens)
     found = {}
     print(f"{arguments.task}, lr {LR:g}, seed 0\n{'variant':<34}{'FVU per prefix':>24}{'L0':>8}{'dead':>8}")
     for variant in VARIANTS:
         if arguments.only and variant.name not in arguments.only:
             continue
-        result = found[variant.name] = run(variant, task, data)
+        result = found[variant.name] = run(variant, task, rows)
         shown = " / ".join(f"{value:.3f}" for value in result.fvu)
         print(f"{variant.name:<34}{shown:>24}{result.l0:>8.2f}{result.dead:>8.1%}", flush=True)
     if arguments.json:

@@ -3,7 +3,8 @@
 Runs in a virtual environment of its own (`make peers`), since each library brings its own pins; so it imports neither
 `mtc` nor ray. Each adapter takes the library's own training code as far as that goes and changes only what a transcoder
 needs; its docstring says what. What is made equal: Adam at `Work.lr`, a linear warm-up, a constant rate and a linear
-decay to zero over the last fifth of the steps, and the number of silent tokens after which a feature is dead.
+decay to zero over the last fifth of the steps, and the number of silent tokens after which a feature is dead. A name
+may end in variants that the library offers itself: "eai-sparsify, skip, sign" (VARIANTS).
 
 `python benchmarks/peers.py worker` obeys JSON lines on stdin and answers each with one on stdout; see `run_worker`.
 """
@@ -29,6 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 NAMES = ("sae-lens", "dictionary-learning", "eai-sparsify")
+VARIANTS = {"sae-lens": (), "dictionary-learning": (), "eai-sparsify": ("skip", "sign")}
+"""What may follow a name. SAELens has skip transcoders too, but to load and run: none of its trainers makes one."""
 DECAY_FRACTION = 0.2
 SAMPLE_ROWS = 4096
 
@@ -74,7 +77,8 @@ class Peer(Protocol):
         """W_enc [features, d_source], b_enc [features], W_dec [features, d_target], b_dec [d_target] and rank_scale.
 
         With z = relu(x @ W_enc.T + b_enc), features are ranked by z * rank_scale [features], and those selected decode
-        as z @ W_dec + b_dec; a prefix of m features as z[:, :m] @ W_dec[:m] + b_dec.
+        as z @ W_dec + b_dec; a prefix of m features as z[:, :m] @ W_dec[:m] + b_dec. With a skip connection there is
+        W_skip [d_target, d_source] too, and x @ W_skip.T is added to both.
         """
 
 
@@ -82,13 +86,16 @@ def make(name: str, work: Work, x: Tensor, y: Tensor) -> Peer:
     """The named peer, initialised. x [rows, d_source], y [rows, d_target]: a sample, for what is set from data."""
     if work.d_source != work.d_target:
         raise ValueError(f"the peers' dictionaries have one width: d_source {work.d_source}, d_target {work.d_target}")
+    library, *variants = name.split(", ")
+    if not set(variants) <= set(VARIANTS.get(library, ())):
+        raise ValueError(f"no peer {name!r}; there are, with their variants, {VARIANTS}")
     torch.manual_seed(work.seed)
-    if name == "sae-lens":
+    if library == "sae-lens":
         return SaeLens(work)
-    if name == "dictionary-learning":
+    if library == "dictionary-learning":
         return DictionaryLearning(work)
-    if name == "eai-sparsify":
-        return Sparsify(work, x, y)
+    if library == "eai-sparsify":
+        return Sparsify(work, x, y, skip="skip" in variants, sign="sign" in variants)
     raise ValueError(f"no peer {name!r}; there are {NAMES}")
 
 
@@ -223,8 +230,10 @@ class Sparsify:
     itself: TopK per token, no pre-bias, W_dec = 0 at first, the encoder's bias minus the pre-activation of the mean x,
     b_dec the mean y (here of the sample, in the library of the first batch). For a transcoder it neither normalises the
     decoder nor projects its gradient; it never clips.
-    Chosen: Adam (the library's option; its default is schedule-free signum) so that the rates compare, Work's schedule
-    instead of a linear decay from the warm-up on, `auxk_alpha=1/32` (its default is 0, which is no AuxK).
+    Chosen: Adam (the library's option) so that the rates compare, Work's schedule instead of a linear decay from the
+    warm-up on, `auxk_alpha=1/32` (its default is 0, which is no AuxK). The variant "sign" is its default optimizer as
+    it sets it up, SignSGD made schedule-free with momentum 0.95, which has no schedule; what it averaged is exported.
+    The variant "skip" is `skip_connection=True`, an affine map of x that starts at zero.
     Left out: `float32_matmul_precision("high")`, so that all contenders compute alike. The decoder is its Triton kernel
     on a GPU, its eager one (`embedding_bag`) on a CPU.
     Loss: squared error over the variance of y in the batch. AuxK: the min(d_target / 2, dead) strongest rectified
@@ -235,15 +244,22 @@ class Sparsify:
 
     nested = False
 
-    def __init__(self, work: Work, x: Tensor, y: Tensor) -> None:
+    def __init__(self, work: Work, x: Tensor, y: Tensor, skip: bool, sign: bool) -> None:
+        from schedulefree import ScheduleFreeWrapper
         from sparsify import SparseCoder, SparseCoderConfig
+        from sparsify.sign_sgd import SignSGD
 
-        config = SparseCoderConfig(num_latents=work.features, k=work.k, transcode=True)
+        config = SparseCoderConfig(num_latents=work.features, k=work.k, transcode=True, skip_connection=skip)
         self._coder = SparseCoder(work.d_source, config, dtype=torch.float32)
         self._coder.encoder.bias.data = -x.mean(0) @ self._coder.encoder.weight.data.T
         self._coder.b_dec.data = y.mean(0)
-        self._optimizer = torch.optim.Adam(self._coder.parameters(), lr=work.lr)
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, partial(_rate, work))
+        self._scheduler = None
+        if sign:
+            self._optimizer = ScheduleFreeWrapper(SignSGD(self._coder.parameters(), lr=work.lr), momentum=0.95)
+            self._optimizer.train()
+        else:
+            self._optimizer = torch.optim.Adam(self._coder.parameters(), lr=work.lr)
+            self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, partial(_rate, work))
         self._silent_tokens = torch.zeros(work.features, dtype=torch.long)
         self._dead_after = work.dead_after_tokens
         self._auxk_alpha = 1 / 32
@@ -258,7 +274,8 @@ class Sparsify:
         (out.fvu + self._auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._scheduler.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
         self._silent_tokens += len(x)
         self._silent_tokens[fired] = 0
 
@@ -267,7 +284,14 @@ class Sparsify:
 
     def export(self) -> dict[str, Tensor]:
         coder, encoder = self._coder, self._coder.encoder
-        return _exported(encoder.weight, encoder.bias, coder.W_dec, coder.b_dec, torch.ones(coder.num_latents))
+        if self._scheduler is None:
+            self._optimizer.eval()  # from the weights that gradients are taken at to their average
+        exported = _exported(encoder.weight, encoder.bias, coder.W_dec, coder.b_dec, torch.ones(coder.num_latents))
+        if coder.W_skip is not None:
+            exported["W_skip"] = coder.W_skip.detach().clone()
+        if self._scheduler is None:
+            self._optimizer.train()
+        return exported
 
 
 def batches(tokens: int, work: Work) -> Iterator[Tensor]:
@@ -287,7 +311,8 @@ def run_worker(make: Callable[[str, Work, Tensor, Tensor], Peer]) -> None:
 
     make {name, work}: a peer on random x, y [batch, d] -> base_rss_bytes, resident before it, x and y included.
     force_dead {features}; step {repeat} -> seconds, peak_rss_bytes during, rss_bytes after; quit.
-    train {name, work, train, out}: safetensors with source, target in; safetensors of `Peer.export` out -> seconds.
+    train {name, work, rows, out}: safetensors with float32 train.source, train.target in; safetensors of `Peer.export`
+    out -> seconds, cpu_seconds of all its threads.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -313,13 +338,13 @@ def run_worker(make: Callable[[str, Work, Tensor, Tensor], Peer]) -> None:
             answer = {"seconds": time.perf_counter() - start, "peak_rss_bytes": _memory("VmHWM")}
             answer["rss_bytes"] = _memory("VmRSS")
         elif command == "train":
-            work, data = Work(**order["work"]), load_file(order["train"])
-            source, target = data["source"], data["target"]
-            trained = make(order["name"], work, source[:SAMPLE_ROWS].float(), target[:SAMPLE_ROWS].float())
-            start = time.perf_counter()
+            work, data = Work(**order["work"]), load_file(order["rows"])
+            source, target = data["train.source"], data["train.target"]
+            trained = make(order["name"], work, source[:SAMPLE_ROWS], target[:SAMPLE_ROWS])
+            start, cpu = time.perf_counter(), time.process_time()
             for rows in batches(len(source), work):
-                trained.step(source[rows].float(), target[rows].float())
-            answer = {"seconds": time.perf_counter() - start, "ok": True}
+                trained.step(source[rows], target[rows])
+            answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
             save_file(trained.export(), order["out"])
         elif command == "quit":
             return

@@ -1,0 +1,183 @@
+"""Who takes part in benchmarks.quality, and how each is trained on the rows of a task.
+
+Ours are trained anew by `mtc.training.Trainer` on the arrays, with the configuration's defaults but for what `OURS` and
+the task say. Peers are trained in an environment of their own (benchmarks/peers.py), and their weights kept in the
+cache directory by version, settings and rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import time
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.peers import Work, batches
+from benchmarks.rows import MASSIVE_SAMPLE, Rows
+from benchmarks.scores import Dictionary
+from mtc.config import RunConfig, load_preset
+from mtc.storage import cache_directory
+from mtc.training import Trainer
+
+BATCH = 1024
+DEAD_AFTER = 20_480
+WARMUP_FRACTION = 0.2
+PEERS_PYTHON = Path(".venv-peers/bin/python")
+ADAPTERS = 2
+"""Part of the key of peers' kept weights; raise it when an adapter of benchmarks/peers.py trains otherwise."""
+PEERS = (
+    "sae-lens",
+    "eai-sparsify",
+    "eai-sparsify, skip",
+    "eai-sparsify, sign",
+    "eai-sparsify, skip, sign",
+    "dictionary-learning",
+)
+NO_WARM_UP = "no warm-up"
+
+
+class Task(NamedTuple):
+    model: str
+    """Name in benchmarks.activations.MODELS."""
+    layer: int
+    train_tokens: int = 400_000
+    """Captured tokens, all different."""
+    steps: int = 390
+    """Steps of the peers, of BATCH tokens."""
+    group_sizes: tuple[int, ...] = (288, 576, 288)
+    k: int = 32
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.group_sizes))
+
+    def rows(self) -> str:
+        return f"{self.model} layer {self.layer}"
+
+
+class Ours(NamedTuple):
+    """How we take part."""
+
+    sections: dict[str, Any] = {}
+    """Overrides of the configuration's sections."""
+    replays: int = 4
+    """Times that every captured token is trained, in epochs over all of them."""
+    nested: bool = True
+
+
+OURS: dict[str, Ours] = {
+    "mtc": Ours(),
+    "mtc, skip": Ours({"transcoder": {"skip": True}}),
+    "mtc, not nested": Ours(nested=False),
+    "mtc, no replays": Ours(replays=1),
+}
+"""The first holds our defaults; the others differ from it in what their name says."""
+
+
+class Trained(NamedTuple):
+    dictionary: Dictionary
+    seconds: float
+    """Wall time of the steps."""
+    cpu_seconds: float
+    """Of all threads of the process over the steps, user and system: hardly changed by whoever else is at work."""
+
+
+def train(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> Trained:
+    """Train a contender by its name: one of OURS, or of PEERS, which "no warm-up" may follow."""
+    if contender in OURS:
+        return train_ours(rows, task, lr, seed, OURS[contender])
+    return train_peer(contender, task, lr, seed, rows)
+
+
+def train_ours(rows: Rows, task: Task, lr: float, seed: int, ours: Ours, make: type[Trainer] = Trainer) -> Trained:
+    """Train on the first `task.train_tokens` rows."""
+    task = _ours(task, ours)
+    source, target = (part[: task.train_tokens] for part in rows.train)
+    trainer = make(our_config(task, lr, seed, ours.sections), source.shape[1], target.shape[1])
+    trainer.initialise(source[:MASSIVE_SAMPLE], target[:MASSIVE_SAMPLE])
+    start, cpu = time.perf_counter(), time.process_time()
+    for chosen in batches(len(source), _work(rows, task, lr, seed)):
+        trainer.step(source[chosen], target[chosen])
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    t, scale = trainer.transcoder, trainer.transcoder.target_scale
+    skip = torch.zeros(t.shape.d_target, t.shape.d_source) if t.W_skip is None else t.W_skip.detach() / scale
+    decoder = t.W_dec.detach() / scale, t.b_dec.detach() / scale
+    dictionary = Dictionary(t.W_enc.detach(), t.b_enc.detach(), *decoder, torch.ones(t.num_features), skip)
+    return Trained(dictionary, seconds, cpu_seconds)
+
+
+def our_config(task: Task, lr: float, seed: int, overrides: dict[str, Any]) -> RunConfig:
+    transcoder = {
+        "group_sizes": list(task.group_sizes),
+        "k": task.k,
+        "seed": seed,
+        "input_norm": "none",  # the rows are normalised already
+        "dead_after_tokens": DEAD_AFTER,
+    }
+    optimizer = {
+        "lr": lr,
+        "batch_tokens": BATCH,
+        "warmup_steps": int(WARMUP_FRACTION * task.steps),
+        "backend": "sparse",
+        "precision": "float32",
+    }
+    sections = {"transcoder": transcoder, "optimizer": optimizer, "data": {"num_tokens": task.steps * BATCH}}
+    for name, settings in overrides.items():
+        sections[name] = sections[name] | settings
+    return load_preset("smollm2-135m", sections)
+
+
+def train_peer(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> Trained:
+    """Train in the peers' environment, or take from the cache what was trained before."""
+    parts = contender.split(", ")
+    name, library = ", ".join(part for part in parts if part != NO_WARM_UP), parts[0]
+    work = _work(rows, task, lr, seed)
+    if NO_WARM_UP in parts:
+        work = work._replace(warmup_steps=0)
+    key = json.dumps([ADAPTERS, name, peer_version(library), work, task.model, task.layer, _digest(rows)])
+    directory = Path(cache_directory()) / "benchmarks" / "peers"
+    directory.mkdir(parents=True, exist_ok=True)
+    out = directory / f"{library}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    answer = out.with_suffix(".json")  # is written last
+    if not answer.exists():
+        order = {"cmd": "train", "name": name, "work": work._asdict(), "rows": str(rows.file), "out": str(out)}
+        done = subprocess.run(
+            [str(PEERS_PYTHON), "benchmarks/peers.py", "worker"],
+            input=json.dumps(order) + "\n", capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode or not done.stdout:
+            raise RuntimeError(f"{contender} was not trained: {done.stderr[-2000:]}")
+        answer.with_suffix(".part").write_text(done.stdout)
+        answer.with_suffix(".part").rename(answer)
+    weights, spent = load_file(out), json.loads(answer.read_text())
+    weights.setdefault("W_skip", torch.zeros(weights["W_dec"].shape[1], weights["W_enc"].shape[1]))
+    return Trained(Dictionary(**weights), spent["seconds"], spent["cpu_seconds"])
+
+
+@cache
+def peer_version(library: str) -> str:
+    code = f"import importlib.metadata as m; print(m.version({library!r}))"
+    return subprocess.run([str(PEERS_PYTHON), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _ours(task: Task, ours: Ours) -> Task:
+    """The task with as many steps as our replays ask, and one group if not nested."""
+    steps = max(ours.replays * (task.train_tokens // BATCH), task.steps)
+    return task._replace(steps=steps, group_sizes=task.group_sizes if ours.nested else (sum(task.group_sizes),))
+
+
+def _work(rows: Rows, task: Task, lr: float, seed: int) -> Work:
+    sizes = rows.train.source.shape[1], rows.train.target.shape[1]
+    warmup = int(WARMUP_FRACTION * task.steps)
+    return Work(*sizes, task.group_sizes, task.k, BATCH, task.steps, lr, seed, DEAD_AFTER, warmup)
+
+
+def _digest(rows: Rows) -> str:
+    return hashlib.sha256(rows.train.target[::997].numpy().tobytes()).hexdigest()[:16]
