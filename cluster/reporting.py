@@ -101,10 +101,9 @@ def _say_heldout(analysis: Analysis, member: Member, where: str) -> None:
         text += f", without {massive:,} massive tokens; of all tokens fvu {all_fvu}, l0 {of_all.l0[-1]:.2f}"
     if found.line:
         text += f"; affine map fvu {found.line.fvu:.3f}"
-    say(
-        "heldout", text, member=member.name, layer=member.config.model.layer, fvu=found.fvu, l0=found.l0[-1], massive_tokens=massive,
-        all_tokens_fvu=of_all.fvu, all_tokens_l0=of_all.l0[-1],
-    )  # fmt: skip
+    figures = {"member": member.name, "layer": member.config.model.layer, "fvu": found.fvu, "l0": found.l0[-1]}
+    figures |= {"massive_tokens": massive, "all_tokens_fvu": of_all.fvu, "all_tokens_l0": of_all.l0[-1]}
+    say("heldout", text, **figures)
 
 
 def publish(run: RunDirectory, latest: bool) -> None:

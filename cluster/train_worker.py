@@ -255,8 +255,9 @@ def _calibrate(trainers: Mapping[str, Trainer], batches: Batches) -> int:
         with batches.clock.part("step"):
             for calibrator, model in calibrators:
                 (sites,) = model.sites
-                for rows in unit.activations[sites.source_key].split(CALIBRATION_ROWS):
-                    calibrator.add(rows)
+                parts = (unit.activations[key].split(CALIBRATION_ROWS) for key in (sites.source_key, sites.target_key))
+                for source, target in zip(*parts, strict=True):
+                    calibrator.add(source[~calibrator.transcoder.massive(target)])  # k is what the others are to have
     with batches.clock.part("step"):
         (calibrated,) = agree(batches.calibrated)
         if not calibrated:

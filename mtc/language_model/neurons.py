@@ -14,7 +14,7 @@ from torch import Tensor
 from mtc.config import ModelConfig
 from mtc.language_model.architectures import ModelError, modules_of
 from mtc.language_model.check import INDEX, WEIGHTS
-from mtc.language_model.weights import model_config_of, prepare_model, revision
+from mtc.language_model.weights import model_config_of, prepare_model
 
 
 def neuron_directions(config: ModelConfig, layer: int, source: str = "resid_mid") -> Tensor:
@@ -60,7 +60,7 @@ def _files(config: ModelConfig, ends: dict[str, re.Pattern[str]]) -> list[str]:
         if os.path.isdir(path):
             return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None
         try:
-            return hf_hub_download(path, name, **revision(config))
+            return hf_hub_download(path, name, revision=config.revision)
         except hub_errors.EntryNotFoundError:
             return None
 
