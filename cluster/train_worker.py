@@ -28,7 +28,7 @@ from cluster.progress import RESUMED
 from cluster.resources import Plan
 from mtc.config import RunConfig, SiteKey
 from mtc.devices import open_device
-from mtc.language_model import neuron_directions
+from mtc.language_model import read_neurons
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
@@ -163,11 +163,11 @@ def _initialise(trainers: Mapping[str, Trainer], batches: Batches) -> None:
         first = batches.buffer.peek(INITIAL_ROWS)
         for trainer in trainers.values():
             source, target = _rows_of(trainer, first)
-            directions = None
+            neurons = None
             if trainer.config.transcoder.init == "mlp":
                 (sites,) = trainer.config.model.sites
-                directions = neuron_directions(trainer.config.model, sites.layer, sites.source)
-            trainer.initialise(source, target, directions)
+                neurons = read_neurons(trainer.config.model, sites.layer, sites.source)
+            trainer.initialise(source, target, neurons)
 
 
 def _step(trainers: Mapping[str, Trainer], batches: Batches, share: Share) -> list[StepResult]:

@@ -52,8 +52,12 @@ class Modules(NamedTuple):
     """Path of the norm before the unembedding, from the base model."""
     neurons: str = "mlp.gate_proj"
     """Path of the linear map that the MLP's nonlinearity is applied to, from the layer."""
+    neurons_gated: str | None = "mlp.up_proj"
+    """Path of the linear map that the nonlinearity's result is multiplied with; None where there is none."""
+    neurons_out: str = "mlp.down_proj"
+    """Path of the linear map from the neurons back to the residual stream, from the layer."""
     transposed: bool = False
-    """Whether that map is stored as [d_model, neurons], as a Conv1D is."""
+    """Whether these maps are stored the other way round, as a Conv1D is."""
     stored_gain: float = 0.0
     """What is added to the stored gain of an RMS norm."""
 
@@ -68,8 +72,24 @@ MODULES = {
     "mistral": Modules("layers"),
     "qwen2": Modules("layers"),
     "qwen3": Modules("layers"),
-    "gpt2": Modules("h", norm="ln_2", attention="attn", final_norm="ln_f", neurons="mlp.c_fc", transposed=True),
-    "gpt_neox": Modules("layers", attention="attention", final_norm="final_layer_norm", neurons="mlp.dense_h_to_4h"),
+    "gpt2": Modules(
+        "h",
+        norm="ln_2",
+        attention="attn",
+        final_norm="ln_f",
+        neurons="mlp.c_fc",
+        neurons_gated=None,
+        neurons_out="mlp.c_proj",
+        transposed=True,
+    ),
+    "gpt_neox": Modules(
+        "layers",
+        attention="attention",
+        final_norm="final_layer_norm",
+        neurons="mlp.dense_h_to_4h",
+        neurons_gated=None,
+        neurons_out="mlp.dense_4h_to_h",
+    ),
 }
 
 

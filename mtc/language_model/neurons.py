@@ -1,15 +1,19 @@
-"""What the neurons of a layer's MLP look for, read from the model's files without loading the model."""
+"""The neurons of a layer's MLP, read from the model's files without loading the model: what each looks for, and how
+strong it is."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from typing import NamedTuple
 
+import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from mtc.config import ModelConfig
 from mtc.language_model.architectures import ModelError, modules_of
@@ -17,43 +21,93 @@ from mtc.language_model.check import INDEX, WEIGHTS
 from mtc.language_model.weights import model_config_of, prepare_model
 
 
-def neuron_directions(config: ModelConfig, layer: int, source: str = "resid_mid") -> Tensor:
-    """Each neuron's direction in the normalised source: [neurons, d_model] float32.
+class Neurons(NamedTuple):
+    """The MLP's neurons as functions of x, [d_model]: the source, of `resid_mid` divided by its root mean square.
 
-    A neuron's nonlinearity is applied to (normalised source) . direction + a constant, where the source is divided by
-    its root mean square (around its mean where the model's norm is a LayerNorm). For `resid_mid` the norm's gain is in
-    the direction, for `mlp_in` it is in the source. Of a gated MLP these are the gate's rows.
-
-    Raises ModelError and ConfigError like `prepare_model`, ModelError if the files hold no such weights.
+    activity = act(directions x + constants), in a gated MLP times (up x + up_constants)
     """
-    modules = modules_of(config, model_config_of(config).model_type)
-    wanted = [f"{modules.layers}.{layer}.{part}.weight" for part in (modules.neurons, modules.norm)]
-    bias = f"{modules.layers}.{layer}.{modules.norm}.bias"
-    weights, gain, shift = _read(config, [*wanted, bias])
-    if weights is None or gain is None:
-        raise ModelError(f"{config.name}: its files hold no weights {wanted[0] if weights is None else wanted[1]}")
-    rows = weights.float().T if modules.transposed else weights.float()
-    if source == "resid_mid":
-        rows = rows * (gain.float() + modules.stored_gain)
+
+    directions: Tensor
+    """[neurons, d_model] float32: what the nonlinearity is applied to, of a gated MLP the gate's rows."""
+    constants: Tensor
+    """[neurons] float32, added before the nonlinearity."""
+    up: Tensor | None
+    """[neurons, d_model] float32, of a gated MLP."""
+    up_constants: Tensor | None
+    """[neurons] float32, of a gated MLP."""
+    out_norms: Tensor
+    """[neurons] float32, length of what one unit of activity adds to `mlp_out`, up to a factor that all share."""
+    act: str
+    """The nonlinearity, as transformers names it."""
+    divided: bool
+    """Whether x is the source divided by its root mean square."""
+
+    def to(self, device: torch.device) -> Neurons:
+        return Neurons(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+
+    def activity(self, source: Tensor) -> Tensor:
+        """[tokens, neurons] float32, of raw sources [tokens, d_model]."""
+        x = source.float()
+        if self.divided:
+            x = x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+        active: Tensor = ACT2FN[self.act](x @ self.directions.T + self.constants)
+        return active if self.up is None or self.up_constants is None else active * (x @ self.up.T + self.up_constants)
+
+
+def read_neurons(config: ModelConfig, layer: int, source: str = "resid_mid") -> Neurons:
+    """The neurons of a layer's MLP behind the site `source`. For `resid_mid` the norm before the MLP is part of them;
+    where that is a LayerNorm, a source's mean is left out of its root mean square, which is exact for residuals whose
+    mean is 0. Raises ModelError and ConfigError like `prepare_model`, ModelError if the files hold no such weights.
+    """
+    model_config = model_config_of(config)
+    modules = modules_of(config, model_config.model_type)
+    parts = {"gate": modules.neurons, "down": modules.neurons_out, "norm": modules.norm}
+    if modules.neurons_gated:
+        parts["up"] = modules.neurons_gated
+    if modules.mlp_out != "mlp":
+        parts["post"] = modules.mlp_out
+    tensors = _read(config, f"{modules.layers}.{layer}", set(parts.values()))
+    if missing := [path for path in parts.values() if f"{path}.weight" not in tensors]:
+        raise ModelError(f"{config.name}: its files hold no weights {modules.layers}.{layer}.{missing[0]}")
+
+    def linear(name: str) -> tuple[Tensor, Tensor]:
+        """[out, in] and [out]: a linear map as one of the normalised source."""
+        weight = tensors[f"{parts[name]}.weight"]
+        weight = weight.T if modules.transposed else weight
+        constant = tensors.get(f"{parts[name]}.bias", weight.new_zeros(len(weight)))
+        if source != "resid_mid":
+            return weight.contiguous(), constant
+        shift = tensors.get(f"{parts['norm']}.bias")
+        rows = weight * (tensors[f"{parts['norm']}.weight"] + modules.stored_gain)
         if shift is not None:
-            rows = rows - rows.mean(1, keepdim=True)  # a LayerNorm's input loses its mean
-    return rows.contiguous()
+            constant, rows = constant + weight @ shift, rows - rows.mean(1, keepdim=True)
+        return rows.contiguous(), constant
+
+    down = tensors[f"{parts['down']}.weight"]
+    down = down if modules.transposed else down.T  # [neurons, d_model]
+    if "post" in parts:
+        down = down * (tensors[f"{parts['post']}.weight"] + modules.stored_gain)
+    text = model_config.get_text_config()
+    act = next(a for n in ("hidden_activation", "hidden_act", "activation_function") if (a := getattr(text, n, None)))
+    up, up_constants = linear("up") if "up" in parts else (None, None)
+    return Neurons(*linear("gate"), up, up_constants, down.norm(dim=1), act, source == "resid_mid")
 
 
-def _read(config: ModelConfig, names: list[str]) -> list[Tensor | None]:
-    """Tensors by the ends of their names, which checkpoints give different beginnings; None for those that are not
-    there."""
+def _read(config: ModelConfig, layer: str, paths: set[str]) -> dict[str, Tensor]:
+    """Weights and biases of modules of a layer, float32, by the ends of their names: checkpoints give them different
+    beginnings."""
+    wanted = re.compile(rf"(?:^|\.){re.escape(layer)}\.((?:{'|'.join(map(re.escape, paths))})\.(?:weight|bias))$")
     found: dict[str, Tensor] = {}
-    ends = {name: re.compile(rf"(^|\.){re.escape(name)}$") for name in names}
-    for path in _files(config, ends):
-        with safe_open(path, "pt") as file:
+    for place in _files(config, wanted):
+        with safe_open(place, "pt") as file:
             for key in file.keys():  # noqa: SIM118
-                found |= {name: file.get_tensor(key) for name, end in ends.items() if end.search(key)}
-    return [found.get(name) for name in names]
+                if match := wanted.search(key):
+                    found[match[1]] = file.get_tensor(key).float()
+    return found
 
 
-def _files(config: ModelConfig, ends: dict[str, re.Pattern[str]]) -> list[str]:
-    """The files that hold the tensors with these names."""
+def _files(config: ModelConfig, wanted: re.Pattern[str]) -> list[str]:
+    """The files that hold tensors with such names."""
     path = prepare_model(config)
 
     def local(name: str) -> str | None:
@@ -69,5 +123,5 @@ def _files(config: ModelConfig, ends: dict[str, re.Pattern[str]]) -> list[str]:
         return [alone] if (alone := local(WEIGHTS)) else []
     with open(index) as file:
         weight_map: dict[str, str] = json.load(file)["weight_map"]
-    holding = {name for key, name in weight_map.items() if any(end.search(key) for end in ends.values())}
+    holding = {name for key, name in weight_map.items() if wanted.search(key)}
     return [place for name in sorted(holding) if (place := local(name))]

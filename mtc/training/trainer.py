@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from mtc.config import ConfigError, RunConfig
 from mtc.devices import choose_bfloat16, device_name, is_gpu, synchronise
+from mtc.language_model import Neurons
 from mtc.training.backends import Backend, choose_backend
 from mtc.training.calibration import CALIBRATION_ROWS, Calibrator
+from mtc.training.neuron_start import strongest_directions
 from mtc.transcoder import (
     Averaging,
     Compute,
@@ -25,8 +27,10 @@ from mtc.transcoder import (
     Objective,
     TrainOutput,
     Workspace,
+    above,
     agree,
     all_reduce,
+    massive_norm,
     native,
     transcoder_shape,
     world_size,
@@ -138,12 +142,14 @@ class Trainer:
         self.step_number = 0
         self.tokens = 0
 
-    def initialise(self, source: Tensor, target: Tensor, directions: Tensor | None = None) -> None:
+    def initialise(self, source: Tensor, target: Tensor, neurons: Neurons | None = None) -> None:
         """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d], the encoder as
-        far as there are any from `directions` [n, d_source], and thresholds that are trained so that k features per
+        far as there are any from the MLP's strongest `neurons`, and thresholds that are trained so that k features per
         token are active."""
-        seed = self.config.transcoder.seed
-        self.transcoder.initialise(source.to(self.device), target.to(self.device), seed, directions)
+        source, target, seed = source.to(self.device), target.to(self.device), self.config.transcoder.seed
+        usual = source[~above(target, massive_norm(target))]
+        directions = None if neurons is None else strongest_directions(neurons, usual)
+        self.transcoder.initialise(source, target, seed, directions)
         if self.transcoder.activation.thresholds == "trained":
             first = Calibrator(self.transcoder)
             for rows in source.split(CALIBRATION_ROWS):

@@ -1,13 +1,4 @@
-"""Where the encoder starts: at directions that the MLP's own neurons look for, or at source tokens.
-
-Of the neurons those come first that alone explain most of the target on the first activations: the strength of a
-direction w is the squared error that one decoder row for relu(w . (x - mean(x))) takes away,
-
-    |sum over tokens of z (y - mean(y))|^2 / sum of z^2,     z = relu(w . (x - mean(x)))
-
-as the first step of matching pursuit would choose. What is a copy of an earlier row is left out: features that start
-equal stay equal.
-"""
+"""Directions for the encoder to start from, none a copy of another: features that start equal stay equal."""
 
 from __future__ import annotations
 
@@ -19,24 +10,7 @@ from mtc.transcoder.distributed import all_gather, all_reduce, distributed
 
 COPY_COSINE = 0.95
 """Cosine above which a row is a copy of another one."""
-_TOKENS, _ROWS = 2048, 256  # at a time
-
-
-def strongest_first(directions: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """[n] int64: the order of `directions` [n, d_source], norm 1, from the strongest down, by all ranks' tokens.
-
-    x [tokens, d_source] and y [tokens, d_target] are sources and targets without their means.
-    """
-    along = x.new_zeros(len(directions), y.shape[1], dtype=torch.float64)
-    squares = x.new_zeros(len(directions), dtype=torch.float64)
-    for some_x, some_y in zip(x.split(_TOKENS), y.split(_TOKENS), strict=True):
-        z = torch.relu(some_x @ directions.T)
-        along += (z.T @ some_y).double()
-        squares += z.square().sum(0, dtype=torch.float64)
-    all_reduce(along)
-    all_reduce(squares)
-    strength = along.square().sum(1) / squares.clamp(min=1e-30)
-    return strength.argsort(descending=True, stable=True)
+_ROWS = 256  # at a time
 
 
 def distinct(rows: Tensor, count: int) -> Tensor:

@@ -33,7 +33,7 @@ from mtc.transcoder.products import Workspace, bag_sums, entry_dots, make_bags
 from mtc.transcoder.selection import largest_of_each
 from mtc.transcoder.shape import TranscoderShape
 from mtc.transcoder.sparse_loss import sparse_loss
-from mtc.transcoder.starts import distinct, draw_distinct, strongest_first, unit
+from mtc.transcoder.starts import distinct, draw_distinct, unit
 
 FORMAT_VERSION = 2
 READABLE = ("1", "2")
@@ -284,8 +284,8 @@ class MatryoshkaTranscoder(nn.Module):
         """Set scalars, encoder and biases from the first raw activations of all ranks.
 
         Targets get a mean squared norm of d_target and b_dec is their mean; their norms tell `massive_norm`, and tokens
-        above it are in none of the other figures. W_enc's rows have norm 1 and none is a copy of another: the strongest
-        of the `directions` [n, d_source], if there are any, then source tokens drawn by `seed`, less the mean
+        above it are in none of the other figures. W_enc's rows have norm 1 and none is a copy of another: first the
+        `directions` [n, d_source], if there are any, then source tokens drawn by `seed`, less the mean
         (mtc.transcoder.starts). b_enc = -W_enc mean(x) centres the pre-activations.
         """
         self.massive_norm.copy_(massive_norm(target))
@@ -301,7 +301,6 @@ class MatryoshkaTranscoder(nn.Module):
         rows = x.new_empty(0, x.shape[1])
         if directions is not None:
             rows = unit(directions.to(x))
-            rows = rows[strongest_first(rows, x - mean, y.float() * self.target_scale - self.b_dec)]
             rows = rows[distinct(rows, self.num_features)]
         if len(rows) < self.num_features:
             rows = torch.cat([rows, draw_distinct(x - mean, self.num_features - len(rows), seed)])

@@ -30,9 +30,9 @@ from mtc.language_model import (
     attention,
     check_model,
     load_tokenizer,
-    neuron_directions,
     pack_windows,
     prepare_model,
+    read_neurons,
 )
 from mtc.language_model import model as lm
 from mtc.language_model import weights as model_files
@@ -205,26 +205,32 @@ def norm_by_hand(layer: Any, x: Tensor, model_config: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("site", ["resid_mid", "mlp_in"])
-def test_neuron_directions_are_what_the_nonlinearity_reads(config: ModelConfig, site: str, tmp_path: Path) -> None:
-    """Truth: the model's own linear map behind its own norm, on random residuals; the difference is one constant."""
+def test_neurons_are_as_active_as_in_the_model(config: ModelConfig, site: str, tmp_path: Path) -> None:
+    """Truth: what the model's own last linear map of the MLP reads, behind its own norm, on random residuals."""
     model, *_ = reference(config, windows((3,)))
     modules = MODULES[model.config.model_type]
     layer = model.base_model.get_submodule(f"{modules.layers}.{LAYER}")
-    norm, inner = layer.get_submodule(modules.norm), layer.get_submodule(modules.neurons)
+    norm, out = layer.get_submodule(modules.norm), layer.get_submodule(modules.neurons_out)
     with torch.no_grad():
-        norm.weight.add_(torch.rand_like(norm.weight))
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
     changed = save_model(model, config, tmp_path / "changed")
-    x = 3 * torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(0)) + 1
+    x = 3 * torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    x = x - x.mean(1, keepdim=True)
+    read: list[Tensor] = []
+    hook = out.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     with torch.no_grad():
         mlp_in = norm(x)
-        pre_activations = inner(mlp_in)
-    centre = x.mean(1, keepdim=True) if isinstance(norm, torch.nn.LayerNorm) else 0.0
-    unit = (x - centre) / ((x - centre).square().mean(1, keepdim=True) + 1e-6).sqrt()
-    directions = neuron_directions(changed, LAYER, site)
-    constant = pre_activations - (mlp_in if site == "mlp_in" else unit) @ directions.T
-    torch.testing.assert_close(constant, constant[:1].expand_as(constant), atol=1e-4, rtol=0)
-    assert directions.shape == (pre_activations.shape[1], x.shape[1])
-    assert pre_activations.std(0).min() > 100 * constant.std(0).max()  # else it would say nothing
+        layer.mlp(mlp_in)
+    hook.remove()
+    neurons = read_neurons(changed, LAYER, site)
+    torch.testing.assert_close(neurons.activity(mlp_in if site == "mlp_in" else x), read[0], rtol=1e-3, atol=1e-4)
+    unit = torch.eye(len(neurons.out_norms))
+    with torch.no_grad():
+        added = out(unit) - out(0 * unit)
+    if hasattr(layer, "post_feedforward_layernorm"):
+        added = added * (1 + layer.post_feedforward_layernorm.weight.detach())
+    torch.testing.assert_close(neurons.out_norms, added.norm(dim=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
