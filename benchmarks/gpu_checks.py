@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtc import devices
 from mtc.transcoder import Workspace, entry_dots, kth_largest
-from mtc.transcoder.selection import keep_largest, largest_entries
 from mtc.transcoder.products import Bags, bag_sums, make_bags
+from mtc.transcoder.selection import keep_largest, largest_entries
 from mtc.transcoder.sparse_loss import Entries, nested_residuals
 
 FLOAT32 = 1e-5

@@ -274,7 +274,7 @@ def _finish(
             sites.layer,
             trainer.step_number,
             trainer.tokens,
-            float(trainer.transcoder.threshold.median()),
+            float(trainer.transcoder.threshold.detach().median()),
             calibrated,
             "bfloat16" if trainer.compute and trainer.compute.bfloat16 else "float32",
             trainer.describe_compute(),
