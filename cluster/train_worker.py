@@ -283,7 +283,7 @@ def _finish(
             trainer.config.model.layer,
             trainer.step_number,
             trainer.tokens,
-            float(trainer.transcoder.threshold.median()),
+            float(trainer.transcoder.threshold.detach().median()),
             calibrated if trainer.transcoder.activation.thresholds == "calibrated" else 0,
             "bfloat16" if trainer.compute and trainer.compute.bfloat16 else "float32",
             trainer.describe_compute(),

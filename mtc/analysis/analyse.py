@@ -130,7 +130,7 @@ def analyse(
             input_norm=transcoder.shape.input_norm,
             input_scale=float(transcoder.input_scale),
             target_scale=float(transcoder.target_scale),
-            threshold=float(transcoder.threshold.median()),
+            threshold=float(transcoder.threshold.detach().median()),
             planned_steps=config.total_steps,
             fingerprint=config.fingerprint(),
         ),

@@ -20,7 +20,7 @@ from mtc.record import Record
 
 LR_AT_1152 = 6e-3
 """Default learning rate of 1,152 features and batches of 1,024 tokens; see docs/quality.md."""
-L0_COEFFICIENT, BANDWIDTH = 1.0, 2.0
+L0_COEFFICIENT, BANDWIDTH = 1.0, 1.0
 """Defaults of `transcoder.activation: jumprelu`; see docs/concepts.md."""
 Site = Literal["resid_mid", "mlp_in", "mlp_out"]
 SiteKey = tuple[int, str]

@@ -58,5 +58,5 @@ class Calibrator:
         else:
             # A feature whose decoder row is 0 contributes nothing, so it must not fire: no number is above this one.
             never = torch.finfo(torch.float32).max
-            self.transcoder.threshold = torch.where(scale > 0, border / scale, never).clamp(max=never)
+            self.transcoder.threshold = torch.where(scale > 0, border / scale, never)
         return border

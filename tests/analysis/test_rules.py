@@ -94,6 +94,9 @@ def test_rules_follow_the_measurement() -> None:
     assert "loss recovered" not in met  # a share of nothing
     _, met = findings(evaluation=evaluation.model_copy(update={"fvu_interval": [(0.1, 0.9), (0.4, 0.51)]}))
     assert met["interval"]  # 0.11 / 0.4512
+    _, met = findings(make_config(transcoder={"activation": "jumprelu"}))
+    assert met["sparsity as trained"]
+    assert "sparsity" not in met  # nothing was calibrated
 
 
 def test_rules_about_what_the_headline_figure_is_held_against() -> None:

@@ -61,6 +61,14 @@ def test_overrides_win_over_the_preset():
         ({"model": {"source": "mlp_out"}}, ["model.source", "model.target", "mlp_out"]),
         ({"transcoder": {"kk": 3}}, ["transcoder.kk", "3"]),
         ({"transcoder": {"prefix_weights": [1, 1]}}, ["transcoder.prefix_weights", "[1.0, 1.0]", "3 groups"]),
+        (
+            {"transcoder": {"rank": "contribution", "activation": "jumprelu"}},
+            ["transcoder.rank=contribution", "transcoder.activation=jumprelu", "nothing is ranked"],
+        ),
+        (
+            {"transcoder": {"rank": "contribution"}, "optimizer": {"warmup_steps": 0}},
+            ["transcoder.rank=contribution", "optimizer.warmup_steps=0", "at least 1"],
+        ),
         ({"transcoder": {"prefix_weights": [0, 0, 0]}}, ["transcoder.prefix_weights", "not all 0"]),
         ({"transcoder": {"prefix_weights": [1, -1, 1]}}, ["transcoder.prefix_weights", "at least 0"]),
         ({"optimizer": {"lr": "fast"}}, ["optimizer.lr", "fast"]),

@@ -20,7 +20,7 @@ ZERO = {
     "analysis.samples_per_feature", "cluster.max_failures", "cluster.metrics_port", "cluster.room_seconds",
     "data.max_skipped_share", "data.seed", "data.shuffle_buffer_tokens", "model.layer", "optimizer.betas",
     "optimizer.decay_fraction",
-    "optimizer.final_lr_fraction", "optimizer.warmup_steps", "transcoder.aux_coefficient",
+    "optimizer.final_lr_fraction", "optimizer.warmup_steps", "transcoder.aux_coefficient", "transcoder.l0_coefficient",
     "transcoder.prefix_weights", "transcoder.seed",
 }  # fmt: skip
 """Numbers of which 0 means something."""
