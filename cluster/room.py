@@ -50,9 +50,11 @@ def cluster_nodes() -> list[Node]:
             cpus, gpus = (round(min(left.get(kind, 0.0), has.get(kind, 0.0)), 4) for kind in KINDS)
             if gpus >= 1:
                 gpus = float(int(gpus))  # the rest of a GPU has its memory taken
-            held = (round(has.get(kind, 0.0) - mine, 4) for kind, mine in zip(KINDS, (cpus, gpus), strict=True))
-            node_id, is_head = node["NodeID"], "node:__internal_head__" in has
-            found.append(Node(cpus, gpus, is_head, node_id, *held)._replace(memory=has.get("memory", 0.0)))
+            held_cpus, held_gpus = (
+                round(has.get(k, 0.0) - mine, 4) for k, mine in zip(KINDS, (cpus, gpus), strict=True)
+            )
+            is_head, memory = "node:__internal_head__" in has, has.get("memory", 0.0)
+            found.append(Node(cpus, gpus, is_head, node["NodeID"], held_cpus, held_gpus, memory))
     return found
 
 
