@@ -3,8 +3,9 @@
     python -m benchmarks.sweep [--json] [--save] [--rounds N] [--preset NAME] [--transcoders N]
 
 The job as users start it, `jobs/train.py` in a process of its own with a local Ray: from the token store, which is
-there before, over training and the held-out pass to the reports. Once with the preset's transcoder alone, once with eight of
-its size (seeds 0 to 7, the preset's own among them), interleaved; the first of each round changes from round to round.
+there before, over training and the held-out pass to the reports. Once with the preset's transcoder alone, once with
+eight of its size (seeds 0 to 7, the preset's own among them), interleaved; the first of each round changes from round
+to round.
 
 - `wall_ratio`: wall time of the sweep over that of the single transcoder, median of the rounds' ratios.
 - `one_s`, `sweep_s`: medians; `one_train_s`, `one_analyse_s`, `sweep_train_s`, `sweep_analyse_s` are the stages' as the
