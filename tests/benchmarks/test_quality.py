@@ -1,5 +1,6 @@
 """The reconstruction benchmark: its scores against dense arithmetic in numpy, its sweep, its targets, its rows."""
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from benchmarks import activations, rows, targets
 from benchmarks.activations import Part
+from benchmarks.contenders import PEERS_PYTHON
 from benchmarks.quality import sweep
 from benchmarks.rows import Rows, load_rows
 from benchmarks.scores import Dictionary, linear_map, score
@@ -106,6 +108,33 @@ def test_rows_come_from_captured_files_and_are_scaled_by_tokens_that_are_not_mas
     assert torch.allclose(found.test.source.square().mean(1), torch.ones(2000), atol=1e-4)
     (directory / "train-001.safetensors").unlink()
     assert load_rows("smollm2", 9, 4000).train.target.equal(found.train.target)  # made once
+
+
+OWN_FORWARD = """
+import torch
+from benchmarks.peers import Work, make
+work = Work(16, 16, (8, 16), k=4, batch=64, steps=20, lr=1e-2, seed=0, dead_after_tokens=500, warmup_steps=5)
+x, y = torch.randn(64, 16), torch.randn(64, 16)
+for name in ("eai-sparsify, skip", "eai-sparsify, sign", "eai-sparsify, skip, sign"):
+    peer = make(name, work, x, y)
+    for _ in range(20):
+        peer.step(x, y)
+    e = peer.export()
+    assert ("W_skip" in e) == ("skip" in name)
+    z = torch.relu(x @ e["W_enc"].T + e["b_enc"])
+    a = torch.zeros_like(z).scatter_(1, z.topk(4, dim=1).indices, 1.0) * z
+    if "sign" in name:
+        peer._optimizer.eval()
+    own = peer._coder(x).sae_out
+    skip = x @ e["W_skip"].T if "skip" in name else 0
+    torch.testing.assert_close(a @ e["W_dec"] + e["b_dec"] + skip, own)
+"""
+
+
+@pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="make peers")
+def test_exported_sparsify_is_what_the_library_computes() -> None:
+    done = subprocess.run([PEERS_PYTHON, "-c", OWN_FORWARD], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
 
 
 @pytest.mark.parametrize(
