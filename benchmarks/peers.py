@@ -311,8 +311,9 @@ def run_worker(make: Callable[[str, Work, Tensor, Tensor], Peer]) -> None:
 
     make {name, work}: a peer on random x, y [batch, d] -> base_rss_bytes, resident before it, x and y included.
     force_dead {features}; step {repeat} -> seconds, peak_rss_bytes during, rss_bytes after; quit.
-    train {name, work, rows, out}: safetensors with float32 train.source, train.target in; safetensors of `Peer.export`
-    out -> seconds, cpu_seconds of all its threads.
+    train {name, work, rows, largest_norm, out}: safetensors with float32 train.source, train.target in, of which rows
+    whose target has a larger norm than that are left out unless it is null; safetensors of `Peer.export` out ->
+    seconds, cpu_seconds of all its threads.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -340,10 +341,13 @@ def run_worker(make: Callable[[str, Work, Tensor, Tensor], Peer]) -> None:
         elif command == "train":
             work, data = Work(**order["work"]), load_file(order["rows"])
             source, target = data["train.source"], data["train.target"]
-            trained = make(order["name"], work, source[:SAMPLE_ROWS], target[:SAMPLE_ROWS])
+            used = torch.arange(len(source))
+            if order["largest_norm"] is not None:
+                used = used[torch.cat([y.norm(dim=1) <= order["largest_norm"] for y in target.split(SAMPLE_ROWS)])]
+            trained = make(order["name"], work, source[used[:SAMPLE_ROWS]], target[used[:SAMPLE_ROWS]])
             start, cpu = time.perf_counter(), time.process_time()
-            for rows in batches(len(source), work):
-                trained.step(source[rows], target[rows])
+            for rows in batches(len(used), work):
+                trained.step(source[used[rows]], target[used[rows]])
             answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
             save_file(trained.export(), order["out"])
         elif command == "quit":
