@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.peers import Work, batches
+from benchmarks.peer_worker import Work, batches
 from benchmarks.rows import MASSIVE_SAMPLE, Rows
 from benchmarks.scores import Dictionary
 from mtc.config import RunConfig, load_preset
@@ -154,7 +154,7 @@ def train_peer(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> 
         order = {"cmd": "train", "name": name, "work": work._asdict(), "out": str(out)}
         order |= {"rows": str(rows.file), "largest_norm": norm}
         done = subprocess.run(
-            [str(PEERS_PYTHON), "benchmarks/peers.py", "worker"],
+            [str(PEERS_PYTHON), "-m", "benchmarks.peers", "worker"],
             input=json.dumps(order) + "\n", capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode or not done.stdout:
