@@ -32,8 +32,9 @@ HELDOUT_TOKENS = 50_000
 MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma-3-270m"}
 """Presets."""
 LAYERS = {"smollm2": (9, 11, 20), "gemma3": (0, 12)}
-"""Two thirds of each model's layers have no massive tokens; SmolLM2's 9 and 11 and Gemma 3's 0 do."""
+"""SmolLM2's 9 and 11 and Gemma 3's 0 have massive tokens (benchmarks.rows), the others next to none."""
 COST_TOKENS = 8128
+"""On which `capture_cost` is measured."""
 
 
 class Part(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.peers import Work, batches
+from benchmarks.peer_worker import Work, batches
 from benchmarks.rows import MASSIVE_SAMPLE, Rows
 from benchmarks.scores import Dictionary
 from mtc.config import RunConfig, load_preset
@@ -41,6 +41,8 @@ PEERS = (
     "dictionary-learning",
 )
 NO_WARM_UP = "no warm-up"
+NO_MASSIVE = "no massive rows"
+"""What may follow a peer's name: how it is trained, which the library does not know of."""
 
 
 class Task(NamedTuple):
@@ -90,7 +92,7 @@ class Trained(NamedTuple):
 
 
 def train(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> Trained:
-    """Train a contender by its name: one of OURS, or of PEERS, which "no warm-up" may follow."""
+    """Train a contender by its name: one of OURS, or of PEERS, which NO_WARM_UP and NO_MASSIVE may follow."""
     if contender in OURS:
         return train_ours(rows, task, lr, seed, OURS[contender])
     return train_peer(contender, task, lr, seed, rows)
@@ -137,19 +139,22 @@ def our_config(task: Task, lr: float, seed: int, overrides: dict[str, Any]) -> R
 def train_peer(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> Trained:
     """Train in the peers' environment, or take from the cache what was trained before."""
     parts = contender.split(", ")
-    name, library = ", ".join(part for part in parts if part != NO_WARM_UP), parts[0]
+    name, library = ", ".join(part for part in parts if part not in (NO_WARM_UP, NO_MASSIVE)), parts[0]
     work = _work(rows, task, lr, seed)
     if NO_WARM_UP in parts:
         work = work._replace(warmup_steps=0)
-    key = json.dumps([ADAPTERS, name, peer_version(library), work, task.model, task.layer, _digest(rows)])
+    norm = rows.massive_norm if NO_MASSIVE in parts else None
+    how = name if norm is None else f"{name}, rows up to {norm:g}"
+    key = json.dumps([ADAPTERS, how, peer_version(library), work, task.model, task.layer, _digest(rows)])
     directory = Path(cache_directory()) / "benchmarks" / "peers"
     directory.mkdir(parents=True, exist_ok=True)
     out = directory / f"{library}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     answer = out.with_suffix(".json")  # is written last
     if not answer.exists():
-        order = {"cmd": "train", "name": name, "work": work._asdict(), "rows": str(rows.file), "out": str(out)}
+        order = {"cmd": "train", "name": name, "work": work._asdict(), "out": str(out)}
+        order |= {"rows": str(rows.file), "largest_norm": norm}
         done = subprocess.run(
-            [str(PEERS_PYTHON), "benchmarks/peers.py", "worker"],
+            [str(PEERS_PYTHON), "-m", "benchmarks.peers", "worker"],
             input=json.dumps(order) + "\n", capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode or not done.stdout:

@@ -1,6 +1,7 @@
 """This library behind the peers' protocol, and the yardstick: one dense product of the encoder's shape.
 
-`python -m benchmarks.ours worker` obeys the JSON lines of `benchmarks.peers.run_worker`, in this library's environment.
+`python -m benchmarks.ours worker` obeys the JSON lines of `benchmarks.peer_worker.run_worker`, in this library's
+environment.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from benchmarks.peers import Peer, Work, run_worker
+from benchmarks.peer_worker import Peer, Work, run_worker
 from mtc.config import RunConfig, load_preset
 from mtc.training import Trainer
 

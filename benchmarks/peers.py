@@ -6,80 +6,27 @@ needs; its docstring says what. What is made equal: Adam at `Work.lr`, a linear 
 decay to zero over the last fifth of the steps, and the number of silent tokens after which a feature is dead. A name
 may end in variants that the library offers itself: "eai-sparsify, skip, sign" (VARIANTS).
 
-`python benchmarks/peers.py worker` obeys JSON lines on stdin and answers each with one on stdout; see `run_worker`.
+`python -m benchmarks.peers worker` obeys the JSON lines of `benchmarks.peer_worker.run_worker`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import sys
-import time
 import types
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from benchmarks.peer_worker import Peer, Work, run_worker
 
 NAMES = ("sae-lens", "dictionary-learning", "eai-sparsify")
 VARIANTS = {"sae-lens": (), "dictionary-learning": (), "eai-sparsify": ("skip", "sign")}
 """What may follow a name. SAELens has skip transcoders too, but to load and run: none of its trainers makes one."""
-DECAY_FRACTION = 0.2
-SAMPLE_ROWS = 4096
-
-
-class Work(NamedTuple):
-    """What every contender is asked to do."""
-
-    d_source: int
-    d_target: int
-    group_sizes: tuple[int, ...]
-    """New features per prefix, smallest prefix first. Peers that cannot nest use the sum."""
-    k: int
-    batch: int
-    steps: int
-    """Length of the schedule; what the rate is past its end is up to each library, so take no more steps than this."""
-    lr: float
-    seed: int
-    dead_after_tokens: int
-    """A feature silent this long is dead and takes part in AuxK."""
-    warmup_steps: int
-
-    @property
-    def features(self) -> int:
-        return sum(self.group_sizes)
-
-    @property
-    def decay_steps(self) -> int:
-        return int(DECAY_FRACTION * self.steps)
-
-
-class Peer(Protocol):
-    """One library, ready to train."""
-
-    nested: bool
-
-    def step(self, x: Tensor, y: Tensor) -> None:
-        """One whole training step on scaled x [batch, d_source], y [batch, d_target], float32."""
-
-    def force_dead(self, features: int) -> None:
-        """From now on the last `features` features count as dead at every step, whether they fire or not."""
-
-    def export(self) -> dict[str, Tensor]:
-        """W_enc [features, d_source], b_enc [features], W_dec [features, d_target], b_dec [d_target] and rank_scale.
-
-        With z = relu(x @ W_enc.T + b_enc), features are ranked by z * rank_scale [features], and those selected decode
-        as z @ W_dec + b_dec; a prefix of m features as z[:, :m] @ W_dec[:m] + b_dec. With a skip connection there is
-        W_skip [d_target, d_source] too, and x @ W_skip.T is added to both.
-        """
 
 
 def make(name: str, work: Work, x: Tensor, y: Tensor) -> Peer:
@@ -294,79 +241,6 @@ class Sparsify:
         return exported
 
 
-def batches(tokens: int, work: Work) -> Iterator[Tensor]:
-    """Row indices [batch] for work.steps steps: a new seeded permutation each epoch, its last partial batch dropped."""
-    if tokens < work.batch:
-        raise ValueError(f"{tokens} tokens are fewer than one batch of {work.batch}")
-    generator = torch.Generator().manual_seed(work.seed + 1)
-    per_epoch = tokens // work.batch
-    for step in range(work.steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(tokens, generator=generator)
-        yield order[step % per_epoch * work.batch :][: work.batch]
-
-
-def run_worker(make: Callable[[str, Work, Tensor, Tensor], Peer]) -> None:
-    """Obey one JSON object per line of stdin; answer on stdout, where the libraries' own prints do not get.
-
-    make {name, work}: a peer on random x, y [batch, d] -> base_rss_bytes, resident before it, x and y included.
-    force_dead {features}; step {repeat} -> seconds, peak_rss_bytes during, rss_bytes after; quit.
-    train {name, work, rows, out}: safetensors with float32 train.source, train.target in; safetensors of `Peer.export`
-    out -> seconds, cpu_seconds of all its threads.
-    """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    peer, x, y = None, torch.empty(0), torch.empty(0)
-    for line in sys.stdin:
-        order = json.loads(line)
-        command = order["cmd"]
-        if command == "make":
-            work, generator, peer = Work(**order["work"]), torch.Generator().manual_seed(0), None
-            x = torch.randn(work.batch, work.d_source, generator=generator)
-            y = torch.randn(work.batch, work.d_target, generator=generator)
-            _warm_up(make, order["name"])
-            answer: dict[str, Any] = {"ok": True, "base_rss_bytes": _memory("VmRSS")}
-            peer = make(order["name"], work, x, y)
-        elif command == "force_dead":
-            peer.force_dead(order["features"])
-            answer = {"ok": True}
-        elif command == "step":
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present size
-            start = time.perf_counter()
-            for _ in range(order["repeat"]):
-                peer.step(x, y)
-            answer = {"seconds": time.perf_counter() - start, "peak_rss_bytes": _memory("VmHWM")}
-            answer["rss_bytes"] = _memory("VmRSS")
-        elif command == "train":
-            work, data = Work(**order["work"]), load_file(order["rows"])
-            source, target = data["train.source"], data["train.target"]
-            trained = make(order["name"], work, source[:SAMPLE_ROWS], target[:SAMPLE_ROWS])
-            start, cpu = time.perf_counter(), time.process_time()
-            for rows in batches(len(source), work):
-                trained.step(source[rows], target[rows])
-            answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-            save_file(trained.export(), order["out"])
-        elif command == "quit":
-            return
-        else:
-            raise ValueError(f"unknown command {command!r}")
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def _warm_up(make: Callable[[str, Work, Tensor, Tensor], Peer], name: str) -> None:
-    """Import the library and start torch's threads, by way of one step of a tiny peer."""
-    tiny = Work(8, 8, (8, 8), k=2, batch=4, steps=10, lr=1e-3, seed=0, dead_after_tokens=1000, warmup_steps=1)
-    rows = torch.randn(4, 8)
-    make(name, tiny, rows, rows).step(rows, rows)
-    torch.randn(256, 256) @ torch.randn(256, 256)
-
-
-def _memory(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (its peak) of this process, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0]) * 1024
-
-
 def _rate(work: Work, step: int) -> float:
     """Factor on the learning rate before the step of this index."""
     return min((step + 1) / max(work.warmup_steps, 1), 1.0, (work.steps - step) / max(work.decay_steps, 1))
@@ -379,5 +253,5 @@ def _exported(w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor, rank_s
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["worker"]:
-        raise SystemExit("usage: python benchmarks/peers.py worker")
+        raise SystemExit("usage: python -m benchmarks.peers worker")
     run_worker(make)

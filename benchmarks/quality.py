@@ -8,8 +8,8 @@ seconds. It ends with the project's targets and whether they are met (benchmarks
 All contenders read the same rows (benchmarks.rows), are scored alike (benchmarks.scores), and warm up for
 WARMUP_FRACTION of the steps (with `--no-warm-up` the peers also without). A sweep goes on by factors of two until its
 best rate is none of its ends, at most twice. Peers train each captured token once, as their libraries do;
-we replay it (`OURS`); "mtc, no replays" takes the peers' steps. Peers' weights are kept, so a run that was stopped goes
-on where it was; ours are trained anew.
+we replay it (`OURS`); "mtc, no replays" takes the peers' steps. Where rows are massive, peers are trained with and
+without them. Peers' weights are kept, so a run that was stopped goes on where it was; ours are trained anew.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.activations import capture_cost
-from benchmarks.contenders import NO_WARM_UP, OURS, PEERS, PEERS_PYTHON, Task, Trained, peer_version, train
+from benchmarks.contenders import NO_MASSIVE, NO_WARM_UP, OURS, PEERS, PEERS_PYTHON, Task, Trained, peer_version, train
 from benchmarks.rows import Rows, load_rows
 from benchmarks.scores import Score, linear_map, score
 from benchmarks.targets import best_nested_peer, describe, figures
@@ -82,21 +82,23 @@ def run(name: str, task: Task, contenders: list[str], rates: tuple[float, ...] |
     """Train everybody, print a row each, and return what was measured. `rates` None is each one's own, extended."""
     rows = load_rows(task.model, task.layer, task.train_tokens)
     massive = 1 - float(rows.typical(rows.test).float().mean())
+    if rows.typical(rows.train).all():
+        contenders = [name for name in contenders if NO_MASSIVE not in name]
     print(
         f"\n{name}: {task.rows()}, {task.train_tokens:,} captured tokens, {task.steps} steps of the peers, features "
         f"{list(task.group_sizes)}, k {task.k}; test part {len(rows.test.source):,} tokens, {massive:.2%} massive, "
         f"{seeds} seed(s)"
     )
     line = linear_map(rows)
-    print(f"{'contender':<26}{'lr':>8}{'FVU per prefix':>24}{'L0':>8}{'dead':>8}{'train':>9}{'CPU':>8}"
+    print(f"{'contender':<32}{'lr':>8}{'FVU per prefix':>24}{'L0':>8}{'dead':>8}{'train':>9}{'CPU':>8}"
           f"{'all tokens: FVU':>26}{'L0':>8}")  # fmt: skip
-    print(f"{'linear map':<26}{'':>8}{line.fvu:>24.3f}{'':>33}{line.fvu_all:>26.3f}", flush=True)
+    print(f"{'linear map':<32}{'':>8}{line.fvu:>24.3f}{'':>33}{line.fvu_all:>26.3f}", flush=True)
     results: list[Result] = []
     for contender in contenders:
         if contender in OURS and results:
             asked, extensions = (results[0].lr,), 0  # our variants take the rate of "mtc"
         else:
-            own = SIGN_RATES if contender.endswith("sign") else RATES
+            own = SIGN_RATES if "sign" in contender.split(", ") else RATES
             asked, extensions = (rates, 0) if rates else (own, EXTENSIONS)
         results.append(_best_of(contender, task, asked, extensions, seeds, rows))
         _print_row(results[-1])
@@ -156,7 +158,7 @@ def _shares(task: Task, lr: float, seeds: int, rows: Rows) -> list[dict[str, Any
         means = Result("mtc", lr, {}, scores, *spent).means()
         found.append({"share": share, "means": means})
         shown = " / ".join(f"{value:.3f}" for value in means["fvu"])
-        print(f"{f'mtc, {share:g} of the tokens':<26}{lr:>8g}{shown:>24}", flush=True)
+        print(f"{f'mtc, {share:g} of the tokens':<32}{lr:>8g}{shown:>24}", flush=True)
     return found
 
 
@@ -182,7 +184,7 @@ def _log(
 def _print_row(result: Result) -> None:
     means = result.means()
     fvu, fvu_all = (" / ".join(f"{value:.3f}" for value in means[name]) for name in ("fvu", "fvu_all"))
-    print(f"{result.contender:<26}{result.lr:>8g}{fvu:>24}{means['l0']:>8.2f}{means['dead']:>8.1%}"
+    print(f"{result.contender:<32}{result.lr:>8g}{fvu:>24}{means['l0']:>8.2f}{means['dead']:>8.1%}"
           f"{means['seconds']:>7.0f} s{means['cpu_seconds']:>6.0f} s{fvu_all:>26}{means['l0_all']:>8.2f}",
           flush=True)  # fmt: skip
 
@@ -207,13 +209,17 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", metavar="LR", help="just these for everybody")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="also the peers, or those named (make peers)")
+    every_peer = [name + how for name in PEERS for how in ("", f", {NO_MASSIVE}")]
+    parser.add_argument(
+        "--peers", nargs="*", choices=every_peer, metavar="PEER",
+        help=f"also the peers, or just those named (make peers): {'; '.join(every_peer)}",
+    )  # fmt: skip
     parser.add_argument("--only-peers", action="store_true", help="train and keep the peers, and none of ours")
     parser.add_argument("--no-warm-up", action="store_true", help="also the peers without any warm-up")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on a line")
     parser.add_argument("--save", action="store_true", help="write docs/benchmarks/quality-TASK.json")
     arguments = parser.parse_args()
-    peers = [] if arguments.peers is None else (arguments.peers or list(PEERS))
+    peers = [] if arguments.peers is None else (arguments.peers or every_peer)
     if peers and not PEERS_PYTHON.exists():
         raise SystemExit(f"{PEERS_PYTHON} is missing: run `make peers` first")
     if arguments.no_warm_up:

@@ -5,7 +5,7 @@ mean squared norm of d_target. A token is massive if the norm of its target is a
 the first MASSIVE_SAMPLE training rows; at some layers 0.2 to 7 % of the tokens are, and hold most of the variance.
 Scaled by all rows instead, what is left of the others would depend on a handful of tokens (a sixth of that norm at
 SmolLM2 layer 11), and the learning rates and initial weights that the peers are made for expect rows of that size.
-Nobody is spared the massive rows: all are trained on. Our transcoder scales targets by itself, whatever it is given.
+Our transcoder scales targets by itself, whatever it is given.
 """
 
 from __future__ import annotations

@@ -24,14 +24,11 @@ TARGETS: dict[str, Any] = {
 }
 """Largest wanted value of each figure."""
 TARGET_TASKS = ("smollm2", "gemma3", "smollm2-layer9", "smollm2-layer11")
-NESTED = ("sae-lens", "dictionary-learning")
-FLAT = ("eai-sparsify", "eai-sparsify, sign")
-SKIP = ("eai-sparsify, skip", "eai-sparsify, skip, sign")
 
 
 def best_nested_peer(means: dict[str, dict[str, Any]]) -> str | None:
     """The nested peer with the least full-dictionary FVU; `means` are those of `Result.means` by contender."""
-    there = [name for name in NESTED if name in means]
+    there = [name for name in means if _kind(name) == "nested"]
     return min(there, key=lambda name: means[name]["fvu"][-1]) if there else None
 
 
@@ -52,7 +49,9 @@ def figures(task: dict[str, Any]) -> dict[str, Any]:
     if "mtc" not in means:
         return {}
     ours, found = means["mtc"], {}
-    nested, flat, skip = ([means[name]["fvu"] for name in names if name in means] for names in (NESTED, FLAT, SKIP))
+    nested, flat, skip = (
+        [means[name]["fvu"] for name in means if _kind(name) == kind] for kind in ("nested", "flat", "skip")
+    )
     if nested:
         ratios = [mine / min(peer[p] for peer in nested) for p, mine in enumerate(ours["fvu"])]
         found |= {"full_vs_nested": ratios[-1], "prefixes_vs_nested": ratios[:-1]}
@@ -120,6 +119,16 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_shown(each) for each in value)
     return "out of reach" if value is None else f"{value:.3f}"
+
+
+def _kind(contender: str) -> str:
+    """ "ours", or what a peer is: "nested", "flat" or, flat too, "skip"."""
+    library, *variants = contender.split(", ")
+    if library == "mtc":
+        return "ours"
+    if library in ("sae-lens", "dictionary-learning"):
+        return "nested"
+    return "skip" if "skip" in variants else "flat"
 
 
 def _to_match(task: dict[str, Any], peer: dict[str, Any], shares: list[dict[str, Any]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import ours, peers
 from benchmarks.ours import PRODUCT
-from benchmarks.peers import Work
+from benchmarks.peer_worker import Work
 from mtc.devices import choose_bfloat16
 from mtc.transcoder import native
 
@@ -83,7 +83,7 @@ class Worker:
     def __init__(self, name: str, work: Work):
         command = [sys.executable, "-m", "benchmarks.ours", "worker"]
         if name in peers.NAMES:
-            command = [str(PEERS_PYTHON), "benchmarks/peers.py", "worker"]
+            command = [str(PEERS_PYTHON), "-m", "benchmarks.peers", "worker"]
         # Threads must sleep between steps: spinning, they would take the cores from whoever's turn it is.
         environment = os.environ | {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
         if name == "mtc-torch":
