@@ -253,6 +253,7 @@ def _checked(file: Path, tensors: dict[str, Tensor], names: set[str]) -> dict[st
 def _imported(tensors: dict[str, Tensor], normalised: bool, known: dict[str, Any], origin: dict[str, str]) -> Imported:
     known["transcoder"].setdefault("group_sizes", [len(tensors["b_enc"])])
     known["transcoder"]["skip"] = "W_skip" in tensors
+    known["transcoder"]["rank"] = "activation"  # thresholds are as they come
     known["optimizer"] = {"warmup_steps": 0}  # nothing is trained
     return Imported(
         W_enc=tensors["W_enc"].T.contiguous(),

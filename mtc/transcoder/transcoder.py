@@ -114,13 +114,11 @@ class MatryoshkaTranscoder(nn.Module):
         self.W_skip = nn.Parameter(torch.zeros(shape.d_target, shape.d_source, dtype=f32)) if shape.skip else None
         self.register_buffer("input_scale", torch.ones((), dtype=f32))
         self.register_buffer("target_scale", torch.ones((), dtype=f32))
-        unknown = torch.full((features,) if self.activation.thresholds == "trained" else (), float("nan"), dtype=f32)
         if self.activation.thresholds == "trained":
-            self.threshold = nn.Parameter(unknown)
+            self.threshold = nn.Parameter(torch.full((features,), float("nan"), dtype=f32))
         else:
-            self.register_buffer(
-                "threshold", unknown if self.activation.thresholds == "calibrated" else unknown.zero_()
-            )
+            start = 0.0 if self.activation.thresholds == "none" else float("nan")
+            self.register_buffer("threshold", torch.full((), start, dtype=f32))
         self.register_buffer("massive_norm", torch.full((), float("nan"), dtype=f32))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
 
