@@ -35,10 +35,12 @@ def settings(**changes):
     )
 
 
-def unit(number):
+def unit(number, sites):
+    """A unit of the stream, with the activations of those sites alone."""
     generator = torch.Generator().manual_seed(number)
     keys = [(1, "resid_mid"), (1, "mlp_out"), (0, "mlp_in"), (0, "mlp_out")]
-    activations = {key: torch.randn(TOKENS, D, generator=generator).to(torch.bfloat16) for key in keys}
+    every = {key: torch.randn(TOKENS, D, generator=generator).to(torch.bfloat16) for key in keys}
+    activations = {key: every[key] for site in sites for key in (site.source_key, site.target_key)}
     rows = torch.arange(TOKENS, dtype=torch.int32).numpy()
     return Unit(number, activations, rows, TOKENS, rows[:0], dict.fromkeys((*ActorCosts.FIELDS, "device_flops"), 1.0))
 
@@ -51,7 +53,7 @@ def train(config, place, stop=None):
     lead = next(iter(trainers.values()))
     state = data_state(config, checkpoint, 0, 1, "cpu")
     unneeded = unneeded_units(checkpoint, 1) if checkpoint else set()
-    units = (unit(n) for n in range(UNITS + CALIBRATION) if n not in unneeded)
+    units = (unit(n, config.model.sites) for n in range(UNITS + CALIBRATION) if n not in unneeded)
     batches = Batches(units, state.buffer, 64, state.ledger, Clock(), UNITS, state.filters)
     while lead.step_number != stop and (share := batches.agree(lead.step_number == config.total_steps - 1)):
         if lead.step_number == 0:

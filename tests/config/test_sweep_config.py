@@ -7,7 +7,7 @@ import yaml
 
 from jobs.command_line import parse_command_line
 from mtc.config import ConfigError, load_preset, make_config, parse_settings, to_yaml
-from mtc.config.sweep import LONGEST_NAME
+from mtc.config.sweep import LONGEST_NAME, entry_names
 
 SWEEP = """
 sweep:
@@ -50,6 +50,7 @@ def test_a_grid_is_all_combinations_at_every_layer():
 def test_names_are_short_unique_and_can_stand_in_paths_and_urls():
     weights = [[1.5, 2 + i / 1e9, 1e-7] for i in range(3)]
     long = [{"transcoder.prefix_weights": w, "optimizer.eps": 1e-12, "optimizer.betas": [0.9, 0.99]} for w in weights]
+    assert entry_names([{"transcoder.k": 4}, {"optimizer.k": 4}]) == ["k4", "k4-1"]
     names = [member.name for member in load_preset("tiny", {"sweep": long}).members()]
     assert len(set(names)) == 3
     assert all(re.fullmatch(r"[a-z][A-Za-z0-9._-]*", name) and len(name) <= LONGEST_NAME + 4 for name in names)
