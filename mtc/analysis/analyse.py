@@ -458,9 +458,8 @@ def _distribution(values: NDArray[Any]) -> Distribution:
 
 
 def _tail(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last fifth of the logged steps; nothing if that is too few to say anything."""
-    tail = history[-max(1, len(history) // 5) :]
-    return tail if len(tail) >= MIN_TREND_ROWS else []
+    """The last fifth of the logged steps."""
+    return history[-max(1, len(history) // 5) :]
 
 
 def _training_fit(history: list[dict[str, Any]], heldout: float) -> TrainingFit | None:
@@ -472,7 +471,7 @@ def _training_fit(history: list[dict[str, Any]], heldout: float) -> TrainingFit 
 
 def _trend(history: list[dict[str, Any]]) -> Trend | None:
     tail = _tail(history)
-    if not tail:
+    if len(tail) < MIN_TREND_ROWS:
         return None
     x = np.array([row["tokens"] for row in tail], np.float64)
     y = np.array([row["fvu"][-1] for row in tail], np.float64)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from mtc.config import RunConfig
 from mtc.results import Copies, Evaluation, Slice, Summary, Tree, interval, number, percent, whole_range
 
+MIN_ROWS = 5
+"""Fewest logged steps whose batch FVU is held against the held-out one: batches differ."""
 MIN_RARE = 100
 """Fewest tokens of a slice by frequency that is judged."""
 
@@ -61,6 +63,11 @@ def line_sentence(e: Evidence) -> str:
         f"The least-squares affine map leaves {number(e.s.line.fvu)} of the held-out variance unexplained, the full "
         f"dictionary {number(e.s.fvu[-1])}: its features add {percent(e.s.line.added)}."
     )
+
+
+def overfitting_value(e: Evidence) -> float | None:
+    fit = e.s.training_fit
+    return fit.excess if fit and fit.rows >= MIN_ROWS else None
 
 
 def overfitting_sentence(e: Evidence) -> str:

@@ -101,8 +101,10 @@ RULES = (
         "transcoder.k", "Allow more active features, train longer or enlarge the dictionary",
     ),
     Rule(
-        "overfitting", "held-out FVU of all tokens / training FVU - 1 > 10 %", ">", 0.1,
-        lambda e: e.s.training_fit.excess if e.s.training_fit else None, evidence.overfitting_sentence,
+        "overfitting",
+        f"held-out FVU of all tokens / training FVU - 1 > 10 % ({evidence.MIN_ROWS} logged training steps or more)",
+        ">", 0.1,
+        evidence.overfitting_value, evidence.overfitting_sentence,
         "data.num_tokens", "Train on more tokens",
     ),
     Rule(

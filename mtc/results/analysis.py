@@ -81,7 +81,7 @@ class Summary(Record):
     line: StraightLine | None
     """How well the least-squares affine map does on the same tokens; None with too few tokens to fit it."""
     training_fit: TrainingFit | None
-    """FVU on the tokens that were trained on, beside the held-out one; None with too few logged steps."""
+    """FVU on the tokens that were trained on, beside the held-out one; None if no training is known."""
     k: int
     """Active features per token that the configuration asks for."""
     loss: LossRecovered | None

@@ -19,10 +19,10 @@ from cluster.reporting import analyse_run
 from cluster.resources import Plan
 from jobs import analyze
 from mtc.config import ConfigError, load_preset, to_yaml
-from mtc.language_model import LanguageModel
+from mtc.language_model import LanguageModel, pack_windows
 from mtc.results import Analysis, Comparison
 from mtc.storage import RunDirectory, RunError, open_run
-from mtc.text import DataError
+from mtc.text import DataError, TokenStore, heldout_units
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 
 WORDS = "the people of this union shall have power to lay and collect taxes for peace war trade and general welfare"
@@ -125,6 +125,15 @@ def test_every_figure_is_filled(analysed: list[RunDirectory]) -> None:
     assert analysis.summary.dead_features is None  # nobody counted: the weights came from elsewhere
     assert analysis.facts.versions["torch"] == torch.__version__
     assert analysis.facts.data_fingerprint
+    assert analysis.copies is not None
+    assert (found.line is not None) and found.line.folds == 5
+    # The weights do not know what is massive: the first unit of the held-out text tells.
+    store = TokenStore.open(analysis.facts.token_store)
+    first = heldout_units(store, analysis.config, analysis.config.analysis.num_tokens)[0]
+    windows = pack_windows(store.input_ids(first), store.info.special_ids)
+    (pair,) = LanguageModel(analysis.config.model).capture(windows, windows.trainable.nonzero().squeeze(1))
+    norms = np.linalg.norm(pair.target.double().numpy(), axis=1)
+    assert found.massive.norm == pytest.approx(5 * np.median(norms), rel=1e-2)
     table = pq.read_table(Path(analysed[0].url, "features.parquet"))
     assert table.num_rows == 64
     assert all(len(row) == 10 for row in table["positive_logits"].to_pylist())

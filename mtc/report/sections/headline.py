@@ -59,7 +59,7 @@ def overfitting(analysis: Analysis) -> Block:
     """The fit to the tokens that were trained on, beside the held-out one."""
     fit = analysis.summary.training_fit
     if fit is None:
-        return Paragraph(f"The fit to the training tokens was {NOT_MEASURED}: too few training steps were logged.")
+        return Paragraph(f"The fit to the training tokens was {NOT_MEASURED}: no training is known.")
     caption = "FVU of the full dictionary, massive tokens included"
     headers = ("Training batches, last fifth of the logged steps", "Held-out text", "Held-out above training")
     held_out = analysis.summary.all_tokens.fvu[-1]
