@@ -298,7 +298,7 @@ class MatryoshkaTranscoder(nn.Module):
         mean = _mean_over_ranks(x.double()).float()
         rows = x.new_empty(0, x.shape[1])
         if directions is not None:
-            rows = unit(directions.to(x))
+            rows = unit(directions[directions.norm(dim=1) > 0].to(x))
             rows = rows[distinct(rows, self.num_features)]
         if len(rows) < self.num_features:
             rows = torch.cat([rows, draw_distinct(x - mean, self.num_features - len(rows), seed)])

@@ -11,6 +11,7 @@ import torch
 from ranks import run_ranks
 
 from mtc.config import ConfigError, load_preset
+from mtc.language_model import Neurons
 from mtc.training import Calibrator, Health, ShuffleBuffer, StepMetrics, Trainer, Unit
 from mtc.training import trainer as training
 from mtc.transcoder import Compute, MatryoshkaTranscoder, TranscoderShape, native
@@ -309,6 +310,19 @@ def test_gradients_are_clipped():
     assert trainer.step(x, y).metrics().gradient_norm > 1e-3
     gradients = [p.grad for p in trainer.transcoder.parameters()]
     assert math.sqrt(sum(g.square().sum().item() for g in gradients)) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_features_start_at_the_neurons_whose_part_of_the_output_varies_most():
+    """Neuron 2 varies most by what it adds, 0 by its activity, 1 is always equally active."""
+    eye = torch.eye(D)
+    out_norms = torch.tensor([1.0, 50.0, 9.0])
+    constants, up_constants = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([3.0, 1.0, 1.0])
+    directions = torch.stack([eye[0], 0 * eye[1], eye[2]])
+    neurons = Neurons(directions, constants, torch.zeros(3, D), up_constants, out_norms, "relu", False)
+    x, y = next(batches(1, 4096))
+    trainer = Trainer(small_config("sparse", {"init": "mlp"}), D, D)
+    trainer.initialise(x, y, neurons)
+    torch.testing.assert_close(trainer.transcoder.W_enc[:2].detach(), torch.stack([eye[2], eye[0]]))
 
 
 def test_calibration_gives_exactly_k_per_token():

@@ -1,5 +1,7 @@
 """The transcoder against a dense reference written from the formulas, and against sorting."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -31,8 +33,10 @@ def data(tokens=11, seed=0):
     return x, torch.randn(tokens, D_TARGET, generator=generator)
 
 
-def reference_loss(t, x, y, dead, aux_k, coefficient):
-    """From the formulas, token by token, with a full sort for the selection."""
+def reference_loss(t, x, y, dead, aux_k, coefficient, limit=math.inf):
+    """From the formulas, token by token, with a full sort for the selection; a target longer than `limit` has the
+    weight of one of that length."""
+    w = torch.tensor([min(1.0, limit / y_t.norm().item()) ** 2 for y_t in y])
     if t.shape.input_norm == "rms":
         x = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
     elif t.shape.input_norm == "scalar":
@@ -49,7 +53,7 @@ def reference_loss(t, x, y, dead, aux_k, coefficient):
     for size in GROUPS:
         end += size
         y_m = sum((a[:, j : j + 1] * t.W_dec[j] for j in range(end)), base)
-        losses.append(((y - y_m) ** 2).sum(1).mean() / D_TARGET)
+        losses.append((w * ((y - y_m) ** 2).sum(1)).mean() / D_TARGET)
     loss = sum(losses) / len(losses)
     index = dead.nonzero().flatten().tolist()
     if index:
@@ -58,24 +62,30 @@ def reference_loss(t, x, y, dead, aux_k, coefficient):
         for row in range(len(x)):
             strongest = sorted(index, key=lambda j: -before[row, j].item())[:aux_k]
             e_hat = sum(before[row, j] * t.W_dec[j] for j in strongest)
-            total = total + ((residual[row] - e_hat) ** 2).sum() / D_TARGET
+            total = total + w[row] * ((residual[row] - e_hat) ** 2).sum() / D_TARGET
         loss = loss + coefficient * total / len(x)
     return loss, losses
 
 
 @pytest.mark.parametrize("backend", ["dense", "sparse"])
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize(("input_norm", "num_dead"), [("rms", 0), ("scalar", 2), ("none", 9)])
-def test_loss_and_all_gradients_equal_the_formulas(backend, skip, input_norm, num_dead):
+@pytest.mark.parametrize(
+    ("input_norm", "num_dead", "limit"), [("rms", 0, 2.0), ("scalar", 2, math.inf), ("none", 9, 2.0)]
+)
+def test_loss_and_all_gradients_equal_the_formulas(backend, skip, input_norm, num_dead, limit):
     t = random_transcoder(input_norm, skip)
     x, y = data()
     dead = torch.zeros(F, dtype=torch.bool)
     dead[torch.arange(num_dead) * 2 + 1] = True
     mean = 1 / (len(x) * D_TARGET)
     objective = Objective(t.prefixes, (mean / 3,) * 3, K * len(x), dead.nonzero().squeeze(1), 4, 0.25 * mean)
+    if limit < math.inf:
+        objective = objective._replace(cap_massive=True)
+        t.massive_norm.fill_(limit)
+        assert 0 < t.massive(y).sum() < len(y)
     output = t(x, y, objective, Compute(backend), Workspace())
     gradients = torch.autograd.grad(output.loss, list(t.parameters()))
-    expected, prefix_errors = reference_loss(t, x, y, dead, 4, 0.25)
+    expected, prefix_errors = reference_loss(t, x, y, dead, 4, 0.25, limit)
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(output.errors * mean, torch.stack(prefix_errors).detach())
     for got, want in zip(gradients, torch.autograd.grad(expected, list(t.parameters())), strict=True):
@@ -144,6 +154,22 @@ def test_massive_tokens_are_those_far_above_the_median_norm():
     old = {name: value for name, value in t.state_dict().items() if name != "massive_norm"}
     t.load_state_dict(old)
     assert t.massive_norm.isnan(), "older weights do not know it"
+
+
+def test_no_row_starts_as_a_copy_or_at_a_massive_token():
+    t = MatryoshkaTranscoder(TranscoderShape(D_SOURCE, D_TARGET, GROUPS, K, "rms"))
+    x, y = data(2000)
+    x[::2], x[1::20] = x[0], 50 * torch.eye(D_SOURCE)[0]  # half of the tokens are the same; others are massive
+    y[1::20] *= 40
+    directions = torch.stack([*torch.eye(D_SOURCE)[1:4], 2.1 * torch.eye(D_SOURCE)[2]])  # the last is a copy
+    t.initialise(x, y, directions=directions)
+    W_enc = t.W_enc.detach()
+    cosines = W_enc @ W_enc.T - torch.eye(F)
+    assert cosines.max() < 0.95
+    torch.testing.assert_close(W_enc[:3], directions[:3])
+    usual = t.normalise(x[~t.massive(y)])
+    torch.testing.assert_close(t.b_enc.detach(), -W_enc @ usual.mean(0), rtol=1e-4, atol=1e-5)
+    assert (t.target_scale**2 * y[~t.massive(y)].square().sum(1).mean()).item() == pytest.approx(D_TARGET, rel=1e-5)
 
 
 def test_initialisation_from_few_rows_makes_no_two_features_equal():
