@@ -149,6 +149,6 @@ def _name(field: str, value: Any) -> str:
         return short if value else f"no-{short}"
     if value is None:
         return f"{short}-default"
-    text = "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = "x".join(str(each) for each in value) if isinstance(value, list | tuple) else str(value)
     text = re.sub(r"[^A-Za-z0-9.x-]", "", text)
     return f"{short}{text}" if text[:1].isdigit() else f"{short}-{text}"
