@@ -123,8 +123,6 @@ def _quality(subject: Subject) -> str:
             f"\n\nWhere it is not said, without {massive.tokens:,} massive tokens, whose target norms are above "
             f"{massive.ratio:g} times the median and which hold {massive.variance:.1%} of the variance."
         )
-    if evaluation.line:
-        text += f"\n\nThe least-squares affine map from the same source has an FVU of {evaluation.line.fvu:.4f}."
     text += f"\n\nOn {evaluation.tokens:,} held-out tokens of `{subject.config.data.name}`"
     text += f", after training on {summary.trained_tokens:,} tokens." if summary.trained_tokens else "."
     if summary.loss is not None and summary.loss.ce_zero > summary.loss.ce_clean:  # else a share of nothing
@@ -133,4 +131,6 @@ def _quality(subject: Subject) -> str:
             f" With the transcoder in the MLP's place the language model recovers {recovered:.1%} of the loss "
             "that replacing the MLP's output by zero costs."
         )
+    if evaluation.line is not None:
+        text += f" The least-squares affine map from the same source has an FVU of {evaluation.line.fvu:.4f} there."
     return text

@@ -363,6 +363,16 @@ def test_model_card_says_what_the_run_says(analysed: RunDirectory) -> None:
     }  # fmt: skip
     assert "| 16 | 0.5000 | 1.00 |\n| 48 | 0.4000 | 2.00 |\n\nOn 21 held-out tokens of `OWNER/texts`" in card.text
     assert "the first 48 of 64, in nested groups [16, 32]" in card.text
+    data = json.loads(analysed.read("analysis.json"))
+    for part in (data["evaluation"], data["summary"]):
+        massive = make_evaluation([16, 48, 64], massive=True)
+        part |= {"all_tokens": massive.all_tokens.model_dump(), "massive": massive.massive.model_dump()}
+    analysed.write("analysis.json", json.dumps(data))
+    analysed.publish()
+    text = card_of(export(analysed, "saelens", "--prefix", "16")).text
+    assert "| 16 | 0.5000 | 1.00 | 0.3000 | 3.10 |\n\nWhere it is not said, without 20 massive tokens" in text
+    assert "which hold 51.8% of the variance" in text
+    assert "affine map from the same source has an FVU of 0.6200 there" in text
 
 
 def test_model_card_says_nothing_of_a_loss_that_zero_ablation_does_not_raise(analysed: RunDirectory) -> None:
