@@ -43,7 +43,8 @@ class Neurons(NamedTuple):
     """Whether x is the source divided by its root mean square."""
 
     def to(self, device: torch.device) -> Neurons:
-        return Neurons(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+        moved = {name: part.to(device) for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        return self._replace(**moved)
 
     def activity(self, source: Tensor) -> Tensor:
         """[tokens, neurons] float32, of raw sources [tokens, d_model]."""
