@@ -109,15 +109,16 @@ def tables(tasks: dict[str, dict[str, Any]]) -> str:
         lines.append("")
     lines += [f"| | {' | '.join(tasks)} | worst | target |", f"| --- |{' --- |' * len(tasks)} --- | --- |"]
     for figure, about in describe({name: task["figures"] for name, task in tasks.items()}).items():
-        values = [_shown(about["tasks"][name]) if name in about["tasks"] else "" for name in tasks]
-        target = f"{_shown(about['target'])}, {'met' if about['met'] else 'not met'}"
-        lines.append(f"| {figure} | {' | '.join(values)} | {_shown(about['worst'])} | {target} |")
+        values = [shown(about["tasks"][name]) if name in about["tasks"] else "" for name in tasks]
+        target = f"{shown(about['target'])}, {'met' if about['met'] else 'not met'}"
+        lines.append(f"| {figure} | {' | '.join(values)} | {shown(about['worst'])} | {target} |")
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A figure to print."""
     if isinstance(value, list):
-        return ", ".join(_shown(each) for each in value)
+        return ", ".join(shown(each) for each in value)
     return "out of reach" if value is None else f"{value:.3f}"
 
 
