@@ -186,7 +186,7 @@ def run(variant: Variant, task: Task, rows: Rows) -> Score:
     transcoder, optimizer = dict(variant.transcoder or {}), dict(variant.optimizer or {})
     if "warmup_steps" in optimizer:
         optimizer["warmup_steps"] = round(optimizer["warmup_steps"] * task.steps)
-    ours = Ours({"transcoder": transcoder, "optimizer": optimizer}, replays=1)
+    ours = Ours({"transcoder": transcoder, "optimizer": optimizer, "data": {"replays": 1}})
     trained = train_ours(rows, task, LR, transcoder.get("seed", 0), ours, variant.trainer)
     half = len(rows.validation.source) // 2
     first, second = (Part(*(t[part] for t in rows.validation)) for part in (slice(half), slice(half, None)))

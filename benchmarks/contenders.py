@@ -11,22 +11,27 @@ import hashlib
 import json
 import subprocess
 import time
+from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
-from benchmarks.peer_worker import Work, batches
+from benchmarks.peer_worker import Work
 from benchmarks.rows import MASSIVE_SAMPLE, Rows
 from benchmarks.scores import Dictionary
 from mtc.config import RunConfig, load_preset
 from mtc.storage import cache_directory
-from mtc.training import Trainer
+from mtc.training import ShuffleBuffer, Trainer, Unit
 
 BATCH = 1024
+UNIT_ROWS = 4064
+"""Rows that come into the shuffle buffer together: 32 windows of 127."""
 DEAD_AFTER = 20_480
 WARMUP_FRACTION = 0.2
 PEERS_PYTHON = Path(".venv-peers/bin/python")
@@ -68,17 +73,17 @@ class Ours(NamedTuple):
     """How we take part."""
 
     sections: dict[str, Any] = {}
-    """Overrides of the configuration's sections."""
-    replays: int = 4
-    """Times that every captured token is trained, in epochs over all of them."""
+    """Overrides of DEFAULTS."""
     nested: bool = True
 
 
+DEFAULTS: dict[str, Any] = {"data": {"replays": 4, "shuffle_buffer_tokens": 131_072}}
+"""Overrides of the configuration's sections for all of ours."""
 OURS: dict[str, Ours] = {
     "mtc": Ours(),
     "mtc, skip": Ours({"transcoder": {"skip": True}}),
     "mtc, not nested": Ours(nested=False),
-    "mtc, no replays": Ours(replays=1),
+    "mtc, no replays": Ours({"data": {"replays": 1}}),
 }
 """The first holds our defaults; the others differ from it in what their name says."""
 
@@ -99,13 +104,15 @@ def train(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> Train
 
 
 def train_ours(rows: Rows, task: Task, lr: float, seed: int, ours: Ours, make: type[Trainer] = Trainer) -> Trained:
-    """Train on the first `task.train_tokens` rows."""
-    task = _ours(task, ours)
+    """Train on the first `task.train_tokens` rows, in the order in which a run's shuffle buffer gives them out."""
+    if not ours.nested:
+        task = task._replace(group_sizes=(sum(task.group_sizes),))
     source, target = (part[: task.train_tokens] for part in rows.train)
-    trainer = make(our_config(task, lr, seed, ours.sections), source.shape[1], target.shape[1])
+    config = our_config(task, lr, seed, ours.sections)
+    trainer = make(config, source.shape[1], target.shape[1])
     trainer.initialise(source[:MASSIVE_SAMPLE], target[:MASSIVE_SAMPLE])
     start, cpu = time.perf_counter(), time.process_time()
-    for chosen in batches(len(source), _work(rows, task, lr, seed)):
+    for chosen in row_order(config, len(source), seed):
         trainer.step(source[chosen], target[chosen])
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     t, scale = trainer.transcoder, trainer.transcoder.target_scale
@@ -115,7 +122,25 @@ def train_ours(rows: Rows, task: Task, lr: float, seed: int, ours: Ours, make: t
     return Trained(dictionary, seconds, cpu_seconds)
 
 
+def row_order(config: RunConfig, tokens: int, seed: int) -> Iterator[Tensor]:
+    """Row indices [batch] of every step: each of `tokens` rows `data.replays` times, over again if steps are left."""
+    data, batch = config.data, config.optimizer.batch_tokens
+    key, left, epoch = (0, "row"), config.total_steps, 0
+    while left > 0:
+        buffer = ShuffleBuffer(data.shuffle_buffer_tokens, (seed, epoch), replays=data.replays)
+        units = list(torch.arange(tokens)[:, None].split(UNIT_ROWS))
+        for number, rows in enumerate(units):
+            buffer.add(Unit(number, {key: rows}, np.arange(len(rows), dtype=np.int32), len(rows)))
+            if number == len(units) - 1:
+                buffer.close()
+            while buffer.available >= batch and left:
+                yield buffer.take(batch).activations[key][:, 0]
+                left -= 1
+        epoch += 1
+
+
 def our_config(task: Task, lr: float, seed: int, overrides: dict[str, Any]) -> RunConfig:
+    """The configuration of a task's run; its steps are those that the replays ask, and at least the task's."""
     transcoder = {
         "group_sizes": list(task.group_sizes),
         "k": task.k,
@@ -126,13 +151,18 @@ def our_config(task: Task, lr: float, seed: int, overrides: dict[str, Any]) -> R
     optimizer = {
         "lr": lr,
         "batch_tokens": BATCH,
-        "warmup_steps": int(WARMUP_FRACTION * task.steps),
         "backend": "sparse",
         "precision": "float32",
     }
-    sections = {"transcoder": transcoder, "optimizer": optimizer, "data": {"num_tokens": task.steps * BATCH}}
-    for name, settings in overrides.items():
-        sections[name] = sections[name] | settings
+    sections: dict[str, Any] = {"transcoder": transcoder, "optimizer": optimizer}
+    for layer in (DEFAULTS, overrides):
+        for name, settings in layer.items():
+            sections[name] = sections.get(name, {}) | settings
+    replays, batch = sections["data"]["replays"], sections["optimizer"]["batch_tokens"]
+    captured = max(task.train_tokens // batch, -(-task.steps // replays)) * batch
+    sections["data"] = {"num_tokens": captured} | sections["data"]
+    warmup = int(WARMUP_FRACTION * captured * replays / batch)
+    sections["optimizer"] = {"warmup_steps": warmup} | sections["optimizer"]
     return load_preset("smollm2-135m", sections)
 
 
@@ -170,12 +200,6 @@ def train_peer(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> 
 def peer_version(library: str) -> str:
     code = f"import importlib.metadata as m; print(m.version({library!r}))"
     return subprocess.run([str(PEERS_PYTHON), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _ours(task: Task, ours: Ours) -> Task:
-    """The task with as many steps as our replays ask, and one group if not nested."""
-    steps = max(ours.replays * (task.train_tokens // BATCH), task.steps)
-    return task._replace(steps=steps, group_sizes=task.group_sizes if ours.nested else (sum(task.group_sizes),))
 
 
 def _work(rows: Rows, task: Task, lr: float, seed: int) -> Work:

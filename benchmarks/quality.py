@@ -8,7 +8,7 @@ seconds. It ends with the project's targets and whether they are met (benchmarks
 All contenders read the same rows (benchmarks.rows), are scored alike (benchmarks.scores), and warm up for
 WARMUP_FRACTION of the steps (with `--no-warm-up` the peers also without). A sweep goes on by factors of two until its
 best rate is none of its ends, at most twice. Peers train each captured token once, as their libraries do;
-we replay it (`OURS`); "mtc, no replays" takes the peers' steps. Where rows are massive, peers are trained with and
+we replay it (`DEFAULTS`); "mtc, no replays" takes the peers' steps. Where rows are massive, peers are trained with and
 without them. Peers' weights are kept, so a run that was stopped goes on where it was; ours are trained anew.
 """
 

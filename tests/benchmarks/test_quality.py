@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from benchmarks import activations, rows, targets
 from benchmarks.activations import Part
-from benchmarks.contenders import PEERS_PYTHON
+from benchmarks.contenders import BATCH, DEFAULTS, PEERS_PYTHON, Task, our_config, row_order
 from benchmarks.quality import sweep
 from benchmarks.rows import Rows, load_rows
 from benchmarks.scores import Dictionary, linear_map, score
@@ -150,6 +150,16 @@ def test_sweep_goes_on_beyond_an_end_that_is_best(optimum: float, asked: set[flo
     assert set(sweep((3, 6, 12), 2, fvu)) == asked
     assert sorted(trained) == sorted(asked)  # each once
     assert set(sweep((3, 6, 12), 0, fvu)) == {3, 6, 12}
+
+
+def test_rows_are_trained_as_often_as_they_are_replayed() -> None:
+    replays, tokens = DEFAULTS["data"]["replays"], 20 * BATCH
+    config = our_config(Task("smollm2", 20, train_tokens=tokens), 6e-3, 0, {"data": {"shuffle_buffer_tokens": 8192}})
+    steps = list(row_order(config, tokens, 0))
+    assert config.total_steps == len(steps) == 392  # 98 of every replay: the task asks for 390 in all
+    once = torch.cat(steps[: replays * 20])
+    assert len(once[:tokens].unique()) < tokens  # not one epoch after the other
+    assert torch.bincount(once).eq(replays).all() and {len(rows) for rows in steps} == {BATCH}
 
 
 def measured(fvu: list[float], **more: float) -> dict:
