@@ -22,10 +22,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.activations import MODELS
 from benchmarks.peer_worker import Work
 from benchmarks.rows import MASSIVE_SAMPLE, Rows
 from benchmarks.scores import Dictionary
 from mtc.config import RunConfig, load_preset
+from mtc.language_model import read_neurons
 from mtc.storage import cache_directory
 from mtc.training import ShuffleBuffer, Trainer, Unit
 
@@ -77,7 +79,10 @@ class Ours(NamedTuple):
     nested: bool = True
 
 
-DEFAULTS: dict[str, Any] = {"data": {"replays": 4, "shuffle_buffer_tokens": 131_072}}
+DEFAULTS: dict[str, Any] = {
+    "data": {"replays": 8, "shuffle_buffer_tokens": 400_000},
+    "transcoder": {"rank": "contribution", "init": "mlp", "skip": False},
+}
 """Overrides of the configuration's sections for all of ours."""
 OURS: dict[str, Ours] = {
     "mtc": Ours(),
@@ -110,7 +115,8 @@ def train_ours(rows: Rows, task: Task, lr: float, seed: int, ours: Ours, make: t
     source, target = (part[: task.train_tokens] for part in rows.train)
     config = our_config(task, lr, seed, ours.sections)
     trainer = make(config, source.shape[1], target.shape[1])
-    trainer.initialise(source[:MASSIVE_SAMPLE], target[:MASSIVE_SAMPLE])
+    neurons = read_neurons(config.model, task.layer) if config.transcoder.init == "mlp" else None
+    trainer.initialise(source[:MASSIVE_SAMPLE], target[:MASSIVE_SAMPLE], neurons)
     start, cpu = time.perf_counter(), time.process_time()
     for chosen in row_order(config, len(source), seed):
         trainer.step(source[chosen], target[chosen])
@@ -118,8 +124,9 @@ def train_ours(rows: Rows, task: Task, lr: float, seed: int, ours: Ours, make: t
     t, scale = trainer.transcoder, trainer.transcoder.target_scale
     skip = torch.zeros(t.shape.d_target, t.shape.d_source) if t.W_skip is None else t.W_skip.detach() / scale
     decoder = t.W_dec.detach() / scale, t.b_dec.detach() / scale
-    dictionary = Dictionary(t.W_enc.detach(), t.b_enc.detach(), *decoder, torch.ones(t.num_features), skip)
-    return Trained(dictionary, seconds, cpu_seconds)
+    rank_scale = t.rank_scale()
+    ranked = torch.ones(t.num_features) if rank_scale is None else rank_scale
+    return Trained(Dictionary(t.W_enc.detach(), t.b_enc.detach(), *decoder, ranked, skip), seconds, cpu_seconds)
 
 
 def row_order(config: RunConfig, tokens: int, seed: int) -> Iterator[Tensor]:
@@ -163,7 +170,8 @@ def our_config(task: Task, lr: float, seed: int, overrides: dict[str, Any]) -> R
     sections["data"] = {"num_tokens": captured} | sections["data"]
     warmup = int(WARMUP_FRACTION * captured * replays / batch)
     sections["optimizer"] = {"warmup_steps": warmup} | sections["optimizer"]
-    return load_preset("smollm2-135m", sections)
+    sections["model"] = {"layer": task.layer}
+    return load_preset(MODELS[task.model], sections)
 
 
 def train_peer(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> Trained:
