@@ -81,9 +81,10 @@ class Ours(NamedTuple):
 
 DEFAULTS: dict[str, Any] = {
     "data": {"replays": 8, "shuffle_buffer_tokens": 400_000},
-    "transcoder": {"rank": "contribution", "init": "mlp", "skip": False},
+    "transcoder": {"skip": False},
 }
-"""Overrides of the configuration's sections for all of ours."""
+"""Overrides, for all of ours, of the preset of the task's model, which says where features start and how they
+compete."""
 OURS: dict[str, Ours] = {
     "mtc": Ours(),
     "mtc, skip": Ours({"transcoder": {"skip": True}}),

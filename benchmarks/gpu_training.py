@@ -131,7 +131,7 @@ def losses(setting: Setting, findings: Findings) -> None:
 def _exact_loss(trainer: Trainer, data: Planted) -> dict[str, Tensor]:
     """The loss and its gradients in float64 on the CPU, by dense products and autograd."""
     transcoder = trainer.transcoder
-    names = Weights._fields
+    names = [name for name in Weights._fields if name != "threshold"]  # which BatchTopK does not train
     leaves = [getattr(transcoder, name).detach().cpu().double().requires_grad_() for name in names]
     source, target = data.source.double(), data.target.double() * transcoder.target_scale.cpu().double()
     x = source * (source.square().mean(1, keepdim=True) + RMS_EPS).rsqrt()

@@ -10,6 +10,8 @@ from mtc.results import Copies, Evaluation, Slice, Summary, Tree, interval, numb
 
 MIN_ROWS = 5
 """Fewest logged steps whose batch FVU is held against the held-out one: batches differ."""
+MOST_MASSIVE = 0.02
+"""Share of the variance that massive tokens may hold where the FVU of batches, in which they are capped, is judged."""
 MIN_RARE = 100
 """Fewest tokens of a slice by frequency that is judged."""
 
@@ -67,7 +69,9 @@ def line_sentence(e: Evidence) -> str:
 
 def overfitting_value(e: Evidence) -> float | None:
     fit = e.s.training_fit
-    return fit.excess if fit and fit.rows >= MIN_ROWS else None
+    # Batches have capped massive tokens, held-out text has whole ones.
+    unlike = e.c.transcoder.massive_tokens == "cap" and e.s.massive.variance > MOST_MASSIVE
+    return fit.excess if fit and fit.rows >= MIN_ROWS and not unlike else None
 
 
 def overfitting_sentence(e: Evidence) -> str:

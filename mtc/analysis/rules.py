@@ -105,7 +105,7 @@ RULES = (
         f"held-out FVU of all tokens / training FVU - 1 > 10 % ({evidence.MIN_ROWS} logged training steps or more)",
         ">", 0.1,
         evidence.overfitting_value, evidence.overfitting_sentence,
-        "data.num_tokens", "Train on more tokens",
+        "data.replays", "Capture more tokens, or train each less often",
     ),
     Rule(
         "rare tokens",

@@ -194,7 +194,7 @@ class TranscoderConfig(Part):
     massive_tokens: Literal["cap", "keep"] = "cap"
     """What a massive token, whose target is more than 5 times as long as the median, weighs in the loss: as much as one
     of that length, or its full square."""
-    init: Literal["tokens", "mlp"] = "mlp"
+    init: Literal["tokens", "mlp"] = "tokens"
     """Where the encoder starts: at source tokens of the first activations, or at the directions that the MLP's own
     neurons look for (of a gated MLP its gate's), the strongest first, and at tokens once these are used up."""
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
