@@ -151,8 +151,10 @@ class Variant(NamedTuple):
     """Changed fields of that section of the configuration."""
     optimizer: dict[str, Any] | None = None
     """The same; warmup_steps as a share of all steps."""
+    replays: int = 1
 
 
+NEURONS, CONTRIBUTION = {"init": "mlp"}, {"rank": "contribution"}
 VARIANTS = (
     Variant("defaults"),
     Variant("defaults, seed 1", transcoder={"seed": 1}),
@@ -178,6 +180,12 @@ VARIANTS = (
     Variant("betas 0.9, 0.999", optimizer={"betas": [0.9, 0.999]}),
     Variant("betas 0.5, 0.99", optimizer={"betas": [0.5, 0.99]}),
     Variant("no clipping", optimizer={"gradient_clip": 1e9}),
+    Variant("encoder: the MLP's neurons", transcoder=NEURONS),
+    Variant("ranked by contribution", transcoder=CONTRIBUTION),
+    Variant("both", transcoder=NEURONS | CONTRIBUTION),
+    Variant("4 replays", replays=4),
+    Variant("4 replays, both", transcoder=NEURONS | CONTRIBUTION, replays=4),
+    Variant("massive tokens: kept", transcoder={"massive_tokens": "keep"}),
 )
 
 
@@ -186,7 +194,8 @@ def run(variant: Variant, task: Task, rows: Rows) -> Score:
     transcoder, optimizer = dict(variant.transcoder or {}), dict(variant.optimizer or {})
     if "warmup_steps" in optimizer:
         optimizer["warmup_steps"] = round(optimizer["warmup_steps"] * task.steps)
-    ours = Ours({"transcoder": transcoder, "optimizer": optimizer, "data": {"replays": 1}})
+    transcoder = {"init": "tokens", "rank": "activation"} | transcoder  # whatever the model's preset says
+    ours = Ours({"transcoder": transcoder, "optimizer": optimizer, "data": {"replays": variant.replays}})
     trained = train_ours(rows, task, LR, transcoder.get("seed", 0), ours, variant.trainer)
     half = len(rows.validation.source) // 2
     first, second = (Part(*(t[part] for t in rows.validation)) for part in (slice(half), slice(half, None)))
