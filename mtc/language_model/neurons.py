@@ -43,8 +43,13 @@ class Neurons(NamedTuple):
     """Whether x is the source divided by its root mean square."""
 
     def to(self, device: torch.device) -> Neurons:
-        moved = {name: part.to(device) for name, part in self._asdict().items() if isinstance(part, Tensor)}
-        return self._replace(**moved)
+        gated = None if self.up is None or self.up_constants is None else (self.up, self.up_constants)
+        up, up_constants = (part.to(device) for part in gated) if gated else (None, None)
+        shared = (part.to(device) for part in (self.directions, self.constants, self.out_norms))
+        directions, constants, out_norms = shared
+        return self._replace(
+            directions=directions, constants=constants, up=up, up_constants=up_constants, out_norms=out_norms
+        )
 
     def activity(self, source: Tensor) -> Tensor:
         """[tokens, neurons] float32, of raw sources [tokens, d_model]."""
