@@ -232,7 +232,7 @@ def _check_nested_residuals(setting: Setting, findings: Findings, aux: bool) -> 
     pulls = [2 * w * r for w, r in zip(weights, residuals, strict=True)]
     H = torch.stack([sum(pulls[slot:3]) if slot < 3 else pulls[slot] for slot in range(slots)], 1)
     d_value = torch.stack([H[:, slot] @ W_dec.double().T for slot in range(slots)])[group, token, feature]
-    errors = torch.stack([r.square().sum() for r in residuals])
+    errors = torch.stack([r.square().sum(1) for r in residuals], 1)
     for name, got, truth in zip(("H", "gradient", "errors"), found, (H, d_value, errors), strict=True):
         findings.compare(f"nested_residuals{', AuxK' if aux else ''}: {name}", relative_error(got, truth), FLOAT32)
 

@@ -202,7 +202,7 @@ def _summary(
         massive=evaluation.massive,
         massive_features=int(features["massive"].to_numpy().sum()),
         line=evaluation.line,
-        training_fit=_training_fit(history, evaluation.all_tokens.fvu[-1]),
+        training_fit=_training_fit(history, evaluation.fvu[-1]),
         k=transcoder.shape.k,
         loss=evaluation.loss,
         trend=_trend(history),
@@ -463,7 +463,7 @@ def _tail(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _training_fit(history: list[dict[str, Any]], heldout: float) -> TrainingFit | None:
-    """The training FVU beside the full dictionary's held-out FVU of all tokens."""
+    """The training FVU beside the full dictionary's held-out FVU, both without massive tokens."""
     tail = _tail(history)
     fvu = float(np.mean([row["fvu"][-1] for row in tail])) if tail else 0.0
     return TrainingFit(rows=len(tail), fvu=fvu, excess=heldout / fvu - 1) if np.isfinite(fvu) and fvu > 0 else None

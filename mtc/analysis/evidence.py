@@ -10,8 +10,6 @@ from mtc.results import Copies, Evaluation, Slice, Summary, Tree, interval, numb
 
 MIN_ROWS = 5
 """Fewest logged steps whose batch FVU is held against the held-out one: batches differ."""
-MOST_MASSIVE = 0.02
-"""Share of the variance that massive tokens may hold where the FVU of batches, in which they are capped, is judged."""
 MIN_RARE = 100
 """Fewest tokens of a slice by frequency that is judged."""
 
@@ -69,15 +67,13 @@ def line_sentence(e: Evidence) -> str:
 
 def overfitting_value(e: Evidence) -> float | None:
     fit = e.s.training_fit
-    # Batches have capped massive tokens, held-out text has whole ones.
-    unlike = e.c.transcoder.massive_tokens == "cap" and e.s.massive.variance > MOST_MASSIVE
-    return fit.excess if fit and fit.rows >= MIN_ROWS and not unlike else None
+    return fit.excess if fit and fit.rows >= MIN_ROWS else None
 
 
 def overfitting_sentence(e: Evidence) -> str:
     assert e.s.training_fit is not None
     return (
-        f"The full dictionary's FVU of all held-out tokens is {number(e.s.all_tokens.fvu[-1])}, its batch FVU "
+        f"The full dictionary's held-out FVU is {number(e.s.fvu[-1])}, its batch FVU "
         f"{number(e.s.training_fit.fvu)} over the last fifth of training ({number(e.s.training_fit.rows)} rows): "
         f"{percent(e.s.training_fit.excess)} more."
     )

@@ -102,7 +102,7 @@ RULES = (
     ),
     Rule(
         "overfitting",
-        f"held-out FVU of all tokens / training FVU - 1 > 10 % ({evidence.MIN_ROWS} logged training steps or more)",
+        f"held-out FVU / training FVU - 1 > 10 % ({evidence.MIN_ROWS} logged training steps or more)",
         ">", 0.1,
         evidence.overfitting_value, evidence.overfitting_sentence,
         "data.replays", "Capture more tokens, or train each less often",

@@ -132,9 +132,9 @@ class TrainingFit(Record):
     rows: int
     """Logged steps that the training FVU is the mean of: the last fifth."""
     fvu: float
-    """Mean batch FVU of the full dictionary, massive tokens included."""
+    """Mean batch FVU of the full dictionary, without massive tokens."""
     excess: float
-    """How far the held-out FVU of all tokens lies above the training FVU, as a share of it; negative if below."""
+    """How far the held-out FVU lies above the training FVU, as a share of it; negative if below."""
 
 
 class File(Record):

@@ -54,7 +54,7 @@ class StepMetrics(NamedTuple):
     loss: float
     """Training loss: weighted mean over prefixes, plus AuxK and the activation function's penalty."""
     fvu: tuple[float, ...]
-    """Squared error over squared deviation from the batch's mean, per prefix."""
+    """Squared error over squared deviation from the batch's mean, per prefix, without massive tokens."""
     l0: float
     """Active features per token of the batch, mean."""
     dead: int
@@ -100,7 +100,8 @@ class StepResult(NamedTuple):
     def metrics(self) -> StepMetrics:
         totals = self.totals
         loss = float(totals.loss) / self.ranks
-        deviation = float(totals.target_square) - float(totals.target_sum.square().sum()) / self.batch
+        counted = max(float(totals.counted), 1)
+        deviation = float(totals.target_square) - float(totals.target_sum.square().sum()) / counted
         fvu = tuple(error / max(deviation, 1e-30) for error in totals.errors.tolist())
         l0 = float(totals.num_active) / self.batch
         norm = float(self.gradient_norm)

@@ -56,11 +56,21 @@ class Objective(NamedTuple):
         return W_dec.detach().norm(dim=1) if self.by_contribution else None
 
 
+class PerToken(NamedTuple):
+    """What massive tokens change."""
+
+    scale: Tensor
+    """[tokens], what a token's residuals are multiplied with."""
+    counted: Tensor
+    """[tokens] bool: whether a token's errors are among those that are reported."""
+
+
 class LossOutput(NamedTuple):
     loss: Tensor
     """Scalar, this rank's part of the weighted sum of squared errors and the penalty; differentiable."""
     errors: Tensor
-    """[prefixes], squared error of each prefix in scaled units, summed over this rank's tokens and dimensions."""
+    """[prefixes], squared error of each prefix in scaled units, summed over this rank's tokens that count and
+    dimensions."""
     aux_error: Tensor
     """Scalar, squared error of AuxK in scaled units, summed over this rank's tokens and dimensions; 0 without dead
     features."""

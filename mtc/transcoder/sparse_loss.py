@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from mtc.transcoder import native
 from mtc.transcoder.activations import ACTIVATIONS, Activated, Activation
-from mtc.transcoder.objective import LossOutput, Objective, Weights, scaled_targets
+from mtc.transcoder.objective import LossOutput, Objective, PerToken, Weights, scaled_targets
 from mtc.transcoder.pre_activations import pre_activations
 from mtc.transcoder.products import Bags, Workspace, bag_sums, entry_dots, make_bags
 from mtc.transcoder.selection import Chosen
@@ -54,7 +54,7 @@ def sparse_loss(
     objective: Objective,
     workspace: Workspace,
     bfloat16_product: bool = False,
-    scale: Tensor | None = None,
+    per_token: PerToken | None = None,
 ) -> LossOutput:
     """The same numbers as `dense_loss` gives, up to rounding, with gradients computed from the chosen entries.
 
@@ -90,21 +90,24 @@ def sparse_loss(
         entries = _arrange(token, feature, slot, slots, len(x), len(weights.b_enc))
     value = _EncodeChosen.apply(x, weights.W_enc, weights.b_enc, value, given, entries, workspace)
     value, penalty = _activate(activation, value, entries, slots if aux else None, len(x), weights, objective)
-    if scale is not None:
-        value, y = value * scale[token], scaled_targets(y, weights.b_dec, scale)
+    if per_token is not None:
+        value, y = value * per_token.scale[token], scaled_targets(y, weights.b_dec, per_token.scale)
     slot_weights = (*objective.weights, objective.aux_weight) if aux else objective.weights
     loss, errors = _NestedLoss.apply(value, weights.W_dec, weights.b_dec, y, entries, slot_weights, aux, workspace)
     if penalty is not None:
         loss = loss + penalty
-    aux_error = errors[-1] if aux else errors.new_zeros(())
-    return LossOutput(loss, errors[: len(objective.ends)], aux_error, num_active, fired)
+    aux_error = errors[:, -1].sum() if aux else errors.new_zeros(())
+    errors = errors[:, : len(objective.ends)]
+    if per_token is not None:
+        errors = errors * per_token.counted[:, None]
+    return LossOutput(loss, errors.sum(0), aux_error, num_active, fired)
 
 
 def nested_residuals(
     value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, entries: Entries, weights: tuple[float, ...], aux: bool,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """H [tokens, slots, d_target], dL/d value [entries] and the squared error of each slot [slots]."""
+    """H [tokens, slots, d_target], dL/d value [entries] and each token's squared error of each slot [tokens, slots]."""
     tokens, slots = len(y), len(weights)
     prefixes = slots - aux
     if native.runs(W_dec):
@@ -113,12 +116,12 @@ def nested_residuals(
         d_value, errors = value.new_empty(len(value)), y.new_empty(tokens, slots)
         tables = (value, entries.feature, entries.slots.offsets, W_dec, b_dec, y.contiguous(), doubled)
         native.call("nested_pass", *tables, int(aux), H, d_value, errors, tokens, slots, W_dec.shape[1])
-        return H, d_value, errors.sum(0)
+        return H, d_value, errors
     H = bag_sums(W_dec, entries.feature, value, entries.slots).view(tokens, slots, W_dec.shape[1])
     H[:, 0] += b_dec - y
     for slot in range(1, slots):
         H[:, slot] += H[:, slot - 1]  # residuals R of each prefix, and of AuxK behind the last
-    errors = H.square().sum((0, 2))
+    errors = H.square().sum(2)
     for slot in range(slots - 1, -1, -1):
         H[:, slot] *= 2 * weights[slot]
         if slot < prefixes - 1:
@@ -207,7 +210,7 @@ class _NestedLoss(Function):
         ctx.save_for_backward(value, H, d_value)
         ctx.entries, ctx.workspace = entries, workspace
         ctx.mark_non_differentiable(errors)
-        return torch.stack([w * e for w, e in zip(weights, errors, strict=True)]).sum(), errors
+        return torch.stack([w * e for w, e in zip(weights, errors.sum(0), strict=True)]).sum(), errors
 
     @staticmethod
     @once_differentiable

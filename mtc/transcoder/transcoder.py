@@ -28,7 +28,7 @@ from mtc.transcoder.activations import ACTIVATIONS, Activation
 from mtc.transcoder.dense_loss import dense_loss
 from mtc.transcoder.distributed import agree, all_reduce
 from mtc.transcoder.massive import above, cap, massive_norm
-from mtc.transcoder.objective import Objective, Weights
+from mtc.transcoder.objective import Objective, PerToken, Weights
 from mtc.transcoder.products import Workspace, bag_sums, entry_dots, make_bags
 from mtc.transcoder.selection import largest_of_each
 from mtc.transcoder.shape import TranscoderShape
@@ -69,7 +69,8 @@ class TrainOutput(NamedTuple):
     loss: Tensor
     """Scalar, this rank's part of the training loss; differentiable."""
     errors: Tensor
-    """[prefixes], squared error of each prefix in scaled units, summed over this rank's tokens and dimensions."""
+    """[prefixes], squared error of each prefix in scaled units, summed over dimensions and this rank's tokens that are
+    not massive."""
     aux_error: Tensor
     """Scalar, squared error of AuxK in scaled units, summed over this rank's tokens and dimensions; 0 without dead
     features."""
@@ -77,10 +78,12 @@ class TrainOutput(NamedTuple):
     """Scalar, entries of this rank that were chosen."""
     fired: Tensor
     """[features] bool: the feature was chosen at least once on this rank."""
+    counted: Tensor
+    """Scalar, this rank's tokens that are not massive."""
     target_sum: Tensor
-    """[d_target], scaled targets summed over tokens, massive ones as they are capped."""
+    """[d_target], scaled targets summed over tokens that are not massive."""
     target_square: Tensor
-    """Scalar, squares of scaled targets summed over tokens and dimensions, massive ones as they are capped."""
+    """Scalar, squares of scaled targets summed over dimensions and tokens that are not massive."""
 
 
 class MatryoshkaTranscoder(nn.Module):
@@ -259,17 +262,23 @@ class MatryoshkaTranscoder(nn.Module):
             residual = y if self.W_skip is None else y - torch.nn.functional.linear(x, self.W_skip).float()
             trained = self.threshold if self.activation.thresholds == "trained" else None
             weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, trained)
-            scale = cap(target, self.massive_norm) if objective.cap_massive else None
-            if scale is not None and not is_gpu(scale.device) and bool((scale == 1).all()):  # there it would wait
-                scale = None
+            per_token = self._per_token(target, objective.cap_massive)
             if compute.backend == "dense":
-                output = dense_loss(x, residual, weights, objective, scale)
+                output = dense_loss(x, residual, weights, objective, per_token)
             else:
-                output = sparse_loss(x, residual, weights, objective, workspace, compute.bfloat16, scale)
-        if scale is not None:
-            y = y * scale[:, None]
+                output = sparse_loss(x, residual, weights, objective, workspace, compute.bfloat16, per_token)
+        counted = y.new_ones(len(y), dtype=torch.bool) if per_token is None else per_token.counted
+        y = y * counted[:, None]
         square = torch.linalg.vector_norm(y, dim=1).double().square().sum()
-        return TrainOutput(*output, y.sum(0), square)
+        return TrainOutput(*output, counted.sum(), y.sum(0), square)
+
+    def _per_token(self, target: Tensor, cap_massive: bool) -> PerToken | None:
+        """What massive tokens change; None, on a CPU, where there are none."""
+        massive = self.massive(target)
+        if not is_gpu(massive.device) and not bool(massive.any()):  # a GPU would wait to look
+            return None
+        scale = cap(target, self.massive_norm) if cap_massive else torch.ones_like(massive, dtype=torch.float32)
+        return PerToken(scale, ~massive)
 
     @torch.no_grad()
     def project(self) -> None:

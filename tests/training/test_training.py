@@ -276,8 +276,10 @@ def test_fvu_and_dead_counter_are_what_the_batch_says():
     (x, y), *rest = batches(3)
     trainer.initialise(x, y)
     scale, b_dec = trainer.transcoder.target_scale, trainer.transcoder.b_dec.detach().clone()
-    metrics = trainer.step(x, y).metrics()
-    scaled = y * scale  # the decoder starts at zero, so every prefix predicts b_dec
+    massive = y.clone()
+    massive[7] *= 1000
+    metrics = trainer.step(x, massive).metrics()
+    scaled = torch.cat([y[:7], y[8:]]) * scale  # the decoder starts at zero, so every prefix predicts b_dec
     expected = (scaled - b_dec).square().sum() / (scaled - scaled.mean(0)).square().sum()
     assert metrics.fvu == pytest.approx([expected.item()] * 3, rel=1e-5)
     assert metrics.l0 == 4

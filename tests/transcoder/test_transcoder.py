@@ -49,11 +49,13 @@ def reference_loss(t, x, y, dead, aux_k, coefficient, limit=math.inf):
     a = z * keep.view_as(z)
     y = y * t.target_scale
     base = t.b_dec.expand(len(x), -1) + (0 if t.W_skip is None else x @ t.W_skip.T)
-    losses, end = [], 0
+    losses, errors, end = [], [], 0
     for size in GROUPS:
         end += size
         y_m = sum((a[:, j : j + 1] * t.W_dec[j] for j in range(end)), base)
-        losses.append((w * ((y - y_m) ** 2).sum(1)).mean() / D_TARGET)
+        squares = ((y - y_m) ** 2).sum(1) / D_TARGET
+        losses.append((w * squares).mean())
+        errors.append(((w == 1) * squares).mean())
     loss = sum(losses) / len(losses)
     index = dead.nonzero().flatten().tolist()
     if index:
@@ -64,7 +66,7 @@ def reference_loss(t, x, y, dead, aux_k, coefficient, limit=math.inf):
             e_hat = sum(before[row, j] * t.W_dec[j] for j in strongest)
             total = total + w[row] * ((residual[row] - e_hat) ** 2).sum() / D_TARGET
         loss = loss + coefficient * total / len(x)
-    return loss, losses
+    return loss, errors
 
 
 @pytest.mark.parametrize("backend", ["dense", "sparse"])

@@ -60,7 +60,7 @@ def overfitting(analysis: Analysis) -> Block:
     fit = analysis.summary.training_fit
     if fit is None:
         return Paragraph(f"The fit to the training tokens was {NOT_MEASURED}: no training is known.")
-    caption = "FVU of the full dictionary, massive tokens included"
+    caption = "FVU of the full dictionary, without massive tokens"
     headers = ("Training batches, last fifth of the logged steps", "Held-out text", "Held-out above training")
-    held_out = analysis.summary.all_tokens.fvu[-1]
+    held_out = analysis.summary.fvu[-1]
     return Table(caption, headers, ((number(fit.fvu), number(held_out), percent(fit.excess)),))
