@@ -5,7 +5,6 @@ Imported by trainers only: the processes that coordinate them do without torch.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -77,20 +76,20 @@ class Batches:
     def agree(self, last: bool, save: bool = False) -> Share | None:
         """Fill the buffer for one more step; None when nothing is left. Called on all ranks at once.
 
-        `last` asks for everything that is left, `save` is rank 0's wish.
+        `last` asks for everything that is left if that is less than two batches, `save` is rank 0's wish.
         """
         ranks, rank = world_size(), dist.get_rank() if distributed() else 0
         equal = [self.batch // ranks + (i < self.batch % ranks) for i in range(ranks)]
-        wanted = math.inf if last else equal[rank]
+        wanted = 2 * self.batch if last else equal[rank]
         while True:
             self._fill(wanted)
             states = self._gather(self.buffer.available, self._ended, save)
             rows = [state[0] for state in states]
             ended = all(state[1] for state in states)
-            if ended or (sum(rows) >= self.batch and not last):
+            if ended or sum(rows) >= (2 * self.batch if last else self.batch):
                 break
-            wanted = math.inf if last else self.buffer.available + self.batch
-        total = sum(rows) if last or sum(rows) < self.batch else self.batch
+            wanted = self.buffer.available + self.batch
+        total = sum(rows) if sum(rows) < (2 * self.batch if last else self.batch) else self.batch
         if not total:
             return None
         shares = rows if total == sum(rows) else _shares(equal, rows)

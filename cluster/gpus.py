@@ -24,12 +24,12 @@ FREE_SECONDS = 60.0
 """Seconds that a free GPU on every node is waited for; a run waits longer, for Ray."""
 
 
-def check_devices(config: RunConfig, plan: Plan, d_model: int) -> None:
+def check_devices(config: RunConfig, plan: Plan, d_model: int | None = None) -> None:
     """Have a process on every node with GPUs look for one, before any work. A node whose GPUs are taken is passed over.
 
-    Raises ConfigError with what a node's torch says if it sees none, if the largest GPU is too small for the
-    transcoders of a language model of width `d_model`, and if `cluster.mps` is on though no GPU is shared
-    here or MPS is not installed.
+    Raises ConfigError with what a node's torch says if it sees none, if the largest GPU is too small for
+    training on a language model of width `d_model`, where that is given, and if `cluster.mps` is on though no GPU is
+    shared here or MPS is not installed.
     """
     nodes = [node.node_id for node in plan.nodes if node.gpus]
     if config.cluster.mps and not (plan.shares_gpu and nodes == [ray.get_runtime_context().get_node_id()]):
@@ -53,7 +53,7 @@ def check_devices(config: RunConfig, plan: Plan, d_model: int) -> None:
         if isinstance(found, str):
             raise ConfigError(f"node {answers[answer][:8]}: {found}")
         memory.append(found)
-    if memory and None not in memory:
+    if d_model is not None and memory and None not in memory:
         check_gpu_memory(config, plan, d_model, max(memory))
     for answer in busy:
         ray.cancel(answer)

@@ -34,7 +34,7 @@ class TrainingBytes(NamedTuple):
         return self.transcoders + self.buffer
 
 
-def training_bytes(config: RunConfig, d_model: int, trainers: int) -> TrainingBytes:
+def training_bytes(config: RunConfig, d_model: int, trainers: int, on_gpu: bool = False) -> TrainingBytes:
     """What each of so many trainers takes."""
     rows = -(-config.optimizer.batch_tokens // trainers)
     parameters = held = dense = 0
@@ -42,7 +42,8 @@ def training_bytes(config: RunConfig, d_model: int, trainers: int) -> TrainingBy
         settings, features = member.transcoder, member.transcoder.num_features
         parameters += 2 * d_model * features + features + d_model + (d_model**2 if settings.skip else 0)
         held += FLOAT * rows * (features + (len(settings.group_sizes) + 1) * d_model) + ENTRY * rows * settings.k
-        if member.optimizer.backend != "sparse":  # which `auto` tries too
+        # `auto` tries it on a CPU; on a GPU it goes by what was recorded.
+        if member.optimizer.backend == "dense" or (member.optimizer.backend == "auto" and not on_gpu):
             dense = max(dense, DENSE_COPIES * FLOAT * rows * features)
     buffer = _buffer_bytes(config, d_model, trainers)
     return TrainingBytes(4 * FLOAT * parameters + held + dense, buffer, 3 * FLOAT * parameters)
@@ -53,7 +54,7 @@ def check_main_memory(config: RunConfig, plan: Plan, d_model: int) -> None:
     known = [node.memory for node in plan.nodes if node.memory]
     if len(known) < len(plan.nodes):
         return
-    need = training_bytes(config, d_model, plan.num_trainers)
+    need = training_bytes(config, d_model, plan.num_trainers, plan.device == "cuda")
     together = 1 if plan.spread else plan.num_trainers
     wanted = need.checkpoint + (together * need.device if plan.device == "cpu" else 0)
     if wanted > max(known):
@@ -67,7 +68,7 @@ def check_main_memory(config: RunConfig, plan: Plan, d_model: int) -> None:
 def check_gpu_memory(config: RunConfig, plan: Plan, d_model: int, memory: int) -> None:
     """Raises ConfigError if a GPU of `memory` bytes is too small for a trainer, and a shared one for the language
     model's layers beside it."""
-    need = training_bytes(config, d_model, plan.num_trainers)
+    need = training_bytes(config, d_model, plan.num_trainers, on_gpu=True)
     wanted, shared = need.device, 0
     if plan.shares_gpu:
         wanted *= plan.num_trainers

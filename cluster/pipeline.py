@@ -15,6 +15,7 @@ from cluster.activations import configure_data_context
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
 from cluster.local_ray import check_installation, session_directory, starting
+from cluster.memory import check_main_memory
 from cluster.outcome import Trained, TrainResult
 from cluster.places import (
     check_same_run,
@@ -98,6 +99,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     configure_data_context()
     d_model = check_model(config.model, config.data.context_length).d_model
     plan = plan_in_free_room(config, d_model)
+    check_main_memory(config, plan, d_model)
     check_devices(config, plan, d_model)
     run = run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
@@ -210,7 +212,7 @@ class _Job:
         """RunFacts of one transcoder's run, as far as they are known before its analysis."""
         sites, info = self.config.model.sites, store.info
         return RunFacts(
-            run_id=self.run.members()[own.member].run_id,
+            run_id=f"{self.run.run_id}/{own.member}" if len(trained.members) > 1 else self.run.run_id,
             steps=own.steps,
             trained_tokens=own.tokens,
             captured_tokens=trained.progress.captured_tokens(),

@@ -135,7 +135,8 @@ class ProgressReader:
         """Rows of the metrics history by step, in the order of steps, for each transcoder."""
         self.events: list[dict[str, Any]] = []
         for name, run in runs.items():
-            self.histories[name] = {row["step"]: row for row in run.read_lines("metrics.jsonl")}
+            rows = run.read_lines("metrics.jsonl")  # of earlier versions without `member`
+            self.histories[name] = {row["step"]: {"member": name} | row for row in rows}
             self.events = run.read_lines("events.jsonl")
         self._name, self._position = "", 0
         self._shown_at = 0.0

@@ -133,7 +133,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     info = check_model(config.model, config.data.context_length)
     configure_data_context()
     plan = plan_in_free_room(config, info.d_model)
-    check_devices(config, plan, info.d_model)
+    check_devices(config, plan)
     with Lease(run) as lease:
         members = list(run.members().values())
         for own in members:

@@ -281,8 +281,8 @@ def trainer_rate(config: RunConfig, d_model: int) -> float:
 
 
 def actors_per_trainer(config: RunConfig, d_model: int) -> float:
-    """Model actors that one trainer keeps up with, on equal GPUs."""
-    return trainer_rate(config, d_model) / actor_rate(config, d_model)
+    """Model actors that one trainer keeps up with, on equal GPUs: it takes each captured token `data.replays` times."""
+    return trainer_rate(config, d_model) / config.data.replays / actor_rate(config, d_model)
 
 
 def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -> Plan:

@@ -20,7 +20,6 @@ from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData  # type: ign
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.memory import check_main_memory
 from cluster.resources import Node, Plan, make_plan
 from mtc.config import ConfigError, RunConfig
 from mtc.errors import MtcError, one_line
@@ -68,8 +67,6 @@ def plan_in_free_room(config: RunConfig, d_model: int | None) -> Plan:
     wait = _Wait("not enough of the cluster is free", config.cluster.room_seconds)
     while True:
         whole = make_plan(config, [node.whole() for node in nodes], d_model)
-        if d_model is not None:
-            check_main_memory(config, whole, d_model)
         # A cluster of GPUs that others use is no cluster of CPUs.
         settings = config.cluster.model_copy(update={"use_gpu": whole.device == "cuda"})
         try:

@@ -66,12 +66,12 @@ def train_worker(settings: dict[str, Any]) -> None:
         batches = Batches(units, data.buffer, batch, data.ledger, clock, len(work.training), data.filters)
         account = Account(log, settings["run_id"], rank, batches)
         journal = Journal(log, trainers, clock) if rank == 0 else None
-        while lead.step_number < total:
+        while True:
             save = rank == 0 and due.now(lead.step_number) and not writer.busy
             save = save and all(trainer.healthy() for trainer in trainers.values())
-            share = batches.agree(lead.step_number == total - 1, save)
+            share = batches.agree(lead.step_number >= total - 1, save)
             if share is None:
-                break  # tokens were dropped, so there are fewer steps
+                break  # after `total` steps, fewer where tokens were dropped, a few more where units hold more
             if share.save:
                 with clock.part("checkpoint"):
                     writer.save(lead.step_number, files_of(trainers, batches, data.generation, rank))
@@ -250,14 +250,14 @@ def _calibrate(trainers: Mapping[str, Trainer], batches: Batches) -> int:
     wanted = [t for t in trainers.values() if t.transcoder.activation.thresholds == "calibrated"]
     if not wanted:
         return 0  # nor is there anything in the stream
-    calibrators = [(Calibrator(trainer.transcoder), trainer.config.model) for trainer in wanted]
+    calibrators = [(Calibrator(trainer.transcoder), trainer) for trainer in wanted]
     for unit in batches.calibration():
         with batches.clock.part("step"):
-            for calibrator, model in calibrators:
-                (sites,) = model.sites
+            for calibrator, trainer in calibrators:
+                (sites,) = trainer.config.model.sites
                 parts = (unit.activations[key].split(CALIBRATION_ROWS) for key in (sites.source_key, sites.target_key))
                 for source, target in zip(*parts, strict=True):
-                    calibrator.add(source[~calibrator.transcoder.massive(target)])  # k is what the others are to have
+                    calibrator.add(trainer.calibrated_on(source, target))
     with batches.clock.part("step"):
         (calibrated,) = agree(batches.calibrated)
         if not calibrated:

@@ -464,6 +464,11 @@ class RunConfig(Record):
                 f"(data.num_tokens={self.data.num_tokens} * data.replays={self.data.replays} / "
                 f"optimizer.batch_tokens={batch})"
             )
+        if self.transcoder.rank == "contribution" and self.optimizer.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"transcoder.rank=contribution begins after optimizer.warmup_steps={self.optimizer.warmup_steps}, and "
+                f"the run has {self.total_steps} steps: lower optimizer.warmup_steps"
+            )
         if self.transcoder.rank == "contribution" and not self.optimizer.warmup_steps:
             raise ValueError(
                 "transcoder.rank=contribution with optimizer.warmup_steps=0: at least 1 is wanted, since decoder rows "

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from mtc.config import ModelConfig
 from mtc.language_model.architectures import ModelError, modules_of
 from mtc.language_model.check import INDEX, WEIGHTS
-from mtc.language_model.weights import model_config_of, prepare_model
+from mtc.language_model.weights import loading, model_config_of, prepare_model
 
 
 class Neurons(NamedTuple):
@@ -72,7 +72,8 @@ def read_neurons(config: ModelConfig, layer: int, source: str = "resid_mid") -> 
         parts["up"] = modules.neurons_gated
     if modules.mlp_out != "mlp":
         parts["post"] = modules.mlp_out
-    tensors = _read(config, f"{modules.layers}.{layer}", set(parts.values()))
+    with loading(config, report=False):
+        tensors = _read(config, f"{modules.layers}.{layer}", set(parts.values()))
     if missing := [path for path in parts.values() if f"{path}.weight" not in tensors]:
         raise ModelError(f"{config.name}: its files hold no weights {modules.layers}.{layer}.{missing[0]}")
 
@@ -113,21 +114,20 @@ def _read(config: ModelConfig, layer: str, paths: set[str]) -> dict[str, Tensor]
 
 
 def _files(config: ModelConfig, wanted: re.Pattern[str]) -> list[str]:
-    """The files that hold tensors with such names."""
+    """The files that hold tensors with such names. Raises the hub's error if neither they nor an index can be had."""
     path = prepare_model(config)
 
-    def local(name: str) -> str | None:
+    def local(name: str) -> str:
         if os.path.isdir(path):
-            return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else None
-        try:
-            return hf_hub_download(path, name, revision=config.revision)
-        except hub_errors.EntryNotFoundError:
-            return None
+            return os.path.join(path, name)
+        return hf_hub_download(path, name, revision=config.revision)
 
-    index = local(INDEX)
-    if index is None:
-        return [alone] if (alone := local(WEIGHTS)) else []
-    with open(index) as file:
+    try:
+        alone = local(WEIGHTS)
+    except hub_errors.EntryNotFoundError:  # there is none, or without a network none is in the cache
+        alone = ""
+    if os.path.isfile(alone):
+        return [alone]
+    with open(local(INDEX)) as file:
         weight_map: dict[str, str] = json.load(file)["weight_map"]
-    holding = {name for key, name in weight_map.items() if wanted.search(key)}
-    return [place for name in sorted(holding) if (place := local(name))]
+    return [local(name) for name in sorted({name for key, name in weight_map.items() if wanted.search(key)})]

@@ -69,9 +69,10 @@ def work_units(store: TokenStore, config: RunConfig) -> Work:
     border = int(np.searchsorted(total, total[-1] - calibration, side="right")) - 1  # the rest has the calibration
     if int(np.searchsorted(total, least)) > border:
         trained = max(int(total[max(border, 0)]), 0)
+        calibrating = f" and transcoder.calibration_tokens={calibration}" if calibration else ""
         repeats = f"raise data.max_epochs to {-(-data.num_tokens // trained)}, " if trained else ""
         raise DataError(
-            f"data.num_tokens={data.num_tokens} and transcoder.calibration_tokens={calibration} with "
+            f"data.num_tokens={data.num_tokens}{calibrating} with "
             f"data.max_epochs={data.max_epochs} need {least + calibration} tokens of training text, but {store.url} "
             f"has {total[-1]} in {len(windows)} windows: "
             f"lower data.num_tokens, {repeats}or give a longer text in data.name"

@@ -207,7 +207,7 @@ class ShuffleBuffer:
         block = self._collecting
         self._blocks.append(block)
         self._collecting = _Block(block.index + 1, self.replays)
-        if block.index >= self._chunk:
+        if block.index >= self._chunk and block.size:
             self.available += int(self._times(block.index).sum()) - (self._taken if block.index == self._chunk else 0)
         units, size = self._resume
         if units and (block.index == self._chunk - (not self._taken) or block.index == self._last):

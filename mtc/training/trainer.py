@@ -148,14 +148,21 @@ class Trainer:
         far as there are any from the MLP's strongest `neurons`, and thresholds that are trained so that k features per
         token are active."""
         source, target, seed = source.to(self.device), target.to(self.device), self.config.transcoder.seed
-        usual = source[~above(target, massive_norm(target))]
+        keep = self.config.transcoder.massive_tokens == "keep"
+        usual = source[~above(target, massive_norm(target)) | keep]
         directions = None if neurons is None else strongest_directions(neurons, usual)
-        self.transcoder.initialise(source, target, seed, directions)
+        self.transcoder.initialise(source, target, seed, directions, keep)
         if self.transcoder.activation.thresholds == "trained":
             first = Calibrator(self.transcoder)
-            for rows in source.split(CALIBRATION_ROWS):
+            for rows in usual.split(CALIBRATION_ROWS):
                 first.add(rows)
             first.finish()
+
+    def calibrated_on(self, source: Tensor, target: Tensor) -> Tensor:
+        """Those of raw sources [tokens, d_source] on which a threshold is set: k is what tokens that are not massive
+        have, or with `massive_tokens: keep` all."""
+        keep = self.config.transcoder.massive_tokens == "keep"
+        return source if keep else source[~self.transcoder.massive(target.to(self.device)).to(source.device)]
 
     def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
         """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations.

@@ -47,7 +47,6 @@ class Objective(NamedTuple):
     """Weight of JumpReLU's penalty, (L0 / k - 1)^2 summed over tokens."""
     bandwidth: float = 0.0
     """Width of the window around JumpReLU's thresholds inside which their gradients are estimated."""
-
     cap_massive: bool = False
     """Whether a massive token's residuals are scaled down as if its target were no longer than the limit."""
 

@@ -29,9 +29,9 @@ def distinct(rows: Tensor, count: int) -> Tensor:
     return kept[:count]
 
 
-def draw_distinct(rows: Tensor, count: int, seed: int) -> Tensor:
-    """`count` random directions of all ranks' `rows` [tokens, d], norm 1, [count, d]; the same on every rank and
-    however rows are spread.
+def draw_distinct(rows: Tensor, count: int, seed: int, drawn: Tensor) -> Tensor:
+    """[count, d]: `drawn` [n, d], norm 1, and behind it random directions of all ranks' `rows` [tokens, d], norm 1; the
+    same on every rank and however rows are spread.
 
     None is a copy of another as long as there are enough that differ; then noise as long as the rows is added.
     """
@@ -39,7 +39,6 @@ def draw_distinct(rows: Tensor, count: int, seed: int) -> Tensor:
     total, before = int(sizes.sum()), int(sizes[: dist.get_rank() if distributed() else 0].sum())
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)
-    drawn = rows.new_empty(0, rows.shape[1])
     for index in order.split(2 * count):
         mine = ((index >= before) & (index < before + len(rows))).nonzero().squeeze(1)
         more = rows.new_zeros(len(index), rows.shape[1])

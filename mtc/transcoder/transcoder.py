@@ -287,16 +287,23 @@ class MatryoshkaTranscoder(nn.Module):
             self.threshold.clamp_(min=0)
 
     @torch.no_grad()
-    def initialise(self, source: Tensor, target: Tensor, seed: int = 0, directions: Tensor | None = None) -> None:
+    def initialise(
+        self,
+        source: Tensor,
+        target: Tensor,
+        seed: int = 0,
+        directions: Tensor | None = None,
+        with_massive: bool = False,
+    ) -> None:
         """Set scalars, encoder and biases from the first raw activations of all ranks.
 
         Targets get a mean squared norm of d_target and b_dec is their mean; their norms tell `massive_norm`, and tokens
-        above it are in none of the other figures. W_enc's rows have norm 1 and none is a copy of another: first the
-        `directions` [n, d_source], if there are any, then source tokens drawn by `seed`, less the mean
-        (mtc.transcoder.starts). b_enc = -W_enc mean(x) centres the pre-activations.
+        above it are in none of the other figures, unless `with_massive`. W_enc's rows have norm 1 and none is a copy of
+        another: first the `directions` [n, d_source], if there are any, then source tokens drawn by `seed`, less the
+        mean (mtc.transcoder.starts). b_enc = -W_enc mean(x) centres the pre-activations.
         """
         self.massive_norm.copy_(massive_norm(target))
-        usual = ~self.massive(target)
+        usual = ~self.massive(target) | with_massive
         y = target[usual].double()
         self.target_scale.copy_((y.shape[1] / _mean_over_ranks(y.square().sum(1))).sqrt())
         if self.shape.input_norm == "scalar":
@@ -310,7 +317,7 @@ class MatryoshkaTranscoder(nn.Module):
             rows = unit(directions[directions.norm(dim=1) > 0].to(x))
             rows = rows[distinct(rows, self.num_features)]
         if len(rows) < self.num_features:
-            rows = torch.cat([rows, draw_distinct(x - mean, self.num_features - len(rows), seed)])
+            rows = draw_distinct(x - mean, self.num_features, seed, rows)
         self.W_enc.copy_(rows)
         self.b_enc.copy_(-(self.W_enc @ mean))
 

@@ -52,7 +52,7 @@ def start(url, config, units, world, dice):
             rows.append(batches.take(share)[0, "resid_mid"].flatten().int().tolist())
         if dice:
             batches.agree(last=False)  # the buffer fills before a checkpoint
-        files.append({name: make() for name, make in files_of([], batches, state.generation, rank).items()})
+        files.append({name: make() for name, make in files_of({}, batches, state.generation, rank).items()})
         if dice and (share := batches.agree(last=False)) is not None:
             batches.take(share)
         kept.append(rows)
@@ -134,3 +134,16 @@ def test_checkpoints_of_before_tokens_were_repeated_are_continued(tmp_path):
     assert flat[:34] == [int(r) // 25 * 1000 + int(r) % 25 for r in order[BATCH:]]
     assert sorted(flat[34:]) == [2000 + n for n in range(25)]
     check_ledger(read_progress(Checkpoints(str(tmp_path)).latest()), 3)
+
+
+def test_the_last_step_is_less_than_two_batches_however_much_units_hold_beyond_the_steps():
+    config = load_preset("tiny", {"data": {"replays": 8, "shuffle_buffer_tokens": 100}})
+    units = make_units(random.Random(3), 12)
+    state = data_state(config, None, 0, 1, "cpu")
+    batches = Batches(iter(units), state.buffer, BATCH, state.ledger, Clock(), len(units), state.filters)
+    sizes = []
+    while (share := batches.agree(last=len(sizes) >= 9)) is not None:  # the run was to have 10 steps
+        batches.take(share)
+        sizes.append(share.rows)
+    assert set(sizes[:-1]) == {BATCH} and BATCH <= sizes[-1] < 2 * BATCH and len(sizes) > 10
+    assert sum(sizes) == 8 * sum(len(unit.rows) for unit in units)

@@ -66,6 +66,19 @@ def test_a_shuffle_buffer_that_does_not_fit_is_refused(replays, rows):
         check_main_memory(config, two, SMOLLM)
 
 
+def test_a_trainer_that_repeats_tokens_keeps_up_with_fewer_model_actors():
+    nodes = [Node(64, 8)]
+    plans = [make_plan(load_preset("gemma-2-2b-layer17", {"data": {"replays": r}}), nodes, GEMMA_2B) for r in (1, 8)]
+    assert plans[0].num_model_actors > 1 and plans[1].num_model_actors == 1
+
+
+def test_what_auto_never_tries_on_a_gpu_is_not_counted():
+    wide = {"transcoder": {"group_sizes": [131_072]}, "optimizer": {"batch_tokens": 16_384}}
+    config = load_preset("gemma-2-2b-layer17", wide)
+    on_cpu, on_gpu = (training_bytes(config, GEMMA_2B, 1, gpu).transcoders for gpu in (False, True))
+    assert on_cpu - on_gpu == 4 * 4 * 16_384 * 131_072
+
+
 def test_one_gpu_is_shared_and_several_are_not():
     config = load_preset("gemma-2-2b-layer17")
     one = make_plan(config, [Node(16, 1)], GEMMA_2B)

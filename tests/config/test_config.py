@@ -66,6 +66,10 @@ def test_overrides_win_over_the_preset():
             ["transcoder.rank=contribution", "transcoder.activation=jumprelu", "nothing is ranked"],
         ),
         (
+            {"transcoder": {"rank": "contribution"}, "optimizer": {"warmup_steps": 32}},
+            ["transcoder.rank=contribution", "optimizer.warmup_steps=32", "the run has 32 steps"],
+        ),
+        (
             {"transcoder": {"rank": "contribution"}, "optimizer": {"warmup_steps": 0}},
             ["transcoder.rank=contribution", "optimizer.warmup_steps=0", "at least 1"],
         ),

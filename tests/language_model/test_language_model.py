@@ -30,6 +30,7 @@ from mtc.language_model import (
     attention,
     check_model,
     load_tokenizer,
+    neurons,
     pack_windows,
     prepare_model,
     read_neurons,
@@ -223,14 +224,24 @@ def test_neurons_are_as_active_as_in_the_model(config: ModelConfig, site: str, t
         mlp_in = norm(x)
         layer.mlp(mlp_in)
     hook.remove()
-    neurons = read_neurons(changed, LAYER, site)
-    torch.testing.assert_close(neurons.activity(mlp_in if site == "mlp_in" else x), read[0], rtol=1e-3, atol=1e-4)
-    unit = torch.eye(len(neurons.out_norms))
+    found = read_neurons(changed, LAYER, site)
+    torch.testing.assert_close(found.activity(mlp_in if site == "mlp_in" else x), read[0], rtol=1e-3, atol=1e-4)
+    unit = torch.eye(len(found.out_norms))
     with torch.no_grad():
         added = out(unit) - out(0 * unit)
     if hasattr(layer, "post_feedforward_layernorm"):
         added = added * (1 + layer.post_feedforward_layernorm.weight.detach())
-    torch.testing.assert_close(neurons.out_norms, added.norm(dim=1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.out_norms, added.norm(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_neurons_of_a_hub_that_does_not_answer_may_be_had_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: Any, **options: Any) -> str:
+        raise hub_errors.LocalEntryNotFoundError("no network, and nothing in the cache")
+
+    monkeypatch.setattr(neurons, "prepare_model", lambda config: "owner/name")
+    monkeypatch.setattr(neurons, "hf_hub_download", unreachable)
+    with pytest.raises(model_files.ModelUnreachableError, match="no network"):
+        read_neurons(make_config("llama"), LAYER)
 
 
 @pytest.mark.parametrize("layer", [0, 2])

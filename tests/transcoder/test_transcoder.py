@@ -164,6 +164,7 @@ def test_no_row_starts_as_a_copy_or_at_a_massive_token():
     x[::2], x[1::20] = x[0], 50 * torch.eye(D_SOURCE)[0]  # half of the tokens are the same; others are massive
     y[1::20] *= 40
     directions = torch.stack([*torch.eye(D_SOURCE)[1:4], 2.1 * torch.eye(D_SOURCE)[2]])  # the last is a copy
+    x[3] = 10 * directions[0] + x[~t.massive(y)].mean(0)  # a token that is a copy of a direction
     t.initialise(x, y, directions=directions)
     W_enc = t.W_enc.detach()
     cosines = W_enc @ W_enc.T - torch.eye(F)
@@ -172,6 +173,8 @@ def test_no_row_starts_as_a_copy_or_at_a_massive_token():
     usual = t.normalise(x[~t.massive(y)])
     torch.testing.assert_close(t.b_enc.detach(), -W_enc @ usual.mean(0), rtol=1e-4, atol=1e-5)
     assert (t.target_scale**2 * y[~t.massive(y)].square().sum(1).mean()).item() == pytest.approx(D_TARGET, rel=1e-5)
+    t.initialise(x, y, with_massive=True)
+    assert (t.target_scale**2 * y.square().sum(1).mean()).item() == pytest.approx(D_TARGET, rel=1e-5)
 
 
 def test_initialisation_from_few_rows_makes_no_two_features_equal():
