@@ -134,13 +134,13 @@ def token_store_bytes(tokens: float, context: int) -> float:
 
 
 def work_of(config: RunConfig) -> Work:
-    """What a token costs with this configuration. Raises KeyError for a model that is not in `SHAPES`."""
+    """What a captured token costs with this configuration, trained `data.replays` times. Raises KeyError for a model that is not in `SHAPES`."""
     shape, context = SHAPES[config.model.name], config.data.context_length
     layers = max(sites.layer for sites in config.model.sites) + 1
     sites = len(config.model.sites)
     return Work(
         forward_operations(shape, layers, context) * context / (context - 1),
-        trainer_rate(config, shape.d_model),
+        trainer_rate(config, shape.d_model) / config.data.replays,
         ROOM_TO_GROW * math.ceil(actors_per_trainer(config, shape.d_model)),
         sites * stream_bytes(shape.d_model),
     )
