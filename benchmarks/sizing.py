@@ -134,7 +134,8 @@ def token_store_bytes(tokens: float, context: int) -> float:
 
 
 def work_of(config: RunConfig) -> Work:
-    """What a captured token costs with this configuration, trained `data.replays` times. Raises KeyError for a model that is not in `SHAPES`."""
+    """What a captured token costs with this configuration, trained `data.replays` times. Raises KeyError for a model
+    that is not in `SHAPES`."""
     shape, context = SHAPES[config.model.name], config.data.context_length
     layers = max(sites.layer for sites in config.model.sites) + 1
     sites = len(config.model.sites)
