@@ -533,6 +533,7 @@ def test_massive_tokens_are_told_apart_everywhere() -> None:
     ]
     assert plain == page.tables
     for text in (page.text, markdown.text):
+        assert "FVU, cosine and L0 are of 980 held-out tokens from 9 documents" in squeeze(text)
         assert "FVU, cosine and L0 are without 20 massive tokens (2 %)" in squeeze(text)
         assert "hold 51.83 % of the variance and 1.31 % of the squared error; with them FVU is 0.2512" in squeeze(text)
         assert "75 % of them lie beyond the first 4 positions" in squeeze(text)
@@ -542,13 +543,15 @@ def test_massive_tokens_are_told_apart_everywhere() -> None:
     assert figures["FVU, full dictionary"] == ["0.4512", "–", "0.2512"]
     assert figures["L0"] == ["4.4", "158.2", "6.3"]
     assert page.table("The most frequent massive tokens")[1:] == [["the", "15", "75 %"], ["|", "5", "25 %"]]
+    counts = dict(page.table("All figures")[1:])
+    assert (counts["Evaluated held-out tokens (FVU, L0)"], counts["Massive tokens beside them"]) == ("980", "20")
     prefixes = page.table("Held-out quality of each nested prefix")
     assert [row[prefixes[0].index("FVU, all tokens")] for row in prefixes[1:]] == ["0.3", "0.2512"]
     line = page.table("The least-squares affine map")
     assert line[1:] == [
         ["tokens that are not massive", "0.62", "0.4512", "27.22 %"], ["all tokens", "0.5", "0.2512", "49.76 %"],
     ]  # fmt: skip
-    assert page.table("FVU of the full dictionary, massive")[1] == ["0.7861", "0.2512", "-68.04 %"]
+    assert page.table("FVU of the full dictionary, without massive")[1] == ["0.7861", "0.4512", "-42.6 %"]
     assert [row[1] for row in page.table("The strongest features (")[1:]] == ["9", "7", "6", "4", "3", "1"]
     assert [row[1] for row in page.table("The strongest features of massive")[1:]] == ["8 massive"]
     assert [(row[0], row[3]) for row in page.table("Features with copies")[1:]] == [("1", "3, 6"), ("0", "8 massive")]
