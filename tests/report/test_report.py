@@ -523,7 +523,9 @@ def test_massive_tokens_are_told_apart_everywhere() -> None:
     """Figures without them first and of all tokens beside, badges at their features, which are no strongest ones."""
     copies = FoundCopies(800, np.array([-1, -1, -1, 1, -1, -1, 1, -1, 0, -1]))
     evaluation = make_evaluation([4, 10], massive=True)
-    analysis, features = make_analysis(evaluation=evaluation, massive=make_massive_sums(), copies=copies)
+    sums = make_massive_sums()
+    sums.activation[7] = 0.47 * 50
+    analysis, features = make_analysis(evaluation=evaluation, massive=sums, copies=copies)
     files = write_report(analysis, features, make_history(50))
     markdown, (page, _, _) = read_markdown(files[MARKDOWN].decode()), read_html(files[HTML].decode())
     # A badge is a word in brackets in Markdown.
@@ -553,6 +555,11 @@ def test_massive_tokens_are_told_apart_everywhere() -> None:
     ]  # fmt: skip
     assert page.table("FVU of the full dictionary, without massive")[1] == ["0.7861", "0.4512", "-42.6 %"]
     assert [row[1] for row in page.table("The strongest features (")[1:]] == ["9", "7", "6", "4", "3", "1"]
+    # Feature 7 is just none of massive tokens.
+    strongest = page.table("The strongest features (")
+    on_massive = {row[1]: row[strongest[0].index("Activation on massive tokens")] for row in strongest[1:]}
+    assert on_massive == {str(f.feature): percent(f.massive_activation) for f in analysis.top_features}
+    assert on_massive == {"9": "0 %", "7": "47 %", "6": "0 %", "4": "0 %", "3": "0 %", "1": "0 %"}
     assert [row[1] for row in page.table("The strongest features of massive")[1:]] == ["8 massive"]
     assert [(row[0], row[3]) for row in page.table("Features with copies")[1:]] == [("1", "3, 6"), ("0", "8 massive")]
 
