@@ -220,6 +220,7 @@ def _top_features(features: pa.Table, wanted: NDArray[np.bool_], limit: int) -> 
             feature=j,
             group=features["group"][j].as_py(),
             max_activation=float(strength[j]),
+            massive_activation=features["massive_activation"][j].as_py(),
             samples=features["samples"][j].as_py(),
             top_token=top_token(features, j),
         )

@@ -10,10 +10,10 @@ SAME_L0 = 0.03
 """Share by which two L0 may differ and count as the same: the threshold is calibrated on a sample of the tokens."""
 RULE = (
     "A transcoder is on the front if no other one of its layer has less FVU at an L0 that is at most "
-    f"{SAME_L0:.0%} larger. Of the front the one at the knee is taken: the one that lies farthest below the straight "
-    "line from the front's sparsest to its densest transcoder, FVU against the logarithm of L0, where further active "
-    "features begin to buy less. If none lies below that line, or there are fewer than three, the one with the least "
-    "FVU is taken."
+    f"{100 * SAME_L0:g} % larger, both without massive tokens. Of the front the one at the knee is taken: the one that "
+    "lies farthest below the straight line from the front's sparsest to its densest transcoder, FVU against the "
+    "logarithm of L0, where further active features begin to buy less. If none lies below that line, or there are "
+    "fewer than three, the one with the least FVU is taken."
 )
 
 

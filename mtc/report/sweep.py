@@ -18,7 +18,7 @@ from mtc.report.drawing import INK, MARKERS, colours, new_figure, picture, say, 
 from mtc.report.html import render_html
 from mtc.report.markdown import render_markdown
 from mtc.report.sections.configuration import setting, timing_blocks
-from mtc.report.sections.provenance import provenance, stamp
+from mtc.report.sections.provenance import captured, provenance, stamp
 from mtc.results import NOT_MEASURED, Analysis, interval, number, percent, report_names
 
 MARKDOWN, HTML, JSON = "sweep_report.md", "sweep_report.html", "sweep_report.json"
@@ -110,8 +110,10 @@ def _document(rows: Sequence[_Row], form: int) -> Document:
         Paragraph(RULE),
         _table(rows, form, several),
         Paragraph(
-            "FVU is the fraction of held-out variance left unexplained, of the full dictionary. A silent feature did "
-            "not fire on the held-out text; a dead one had not fired for transcoder.dead_after_tokens of training."
+            "FVU is the fraction of held-out variance left unexplained, of the full dictionary. FVU and L0 are without "
+            "massive tokens, whose target norms are above 5 times the median, unless they are said to be of all "
+            "tokens. A silent feature did not fire on the held-out text; a dead one had not fired for "
+            "transcoder.dead_after_tokens of training."
         ),
         Plots(((
             PLOT,
@@ -122,11 +124,11 @@ def _document(rows: Sequence[_Row], form: int) -> Document:
     layers = f"{number(len({row.layer for row in rows}))} layers" if several else f"layer {model.layer}"
     return Document(
         title=f"Sweep of {number(len(rows))} Matryoshka transcoders, {model.name}, {layers}",
-        subtitle=f"One run, one stream of activations for all: {number(f.trained_tokens)} tokens trained, "
+        subtitle=f"One run, one stream of activations for all: {number(f.trained_tokens)} tokens trained{captured(f)}, "
         f"{number(first.summary.analysed_tokens)} held-out tokens analysed.",
         sections=(Section("Transcoders", tuple(compared)), Section("Timing", tuple(timing_blocks(f.timing)))),
-        provenance=provenance(first),
-        stamp=stamp(first),
+        provenance=provenance(first, of_sweep=True),
+        stamp=stamp(first, of_sweep=True),
     )
 
 
@@ -154,11 +156,13 @@ def _table(rows: Sequence[_Row], form: int, several: bool) -> Table:
         mark = "to take" if row.taken else "on the front" if row.on_front else ""
         lines.append((
             _link(row, form), *([number(row.layer)] if several else []), *swept, number(s.total_features), number(s.l0),
-            number(s.fvu[-1]), interval(s.fvu_interval, -1),
+            number(s.fvu[-1]), interval(s.fvu_interval, -1), number(s.line.fvu if s.line else None),
+            number(s.all_tokens.fvu[-1]), number(s.massive.tokens), percent(s.massive.variance),
             NOT_MEASURED if row.recovered is None else percent(row.recovered),
             number(s.silent_features), number(s.dead_features), mark,
         ))  # fmt: skip
     headers = ["Transcoder", *(["Layer"] if several else []), *fields, "Features", "L0", "FVU", "95 % interval"]
+    headers += ["FVU of the affine map", "FVU of all tokens", "Massive tokens", "Their share of the variance"]
     headers += ["Loss recovered (zero ablation)", "Silent features", "Dead features", "Choice"]
     return Table("Held-out figures of every transcoder", tuple(headers), tuple(lines), searchable=True)
 

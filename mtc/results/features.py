@@ -201,6 +201,8 @@ class TopFeature(Record):
     """Group of the nested dictionary that the feature is in, from 0."""
     max_activation: float
     """Strongest activation of the feature, in scaled units."""
+    massive_activation: float
+    """Share of the feature's summed activation that falls on massive tokens, from 0 to 1."""
     samples: int
     """Stored top examples of the feature."""
     top_token: str | None

@@ -523,7 +523,9 @@ def test_massive_tokens_are_told_apart_everywhere() -> None:
     """Figures without them first and of all tokens beside, badges at their features, which are no strongest ones."""
     copies = FoundCopies(800, np.array([-1, -1, -1, 1, -1, -1, 1, -1, 0, -1]))
     evaluation = make_evaluation([4, 10], massive=True)
-    analysis, features = make_analysis(evaluation=evaluation, massive=make_massive_sums(), copies=copies)
+    sums = make_massive_sums()
+    sums.activation[7] = 0.47 * 50
+    analysis, features = make_analysis(evaluation=evaluation, massive=sums, copies=copies)
     files = write_report(analysis, features, make_history(50))
     markdown, (page, _, _) = read_markdown(files[MARKDOWN].decode()), read_html(files[HTML].decode())
     # A badge is a word in brackets in Markdown.
@@ -533,6 +535,7 @@ def test_massive_tokens_are_told_apart_everywhere() -> None:
     ]
     assert plain == page.tables
     for text in (page.text, markdown.text):
+        assert "FVU, cosine and L0 are of 980 held-out tokens from 9 documents" in squeeze(text)
         assert "FVU, cosine and L0 are without 20 massive tokens (2 %)" in squeeze(text)
         assert "hold 51.83 % of the variance and 1.31 % of the squared error; with them FVU is 0.2512" in squeeze(text)
         assert "75 % of them lie beyond the first 4 positions" in squeeze(text)
@@ -542,14 +545,21 @@ def test_massive_tokens_are_told_apart_everywhere() -> None:
     assert figures["FVU, full dictionary"] == ["0.4512", "–", "0.2512"]
     assert figures["L0"] == ["4.4", "158.2", "6.3"]
     assert page.table("The most frequent massive tokens")[1:] == [["the", "15", "75 %"], ["|", "5", "25 %"]]
+    counts = dict(page.table("All figures")[1:])
+    assert (counts["Evaluated held-out tokens (FVU, L0)"], counts["Massive tokens beside them"]) == ("980", "20")
     prefixes = page.table("Held-out quality of each nested prefix")
     assert [row[prefixes[0].index("FVU, all tokens")] for row in prefixes[1:]] == ["0.3", "0.2512"]
     line = page.table("The least-squares affine map")
     assert line[1:] == [
         ["tokens that are not massive", "0.62", "0.4512", "27.22 %"], ["all tokens", "0.5", "0.2512", "49.76 %"],
     ]  # fmt: skip
-    assert page.table("FVU of the full dictionary, massive")[1] == ["0.7861", "0.2512", "-68.04 %"]
+    assert page.table("FVU of the full dictionary, without massive")[1] == ["0.7861", "0.4512", "-42.6 %"]
     assert [row[1] for row in page.table("The strongest features (")[1:]] == ["9", "7", "6", "4", "3", "1"]
+    # Feature 7 is just none of massive tokens.
+    strongest = page.table("The strongest features (")
+    on_massive = {row[1]: row[strongest[0].index("Activation on massive tokens")] for row in strongest[1:]}
+    assert on_massive == {str(f.feature): percent(f.massive_activation) for f in analysis.top_features}
+    assert on_massive == {"9": "0 %", "7": "47 %", "6": "0 %", "4": "0 %", "3": "0 %", "1": "0 %"}
     assert [row[1] for row in page.table("The strongest features of massive")[1:]] == ["8 massive"]
     assert [(row[0], row[3]) for row in page.table("Features with copies")[1:]] == [("1", "3, 6"), ("0", "8 massive")]
 

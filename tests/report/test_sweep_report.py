@@ -7,7 +7,7 @@ import pytest
 from mtc.analysis.pareto import Point, front, knee
 from mtc.report.sweep import write_sweep_report
 from tests.report.test_report import pixels
-from tests.report_example import make_analysis, make_config
+from tests.report_example import make_analysis, make_config, make_evaluation, make_facts
 from tests.report_pages import read_html, read_markdown, squeeze
 
 NAMES = ("k16", "k32", "k64", "k32-wide", "k128")
@@ -31,7 +31,7 @@ def test_the_front_and_the_knee_by_hand():
 
 @pytest.fixture(scope="module")
 def analyses():
-    base, _ = make_analysis()
+    base, _ = make_analysis(evaluation=make_evaluation([4, 10], massive=True))
     found = {}
     for layer in (1, 2):
         for name, (l0, fvu) in zip(NAMES, FIGURES, strict=True):
@@ -39,7 +39,9 @@ def analyses():
             lower = fvu / layer if name == "k32-wide" else fvu  # the best one of layer 2
             summary = base.summary.model_copy(update={"l0": l0, "fvu": (*base.summary.fvu[:-1], lower)})
             config = make_config().model_copy(update={"model": model})
-            found[f"layer{layer}-{name}"] = base.model_copy(update={"summary": summary, "config": config})
+            member = f"layer{layer}-{name}"
+            facts = make_facts(run_id=f"run_1/{member}", captured_tokens=2048)
+            found[member] = base.model_copy(update={"summary": summary, "config": config, "facts": facts})
     return found
 
 
@@ -54,6 +56,18 @@ def test_markdown_page_and_json_name_the_same_ones(analyses):
     assert headers[:4] == ["Transcoder", "Layer", "transcoder.k", "transcoder.skip"]
     shown = {row[0]: dict(zip(headers, row, strict=True)) for row in rows}
     assert (shown["layer1-k64"]["L0"], shown["layer1-k64"]["FVU"]) == ("64", "0.38")
+    beside = ("FVU of the affine map", "FVU of all tokens", "Massive tokens", "Their share of the variance")
+    assert [shown["layer1-k64"][header] for header in beside] == ["0.62", "0.2512", "20", "51.83 %"]
+    for text in (page.text, markdown.text):
+        assert "FVU and L0 are without massive tokens" in squeeze(text)
+        assert "at most 3 % larger, both without massive tokens." in squeeze(text)
+        assert "8,192 tokens trained (2,048 captured), 1,000 held-out tokens analysed" in squeeze(text)
+    origin = dict(page.table("Where the figures come from")[1:])
+    assert (origin["Run"], origin["Seeds"]) == ("run_1", "data 0"), (
+        "what the first transcoder alone has is not the run's"
+    )
+    assert "Configuration fingerprint" not in origin
+    assert not any(a.training.fingerprint in page.text for a in analyses.values())
     data = json.loads(files["sweep_report.json"])
     assert data["taken"] == {"1": "layer1-k32", "2": "layer2-k32-wide"}
     for member in data["members"]:

@@ -40,10 +40,18 @@ from mtc.results import (
 def top_features(analysis: Analysis) -> Section:
     """Section 5: the strongest features that fired, those of massive tokens apart, and copies."""
     density = {f.figures.feature: f.figures.density for f in analysis.features}
+    any_massive = bool(analysis.summary.massive.tokens)
     rows: tuple[tuple[Text, ...], ...] = tuple(
-        (*_row(f)[:4], number(density.get(f.feature)), *_row(f)[4:]) for f in analysis.top_features
-    )
-    headers = ("Rank", "Feature", "Group", "Max activation", "Density", "Samples", "Top token")
+        (
+            *_row(f)[:4], *([percent(f.massive_activation)] if any_massive else []), number(density.get(f.feature)),
+            *_row(f)[4:],
+        )
+        for f in analysis.top_features
+    )  # fmt: skip
+    headers = (
+        "Rank", "Feature", "Group", "Max activation", *(["Activation on massive tokens"] if any_massive else []),
+        "Density", "Samples", "Top token",
+    )  # fmt: skip
     caption = "The strongest features (activations in scaled units)"
     fired = rows or analysis.massive_features
     body: Block = Table(caption, headers, rows, searchable=True) if fired else _none_fired(analysis)

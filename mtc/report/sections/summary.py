@@ -101,7 +101,8 @@ def massive_line(analysis: Analysis) -> str:
 def _intervals(analysis: Analysis) -> str:
     s = analysis.summary
     text = (
-        f"FVU, cosine and L0 are of {number(s.evaluated_tokens)} held-out tokens from {number(s.documents)} documents"
+        f"FVU, cosine and L0 are of {number(s.evaluated_tokens - s.massive.tokens)} held-out tokens from "
+        f"{number(s.documents)} documents"
     )
     if s.loss:
         text += f", the loss is of {number(s.loss.tokens)} tokens from {number(s.loss.documents)} documents"
@@ -167,9 +168,9 @@ def _figures(analysis: Analysis) -> Table:
         ("Trained tokens", number(s.trained_tokens) + captured(analysis.facts)),
         ("Dropped tokens (activations not finite)", number(analysis.facts.dropped_tokens)),
         ("Analysed held-out tokens (examples, counts)", number(s.analysed_tokens)),
-        ("Evaluated held-out tokens (FVU, L0)", number(s.evaluated_tokens)),
+        ("Evaluated held-out tokens (FVU, L0)", number(s.evaluated_tokens - s.massive.tokens)),
         ("Documents that they are of", number(s.documents)),
-        ("Massive tokens among them", number(s.massive.tokens)),
+        ("Massive tokens beside them", number(s.massive.tokens)),
         ("Features of massive tokens", number(s.massive_features)),
         ("Features that are copies of an earlier one", number(analysis.copies.features if analysis.copies else None)),
         ("FVU of the affine map", number(s.line.fvu if s.line else None)),
