@@ -154,8 +154,9 @@ class FeatureActor(_HeldOutActor):
         self.candidates = candidates
         if any(transcoder.massive_norm.isnan() for transcoder in self.transcoders):
             # Weights from elsewhere. Every actor looks at the same tokens, whichever it works on.
-            for transcoder, pair in zip(self.transcoders, self._capture(first_unit)[1], strict=True):
-                recognise(transcoder, pair.target)
+            pairs = self._capture(first_unit)[1]
+            for transcoder, site in zip(self.transcoders, self.sites, strict=True):
+                recognise(transcoder, pairs[site].target)
 
     def work(self, batch: pa.Table) -> Iterator[pa.Table]:
         passes = [

@@ -93,7 +93,8 @@ def make_massive(tokens: int = 20) -> Massive:
     """What `make_evaluation` says of massive tokens: 20, of which 15 are `the`; with 0, that there are none."""
     top = [TokenCount(token_id=VOCABULARY.index(t), token=t, count=n) for t, n in (("the", 15), ("|", 5))]
     return Massive(
-        ratio=5.0, norm=123.4, tokens=tokens, share=tokens / TOKENS, variance=0.5183 if tokens else 0.0,
+        ratio=5.0, norm=123.4, in_weights=True, tokens=tokens,
+        share=tokens / TOKENS, variance=0.5183 if tokens else 0.0,
         error=0.0131 if tokens else 0.0, l0=158.25 if tokens else None, first_positions=4,
         beyond_first=0.75 if tokens else None, different_ids=2 if tokens else 0,
         top_tokens=tuple(top) if tokens else (),

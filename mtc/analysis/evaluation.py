@@ -74,7 +74,12 @@ def evaluation(
         l0_counts=counts.tolist(),
         all_tokens=AllTokens(**of_all),
         massive=describe(
-            float(heldout.transcoder.massive_norm), heldout.blocks, heldout.positions, heldout.massive, text
+            float(heldout.transcoder.massive_norm),
+            heldout.norm_in_weights,
+            heldout.blocks,
+            heldout.positions,
+            heldout.massive,
+            text,
         ),
         line=straight_line(heldout.line, headline["fvu"][-1], of_all["fvu"][-1]),
         never_fired=int((heldout.examples.statistics.count == 0).sum()),

@@ -51,6 +51,8 @@ class HeldOutPass:
     ):
         settings, shape = config.analysis, transcoder.shape
         self.transcoder = transcoder
+        self.norm_in_weights = not bool(transcoder.massive_norm.isnan())
+        """Whether the weights say which tokens are massive, before anything here does."""
         self.prefixes = transcoder.prefixes
         self.coactivation_tokens = settings.coactivation_tokens
         device = transcoder.W_dec.device

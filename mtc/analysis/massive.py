@@ -71,7 +71,12 @@ def recognise(transcoder: MatryoshkaTranscoder, target: Tensor) -> None:
 
 
 def describe(
-    norm: float, blocks: TokenSums, positions: TokenSums, sums: MassiveSums, text: Callable[[int], str]
+    norm: float,
+    in_weights: bool,
+    blocks: TokenSums,
+    positions: TokenSums,
+    sums: MassiveSums,
+    text: Callable[[int], str],
 ) -> Massive:
     """The Massive of a held-out pass, whose sums have labels of tokens that are not massive, then as many of massive
     ones (mtc.analysis.held_out); `text` gives the text of a token id."""
@@ -84,6 +89,7 @@ def describe(
     return Massive(
         ratio=MASSIVE_RATIO,
         norm=float(norm),
+        in_weights=in_weights,
         tokens=tokens,
         share=tokens / float(of_all.tokens[0]),
         variance=float(few.deviation(mean)[0] / of_all.deviation(mean)[0]) if tokens else 0.0,

@@ -65,6 +65,9 @@ class Massive(Record):
     """Norm of a target, in median norms of the first activations, above which its token is massive."""
     norm: float
     """Raw norm of a target above which its token is massive; NaN if it is not known, and then none is."""
+    in_weights: bool
+    """Whether the weights file has that norm, from training's first activations; otherwise it is of the first held-out
+    ones, and training, if any, did not tell massive tokens from others."""
     tokens: int
     """Held-out tokens that are massive."""
     share: float

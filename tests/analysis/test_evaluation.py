@@ -140,6 +140,7 @@ def test_headline_figures_are_without_massive_tokens_and_stand_beside_those_of_a
     assert e.fvu_interval[-1] != e.all_tokens.fvu_interval[-1]
     assert e.l0_counts == np.bincount(active[usual].numpy()).tolist()
     assert (e.tokens, e.massive.tokens) == (len(y), len(planted))
+    assert e.massive.in_weights
     assert e.massive.variance == pytest.approx((deviation[planted].sum() / deviation.sum()).item(), rel=1e-6)
     assert e.massive.error == pytest.approx((error[planted].sum() / error.sum()).item(), rel=1e-6)
     assert e.massive.l0 == pytest.approx(active[planted].double().mean().item())
@@ -291,7 +292,9 @@ def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, windows,
 
 def test_evaluate_joins_both_and_refuses_nothing(transcoder, windows):
     config = load_preset("tiny", {"model": {"dtype": "float32"}})
-    evaluation = evaluate(config, transcoder, [windows], [windows])
+    evaluation = evaluate(config, copy.deepcopy(transcoder), [windows], [windows])
+    assert not evaluation.massive.in_weights
+    assert evaluation.massive.norm > 0, "told by the held-out tokens"
     (pair,) = LanguageModel(config.model).capture(windows)
     x, y = pair.source[windows.trainable], pair.target[windows.trainable]
     expected = (y - transcoder.reconstruct(x)).square().sum() / (y - y.mean(0)).square().sum()

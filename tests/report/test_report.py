@@ -563,9 +563,15 @@ def test_massive_tokens_are_told_apart_everywhere() -> None:
     assert [row[1] for row in page.table("The strongest features of massive")[1:]] == ["8 massive"]
     assert [(row[0], row[3]) for row in page.table("Features with copies")[1:]] == [("1", "3, 6"), ("0", "8 massive")]
 
-    none, _ = make_analysis()
+    assert dict(page.table("Configuration")[1:])["transcoder.massive_tokens"] == "cap"
+
+    evaluation = make_evaluation([4, 10])
+    older = evaluation.massive.model_copy(update={"in_weights": False})
+    none, _ = make_analysis(evaluation=evaluation.model_copy(update={"massive": older}))
     plain_page = read_html(write_report(none, features, [])[HTML].decode())[0]
     assert "No held-out token is massive (target norm above 5 times the median" in squeeze(plain_page.text)
+    fields = dict(plain_page.table("Configuration")[1:])
+    assert fields["transcoder.massive_tokens"] == "not known to the run", "it was trained before there was a choice"
     assert "all tokens" not in " ".join(plain_page.table("Held-out quality of each nested prefix")[0])
 
 

@@ -174,4 +174,7 @@ def _fields(analysis: Analysis) -> Table:
     rows: list[tuple[Text, ...]] = []
     for part, values in analysis.config.model_dump(mode="json", exclude={"sweep"}).items():
         rows += [(Code(f"{part}.{name}"), setting(value)) for name, value in values.items()]
+    if analysis.facts.trained_tokens and not analysis.evaluation.massive.in_weights:
+        field = Code("transcoder.massive_tokens")  # its default, which that training did not know
+        rows = [(name, "not known to the run" if name == field else value) for name, value in rows]
     return Table("Configuration", ("Field", "Value"), tuple(rows), folded=True)
