@@ -118,8 +118,8 @@ def test_rules_about_what_the_headline_figure_is_held_against() -> None:
     assert "0.4512 without them, the headline figure, and 0.2512 with them" in texts["massive tokens"]
     assert "features add 7.911 %" in texts["straight line"]
     assert "`transcoder.skip` is no" in texts["straight line"]
-    assert "is 0.2512, its batch FVU 0.2 over" in texts["overfitting"]
-    assert "25.6 % more" in texts["overfitting"]
+    assert "is 0.4512, its batch FVU 0.2 over" in texts["overfitting"]
+    assert "125.6 % more" in texts["overfitting"]
     assert "2 of 10 features (20 %)" in texts["copies"]
     skip = make_config(transcoder={"skip": True})
     with_skip, met = findings(skip, evaluation=evaluation.model_copy(update={"line": line}))

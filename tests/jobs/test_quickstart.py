@@ -35,7 +35,10 @@ def test_a_run_is_shown_wherever_its_root_is(
     def train(head: dict[str, Any], name: str, arguments: list[str]) -> None:
         names.append(name)
         table = io.BytesIO()
-        pq.write_table(pa.table({"feature": [3], "top_tokens": [[{"token": " levy"}, {"token": " duty"}]]}), table)
+        pq.write_table(
+            pa.table({"feature": [3], "top_tokens": [[{"token": " levy"}, {"token": " duty"}]], "massive": [False]}),
+            table,
+        )
         run = RunDirectory(
             f"{arguments[arguments.index('--output.root') + 1]}/{arguments[arguments.index('--output.run_id') + 1]}"
         )
