@@ -1,5 +1,5 @@
 """What each training choice is worth: the defaults with one thing changed at a time, on the validation part. Every
-captured token is trained once.
+captured token is trained once, but where replays are what changes.
 
 `python -m benchmarks.ablations [--task smollm2] [--only NAME ...] [--json]` prints the table of docs/quality.md.
 Choices that the library does not offer, since they lost here, are written out below.

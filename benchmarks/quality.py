@@ -30,7 +30,7 @@ from benchmarks.activations import capture_cost
 from benchmarks.contenders import NO_MASSIVE, NO_WARM_UP, OURS, PEERS, PEERS_PYTHON, Task, Trained, peer_version, train
 from benchmarks.rows import Rows, load_rows
 from benchmarks.scores import Score, linear_map, score
-from benchmarks.targets import TARGETS, best_nested_peer, describe, figures, shown
+from benchmarks.targets import TARGETS, best_nested_peer, describe, figures, shown, verdict
 
 RATES = (3e-3, 6e-3, 1.2e-2)
 SIGN_RATES = (5e-3, 1e-2, 2e-2)
@@ -238,8 +238,7 @@ def main() -> None:
     for figure in TARGETS:
         if figure in found:
             about = found[figure]
-            verdict = ("met" if about["met"] else "not met") + ("" if about["complete"] else ", not all tasks")
-            print(f"{figure:<22}{shown(about['worst']):<16}target {shown(about['target']):<16}{verdict}")
+            print(f"{figure:<22}{shown(about['worst']):<16}target {shown(about['target']):<16}{verdict(about)}")
     if arguments.json:
         print(json.dumps(found))
 

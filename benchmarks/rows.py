@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.activations import Part, load
 from mtc.storage import cache_directory
+from mtc.transcoder import MASSIVE_RATIO
 
-MASSIVE_RATIO = 5.0
 MASSIVE_SAMPLE = 16_384
 
 

@@ -110,9 +110,14 @@ def tables(tasks: dict[str, dict[str, Any]]) -> str:
     lines += [f"| | {' | '.join(tasks)} | worst | target |", f"| --- |{' --- |' * len(tasks)} --- | --- |"]
     for figure, about in describe({name: task["figures"] for name, task in tasks.items()}).items():
         values = [shown(about["tasks"][name]) if name in about["tasks"] else "" for name in tasks]
-        target = f"{shown(about['target'])}, {'met' if about['met'] else 'not met'}"
+        target = f"{shown(about['target'])}, {verdict(about)}"
         lines.append(f"| {figure} | {' | '.join(values)} | {shown(about['worst'])} | {target} |")
     return "\n".join(lines)
+
+
+def verdict(about: dict[str, Any]) -> str:
+    """Whether a figure of `describe` meets its target, and if not all of its tasks were run."""
+    return ("met" if about["met"] else "not met") + ("" if about["complete"] else ", not all tasks")
 
 
 def shown(value: Any) -> str:
@@ -156,5 +161,14 @@ def _worst(values: list[Any]) -> Any:
     return None if None in values else max(values)
 
 
+def read(file: str) -> dict[str, dict[str, Any]]:
+    """The tasks of a file that `benchmarks.quality --save` wrote. Raises SystemExit for one of an older version."""
+    tasks: dict[str, dict[str, Any]] = json.loads(Path(file).read_text())["tasks"]
+    if not all("figures" in task for task in tasks.values()):
+        again = f"python -m benchmarks.quality --task {' '.join(tasks)} --peers --save"
+        raise SystemExit(f"{file} is of before figures were without massive tokens; to make it anew: {again}")
+    return tasks
+
+
 if __name__ == "__main__":
-    print(tables({n: t for file in sys.argv[1:] for n, t in json.loads(Path(file).read_text())["tasks"].items()}))
+    print(tables({name: task for file in sys.argv[1:] for name, task in read(file).items()}))

@@ -16,19 +16,15 @@ from mtc.analysis.examples import EDGES, Examples, FeatureStatistics
 from mtc.analysis.feature_table import alignment, features_table, read_feature, top_token
 from mtc.analysis.logits import LogitEffects
 from mtc.analysis.massive import MassiveSums
+from mtc.analysis.records import copies_of, training_fit, tree_of, trend
 from mtc.analysis.rules import judge
 from mtc.config import RunConfig
 from mtc.results import (
     RUN_FILES,
-    AbsorbedFeature,
     Analysis,
-    Child,
-    CopiedFeature,
-    Copies,
     Distribution,
     Evaluation,
     Example,
-    Family,
     File,
     Group,
     Histogram,
@@ -37,14 +33,10 @@ from mtc.results import (
     RunFacts,
     ShownFeature,
     Spelling,
-    SplitFeature,
     Summary,
     TokenGain,
     TopFeature,
     Training,
-    TrainingFit,
-    Tree,
-    Trend,
     Weights,
     report_files,
 )
@@ -60,10 +52,7 @@ QUANTILE_PARTS = 5
 CONTEXTS_PER_PART = 2
 GAIN_TOKENS = 10
 MIN_GAIN_COUNT = 10
-FAMILIES, CHILDREN, CANDIDATES = 20, 8, 20
-MIN_TREND_ROWS = 5
 MASSIVE_FEATURES = 5
-COPIED = 20
 
 
 class Findings(NamedTuple):
@@ -115,8 +104,8 @@ def analyse(
         at = features.schema.get_field_index("tokens_since_fired")
         features = features.set_column(at, features.schema.field(at), pa.nulls(len(features), pa.int64()))
     summary = _summary(config, transcoder, found, features, history, facts)
-    tree = _tree(transcoder, found.nesting, features)
-    copies = _copies(found.copies, features)
+    tree = tree_of(transcoder, found.nesting, features)
+    copies = copies_of(found.copies, features)
     insights, recommendations = judge(Evidence(summary, config, evaluation, tree, copies))
     massive = features["massive"].to_numpy()
     top = _top_features(features, ~massive, config.analysis.num_top_features)
@@ -202,10 +191,10 @@ def _summary(
         massive=evaluation.massive,
         massive_features=int(features["massive"].to_numpy().sum()),
         line=evaluation.line,
-        training_fit=_training_fit(history, evaluation.fvu[-1]),
+        training_fit=training_fit(history, evaluation.fvu[-1]),
         k=transcoder.shape.k,
         loss=evaluation.loss,
-        trend=_trend(history),
+        trend=trend(history),
     )
 
 
@@ -311,105 +300,6 @@ def _prefix_steps(transcoder: MatryoshkaTranscoder, found: Findings) -> tuple[Pr
     return tuple(steps)
 
 
-def _tree(transcoder: MatryoshkaTranscoder, nesting: nested.Nesting | None, features: pa.Table) -> Tree | None:
-    if nesting is None:
-        return None
-    parents = nesting.parents
-    group = features["group"].to_numpy()
-
-    def name(feature: int) -> str | None:
-        return top_token(features, feature)
-
-    def family(p: int) -> Family:
-        own = np.flatnonzero(parents.parent == p)
-        bond = parents.cosine[own] * parents.coactivation[own]
-        children = [
-            Child(
-                feature=int(c),
-                group=int(group[c]),
-                top_token=name(int(c)),
-                cosine=float(parents.cosine[c]),
-                coactivation=float(parents.coactivation[c]),
-                base_rate=float(parents.base_rate[c]),
-            )
-            for c in own[np.argsort(-bond, kind="stable")][:CHILDREN]
-        ]
-        return Family(
-            feature=p, group=int(group[p]), top_token=name(p), num_children=len(own), children=tuple(children)
-        )
-
-    sizes = np.bincount(parents.parent[parents.parent >= 0], minlength=len(group))
-    largest = np.argsort(-sizes, kind="stable")[:FAMILIES]
-    spans = transcoder.groups
-    return Tree(
-        tokens=nesting.tokens,
-        with_parent=tuple(int((parents.parent[a:b] >= 0).sum()) for a, b in spans),
-        judged=tuple(int((parents.fired[a:b] >= nested.MIN_FIRED).sum()) for a, b in spans),
-        families=tuple(family(int(p)) for p in largest if sizes[p]),
-        splits=tuple(
-            SplitFeature(
-                feature=s.feature,
-                top_token=name(s.feature),
-                children=s.children,
-                child_tokens=tuple(name(c) for c in s.children),
-                fired=s.fired,
-                coverage=s.coverage,
-                overlap=s.overlap,
-            )
-            for s in nesting.splits[:CANDIDATES]
-        ),
-        num_splits=len(nesting.splits),
-        absorptions=tuple(
-            AbsorbedFeature(
-                parent=a.parent,
-                parent_token=name(a.parent),
-                child=a.child,
-                child_token=name(a.child),
-                cosine=a.cosine,
-                expected=a.expected,
-                absorbed=a.absorbed,
-            )
-            for a in nesting.absorptions[:CANDIDATES]
-        ),
-        num_absorptions=len(nesting.absorptions),
-        tested_pairs=nesting.tested_pairs,
-        limits={
-            "cosine above": nesting.min_cosine,
-            "parent excess at least": nested.MIN_EXCESS,
-            "sampled firings at least": nested.MIN_FIRED,
-            "split coverage at least": nested.SPLIT_COVERAGE,
-            "split overlap at most": nested.SPLIT_OVERLAP,
-            "absorbed share at least": nested.ABSORBED_RATE,
-            "absorber's part of the reach at least": nested.ABSORBER_SHARE,
-        },
-    )
-
-
-def _copies(found: copied.FoundCopies | None, features: pa.Table) -> Copies | None:
-    if found is None:
-        return None
-    is_copy = found.copy_of >= 0
-    originals, count = np.unique(found.copy_of[is_copy], return_counts=True)
-    most = np.argsort(-count, kind="stable")[:COPIED]
-    return Copies(
-        tokens=found.tokens,
-        cosine=copied.COSINE,
-        together=copied.TOGETHER,
-        features=int(is_copy.sum()),
-        share=float(is_copy.mean()),
-        copied=tuple(
-            CopiedFeature(
-                feature=j,
-                top_token=top_token(features, j),
-                massive=features["massive"][j].as_py(),
-                copies=tuple(np.flatnonzero(found.copy_of == j).tolist()),
-            )
-            for j in originals[most].tolist()
-        ),
-        num_copied=len(originals),
-    )
-
-
 def _density(transcoder: MatryoshkaTranscoder, statistics: FeatureStatistics) -> Histogram:
     """Features by density, in half decades from 10^-8 to 1, for each group."""
     edges = np.arange(-8, 0.25, 0.5)
@@ -456,34 +346,6 @@ def _distribution(values: NDArray[Any]) -> Distribution:
         min=float(values.min()),
         max=float(values.max()),
     )
-
-
-def _tail(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last fifth of the logged steps."""
-    return history[-max(1, len(history) // 5) :]
-
-
-def _training_fit(history: list[dict[str, Any]], heldout: float) -> TrainingFit | None:
-    """The training FVU beside the full dictionary's held-out FVU, both without massive tokens."""
-    tail = _tail(history)
-    fvu = float(np.mean([row["fvu"][-1] for row in tail])) if tail else 0.0
-    return TrainingFit(rows=len(tail), fvu=fvu, excess=heldout / fvu - 1) if np.isfinite(fvu) and fvu > 0 else None
-
-
-def _trend(history: list[dict[str, Any]]) -> Trend | None:
-    tail = _tail(history)
-    if len(tail) < MIN_TREND_ROWS:
-        return None
-    x = np.array([row["tokens"] for row in tail], np.float64)
-    y = np.array([row["fvu"][-1] for row in tail], np.float64)
-    x, mean = x - x.mean(), float(y.mean())
-    if not np.isfinite(y).all() or not x.any() or mean <= 0:
-        return None
-    slope = float(x @ y) / float(x @ x)
-    residual = y - mean - slope * x
-    error = np.sqrt(float(residual @ residual) / (len(x) - 2) / float(x @ x))
-    span = float(x[-1] - x[0])
-    return Trend(rows=len(tail), fall=-slope * span / mean, standard_error=float(error) * span / mean)
 
 
 def _files(layer: int, facts: RunFacts) -> tuple[File, ...]:

@@ -219,7 +219,7 @@ def named_run(url: str) -> RunDirectory:
     above, name = posixpath.split(url)
     if name == "latest":
         url = _latest(url)
-    elif posixpath.basename(above) == "latest":
+    elif is_latest(above):
         url = posixpath.join(_latest(above), name)
     return RunDirectory(url)
 
@@ -259,6 +259,18 @@ def parse_analysis(data: bytes, name: str) -> Analysis:
             f"{ANALYSIS_VERSION}: analyse the run again (jobs/analyze.py --run {name})"
         )
     return Analysis.model_validate(raw)
+
+
+def is_latest(url: str) -> bool:
+    """Whether `url` is `<root>/latest`, which names a run; a directory of runs may have that name, too."""
+    if posixpath.basename(url) != "latest":
+        return False
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    try:
+        return bool(patiently(lambda: fs.info(path))["type"] != "directory")
+    except FileNotFoundError:
+        return True
 
 
 def _latest(url: str) -> str:

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from mtc.config import RunConfig
-from mtc.storage import Manifest, RunDirectory, RunError, open_run, require_one_layer
+from mtc.storage import Manifest, RunDirectory, RunError, is_latest, open_run, require_one_layer
 from serve.contract import RunKey
 from serve.service.served_run import WEIGHTS
 
@@ -28,7 +28,7 @@ class Catalogue:
     def __init__(self, run: str):
         self._run = RunDirectory(run).url.rstrip("/")  # an address that is none is said as it was given
         above = posixpath.dirname(self._run)
-        of_several = posixpath.basename(above) == "latest" or RunDirectory(above).is_finished()
+        of_several = is_latest(above) or RunDirectory(above).is_finished()
         self.root = posixpath.dirname(above) if of_several else above
 
     def served(self) -> Entry:

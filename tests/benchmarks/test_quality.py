@@ -1,5 +1,6 @@
 """The reconstruction benchmark: its scores against dense arithmetic in numpy, its sweep, its targets, its rows."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -204,5 +205,13 @@ def test_targets_are_computed_from_the_means() -> None:
     assert described["full_vs_nested"]["worst"] == 0.9 and not described["full_vs_nested"]["met"]
     assert described["prefixes_vs_nested"]["worst"] == [0.40 / 0.45, 0.9] and not described["prefixes_vs_nested"]["met"]
     assert described["tokens_to_match"]["worst"] is None and not described["tokens_to_match"]["met"]
+    assert targets.verdict(described["skip_vs_skip"]) == "met, not all tasks"
     assert described["skip_vs_skip"]["met"] and not described["skip_vs_skip"]["complete"]
     assert not described["own_flat"]["met"] and not described["l0"]["met"] and described["dead"]["met"]
+
+
+def test_results_of_before_are_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "quality-smollm2.json"
+    file.write_text(json.dumps({"tasks": {"smollm2": {"task": {}, "linear_map_fvu": 0.4, "results": []}}}))
+    with pytest.raises(SystemExit, match=f"^{file} is of before .* anew: .*--task smollm2 --peers --save$"):
+        targets.read(str(file))

@@ -10,6 +10,7 @@ import pytest
 from cluster.places import run_directory
 from mtc.config import load_preset, to_yaml
 from mtc.storage import Lease, RunDirectory, RunError, open_run, write_atomic
+from serve.service.catalogue import Catalogue
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -36,6 +37,13 @@ def test_a_root_may_end_with_a_slash(root):
     run.write("config.yaml", to_yaml(config))
     run.publish()
     assert open_run(f"{root}/latest").url == run.url
+
+
+def test_a_root_may_be_named_latest(root):
+    make(f"{root}/of/latest", "a").publish()
+    assert open_run(f"{root}/of/latest/a").url == f"{root}/of/latest/a"
+    assert open_run(f"{root}/of/latest/latest").url == f"{root}/of/latest/a"
+    assert Catalogue(f"{root}/of/latest/a").root == f"{root}/of/latest"
 
 
 def test_lines_of_json(root):

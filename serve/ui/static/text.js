@@ -7,7 +7,7 @@ const LISTED = 50, STRENGTHS = 5, TRIES = 30;
 let text = "";         // what the shown answers are about
 let answers = new Map();  // by nested dictionary
 let names = new Map();    // top tokens of features
-let massive = null;    // features of massive tokens, once they are known
+let massive = new Set(), massiveKnown = false;  // features of massive tokens, once they are known
 let shown = null;      // the answer that is shown
 let token = null, feature = null;  // what is chosen
 let asking = new AbortController(), reading = new AbortController();
@@ -115,7 +115,7 @@ async function learn(features, signal) {
 
 // Which features are of massive tokens; of a run without an analysis nobody knows.
 async function learnMassive(signal) {
-  if (massive) return;
+  if (massiveKnown) return;
   const found = new Set();
   try {
     for (let cursor = ""; cursor !== null;) {
@@ -124,10 +124,10 @@ async function learnMassive(signal) {
       for (const row of answer.features) found.add(row.feature);
       cursor = answer.cursor;
     }
+    [massive, massiveKnown] = [found, true];
   } catch (error) {
-    if (error.name === "AbortError") throw error;
+    if (error.name === "AbortError") throw error;  // else it is asked again with the next text
   }
-  massive = found;
 }
 
 function entries(t) {
@@ -193,6 +193,9 @@ function table(caption, rows, headers, cells) {
   return make("table", [make("caption", caption), head, body], { class: "choice" });
 }
 
+// Not the first row's: features of massive tokens come last, however strong.
+const largest = (rows) => Math.max(...rows.map((row) => row.value));
+
 function bar(value, most) {
   return make("meter", [], { min: 0, max: most, value, "aria-hidden": "true" });
 }
@@ -201,14 +204,14 @@ function drawList() {
   const rows = strongest(shown), listed = rows.slice(0, LISTED);
   const caption = rows.length > LISTED ? `The strongest ${LISTED} of ${number(rows.length)} features` : `${number(rows.length)} features`;
   const last = listed.some((row) => massive.has(row.feature)) ? "; those of massive tokens come last" : "";
-  element("list").replaceChildren(table(caption + last, listed, ["Feature", "Top tokens", "", "Strongest", "Tokens"], (row) => [bar(row.value, rows[0].value), number(row.value), number(row.tokens)]));
+  element("list").replaceChildren(table(caption + last, listed, ["Feature", "Top tokens", "", "Strongest", "Tokens"], (row) => [bar(row.value, largest(listed)), number(row.value), number(row.tokens)]));
 }
 
 function drawToken() {
   const place = element("of-token");
   if (token === null) return place.replaceChildren();
   const own = entries(token), caption = `Token ${token}, ${spaced(shown.tokens[token])}: ${number(own.length)} features`;
-  place.replaceChildren(own.length ? table(caption, own, ["Feature", "Top tokens", "", "Activation"], (row) => [bar(row.value, own[0].value), number(row.value)]) : make("p", caption));
+  place.replaceChildren(own.length ? table(caption, own, ["Feature", "Top tokens", "", "Activation"], (row) => [bar(row.value, largest(own)), number(row.value)]) : make("p", caption));
 }
 
 async function choose(t) {
