@@ -101,15 +101,7 @@ def read_gemma_scope(path: str) -> Imported:
 def read_saelens(path: str) -> Imported:
     """Read SAELens's folder of `cfg.json` and `sae_weights.safetensors`. Raises ImportFailure for what is no usable
     transcoder."""
-    folder = _local(path)
-    config_file, weights_file = folder / "cfg.json", folder / "sae_weights.safetensors"
-    try:
-        cfg = json.loads(config_file.read_text())
-        tensors = load_file(weights_file)
-        if not isinstance(cfg, dict):
-            raise TypeError("cfg.json is no mapping")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ImportFailure(f"{folder} is not a readable SAELens folder: {error}") from None
+    config_file, weights_file, cfg, tensors = _read_folder(path, "cfg.json", "sae_weights.safetensors", "SAELens")
     check_cfg(config_file, cfg)
     skip, jump = "skip" in cfg["architecture"], "jumprelu" in cfg["architecture"]
     names = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if jump else set()) | ({"W_skip"} if skip else set())
@@ -134,15 +126,7 @@ def read_gemma_scope_2(path: str) -> Imported:
     Its transcoders read what the norm before the MLP returns, our `mlp_in`; the affine skip connection is stored as
     [d_source, d_target] there.
     """
-    folder = _local(path)
-    config_file, weights_file = folder / "config.json", folder / "params.safetensors"
-    try:
-        cfg = json.loads(config_file.read_text())
-        tensors = load_file(weights_file)
-        if not isinstance(cfg, dict):
-            raise TypeError("config.json is no mapping")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ImportFailure(f"{folder} is not a readable Gemma Scope 2 folder: {error}") from None
+    config_file, weights_file, cfg, tensors = _read_folder(path, "config.json", "params.safetensors", "Gemma Scope 2")
     names = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
     known = read_gemma_scope_2_config(config_file, cfg)
     skip = {"affine_skip_connection"} if cfg.get("affine_connection") else set()
@@ -208,6 +192,23 @@ def write_run(imported: Imported, config: RunConfig, info: ModelInfo, run: RunDi
     run.write("transcoder.safetensors", transcoder.to_bytes())
     run.write("import.json", json.dumps(imported.origin, indent=1))
     run.publish()
+
+
+def _read_folder(
+    path: str, config: str, weights: str, kind: str
+) -> tuple[Path, Path, dict[str, Any], dict[str, Tensor]]:
+    """The files of a folder of one configuration and its weights, and what they hold. Raises ImportFailure that names
+    the `kind` for what can't be read."""
+    folder = _local(path)
+    config_file, weights_file = folder / config, folder / weights
+    try:
+        cfg = json.loads(config_file.read_text())
+        tensors = load_file(weights_file)
+        if not isinstance(cfg, dict):
+            raise TypeError(f"{config} is no mapping")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ImportFailure(f"{folder} is not a readable {kind} folder: {error}") from None
+    return config_file, weights_file, cfg, tensors
 
 
 def _local(path: str) -> Path:

@@ -73,7 +73,8 @@ def read_neurons(config: ModelConfig, layer: int, source: str = "resid_mid") -> 
     if modules.mlp_out != "mlp":
         parts["post"] = modules.mlp_out
     with loading(config, report=False):
-        tensors = _read(config, f"{modules.layers}.{layer}", set(parts.values()))
+        # What is above the layers has other names in some checkpoints than in the model that is made of them.
+        tensors = _read(config, f"{modules.layers.rpartition('.')[2]}.{layer}", set(parts.values()))
     if missing := [path for path in parts.values() if f"{path}.weight" not in tensors]:
         raise ModelError(f"{config.name}: its files hold no weights {modules.layers}.{layer}.{missing[0]}")
 

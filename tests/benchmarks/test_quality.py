@@ -132,7 +132,7 @@ for name in ("eai-sparsify, skip", "eai-sparsify, sign", "eai-sparsify, skip, si
 """
 
 
-@pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="make peers")
+@pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="sparsify has an environment of its own: make peers")
 def test_exported_sparsify_is_what_the_library_computes() -> None:
     done = subprocess.run([PEERS_PYTHON, "-c", OWN_FORWARD], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr

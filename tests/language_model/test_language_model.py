@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -232,6 +233,24 @@ def test_neurons_are_as_active_as_in_the_model(config: ModelConfig, site: str, t
     if hasattr(layer, "post_feedforward_layernorm"):
         added = added * (1 + layer.post_feedforward_layernorm.weight.detach())
     torch.testing.assert_close(found.out_norms, added.norm(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_neurons_are_found_under_the_names_of_a_checkpoint_with_a_vision_tower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such checkpoints call `language_model.layers` of the loaded model `language_model.model.layers`."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"mlp.gate_proj": (6, 4), "mlp.up_proj": (6, 4), "mlp.down_proj": (4, 6)}
+    shapes |= {"pre_feedforward_layernorm": (4,), "post_feedforward_layernorm": (4,)}  # type: ignore[dict-item]
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    saved = {f"language_model.model.layers.1.{name}.weight": tensor for name, tensor in tensors.items()}
+    save_file(saved | {"vision_tower.layers.1.mlp.fc1.weight": torch.zeros(6, 4)}, tmp_path / "model.safetensors")
+    text = SimpleNamespace(hidden_activation="gelu_pytorch_tanh")
+    model_config = SimpleNamespace(model_type="gemma3", get_text_config=lambda: text)
+    monkeypatch.setattr(neurons, "model_config_of", lambda config: model_config)
+    monkeypatch.setattr(neurons, "prepare_model", lambda config: str(tmp_path))
+    found = read_neurons(make_config("gemma3"), LAYER)
+    torch.testing.assert_close(found.directions, tensors["mlp.gate_proj"] * (1 + tensors["pre_feedforward_layernorm"]))
 
 
 def test_neurons_of_a_hub_that_does_not_answer_may_be_had_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@
 Rajamanoharan et al. 2024, arXiv:2407.14435, with the quadratic penalty of Gemma Scope 2 (McDougall et al. 2025), which
 holds L0 near k. The step H has no gradient, so one is estimated from the entries around it by a rectangle of width eps
 (the bandwidth): dH/dz = [|z - theta| < eps / 2] / eps and dH/dtheta = -dH/dz. It reaches the thresholds, and through z
-the encoder and all below as well: both papers leave the latter out; docs/concepts.md has what it changes. Entries that
+the encoder and all below as well: both papers leave the latter out. Entries that
 are active or inside the window are all that the loss touches.
 """
 
