@@ -39,7 +39,7 @@ from mtc.analysis import (
 )
 from mtc.analysis.evaluation import evaluation
 from mtc.analysis.loss_sums import loss_sums
-from mtc.analysis.straight_line import FOLDS
+from mtc.analysis.straight_line import FOLDS, who_sums
 from mtc.config import RunConfig
 from mtc.devices import open_device
 from mtc.language_model import LanguageModel, PackedWindows, SitePair, load_tokenizer, pack_windows
@@ -87,9 +87,13 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     arguments: dict[str, Any] = {"config": config, "run_urls": run_urls, "store_url": store_url}
 
     passes = [HeldOutPass(config, transcoder, **about) for transcoder in transcoders]
+    summed_by = who_sums(transcoders, _sites(config))
+    for held, first in zip(passes, summed_by, strict=True):
+        held.line = passes[first].line
     dtype, compute, machines = "", set(), set()
     rows = _feature_rows(store, config, units, document_of)
     about |= {"candidates": [held.candidates for held in passes], "first_unit": units[0]}
+    about["summed_by"] = summed_by
     for row in _results(map_on_model_actors(rows, FeatureActor, plan, **arguments, **about)):
         passes[row["at"]].merge(_arrays(row["found"]))
         dtype = row["dtype"]
@@ -133,9 +137,7 @@ class _HeldOutActor(ModelActor):
         self.model.warm_up(config.data.unit_tokens)
         self.machine = describe_machine()
         self.transcoders = [load_transcoder(RunDirectory(url), on) for url in run_urls]
-        layers = [sites.layer for sites in config.model.sites]
-        self.sites = [layers.index(member.config.model.layer) for member in config.members()]
-        """Of each transcoder the number of its layer among those that are read."""
+        self.sites = _sites(config)
 
 
 class FeatureActor(_HeldOutActor):
@@ -147,9 +149,12 @@ class FeatureActor(_HeldOutActor):
         num_documents: int,
         candidates: list[np.ndarray],
         first_unit: np.ndarray,
+        summed_by: list[int],
         **arguments: Any,
     ) -> None:
         super().load(**arguments)
+        self.summed_by = summed_by
+        """Of each transcoder the first one with the same sums for the affine map, which sums them for both."""
         self.about = (occurrences, num_documents)
         self.candidates = candidates
         if any(transcoder.massive_norm.isnan() for transcoder in self.transcoders):
@@ -167,8 +172,9 @@ class FeatureActor(_HeldOutActor):
         for unit, documents in zip(row["units"], row["documents"], strict=True):
             ids = np.asarray(unit)
             windows, pairs = self._capture(ids)
-            for held, site in zip(passes, self.sites, strict=True):
-                held.add(ids, windows, pairs[site], np.asarray(documents), row["sampled"], row["fold"])
+            for at, (held, site) in enumerate(zip(passes, self.sites, strict=True)):
+                fold = row["fold"] if self.summed_by[at] == at else None
+                held.add(ids, windows, pairs[site], np.asarray(documents), row["sampled"], fold)
         dtype = str(self.model.dtype).removeprefix("torch.")
         for at, held in enumerate(passes):
             how = {"dtype": dtype, "compute": self.model.compute, "machine": self.machine}
@@ -204,6 +210,12 @@ class WholeModelActor(_HeldOutActor):
         sums = loss_sums(self.model, self.transcoders, windows, self.target_means, labels, self.num_blocks, self.sites)
         for at, of_one in enumerate(sums):
             yield _found("losses", at, of_one._asdict())
+
+
+def _sites(config: RunConfig) -> list[int]:
+    """Of each transcoder the number of its layer among those that are read."""
+    layers = [sites.layer for sites in config.model.sites]
+    return [layers.index(member.config.model.layer) for member in config.members()]
 
 
 def _feature_rows(

@@ -32,7 +32,7 @@ from mtc.language_model import read_neurons
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
-from mtc.training import CALIBRATION_ROWS, Calibrator, Clock, StepResult, Trainer, on_device
+from mtc.training import CALIBRATION_ROWS, Calibrator, Clock, SideBySide, StepResult, Trainer, on_device
 from mtc.transcoder import agree, broadcast
 
 INITIAL_ROWS = 16_384  # tokens per rank from which scales and biases are set
@@ -52,6 +52,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if start.checkpoint is not None and start.checkpoint.is_result:
         return  # another trainer died after the last checkpoint was complete
     trainers = _open_trainers(config, settings["d_model"], device, start.checkpoint)
+    together = SideBySide(list(trainers.values()))
     lead, total = next(iter(trainers.values())), config.total_steps
     data = data_state(config, start.checkpoint, rank, world, device)
     if rank == 0 and start.checkpoint is not None:
@@ -78,7 +79,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                     due.saved(lead.step_number)
             if lead.step_number == 0:
                 _initialise(trainers, batches)
-            done = _step(trainers, batches, share)
+            done = _step(together, batches, share)
             account.step()
             if journal:
                 journal.look(done)
@@ -170,11 +171,11 @@ def _initialise(trainers: Mapping[str, Trainer], batches: Batches) -> None:
             trainer.initialise(source, target, neurons)
 
 
-def _step(trainers: Mapping[str, Trainer], batches: Batches, share: Share) -> list[StepResult]:
+def _step(together: SideBySide, batches: Batches, share: Share) -> list[StepResult]:
     """One step of every trainer on its sites' rows of the same batch; called on all ranks at once."""
     taken = batches.take(share)
     with batches.clock.part("step"):
-        return [trainer.step(*_rows_of(trainer, taken), share.tokens) for trainer in trainers.values()]
+        return together.step([_rows_of(trainer, taken) for trainer in together.trainers], share.tokens)
 
 
 def _write_down(account: Account, journal: Journal | None, batches: Batches, done: list[StepResult]) -> None:

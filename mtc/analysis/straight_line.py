@@ -12,6 +12,7 @@ dimension's own sum of squares, so that it means the same for outlier dimensions
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from mtc.analysis.token_sums import Array
 from mtc.results import StraightLine
+from mtc.transcoder import MatryoshkaTranscoder
 
 FOLDS = 5
 TOKENS_PER_DIMENSION = 10
@@ -55,6 +57,7 @@ class LineSums:
 
     def __init__(self) -> None:
         self._folds: dict[tuple[int, bool], _Moments] = {}
+        self._fvu: dict[bool, float | None] = {}
 
     def add(self, source: Tensor, target: Tensor, massive: Tensor, fold: int) -> None:
         """Take in tokens of one fold: source [tokens, d_source] scaled, target [tokens, d_target] raw, massive [tokens]
@@ -81,6 +84,11 @@ class LineSums:
     def fvu(self, massive: bool) -> float | None:
         """FVU of the map over all folds' tokens, massive ones included or not; None with fewer than two folds or too
         few tokens."""
+        if massive not in self._fvu:
+            self._fvu[massive] = self._solved(massive)
+        return self._fvu[massive]
+
+    def _solved(self, massive: bool) -> float | None:
         folds = [self._of(fold, massive) for fold in self.folds]
         if len(folds) < 2:
             return None
@@ -106,7 +114,18 @@ class LineSums:
         return usual + few if massive and few is not None else usual
 
     def _add(self, key: tuple[int, bool], moments: _Moments) -> None:
+        self._fvu.clear()
         self._folds[key] = self._folds[key] + moments if key in self._folds else moments
+
+
+def who_sums(transcoders: Sequence[MatryoshkaTranscoder], sites: Sequence[int]) -> list[int]:
+    """For each transcoder, at the site with its number, the first one whose sums are the same: they depend on the site,
+    on how sources are scaled and on which tokens are massive."""
+    kinds = [
+        (site, t.shape.input_norm, float(t.input_scale), float(t.massive_norm))
+        for t, site in zip(transcoders, sites, strict=True)
+    ]
+    return [kinds.index(kind) for kind in kinds]
 
 
 def straight_line(sums: LineSums, fvu: float, all_tokens_fvu: float) -> StraightLine | None:

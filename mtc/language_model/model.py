@@ -31,6 +31,7 @@ from mtc.language_model import attention, flex
 from mtc.language_model.architectures import model_info, modules_of, validate
 from mtc.language_model.check import check_finite, check_report, check_weights
 from mtc.language_model.honoured import check_fields
+from mtc.language_model.lower_layers import LowerLayers
 from mtc.language_model.packing import PackedWindows, pack_windows
 from mtc.language_model.weights import loading, model_config_of, prepare_model, revision
 
@@ -88,8 +89,10 @@ class LanguageModel:
         self.model: nn.Module = model.to(self.device).eval().requires_grad_(False)
         self._base: nn.Module = model.base_model
         modules = modules_of(config, info.model_type)
-        check_finite(config, self._base.get_submodule(modules.layers))
-        layers = [self._base.get_submodule(f"{modules.layers}.{sites.layer}") for sites in config.sites]
+        self._layers: Any = self._base.get_submodule(modules.layers)
+        check_finite(config, self._layers)
+        self._lower: tuple[PackedWindows, LowerLayers] | None = None
+        layers = [self._layers[sites.layer] for sites in config.sites]
         self._norms = [layer.get_submodule(modules.norm) for layer in layers]
         self._mlps = [layer.get_submodule(modules.mlp_out) for layer in layers]
         self._attentions = [layer.get_submodule(modules.attention) for layer in layers]
@@ -98,7 +101,7 @@ class LanguageModel:
         self._eager = _why_eager(config.compile, self.device)
         self._forwards = [] if self._eager is not None else _compile(self._base)
         self._kernel = flex.Kernel() if self._eager is None and is_gpu(self.device) else None
-        inside = self._base.get_submodule(modules.layers).modules()
+        inside = self._layers.modules()
         products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
         self._warm_for = 0
         """Largest number of tokens that `warm_up` was called for."""
@@ -175,10 +178,23 @@ class LanguageModel:
         if not self.full:
             raise ValueError("logits need the whole model: LanguageModel(config, full=True)")
         kept = {} if only is None else {"logits_to_keep": send(only, self.device)}
-        if replace is None:
-            return self._run(self.model, windows, **kept).logits[0]
-        with self._watch(replace, at):
-            return self._run(self.model, windows, **kept).logits[0]
+        with self._from(None if replace is None else self.config.sites[at].layer, windows):
+            if replace is None:
+                return self._run(self.model, windows, **kept).logits[0]
+            with self._watch(replace, at):
+                return self._run(self.model, windows, **kept).logits[0]
+
+    @contextmanager
+    def same_windows(self, windows: PackedWindows) -> Iterator[None]:
+        """Inside, `logits` are all of these windows: after one without `replace`, those with it start at the layer that
+        they replace in. Raises ValueError for other windows."""
+        lower = LowerLayers(sites.layer for sites in self.config.sites)
+        with lower.installed(self._layers):
+            self._lower = windows, lower
+            try:
+                yield
+            finally:
+                self._lower = None
 
     @contextmanager
     def watch_final_norm(self) -> Iterator[list[Tensor]]:
@@ -258,6 +274,18 @@ class LanguageModel:
             "windows": attention.Windows(windows.lengths, self.device, self._kernel),
             "use_cache": False,
         }
+
+    @contextmanager
+    def _from(self, layer: int | None, windows: PackedWindows) -> Iterator[None]:
+        """Around a pass that replaces in `layer`, or nowhere."""
+        if self._lower is None:
+            yield
+            return
+        same, lower = self._lower
+        if windows is not same:
+            raise ValueError("a pass over other windows inside same_windows")
+        with lower.a_pass(layer):
+            yield
 
     @contextmanager
     def _watch(

@@ -13,7 +13,7 @@ from cluster.resume import unneeded_units
 from cluster.train_worker import _calibrate, _initialise, _open_trainers, _step, files_of
 from mtc.config import ConfigError, load_preset
 from mtc.storage import Checkpoints, CheckpointWriter
-from mtc.training import Clock, Unit
+from mtc.training import Clock, SideBySide, Unit
 
 D, UNITS, CALIBRATION, TOKENS = 8, 12, 2, 96
 SWEEP = [
@@ -50,7 +50,7 @@ def train(config, place, stop=None):
     checkpoints = Checkpoints(str(place))
     checkpoint = checkpoints.latest()
     trainers = _open_trainers(config, D, torch.device("cpu"), checkpoint)
-    lead = next(iter(trainers.values()))
+    together, lead = SideBySide(list(trainers.values())), next(iter(trainers.values()))
     state = data_state(config, checkpoint, 0, 1, "cpu")
     unneeded = unneeded_units(checkpoint, 1) if checkpoint else set()
     units = (unit(n, config.model.sites) for n in range(UNITS + CALIBRATION) if n not in unneeded)
@@ -58,7 +58,7 @@ def train(config, place, stop=None):
     while lead.step_number != stop and (share := batches.agree(lead.step_number == config.total_steps - 1)):
         if lead.step_number == 0:
             _initialise(trainers, batches)
-        _step(trainers, batches, share)
+        _step(together, batches, share)
     if stop is not None:
         writer = CheckpointWriter(checkpoints, 1, 0, 1, 2, lambda *news: None)
         writer.save(stop, files_of(trainers, batches, 0, 0)).result()
@@ -67,11 +67,22 @@ def train(config, place, stop=None):
     return {name: safetensors.torch.load(trainer.transcoder.to_bytes()) for name, trainer in trainers.items()}
 
 
-def test_each_has_the_same_bits_as_trained_alone_through_a_checkpoint(tmp_path):
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+def test_each_has_the_same_bits_as_trained_alone_through_a_checkpoint(tmp_path, threads):
+    """In turn, and several at a time in threads of their own, which leave this one's as they are."""
     whole = settings(sweep=SWEEP)
     assert len(whole.members()) == 8
     train(whole, tmp_path / "sweep", stop=7)
     together = train(whole, tmp_path / "sweep")
+    assert torch.get_num_threads() == threads
     assert len({weights["W_enc"].numpy().tobytes() for weights in together.values()}) == 8
     for name, config in whole.members():
         (alone,) = train(config, tmp_path / name).values()

@@ -300,6 +300,39 @@ def test_logits_with_and_without_replacement(config: ModelConfig) -> None:
     torch.testing.assert_close(model.logits(packed), logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_passes_over_the_same_windows_compute_the_layers_below_once(architecture: str) -> None:
+    packed = windows()
+    model = LanguageModel(make_config(architecture, layers=[0, 2, 1]), full=True)
+
+    def replace(source: Tensor, mlp_out: Tensor) -> Tensor:
+        return mlp_out + source.roll(1, 0)
+
+    clean = model.logits(packed)
+    expected = [model.logits(packed, replace, at=at) for at in range(3)]
+    ran: list[int] = []
+    hooks = [
+        norm.register_forward_hook(lambda *_, n=sites.layer: ran.append(n))
+        for norm, sites in zip(model._norms, model.config.sites, strict=True)
+    ]
+    with model.same_windows(packed):
+        assert torch.equal(model.logits(packed, replace, at=1), expected[1])
+        assert torch.equal(model.logits(packed), clean)
+        assert ran == [0, 1, 2] * 2
+        ran.clear()
+        for at in (1, 0, 2, 1):
+            assert torch.equal(model.logits(packed, replace, at=at), expected[at])
+        assert ran == [2, 0, 1, 2, 1, 2, 2]
+        with pytest.raises(ValueError, match="other windows"):
+            model.logits(windows(), replace)
+        assert torch.equal(model.logits(packed), clean)
+    ran.clear()
+    assert torch.equal(model.logits(packed, replace, at=1), expected[1])
+    assert ran == [0, 1, 2]
+    for hook in hooks:
+        hook.remove()
+
+
 def test_replacement_is_what_enters_the_residual_stream() -> None:
     """At the last layer the logits follow by hand: head(norm(resid_mid + replacement))."""
     packed = windows()
