@@ -81,10 +81,10 @@ class Ours(NamedTuple):
 
 DEFAULTS: dict[str, Any] = {
     "data": {"replays": 8, "shuffle_buffer_tokens": 400_000},
-    "transcoder": {"skip": False},
+    "transcoder": {"skip": False, "prefix_weights": (1.0, 1.0, 2.0)},
 }
-"""Overrides, for all of ours, of the preset of the task's model, which says where features start and how they
-compete."""
+"""Overrides, for all of ours, of the preset of the task's model, which says where features start, how they compete and
+the learning rate."""
 OURS: dict[str, Ours] = {
     "mtc": Ours(),
     "mtc, skip": Ours({"transcoder": {"skip": True}}),
@@ -109,12 +109,20 @@ def train(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> Train
     return train_peer(contender, task, lr, seed, rows)
 
 
+def our_rate(task: Task) -> float:
+    """The learning rate of ours, which is the preset's or the default, and not tuned on the task."""
+    sizes = {"transcoder": {"group_sizes": list(task.group_sizes)}, "optimizer": {"batch_tokens": BATCH}}
+    return load_preset(MODELS[task.model], sizes).lr
+
+
 def train_ours(rows: Rows, task: Task, lr: float, seed: int, ours: Ours, make: type[Trainer] = Trainer) -> Trained:
     """Train on the first `task.train_tokens` rows, in the order in which a run's shuffle buffer gives them out."""
+    sections = ours.sections
     if not ours.nested:
         task = task._replace(group_sizes=(sum(task.group_sizes),))
+        sections = {**sections, "transcoder": {**sections.get("transcoder", {}), "prefix_weights": None}}
     source, target = (part[: task.train_tokens] for part in rows.train)
-    config = our_config(task, lr, seed, ours.sections)
+    config = our_config(task, lr, seed, sections)
     trainer = make(config, source.shape[1], target.shape[1])
     neurons = read_neurons(config.model, task.layer) if config.transcoder.init == "mlp" else None
     trainer.initialise(source[:MASSIVE_SAMPLE], target[:MASSIVE_SAMPLE], neurons)

@@ -1,13 +1,13 @@
 """Reconstruction for equal work: transcoders trained by us and by peer libraries on the same activations.
 
 `python -m benchmarks.quality --peers --json` trains every contender on cached activations of real models (captured on
-first use, see benchmarks.activations), each at its best learning rate on the validation part, and reports on the test
-part: held-out FVU per nested prefix and L0, without massive tokens and with them, dead features, seconds and CPU
+first use, see benchmarks.activations), each peer at its best learning rate on the validation part, and ours at that of
+the model's preset, and reports on the test part: held-out FVU per nested prefix and L0, without massive tokens and with them, dead features, seconds and CPU
 seconds. It ends with the project's targets and whether they are met (benchmarks.targets).
 
 All contenders read the same rows (benchmarks.rows), are scored alike (benchmarks.scores), and warm up for
-WARMUP_FRACTION of the steps (with `--no-warm-up` the peers also without). A sweep goes on by factors of two until its
-best rate is none of its ends, at most twice. Peers train each captured token once, as their libraries do;
+WARMUP_FRACTION of the steps (with `--no-warm-up` the peers also without). The peers' sweep goes on by factors of two
+until its best rate is none of its ends, at most twice. Peers train each captured token once, as their libraries do;
 we replay it (`DEFAULTS`); "mtc, no replays" takes the peers' steps. Where rows are massive, peers are trained with and
 without them. Peers' weights are kept, so a run that was stopped goes on where it was; ours are trained anew.
 """
@@ -27,7 +27,18 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.activations import capture_cost
-from benchmarks.contenders import NO_MASSIVE, NO_WARM_UP, OURS, PEERS, PEERS_PYTHON, Task, Trained, peer_version, train
+from benchmarks.contenders import (
+    NO_MASSIVE,
+    NO_WARM_UP,
+    OURS,
+    PEERS,
+    PEERS_PYTHON,
+    Task,
+    Trained,
+    our_rate,
+    peer_version,
+    train,
+)
 from benchmarks.rows import Rows, load_rows
 from benchmarks.scores import Score, linear_map, score
 from benchmarks.targets import TARGETS, best_nested_peer, describe, figures, shown, verdict
@@ -38,7 +49,7 @@ SIGN_RATES = (5e-3, 1e-2, 2e-2)
 EXTENSIONS = 2
 """Rates that a sweep may go beyond its ends."""
 SHARES = (1 / 8, 1 / 4, 1 / 2)
-"""Of the captured tokens, on which ours is trained for `tokens_to_match`."""
+"""Of the captured tokens, on which ours is trained for `tokens_to_match`, until that is reached."""
 TASKS = {
     "smollm2": Task("smollm2", 20),
     "smollm2-layer9": Task("smollm2", 9),
@@ -56,9 +67,9 @@ class Result(NamedTuple):
 
     contender: str
     lr: float
-    """The one with the least full-dictionary FVU on the validation part, seed 0."""
+    """The one with the least full-dictionary FVU on the validation part, seed 0; of ours the preset's."""
     validation: dict[str, float]
-    """Full-dictionary FVU on the validation part for every rate, seed 0."""
+    """Full-dictionary FVU on the validation part for every rate that was tried, seed 0."""
     scores: list[Score]
     """On the test part, one per seed."""
     seconds: list[float]
@@ -95,8 +106,8 @@ def run(name: str, task: Task, contenders: list[str], rates: tuple[float, ...] |
     print(f"{'linear map':<32}{'':>8}{line.fvu:>24.3f}{'':>33}{line.fvu_all:>26.3f}", flush=True)
     results: list[Result] = []
     for contender in contenders:
-        if contender in OURS and results:
-            asked, extensions = (results[0].lr,), 0  # our variants take the rate of "mtc"
+        if contender in OURS:
+            asked, extensions = (results[0].lr,) if results else rates or (our_rate(task),), 0
         else:
             own = SIGN_RATES if "sign" in contender.split(", ") else RATES
             asked, extensions = (rates, 0) if rates else (own, EXTENSIONS)
@@ -105,9 +116,9 @@ def run(name: str, task: Task, contenders: list[str], rates: tuple[float, ...] |
     measured = [result.as_json() for result in results]
     found = {"task": task._asdict(), "massive_share": massive, "linear_map": line._asdict(), "results": measured}
     means = {result["contender"]: result["means"] for result in measured}
-    if "mtc" in contenders and best_nested_peer(means):
+    if "mtc" in contenders and (peer := best_nested_peer(means)):
         found["capture"] = capture_cost(task.model, task.layer)._asdict()
-        found["shares"] = _shares(task, results[0].lr, seeds, rows)
+        found["shares"] = _shares(task, results[0].lr, seeds, rows, means[peer]["fvu"][-1])
     return found | {"figures": figures(found)}
 
 
@@ -147,8 +158,9 @@ def sweep(rates: tuple[float, ...], extensions: int, validate: Callable[[float],
     return found
 
 
-def _shares(task: Task, lr: float, seeds: int, rows: Rows) -> list[dict[str, Any]]:
-    """Our nested transcoder trained on the first part of the captured tokens, at the rate of all of them."""
+def _shares(task: Task, lr: float, seeds: int, rows: Rows, enough: float) -> list[dict[str, Any]]:
+    """Our nested transcoder trained on the first part of the captured tokens, at the rate of all of them; a larger part
+    until its full-dictionary FVU is as small as `enough`."""
     found = []
     for share in SHARES:
         part = task._replace(train_tokens=int(share * task.train_tokens), steps=0)
@@ -159,6 +171,8 @@ def _shares(task: Task, lr: float, seeds: int, rows: Rows) -> list[dict[str, Any
         found.append({"share": share, "means": means})
         fvu = " / ".join(f"{value:.3f}" for value in means["fvu"])
         print(f"{f'mtc, {share:g} of the tokens':<32}{lr:>8g}{fvu:>24}", flush=True)
+        if means["fvu"][-1] <= enough:
+            break
     return found
 
 
