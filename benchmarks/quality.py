@@ -2,8 +2,9 @@
 
 `python -m benchmarks.quality --peers --json` trains every contender on cached activations of real models (captured on
 first use, see benchmarks.activations), each peer at its best learning rate on the validation part, and ours at that of
-the model's preset, and reports on the test part: held-out FVU per nested prefix and L0, without massive tokens and with them, dead features, seconds and CPU
-seconds. It ends with the project's targets and whether they are met (benchmarks.targets).
+the model's preset, and reports on the test part: held-out FVU per nested prefix and L0, without massive tokens and with
+them, dead features, seconds and CPU seconds. It ends with the project's targets and whether they are met
+(benchmarks.targets).
 
 All contenders read the same rows (benchmarks.rows), are scored alike (benchmarks.scores), and warm up for
 WARMUP_FRACTION of the steps (with `--no-warm-up` the peers also without). The peers' sweep goes on by factors of two
