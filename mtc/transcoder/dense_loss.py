@@ -31,7 +31,7 @@ def dense_loss(
         start = end
     loss = sum(w * e.sum() for w, e in zip(objective.weights, errors, strict=True))
     if penalty is not None:
-        loss = loss + penalty
+        loss = loss + (penalty if per_token is None else penalty * per_token.scale).sum()
     aux_error = y.new_zeros(())
     if len(objective.dead):
         candidates = before[:, objective.dead]

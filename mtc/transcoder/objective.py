@@ -59,7 +59,7 @@ class PerToken(NamedTuple):
     """What massive tokens change."""
 
     scale: Tensor
-    """[tokens], what a token's residuals are multiplied with."""
+    """[tokens], what a token's residuals are multiplied with, and its part of the penalty."""
     counted: Tensor
     """[tokens] bool: whether a token's errors are among those that are reported."""
 

@@ -95,7 +95,7 @@ def sparse_loss(
     slot_weights = (*objective.weights, objective.aux_weight) if aux else objective.weights
     loss, errors = _NestedLoss.apply(value, weights.W_dec, weights.b_dec, y, entries, slot_weights, aux, workspace)
     if penalty is not None:
-        loss = loss + penalty
+        loss = loss + (penalty if per_token is None else penalty * per_token.scale).sum()
     aux_error = errors[:, -1].sum() if aux else errors.new_zeros(())
     errors = errors[:, : len(objective.ends)]
     if per_token is not None:

@@ -19,7 +19,7 @@ class Activated(NamedTuple):
     value: Tensor
     """[tokens, features] or [entries], activations, at least 0."""
     penalty: Tensor | None = None
-    """Scalar, what the activation adds to the loss; None for nothing."""
+    """[tokens], what the activation adds to the loss for each; None for nothing."""
 
 
 class Activation(ABC):

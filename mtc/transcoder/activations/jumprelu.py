@@ -59,7 +59,7 @@ def _thresholds(weights: Weights) -> Tensor:
 
 
 def _penalty(l0: Tensor, objective: Objective) -> Tensor:
-    return objective.l0_weight * (l0 / objective.k - 1).square().sum()
+    return objective.l0_weight * (l0 / objective.k - 1).square()
 
 
 class _Jump(Function):
