@@ -13,7 +13,7 @@ from mtc.analysis import HeldOutPass, count_tokens, loss_recovered
 from mtc.analysis.evaluation import evaluation
 from mtc.analysis.loss_sums import loss_sums
 from mtc.analysis.recompute import evaluate
-from mtc.analysis.straight_line import LineSums
+from mtc.analysis.straight_line import LineSums, who_sums
 from mtc.config import load_preset
 from mtc.language_model import LanguageModel, PackedWindows, SitePair, pack_windows, prepare_model
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
@@ -182,6 +182,20 @@ def test_the_straight_line_is_numpys_least_squares_and_no_token_is_judged_by_a_m
     for part in (0, 1):
         few.add(pair.source[part::2][:200], pair.target[part::2][:200], none_massive, part)
     assert few.fvu(massive=False) is None, "200 tokens are too few for a map from 32 dimensions"
+
+
+def test_one_transcoder_sums_for_all_that_see_the_same_tokens():
+    def make(scale, massive, norm="scalar"):
+        t = MatryoshkaTranscoder(TranscoderShape(4, 4, (2, 2), 1, norm))
+        t.input_scale.fill_(scale)
+        t.massive_norm.fill_(massive)
+        return t
+
+    kinds = [(0, make(1, 9)), (1, make(1, 9)), (0, make(2, 9)), (0, make(1, 8)), (0, make(1, 9, "none"))]
+    unknown = [(0, make(1, math.nan)), (0, make(1, math.nan))]
+    again = [(site, make(float(t.input_scale), float(t.massive_norm), t.shape.input_norm)) for site, t in kinds]
+    sites, transcoders = zip(*kinds, *again, *unknown, strict=True)
+    assert who_sums(transcoders, sites) == [0, 1, 2, 3, 4] * 2 + [10, 11]
 
 
 def test_merged_passes_are_one_pass_and_tokens_that_are_not_finite_are_left_out(transcoder, many):

@@ -196,7 +196,7 @@ def test_a_run_that_another_job_takes_and_leaves(
     assert list(finished.members()) == names
     report = json.loads(finished.read("report/sweep_report.json"))
     steps = [json.loads(line) for line in lines if json.loads(line)["event"] == "step"]
-    weights = []
+    weights, lines_of = [], []
     for name, listed in zip(names, report["members"], strict=True):
         own = open_layer_run(f"{tmp_path}/latest/{name}")
         analysis, config = load_analysis(own), own.config()
@@ -207,11 +207,14 @@ def test_a_run_that_another_job_takes_and_leaves(
         assert analysis.evaluation.fvu[-1] < 0.9, "nothing was learnt"
         assert analysis.evaluation.l0[-1] == pytest.approx(config.transcoder.k, rel=0.2)
         assert listed["summary"]["fvu"] == list(analysis.summary.fvu)
+        lines_of.append(analysis.evaluation.line)
         assert own.read("report/layer1_analysis_report.html").startswith(b"<!doctype html>")
         history = own.read_lines("metrics.jsonl")
         assert history[-1]["step"] == config.total_steps and {row["member"] for row in history} == {name}
         assert steps[-1]["members"][name]["fvu"] == history[-1]["fvu"]
         weights.append(safetensors.torch.load(own.read("transcoder.safetensors")))
+    assert lines_of[0] is not None and lines_of[0].fvu == lines_of[1].fvu, "one sum serves all of a layer"
+    assert lines_of[0].added != lines_of[1].added
     # A limit that nothing reached changes nothing: the same batches give the same bits, whoever else is trained.
     for name, value in weights[0].items():
         assert torch.equal(weights[2][name], value), name
