@@ -329,6 +329,7 @@ def test_passes_over_the_same_windows_compute_the_layers_below_once(architecture
     ran.clear()
     assert torch.equal(model.logits(packed, replace, at=1), expected[1])
     assert ran == [0, 1, 2]
+    assert not any("forward" in vars(layer) for layer in model._layers)
     for hook in hooks:
         hook.remove()
 
