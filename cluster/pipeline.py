@@ -192,7 +192,8 @@ class _Job:
         done = f"trained {tokens} in {first.steps:,} steps; " + _thresholds(trained)
         say("trained", done, tokens=first.tokens, captured_tokens=captured, steps=first.steps)
         say("ledger", _account(trained, times))
-        say("balance", balance(trained.timing), **trained.timing.model_dump())
+        apart = plan.device == "cuda" and not plan.shares_gpu  # on CPUs the model actors would have less
+        say("balance", balance(trained.timing, times if apart else None), **trained.timing.model_dump())
         return trained, progress
 
     def _analyse(self, store: TokenStore, trained: Trained, progress: ProgressReader) -> None:

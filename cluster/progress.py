@@ -28,6 +28,7 @@ MOST_SHOWN = 3  # transcoders with a figure each in the progress line
 QUIET = ("checkpoint",)  # kinds that are neither kept nor shown: one a minute, for weeks
 DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
 WAITING = 0.2
+MOST_REPLAYS = 8
 """Share of its time, from 0 to 1, beyond which a side counts as waiting for the other."""
 WRITE_SECONDS = 10.0  # between writes of the history, which is written whole,
 WRITE_SHARE = 0.05  # and may take at most this share of the time
@@ -261,8 +262,12 @@ class ProgressReader:
         output().flush()
 
 
-def balance(timing: StreamTiming) -> str:
-    """What limited the run, from what was measured."""
+def balance(timing: StreamTiming, replays: int | None = None) -> str:
+    """What limited the run, from what was measured.
+
+    `replays` is the run's `data.replays` where trainers have hardware of their own: the line then says how many would
+    have fitted into the time that they waited, at most MOST_REPLAYS.
+    """
     t = timing
     line = f"stream: {t.tokens_per_second:,.0f} tok/s; trainers waited {t.waiting_share:.0%} of {t.wall_seconds:.0f} s"
     if t.forward_share is None:
@@ -274,7 +279,9 @@ def balance(timing: StreamTiming) -> str:
         busy = "both sides are busy" if t.forward_share > 1 - WAITING else "the trainers are the limit"
         return f"{line}; {busy} (largest part of their time: {part.replace('_', '-')}, {share:.0%})"
     if t.forward_share > 0.5:
-        return f"{line}; the language model is the limit"
+        line += "; the language model is the limit"
+        free = min(MOST_REPLAYS, int(replays / (1 - t.waiting_share))) if replays and t.waiting_share < 1 else 0
+        return f"{line}; data.replays={free} would take no longer" if replays and free > replays else line
     return f"{line}; neither side is busy, what lies between them is the limit (larger data.unit_tokens may help)"
 
 

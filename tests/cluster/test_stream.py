@@ -224,6 +224,19 @@ def make_timing(**changes: Any) -> StreamTiming:
 def test_balance_says_who_waits() -> None:
     line = balance(make_timing())
     assert "100 tok/s; trainers waited 50% of 10 s, model actors computed 90%; the language model is the limit" in line
+    assert "replays" not in line, "trainers on the same CPUs have no time of their own"
+    for replays, waiting, advice in (
+        (1, 5.0, 2),
+        (3, 5.0, 6),
+        (2, 9.0, 8),
+        (1, 10.0, None),
+        (1, 4.9, None),
+        (9, 5.0, None),
+    ):
+        own = dict.fromkeys(PARTS, 0.0) | {"waiting": waiting, "step": 10.0 - waiting}
+        line = balance(make_timing(trainer_seconds=own), replays)
+        wanted = "limit" if advice is None else f"limit; data.replays={advice} would take no longer"
+        assert line.endswith(f"the language model is the {wanted}")
     trainers = dict.fromkeys(PARTS, 0.0) | {"all_reduce": 6.0, "step": 3.5, "waiting": 0.5}
     line = balance(make_timing(trainer_seconds=trainers, forward_seconds=8.0))
     assert line.endswith("the trainers are the limit (largest part of their time: all-reduce, 60%)")
