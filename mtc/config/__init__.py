@@ -3,7 +3,8 @@
 from mtc.config.faults import describe_faults, field_names, suggestion, wanted
 from mtc.config.files import parse_settings, read_settings
 from mtc.config.loading import changed_config, load_preset, make_config, merge_settings, preset_names, to_yaml
-from mtc.config.run_config import ConfigError, DataConfig, LayerConfig, Member, ModelConfig, RunConfig, SiteKey
+from mtc.config.reading import DataConfig, LayerConfig, ModelConfig, SiteKey
+from mtc.config.run_config import ConfigError, Member, RunConfig
 
 __all__ = [
     "ConfigError", "DataConfig", "LayerConfig", "Member", "ModelConfig", "RunConfig", "SiteKey", "changed_config",

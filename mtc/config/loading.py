@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from mtc.config.faults import describe_faults, suggestion
 from mtc.config.files import parse_settings
-from mtc.config.run_config import ConfigError, LayerConfig, RunConfig
+from mtc.config.reading import LayerConfig
+from mtc.config.run_config import ConfigError, RunConfig
 
 
 def preset_names() -> list[str]:
