@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +28,11 @@ from mtc.devices import choose_dtype, is_gpu, send
 from mtc.language_model import attention, flex
 from mtc.language_model.architectures import model_info, modules_of, validate
 from mtc.language_model.check import check_finite, check_report, check_weights
+from mtc.language_model.compiling import compile_parts, restore, why_eager
 from mtc.language_model.honoured import check_fields
 from mtc.language_model.lower_layers import LowerLayers
 from mtc.language_model.packing import PackedWindows, pack_windows
+from mtc.language_model.sites import Sites
 from mtc.language_model.weights import loading, model_config_of, prepare_model, revision
 
 logger = logging.getLogger(__name__)
@@ -92,14 +92,11 @@ class LanguageModel:
         self._layers: Any = self._base.get_submodule(modules.layers)
         check_finite(config, self._layers)
         self._lower: tuple[PackedWindows, LowerLayers] | None = None
-        layers = [self._layers[sites.layer] for sites in config.sites]
-        self._norms = [layer.get_submodule(modules.norm) for layer in layers]
-        self._mlps = [layer.get_submodule(modules.mlp_out) for layer in layers]
-        self._attentions = [layer.get_submodule(modules.attention) for layer in layers]
+        parallel = bool(getattr(model_config, "use_parallel_residual", False))
+        self._sites = Sites(self._layers, modules, config.sites, parallel)
         self._final_norm = self._base.get_submodule(modules.final_norm) if full else None
-        self._parallel = bool(getattr(model_config, "use_parallel_residual", False))
-        self._eager = _why_eager(config.compile, self.device)
-        self._forwards = [] if self._eager is not None else _compile(self._base)
+        self._eager = why_eager(config.compile, self.device)
+        self._forwards = [] if self._eager is not None else compile_parts(self._base)
         self._kernel = flex.Kernel() if self._eager is None and is_gpu(self.device) else None
         inside = self._layers.modules()
         products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
@@ -151,7 +148,7 @@ class LanguageModel:
         ValueError for a window that is longer than the model has positions.
         """
         rows = None if only is None else send(only, self.device)
-        with torch.inference_mode(), self._watch() as seen:
+        with torch.inference_mode(), self._sites.watch() as seen:
             self._run(self._base, windows)
         # Outside inference mode a copy is an ordinary tensor.
         return tuple(
@@ -181,7 +178,7 @@ class LanguageModel:
         with self._from(None if replace is None else self.config.sites[at].layer, windows):
             if replace is None:
                 return self._run(self.model, windows, **kept).logits[0]
-            with self._watch(replace, at):
+            with self._sites.watch(replace, at):
                 return self._run(self.model, windows, **kept).logits[0]
 
     @contextmanager
@@ -257,7 +254,7 @@ class LanguageModel:
                 if self._eager is None:
                     raise
             logger.warning("the language model is not compiled and runs slower: %s", self._eager)
-            _restore(self._forwards)
+            restore(self._forwards)
             self._forwards, self._kernel = [], None
         return model(**self._inputs(windows), **others)
 
@@ -287,58 +284,10 @@ class LanguageModel:
         with lower.a_pass(layer):
             yield
 
-    @contextmanager
-    def _watch(
-        self, replace: Callable[[Tensor, Tensor], Tensor] | None = None, at: int = 0
-    ) -> Iterator[list[dict[str, Tensor]]]:
-        """Collect the sites of the forward pass that runs inside, one dict by name for each entry of `config.sites`,
-        and `replace` the MLP's output of entry `at`."""
-        seen: list[dict[str, Tensor]] = [{} for _ in self.config.sites]
-        hooks = []
-        for i, sites in enumerate(self.config.sites):
-            if self._parallel:
-                hooks.append(self._attentions[i].register_forward_hook(_after_attention(seen[i])))
-            hooks.append(self._norms[i].register_forward_hook(_after_norm(seen[i], self._parallel)))
-            here = replace if i == at else None
-            hooks.append(self._mlps[i].register_forward_hook(_after_mlp(seen[i], sites.source, sites.target, here)))
-        try:
-            yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
-
 
 def _centred(norm: nn.Module, x: Tensor) -> Tensor:
     """What a norm scales: a LayerNorm removes the mean first."""
     return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
-
-
-def _after_attention(seen: dict[str, Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        seen["attention"] = output[0][0]
-
-    return hook
-
-
-def _after_norm(seen: dict[str, Tensor], parallel: bool) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        # A parallel block's norm reads the layer's input; attention ran before and was not added yet.
-        seen["resid_mid"] = args[0][0] + seen.pop("attention") if parallel else args[0][0]
-        seen["mlp_in"] = output[0]
-
-    return hook
-
-
-def _after_mlp(
-    seen: dict[str, Tensor], source: str, target: str, replace: Callable[[Tensor, Tensor], Tensor] | None
-) -> Callable[..., Tensor | None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        seen["mlp_out"] = output[0]
-        for site in seen.keys() - {source, target}:
-            del seen[site]
-        return None if replace is None else replace(seen[source], output[0]).to(output.dtype).unsqueeze(0)
-
-    return hook
 
 
 def _truncate(model_config: PretrainedConfig, num_layers: int) -> None:
@@ -346,33 +295,6 @@ def _truncate(model_config: PretrainedConfig, num_layers: int) -> None:
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
-
-
-def _why_eager(requested: bool | None, device: torch.device) -> str | None:
-    """Why a model is not compiled, None if it is; `requested` is `model.compile`."""
-    if requested is not None:
-        return None if requested else "model.compile=false"
-    if not is_gpu(device):
-        return "on a CPU"  # where products take most of the time
-    missing = _missing_for_triton()
-    if missing is not None:
-        logger.warning("the language model is not compiled and runs slower: %s", missing)
-    return missing
-
-
-def _missing_for_triton() -> str | None:
-    """What compiling for a GPU lacks on this machine, None if nothing.
-
-    Triton compiles its launcher with the C compiler that CC names, else with gcc or clang (its runtime/build.py).
-    """
-    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if not any(map(shutil.which, names)):
-        return "no C compiler"
-    try:
-        import_module("triton")
-    except ImportError as error:
-        return f"no Triton: {error}"
-    return None
 
 
 def _kinds_of_windows(tokens: int, longest: int) -> Iterator[list[int]]:
@@ -384,26 +306,3 @@ def _kinds_of_windows(tokens: int, longest: int) -> Iterator[list[int]]:
     for lengths in (mixed, [1], [3, 2, 6], [longest], [each] * (tokens // each)):
         if sum(lengths) <= tokens and max(lengths) <= longest:
             yield lengths
-
-
-def _compile(base: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """Fuse what lies between the matrix products: norms and MLPs. All layers share one compiled graph of each.
-
-    Only `forward` is compiled, so that hooks stay outside and never cause a recompilation. Returns the modules with
-    what they had as a `forward` of their own, mostly None: `_restore` gives it back.
-    """
-    changed = []
-    for name, module in base.named_modules():
-        if "norm" in type(module).__name__.lower() or name.endswith(".mlp"):
-            changed.append((module, vars(module).get("forward")))
-            # A graph break or too many compilations raise; they would otherwise run eager in silence.
-            module.forward = torch.compile(module.forward, dynamic=True, fullgraph=True)
-    return changed
-
-
-def _restore(forwards: list[tuple[nn.Module, Any]]) -> None:
-    for module, own in forwards:
-        if own is None:
-            del module.forward  # that of its class shows again
-        else:
-            module.forward = own

@@ -20,10 +20,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 from mtc import devices
 from mtc.analysis import loss_sums, token_sums
 from mtc.config import ModelConfig
-from mtc.language_model import LanguageModel, PackedWindows, SitePair, attention, flex, pack_windows
-from mtc.language_model import model as lm
+from mtc.language_model import LanguageModel, PackedWindows, SitePair, attention, compiling, flex, pack_windows
 from mtc.language_model.attention import Windows
 from mtc.language_model.flex import Kernel
+from mtc.language_model.model import WARM_WITHOUT_KERNEL
 
 pytestmark = pytest.mark.slow
 MIXED = ([300, 70, 1, 5, 200], [128, 127, 1, 128], [40, 250], [257])
@@ -347,7 +347,7 @@ def test_without_compilation_a_warm_up_is_short_and_compiles_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(model, "capture", lambda packed: seen.append(packed.lengths))
         model.warm_up(1 << 20)
-    assert 0 < max(map(sum, seen)) <= lm.WARM_WITHOUT_KERNEL  # all pairs of more tokens might not fit
+    assert 0 < max(map(sum, seen)) <= WARM_WITHOUT_KERNEL  # all pairs of more tokens might not fit
     model.capture(windows([300, 70]))
     assert backend.compiled == 0
 
@@ -408,9 +408,9 @@ def test_by_default_a_gpu_compiles_where_compilers_are(
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in found else None)
-    monkeypatch.setattr(lm, "import_module", lambda name: None)
+    monkeypatch.setattr(compiling, "import_module", lambda name: None)
     compiles = found in (("gcc",), ("clang",))
-    with caplog.at_level(logging.WARNING, "mtc.language_model.model"):
+    with caplog.at_level(logging.WARNING, "mtc.language_model.compiling"):
         model = LanguageModel(config(compiled=None))
     assert model.compiled == compiles
     assert model.compute == ("compiled" if compiles else "eager (no C compiler)")
@@ -425,7 +425,7 @@ def test_by_default_a_gpu_without_triton_is_eager(gpu: None, monkeypatch: pytest
     def missing(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(lm, "import_module", missing)
+    monkeypatch.setattr(compiling, "import_module", missing)
     assert LanguageModel(config(compiled=None)).compute == "eager (no Triton: No module named 'triton')"
 
 

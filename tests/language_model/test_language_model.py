@@ -313,7 +313,7 @@ def test_passes_over_the_same_windows_compute_the_layers_below_once(architecture
     ran: list[int] = []
     hooks = [
         norm.register_forward_hook(lambda *_, n=sites.layer: ran.append(n))
-        for norm, sites in zip(model._norms, model.config.sites, strict=True)
+        for norm, sites in zip(model._sites.norms, model.config.sites, strict=True)
     ]
     with model.same_windows(packed):
         assert torch.equal(model.logits(packed, replace, at=1), expected[1])
