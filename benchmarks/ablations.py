@@ -20,6 +20,7 @@ from benchmarks.contenders import Ours, Task, train_ours
 from benchmarks.quality import TASKS
 from benchmarks.rows import Rows, load_rows
 from benchmarks.scores import Score, score
+from mtc.language_model import Neurons
 from mtc.training import StepResult, Trainer
 from mtc.transcoder import Objective
 from mtc.transcoder import sparse_loss as kernels
@@ -66,9 +67,9 @@ class RandomPrefixes(Trainer):
 class RandomEncoder(Trainer):
     """W_enc's rows are random directions, centred by b_enc."""
 
-    def initialise(self, source: Tensor, target: Tensor) -> None:
+    def initialise(self, source: Tensor, target: Tensor, neurons: Neurons | None = None) -> None:
         drawn = self.transcoder.W_enc.detach().clone()
-        super().initialise(source, target)
+        super().initialise(source, target, neurons)
         with torch.no_grad():
             self.transcoder.W_enc.copy_(drawn)
             self.transcoder.b_enc.copy_(-(drawn @ self.transcoder.normalise(source).mean(0)))
@@ -77,16 +78,16 @@ class RandomEncoder(Trainer):
 class NotCentred(Trainer):
     """b_enc starts at zero."""
 
-    def initialise(self, source: Tensor, target: Tensor) -> None:
-        super().initialise(source, target)
+    def initialise(self, source: Tensor, target: Tensor, neurons: Neurons | None = None) -> None:
+        super().initialise(source, target, neurons)
         self.transcoder.b_enc.detach().zero_()
 
 
 class TiedDecoder(Trainer):
     """W_dec starts as W_enc (source and target have the same width here) instead of zero."""
 
-    def initialise(self, source: Tensor, target: Tensor) -> None:
-        super().initialise(source, target)
+    def initialise(self, source: Tensor, target: Tensor, neurons: Neurons | None = None) -> None:
+        super().initialise(source, target, neurons)
         self.transcoder.W_dec.detach().copy_(self.transcoder.W_enc.detach())
 
 
@@ -189,14 +190,19 @@ VARIANTS = (
 )
 
 
-def run(variant: Variant, task: Task, rows: Rows) -> Score:
-    """Train with LR and score on the second half of the validation part, calibrated on the first."""
+def settings(variant: Variant, task: Task) -> dict[str, Any]:
+    """A variant's overrides of benchmarks.contenders.DEFAULTS: the configuration's defaults, but for what it names."""
     transcoder, optimizer = dict(variant.transcoder or {}), dict(variant.optimizer or {})
     if "warmup_steps" in optimizer:
         optimizer["warmup_steps"] = round(optimizer["warmup_steps"] * task.steps)
-    transcoder = {"init": "tokens", "rank": "activation"} | transcoder  # whatever the model's preset says
-    ours = Ours({"transcoder": transcoder, "optimizer": optimizer, "data": {"replays": variant.replays}})
-    trained = train_ours(rows, task, LR, transcoder.get("seed", 0), ours, variant.trainer)
+    plain = {"init": "tokens", "rank": "activation", "prefix_weights": None}
+    return {"transcoder": plain | transcoder, "optimizer": optimizer, "data": {"replays": variant.replays}}
+
+
+def run(variant: Variant, task: Task, rows: Rows) -> Score:
+    """Train with LR and score on the second half of the validation part, calibrated on the first."""
+    ours = Ours(settings(variant, task))
+    trained = train_ours(rows, task, LR, ours.sections["transcoder"].get("seed", 0), ours, variant.trainer)
     half = len(rows.validation.source) // 2
     first, second = (Part(*(t[part] for t in rows.validation)) for part in (slice(half), slice(half, None)))
     return score(trained.dictionary, task.prefixes, task.k, False, rows, first, second)

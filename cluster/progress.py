@@ -28,8 +28,9 @@ MOST_SHOWN = 3  # transcoders with a figure each in the progress line
 QUIET = ("checkpoint",)  # kinds that are neither kept nor shown: one a minute, for weeks
 DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
 WAITING = 0.2
-MOST_REPLAYS = 8
 """Share of its time, from 0 to 1, beyond which a side counts as waiting for the other."""
+MOST_REPLAYS = 8
+"""Most times that the balance advises to train a token: more was never measured to gain."""
 WRITE_SECONDS = 10.0  # between writes of the history, which is written whole,
 WRITE_SHARE = 0.05  # and may take at most this share of the time
 
@@ -280,7 +281,7 @@ def balance(timing: StreamTiming, replays: int | None = None) -> str:
         return f"{line}; {busy} (largest part of their time: {part.replace('_', '-')}, {share:.0%})"
     if t.forward_share > 0.5:
         line += "; the language model is the limit"
-        free = min(MOST_REPLAYS, int(replays / (1 - t.waiting_share))) if replays and t.waiting_share < 1 else 0
+        free = min(MOST_REPLAYS, int(replays / (1 - t.waiting_share) + 1e-9)) if replays and t.waiting_share < 1 else 0
         return f"{line}; data.replays={free} would take no longer" if replays and free > replays else line
     return f"{line}; neither side is busy, what lies between them is the limit (larger data.unit_tokens may help)"
 

@@ -161,29 +161,19 @@ class _Clean:
     def __init__(self, logits: Tensor, next_ids: Tensor):
         self._logits, self._next_ids = logits, next_ids
         self._at_once = max(1, (CACHED_LOGITS if logits.device.type == "cpu" else logits.numel()) // logits.shape[1])
-        self._log_sum = torch.cat([z.float().logsumexp(1) for z in logits.split(self._at_once)])
-        self.cross_entropy = self._log_sum - _at(logits, next_ids)
+        self.cross_entropy = self.beside(logits)[0]
         """[tokens] float32, -log p of the next token."""
 
     def beside(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and KL(clean || other) of each token in nats, [tokens] float32, of other logits.
-
-        With d the difference of two logits: KL = sum p d - log sum exp z + log sum exp z'.
-        """
+        """Cross-entropy and KL(clean || other) of each token in nats, [tokens] float32, of other logits."""
         found = []
-        parts = (whole.split(self._at_once) for whole in (self._logits, logits, self._log_sum))
-        for z, other, log_sum in zip(*parts, strict=True):
-            z, other = z.float(), other.float()
-            other_log_sum = other.logsumexp(1)
-            p = (z - log_sum[:, None]).exp_()
-            kl = p.mul_(z - other).sum(1) - log_sum + other_log_sum
-            found.append((other_log_sum, kl))
-        other_log_sum, kl = map(torch.cat, zip(*found, strict=True))
-        return other_log_sum - _at(logits, self._next_ids), kl
-
-
-def _at(logits: Tensor, ids: Tensor) -> Tensor:
-    return logits.gather(1, ids.unsqueeze(1)).squeeze(1).float()
+        parts = (whole.split(self._at_once) for whole in (self._logits, logits, self._next_ids))
+        for clean, other, ids in zip(*parts, strict=True):
+            log_p, log_q = (part.float().log_softmax(1) for part in (clean, other))
+            cross_entropy = -log_q.gather(1, ids.unsqueeze(1)).squeeze(1)
+            found.append((cross_entropy, log_p.exp().mul_(log_p - log_q).sum(1)))
+        cross_entropy, kl = map(torch.cat, zip(*found, strict=True))
+        return cross_entropy, kl
 
 
 def _split(windows: PackedWindows, labels: Tensor, tokens: int) -> Iterator[tuple[PackedWindows, Tensor]]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mtc.analysis import HeldOutPass, count_tokens, loss_recovered
 from mtc.analysis.evaluation import evaluation
-from mtc.analysis.loss_sums import loss_sums
+from mtc.analysis.loss_sums import _Clean, loss_sums
 from mtc.analysis.recompute import evaluate
 from mtc.analysis.straight_line import LineSums, who_sums
 from mtc.config import load_preset
@@ -248,6 +248,7 @@ def test_intervals_equal_scipys_bootstrap_over_documents(transcoder, many):
 def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, windows, at_once, monkeypatch):
     """Two layers at once, the second one by plain transformers with hooks; also cut into parts of few logits."""
     monkeypatch.setattr("mtc.analysis.loss_sums.MAX_LOGITS", at_once)
+    monkeypatch.setattr("mtc.analysis.loss_sums.CACHED_LOGITS", at_once // 4)
     config = load_preset("tiny", {"model": {"layers": [2, 1], "dtype": "float32"}}).model
     model = LanguageModel(config, full=True)
     mean = torch.randn(32, generator=torch.Generator().manual_seed(1))
@@ -302,6 +303,18 @@ def test_losses_equal_a_model_whose_mlp_is_replaced_by_hand(transcoder, windows,
         assert losses.recovered_zero[i] == pytest.approx(expected, rel=1e-2, abs=1e-3)
     assert loss_recovered(other).ce_clean == losses.ce_clean
     assert abs(loss_recovered(other).ce_zero - losses.ce_zero) > 1e-3
+
+
+@pytest.mark.parametrize("noise", [0.03, 1.0])
+def test_divergences_are_right_for_logits_far_from_zero(noise):
+    generator = torch.Generator().manual_seed(2)
+    z = torch.randn(40, 20_001, generator=generator) - 300
+    other, ids = z + noise * torch.randn(z.shape, generator=generator), torch.arange(40)
+    log_p, log_q = (logits.double().log_softmax(1) for logits in (z, other))
+    ce, kl = _Clean(z, ids).beside(other)
+    assert ce.double().mean() == pytest.approx(-log_q[ids, ids].mean().item(), rel=1e-6)
+    expected = (log_p.exp() * (log_p - log_q)).sum(1)
+    torch.testing.assert_close(kl.double(), expected, rtol=0.02, atol=0)
 
 
 def test_evaluate_joins_both_and_refuses_nothing(transcoder, windows):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import activations, rows, targets
+from benchmarks import ablations, activations, rows, targets
 from benchmarks.activations import Part
-from benchmarks.contenders import BATCH, DEFAULTS, PEERS_PYTHON, Task, our_config, row_order
+from benchmarks.contenders import BATCH, DEFAULTS, PEERS_PYTHON, Ours, Task, our_config, row_order, train_ours
 from benchmarks.quality import sweep
 from benchmarks.rows import Rows, load_rows
 from benchmarks.scores import Dictionary, linear_map, score
@@ -165,6 +165,32 @@ def test_rows_are_trained_as_often_as_they_are_replayed() -> None:
 
 def measured(fvu: list[float], **more: float) -> dict:
     return {"fvu": fvu, "l0": 32.0, "dead": 0.01, "seconds": 60.0, "cpu_seconds": 100.0, **more}
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in ablations.VARIANTS if "init" not in (v.transcoder or {})], ids=lambda v: v.name
+)
+def test_every_ablation_trains_the_defaults_but_for_what_it_names(variant: ablations.Variant) -> None:
+    task = Task("smollm2", 20, 8 * BATCH, 8, (4, 4, 4), 3)
+    settings = ablations.settings(variant, task)
+    mine, plain = (our_config(task, 1e-3, 0, s) for s in (settings, ablations.settings(ablations.VARIANTS[0], task)))
+    defaults = type(plain.transcoder)(group_sizes=(4, 4, 4), k=3)
+    differs = {n for n, value in plain.transcoder if value != getattr(defaults, n)}
+    assert differs == {"input_norm", "dead_after_tokens", "calibration_tokens"}, (
+        "which the rows, and the preset, decide"
+    )
+    named = (
+        set(variant.transcoder or {}) | set(variant.optimizer or {}) | ({"replays"} if variant.replays > 1 else set())
+    )
+    changed = {
+        n for part in ("transcoder", "optimizer", "data") for n, value in getattr(mine, part)
+        if value != getattr(getattr(plain, part), n)
+    }  # fmt: skip
+    assert changed <= named | {"warmup_steps"}
+    g = torch.Generator().manual_seed(0)
+    rows = Part(torch.randn(8 * BATCH, D, generator=g), torch.randn(8 * BATCH, D, generator=g))
+    trained = train_ours(Rows(rows, rows, rows, 40.0, Path()), task, 1e-3, 0, Ours(settings), variant.trainer)
+    assert trained.dictionary.W_dec.isfinite().all() and trained.dictionary.W_dec.any()
 
 
 def test_targets_are_computed_from_the_means() -> None:

@@ -1,5 +1,7 @@
 """Transcoders that are trained side by side on one stream: each is what it would be alone, through checkpoints too."""
 
+import threading
+
 import pytest
 import safetensors.torch
 import torch
@@ -77,18 +79,59 @@ def threads(request):
 
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
 def test_each_has_the_same_bits_as_trained_alone_through_a_checkpoint(tmp_path, threads):
-    """In turn, and several at a time in threads of their own, which leave this one's as they are."""
+    """In turn, and several at a time."""
     whole = settings(sweep=SWEEP)
     assert len(whole.members()) == 8
     train(whole, tmp_path / "sweep", stop=7)
     together = train(whole, tmp_path / "sweep")
-    assert torch.get_num_threads() == threads
     assert len({weights["W_enc"].numpy().tobytes() for weights in together.values()}) == 8
     for name, config in whole.members():
         (alone,) = train(config, tmp_path / name).values()
         assert alone["W_enc"].shape == (config.transcoder.num_features, D)
         for tensor, value in alone.items():
             torch.testing.assert_close(together[name][tensor], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+class Stepping:
+    """What SideBySide needs of a trainer: `step` tells in which thread it ran, and with how many of torch's."""
+
+    device, compute = torch.device("cpu"), "chosen"
+
+    def __init__(self, error=None):
+        self.error, self.began, self.ended = error, threading.Event(), False
+
+    def step(self, source, target, tokens):
+        self.began.set()
+        if self.error:
+            raise self.error
+        for other in source:
+            assert other.began.wait(20), "the others step at the same time"
+        self.ended = True
+        return threading.current_thread(), torch.get_num_threads(), tokens
+
+
+@pytest.mark.parametrize("threads", [5], indirect=True)
+def test_on_a_cpu_trainers_step_at_the_same_time_and_share_its_threads(threads):
+    one, two = Stepping(), Stepping()
+    together = SideBySide([one, two])
+    found = together.step([([two], None), ([one], None)], 64)
+    assert [(share, tokens) for _, share, tokens in found] == [(2, 64)] * 2
+    assert len({thread for thread, _, _ in found} - {threading.current_thread()}) == 2
+    seen = []
+    fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    fresh.start()
+    fresh.join()
+    assert seen == [threads] and torch.get_num_threads() == threads, "other threads keep theirs"
+    two.compute = None  # is chosen by measuring: nobody else is at work then
+    assert {thread for thread, _, _ in together.step([([], None)] * 2, 64)} == {threading.current_thread()}
+    bad, good = Stepping(ValueError("first")), Stepping()
+    with pytest.raises(ValueError, match="first"):
+        SideBySide([bad, good]).step([([], None), ([bad], None)], 64)
+    assert good.ended
+    one.device = torch.device("cuda")
+    assert {thread for thread, _, _ in SideBySide([one, two]).step([([], None)] * 2, 64)} == {
+        threading.current_thread()
+    }
 
 
 def bytes_held(config):
