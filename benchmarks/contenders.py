@@ -1,7 +1,7 @@
 """Who takes part in benchmarks.quality, and how each is trained on the rows of a task.
 
-Ours are trained anew by `mtc.training.Trainer` on the arrays, with the configuration's defaults but for what `OURS` and
-the task say. Peers are trained in an environment of their own (benchmarks/peers.py), and their weights kept in the
+Ours are trained anew by `mtc.training.Trainer` on the arrays, as the preset of the task's model says but for `DEFAULTS`,
+`OURS` and the task. Peers are trained in an environment of their own (benchmarks/peers.py), and their weights kept in the
 cache directory by version, settings and rows.
 """
 
@@ -91,7 +91,7 @@ OURS: dict[str, Ours] = {
     "mtc, not nested": Ours(nested=False),
     "mtc, no replays": Ours({"data": {"replays": 1}}),
 }
-"""The first holds our defaults; the others differ from it in what their name says."""
+"""The first is what we take part with; the others differ from it in what their name says."""
 
 
 class Trained(NamedTuple):

@@ -64,7 +64,7 @@ DEFAULT_TASKS = list(TASKS)[:5]
 
 
 class Result(NamedTuple):
-    """One contender on one task, at its best learning rate."""
+    """One contender on one task, peers at their best learning rate and ours at the preset's."""
 
     contender: str
     lr: float

@@ -12,7 +12,8 @@ reconstruct what the last prefix leaves. Their values a_dead are those before th
 on every token gets no gradient through one and stays dead.
 
 A massive token (mtc.transcoder.massive) may be capped: all its residuals are multiplied by s = massive_norm / ||y||, so
-that it weighs no more than a token with that norm. s (R - y) is what R's sum leaves of s y if every a is s a, too.
+that it weighs no more than a token with that norm. s (R - y) is what R's sum leaves of s y if every a is s a, too. Its
+part of a penalty is multiplied by s: the gradient of its squared error by an entry is s times one of usual size.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Objective(NamedTuple):
     by_contribution: bool = False
     """Whether entries are ranked by z times the norm of the feature's decoder row instead of z."""
     l0_weight: float = 0.0
-    """Weight of JumpReLU's penalty, (L0 / k - 1)^2 summed over tokens."""
+    """Weight of JumpReLU's penalty, (L0 / k - 1)^2 summed over tokens, massive ones scaled down."""
     bandwidth: float = 0.0
     """Width of the window around JumpReLU's thresholds inside which their gradients are estimated."""
     cap_massive: bool = False
