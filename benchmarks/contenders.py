@@ -1,8 +1,8 @@
 """Who takes part in benchmarks.quality, and how each is trained on the rows of a task.
 
-Ours are trained anew by `mtc.training.Trainer` on the arrays, as the preset of the task's model says but for `DEFAULTS`,
-`OURS` and the task. Peers are trained in an environment of their own (benchmarks/peers.py), and their weights kept in the
-cache directory by version, settings and rows.
+Ours are trained anew by `mtc.training.Trainer` on the arrays, as the preset of the task's model says but for
+`DEFAULTS`, `OURS` and the task. Peers are trained in an environment of their own (benchmarks/peers.py), and their
+weights kept in the cache directory by version, settings and rows.
 """
 
 from __future__ import annotations
