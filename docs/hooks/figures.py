@@ -29,7 +29,8 @@ def train_step() -> str:
 
 def quality() -> str:
     rows = [("", "", "FVU per prefix", "L0", "dead", "train, s")]
-    for name, title in (("quality-smollm2", "SmolLM2 layer 20"), ("quality-gemma3", "Gemma-3-270M layer 12")):
+    tasks = {"quality-smollm2": "SmolLM2 layer 20", "quality-gemma3": "Gemma-3-270M layer 12, each token trained once"}
+    for name, title in tasks.items():
         found = _read(name)
         (task,) = found["tasks"].values()
         for result in task["results"]:
