@@ -95,7 +95,12 @@ def interrupted(settings, tmp_path_factory):
         start_new_session=True,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )  # fmt: skip
-    wait_for_another_start(root / RUN_ID, lambda: process.poll() is None)
+
+    def alive():
+        assert process.poll() is None, process.communicate()[0]
+        return True
+
+    wait_for_another_start(root / RUN_ID, alive)
     dashboard = addresses_of_the_dashboard(process.pid)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=300)[0]
