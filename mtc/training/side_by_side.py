@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mtc.devices import is_gpu
 from mtc.training.trainer import StepResult, Trainer
 from mtc.transcoder import world_size
 
@@ -27,7 +28,7 @@ class SideBySide:
         workers = min(len(trainers), self._threads)
         self._share = self._threads // workers
         self._pool: ThreadPoolExecutor | None = None
-        if workers > 1 and world_size() == 1 and all(trainer.device.type == "cpu" for trainer in trainers):
+        if workers > 1 and world_size() == 1 and not any(is_gpu(trainer.device) for trainer in trainers):
             self._pool = ThreadPoolExecutor(workers, "step", lambda: torch.set_num_threads(self._share))
 
     def step(self, rows: Sequence[tuple[Tensor, Tensor]], global_tokens: int) -> list[StepResult]:
