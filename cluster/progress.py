@@ -30,7 +30,7 @@ DYING_SECONDS = 30.0  # until the actors of a job that was killed are gone
 WAITING = 0.2
 """Share of its time, from 0 to 1, beyond which a side counts as waiting for the other."""
 MOST_REPLAYS = 8
-"""Most times that the balance advises to train a token: more was never measured to gain."""
+"""Most times that the balance advises to train a token."""
 WRITE_SECONDS = 10.0  # between writes of the history, which is written whole,
 WRITE_SHARE = 0.05  # and may take at most this share of the time
 

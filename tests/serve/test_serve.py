@@ -302,7 +302,11 @@ def test_hostile_requests(client: httpx.Client, url: str, offline: Any, root: Pa
         answer = send(url, attack)
         if answer.status not in {*attack.statuses, *refused_by_proxy} or b"root:" in answer.body:
             wrong.append((attack.name, answer))
-        if answer.status >= 400 and not answer.body.startswith(b"<html><body><h1>400 Bad request"):  # not HAProxy's
+        by_proxy = answer.body.startswith(b"<html><body><h1>400 Bad request")  # HAProxy's
+        # Whoever closes while more of a request comes resets the connection, which may cost the answer's end.
+        cut = len(answer.body) < int(answer.headers.get("content-length", 0))
+        if answer.status >= 400 and not by_proxy and not cut:
+            assert answer.body, (attack.name, answer)
             shaped[attack.name] = ErrorResponse.model_validate_json(answer.body)
             assert shaped[attack.name].request_id == answer.headers["x-request-id"]
     assert wrong == []
