@@ -47,7 +47,7 @@ from cluster.capture import UnitCapture
 from cluster.local_ray import make_temporary_directory
 from cluster.resources import Node, Plan
 from mtc.config import RunConfig, load_preset
-from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
+from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model, read_neurons
 from mtc.results import RunFacts
 from mtc.text import TokenStore, encode_text, special_ids, work_units
 from mtc.text.sources import source_files
@@ -418,6 +418,7 @@ def _alone(config: RunConfig, facts: RunFacts) -> tuple[float, float]:
     units = [*work.training, *work.calibration][1:]
     actor = UnitCapture(config, store.url, "cpu", 2)
     trainer = Trainer(config, actor.model.d_model, actor.model.d_model)
+    neurons = read_neurons(config.model, LAYER) if config.transcoder.init == "mlp" else None
     buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens, [0])
     batch = config.optimizer.batch_tokens
     forward = step = 0.0
@@ -431,7 +432,7 @@ def _alone(config: RunConfig, facts: RunFacts) -> tuple[float, float]:
         positions += table["positions"][0].as_py()
         unit = next(iterate_units(_One(table)))
         if not trainer.tokens:
-            trainer.initialise(*unit.activations.values())
+            trainer.initialise(*unit.activations.values(), neurons)
         start = time.perf_counter()
         buffer.add(unit)
         while buffer.available >= batch:

@@ -37,16 +37,18 @@ class TrainingBytes(NamedTuple):
 def training_bytes(config: RunConfig, d_model: int, trainers: int, on_gpu: bool = False) -> TrainingBytes:
     """What each of so many trainers takes."""
     rows = -(-config.optimizer.batch_tokens // trainers)
-    parameters = held = dense = 0
+    parameters = dense = 0
+    held: list[int] = []
     for _, member in config.members():
         settings, features = member.transcoder, member.transcoder.num_features
         parameters += 2 * d_model * features + features + d_model + (d_model**2 if settings.skip else 0)
-        held += FLOAT * rows * (features + (len(settings.group_sizes) + 1) * d_model) + ENTRY * rows * settings.k
+        held.append(FLOAT * rows * (features + (len(settings.group_sizes) + 1) * d_model) + ENTRY * rows * settings.k)
         # `auto` tries it on a CPU; on a GPU it goes by what was recorded.
         if member.optimizer.backend == "dense" or (member.optimizer.backend == "auto" and not on_gpu):
             dense = max(dense, DENSE_COPIES * FLOAT * rows * features)
     buffer = _buffer_bytes(config, d_model, trainers)
-    return TrainingBytes(4 * FLOAT * parameters + held + dense, buffer, 3 * FLOAT * parameters)
+    work = max(held) if on_gpu else sum(held)  # there transcoders step in turn, and none keeps its work
+    return TrainingBytes(4 * FLOAT * parameters + work + dense, buffer, 3 * FLOAT * parameters)
 
 
 def check_main_memory(config: RunConfig, plan: Plan, d_model: int) -> None:

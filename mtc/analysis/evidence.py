@@ -46,6 +46,11 @@ def sparsity_value(e: Evidence) -> float:
     return e.s.l0 / e.s.k - 1
 
 
+def sparsity_of(e: Evidence, activation: str) -> float | None:
+    """How far L0 is from k, as a share of k, of a transcoder with this activation function."""
+    return abs(sparsity_value(e)) if e.c.transcoder.activation == activation else None
+
+
 def sparsity_sentence(e: Evidence) -> str:
     beside = f" ({number(e.s.all_tokens.l0[-1])} with massive tokens)" if e.s.massive.tokens else ""
     off = percent(sparsity_value(e))

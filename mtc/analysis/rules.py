@@ -128,15 +128,21 @@ RULES = (
     ),
     Rule(
         "sparsity", "|L0 / k - 1| > 5 %", ">", 0.05,
-        lambda e: None if e.c.transcoder.activation == "jumprelu" else abs(evidence.sparsity_value(e)),
+        lambda e: evidence.sparsity_of(e, "batch_topk"),
         evidence.sparsity_sentence,
         "transcoder.calibration_tokens", "Calibrate the threshold on more tokens",
     ),
     Rule(
         "sparsity as trained", "|L0 / k - 1| > 5 % of thresholds that were trained", ">", 0.05,
-        lambda e: abs(evidence.sparsity_value(e)) if e.c.transcoder.activation == "jumprelu" else None,
+        lambda e: evidence.sparsity_of(e, "jumprelu"),
         evidence.sparsity_sentence,
         "transcoder.l0_coefficient", "Raise the weight of the penalty on L0, or train longer",
+    ),
+    Rule(
+        "fewer than k", "|L0 / k - 1| > 5 % where the k largest pre-activations are taken", ">", 0.05,
+        lambda e: evidence.sparsity_of(e, "topk"),
+        evidence.sparsity_sentence,
+        "optimizer.lr", "Lower it, or transcoder.k: on many tokens fewer than k pre-activations are positive",
     ),
     Rule(
         "empty tokens", "held-out tokens with no active feature > 1 %", ">", 0.01,

@@ -30,6 +30,10 @@ TOKENS_PER_DIMENSION = 10
 one part in as many."""
 BLOCK = 8192
 RIDGE = 1e-6
+ROUNDING = 1e-12
+"""Share of the targets' squares below which their deviation is rounding of the float64 sums."""
+LEAST_FVU = 1e-5
+"""Below it the map's FVU is rounding of the sums: nothing can be told from it."""
 
 
 class _Moments(NamedTuple):
@@ -82,8 +86,8 @@ class LineSums:
             self._add((int(fold), kind == "1"), _Moments(*(arrays[f"{key}.{n}"] for n in _Moments._fields)))
 
     def fvu(self, massive: bool) -> float | None:
-        """FVU of the map over all folds' tokens, massive ones included or not; None with fewer than two folds or too
-        few tokens."""
+        """FVU of the map over all folds' tokens, massive ones included or not; None with fewer than two folds, too few
+        tokens, or so few different ones that rounding decides."""
         if massive not in self._fvu:
             self._fvu[massive] = self._solved(massive)
         return self._fvu[massive]
@@ -98,8 +102,13 @@ class LineSums:
         if min(float((total - own).tokens) for own in folds) < TOKENS_PER_DIMENSION * len(total.gram):
             return None
         deviation = float(total.square) - float(np.square(total.cross[-1]).sum() / total.tokens)
-        error = sum(_error(own, _solve(total - own)) for own in folds)
-        return error / deviation if deviation > 0 else None
+        if deviation <= ROUNDING * float(total.square):
+            return None
+        try:
+            error = sum(_error(own, _solve(total - own)) for own in folds)
+        except linalg.LinAlgError:  # sources of a few tokens said over and over have fewer dimensions than rounding
+            return None
+        return error / deviation if error > LEAST_FVU * deviation else None
 
     @property
     def folds(self) -> list[int]:
@@ -130,9 +139,9 @@ def who_sums(transcoders: Sequence[MatryoshkaTranscoder], sites: Sequence[int]) 
 
 def straight_line(sums: LineSums, fvu: float, all_tokens_fvu: float) -> StraightLine | None:
     """The StraightLine of sums, beside the full dictionary's FVU of the tokens that are not massive, and of all; None
-    with too few tokens."""
+    where `LineSums.fvu` is."""
     line = sums.fvu(massive=False)
-    if not line:
+    if line is None:
         return None
     of_all = (sums.fvu(massive=True) if sums.any_massive else line) or float("nan")
     return StraightLine(

@@ -18,8 +18,9 @@ class SideBySide:
     """Trainers that step on the same batches, each as it would alone.
 
     On a CPU they step at the same time, each with its share of the threads: a transcoder's step is too short to keep
-    many busy. Results do not depend on the number of threads. Where other ranks train too, trainers step in turn, since
-    all ranks must meet in the same order; so they do on a GPU, which the host runs ahead of.
+    many busy. What it computes does not depend on the number of threads, but for the rounding of matrix products whose
+    result is small: the gradient of W_skip, and those of the dense backend. Where other ranks train too, trainers step
+    in turn, since all ranks must meet in the same order; so they do on a GPU, which the host runs ahead of.
     """
 
     def __init__(self, trainers: Sequence[Trainer]):

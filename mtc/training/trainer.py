@@ -146,7 +146,12 @@ class Trainer:
     def initialise(self, source: Tensor, target: Tensor, neurons: Neurons | None = None) -> None:
         """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d], the encoder as
         far as there are any from the MLP's strongest `neurons`, and thresholds that are trained so that k features per
-        token are active."""
+        token are active. Raises ValueError for `transcoder.init: mlp` without neurons."""
+        if neurons is None and self.config.transcoder.init == "mlp":
+            raise ValueError(
+                "transcoder.init='mlp' starts from the MLP's neurons: give those of mtc.language_model.read_neurons, "
+                "or set transcoder.init='tokens'"
+            )
         source, target, seed = source.to(self.device), target.to(self.device), self.config.transcoder.seed
         keep = self.config.transcoder.massive_tokens == "keep"
         usual = source[~above(target, massive_norm(target)) | keep]

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtc.transcoder.distributed import all_gather, all_reduce, distributed
+from mtc.transcoder.distributed import all_gather, all_reduce, broadcast, distributed
 
 COPY_COSINE = 0.95
 """Cosine above which a row is a copy of another one."""
@@ -14,7 +14,9 @@ _ROWS = 256  # at a time
 
 
 def distinct(rows: Tensor, count: int) -> Tensor:
-    """[at most count] int64: the first of `rows` [n, d], norm 1, none a copy of an earlier one that is among them."""
+    """[at most count] int64: the first of `rows` [n, d], norm 1, none a copy of an earlier one that is among them.
+
+    With several ranks it is rank 0's answer: their devices may round a cosine to different sides of the border."""
     kept = torch.empty(0, dtype=torch.int64, device=rows.device)
     for block in torch.arange(len(rows), device=rows.device).split(_ROWS):
         if len(kept) >= count:
@@ -26,7 +28,8 @@ def distinct(rows: Tensor, count: int) -> Tensor:
             if not copies[at, chosen].any():
                 chosen.append(at)
         kept = torch.cat([kept, fresh[chosen]])
-    return kept[:count]
+    (answer,) = broadcast(kept[:count].tolist())
+    return torch.tensor(answer, dtype=torch.int64, device=rows.device)
 
 
 def draw_distinct(rows: Tensor, count: int, seed: int, drawn: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from mtc.analysis import HeldOutPass, count_tokens, loss_recovered
 from mtc.analysis.evaluation import evaluation
 from mtc.analysis.loss_sums import _Clean, loss_sums
 from mtc.analysis.recompute import evaluate
-from mtc.analysis.straight_line import LineSums, who_sums
+from mtc.analysis.straight_line import LineSums, straight_line, who_sums
 from mtc.config import load_preset
 from mtc.language_model import LanguageModel, PackedWindows, SitePair, pack_windows, prepare_model
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
@@ -182,6 +182,19 @@ def test_the_straight_line_is_numpys_least_squares_and_no_token_is_judged_by_a_m
     for part in (0, 1):
         few.add(pair.source[part::2][:200], pair.target[part::2][:200], none_massive, part)
     assert few.fvu(massive=False) is None, "200 tokens are too few for a map from 32 dimensions"
+
+
+@pytest.mark.parametrize("different", [1, 3, 40, 80])
+def test_a_few_tokens_said_over_and_over_have_no_straight_line(different):
+    """With more dimensions than different tokens what the map leaves is rounding, or cannot be solved for."""
+    generator = torch.Generator().manual_seed(1)
+    source, target = torch.randn(2, different, 576, generator=generator)
+    source += 20 * torch.randn(576, generator=generator)
+    sums, chosen = LineSums(), torch.randint(different, (20_000,), generator=generator)
+    for fold, rows in enumerate(chosen.split(4_000)):
+        sums.add(source[rows], target[rows], torch.zeros(len(rows), dtype=torch.bool), fold)
+    assert sums.fvu(massive=False) is None
+    assert straight_line(sums, 0.5, 0.5) is None
 
 
 def test_one_transcoder_sums_for_all_that_see_the_same_tokens():

@@ -97,6 +97,10 @@ def test_rules_follow_the_measurement() -> None:
     _, met = findings(make_config(transcoder={"activation": "jumprelu"}))
     assert met["sparsity as trained"]
     assert "sparsity" not in met  # nothing was calibrated
+    analysis, met = findings(make_config(transcoder={"activation": "topk"}))
+    assert met["fewer than k"]
+    assert not {"sparsity", "sparsity as trained"} & set(met)
+    assert {r.rule: r.field for r in analysis.recommendations}["fewer than k"] == "optimizer.lr"
 
 
 def test_rules_about_what_the_headline_figure_is_held_against() -> None:

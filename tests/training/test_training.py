@@ -323,6 +323,8 @@ def test_features_start_at_the_neurons_whose_part_of_the_output_varies_most():
     neurons = Neurons(directions, constants, torch.zeros(3, D), up_constants, out_norms, "relu", False)
     x, y = next(batches(1, 4096))
     trainer = Trainer(small_config("sparse", {"init": "mlp"}), D, D)
+    with pytest.raises(ValueError, match=r"transcoder\.init='mlp' .*read_neurons"):
+        trainer.initialise(x, y)
     trainer.initialise(x, y, neurons)
     torch.testing.assert_close(trainer.transcoder.W_enc[:2].detach(), torch.stack([eye[2], eye[0]]))
 

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from mtc import devices
 from mtc.transcoder import Objective, Workspace, native, selection
 from mtc.transcoder import sparse_loss as kernels
+from mtc.transcoder.activations import ACTIVATIONS
 from mtc.transcoder.dense_loss import dense_loss
 from mtc.transcoder.objective import PerToken, Weights
 from mtc.transcoder.selection import _border, _by_histogram, _largest_values, keep_largest
@@ -294,6 +295,22 @@ def test_loops_do_not_depend_on_threads(set_threads):
         set_threads(number)
         results.append(kernels.bag_sums(table, index, weight, kernels.Bags(offsets)))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_the_gradient_of_thresholds_does_not_depend_on_threads(set_threads):
+    """At as many entries as torch adds up in parallel."""
+    generator = torch.Generator().manual_seed(0)
+    entries, tokens = 200_000, 2_000
+    value, feature = torch.rand(entries, generator=generator), torch.randint(50, (entries,), generator=generator)
+    token = torch.arange(tokens).repeat_interleave(entries // tokens)
+    gradients = []
+    for number in [1, *[2] * 30]:
+        set_threads(number)
+        weights = Weights(*[torch.zeros(50)] * 4, threshold=torch.full((50,), 0.5, requires_grad=True))
+        wanted = objective(**JUMP | {"bandwidth": 2.0})
+        value_, penalty = ACTIVATIONS["jumprelu"].sparse(value, token, feature, tokens, weights, wanted)
+        gradients += torch.autograd.grad((value_ * value).sum() + penalty.sum(), weights.threshold)
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,10 @@ def straight_line(analysis: Analysis) -> Block:
     """What a straight line does, and what the features add over it."""
     s = analysis.summary
     if s.line is None:
-        return Paragraph(f"The affine map was {NOT_MEASURED}: it takes more held-out tokens (analysis.num_tokens).")
+        return Paragraph(
+            f"The affine map was {NOT_MEASURED}: it takes more held-out tokens, or more different ones "
+            "(analysis.num_tokens)."
+        )
     rows = [("tokens that are not massive" if s.massive.tokens else "all tokens", s.line.fvu, s.fvu[-1], s.line.added)]
     if s.massive.tokens:
         rows.append(("all tokens", s.line.all_tokens_fvu, s.all_tokens.fvu[-1], s.line.all_tokens_added))

@@ -48,7 +48,9 @@ class JumpReLU(Activation):
     def sparse(
         self, value: Tensor, token: Tensor, feature: Tensor, tokens: int, weights: Weights, objective: Objective
     ) -> Activated:
-        activation, step = _Jump.apply(value, _thresholds(weights)[feature], objective.bandwidth)
+        # Indexing with [] would add up its gradient in an order that varies with many entries and threads.
+        threshold = _thresholds(weights).index_select(0, feature)
+        activation, step = _Jump.apply(value, threshold, objective.bandwidth)
         return Activated(activation, _penalty(step.new_zeros(tokens).index_add(0, token, step), objective))
 
 
