@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 REACH_SECONDS = 60.0
 """Longest wait for a node to look for a file; a network file system may hang."""
 LIMITS = ("data.max_skipped_share", "optimizer.max_skipped_steps")  # may be raised to continue a run
+MOST_SHOWN = 40
+"""Characters of a value in a message."""
 
 
 class FinishedError(ConfigError):
@@ -68,13 +70,23 @@ def check_same_run(config: RunConfig, run: RunDirectory) -> None:
         stored = with_absolute_paths(stored)
     before, now = (c.model_dump(mode="json", exclude={"output", "cluster"}) for c in (stored, config))
     changed = ["sweep"] if now.pop("sweep") != before.pop("sweep") else []
-    changed += [f"{part}.{f}" for part in now for f in now[part] if now[part][f] != before[part].get(f)]
-    changed = [field for field in changed if field not in LIMITS]
+    for part, asked in now.items():
+        there = before[part]
+        changed += [
+            f"{part}.{name} ({_short(there.get(name))} there, {_short(value)} asked)"
+            for name, value in asked.items()
+            if value != there.get(name) and f"{part}.{name}" not in LIMITS
+        ]
     if changed:
         raise ConfigError(
             f"output.run_id={run.run_id} is an unfinished run with other values of {', '.join(changed)}: "
             "give another output.run_id, or the same values to continue it"
         )
+
+
+def _short(value: object) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
 def share_places(config: RunConfig, run: RunDirectory) -> RunConfig:

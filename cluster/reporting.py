@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -26,6 +26,7 @@ from mtc.config import Member, RunConfig, changed_config
 from mtc.language_model import check_model, load_tokenizer
 from mtc.report import write_report
 from mtc.report.layers import write_layers_report
+from mtc.report.sweep import JSON as SWEEP_JSON
 from mtc.report.sweep import write_sweep_report
 from mtc.results import RUN_FILES, Analysis, RunFacts
 from mtc.storage import Lease, RunDirectory, RunError, open_run
@@ -88,7 +89,19 @@ def analyse_and_write(
     for place, name, data in files:
         still_ours()
         place.write(name, data)
+    if len(analyses) > 1:
+        _say_compared(run, whole, len(analyses))
     return analyses
+
+
+def _say_compared(run: RunDirectory, files: Mapping[str, bytes], transcoders: int) -> None:
+    """Tell where several transcoders are compared, and of a sweep which the report takes, by layer."""
+    page, taken = next(name for name in files if name.endswith(".html")), dict[str, str]()
+    text = f"{run.location(f'report/{page}')} compares the {transcoders} transcoders"
+    if SWEEP_JSON in files:
+        taken = json.loads(files[SWEEP_JSON])["taken"]
+        text += f"; to take: {', '.join(taken.values())}"
+    say("compared", text, transcoders=transcoders, taken=taken)
 
 
 def _say_heldout(analysis: Analysis, member: Member, where: str) -> None:

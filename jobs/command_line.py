@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from mtc.config import (
     load_preset,
     make_config,
     merge_settings,
+    parse_settings,
     preset_names,
     read_settings,
     suggestion,
@@ -91,14 +93,29 @@ def parse_overrides(
         meant = suggestion(unknown[0].partition("=")[0].removeprefix("--"), names)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     configure(arguments.verbose, arguments.log_format)
+    sweeps = vars(arguments).pop("sweep", None)
     try:
-        return arguments, source(parsed_args=arguments)()
+        overrides: dict[str, Any] = source(parsed_args=arguments)()
+        return arguments, overrides if sweeps is None else overrides | {"sweep": _sweep(sweeps)}
     except SettingsError as error:
         wrong = re.search(r"for (?:field )?\"?([\w.]+)", str(error))
         name = wrong[1] if wrong else ""
         value = getattr(arguments, name, "")
         value = ", ".join(value) if isinstance(value, list) else value
         raise ConfigError(f'--{name} {value}: JSON is wanted, such as [1, 2] or {{"k": 8}}') from None
+
+
+def _sweep(given: Sequence[str]) -> Any:
+    """What one or more `--sweep` hold, JSON or YAML as in a file: of several, all their entries."""
+    values = []
+    for text in given:
+        try:
+            values.append(json.loads(text))
+        except json.JSONDecodeError:
+            values.append(parse_settings(f"sweep: {text}".encode(), f"--sweep {text}")["sweep"])
+    if len(values) == 1:
+        return values[0]
+    return [entry for value in values for entry in (value if isinstance(value, list) else [value])]
 
 
 def failed(error: Exception) -> int:

@@ -265,7 +265,8 @@ def _contexts(rows: list[dict[str, Any]]) -> tuple[Example, ...]:
 
 def _prefix_steps(transcoder: MatryoshkaTranscoder, found: Findings) -> tuple[PrefixStep, ...]:
     fvu = found.evaluation.fvu
-    recovered = found.evaluation.loss.recovered_zero if found.evaluation.loss else None
+    loss = found.evaluation.loss
+    recovered = [loss.share_of_zero(g) for g in range(len(fvu))] if loss else None
     count, errors = found.token_errors[:, 0], found.token_errors[:, 1:]
     often = np.flatnonzero(count >= MIN_GAIN_COUNT)
     per_token = errors[often] / count[often, None] / found.deviation

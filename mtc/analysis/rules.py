@@ -174,7 +174,7 @@ RULES = (
     ),
     Rule(
         "loss recovered", "loss recovered against zero ablation < 90 %", "<", 0.9,
-        lambda e: e.s.loss.recovered_zero[-1] if e.s.loss and e.s.loss.ce_zero > e.s.loss.ce_clean else None,
+        lambda e: e.s.loss.share_of_zero(-1) if e.s.loss else None,
         evidence.loss_sentence,
         "data.num_tokens", "Train on more tokens, or allow more active features",
     ),

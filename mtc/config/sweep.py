@@ -29,8 +29,6 @@ def read_sweep(value: Any, parts: Mapping[str, BaseModel]) -> tuple[Entry, ...]:
 
     Raises ValueError with a line for each fault.
     """
-    if isinstance(value, list | tuple) and len(value) == 1 and _is_grid(value[0]):  # so options give a mapping
-        value = value[0]
     entries = _grid(value) if isinstance(value, dict) else _listed(value)
     if len(entries) < 2:
         raise ValueError(
@@ -63,10 +61,6 @@ def entry_names(entries: Iterable[Entry]) -> list[str]:
             name = f"{name[:LONGEST_NAME].rstrip('-._')}-{number}"
         names.append(name)
     return names
-
-
-def _is_grid(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(each, list) for each in _flat("sweep", value).values())
 
 
 def _grid(value: dict[Any, Any]) -> list[Any]:

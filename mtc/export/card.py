@@ -125,7 +125,7 @@ def _quality(subject: Subject) -> str:
         )
     text += f"\n\nOn {evaluation.tokens:,} held-out tokens of `{subject.config.data.name}`"
     text += f", after training on {summary.trained_tokens:,} tokens." if summary.trained_tokens else "."
-    if summary.loss is not None and summary.loss.ce_zero > summary.loss.ce_clean:  # else a share of nothing
+    if summary.loss is not None and summary.loss.share_of_zero(-1) is not None:
         recovered = summary.loss.recovered_zero[evaluation.prefixes.index(subject.prefix)]
         text += (
             f" With the transcoder in the MLP's place the language model recovers {recovered:.1%} of the loss "

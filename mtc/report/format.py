@@ -5,8 +5,15 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from mtc.results import percent
+
 _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: "\\" + c for c in "\\`*_[]#|~$"}
+
+
+def share(value: float | None) -> str:
+    """A share of the loss that an ablation costs; None where it costs none (LossRecovered.share_of_zero)."""
+    return "says nothing" if value is None else percent(value)
 
 
 def visible(text: str) -> str:

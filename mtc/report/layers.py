@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mtc.report.blocks import Block, Document, Link, Paragraph, Plots, Section, Table, Text
 from mtc.report.drawing import MARKERS, colours, new_figure, picture, style
+from mtc.report.format import share
 from mtc.report.html import render_html
 from mtc.report.markdown import render_markdown
 from mtc.report.sections.configuration import timing_blocks
@@ -70,9 +71,7 @@ def _table(analyses: Sequence[Analysis], form: int) -> Table:
     for a in analyses:
         model, s = a.config.model, a.summary
         link = Link(f"layer {model.layer}", f"../{_directory(a)}/report/{report_names(model.layer)[form]}")
-        loss = (
-            [percent(s.loss.recovered_zero[-1]), percent(s.loss.recovered_mean[-1])] if s.loss else [NOT_MEASURED] * 2
-        )
+        loss = [share(s.loss.share_of_zero(-1)), share(s.loss.share_of_mean(-1))] if s.loss else [NOT_MEASURED] * 2
         silent = f"{number(s.silent_features)} of {number(s.total_features)}"
         ends = interval(s.fvu_interval, -1)
         beside = [

@@ -103,6 +103,8 @@ def prefix_recovered(axes: Axes, data: PlotData) -> None:
         axes.set_ylabel("loss recovered (share)")
         return say(axes, "not measured")
     axes.set_ylabel("loss recovered (share)")
+    if s.loss.share_of_zero(-1) is None:
+        return say(axes, "zero ablation does not raise the loss")
     _prefix_bars(axes, s.prefixes, s.loss.recovered_zero, s.loss.recovered_zero_interval)
 
 

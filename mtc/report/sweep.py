@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from mtc.analysis.pareto import RULE, Point, front, knee
 from mtc.report.blocks import Block, Document, Items, Link, Paragraph, Plots, Section, Table, Text
 from mtc.report.drawing import INK, MARKERS, colours, new_figure, picture, say, short, style
+from mtc.report.format import share
 from mtc.report.html import render_html
 from mtc.report.markdown import render_markdown
 from mtc.report.sections.configuration import setting, timing_blocks
@@ -44,9 +45,9 @@ class _Row(NamedTuple):
 
     @property
     def recovered(self) -> float | None:
-        """Loss recovered against zero ablation; None if it was not measured."""
+        """Loss recovered against zero ablation; None if it was not measured or says nothing."""
         loss = self.analysis.summary.loss
-        return loss.recovered_zero[-1] if loss else None
+        return loss.share_of_zero(-1) if loss else None
 
 
 _Value = Callable[[_Row], float | None]
@@ -115,6 +116,7 @@ def _document(rows: Sequence[_Row], form: int) -> Document:
             "tokens. A silent feature did not fire on the held-out text; a dead one had not fired for "
             "transcoder.dead_after_tokens of training."
         ),
+        *_nested_otherwise(rows),
         Plots(((
             PLOT,
             "Held-out FVU, loss recovered and silent features of every transcoder, against L0 and against its number "
@@ -130,6 +132,16 @@ def _document(rows: Sequence[_Row], form: int) -> Document:
         provenance=provenance(first, of_sweep=True),
         stamp=stamp(first, of_sweep=True),
     )
+
+
+def _nested_otherwise(rows: Sequence[_Row]) -> list[Block]:
+    """A warning where transcoders of other numbers of groups are compared."""
+    if len({len(row.analysis.summary.prefixes) for row in rows}) == 1:
+        return []
+    return [Paragraph(
+        "The transcoders differ in how many nested prefixes they have. Each costs the full dictionary some FVU, of "
+        "which the rule knows nothing: compare those that are nested alike."
+    )]  # fmt: skip
 
 
 def _link(row: _Row, form: int) -> Link:
@@ -152,17 +164,26 @@ def _table(rows: Sequence[_Row], form: int, several: bool) -> Table:
     for row in rows:
         s, config = row.analysis.summary, row.analysis.config
         parts = {"transcoder": config.transcoder, "optimizer": config.optimizer}
-        swept = [setting(getattr(parts[part], name)) for part, name in (field.split(".") for field in fields)]
+        values = {f"{part}.{name}": value for part, each in parts.items() for name, value in each}
+        values["optimizer.lr"] = config.lr  # worked out where it is not given
+        swept = [setting(values[field]) for field in fields]
         mark = "to take" if row.taken else "on the front" if row.on_front else ""
         lines.append((
             _link(row, form), *([number(row.layer)] if several else []), *swept, number(s.total_features), number(s.l0),
-            number(s.fvu[-1]), interval(s.fvu_interval, -1), number(s.line.fvu if s.line else None),
+            number(s.fvu[-1]), interval(s.fvu_interval, -1),
+            " / ".join(number(fvu) for fvu in s.fvu[:-1]) or "not nested", number(s.line.fvu if s.line else None),
             number(s.all_tokens.fvu[-1]), number(s.massive.tokens), percent(s.massive.variance),
-            NOT_MEASURED if row.recovered is None else percent(row.recovered),
+            share(row.recovered) if s.loss else NOT_MEASURED,
             number(s.silent_features), number(s.dead_features), mark,
         ))  # fmt: skip
     headers = ["Transcoder", *(["Layer"] if several else []), *fields, "Features", "L0", "FVU", "95 % interval"]
-    headers += ["FVU of the affine map", "FVU of all tokens", "Massive tokens", "Their share of the variance"]
+    headers += [
+        "FVU of its prefixes",
+        "FVU of the affine map",
+        "FVU of all tokens",
+        "Massive tokens",
+        "Their share of the variance",
+    ]
     headers += ["Loss recovered (zero ablation)", "Silent features", "Dead features", "Choice"]
     return Table("Held-out figures of every transcoder", tuple(headers), tuple(lines), searchable=True)
 

@@ -42,6 +42,15 @@ class LossRecovered(Record):
     recovered_mean_interval: Intervals | None = None
     """95 % interval of `recovered_mean`; None with too few documents."""
 
+    def share_of_zero(self, prefix: int) -> float | None:
+        """`recovered_zero` of the prefix with this number; None where zero ablation does not raise the loss, so that
+        the quotient is a share of nothing."""
+        return self.recovered_zero[prefix] if self.ce_zero > self.ce_clean else None
+
+    def share_of_mean(self, prefix: int) -> float | None:
+        """The same of `recovered_mean`."""
+        return self.recovered_mean[prefix] if self.ce_mean > self.ce_clean else None
+
 
 class AllTokens(Record):
     """Headline figures of all held-out tokens, massive ones included; where there are none, the headline figures."""

@@ -32,9 +32,11 @@ class PrefixStep(Record):
     fvu_after: float
     """FVU with the group."""
     recovered_before: float | None
-    """Loss recovered against zero ablation without the group; None for the first group and if it was not measured."""
+    """Loss recovered against zero ablation without the group; None for the first group, if it was not measured
+    and if zero ablation does not raise the loss."""
     recovered_after: float | None
-    """Loss recovered against zero ablation with the group; None if it was not measured."""
+    """Loss recovered against zero ablation with the group; None if it was not measured and if zero ablation does
+    not raise the loss."""
     tokens: tuple[TokenGain, ...]
     """Tokens whose error falls most with the group, of those that occur at least `min_count` times."""
     min_count: int

@@ -41,6 +41,8 @@ class RunStatus(Record):
     fvu: list[float] | None
     """Fraction of variance unexplained by prefix: of held-out tokens if the run is finished, of the newest logged batch
     otherwise."""
+    member: str
+    """Of a run of several transcoders the one whose figures these are, the first; empty for a single one."""
     massive_tokens: int
     """Held-out tokens that `fvu` and `l0` are without, if the run is finished: the massive ones."""
     l0: float | None
@@ -67,7 +69,7 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
     if not run.exists("config.yaml"):
         raise RunError(f"no run at {run.url}: there is no config.yaml")
     config = run.config()
-    first = next(iter(run.members().values()))
+    (member, first), *others = run.members().items()
     history, events = first.read_lines("metrics.jsonl"), first.read_lines("events.jsonl")
     row = history[-1] if history else {}
     finished = run.is_finished()
@@ -91,6 +93,7 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
         tokens=row.get("tokens", 0),
         tokens_per_second=speed,
         fvu=fvu,
+        member=member if others else "",
         massive_tokens=massive,
         l0=l0,
         dead=row.get("dead"),
@@ -114,6 +117,7 @@ def describe(status: RunStatus) -> str:
         lines[-1] += f", {minutes:,.0f} minutes of training left" if minutes >= 1 else ", less than a minute left"
     if status.fvu and status.l0 is not None:
         where = "held-out" if status.state == "finished" else "last batch's"
+        where = f"{status.member}: {where}" if status.member else where
         lines.append(f"  {where} fvu {' '.join(f'{value:.3f}' for value in status.fvu)}, l0 {status.l0:.1f}")
         lines[-1] += f", without {status.massive_tokens:,} massive tokens" if status.massive_tokens else ""
     if status.checkpoint_step is not None:

@@ -99,7 +99,8 @@ def heldout_units(store: TokenStore, config: RunConfig, num_tokens: int) -> list
     if not len(windows):
         raise DataError(
             f"{store.url} has no held-out windows among {store.info.documents['train']} documents: "
-            f"raise data.heldout_fraction={config.data.heldout_fraction} or give more text in data.name"
+            f"raise data.heldout_fraction={config.data.heldout_fraction}, or give more documents in "
+            "data.name (a .txt file is one, a line of JSONL is one)"
         )
     windows = windows[np.random.default_rng(config.data.seed).permutation(len(windows))]
     before = np.cumsum(store.trainable_tokens(windows)) - store.trainable_tokens(windows)

@@ -126,7 +126,7 @@ def test_an_unfinished_run_is_not_continued_with_other_settings(interrupted, mon
     monkeypatch.chdir(ROOT)
     changes = {"optimizer": {"lr": 0.1}, "output": {"root": str(interrupted.root)}, "cluster": {"num_trainers": 2}}
     config = make_config(yaml.safe_load(interrupted.file.read_text()), changes)
-    with pytest.raises(ConfigError, match=r"unfinished run with other values of optimizer\.lr: "):
+    with pytest.raises(ConfigError, match=r"other values of optimizer\.lr \(.+ there, .+ asked\): "):
         check(config)
 
 

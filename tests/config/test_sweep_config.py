@@ -43,8 +43,33 @@ def test_a_grid_is_all_combinations_at_every_layer():
     listed = [str(dict(zip(("transcoder.k", "optimizer.lr"), pair, strict=True))).replace("'", '"') for pair in
               ((4, 0.001), (4, 0.002), (8, 0.001), (8, 0.002))]  # fmt: skip
     assert parse_command_line([*argv, "--sweep", f"[{', '.join(listed)}]"], "")[0] == config
+    as_in_a_file = ["[{transcoder.k: 4, optimizer.lr: 1e-3}, {transcoder: {k: 4}, optimizer.lr: 0.002}]",
+                    '{"transcoder.k": 8, "optimizer.lr": 0.001}', "{transcoder.k: 8, optimizer.lr: 0.002}"]  # fmt: skip
+    options = [part for text in as_in_a_file for part in ("--sweep", text)]
+    assert parse_command_line([*argv, *options], "")[0] == config
     replaced = make_config(yaml.safe_load(to_yaml(config)), {"sweep": {"transcoder.seed": [1, 2]}})
     assert [m.name for m in replaced.members()][:2] == ["layer1-seed1", "layer1-seed2"], "a sweep replaces another"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"transcoder.k": [4, 8], "optimizer.lr": 0.003}', r"sweep\.optimizer\.lr: a list of values .* got 0\.003"),
+        ("{transcoder.k: 4}", r"sweep\.transcoder\.k: a list of values is wanted in a grid, got '4'"),
+        ("5", r"sweep: a list of overrides, .* or a grid, .*, is wanted, got '5'"),
+        ("[{transcoder.k: 4}", r"--sweep \[\{transcoder\.k: 4\}: no YAML at line"),
+    ],
+)
+def test_an_option_that_is_no_sweep_is_told_as_in_a_file(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_command_line(["--preset", "tiny", "--sweep", text], "")
+
+
+def test_an_option_takes_a_files_sweep_back(tmp_path):
+    (tmp_path / "sw.yaml").write_text(to_yaml(load_preset("tiny", {"sweep": {"transcoder.k": [4, 8]}})))
+    argv = ["--config", str(tmp_path / "sw.yaml")]
+    assert len(parse_command_line(argv, "")[0].members()) == 2
+    assert parse_command_line([*argv, "--sweep", "null"], "")[0] == load_preset("tiny")
 
 
 def test_names_are_short_unique_and_can_stand_in_paths_and_urls():

@@ -42,7 +42,16 @@ from mtc.devices import DeviceError
 from mtc.errors import MtcError, known_cause, one_line
 from mtc.language_model import ModelError, prepare_model
 from mtc.language_model.architectures import ModelUnreachableError
-from mtc.storage import NotVisibleError, RunDirectory, RunError, load_analysis, open_layer_run, open_run
+from mtc.storage import (
+    NotVisibleError,
+    RunDirectory,
+    RunError,
+    describe,
+    load_analysis,
+    open_layer_run,
+    open_run,
+    run_status,
+)
 from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
 from mtc.text.token_store import StoreMissingError
@@ -195,6 +204,10 @@ def test_a_run_that_another_job_takes_and_leaves(
     names = ["base", "k4-groups8x16", "max-skipped-steps11"]
     assert list(finished.members()) == names
     report = json.loads(finished.read("report/sweep_report.json"))
+    (compared,) = (json.loads(line) for line in lines if json.loads(line)["event"] == "compared")
+    assert compared["taken"] == report["taken"] and report["taken"]["1"] in compared["message"]
+    assert f"{finished.url}/report/sweep_report.html" in compared["message"]
+    assert "  base: held-out fvu" in describe(run_status(run.url))
     steps = [json.loads(line) for line in lines if json.loads(line)["event"] == "step"]
     weights, lines_of = [], []
     for name, listed in zip(names, report["members"], strict=True):

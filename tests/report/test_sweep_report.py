@@ -6,12 +6,32 @@ import pytest
 
 from mtc.analysis.pareto import Point, front, knee
 from mtc.report.sweep import write_sweep_report
+from mtc.results import number
 from tests.report.test_report import pixels
 from tests.report_example import make_analysis, make_config, make_evaluation, make_facts
 from tests.report_pages import read_html, read_markdown, squeeze
 
 NAMES = ("k16", "k32", "k64", "k32-wide", "k128")
 FIGURES = ((16.0, 0.60), (32.0, 0.40), (64.0, 0.38), (32.5, 0.45), (128.0, 0.30))
+
+
+def test_what_says_nothing_is_not_compared(analyses):
+    """A share of a loss that zero ablation does not cost, a rate that was not given, and other nesting."""
+    sweep = [{"optimizer.lr": None}, {"optimizer.lr": 0.001}]
+    names = ["layer1-k16", "layer1-k32"]
+    summaries = [analyses[name].summary for name in names]
+    loss = summaries[0].loss.model_copy(update={"ce_zero": summaries[0].loss.ce_clean - 0.1})
+    flat = {"prefixes": summaries[1].prefixes[-1:], "fvu": summaries[1].fvu[-1:], "loss": loss}
+    changed = [summaries[0].model_copy(update={"loss": loss}), summaries[1].model_copy(update=flat)]
+    those = {name: analyses[name].model_copy(update={"summary": s}) for name, s in zip(names, changed, strict=True)}
+    page, _, _ = read_html(write_sweep_report(those, sweep)["sweep_report.html"].decode())
+    headers, *rows = page.table("Held-out figures of every transcoder")
+    shown = [dict(zip(headers, row, strict=True)) for row in rows]
+    assert {row["Loss recovered (zero ablation)"] for row in shown} == {"says nothing"}
+    assert "loss recovered" not in page.text.partition("To take")[2].partition(".")[0]
+    assert shown[0]["optimizer.lr"] == str(analyses[names[0]].config.lr)
+    assert shown[1]["FVU of its prefixes"] == "not nested"
+    assert "differ in how many nested prefixes" in page.text
 
 
 def test_the_front_and_the_knee_by_hand():
@@ -68,6 +88,8 @@ def test_markdown_page_and_json_name_the_same_ones(analyses):
     )
     assert "Configuration fingerprint" not in origin
     assert not any(a.training.fingerprint in page.text for a in analyses.values())
+    assert shown["layer1-k64"]["FVU of its prefixes"] == number(analyses["layer1-k64"].summary.fvu[0])
+    assert "differ in how many nested prefixes" not in page.text
     data = json.loads(files["sweep_report.json"])
     assert data["taken"] == {"1": "layer1-k32", "2": "layer2-k32-wide"}
     for member in data["members"]:

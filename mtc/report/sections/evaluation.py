@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mtc.report.blocks import Block, Heading, Paragraph, Plots, Section, Table
+from mtc.report.format import share
 from mtc.report.sections.headline import massive_tokens, overfitting, straight_line
 from mtc.results import (
     NOT_MEASURED,
@@ -141,7 +142,7 @@ def _loss(analysis: Analysis) -> list[Block]:
         ),
     ]  # fmt: skip
     harmless = [
-        name for name, ce in (("zero", loss.ce_zero), ("the mean", loss.ce_mean)) if not ce > loss.ce_clean
+        name for name, of in (("zero", loss.share_of_zero), ("the mean", loss.share_of_mean)) if of(-1) is None
     ]  # fmt: skip
     if harmless:
         blocks.append(
@@ -158,6 +159,6 @@ def _spliced(analysis: Analysis, loss: LossRecovered, i: int) -> tuple[str, ...]
         f"Reconstruction, {number(analysis.summary.prefixes[i])} features",
         number(loss.ce_spliced[i]), number(loss.ce_spliced[i] - loss.ce_clean),
         number(loss.kl[i]), interval(loss.kl_interval, i),
-        percent(loss.recovered_zero[i]), percent_interval(loss.recovered_zero_interval, i),
-        percent(loss.recovered_mean[i]), percent_interval(loss.recovered_mean_interval, i),
+        share(loss.share_of_zero(i)), percent_interval(loss.recovered_zero_interval, i),
+        share(loss.share_of_mean(i)), percent_interval(loss.recovered_mean_interval, i),
     )  # fmt: skip

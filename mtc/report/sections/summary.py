@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mtc.report.blocks import Block, Heading, Items, KeyFigure, KeyFigures, Link, Paragraph, Plots, Section, Table
+from mtc.report.format import share
 from mtc.report.sections.provenance import captured
 from mtc.results import MIN_DOCUMENTS, NOT_MEASURED, Analysis, interval, number, percent, percent_interval
 
@@ -41,10 +42,10 @@ def _key_figures(analysis: Analysis) -> KeyFigures:
     s = analysis.summary
     loss, dead_after = s.loss, analysis.config.transcoder.dead_after_tokens
     l0 = interval(analysis.evaluation.l0_interval, -1)
-    recovered = percent(loss.recovered_zero[-1] if loss else None)
+    recovered = share(loss.share_of_zero(-1)) if loss else NOT_MEASURED
     about = f"95 %: {percent_interval(loss.recovered_zero_interval if loss else None, -1)}"
-    if loss and not loss.ce_zero > loss.ce_clean:  # a share of nothing, whatever the quotient is
-        recovered, about = "says nothing", "zero ablation does not raise the loss"
+    if loss and loss.share_of_zero(-1) is None:
+        about = "zero ablation does not raise the loss"
 
     def beside(value: float | None) -> str:
         """The figure of all tokens, where the headline figure leaves some out."""
@@ -133,8 +134,8 @@ def _prefixes(analysis: Analysis) -> Table:
             row += [number(s.all_tokens.fvu[i]), interval(s.all_tokens.fvu_interval, i)]
             row += [number(s.all_tokens.cosine[i] if s.all_tokens.cosine else None), number(s.all_tokens.l0[i])]
         if s.loss:
-            row += [percent(s.loss.recovered_zero[i]), percent_interval(s.loss.recovered_zero_interval, i)]
-            row += [percent(s.loss.recovered_mean[i]), percent_interval(s.loss.recovered_mean_interval, i)]
+            row += [share(s.loss.share_of_zero(i)), percent_interval(s.loss.recovered_zero_interval, i)]
+            row += [share(s.loss.share_of_mean(i)), percent_interval(s.loss.recovered_mean_interval, i)]
             row += [number(s.loss.kl[i]), number(s.loss.ce_spliced[i])]
         else:
             row += [NOT_MEASURED] * 6
