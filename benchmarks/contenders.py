@@ -83,8 +83,8 @@ DEFAULTS: dict[str, Any] = {
     "data": {"replays": 8, "shuffle_buffer_tokens": 400_000},
     "transcoder": {"skip": False, "prefix_weights": (1.0, 1.0, 2.0)},
 }
-"""Overrides, for all of ours, of the preset of the task's model, which says where features start, how they compete and
-the learning rate."""
+"""Overrides, for all of ours, of the preset of the task's model, which says where features start and how they
+compete."""
 OURS: dict[str, Ours] = {
     "mtc": Ours(),
     "mtc, skip": Ours({"transcoder": {"skip": True}}),
@@ -107,12 +107,6 @@ def train(contender: str, task: Task, lr: float, seed: int, rows: Rows) -> Train
     if contender in OURS:
         return train_ours(rows, task, lr, seed, OURS[contender])
     return train_peer(contender, task, lr, seed, rows)
-
-
-def our_rate(task: Task) -> float:
-    """The learning rate of ours, which is the preset's or the default, and not tuned on the task."""
-    sizes = {"transcoder": {"group_sizes": list(task.group_sizes)}, "optimizer": {"batch_tokens": BATCH}}
-    return load_preset(MODELS[task.model], sizes).lr
 
 
 def train_ours(rows: Rows, task: Task, lr: float, seed: int, ours: Ours, make: type[Trainer] = Trainer) -> Trained:

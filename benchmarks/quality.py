@@ -1,16 +1,17 @@
 """Reconstruction for equal work: transcoders trained by us and by peer libraries on the same activations.
 
 `python -m benchmarks.quality --peers --json` trains every contender on cached activations of real models (captured on
-first use, see benchmarks.activations), each peer at its best learning rate on the validation part, and ours at that of
-the model's preset, and reports on the test part: held-out FVU per nested prefix and L0, without massive tokens and with
-them, dead features, seconds and CPU seconds. It ends with the project's targets and whether they are met
+first use, see benchmarks.activations), each at its best learning rate on the validation part, and reports on the test
+part: held-out FVU per nested prefix and L0, without massive tokens and with them, dead features, seconds and CPU
+seconds. It ends with the project's targets and whether they are met
 (benchmarks.targets).
 
 All contenders read the same rows (benchmarks.rows), are scored alike (benchmarks.scores), and warm up for
-WARMUP_FRACTION of the steps (with `--no-warm-up` the peers also without). The peers' sweep goes on by factors of two
-until its best rate is none of its ends, at most twice. Peers train each captured token once, as their libraries do;
-we replay it (`DEFAULTS`); "mtc, no replays" takes the peers' steps. Where rows are massive, peers are trained with and
-without them. Peers' weights are kept, so a run that was stopped goes on where it was; ours are trained anew.
+WARMUP_FRACTION of the steps (with `--no-warm-up` the peers also without). Ours choose from OUR_RATES; the peers' sweep
+goes on by factors of two until its best rate is none of its ends, at most twice. Peers train each captured token once,
+as their libraries do; we replay it (`DEFAULTS`); "mtc, no replays" takes the peers' steps. Where rows are massive,
+peers are trained with and without them. Peers' weights are kept, so a run that was stopped goes on where it was; ours
+are trained anew.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from benchmarks.contenders import (
     PEERS_PYTHON,
     Task,
     Trained,
-    our_rate,
     peer_version,
     train,
 )
@@ -44,6 +44,8 @@ from benchmarks.rows import Rows, load_rows
 from benchmarks.scores import Score, linear_map, score
 from benchmarks.targets import TARGETS, best_nested_peer, describe, figures, shown, verdict
 
+OUR_RATES = (4e-3, 6e-3)
+"""Of ours, SmolLM2's preset's and the default at these sizes. The nested one's choice goes for all of ours."""
 RATES = (3e-3, 6e-3, 1.2e-2)
 SIGN_RATES = (5e-3, 1e-2, 2e-2)
 """Of sparsify's sign optimizer, whose own default at 1,152 features is 0.019."""
@@ -64,11 +66,11 @@ DEFAULT_TASKS = list(TASKS)[:5]
 
 
 class Result(NamedTuple):
-    """One contender on one task, peers at their best learning rate and ours at the preset's."""
+    """One contender on one task, at its best learning rate."""
 
     contender: str
     lr: float
-    """The one with the least full-dictionary FVU on the validation part, seed 0; of ours the preset's."""
+    """The one with the least full-dictionary FVU on the validation part, seed 0; of all of ours the nested one's."""
     validation: dict[str, float]
     """Full-dictionary FVU on the validation part for every rate that was tried, seed 0."""
     scores: list[Score]
@@ -108,7 +110,7 @@ def run(name: str, task: Task, contenders: list[str], rates: tuple[float, ...] |
     results: list[Result] = []
     for contender in contenders:
         if contender in OURS:
-            asked, extensions = (results[0].lr,) if results else rates or (our_rate(task),), 0
+            asked, extensions = (results[0].lr,) if results else rates or OUR_RATES, 0
         else:
             own = SIGN_RATES if "sign" in contender.split(", ") else RATES
             asked, extensions = (rates, 0) if rates else (own, EXTENSIONS)

@@ -325,7 +325,7 @@ def test_train_step_page_has_the_measured_figures() -> None:
     assert f"ours costs {found['ratio_by_dictionary']['65536']:.2f} times" in readme
 
 
-@pytest.mark.parametrize("name", ["quality-smollm2", "quality-gemma3", "quality-smollm2-long"])
+@pytest.mark.parametrize("name", sorted(file.stem for file in (DOCS / "benchmarks").glob("quality-*.json")))
 def test_quality_page_has_the_measured_figures(name: str) -> None:
     page, rows = read(DOCS / "quality.md"), 0
     for task in results(name)["tasks"].values():
@@ -351,6 +351,16 @@ def test_other_pages_have_the_measured_figures() -> None:
         f"{stream['capture']['capture_vs_transformers']:.2f} times plain transformers on texts of different lengths",
         f"{gigabytes['views']:.2f} GB/s handed over as views, {gigabytes['copied']:.2f} GB/s copied into a buffer",
         f"and {stream['overlap']['overlap_seconds']['runs'][1]:.1f} s: {stream['overlap']['overlap']:.2f}",
+    ):
+        assert text in page
+    sweep, page = results("sweep"), flat(DOCS / "sweep.md")
+    rounds = {1: "one round"}.get(sweep["rounds"], f"{sweep['rounds']} rounds")
+    for text in (
+        f"their wall times: {sweep['wall_ratio']:.2f}, from {rounds}, {sweep['sweep_s']:.0f} s against "
+        f"{sweep['one_s']:.0f} s",
+        f"(training {sweep['sweep_train_s']:.0f} s and {sweep['one_train_s']:.0f} s, held-out passes and reports "
+        f"{sweep['sweep_analyse_s']:.0f} s and {sweep['one_analyse_s']:.0f} s;",
+        f"adds {(sweep['sweep_s'] - sweep['one_s']) / (sweep['transcoders'] - 1):.0f} s",
     ):
         assert text in page
     recovery, page = results("recovery"), flat(DOCS / "reliability.md")

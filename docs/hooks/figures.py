@@ -29,7 +29,10 @@ def train_step() -> str:
 
 def quality() -> str:
     rows = [("", "", "FVU per prefix", "L0", "dead", "train, s")]
-    tasks = {"quality-smollm2": "SmolLM2 layer 20", "quality-gemma3": "Gemma-3-270M layer 12, each token trained once"}
+    tasks = {
+        "quality-smollm2": "SmolLM2 layer 20", "quality-smollm2-layer9": "SmolLM2 layer 9",
+        "quality-smollm2-layer11": "SmolLM2 layer 11", "quality-gemma3": "Gemma-3-270M layer 12",
+    }  # fmt: skip
     for name, title in tasks.items():
         found = _read(name)
         (task,) = found["tasks"].values()
