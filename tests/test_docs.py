@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from chromium import NAMES, browser, find
 
-from benchmarks import sizing
+from benchmarks import sizing, targets
 from jobs.command_line import parse_command_line
 from mtc.config import LayerConfig, RunConfig, load_preset, preset_names
 from serve.contract import Settings
@@ -336,6 +336,15 @@ def test_quality_page_has_the_measured_figures(name: str) -> None:
             assert f"| {result['contender']} | {result['lr']:g} | {figures}" in page
             rows += 1
     assert rows >= 4
+
+
+def test_quality_page_has_the_ratios_and_verdicts() -> None:
+    tasks = ("smollm2", "smollm2-layer9", "smollm2-layer11", "gemma3")
+    ratios = {name: results(f"quality-{name}")["tasks"][name]["figures"] for name in tasks}
+    page = read(DOCS / "quality.md")
+    for figure, about in targets.describe(ratios).items():
+        cells = [targets.shown(about["tasks"][name]) for name in tasks]
+        assert f"| {' | '.join(cells)} | {targets.shown(about['target'])} | {targets.verdict(about)} |" in page, figure
 
 
 def flat(page: Path) -> str:

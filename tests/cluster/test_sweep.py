@@ -166,7 +166,7 @@ def test_a_plan_counts_the_memory_of_all_and_refuses_what_does_not_fit():
         check_gpu_memory(wide, shared, 2304, 3 * 10**9)
     check_gpu_memory(wide, shared, 2304, 24 * 10**9)
     check_gpu_memory(wide, make_plan(wide, [Node(8, 2)], 2304), 2304, 4 * 10**9)
-    many = {"transcoder.k": list(range(1, 65))}  # whose work would take 57 GB, were it not done in turn on a GPU
+    many = {"transcoder.k": list(range(1, 65))}  # whose work would take 61 GB, were it not done in turn on a GPU
     large = load_preset("gemma-2-2b-layer17", {"sweep": many, "optimizer": {"batch_tokens": 16_384}})
     check_gpu_memory(large, make_plan(large, [Node(8, 2)], 2304), 2304, 40 * 10**9)
     alone = load_preset("gemma-2-2b-layer17", {"transcoder": {"group_sizes": [1 << 22]}})
