@@ -29,6 +29,9 @@ TOKENS_PER_DIMENSION = 10
 """Fewest tokens for each dimension of the source that a map is fitted to: it judges others' tokens too badly by about
 one part in as many."""
 BLOCK = 8192
+ROWS = 256
+"""Tokens of one product. BLAS cuts a sum over more tokens into one part per thread, and the sum's last bits would then
+depend on the number of threads."""
 RIDGE = 1e-6
 ROUNDING = 1e-12
 """Share of the targets' squares below which their deviation is rounding of the float64 sums."""
@@ -157,11 +160,19 @@ def _moments(x: Tensor, y: Tensor) -> _Moments:
     x, y = (x - mean_x).float(), (y - mean_y).float()
     mean_x = torch.cat([mean_x, mean_x.new_ones(1)])
     gram = tokens * mean_x.outer(mean_x)
-    gram[:-1, :-1] += (x.T @ x).double()
+    gram[:-1, :-1] += _product(x, x).double()
     cross = tokens * mean_x.outer(mean_y)
-    cross[:-1] += (x.T @ y).double()
+    cross[:-1] += _product(x, y).double()
     square = torch.linalg.vector_norm(y, dim=1).double().square().sum() + tokens * mean_y.square().sum()
     return _Moments(np.float64(tokens), *(part.cpu().numpy() for part in (gram, cross, square)))  # type: ignore[arg-type]
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y [d_x, d_y] of float32 rows, the same to the bit on any number of threads."""
+    total = x.new_zeros(x.shape[1], y.shape[1])
+    for some_x, some_y in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        total.addmm_(some_x.T, some_y)
+    return total
 
 
 def _solve(moments: _Moments) -> Array:

@@ -197,6 +197,22 @@ def test_a_few_tokens_said_over_and_over_have_no_straight_line(different):
     assert straight_line(sums, 0.5, 0.5) is None
 
 
+def test_the_straight_lines_sums_are_the_same_to_the_bit_on_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(4000, 40, generator=generator) for _ in range(2))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(LineSums())
+            found[-1].add(x, y, torch.zeros(len(x), dtype=torch.bool), fold=0)
+    finally:
+        torch.set_num_threads(threads)
+    one, *others = (sums.arrays() for sums in found)
+    for other in others:
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
 def test_one_transcoder_sums_for_all_that_see_the_same_tokens():
     def make(scale, massive, norm="scalar"):
         t = MatryoshkaTranscoder(TranscoderShape(4, 4, (2, 2), 1, norm))
