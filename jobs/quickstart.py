@@ -53,6 +53,11 @@ OWNER = "mtc-owner"
 """The same, in the head's temporary directory."""
 START_S = 120.0
 """Longest wait for a head to start, and for a service to be ready, seconds."""
+STARTS = 3
+"""How often a head is started whose processes do not get ready in the 30 s that Ray gives them: on a busy machine they
+may be the next time."""
+STARTED, TOO_SLOW = b"Ray runtime started.", b"timed out during startup"
+"""What `ray start` says of its node when it is ready, and when it is not in time."""
 STOP_S = 30.0
 """After which processes that were asked to end are killed."""
 
@@ -133,30 +138,42 @@ def start_head() -> dict[str, Any]:
     check_installation()
     check_writable(f"the head's state in {STATE.parent}", str(STATE.parent))
     STATE.parent.mkdir(exist_ok=True)
+    for _ in range(STARTS):
+        if head := _new_head():
+            return head
+    raise QuickstartError(f"the Ray head's processes were not ready in Ray's 30 s, {STARTS} times; see {_log()}")
+
+
+def _new_head() -> dict[str, Any] | None:
+    """A head whose node is ready; None if its processes were too slow for Ray. They are ended then, as they are before
+    a QuickstartError is raised."""
     port, dashboard, agent, client, metrics, job_metrics = _free_ports(6)
     temporary = make_temporary_directory()
-    log = STATE.parent / "head.log"
     command = [_tool("ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     command += [f"--metrics-export-port={metrics}", f"--temp-dir={temporary}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    print(f"starting a local Ray head (log: {log})", flush=True)
+    print(f"starting a local Ray head (log: {_log()})", flush=True)
     head: dict[str, Any] = {"token": secrets.token_hex(16), "temporary": temporary, "address": f"127.0.0.1:{port}"}
     head |= {"dashboard": f"http://127.0.0.1:{dashboard}", "http_port": _free_ports(1, first=8000)[0]}
     head |= {"metrics_port": job_metrics}
     Path(temporary, OWNER).write_text(_mark(head))
     environment = _environment() | free_ports() | proxy_files(temporary) | {MARK: _mark(head)}
     _remember(head)  # before it runs: whatever happens, `stop` knows what to look for
-    with log.open("wb") as output:
+    with _log().open("wb") as output:
         process = subprocess.Popen(
             command, cwd=STATE.parent, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     deadline = time.monotonic() + START_S
-    while (session := _session(head)) is None:
-        if process.poll() is not None or time.monotonic() > deadline:
+    # The dashboard answers before there is a node, and also where there will be none.
+    while (session := _session(head)) is None or STARTED not in _log().read_bytes():
+        ended = process.poll() is not None
+        if ended or time.monotonic() > deadline:
             stop_head()
-            raise QuickstartError(f"the Ray head did not start within {START_S:g} s; see {log}")
+            if ended and TOO_SLOW in _log().read_bytes():
+                return None
+            raise QuickstartError(f"the Ray head did not start within {START_S:g} s; see {_log()}")
         time.sleep(0.5)
     _remember(head := head | {"session": session})
     return head
@@ -330,6 +347,10 @@ def _mark(head: dict[str, Any]) -> str:
     """
     state = STATE.parent.stat()
     return f"{head['token']} {state.st_dev}:{state.st_ino}" if "token" in head else str(head["temporary"])
+
+
+def _log() -> Path:
+    return STATE.with_name("head.log")
 
 
 def _remember(head: dict[str, Any]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import socket
 from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -267,9 +269,7 @@ def send(url: str, attack: Attack, headers: dict[str, str] | None = None) -> Ans
     received = b""
     with socket.create_connection((parts.hostname or "", parts.port or 80), 30) as connection:
         try:
-            connection.sendall(sent)
-            for _ in range(attack.more[1]):
-                connection.sendall(attack.more[0])
+            all(_sent(connection, part) for part in chain([sent], repeat(*attack.more)))
             if attack.leaves:
                 connection.shutdown(socket.SHUT_WR)
         except (BrokenPipeError, ConnectionResetError):
@@ -287,6 +287,20 @@ def send(url: str, attack: Attack, headers: dict[str, str] | None = None) -> Ans
     for name, _, value in (line.partition(":") for line in lines[1:]):
         fields[name.lower()] = ", ".join([*filter(None, [fields.get(name.lower())]), value.strip()])
     return Answer(int(lines[0].split()[1]), fields, body)
+
+
+def _sent(connection: socket.socket, data: bytes) -> bool:
+    """Send the bytes; False as soon as there is something to be read. A proxy that has the answer may take no more of
+    the request: who goes on sending then waits for ever."""
+    left = memoryview(data)
+    while left:
+        readable, writable, _ = select.select([connection], [connection], [], connection.gettimeout())
+        if readable:
+            return False
+        if not writable:
+            raise TimeoutError(f"{len(left)} bytes were not taken")
+        left = left[connection.send(left) :]
+    return True
 
 
 def _whole(received: bytes) -> bool:

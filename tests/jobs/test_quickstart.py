@@ -156,8 +156,43 @@ class Dashboard(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 port = next(word.split("=")[1] for word in sys.argv if word.startswith("--dashboard-port="))
-http.server.HTTPServer(("127.0.0.1", int(port)), Dashboard).serve_forever()
+server = http.server.HTTPServer(("127.0.0.1", int(port)), Dashboard)
+starts = os.path.join(os.path.dirname(__file__), "too slow")
+if os.path.exists(starts) and (left := int(open(starts).read())):
+    open(starts, "w").write(str(left - 1))
+    server.handle_request()
+    sys.exit("Exception: The current node timed out during startup. This could happen because ...")
+print("Ray runtime started.", flush=True)
+server.serve_forever()
 """
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a `ray` that is a dashboard only, whose node comes too late as often as `too slow` there says."""
+    (tmp_path / "ray").write_text(HEAD.format(python=sys.executable))
+    (tmp_path / "ray").chmod(0o755)
+    monkeypatch.setattr(quickstart, "_tool", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(quickstart, "git_revision", lambda: None)
+    return tmp_path
+
+
+def test_a_head_whose_node_comes_too_late_is_started_again(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its dashboard answers for a while, though there will be no node."""
+    monkeypatch.setattr(quickstart, "STATE", stand_in / "state" / "head.json")
+    slow = stand_in / "too slow"
+    try:
+        slow.write_text("2")
+        head = quickstart.start_head()
+        assert slow.read_text() == "0"
+        assert quickstart.start_head() == head and len(quickstart._processes(head)) == 1
+        assert quickstart.stop_head()
+        slow.write_text("3")
+        with pytest.raises(quickstart.QuickstartError, match=r"not ready in Ray's 30 s, 3 times; see .*head\.log"):
+            quickstart.start_head()
+        assert not quickstart.STATE.exists()
+    finally:
+        quickstart.stop_head()
 
 
 def test_a_head_of_an_older_version_is_stopped(
@@ -176,15 +211,11 @@ def test_a_head_of_an_older_version_is_stopped(
 
 
 def test_a_head_is_its_own_checkouts_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two checkouts, of which one is a copy of the other, made while its head ran; processes with a dashboard stand for
     the heads."""
-    (tmp_path / "ray").write_text(HEAD.format(python=sys.executable))
-    (tmp_path / "ray").chmod(0o755)
-    monkeypatch.setattr(quickstart, "_tool", lambda name: str(tmp_path / name))
-    monkeypatch.setattr(quickstart, "git_revision", lambda: None)
-    first, copy = tmp_path / "first", tmp_path / "copy"
+    first, copy = stand_in / "first", stand_in / "copy"
 
     def use(checkout: Path) -> None:
         monkeypatch.setattr(quickstart, "STATE", checkout / "head.json")
@@ -209,7 +240,7 @@ def test_a_head_is_its_own_checkouts_alone(
         use(copy)
         assert quickstart.stop_head()
         use(first)
-        moved = tmp_path / "moved"
+        moved = stand_in / "moved"
         first.rename(moved)
         use(moved)
         assert quickstart.start_head() == head, "a checkout may be moved"
@@ -218,7 +249,7 @@ def test_a_head_is_its_own_checkouts_alone(
             process.kill()
             process.wait(10)
         port = head["dashboard"].rpartition(":")[2]
-        with subprocess.Popen([sys.executable, tmp_path / "ray", f"--dashboard-port={port}"]) as stranger:
+        with subprocess.Popen([sys.executable, stand_in / "ray", f"--dashboard-port={port}"]) as stranger:
             deadline = time.monotonic() + 30
             while not quickstart._answers(head["dashboard"]):
                 assert time.monotonic() < deadline
@@ -228,7 +259,7 @@ def test_a_head_is_its_own_checkouts_alone(
             assert stranger.poll() is None
             stranger.kill()
     finally:
-        for checkout in (first, copy, tmp_path / "moved"):
+        for checkout in (first, copy, stand_in / "moved"):
             if checkout.exists():
                 use(checkout)
                 quickstart.stop_head()
