@@ -13,9 +13,10 @@ import torch
 
 from cluster.blocks import to_columns
 from cluster.job_metrics import ray_metric
+from mtc import language_model
 from mtc.config import RunConfig
 from mtc.devices import measure_device, open_device
-from mtc.language_model import Capture, LanguageModel, Pending, pack_windows
+from mtc.language_model import Capture, Pending, pack_windows
 from mtc.text import TokenStore
 
 
@@ -30,7 +31,7 @@ class UnitCapture:
         self._seconds = ray_metric("mtc_model_actor_seconds_total", run_id=run_id)
         self.start = start
         self.store = TokenStore.open(store_url)
-        self.model = LanguageModel(config.model, open_device(device))
+        self.model = language_model.LanguageModel(config.model, open_device(device))
         self.capture = Capture(self.model)
         self.device_flops = measure_device(self.model.device, self.model.dtype)
         self.idle, self.sending = 0.0, 0.0

@@ -23,6 +23,7 @@ from cluster.activations import UNIT_TYPE, ModelActor, configure_data_context, m
 from cluster.probing import measure_optional
 from cluster.resources import Plan
 from cluster.tables import iterate_tables
+from mtc import language_model
 from mtc.analysis import (
     MAX_BLOCKS,
     Findings,
@@ -42,7 +43,7 @@ from mtc.analysis.loss_sums import loss_sums
 from mtc.analysis.straight_line import FOLDS, who_sums
 from mtc.config import RunConfig
 from mtc.devices import open_device
-from mtc.language_model import LanguageModel, PackedWindows, SitePair, load_tokenizer, pack_windows
+from mtc.language_model import PackedWindows, SitePair, load_tokenizer, pack_windows
 from mtc.storage import RunDirectory
 from mtc.telemetry import describe_machine
 from mtc.text import TokenStore, TokenTexts, heldout_units
@@ -133,7 +134,7 @@ class _HeldOutActor(ModelActor):
         self.config = config
         self.store = TokenStore.open(store_url)
         on = open_device(device)
-        self.model = LanguageModel(config.model, on, full=self.full_model)
+        self.model = language_model.LanguageModel(config.model, on, full=self.full_model)
         self.model.warm_up(config.data.unit_tokens)
         self.machine = describe_machine()
         self.transcoders = [load_transcoder(RunDirectory(url), on) for url in run_urls]

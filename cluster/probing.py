@@ -10,9 +10,10 @@ import torch
 
 from cluster.resources import Plan
 from cluster.room import ClusterBusy, reserved
+from mtc import language_model
 from mtc.config import RunConfig
 from mtc.devices import open_device
-from mtc.language_model import LanguageModel, load_tokenizer
+from mtc.language_model import load_tokenizer
 from mtc.probing import (
     available_tasks,
     load_task,
@@ -83,7 +84,7 @@ def _probe(config: RunConfig, run_url: str, at: int, store_url: str, device: str
     on = open_device(device)
     imported = RunDirectory(run_url).exists("import.json")  # nobody knows what it was trained on
     return probe(
-        LanguageModel(config.model, on),
+        language_model.LanguageModel(config.model, on),
         load_transcoder(RunDirectory(run_url), on),
         _tasks(config),
         load_tokenizer(config.model),

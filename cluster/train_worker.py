@@ -28,7 +28,6 @@ from cluster.progress import RESUMED
 from cluster.resources import Plan
 from mtc.config import RunConfig, SiteKey
 from mtc.devices import open_device
-from mtc.language_model import read_neurons
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
@@ -166,6 +165,8 @@ def _initialise(trainers: Mapping[str, Trainer], batches: Batches) -> None:
             source, target = _rows_of(trainer, first)
             neurons = None
             if trainer.config.transcoder.init == "mlp":
+                from mtc.language_model import read_neurons  # 4 s of CPU, which no other trainer needs
+
                 (sites,) = trainer.config.model.sites
                 neurons = read_neurons(trainer.config.model, sites.layer, sites.source)
             trainer.initialise(source, target, neurons)

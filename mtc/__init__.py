@@ -4,8 +4,9 @@ A notebook finds what it wants here; each name is loaded when it is first used. 
 `cluster/` runs these parts on a cluster.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mtc.lazy import lazily
 
 if TYPE_CHECKING:
     from mtc.config import RunConfig, load_preset
@@ -25,23 +26,16 @@ __all__ = [
     "open_run",
 ]
 
-_PACKAGES = {
-    "RunConfig": "config",
-    "load_preset": "config",
-    "LanguageModel": "language_model",
-    "load_analysis": "storage",
-    "open_run": "storage",
-    "Trainer": "training",
-    "MatryoshkaTranscoder": "transcoder",
-    "load_transcoder": "transcoder",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PACKAGES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"mtc.{_PACKAGES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "RunConfig": "config",
+        "load_preset": "config",
+        "LanguageModel": "language_model",
+        "load_analysis": "storage",
+        "open_run": "storage",
+        "Trainer": "training",
+        "MatryoshkaTranscoder": "transcoder",
+        "load_transcoder": "transcoder",
+    },
+)

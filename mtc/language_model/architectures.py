@@ -5,12 +5,13 @@ Another architecture is one row of `MODULES` (docs/architectures.md).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, NamedTuple
 
 from mtc.config import ConfigError, ModelConfig
 from mtc.errors import MtcError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class ModelError(MtcError):

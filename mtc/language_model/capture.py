@@ -6,15 +6,17 @@ stream of their own.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtc.config import SiteKey
 from mtc.devices import Stopwatch, current_stream, is_gpu, on_stream, pinned, record, side_stream, used_on
-from mtc.language_model.model import LanguageModel
-from mtc.language_model.packing import PackedWindows
+
+if TYPE_CHECKING:
+    from mtc.language_model.model import LanguageModel
+    from mtc.language_model.packing import PackedWindows
 
 
 class Pending(NamedTuple):

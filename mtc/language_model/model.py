@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,21 +32,12 @@ from mtc.language_model.compiling import compile_parts, restore, why_eager
 from mtc.language_model.honoured import check_fields
 from mtc.language_model.lower_layers import LowerLayers
 from mtc.language_model.packing import PackedWindows, pack_windows
-from mtc.language_model.sites import Sites
+from mtc.language_model.sites import SitePair, Sites
 from mtc.language_model.weights import loading, model_config_of, prepare_model, revision
 
 logger = logging.getLogger(__name__)
 WARM_WITHOUT_KERNEL = 1024
 """Most tokens of a warm-up pass whose attention takes memory for all pairs of tokens."""
-
-
-class SitePair(NamedTuple):
-    """Raw activations of one layer at the transcoder's two sites."""
-
-    source: Tensor
-    """[tokens, d_model] in the model's dtype: what the transcoder reads."""
-    target: Tensor
-    """[tokens, d_model] in the model's dtype: what the transcoder reconstructs."""
 
 
 class LanguageModel:

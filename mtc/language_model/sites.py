@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,6 +13,15 @@ from mtc.language_model.architectures import Modules
 
 Replace = Callable[[Tensor, Tensor], Tensor]
 """From source and mlp_out, both [tokens, d_model], what is added to the residual stream instead of mlp_out."""
+
+
+class SitePair(NamedTuple):
+    """Raw activations of one layer at the transcoder's two sites."""
+
+    source: Tensor
+    """[tokens, d_model] in the model's dtype: what the transcoder reads."""
+    target: Tensor
+    """[tokens, d_model] in the model's dtype: what the transcoder reconstructs."""
 
 
 class Sites:

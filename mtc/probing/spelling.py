@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mtc import language_model
 from mtc.analysis import share
 from mtc.analysis.intervals import Array
 from mtc.config import ModelConfig
-from mtc.language_model import LanguageModel, PackedWindows, load_tokenizer, pack_windows
+from mtc.language_model import PackedWindows, load_tokenizer, pack_windows
 from mtc.probing.absorption import MIN_LETTERS, MIN_WORDS, Readings, measure_absorption
 from mtc.probing.linear_probes import require_sklearn
 from mtc.results import MIN_ACCURACY, Spelling
@@ -66,7 +67,9 @@ def measure_spelling(
         return Spelling(layer=layer, words=len(words.token), asked=0, not_measured=reason)
     order = np.random.default_rng(seed).permutation(len(words.test))[:asked]
     questions = [words.test[i] for i in order]
-    right = spells(LanguageModel(config, device, full=True), tokenizer, words, questions, unit_tokens, seed)
+    right = spells(
+        language_model.LanguageModel(config, device, full=True), tokenizer, words, questions, unit_tokens, seed
+    )
     accuracy = share(int(right.sum()), len(right))
     first = [word[0] for word in questions]
     found: dict[str, Any] = {
@@ -81,7 +84,7 @@ def measure_spelling(
             f"the model spells {accuracy.value:.1%} of the words' first letters, at least {MIN_ACCURACY:.0%} needed"
         )
         return Spelling(**found, not_measured=reason)
-    model = LanguageModel(config, device)
+    model = language_model.LanguageModel(config, device)
     transcoder = transcoder.to(device)
     train, test = (read_words(model, transcoder, tokenizer, words, w, unit_tokens, seed, at) for w in words[:2])
     decoder = transcoder.W_dec.detach().cpu().double().numpy() / float(transcoder.target_scale)
@@ -108,7 +111,12 @@ def vocabulary_words(tokenizer: Any, per_letter: int, seed: int = 0) -> Words:
 
 
 def spells(
-    model: LanguageModel, tokenizer: Any, words: Words, questions: list[str], unit_tokens: int = 4096, seed: int = 0
+    model: language_model.LanguageModel,
+    tokenizer: Any,
+    words: Words,
+    questions: list[str],
+    unit_tokens: int = 4096,
+    seed: int = 0,
 ) -> Array:
     """[questions] bool: whether the whole model's likeliest next token is the right letter."""
     right = []
@@ -120,7 +128,7 @@ def spells(
 
 
 def read_words(
-    model: LanguageModel,
+    model: language_model.LanguageModel,
     transcoder: MatryoshkaTranscoder,
     tokenizer: Any,
     words: Words,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from mtc.language_model import Neurons
 from mtc.transcoder import agree, all_reduce
+
+if TYPE_CHECKING:
+    from mtc.language_model import Neurons
 
 TOKENS = 2048  # at a time, so that memory stays small
 

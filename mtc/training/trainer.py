@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mtc.config import ConfigError, RunConfig
 from mtc.devices import choose_bfloat16, device_name, is_gpu, synchronise
-from mtc.language_model import Neurons
 from mtc.training.backends import Backend, choose_backend
 from mtc.training.calibration import CALIBRATION_ROWS, Calibrator
 from mtc.training.neuron_start import strongest_directions
@@ -35,6 +34,9 @@ from mtc.transcoder import (
     transcoder_shape,
     world_size,
 )
+
+if TYPE_CHECKING:
+    from mtc.language_model import Neurons
 
 BACKENDS: tuple[Backend, ...] = ("dense", "sparse")
 THRESHOLD_RATE = 25.0

@@ -169,7 +169,7 @@ server.serve_forever()
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a `ray` that is a dashboard only, whose node comes too late as often as `too slow` there says."""
+    """A directory with a `ray` that is only a dashboard, whose node comes too late as often as `too slow` says."""
     (tmp_path / "ray").write_text(HEAD.format(python=sys.executable))
     (tmp_path / "ray").chmod(0o755)
     monkeypatch.setattr(quickstart, "_tool", lambda name: str(tmp_path / name))

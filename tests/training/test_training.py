@@ -450,12 +450,20 @@ def test_a_shuffle_buffer_refuses_other_units_than_it_continues():
             buffer.add(second)
 
 
+def test_processes_that_train_or_pass_classes_on_do_not_wait_for_transformers():
+    code = (
+        "import sys, cluster.train_worker, cluster.training, cluster.capture; assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_mtc_trains_without_ray():
-    """In an interpreter where Ray cannot be imported."""
+    """In an interpreter where Ray cannot be imported, nor, until the rest of the package is, transformers."""
     code = """
 import sys
-sys.modules["ray"] = None
-import torch, mtc.analysis.recompute, mtc.language_model, mtc.storage, mtc.training, mtc.text, mtc.probing, mtc.report
+sys.modules["ray"] = sys.modules["transformers"] = None
+import torch
 from mtc.config import ConfigError, load_preset
 from mtc.training import Trainer
 trainer = Trainer(load_preset("tiny"), 8, 8)
@@ -463,6 +471,8 @@ x, y = torch.randn(256, 8), torch.randn(256, 8)
 trainer.initialise(x, y)
 losses = [trainer.step(x, y).metrics().loss for _ in range(10)]
 assert losses[-1] < losses[0], losses
+del sys.modules["transformers"]
+import mtc.analysis.recompute, mtc.language_model.model, mtc.storage, mtc.text, mtc.probing, mtc.report
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
