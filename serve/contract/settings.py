@@ -46,6 +46,9 @@ ENVIRONMENT = {
     # Request logs reach the disk by the hundred.
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # On a busy machine a proxy's process takes longer to start than Serve's 5 s, after which it would be killed, and
+    # whoever deploys meanwhile told so.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 """For every node of a Ray cluster that serves, before Ray starts there. Without it the service works, but slower.
 
