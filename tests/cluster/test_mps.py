@@ -299,8 +299,8 @@ def test_a_killed_run_leaves_no_daemon(program: Program) -> None:
     run.stdout.close()
     assert run.wait(30) == -signal.SIGKILL
     (daemon,) = program.daemons()
-    for _ in range(3000):  # its shell removes the directory last
-        if not program.left():
+    for _ in range(3000):  # its shell removes the directory once it has told the daemon to end
+        if not program.left() and not runs(daemon.pid):
             break
         select.select([], [], [], 0.01)
     assert not runs(daemon.pid) and program.left() == []

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -98,6 +99,8 @@ def test_the_table_is_the_application() -> None:
 def test_keys_are_added_removed_and_expire(client: httpx.Client, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "LOOK_AGAIN_S", 0)
     client.get("/healthz")
+    now = [datetime(2030, 1, 2, 23, 59, 59, tzinfo=UTC)]
+    monkeypatch.setattr(keys, "datetime", SimpleNamespace(now=lambda zone: now[0].astimezone(zone)))
 
     def status(key: str) -> int:
         return client.get("/info", headers=bearer(key)).status_code
@@ -106,10 +109,13 @@ def test_keys_are_added_removed_and_expire(client: httpx.Client, file: Path, mon
     deadline = time.monotonic() + 10
     while status(first) != 200:  # the file is looked at again within a second
         assert time.monotonic() < deadline
-    second = keys.add_key(file, "rotated", admin=False, expires=TODAY)  # both hold while clients change over
+    second = keys.add_key(file, "rotated", admin=False, expires=now[0].date())  # both hold while clients change over
     assert (status(first), status(second)) == (200, 200)
-    expired = keys.add_key(file, "late", admin=True, expires=TODAY - timedelta(1))
+    expired = keys.add_key(file, "late", admin=True, expires=now[0].date() - timedelta(1))
     assert status(expired) == 401
+    now[0] += timedelta(seconds=1)
+    assert (status(first), status(second)) == (200, 401), "a key holds until its day's end"
+    now[0] -= timedelta(seconds=1)
     before = file.read_bytes()
     file.write_bytes(b'{"keys": [')  # a file that can't be read leaves the keys from before
     assert (status(first), status(second)) == (200, 200)
