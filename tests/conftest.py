@@ -24,7 +24,7 @@ for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_NAMESPACE"):  # of a 
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # what forgets to ask for `ray_cluster` fails, and joins no other Ray
 # After a second, Ray would end idle processes that the next test's tasks can use, and start as many anew.
 os.environ.update(RAY_idle_worker_killing_time_threshold_ms="10000")
-# How often Ray's own daemons look at processes and log files, which otherwise takes a fifth of two cores.
+# How often Ray's own daemons look at processes and log files, which otherwise takes a tenth of two cores.
 os.environ.update(REPORTER_UPDATE_INTERVAL_MS="10000", LOG_NAME_UPDATE_INTERVAL_S="5")
 os.environ.update(ENVIRONMENT)
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
