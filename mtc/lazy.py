@@ -1,5 +1,6 @@
 """Packages whose names are loaded when they are first used: who wants one of them does not wait for all."""
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -14,4 +15,4 @@ def lazily(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], An
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{modules[name]}"), name)
 
-    return get, lambda: sorted(modules)
+    return get, lambda: sorted({*vars(sys.modules[package]), *modules})

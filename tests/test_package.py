@@ -1,5 +1,7 @@
 """The distributions: what is in them, and what runs from a wheel that is installed outside the source tree."""
 
+import ast
+import inspect
 import os
 import re
 import subprocess
@@ -7,12 +9,16 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import import_module
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
+import mtc
+import mtc.language_model
 from mtc.config import preset_names
 
 pytestmark = pytest.mark.slow
@@ -156,6 +162,18 @@ for name in names.split():
     for place in places:
         assert Path(place).is_relative_to(installed) and not Path(place).is_relative_to(ROOT)
     assert (installed / "mtc/transcoder/kernels.c").is_file()
+
+
+@pytest.mark.parametrize("package", [mtc, mtc.language_model], ids=["mtc", "mtc.language_model"])
+def test_what_a_package_loads_when_it_is_used_is_what_it_promises(package: ModuleType) -> None:
+    modules = {
+        node.module for node in ast.walk(ast.parse(inspect.getsource(package))) if isinstance(node, ast.ImportFrom)
+    }
+    for name in package.__all__:
+        assert getattr(package, name) in [getattr(import_module(m), name, None) for m in modules if m], name
+    assert {*package.__all__, "__doc__"} <= {*dir(package)}
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
 
 
 def test_types_are_seen_from_outside(installed: Path, tmp_path: Path) -> None:
