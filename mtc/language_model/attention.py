@@ -58,18 +58,45 @@ class Rectangle(NamedTuple):
     """[tokens] int64: packed positions of the places in `real`."""
 
 
+class Patterns:
+    """Where each head of each layer looks, of one window: kept in the first pass, and the same in every later one.
+
+    What a pass gives is then linear in the values, with gradients through them alone.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[nn.Module, Tensor] = {}
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
+        reach: int | None,
+    ) -> Tensor:  # fmt: skip
+        """Shapes as those of `attend`, but [1, heads, tokens, head_dim] of the result."""
+        if module not in self._kept:
+            self._kept[module] = pattern(query.detach(), key.detach(), scale, softcap, reach)
+        return self._kept[module] @ _repeat(value, query)
+
+
 class Windows:
     """Windows of these `lengths`, packed in this order on `device`, for one forward pass.
 
     What attention needs to know of them is made when a layer first asks for it, and serves the other layers too.
-    Without a `kernel` they are taken as rectangles.
+    Without a `kernel` they are taken as rectangles. With `patterns`, which are of one window, attention looks where it
+    looked in the pass that these were kept in.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", kernel: Kernel | None = None):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        kernel: Kernel | None = None,
+        patterns: Patterns | None = None,
+    ):
         self.lengths = [length for length in lengths if length]
         self.tokens = sum(self.lengths)
         self.longest = max(self.lengths, default=0)
         self.kernel = kernel
+        self.patterns = patterns
         self._device = device
         self._masks: dict[int | None, Any] = {}
 
@@ -120,6 +147,8 @@ def attend(
         raise ValueError(f"windows of {tokens} tokens, but the row has shape {list(query.shape)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     reach = sliding_window if sliding_window is not None and sliding_window < windows.longest else None
+    if windows.patterns is not None:
+        return windows.patterns.attend(module, query, key, value, scale, softcap, reach).transpose(1, 2), None
     if windows.kernel is not None and _as_one_row(windows, query, softcap, reach):
         out = windows.kernel.attend(query, key, value, windows.mask(reach), scale, softcap)
         if out is not None:
@@ -190,10 +219,15 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: int | None) -> 
 
 
 def _soft_capped(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, reach: int | None) -> Tensor:
-    k, v = _repeat(k, q), _repeat(v, q)
-    scores = (q @ k.transpose(2, 3)).mul_(scale / softcap).tanh_().mul_(softcap)
+    return pattern(q, k, scale, softcap, reach) @ _repeat(v, q)
+
+
+def pattern(q: Tensor, k: Tensor, scale: float, softcap: float | None, reach: int | None) -> Tensor:
+    """Softmax of the scores of each query, [windows, heads, width, width], from [windows, heads, width, head_dim]."""
+    scores = q @ _repeat(k, q).transpose(2, 3)
+    scores = scores.mul_(scale) if softcap is None else scores.mul_(scale / softcap).tanh_().mul_(softcap)
     scores.masked_fill_(~_visible(q.shape[2], reach, q.device), -torch.inf)
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
 
 
 def _repeat(column: Tensor, query: Tensor) -> Tensor:

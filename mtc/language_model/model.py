@@ -29,6 +29,7 @@ from mtc.language_model import attention, flex
 from mtc.language_model.architectures import model_info, modules_of, validate
 from mtc.language_model.check import check_finite, check_report, check_weights
 from mtc.language_model.compiling import compile_parts, restore, why_eager
+from mtc.language_model.frozen import Frozen, ReadOut
 from mtc.language_model.honoured import check_fields
 from mtc.language_model.lower_layers import LowerLayers
 from mtc.language_model.packing import PackedWindows, pack_windows
@@ -83,8 +84,9 @@ class LanguageModel:
         self._layers: Any = self._base.get_submodule(modules.layers)
         check_finite(config, self._layers)
         self._lower: tuple[PackedWindows, LowerLayers] | None = None
-        parallel = bool(getattr(model_config, "use_parallel_residual", False))
-        self._sites = Sites(self._layers, modules, config.sites, parallel)
+        self._modules = modules
+        self._parallel = bool(getattr(model_config, "use_parallel_residual", False))
+        self._sites = Sites(self._layers, modules, config.sites, self._parallel)
         self._final_norm = self._base.get_submodule(modules.final_norm) if full else None
         self._eager = why_eager(config.compile, self.device)
         self._forwards = [] if self._eager is not None else compile_parts(self._base)
@@ -93,7 +95,8 @@ class LanguageModel:
         products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
         self._warm_for = 0
         """Largest number of tokens that `warm_up` was called for."""
-        self._context_length = info.max_positions
+        self.max_tokens = info.max_positions
+        """Most tokens of a window that the model knows positions for; None if it does not say."""
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or info.d_model // heads
         self._flops_per_token = 2 * sum(products)
@@ -126,7 +129,7 @@ class LanguageModel:
         if tokens <= self._warm_for or not (self.compiled or is_gpu(self.device)):
             return
         self._warm_for = tokens
-        longest = max(1, min(tokens, self._context_length or tokens))
+        longest = max(1, min(tokens, self.max_tokens or tokens))
         for lengths in _kinds_of_windows(max(1, tokens), longest):
             # Without a kernel attention takes memory for all pairs of a window, maybe a longer one than ever comes.
             if sum(lengths) <= WARM_WITHOUT_KERNEL or (self._kernel is not None and self._kernel.failed is None):
@@ -171,6 +174,32 @@ class LanguageModel:
                 return self._run(self.model, windows, **kept).logits[0]
             with self._sites.watch(replace, at):
                 return self._run(self.model, windows, **kept).logits[0]
+
+    def freeze(self, window: PackedWindows) -> Frozen:
+        """The pass of one window, and passes whose attention patterns and norm factors are those of this one.
+
+        Raises ValueError for several windows, for one that is longer than the model has positions, and for a model in
+        less than float32, which has too few digits for sums over all layers.
+        """
+        if len(window.lengths) != 1:
+            raise ValueError(f"one window is wanted, not {len(window.lengths)}")
+        dtype = next(self.model.parameters()).dtype
+        if torch.finfo(dtype).bits < 32:
+            raise ValueError(f"the model runs in {str(dtype).removeprefix('torch.')}: load it with dtype='float32'")
+
+        def run(patterns: attention.Patterns) -> Any:
+            own = attention.Windows(window.lengths, self.device, patterns=patterns)
+            return self._run(self._base, window, windows=own)
+
+        return Frozen(self._base, self._layers, self._modules, self._parallel, run)
+
+    def read_out(self) -> ReadOut:
+        """How logits are read from what the final norm gives. Raises ValueError if the model was not loaded with
+        `full=True`."""
+        self._require_final_norm()
+        unembedding: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        text = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        return ReadOut(unembedding.weight, getattr(text, "final_logit_softcapping", None))
 
     @contextmanager
     def same_windows(self, windows: PackedWindows) -> Iterator[None]:
@@ -234,12 +263,12 @@ class LanguageModel:
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         return self._flops_per_token * sum(lengths) + self._flops_per_pair * pairs
 
-    def _run(self, model: nn.Module, windows: PackedWindows, **others: Any) -> Any:
+    def _run(self, model: nn.Module, windows: PackedWindows, /, **others: Any) -> Any:
         """A forward pass; if a compiler fails in it, from here on without any."""
         if self._eager is None:
             try:
                 with flex.compiler_settings():
-                    return model(**self._inputs(windows), **others)
+                    return model(**self._inputs(windows) | others)
             except Exception as error:
                 self._eager = flex.compiler_failure(error)
                 if self._eager is None:
@@ -247,15 +276,13 @@ class LanguageModel:
             logger.warning("the language model is not compiled and runs slower: %s", self._eager)
             restore(self._forwards)
             self._forwards, self._kernel = [], None
-        return model(**self._inputs(windows), **others)
+        return model(**self._inputs(windows) | others)
 
     def _inputs(self, windows: PackedWindows) -> dict[str, Any]:
         longest = max(windows.lengths, default=0)
-        if self._context_length is not None and longest > self._context_length:
+        if self.max_tokens is not None and longest > self.max_tokens:
             # There are no embeddings for more, or, with dynamic RoPE, all windows of a pass would change with one.
-            raise ValueError(
-                f"a window of {longest} tokens, but {self.config.name} has {self._context_length} positions"
-            )
+            raise ValueError(f"a window of {longest} tokens, but {self.config.name} has {self.max_tokens} positions")
         return {
             "input_ids": send(windows.input_ids, self.device).unsqueeze(0),
             "position_ids": send(windows.position_ids, self.device).unsqueeze(0),

@@ -1,6 +1,7 @@
 """What a run leaves to read: every record that is written and read back. Without torch."""
 
 from mtc.results.analysis import FORMAT_VERSION, Analysis, Finding, Summary
+from mtc.results.circuits import GRAPH_VERSION, Faithfulness, Graph, GraphNode, PrefixScores
 from mtc.results.comparison import SHOWN, Comparison, Match, Matching, Side
 from mtc.results.copies import CopiedFeature, Copies
 from mtc.results.evaluation import AllTokens, Evaluation, LossRecovered, Massive, Slice, StraightLine
@@ -35,12 +36,13 @@ from mtc.results.probing import (
 from mtc.results.run import PARTS, RUN_FILES, File, RunFacts, StreamTiming, Training, TrainingFit, Trend
 
 __all__ = [
-    "FORMAT_VERSION", "MIN_ACCURACY", "MIN_DOCUMENTS", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS", "RUN_FILES",
-    "SHOWN", "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "CopiedFeature", "Copies",
-    "Distribution", "Evaluation", "Example", "Family", "Feature", "File", "Finding", "Group", "Histogram",
-    "Interval", "Intervals", "LetterAbsorption", "LogitEffect", "LossRecovered", "Massive", "Match", "Matching",
-    "Parent", "Pooling", "PrefixAbsorption", "PrefixStep", "ProbeResult", "ProbeTask", "Probing", "RunFacts",
-    "ShownFeature", "Side", "Slice", "Spelling", "SplitFeature", "StraightLine", "StreamTiming", "Summary",
-    "TaskResult", "TokenCount", "TokenGain", "TopFeature", "Training", "TrainingFit", "Tree", "Trend", "Weights",
-    "interval", "number", "percent", "percent_interval", "plot_path", "report_files", "report_names", "whole_range",
+    "FORMAT_VERSION", "GRAPH_VERSION", "MIN_ACCURACY", "MIN_DOCUMENTS", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS",
+    "RUN_FILES", "SHOWN", "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "CopiedFeature", "Copies",
+    "Distribution", "Evaluation", "Example", "Faithfulness", "Family", "Feature", "File", "Finding", "Graph",
+    "GraphNode", "Group", "Histogram", "Interval", "Intervals", "LetterAbsorption", "LogitEffect", "LossRecovered",
+    "Massive", "Match", "Matching", "Parent", "Pooling", "PrefixAbsorption", "PrefixScores", "PrefixStep",
+    "ProbeResult", "ProbeTask", "Probing", "RunFacts", "ShownFeature", "Side", "Slice", "Spelling", "SplitFeature",
+    "StraightLine", "StreamTiming", "Summary", "TaskResult", "TokenCount", "TokenGain", "TopFeature", "Training",
+    "TrainingFit", "Tree", "Trend", "Weights", "interval", "number", "percent", "percent_interval", "plot_path",
+    "report_files", "report_names", "whole_range",
 ]  # fmt: skip

@@ -228,10 +228,16 @@ class MatryoshkaTranscoder(nn.Module):
     def normalise(self, source: Tensor) -> Tensor:
         """Scale raw sources: `rms` divides each token by its root mean square, `scalar` is one number."""
         x = source.float()
+        factor = self.input_factor(x)
+        return x if factor is None else x * factor
+
+    def input_factor(self, source: Tensor) -> Tensor | None:
+        """What `normalise` multiplies sources [tokens, d_source] with, in their dtype: [tokens, 1] or a scalar; None
+        for 1."""
         if self.shape.input_norm == "rms":
-            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-            return x * torch.rsqrt(mean_square + RMS_EPS)
-        return x * self.input_scale if self.shape.input_norm == "scalar" else x
+            length = torch.linalg.vector_norm(source, dim=-1, keepdim=True)
+            return torch.rsqrt(length.square() / source.shape[-1] + RMS_EPS)
+        return self.input_scale.to(source.dtype) if self.shape.input_norm == "scalar" else None
 
     @torch.no_grad()
     def massive(self, target: Tensor) -> Tensor:

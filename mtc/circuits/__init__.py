@@ -1,0 +1,7 @@
+"""Circuits: what made a language model's next token, in features, and what happens if features are changed."""
+
+from mtc.circuits.attribution import attribute
+from mtc.circuits.graph import FeatureTarget
+from mtc.circuits.replacement import CircuitError, ReplacementModel
+
+__all__ = ["CircuitError", "FeatureTarget", "ReplacementModel", "attribute"]

@@ -1,0 +1,121 @@
+"""The shape of an attribution graph: what made a language model's next token, at one resolution of the dictionary."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mtc.record import Record
+
+GRAPH_VERSION = 1
+
+
+class GraphNode(Record):
+    """Something that is read, that reads, or both."""
+
+    kind: Literal["feature", "error", "embedding", "logit"]
+    """`feature`: an active feature of a layer's transcoder; `error`: what a layer's MLP writes that the features, the
+    skip connection and the decoder's bias do not; `embedding`: a token; `logit`: a next token, less the mean of all."""
+    token: int
+    """Position in the prompt, from 0."""
+    layer: int | None = None
+    """Layer of a feature or an error, from 0."""
+    feature: int | None = None
+    """Index of a feature in its dictionary."""
+    token_id: int | None = None
+    """Token id of an embedding or a logit."""
+    text: str | None = None
+    """Text of an embedding's or a logit's token; of a feature the most frequent tokens at its examples' peaks."""
+    activation: float | None = None
+    """Activation of a feature, in scaled units."""
+    value: float | None = None
+    """What is read: a feature's pre-activation, or a logit less the mean logit; None for what only is read."""
+    bias: float | None = None
+    """The part of `value` that comes from biases alone."""
+    incoming: float | None = None
+    """Sum of the absolute edges into the node in the whole graph, of which pruning may leave a part."""
+    influence: float
+    """Sum over all paths to the targets of the product of the edges' shares of `incoming`, times the targets'
+    weights; of a target its weight."""
+    target: bool = False
+    """Whether the graph explains this node."""
+    probability: float | None = None
+    """Probability of a logit's token."""
+    group: int | None = None
+    """Group of the nested dictionary that a feature is in, from 0."""
+    parent: int | None = None
+    """Index of the earlier feature that a feature refines, if it has one."""
+
+
+class PrefixScores(Record):
+    """What a graph leaves unexplained if only a prefix of each dictionary has features and the rest is error."""
+
+    prefix: int
+    """Number of features of each layer's nested dictionary."""
+    features: int
+    """Active features of the prompt in the graph, before pruning."""
+    replacement: float
+    """Share of the targets' influence that ends in embeddings and not in errors, from 0 to 1."""
+    completeness: float
+    """Share of all nodes' incoming edges, weighed by influence, that does not come from errors, from 0 to 1."""
+
+
+class Faithfulness(Record):
+    """How well the graph foretells what happens when single features are taken out of the real model."""
+
+    features: int
+    """Features that were taken out, one at a time: the strongest of the graph by influence."""
+    spearman: float | None
+    """Rank correlation between the change of the target that the graph foretells and the real one; None if there are
+    fewer than 3 features or either does not vary."""
+    same_sign: float | None
+    """Share of these features for which both changes have one sign, from 0 to 1."""
+    real: tuple[float, ...]
+    """Real change of the target for each feature, in the order of `nodes`: of the logits less their mean, weighed."""
+    foretold: tuple[float, ...]
+    """Change of the target that the graph foretells for each."""
+    nodes: tuple[int, ...]
+    """The features' numbers among the graph's nodes."""
+
+
+class Graph(Record):
+    """An attribution graph; edges and scores as mtc.circuits defines them."""
+
+    format_version: int = GRAPH_VERSION
+    """Shape of this record."""
+    run_id: str | None
+    """Run whose transcoders were used."""
+    base_model: str
+    """The language model."""
+    layers: int
+    """Layers of the language model."""
+    traced: tuple[int, ...]
+    """Layers that have a transcoder; of the others all that the MLP writes is error."""
+    token_ids: tuple[int, ...]
+    """The prompt's token ids."""
+    tokens: tuple[str, ...]
+    """The prompt's tokens as text."""
+    prefix: int
+    """Number of features of each layer's dictionary that were used."""
+    prefixes: tuple[int, ...]
+    """Sizes of the nested dictionaries that all layers have."""
+    active: int
+    """Active features of the prompt, of that prefix."""
+    read: int
+    """Those of them with edges of their own, by `max_features`; what the others write is part of the errors."""
+    node_share: float
+    """Share of all influence that the nodes hold which pruning left."""
+    edge_share: float
+    """Share of the influence among them that the edges hold which pruning left."""
+    all_edges: int
+    """Edges that are not 0, before pruning."""
+    scores: tuple[PrefixScores, ...]
+    """What the whole graph leaves unexplained, of each prefix up to `prefix`."""
+    identity_error: float
+    """Largest difference between what a node reads and the sum of its edges and its bias, as a part of the sum of their
+    absolute values: 0 but for rounding."""
+    nodes: tuple[GraphNode, ...]
+    """What is left after pruning: embeddings, then errors and features by layer, then targets."""
+    edges: tuple[tuple[int, int, float], ...]
+    """Source, target and weight: numbers of nodes, and what the source adds to what the target reads."""
+    faithfulness: Faithfulness | None = None
+    """None where it was not measured."""
