@@ -19,6 +19,7 @@ from mtc.transcoder import MatryoshkaTranscoder
 
 if TYPE_CHECKING:
     from mtc.language_model import LanguageModel, PackedWindows
+    from mtc.language_model.sites import Replace
 
 Array = NDArray[Any]
 MAX_LOGITS = 1 << 26  # held at a time on a CPU, a few copies of them: the vocabulary is what fills the memory
@@ -91,15 +92,38 @@ def loss_sums(
     if labels is None:
         labels = torch.zeros(len(windows.input_ids), dtype=torch.int64)
     sites = range(len(transcoders)) if sites is None else sites
+    sums = [
+        _loss_sums(model, transcoders, part, target_means, own, num_labels, piece, sites)
+        for part, own, piece in pieces(model, windows, labels)
+    ]
+    return [reduce(add, same) for same in zip(*sums, strict=True)]
+
+
+def pieces(
+    model: LanguageModel, windows: PackedWindows, labels: Tensor
+) -> Iterator[tuple[PackedWindows, Tensor, Tensor]]:
+    """Windows in parts whose logits fit into memory: whole windows, their labels, and the indices of the tokens in them
+    whose prediction is judged."""
     at_once = max(1, max_logits(model.device) // model.vocab_size)
-    sums: list[list[LossSums]] = []
     for part, own in _split(windows, labels, at_once):
         # A token is predicted from the one before it in its window, which position 0 does not have.
         predicted = (part.trainable & (part.position_ids > 0)).nonzero().squeeze(1)
         # Of a window that is longer than the limit a piece at a time: the passes are run again for each.
-        pieces = predicted.split(at_once)
-        sums += [_loss_sums(model, transcoders, part, target_means, own, num_labels, piece, sites) for piece in pieces]
-    return [reduce(add, same) for same in zip(*sums, strict=True)]
+        for piece in predicted.split(at_once):
+            yield part, own, piece
+
+
+def replacing(windows: PackedWindows, replacement: Callable[[Tensor], Tensor], device: torch.device) -> Replace:
+    """A `mtc.language_model` replacement of the trainable positions' mlp_out by `replacement(source)`, [trainable,
+    d_source] -> [trainable, d_target]; all others, BOS among them, keep their own."""
+    trainable = windows.trainable.nonzero().squeeze(1).to(device)
+
+    def replace(source: Tensor, target: Tensor) -> Tensor:
+        changed = target.clone()
+        changed[trainable] = replacement(source[trainable]).to(target.dtype)
+        return changed
+
+    return replace
 
 
 def _logits_in(free: int) -> int:
@@ -122,20 +146,14 @@ def _loss_sums(
     sites: Sequence[int],
 ) -> list[LossSums]:
     """LossSums of the predictions of the tokens with the indices `labelled`."""
-    trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
     by_label = sum_by_label(labels[labelled].to(model.device), num_labels)
 
     def run(replacement: Callable[[Tensor], Tensor], at: int) -> Tensor:
-        def replace(source: Tensor, target: Tensor) -> Tensor:
-            changed = target.clone()
-            changed[trainable] = replacement(source[trainable]).to(target.dtype)
-            return changed
-
-        return model.logits(windows, replace, labelled - 1, at)
+        return model.logits(windows, replacing(windows, replacement, model.device), labelled - 1, at)
 
     with model.same_windows(windows):
         with model.watch_final_norm() as scales:
-            clean = _Clean(model.logits(windows, None, labelled - 1), windows.input_ids[labelled].to(model.device))
+            clean = Clean(model.logits(windows, None, labelled - 1), windows.input_ids[labelled].to(model.device))
         tokens = by_label(torch.ones(len(labelled), device=model.device))
         scale = by_label(scales[0][(labelled - 1).to(model.device)])
         results = []
@@ -154,9 +172,9 @@ def _loss_sums(
     return results
 
 
-class _Clean:
+class Clean:
     """Logits of the clean pass [tokens, vocabulary], in the model's dtype, with which others are compared, a few tokens
-    at a time: in a CPU's cache that is several times faster than all at once."""
+    at a time: in a CPU's cache that is several times faster than all at once. `next_ids` [tokens] come after them."""
 
     def __init__(self, logits: Tensor, next_ids: Tensor):
         self._logits, self._next_ids = logits, next_ids
@@ -174,6 +192,10 @@ class _Clean:
             found.append((cross_entropy, log_p.exp().mul_(log_p - log_q).sum(1)))
         cross_entropy, kl = map(torch.cat, zip(*found, strict=True))
         return cross_entropy, kl
+
+    def agrees(self, logits: Tensor) -> Tensor:
+        """[tokens] bool: whether the most likely next token is the same by other logits."""
+        return logits.argmax(1) == self._logits.argmax(1)
 
 
 def _split(windows: PackedWindows, labels: Tensor, tokens: int) -> Iterator[tuple[PackedWindows, Tensor]]:

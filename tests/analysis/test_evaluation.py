@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mtc.analysis import HeldOutPass, count_tokens, loss_recovered
 from mtc.analysis.evaluation import evaluation
-from mtc.analysis.loss_sums import _Clean, loss_sums
+from mtc.analysis.loss_sums import Clean, loss_sums
 from mtc.analysis.recompute import evaluate
 from mtc.analysis.straight_line import LineSums, straight_line, who_sums
 from mtc.config import load_preset
@@ -340,7 +340,7 @@ def test_divergences_are_right_for_logits_far_from_zero(noise):
     z = torch.randn(40, 20_001, generator=generator) - 300
     other, ids = z + noise * torch.randn(z.shape, generator=generator), torch.arange(40)
     log_p, log_q = (logits.double().log_softmax(1) for logits in (z, other))
-    ce, kl = _Clean(z, ids).beside(other)
+    ce, kl = Clean(z, ids).beside(other)
     assert ce.double().mean() == pytest.approx(-log_q[ids, ids].mean().item(), rel=1e-6)
     expected = (log_p.exp() * (log_p - log_q)).sum(1)
     torch.testing.assert_close(kl.double(), expected, rtol=0.02, atol=0)

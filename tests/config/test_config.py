@@ -189,7 +189,7 @@ def test_an_option_replaces_what_a_file_says_of_layers_in_the_other_way(tmp_path
         ([1, 1], r"model\.layers=\[1, 1\] names a layer twice"),
         ([], r"model\.layers: a list of at least 1 is wanted"),
         ([0, -1], r"model\.layers\.1\.layer: at least 0 is wanted, got -1"),
-        (["x"], r"model\.layers\.0\.layer: a whole number is wanted, got 'x'"),
+        (["x"], r"model\.layers='x': all, a number, a range such as 4-20, or a list of numbers and ranges"),
         ([0, {"layer": 1, "source": "mlp_out"}], r"model\.source and model\.target of layer 1 are both mlp_out"),
         ([{"layer": 1, "sit": "mlp_in"}], r"model\.layers\.0\.sit: there is no such field"),
     ],

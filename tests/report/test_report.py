@@ -580,16 +580,16 @@ def test_layers_side_by_side() -> None:
     for layer in (2, 1):
         model = make_config().model.model_copy(update={"layer": layer})
         analyses.append(make_analysis(make_config().model_copy(update={"model": model}))[0])
-    files = write_layers_report(analyses)
+    files = write_layers_report([analysis.headline() for analysis in analyses], None)
     markdown, (page, _, targets) = (
         read_markdown(files["layers_report.md"].decode()), read_html(files["layers_report.html"].decode()),
     )  # fmt: skip
     assert markdown.tables == page.tables
     rows = page.table("Held-out figures of every layer")[1:]
     assert [row[0].startswith("layer") for row in rows] == [True, True]
-    assert rows[0][2:9] == ["0.6", "0.4512", "0.4278 to 0.4825", "0.62", "0.4512", "0", "0 %"]
-    assert rows[0][9] == "4.4"
+    assert rows[0][2:7] == ["0.6", "0.4512", "0.4278 to 0.4825", "0.62", "0.4512"]
+    assert rows[0][7] == "4.4"
     assert "../layer2/report/layer2_analysis_report.html" in targets
     assert "(../layer2/report/layer2_analysis_report.md)" in markdown.text
-    assert [entry["layer"] for entry in json.loads(files["layers_report.json"])] == [1, 2]
+    assert [entry["layer"] for entry in json.loads(files["layers_report.json"])["layers"]] == [1, 2]
     assert pixels(files["layers_overview.png"]) == (680, 1080)
