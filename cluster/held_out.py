@@ -57,6 +57,11 @@ from mtc.transcoder import MatryoshkaTranscoder, load_transcoder
 UNITS_PER_ROW = 8
 ROWS_WANTED = 16  # of a short text, so that all actors have work; not their number, which must not change results
 FEATURES_PER_ROW = 1024
+"""Features of all transcoders together whose effects on the logits are one row of work, if these are not fewer than"""
+LEAST_FEATURES_PER_ROW = 128
+"""for each."""
+TRANSCODERS_PER_UNIT = 8
+"""Transcoders up to which the whole model takes a unit's windows at once."""
 
 
 class HeldOutResults(NamedTuple):
@@ -132,8 +137,8 @@ def analyse_heldout(
 
     replaced = None
     if loss_units:
-        rows = [_row([unit], document_of) for unit in loss_units]
-        rows += _logit_rows(max(member.config.transcoder.num_features for member in members))
+        rows = [_row([part], document_of) for unit in loss_units for part in _loss_parts(unit, len(members))]
+        rows += _logit_rows(max(member.config.transcoder.num_features for member in members), len(members))
         means = [_target_mean(empty_pass(at), spool.rows("sums", at, "blocks.")) for at in range(len(members))]
         arguments = {
             "config": config,
@@ -289,6 +294,7 @@ class FeatureActor(_HeldOutActor):
                 if fold is not None:
                     yield _found("line", at, line, **how)
                 yield _found("sums", at, sums, **how)
+                del held, line, sums  # before the next one is made
 
     def _capture(self, ids: np.ndarray) -> tuple[PackedWindows, tuple[SitePair, ...]]:
         """Windows, and for each layer the activations of their trainable tokens."""
@@ -346,9 +352,16 @@ def _documents(units: list[np.ndarray], document_of: dict[int, int]) -> int:
     return len({document_of[window] for unit in units for window in unit.tolist()})
 
 
-def _logit_rows(features: int) -> list[pa.Table]:
-    starts = range(0, features, FEATURES_PER_ROW)
-    return [_row([], {}, first=first, end=min(first + FEATURES_PER_ROW, features)) for first in starts]
+def _loss_parts(unit: np.ndarray, transcoders: int) -> list[np.ndarray]:
+    """A unit's windows for the whole model, in parts where many transcoders are spliced in: each takes passes of its
+    own, so that one unit would keep one actor busy for long while others have nothing left."""
+    return np.array_split(unit, min(len(unit), -(-transcoders // TRANSCODERS_PER_UNIT)))
+
+
+def _logit_rows(features: int, transcoders: int) -> list[pa.Table]:
+    per_row = max(LEAST_FEATURES_PER_ROW, FEATURES_PER_ROW // transcoders)
+    starts = range(0, features, per_row)
+    return [_row([], {}, first=first, end=min(first + per_row, features)) for first in starts]
 
 
 def _row(

@@ -108,17 +108,23 @@ def _sums(
         replaced = {at: replacing(windows, each, model.device) for at, each in enumerate(replacements)}
         return model.logits(windows, replaced, labelled - 1)
 
-    clean = Clean(model.logits(windows, None, labelled - 1), windows.input_ids[labelled].to(model.device))
+    logits = model.logits(windows, None, labelled - 1)
+    clean, likeliest = Clean(logits, windows.input_ids[labelled].to(model.device)), _likeliest(logits)
     ce = [by_label(clean.cross_entropy)]
     for fixed in ([torch.zeros_like(mean) for mean in target_means], target_means):
         logits = run([lambda s, y=y: y.to(s.device).float().expand(len(s), -1) for y in fixed])  # type: ignore[misc]
-        ce.append(by_label(clean.beside(logits)[0]))
+        ce.append(by_label(clean.cross_entropy_of(logits)))
     kl, agrees = list[Array](), list[Array]()
     for prefixes in zip(*(transcoder.prefixes for transcoder in transcoders), strict=True):
         reconstructed = zip(transcoders, prefixes, strict=True)
         logits = run([lambda s, t=t, m=m: t.reconstruct(s, m) for t, m in reconstructed])  # type: ignore[misc]
         for sums, values in zip((ce, kl), clean.beside(logits), strict=True):
             sums.append(by_label(values))
-        agrees.append(by_label(clean.agrees(logits).float()))
+        agrees.append(by_label((_likeliest(logits) == likeliest).float()))
     ones = by_label(torch.ones(len(labelled), device=model.device))
     return ReplacedSums(ones, *(np.stack(part, 1) for part in (ce, kl, agrees)))
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """[tokens] int64; `max` is several times faster than `argmax` on a CPU."""
+    return logits.max(1).indices
