@@ -114,10 +114,14 @@ class AnalysisBytes(NamedTuple):
     """The largest transcoder's weights."""
     activations: int
     """One work unit's activations of one layer."""
-    sums: int
-    """What a row of work finds of the largest transcoder, with a fifth of the affine map's sums."""
-    merged: int
-    """What all rows together find of it."""
+    line: int
+    """The affine map's sums of a row of work."""
+    counts: int
+    """Other sums of the largest transcoder, which have the same size whatever is in them."""
+    found: int
+    """What else a row finds of it, such as candidate examples."""
+    kept: int
+    """What all rows together find of that."""
     rows: int
     """Rows of work."""
     waiting: int
@@ -126,17 +130,18 @@ class AnalysisBytes(NamedTuple):
 
     def actor(self, transcoders: int) -> int:
         """A model actor whose passes are for so many transcoders."""
-        each = self.weights + self.activations + self.waiting * self.sums
-        return PROCESS + self.model + transcoders * each + COPIES * self.sums
+        sums = self.line + self.counts + self.found
+        each = self.weights + self.activations + self.waiting * sums
+        return PROCESS + self.model + transcoders * each + COPIES * sums
 
     @property
     def driver(self) -> int:
         """The driver, whose memory has one transcoder at a time."""
-        return PROCESS + self.weights + 2 * self.merged
+        return PROCESS + self.weights + 2 * (FOLDS * self.line + self.counts + self.kept)
 
     def disk(self, transcoders: int) -> int:
         """What waits on the driver's disk."""
-        return transcoders * (self.merged + self.rows * self.sums)
+        return transcoders * (FOLDS * self.line + self.rows * self.found)
 
 
 def analysis_bytes(config: RunConfig, info: ModelInfo) -> AnalysisBytes:
@@ -150,16 +155,18 @@ def analysis_bytes(config: RunConfig, info: ModelInfo) -> AnalysisBytes:
     per_row = max(1, min(UNITS_PER_ROW, units // ROWS_WANTED))
     line = 2 * FLOAT64 * (d + 1) ** 2 * 2  # of massive tokens apart
     labels = LABELS * (d + 4 * prefixes) * FLOAT64
-    counts = info.num_ids * (2 + prefixes) * FLOAT64 + features * STATISTICS * FLOAT64
+    vocabulary = info.num_ids * (1 + prefixes) * FLOAT64
+    statistics = (info.num_ids + features * STATISTICS) * FLOAT64
     kept = features * (settings.max_per_feature + settings.samples_per_feature)
     example = EXAMPLE + FLOAT * settings.context_tokens
-    sums = line + labels + counts + min(kept, per_row * unit * largest.k) * example
     return AnalysisBytes(
         model=item * (12 * d**2 * info.num_layers + info.num_ids * d),
         weights=FLOAT * (2 * d * features + features + d + (d**2 if largest.skip else 0)),
         activations=2 * unit * d * item,
-        sums=sums,
-        merged=FOLDS * line + labels + counts + kept * example,
+        line=line,
+        counts=labels + vocabulary,
+        found=statistics + min(kept, per_row * unit * largest.k) * example,
+        kept=statistics + kept * example,
         rows=-(-units // per_row),
         waiting=int(per_row > 1),
     )
@@ -192,10 +199,10 @@ def transcoders_at_once(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
     if at_once < 1 or whole > free:
         raise ConfigError(
             f"the analysis takes at least {_gb(max(need.actor(1), whole))} of main memory for each of {on_one} model "
-            f"actors (the language model {_gb(need.model)}, a transcoder's weights {_gb(need.weights)} and all of "
-            f"{count} {_gb(count * need.weights)}, its sums {_gb(need.sums)}, activations {_gb(need.activations)}) and "
-            f"{_gb(need.driver)} for the driver; the largest node has {_gb(max(known))}: lower "
-            "cluster.num_model_actors, data.unit_tokens or analysis.max_per_feature"
+            f"actors on a node (the language model {_gb(need.model)}, {count} transcoders' weights "
+            f"{_gb(count * need.weights)}, one's sums {_gb(need.line + need.counts + need.found)} and activations "
+            f"{_gb(need.activations)}) and {_gb(need.driver)} for the driver; the largest node has {_gb(max(known))}: "
+            "lower cluster.num_model_actors, data.unit_tokens or analysis.max_per_feature"
         )
     return min(count, at_once)
 
