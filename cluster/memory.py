@@ -129,7 +129,7 @@ class AnalysisBytes(NamedTuple):
     unit, 1 otherwise."""
 
     def actor(self, transcoders: int) -> int:
-        """A model actor whose passes are for so many transcoders."""
+        """Main memory of a model actor whose passes are for so many transcoders."""
         sums = self.line + self.counts + self.found
         each = self.weights + self.activations + self.waiting * sums
         return PROCESS + self.model + transcoders * each + COPIES * sums
@@ -180,6 +180,8 @@ def transcoders_at_once(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
     with, or if the driver's disk has no room for what is found of all.
     """
     need, count = analysis_bytes(config, info), len(config.members())
+    if plan.device == "cuda":  # there these are, of which nothing is counted here
+        need = need._replace(model=0, weights=0, activations=0)
     room = shutil.disk_usage(tempfile.gettempdir()).free
     if need.disk(count) > room:
         raise ConfigError(
@@ -195,7 +197,7 @@ def transcoders_at_once(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
     fixed = need.actor(0)
     each = need.actor(1) - fixed
     whole = fixed + count * need.weights
-    at_once = int((free - fixed) / each)
+    at_once = int((free - fixed) / each) if each else count if fixed <= free else 0
     if at_once < 1 or whole > free:
         raise ConfigError(
             f"the analysis takes at least {_gb(max(need.actor(1), whole))} of main memory for each of {on_one} model "

@@ -207,7 +207,7 @@ class _Job:
         """Run the held-out pass, write every transcoder's report, and the manifest with which the run is finished."""
         self.metrics.stage("analyse")
         facts = [self._facts(store, trained, each, progress.events) for each in trained.members]
-        rows = [progress.rows(each.member) for each in trained.members]
+        rows = (progress.rows(each.member) for each in trained.members)
         written = analyse_and_write(
             self.config, self.plan, self.run, store.url, facts, rows, self.lease.require, self.at_once
         )

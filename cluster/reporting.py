@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ def analyse_and_write(
     run: RunDirectory,
     store_url: str,
     facts: Sequence[RunFacts],
-    histories: Sequence[list[dict[str, Any]]],
+    histories: Iterable[list[dict[str, Any]]],
     still_ours: Callable[[], None],
     at_once: int | None = None,
 ) -> Written:
@@ -191,7 +191,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         store_url = _token_store(config, members[0], plan)
         store = TokenStore.open(store_url).info
         facts = [_earlier_facts(config, own, store, plan) for own in members]
-        histories = [own.read_lines("metrics.jsonl") for own in members]
+        histories = (own.read_lines("metrics.jsonl") for own in members)
         written = analyse_and_write(config, plan, run, store_url, facts, histories, lease.require, at_once)
         lease.require()
         publish(run, latest=False)

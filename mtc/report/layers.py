@@ -138,9 +138,7 @@ def _massive(analyses: Sequence[Headline]) -> list[Block]:
         s, m = a.summary, a.summary.massive
         if not m.tokens:
             continue
-        # Of all tokens' error and variance, both of which are sums, the massive ones' shares.
-        own = s.all_tokens.fvu[-1] * m.error / m.variance if m.variance else None
-        figures = (s.fvu[-1], s.all_tokens.fvu[-1], own, m.l0)
+        figures = (s.fvu[-1], s.all_tokens.fvu[-1], m.fvu(s.all_tokens.fvu[-1]), m.l0)
         shares = (m.share, m.variance, m.error)
         rows.append((
             f"layer {a.config.model.layer}", number(m.tokens), *(percent(v) for v in shares),

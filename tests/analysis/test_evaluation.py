@@ -144,6 +144,8 @@ def test_headline_figures_are_without_massive_tokens_and_stand_beside_those_of_a
     assert e.massive.in_weights
     assert e.massive.variance == pytest.approx((deviation[planted].sum() / deviation.sum()).item(), rel=1e-6)
     assert e.massive.error == pytest.approx((error[planted].sum() / error.sum()).item(), rel=1e-6)
+    of_massive = error[planted].sum() / deviation[planted].sum()
+    assert e.massive.fvu(e.all_tokens.fvu[-1]) == pytest.approx(of_massive.item(), rel=1e-6)
     assert e.massive.l0 == pytest.approx(active[planted].double().mean().item())
     position = windows.position_ids[windows.trainable].numpy()[planted]
     assert e.massive.beyond_first == pytest.approx((position >= 4).mean())
