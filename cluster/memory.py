@@ -1,21 +1,43 @@
-"""Memory that a trainer takes, held against what there is before any work is done. Without torch.
+"""Memory that training and analysis take, held against what there is before any work is done. Without torch.
 
-A lower bound: transcoders with all that training them needs, and the shuffle buffer. The language model and the
-libraries come besides.
+Of a trainer a lower bound: transcoders with all that training them needs, and the shuffle buffer. The language model
+and the libraries come besides. Of the analysis an estimate that is rather too high: how many transcoders one pass over
+the held-out text is for goes by it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import shutil
+import tempfile
+from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from mtc.language_model.architectures import ModelInfo
 
 FLOAT, BFLOAT16, ENTRY = 4, 2, 80
 """Bytes of a float32, of a bfloat16, and of all that is noted of a chosen entry: token, feature, order, value and
 gradient."""
 DENSE_COPIES = 4
 """Matrices of [tokens, features] float32 that the dense step holds at a time."""
+
+
+FLOAT64 = 8
+EXAMPLE = 24
+"""Bytes of a stored example beside its context's activations."""
+STATISTICS = 40
+"""Numbers of 8 bytes that are counted of each feature."""
+LABELS = 2 * (1024 + 18 + 10)
+"""Rows of sums by document, by position and by frequency, of massive tokens and of others."""
+FOLDS = 5
+UNITS_PER_ROW, ROWS_WANTED = 8, 16
+"""Most work units of a row of held-out work, and rows of a short text (cluster.held_out)."""
+PROCESS = 600_000_000
+"""Bytes of a process with the libraries, before it does anything."""
+COPIES = 3
+"""Of one transcoder's sums: themselves, as arrays that travel, and as the bytes of these."""
 
 
 class TrainingBytes(NamedTuple):
@@ -81,6 +103,110 @@ def check_gpu_memory(config: RunConfig, plan: Plan, d_model: int, memory: int) -
             f"{_asked(config, need)}: training takes at least {_gb(wanted)} of a GPU's memory ({_parts(config, need)})"
             f"{beside}, a GPU has {_gb(memory)}; {_advice(config, need)}"
         )
+
+
+class AnalysisBytes(NamedTuple):
+    """Bytes that the pass over held-out text takes."""
+
+    model: int
+    """The language model with all of its layers."""
+    weights: int
+    """The largest transcoder's weights."""
+    activations: int
+    """One work unit's activations of one layer."""
+    line: int
+    """The affine map's sums of a row of work."""
+    counts: int
+    """Other sums of the largest transcoder, which have the same size whatever is in them."""
+    found: int
+    """What else a row finds of it, such as candidate examples."""
+    kept: int
+    """What all rows together find of that."""
+    rows: int
+    """Rows of work."""
+    waiting: int
+    """Transcoders whose sums a model actor holds at a time, for each that a pass is for: 0 where every row is one work
+    unit, 1 otherwise."""
+
+    def actor(self, transcoders: int) -> int:
+        """Main memory of a model actor whose passes are for so many transcoders."""
+        sums = self.line + self.counts + self.found
+        each = self.weights + self.activations + self.waiting * sums
+        return PROCESS + self.model + transcoders * each + COPIES * sums
+
+    @property
+    def driver(self) -> int:
+        """The driver, whose memory has one transcoder at a time."""
+        return PROCESS + self.weights + 2 * (FOLDS * self.line + self.counts + self.kept)
+
+    def disk(self, transcoders: int) -> int:
+        """What waits on the driver's disk."""
+        return transcoders * (FOLDS * self.line + self.rows * self.found)
+
+
+def analysis_bytes(config: RunConfig, info: ModelInfo) -> AnalysisBytes:
+    """What the analysis of a run takes; of several transcoders the largest counts for all."""
+    settings, d, data = config.analysis, info.d_model, config.data
+    item = FLOAT if config.model.dtype == "float32" else BFLOAT16
+    largest = max((member.config.transcoder for member in config.members()), key=lambda t: t.num_features)
+    features, prefixes = largest.num_features, len(largest.group_sizes)
+    unit = max(data.unit_tokens, data.context_length)
+    units = max(1, -(-settings.num_tokens // unit))
+    per_row = max(1, min(UNITS_PER_ROW, units // ROWS_WANTED))
+    line = 2 * FLOAT64 * (d + 1) ** 2 * 2  # of massive tokens apart
+    labels = LABELS * (d + 4 * prefixes) * FLOAT64
+    vocabulary = info.num_ids * (1 + prefixes) * FLOAT64
+    statistics = (info.num_ids + features * STATISTICS) * FLOAT64
+    kept = features * (settings.max_per_feature + settings.samples_per_feature)
+    example = EXAMPLE + FLOAT * settings.context_tokens
+    return AnalysisBytes(
+        model=item * (12 * d**2 * info.num_layers + info.num_ids * d),
+        weights=FLOAT * (2 * d * features + features + d + (d**2 if largest.skip else 0)),
+        activations=2 * unit * d * item,
+        line=line,
+        counts=labels + vocabulary,
+        found=statistics + min(kept, per_row * unit * largest.k) * example,
+        kept=statistics + kept * example,
+        rows=-(-units // per_row),
+        waiting=int(per_row > 1),
+    )
+
+
+def transcoders_at_once(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
+    """For how many of the run's transcoders one pass over the held-out text can be: all, or as many as fit into the
+    memory of the plan's nodes.
+
+    Raises ConfigError if not even one fits, if the transcoders' weights do not, which the whole language model is run
+    with, or if the driver's disk has no room for what is found of all.
+    """
+    need, count = analysis_bytes(config, info), len(config.members())
+    if plan.device == "cuda":  # there these are, of which nothing is counted here
+        need = need._replace(model=0, weights=0, activations=0)
+    room = shutil.disk_usage(tempfile.gettempdir()).free
+    if need.disk(count) > room:
+        raise ConfigError(
+            f"analysis.num_tokens={config.analysis.num_tokens}: what is found of {count} transcoders waits on the "
+            f"driver's disk and takes up to {_gb(need.disk(count))} there, {tempfile.gettempdir()} has {_gb(room)}; "
+            "set TMPDIR to a larger one, or lower analysis.max_per_feature"
+        )
+    known = [node.memory for node in plan.nodes if node.memory]
+    if len(known) < len(plan.nodes):
+        return count
+    on_one = -(-plan.num_model_actors // len(plan.nodes))
+    free = (max(known) - need.driver) / on_one
+    fixed = need.actor(0)
+    each = need.actor(1) - fixed
+    whole = fixed + count * need.weights
+    at_once = int((free - fixed) / each) if each else count if fixed <= free else 0
+    if at_once < 1 or whole > free:
+        raise ConfigError(
+            f"the analysis takes at least {_gb(max(need.actor(1), whole))} of main memory for each of {on_one} model "
+            f"actors on a node (the language model {_gb(need.model)}, {count} transcoders' weights "
+            f"{_gb(count * need.weights)}, one's sums {_gb(need.line + need.counts + need.found)} and activations "
+            f"{_gb(need.activations)}) and {_gb(need.driver)} for the driver; the largest node has {_gb(max(known))}: "
+            "lower cluster.num_model_actors, data.unit_tokens or analysis.max_per_feature"
+        )
+    return min(count, at_once)
 
 
 def _buffer_bytes(config: RunConfig, d_model: int, trainers: int) -> int:

@@ -15,7 +15,7 @@ from cluster.activations import configure_data_context
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
 from cluster.local_ray import check_installation, session_directory, starting
-from cluster.memory import check_main_memory
+from cluster.memory import check_main_memory, transcoders_at_once
 from cluster.outcome import Trained, TrainResult
 from cluster.places import (
     check_same_run,
@@ -43,8 +43,9 @@ from mtc.text import TokenStore, Work, heldout_units, work_units
 logger = logging.getLogger(__name__)
 
 
-def check(config: RunConfig) -> None:
-    """Check everything that can be known to fail, before any cluster work, within seconds.
+def check(config: RunConfig) -> RunConfig:
+    """Check everything that can be known to fail, before any cluster work, within seconds; returns the configuration
+    with the model's layers in the place of `model.layers: all`.
 
     Raises ConfigError (FinishedError for a finished run), StorageError, ModelError or DataError.
     """
@@ -53,12 +54,14 @@ def check(config: RunConfig) -> None:
     if config.output.token_store:
         check_writable(f"output.token_store={given.token_store}", config.output.token_store)
     if config.output.run_id:
-        check_unfinished(run := run_directory(config))
-        check_same_run(config, run)
-    check_model(config.model, config.data.context_length)
+        check_unfinished(run_directory(config))
+    config = config.of_layers(check_model(config.model, config.data.context_length).num_layers)
+    if config.output.run_id:
+        check_same_run(config, run_directory(config))
     check_data(config)
     check_optional(config)
     check_trackers(config)
+    return config.model_copy(update={"output": given})
 
 
 @contextmanager
@@ -97,9 +100,11 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     """
     config = with_absolute_paths(config)
     configure_data_context()
-    d_model = check_model(config.model, config.data.context_length).d_model
+    info = check_model(config.model, config.data.context_length)
+    config, d_model = config.of_layers(info.num_layers), info.d_model
     plan = plan_in_free_room(config, d_model)
-    check_main_memory(config, plan, d_model)
+    check_main_memory(config, plan, info.d_model)
+    at_once = transcoders_at_once(config, plan, info)
     check_devices(config, plan, d_model)
     run = run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
@@ -113,7 +118,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
             check_same_run(config, run)
             metrics = JobMetrics(config, run.run_id)
             with metrics.served():
-                _Job(config, plan, run, d_model, log, lease, metrics).run_stages()
+                _Job(config, plan, run, d_model, log, lease, metrics, at_once).run_stages()
     finally:
         ray.kill(log)  # else the run could not be continued as long as anything, such as a traceback, holds the handle
     return run
@@ -132,6 +137,8 @@ class _Job:
     """Handle of the MetricsLog actor."""
     lease: Lease
     metrics: JobMetrics
+    at_once: int
+    """Transcoders that one held-out pass is for."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of the stages that are over, by name."""
 
@@ -200,11 +207,13 @@ class _Job:
         """Run the held-out pass, write every transcoder's report, and the manifest with which the run is finished."""
         self.metrics.stage("analyse")
         facts = [self._facts(store, trained, each, progress.events) for each in trained.members]
-        rows = [progress.rows(each.member) for each in trained.members]
-        analyses = analyse_and_write(self.config, self.plan, self.run, store.url, facts, rows, self.lease.require)
+        rows = (progress.rows(each.member) for each in trained.members)
+        written = analyse_and_write(
+            self.config, self.plan, self.run, store.url, facts, rows, self.lease.require, self.at_once
+        )
         self.lease.require()
         publish(self.run, latest=True)
-        seconds = analyses[0].facts.seconds
+        seconds = self.seconds | written.seconds
         self.metrics.stage("finished")
         took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
         say("finished", f"finished {self.run.url} in {took}", url=self.run.url, seconds=seconds)

@@ -127,6 +127,9 @@ def _layer_names(config: RunConfig) -> str:
     sweep = f"-sweep{len(config.sweep)}" if config.sweep else ""
     if len(layers) == 1:
         return f"layer{layers[0]}{sweep}"
+    first, last = config.model.sites[0].layer, config.model.sites[-1].layer
+    if len(layers) > 4 and layers == [str(layer) for layer in range(first, last + 1)]:
+        return f"layers{first}-to-{last}{sweep}"
     return f"layers{'-'.join(layers[:4])}" + "-and-more" * (len(layers) > 4) + sweep
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -15,10 +15,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.activations import configure_data_context
 from cluster.gpus import check_devices
-from cluster.held_out import analyse_heldout
+from cluster.held_out import HeldOutResults, analyse_heldout
+from cluster.memory import transcoders_at_once
 from cluster.probing import check_optional
 from cluster.resources import Plan
 from cluster.room import plan_in_free_room
+from cluster.spool import Spool, Staged
 from cluster.tokenise import build_token_store
 from mtc.analysis import features_to_parquet
 from mtc.analysis.analyse import analyse
@@ -28,7 +30,7 @@ from mtc.report import write_report
 from mtc.report.layers import write_layers_report
 from mtc.report.sweep import JSON as SWEEP_JSON
 from mtc.report.sweep import write_sweep_report
-from mtc.results import RUN_FILES, Analysis, RunFacts
+from mtc.results import RUN_FILES, Analysis, Headline, RunFacts
 from mtc.storage import Lease, RunDirectory, RunError, open_run
 from mtc.telemetry import describe_machine, git_revision, package_versions, say, set_run
 from mtc.text import DataError, StoreInfo, TokenStore, still_serves
@@ -37,61 +39,93 @@ from mtc.transcoder import load_transcoder
 NEW_FILES = ("features.parquet", "examples.parquet", "analysis.json", "manifest.json")  # there when the analysis is
 
 
+class Written(NamedTuple):
+    """An analysis that was written."""
+
+    headlines: list[Headline]
+    """Of each of the run's transcoders."""
+    seconds: dict[str, float]
+    """Wall time of its stages: `analyse` until the first transcoder's findings are there, `report` until all is
+    written."""
+
+
 def analyse_and_write(
     config: RunConfig,
     plan: Plan,
     run: RunDirectory,
     store_url: str,
     facts: Sequence[RunFacts],
-    histories: Sequence[list[dict[str, Any]]],
+    histories: Iterable[list[dict[str, Any]]],
     still_ours: Callable[[], None],
-) -> list[Analysis]:
+    at_once: int | None = None,
+) -> Written:
     """Run the held-out pass and write every transcoder's examples, features, analysis and report; nothing is published.
 
     `facts` and `histories` are of each of the run's transcoders; facts of the analysis itself are filled in here.
-    `still_ours` raises if another job has taken the run meanwhile; it is asked before every write.
+    `still_ours` raises if another job has taken the run meanwhile; it is asked before every write. `at_once` is that of
+    `analyse_heldout`. Of many transcoders no more than one's findings are in memory at a time.
     """
     seconds: dict[str, float] = {}
-    with timed(seconds, "analyse"):
-        results = analyse_heldout(config, plan, run, store_url)
-    analyses, files, reports = [], [], _Reports(len(results))
     members, places = config.members(), run.members()
-    for member, found, own_facts, history in zip(members, results, facts, histories, strict=True):
-        about = {
-            "language_model_dtype": found.dtype,
-            "language_model_compute": found.compute,
-            "token_store": store_url,
-            "devices": (plan.device,),
-            "seconds": own_facts.seconds | seconds,
-            "versions": package_versions(),
-            "git_revision": git_revision(),
-            "hardware": tuple(dict.fromkeys([describe_machine(), *found.machines])),
-        }
-        own = places[member.name]
-        facts_now = own_facts.model_copy(update=about)
-        analysis, features = analyse(member.config, load_transcoder(own), found.found, history, facts_now)
-        content = {
-            "examples.parquet": found.found.examples.to_parquet(),
-            "features.parquet": features_to_parquet(features),
-            "analysis.json": analysis.model_dump_json(indent=1).encode(),
-        }
-        reports.add(analysis, features, history)
-        analyses.append(analysis)
-        files += [(own, name, data) for name, data in content.items()]
-        _say_heldout(analysis, member, f"{member.name}: " if len(results) > 1 else "")
-    for own, report in zip(places.values(), reports.finish(), strict=True):
-        files += [(own, f"report/{name}", data) for name, data in report.items()]
-    if len(analyses) > 1:
-        by_name = dict(zip(places, analyses, strict=True))
-        whole = write_sweep_report(by_name, config.sweep) if config.sweep else write_layers_report(analyses)
-        files += [(run, f"report/{name}", data) for name, data in whole.items()]
-    # All is computed before the first file is written, so that an older analysis stays whole for as long as can be.
-    for place, name, data in files:
-        still_ours()
-        place.write(name, data)
-    if len(analyses) > 1:
-        _say_compared(run, whole, len(analyses))
-    return analyses
+    with Spool() as spool:
+        staged = Staged(spool)
+        reports = _Reports(staged, len(members) > 1)
+
+        def stage(found: HeldOutResults, member: Member, facts: RunFacts, history: list[dict[str, Any]]) -> Headline:
+            """Compute the files of one transcoder; what is left in memory of it is small."""
+            own = places[member.name]
+            facts = _facts_now(plan, store_url, found, facts, seconds)
+            analysis, features = analyse(member.config, load_transcoder(own), found.found, history, facts)
+            content = {
+                "examples.parquet": found.found.examples.to_parquet(),
+                "features.parquet": features_to_parquet(features),
+                "analysis.json": analysis.model_dump_json(indent=1).encode(),
+            }
+            staged.add(own, content)
+            reports.add(own, analysis, features, history)
+            _say_heldout(analysis, member, f"{member.name}: " if len(members) > 1 else "")
+            return analysis.headline()
+
+        results = analyse_heldout(config, plan, run, store_url, spool, at_once)
+        with timed(seconds, "analyse"):
+            first = [next(results)]
+        replaced = first[0].replaced
+        with timed(seconds, "report"):
+            headlines = [
+                stage(first.pop() if first else next(results), *about)  # which nobody else holds
+                for about in zip(members, facts, histories, strict=True)
+            ]
+            reports.finish()
+            whole: dict[str, bytes] = {}
+            if config.sweep:
+                whole = write_sweep_report(dict(zip(places, headlines, strict=True)), config.sweep)
+            elif len(members) > 1:
+                whole = write_layers_report(headlines, replaced)
+            staged.add(run, {f"report/{name}": data for name, data in whole.items()})
+            # All is computed before the first file is written: an older analysis stays whole for as long as can be.
+            for place, name, data in staged:
+                still_ours()
+                place.write(name, data)
+    if whole:
+        _say_compared(run, whole, len(members))
+    return Written(headlines, seconds)
+
+
+def _facts_now(
+    plan: Plan, store_url: str, found: HeldOutResults, facts: RunFacts, seconds: dict[str, float]
+) -> RunFacts:
+    """Facts of a run with those of its analysis."""
+    about = {
+        "language_model_dtype": found.dtype,
+        "language_model_compute": found.compute,
+        "token_store": store_url,
+        "devices": (plan.device,),
+        "seconds": facts.seconds | seconds,
+        "versions": package_versions(),
+        "git_revision": git_revision(),
+        "hardware": tuple(dict.fromkeys([describe_machine(), *found.machines])),
+    }
+    return facts.model_copy(update=about)
 
 
 def _say_compared(run: RunDirectory, files: Mapping[str, bytes], transcoders: int) -> None:
@@ -146,6 +180,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     info = check_model(config.model, config.data.context_length)
     configure_data_context()
     plan = plan_in_free_room(config, info.d_model)
+    at_once = transcoders_at_once(config, plan, info)
     check_devices(config, plan)
     with Lease(run) as lease:
         members = list(run.members().values())
@@ -156,11 +191,11 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         store_url = _token_store(config, members[0], plan)
         store = TokenStore.open(store_url).info
         facts = [_earlier_facts(config, own, store, plan) for own in members]
-        histories = [own.read_lines("metrics.jsonl") for own in members]
-        analyses = analyse_and_write(config, plan, run, store_url, facts, histories, lease.require)
+        histories = (own.read_lines("metrics.jsonl") for own in members)
+        written = analyse_and_write(config, plan, run, store_url, facts, histories, lease.require, at_once)
         lease.require()
         publish(run, latest=False)
-    seconds = analyses[0].facts.seconds["analyse"]
+    seconds = sum(written.seconds.values())
     say("analysed", f"analysed {run.url} in {seconds:.0f} s", url=run.url, seconds=seconds)
     return run
 
@@ -192,26 +227,34 @@ class _Reports:
     longer than the analysis. The only one is rendered here, which needs no process to start.
     """
 
-    def __init__(self, count: int):
-        self._several = count > 1
+    def __init__(self, staged: Staged, several: bool):
+        self._staged, self._several = staged, several
         self._at_once = len(os.sched_getaffinity(0))
-        self._rendered: list[Any] = []
+        self._rendered: list[tuple[RunDirectory, Any]] = []
 
-    def add(self, analysis: Analysis, features: pa.Table, history: list[dict[str, Any]]) -> None:
-        """Begin a report; waits while as many are in work as there are CPUs."""
+    def add(self, run: RunDirectory, analysis: Analysis, features: pa.Table, history: list[dict[str, Any]]) -> None:
+        """Begin the report of a run; waits while as many are in work as there are CPUs."""
         if not self._several:
-            self._rendered.append(write_report(analysis, features, history))
+            self._stage(run, write_report(analysis, features, history))
             return
-        if (too_many := len(self._rendered) + 1 - self._at_once) > 0:
-            ray.wait(self._rendered, num_returns=too_many)
+        while len(self._rendered) >= self._at_once:
+            self._stage_first()
         # No CPU is asked for: one that others hold would be waited for.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         task = ray.remote(write_report).options(num_cpus=0, scheduling_strategy=here)
-        self._rendered.append(task.remote(analysis, features, history))
+        self._rendered.append((run, task.remote(analysis, features, history)))
 
-    def finish(self) -> list[dict[str, bytes]]:
-        """The files of all reports by name, in the order in which they were begun."""
-        return ray.get(self._rendered) if self._several else self._rendered
+    def finish(self) -> None:
+        """Wait for all that are in work."""
+        while self._rendered:
+            self._stage_first()
+
+    def _stage_first(self) -> None:
+        run, answer = self._rendered.pop(0)
+        self._stage(run, ray.get(answer))
+
+    def _stage(self, run: RunDirectory, report: Mapping[str, bytes]) -> None:
+        self._staged.add(run, {f"report/{name}": data for name, data in report.items()})
 
 
 def _earlier_facts(config: RunConfig, run: RunDirectory, store: StoreInfo, plan: Plan) -> RunFacts:

@@ -87,6 +87,7 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
     given, config = config.output.root, with_absolute_paths(config)
     check_writable(f"output.root={given}", config.output.root)
     info = check_model(config.model)
+    config = config.of_layers(info.num_layers)
     name = config.model.name.rstrip("/").split("/")[-1].split(":")[-1]
     run_id = config.output.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-layer{config.model.layer}-imported"
     run = RunDirectory(posixpath.join(config.output.root, run_id))

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         # Torch, transformers and Ray take 4 to 8 s; without them, help and what is wrong with an option are told in 1.
         from cluster.pipeline import check, connected, run_pipeline
 
-        check(config)
+        config = check(config)
         with connected(arguments.verbose):
             signal.signal(signal.SIGTERM, _interrupt)  # again, since ray.init has taken it
             try:

@@ -189,11 +189,12 @@ class HeldOutPass:
 
     def arrays(self) -> dict[str, Array]:
         """Everything that the pass found, to travel between processes."""
-        found = {"l0_counts": self.l0_counts, "token_errors": self.token_errors}
+        ids = np.flatnonzero(self.token_errors[:, 0])  # few, in a part of the text
+        found = {"l0_counts": self.l0_counts, "token_ids": ids, "token_errors": self.token_errors[ids]}
         found["massive_norm"] = self.transcoder.massive_norm.cpu().numpy()
         for name in ("blocks", "positions", "frequencies"):
             sums = getattr(self, name)
-            found[f"{name}.labels"] = labels = np.flatnonzero(sums.tokens)  # few, in a part of the text
+            found[f"{name}.labels"] = labels = np.flatnonzero(sums.tokens)
             found |= {f"{name}.{n}": column[labels] for n, column in sums._asdict().items()}
         for name in ("massive", "sample"):
             found |= {f"{name}.{n}": np.asarray(v) for n, v in getattr(self, name)._asdict().items()}
@@ -204,14 +205,18 @@ class HeldOutPass:
         """Take in what another pass with the same settings found, as its `arrays`."""
         self.transcoder.massive_norm.fill_(float(arrays["massive_norm"]))
         self.l0_counts += arrays["l0_counts"]
-        self.token_errors += arrays["token_errors"]
+        self.token_errors[arrays["token_ids"]] += arrays["token_errors"]
         for name in ("blocks", "positions", "frequencies"):
-            for n, column in getattr(self, name)._asdict().items():
-                column[arrays[f"{name}.labels"]] += arrays[f"{name}.{n}"]
+            self.merge_sums(name, arrays)
         self.massive += MassiveSums(*(arrays[f"massive.{n}"] for n in MassiveSums._fields))
         self.line.merge_arrays(_under("line.", arrays))
         self._samples.append(CoactivationSample(**{n: arrays[f"sample.{n}"] for n in CoactivationSample._fields}))
         self.examples.merge_arrays(_under("examples.", arrays))
+
+    def merge_sums(self, name: str, arrays: dict[str, Any]) -> None:
+        """Take in no more than `blocks`, `positions` or `frequencies` of another pass' `arrays`."""
+        for n, column in getattr(self, name)._asdict().items():
+            column[arrays[f"{name}.labels"]] += arrays[f"{name}.{n}"]
 
 
 def count_tokens(windows: Sequence[Array], special: Sequence[int], vocabulary: int) -> Array:

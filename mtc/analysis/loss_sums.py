@@ -19,6 +19,7 @@ from mtc.transcoder import MatryoshkaTranscoder
 
 if TYPE_CHECKING:
     from mtc.language_model import LanguageModel, PackedWindows
+    from mtc.language_model.sites import Replace
 
 Array = NDArray[Any]
 MAX_LOGITS = 1 << 26  # held at a time on a CPU, a few copies of them: the vocabulary is what fills the memory
@@ -91,15 +92,38 @@ def loss_sums(
     if labels is None:
         labels = torch.zeros(len(windows.input_ids), dtype=torch.int64)
     sites = range(len(transcoders)) if sites is None else sites
+    sums = [
+        _loss_sums(model, transcoders, part, target_means, own, num_labels, piece, sites)
+        for part, own, piece in pieces(model, windows, labels)
+    ]
+    return [reduce(add, same) for same in zip(*sums, strict=True)]
+
+
+def pieces(
+    model: LanguageModel, windows: PackedWindows, labels: Tensor
+) -> Iterator[tuple[PackedWindows, Tensor, Tensor]]:
+    """Windows in parts whose logits fit into memory: whole windows, their labels, and the indices of the tokens in them
+    whose prediction is judged."""
     at_once = max(1, max_logits(model.device) // model.vocab_size)
-    sums: list[list[LossSums]] = []
     for part, own in _split(windows, labels, at_once):
         # A token is predicted from the one before it in its window, which position 0 does not have.
         predicted = (part.trainable & (part.position_ids > 0)).nonzero().squeeze(1)
         # Of a window that is longer than the limit a piece at a time: the passes are run again for each.
-        pieces = predicted.split(at_once)
-        sums += [_loss_sums(model, transcoders, part, target_means, own, num_labels, piece, sites) for piece in pieces]
-    return [reduce(add, same) for same in zip(*sums, strict=True)]
+        for piece in predicted.split(at_once):
+            yield part, own, piece
+
+
+def replacing(windows: PackedWindows, replacement: Callable[[Tensor], Tensor], device: torch.device) -> Replace:
+    """A `mtc.language_model` replacement of the trainable positions' mlp_out by `replacement(source)`, [trainable,
+    d_source] -> [trainable, d_target]; all others, BOS among them, keep their own."""
+    trainable = windows.trainable.nonzero().squeeze(1).to(device)
+
+    def replace(source: Tensor, target: Tensor) -> Tensor:
+        changed = target.clone()
+        changed[trainable] = replacement(source[trainable]).to(target.dtype)
+        return changed
+
+    return replace
 
 
 def _logits_in(free: int) -> int:
@@ -122,20 +146,14 @@ def _loss_sums(
     sites: Sequence[int],
 ) -> list[LossSums]:
     """LossSums of the predictions of the tokens with the indices `labelled`."""
-    trainable = windows.trainable.nonzero().squeeze(1).to(model.device)
     by_label = sum_by_label(labels[labelled].to(model.device), num_labels)
 
     def run(replacement: Callable[[Tensor], Tensor], at: int) -> Tensor:
-        def replace(source: Tensor, target: Tensor) -> Tensor:
-            changed = target.clone()
-            changed[trainable] = replacement(source[trainable]).to(target.dtype)
-            return changed
-
-        return model.logits(windows, replace, labelled - 1, at)
+        return model.logits(windows, replacing(windows, replacement, model.device), labelled - 1, at)
 
     with model.same_windows(windows):
         with model.watch_final_norm() as scales:
-            clean = _Clean(model.logits(windows, None, labelled - 1), windows.input_ids[labelled].to(model.device))
+            clean = Clean(model.logits(windows, None, labelled - 1), windows.input_ids[labelled].to(model.device))
         tokens = by_label(torch.ones(len(labelled), device=model.device))
         scale = by_label(scales[0][(labelled - 1).to(model.device)])
         results = []
@@ -144,7 +162,7 @@ def _loss_sums(
             if at not in unspliced:
                 fixed = (torch.zeros_like(mean), mean)
                 ablated = (run(lambda s, y=y: y.to(s.device).float().expand(len(s), -1), at) for y in fixed)  # type: ignore[misc]
-                unspliced[at] = [by_label(clean.cross_entropy), *(by_label(clean.beside(z)[0]) for z in ablated)]
+                unspliced[at] = [by_label(clean.cross_entropy), *(by_label(clean.cross_entropy_of(z)) for z in ablated)]
             ce, kl = list(unspliced[at]), list[Array]()
             for m in transcoder.prefixes:
                 found = clean.beside(run(lambda s, m=m, t=transcoder: t.reconstruct(s, m), at))  # type: ignore[misc]
@@ -154,26 +172,41 @@ def _loss_sums(
     return results
 
 
-class _Clean:
-    """Logits of the clean pass [tokens, vocabulary], in the model's dtype, with which others are compared, a few tokens
-    at a time: in a CPU's cache that is several times faster than all at once."""
+class Clean:
+    """What the clean pass predicts, with which others are compared, a few tokens at a time: in a CPU's cache that is
+    several times faster than all at once. `logits` are [tokens, vocabulary]; `next_ids` [tokens] come after them."""
 
     def __init__(self, logits: Tensor, next_ids: Tensor):
-        self._logits, self._next_ids = logits, next_ids
+        self._next_ids = next_ids
         self._at_once = max(1, (CACHED_LOGITS if logits.device.type == "cpu" else logits.numel()) // logits.shape[1])
-        self.cross_entropy = self.beside(logits)[0]
+        # Of the clean pass once, not for every one that it is compared with: half of the time.
+        self._log_p = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        for log_p, part in zip(self._log_p.split(self._at_once), logits.split(self._at_once), strict=True):
+            log_p.copy_(part.float().log_softmax(1))
+        self.cross_entropy = -self._log_p.gather(1, next_ids.unsqueeze(1)).squeeze(1)
         """[tokens] float32, -log p of the next token."""
 
     def beside(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and KL(clean || other) of each token in nats, [tokens] float32, of other logits."""
         found = []
-        parts = (whole.split(self._at_once) for whole in (self._logits, logits, self._next_ids))
-        for clean, other, ids in zip(*parts, strict=True):
-            log_p, log_q = (part.float().log_softmax(1) for part in (clean, other))
-            cross_entropy = -log_q.gather(1, ids.unsqueeze(1)).squeeze(1)
-            found.append((cross_entropy, log_p.exp().mul_(log_p - log_q).sum(1)))
+        for log_p, log_q, ids in self._parts(logits):
+            found.append((_of_next(log_q, ids), log_p.exp().mul_(log_p - log_q).sum(1)))
         cross_entropy, kl = map(torch.cat, zip(*found, strict=True))
         return cross_entropy, kl
+
+    def cross_entropy_of(self, logits: Tensor) -> Tensor:
+        """The first of what `beside` gives alone, which takes half of the time."""
+        return torch.cat([_of_next(log_q, ids) for _, log_q, ids in self._parts(logits)])
+
+    def _parts(self, logits: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """log p, log q and the next ids of a few tokens."""
+        parts = (whole.split(self._at_once) for whole in (self._log_p, logits, self._next_ids))
+        for log_p, other, ids in zip(*parts, strict=True):
+            yield log_p, other.float().log_softmax(1), ids
+
+
+def _of_next(log_q: Tensor, ids: Tensor) -> Tensor:
+    return -log_q.gather(1, ids.unsqueeze(1)).squeeze(1)
 
 
 def _split(windows: PackedWindows, labels: Tensor, tokens: int) -> Iterator[tuple[PackedWindows, Tensor]]:

@@ -12,7 +12,7 @@ dimension's own sum of squares, so that it means the same for outlier dimensions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +130,7 @@ class LineSums:
         self._folds[key] = self._folds[key] + moments if key in self._folds else moments
 
 
-def who_sums(transcoders: Sequence[MatryoshkaTranscoder], sites: Sequence[int]) -> list[int]:
+def who_sums(transcoders: Iterable[MatryoshkaTranscoder], sites: Iterable[int]) -> list[int]:
     """For each transcoder, at the site with its number, the first one whose sums are the same: they depend on the site,
     on how sources are scaled and on which tokens are massive."""
     kinds = [

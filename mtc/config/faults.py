@@ -67,7 +67,7 @@ def _line(fault: Any, names: Sequence[str]) -> str:
     message = wanted(fault)
     if fault["type"] == "value_error":
         return message
-    field = ".".join(str(part) for part in fault["loc"])
+    field = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("("))  # a form of the value
     if fault["type"] == "missing":
         return f"{field}: {message}"
     value = repr(fault["input"])

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from mtc.config.faults import describe_faults, suggestion
 from mtc.config.files import parse_settings
-from mtc.config.reading import LayerConfig
+from mtc.config.reading import ALL, LayerConfig
 from mtc.config.run_config import ConfigError, RunConfig
 
 
@@ -53,7 +53,8 @@ def changed_config(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """The configuration as YAML, as it is saved: of `model.layer` and `model.layers` only the one that decides."""
     parts = config.model_dump(mode="json")
-    for name in LayerConfig.model_fields if config.model.layers else ("layers",):
+    listed = ("layer",) if config.model.layers == ALL else tuple(LayerConfig.model_fields)
+    for name in listed if config.model.layers else ("layers",):
         del parts["model"][name]
     if config.sweep is None:
         del parts["sweep"]

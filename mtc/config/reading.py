@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mtc.config.part import MOST, MOST_SEED, Name, Part
 
 Site = Literal["resid_mid", "mlp_in", "mlp_out"]
 SiteKey = tuple[int, str]
 """Layer and site: under this name activations travel from the language model to the trainers."""
+ALL = "all"
+"""Every layer of the model, however many it has."""
+MOST_LAYERS = 10_000
 
 
 class LayerConfig(Part):
@@ -34,6 +38,10 @@ class LayerConfig(Part):
         return self.layer, self.target
 
 
+_Listed = Annotated[tuple[LayerConfig, ...], Field(min_length=1), Tag("(list)")]
+_All = Annotated[Literal["all"], Tag("(all)")]
+
+
 class ModelConfig(Part):
     """Which language model is read, at which layers, between which two sites."""
 
@@ -54,10 +62,10 @@ class ModelConfig(Part):
     """Site that the transcoder reads."""
     target: Literal["mlp_out"] = "mlp_out"
     """Site that the transcoder reconstructs."""
-    layers: tuple[LayerConfig, ...] | None = Field(default=None, min_length=1)
-    """Several layers that one forward pass is read at, each with a transcoder of its own: numbers, or mappings of
-    `layer`, `source` and `target`. Given instead of `model.layer`; `model.source` and `model.target` hold for
-    numbers."""
+    layers: Annotated[_Listed | _All, Discriminator(lambda value: "(all)" if value == ALL else "(list)")] | None = None
+    """Several layers that one forward pass is read at, each with a transcoder of its own: `all`, a range such as
+    `4-20`, whose last number is the last layer, or a list of numbers, ranges, and mappings of `layer`, `source` and
+    `target`. Given instead of `model.layer`; `model.source` and `model.target` hold for numbers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the language model; `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
     compile: bool | None = None
@@ -66,19 +74,40 @@ class ModelConfig(Part):
 
     @property
     def sites(self) -> tuple[LayerConfig, ...]:
-        """The layers that are read, at least one."""
+        """The layers that are read, at least one. Raises ValueError where they are `all` and nobody has said how many
+        that is (`of_layers`)."""
+        if isinstance(self.layers, str):
+            raise ValueError("model.layers=all: how many layers the model has is not known yet")
         return self.layers or (LayerConfig(layer=self.layer, source=self.source, target=self.target),)
+
+    def of_layers(self, count: int) -> ModelConfig:
+        """The same of a model that is known to have so many layers: `all` as their numbers."""
+        if self.layers != ALL:
+            return self
+        return type(self).model_validate(self.model_dump() | {"layers": list(range(count))})
 
     @model_validator(mode="before")
     @classmethod
     def _read_layers(cls, values: Any) -> Any:
         """One form of both ways to name layers: several are `layers`, with `layer`, `source` and `target` those of the
         first; a single one is `layer`, `source` and `target`."""
-        if not isinstance(values, dict) or not isinstance(values.get("layers"), list | tuple) or not values["layers"]:
+        if not isinstance(values, dict) or values.get("layers") is None:
+            return values
+        if values["layers"] in (ALL, [ALL], (ALL,)):  # an option's words are in a list
+            if str(values.get("layer", 0)) != "0":
+                raise ValueError(f"model.layer={values['layer']} and model.layers=all disagree: give one of them")
+            return values | {"layers": ALL, "layer": 0}
+        given = values["layers"]
+        given = [given] if isinstance(given, str) else given
+        if not isinstance(given, list | tuple) or not given:
             return values
         shared = {name: values[name] for name in ("source", "target") if name in values}
-        layers = [dict(entry) if isinstance(entry, LayerConfig) else entry for entry in values["layers"]]
-        full = [shared | (entry if isinstance(entry, dict) else {"layer": entry}) for entry in layers]
+        layers = [dict(entry) if isinstance(entry, LayerConfig) else entry for entry in given]
+        full = [
+            shared | each
+            for entry in layers
+            for each in _spread(entry if isinstance(entry, dict) else {"layer": entry})
+        ]
         first = {name: full[0][name] for name in LayerConfig.model_fields if name in full[0]}
         if (
             "layer" in values and "layer" in first and str(values["layer"]) != str(first["layer"])
@@ -92,13 +121,40 @@ class ModelConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        layers = [sites.layer for sites in self.sites]
+        several = () if self.layers == ALL else self.sites
+        layers = [sites.layer for sites in several]
         if len(set(layers)) < len(layers):
-            raise ValueError(f"model.layers={layers} names a layer twice")
-        for sites in self.sites:
+            twice = next(layer for number, layer in enumerate(layers) if layer in layers[:number])
+            raise ValueError(f"model.layers={_short(layers)} names a layer twice: {twice}")
+        for sites in several or (self,):
             if sites.source == sites.target:
                 raise ValueError(f"model.source and model.target of layer {sites.layer} are both {sites.source}")
         return self
+
+
+def _spread(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """An entry of `model.layers` whose `layer` is a range as one for each of its layers; others as they are. Raises
+    ValueError for a range that holds none, and for words."""
+    text = entry.get("layer")
+    if not isinstance(text, str) or re.fullmatch(r"\s*[+-]?[\d_]+\s*", text):
+        return [entry]
+    if text == ALL:
+        raise ValueError("model.layers: all stands alone, without other layers beside it")
+    match = re.fullmatch(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*", text)
+    if match is None:
+        raise ValueError(
+            f"model.layers={text!r:.60}: all, a number, a range such as 4-20, or a list of numbers and ranges is wanted"
+        )
+    first, last = int(match[1]), int(match[2])
+    if first > last:
+        raise ValueError(f"model.layers={text!r}: the range ends at {last}, before it begins at {first}")
+    if last >= MOST_LAYERS:
+        raise ValueError(f"model.layers={text!r}: layers up to {MOST_LAYERS - 1} are wanted, the range ends at {last}")
+    return [entry | {"layer": layer} for layer in range(first, last + 1)]
+
+
+def _short(layers: list[int]) -> str:
+    return str(layers) if len(layers) <= 40 else f"[{', '.join(map(str, layers[:40]))}, ...]"
 
 
 class DataConfig(Part):

@@ -10,8 +10,9 @@ import hashlib
 import json
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from mtc.config.faults import describe_faults
 from mtc.config.learning import OptimizerConfig, TranscoderConfig
 from mtc.config.part import MOST, MOST_FEATURES, YEAR, Name, Part
 from mtc.config.reading import DataConfig, ModelConfig
@@ -172,8 +173,21 @@ class RunConfig(Record):
                 found.append(Member(name, config.model_copy(update={"model": model})))
         return tuple(found)
 
+    def of_layers(self, count: int) -> RunConfig:
+        """The same of a model that is known to have so many layers: `model.layers: all` as their numbers. Raises
+        ConfigError where these make too many transcoders."""
+        model = self.model.of_layers(count)
+        if model is self.model:
+            return self
+        try:
+            return type(self).model_validate(self.model_dump() | {"model": model.model_dump()})
+        except ValidationError as error:
+            raise ConfigError(describe_faults(error, type(self))) from None
+
     def fingerprint(self) -> str:
-        """16 hex digits of everything but `output` and `cluster`."""
+        """16 hex digits of everything but `output` and `cluster`. Raises ValueError where the layers are not known yet:
+        `all` and the same numbers are the same run."""
+        _ = self.model.sites
         left_out = {"output", "cluster"} | (set() if self.sweep else {"sweep"})
         settings = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -224,12 +238,14 @@ class RunConfig(Record):
             )
 
     def _check_members(self) -> None:
-        if (count := len(self.model.sites) * len(self.sweep or ())) > MOST_MEMBERS:
+        one = self.model_copy(update={"model": self.model.of_layers(1)})  # of all layers the limits are the same
+        sites = one.model.sites
+        if (count := len(sites) * len(self.sweep or ())) > MOST_MEMBERS:
             raise ValueError(
-                f"model.layers={len(self.model.sites)} layers and sweep={len(self.sweep or ())} entries make {count} "
+                f"model.layers={len(sites)} layers and sweep={len(self.sweep or ())} entries make {count} "
                 f"transcoders; at most {MOST_MEMBERS} are wanted"
             )
-        for member in self.members():
+        for member in one.members():
             try:
                 member.config._check_limits()
             except ValueError as error:

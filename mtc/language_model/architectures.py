@@ -111,7 +111,7 @@ def validate(config: ModelConfig, info: ModelInfo, context_length: int = 0) -> M
     """Raises ConfigError where the configuration asks for what the model does not have."""
     modules_of(config, info.model_type)
     field = "model.layers" if config.layers else "model.layer"
-    for sites in config.sites:
+    for sites in config.of_layers(info.num_layers).sites:
         if sites.layer >= info.num_layers:
             raise ConfigError(
                 f"{field}={sites.layer} is out of range: {config.name} has {info.num_layers} layers "

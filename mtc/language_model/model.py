@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ from mtc.language_model.frozen import Frozen, ReadOut
 from mtc.language_model.honoured import check_fields
 from mtc.language_model.lower_layers import LowerLayers
 from mtc.language_model.packing import PackedWindows, pack_windows
-from mtc.language_model.sites import SitePair, Sites
+from mtc.language_model.sites import Replace, SitePair, Sites
 from mtc.language_model.weights import loading, model_config_of, prepare_model, revision
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,12 @@ class LanguageModel:
 
     def __init__(self, config: ModelConfig, device: str | torch.device = "cpu", full: bool = False):
         path = prepare_model(config)
-        self.config = config
         self.device = torch.device(device)
         self.dtype = choose_dtype(config.dtype, self.device)
         self.full = full
         model_config = model_config_of(config)
         info = validate(config, model_info(model_config))
+        self.config = config = config.of_layers(info.num_layers)
         check_fields(config.name, model_config)
         if os.path.isdir(path):  # it may have changed since the job began, or be another one on this node
             check_weights(config, path, model_config)
@@ -156,23 +156,25 @@ class LanguageModel:
     def logits(
         self,
         windows: PackedWindows,
-        replace: Callable[[Tensor, Tensor], Tensor] | None = None,
+        replace: Replace | Mapping[int, Replace] | None = None,
         only: Tensor | None = None,
         at: int = 0,
     ) -> Tensor:
         """Next-token logits [tokens, vocabulary] in the model's dtype, of all tokens or of those with indices `only`.
 
         `replace(source, mlp_out)`, both [tokens, d_model], returns what entry `at` of `config.sites` adds to the
-        residual stream instead of `mlp_out`. Raises ValueError if the model was not loaded with `full=True`, and for a
+        residual stream instead of `mlp_out`; a mapping has such a function for each of several entries, which are
+        replaced in the same pass. Raises ValueError if the model was not loaded with `full=True`, and for a
         window that is longer than the model has positions.
         """
         if not self.full:
             raise ValueError("logits need the whole model: LanguageModel(config, full=True)")
         kept = {} if only is None else {"logits_to_keep": send(only, self.device)}
-        with self._from(None if replace is None else self.config.sites[at].layer, windows):
-            if replace is None:
+        replaced = {} if replace is None else {at: replace} if callable(replace) else dict(replace)
+        with self._from(min((self.config.sites[i].layer for i in replaced), default=None), windows):
+            if not replaced:
                 return self._run(self.model, windows, **kept).logits[0]
-            with self._sites.watch(replace, at):
+            with self._sites.watch(replaced):
                 return self._run(self.model, windows, **kept).logits[0]
 
     def freeze(self, window: PackedWindows) -> Frozen:

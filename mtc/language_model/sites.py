@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -36,16 +36,17 @@ class Sites:
         self._attentions = [layer.get_submodule(modules.attention) for layer in read]
 
     @contextmanager
-    def watch(self, replace: Replace | None = None, at: int = 0) -> Iterator[list[dict[str, Tensor]]]:
+    def watch(self, replaced: Mapping[int, Replace] | None = None) -> Iterator[list[dict[str, Tensor]]]:
         """Collect the sites of the forward pass that runs inside, one dict by name for each layer that is read, and
-        `replace` the MLP's output of the one with the number `at`."""
+        replace the MLP's output of those whose number is in `replaced`. What a layer above another one reads is of the
+        pass in which that was replaced."""
         seen: list[dict[str, Tensor]] = [{} for _ in self._sites]
         hooks = []
         for i, sites in enumerate(self._sites):
             if self._parallel:
                 hooks.append(self._attentions[i].register_forward_hook(_after_attention(seen[i])))
             hooks.append(self.norms[i].register_forward_hook(_after_norm(seen[i], self._parallel)))
-            here = replace if i == at else None
+            here = (replaced or {}).get(i)
             hooks.append(self._mlps[i].register_forward_hook(_after_mlp(seen[i], sites.source, sites.target, here)))
         try:
             yield seen

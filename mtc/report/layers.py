@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -15,35 +14,46 @@ from mtc.report.html import render_html
 from mtc.report.markdown import render_markdown
 from mtc.report.sections.configuration import timing_blocks
 from mtc.report.sections.provenance import captured, provenance, stamp
-from mtc.results import NOT_MEASURED, Analysis, interval, number, percent, report_names
+from mtc.results import (
+    NOT_MEASURED,
+    Headline,
+    Intervals,
+    LayerFigures,
+    LayersReport,
+    ReplacedLayers,
+    interval,
+    number,
+    percent,
+    report_names,
+)
 
 MARKDOWN, HTML, JSON = "layers_report.md", "layers_report.html", "layers_report.json"
 PLOT = "layers_overview"
 
 
-def write_layers_report(analyses: Sequence[Analysis]) -> dict[str, bytes]:
-    """The files of the report by name, from the analyses of all layers of one run, in any order."""
+def write_layers_report(analyses: Sequence[Headline], replaced: ReplacedLayers | None) -> dict[str, bytes]:
+    """The files of the report by name, from the analyses of all layers of one run, in any order, and what the language
+    model does with all of these layers replaced at once."""
     analyses = sorted(analyses, key=lambda a: a.config.model.layer)
-    summaries = [
-        {"layer": a.config.model.layer, "directory": _directory(a), "summary": json.loads(a.summary.model_dump_json())}
-        for a in analyses
-    ]
+    layers = tuple(
+        LayerFigures(layer=a.config.model.layer, directory=_directory(a), summary=a.summary) for a in analyses
+    )
     with style():
         plot = picture(_plot(analyses))
     return {
-        MARKDOWN: render_markdown(_document(analyses, 0), {PLOT: f"{PLOT}.png"}).encode(),
-        HTML: render_html(_document(analyses, 1), {PLOT: plot.svg}).encode(),
-        JSON: json.dumps(summaries, indent=1).encode(),
+        MARKDOWN: render_markdown(_document(analyses, replaced, 0), {PLOT: f"{PLOT}.png"}).encode(),
+        HTML: render_html(_document(analyses, replaced, 1), {PLOT: plot.svg}).encode(),
+        JSON: LayersReport(layers=layers, replaced=replaced).model_dump_json(indent=1).encode(),
         f"{PLOT}.png": plot.png,
         f"{PLOT}.svg": plot.svg.encode(),
     }
 
 
-def _directory(analysis: Analysis) -> str:
+def _directory(analysis: Headline) -> str:
     return f"layer{analysis.config.model.layer}"
 
 
-def _document(analyses: Sequence[Analysis], form: int) -> Document:
+def _document(analyses: Sequence[Headline], replaced: ReplacedLayers | None, form: int) -> Document:
     """The report of all layers as blocks; `form` says to which form of the layers' own reports it leads, an index into
     ReportNames."""
     first = analyses[0]
@@ -60,13 +70,18 @@ def _document(analyses: Sequence[Analysis], form: int) -> Document:
         title=f"Matryoshka transcoders, {model.name}, {number(len(analyses))} layers",
         subtitle=f"One run, one forward pass of the language model for all layers: {number(f.trained_tokens)} tokens "
         f"trained{captured(f)}, {number(first.summary.analysed_tokens)} held-out tokens analysed.",
-        sections=(Section("Layers", tuple(blocks)), Section("Timing", tuple(timing_blocks(f.timing)))),
+        sections=(
+            Section("Layers", tuple(blocks)),
+            Section("All layers replaced at once", tuple(_replaced(replaced))),
+            Section("Massive tokens", tuple(_massive(analyses))),
+            Section("Timing", tuple(timing_blocks(f.timing))),
+        ),
         provenance=provenance(first),
         stamp=stamp(first),
     )
 
 
-def _table(analyses: Sequence[Analysis], form: int) -> Table:
+def _table(analyses: Sequence[Headline], form: int) -> Table:
     rows: list[tuple[Text, ...]] = []
     for a in analyses:
         model, s = a.config.model, a.summary
@@ -74,19 +89,86 @@ def _table(analyses: Sequence[Analysis], form: int) -> Table:
         loss = [share(s.loss.share_of_zero(-1)), share(s.loss.share_of_mean(-1))] if s.loss else [NOT_MEASURED] * 2
         silent = f"{number(s.silent_features)} of {number(s.total_features)}"
         ends = interval(s.fvu_interval, -1)
-        beside = [
-            number(s.line.fvu if s.line else None), number(s.all_tokens.fvu[-1]), number(s.massive.tokens),
-            percent(s.massive.variance),
-        ]  # fmt: skip
+        beside = [number(s.line.fvu if s.line else None), number(s.all_tokens.fvu[-1])]
         rows.append((link, model.source, *(number(v) for v in s.fvu), ends, *beside, number(s.l0), silent, *loss))
     headers = ["Layer", "Source", *(f"FVU, {number(m)} features" for m in analyses[0].summary.prefixes)]
-    headers += ["95 % interval", "FVU of the affine map", "FVU of all tokens", "Massive tokens"]
-    headers += ["Their share of the variance", "L0", "Silent features", "Loss recovered (zero ablation)"]
+    headers += ["95 % interval", "FVU of the affine map", "FVU of all tokens"]
+    headers += ["L0", "Silent features", "Loss recovered (zero ablation)"]
     headers += ["Loss recovered (mean ablation)"]
     return Table("Held-out figures of every layer", tuple(headers), tuple(rows))
 
 
-def _plot(analyses: Sequence[Analysis]) -> Figure:
+def _replaced(found: ReplacedLayers | None) -> list[Block]:
+    """What the set of transcoders is worth."""
+    if found is None:
+        return [Paragraph(f"The language model with all of these layers' MLPs replaced at once was {NOT_MEASURED}.")]
+    none = ("none: the model as it is", number(found.ce_clean), "0", percent(1.0))
+    rows = [none]
+    for i, prefix in enumerate(found.prefixes):
+        agrees = found.agreement_interval and found.agreement_interval[i]
+        ends = f" ({percent(agrees[0])} to {percent(agrees[1])})" if agrees else ""
+        rows.append((
+            f"{number(prefix)} features a layer", _with_ends(found.ce_replaced[i], found.ce_interval, i),
+            _with_ends(found.kl[i], found.kl_interval, i), percent(found.agreement[i]) + ends,
+        ))  # fmt: skip
+    rows += [(f"the MLPs' {what}", number(ce), NOT_MEASURED, NOT_MEASURED) for what, ce in
+             (("mean output", found.ce_mean), ("output set to 0", found.ce_zero))]  # fmt: skip
+    return [
+        Table(
+            "The language model with all of these layers replaced at once",
+            ("In the MLPs' place", "Cross-entropy (nats per token)", "KL from the clean model (nats per token)",
+             "Most likely token is the clean model's"),
+            tuple(rows),
+        ),
+        Paragraph(
+            f"Of {number(found.tokens)} held-out tokens of {number(found.documents)} documents, in one pass with the "
+            f"MLPs of {number(len(found.layers))} layers replaced, each by the same prefix of its transcoder's nested "
+            "dictionary; in brackets 95 % intervals over documents. Each transcoder reads what the replaced layers "
+            "below it made, so errors add up, which no layer's own figures tell: loss recovered, above, replaces one "
+            "layer and leaves the others as they are. BOS and other special tokens keep their MLPs' outputs in both; "
+            "massive tokens are replaced."
+        ),
+    ]  # fmt: skip
+
+
+def _massive(analyses: Sequence[Headline]) -> list[Block]:
+    """How well massive tokens are carried, of the layers that have any."""
+    rows = []
+    for a in analyses:
+        s, m = a.summary, a.summary.massive
+        if not m.tokens:
+            continue
+        figures = (s.fvu[-1], s.all_tokens.fvu[-1], m.fvu(s.all_tokens.fvu[-1]), m.l0)
+        shares = (m.share, m.variance, m.error)
+        rows.append((
+            f"layer {a.config.model.layer}", number(m.tokens), *(percent(v) for v in shares),
+            *(number(v) for v in figures), number(s.massive_features),
+        ))  # fmt: skip
+    if not rows:
+        return [
+            Paragraph("No held-out token is massive at any of these layers (target norm above 5 times the median).")
+        ]
+    return [
+        Table(
+            "How massive tokens are carried, full dictionary",
+            ("Layer", "Massive tokens", "Share of tokens", "Share of the variance", "Share of the squared error",
+             "FVU without them", "FVU of all tokens", "FVU of massive tokens", "L0 on massive tokens",
+             "Features of massive tokens"),
+            tuple(rows),
+        ),
+        Paragraph(
+            "Massive tokens have target norms above 5 times the median. FVU of massive tokens is their squared error "
+            "over their own part of the variance of all tokens, around the mean of all; where it is small they are "
+            "carried, whatever share of the variance they hold. Other layers have none."
+        ),
+    ]  # fmt: skip
+
+
+def _with_ends(value: float, intervals: Intervals | None, i: int) -> str:
+    return number(value) + (f" ({interval(intervals, i)})" if intervals else "")
+
+
+def _plot(analyses: Sequence[Headline]) -> Figure:
     """Held-out FVU against the layer, a line per prefix, 1080 x 680 pixels."""
     figure = new_figure(5.4, 3.4, 200)
     axes = figure.subplots()

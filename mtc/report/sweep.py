@@ -20,7 +20,7 @@ from mtc.report.html import render_html
 from mtc.report.markdown import render_markdown
 from mtc.report.sections.configuration import setting, timing_blocks
 from mtc.report.sections.provenance import captured, provenance, stamp
-from mtc.results import NOT_MEASURED, Analysis, interval, number, percent, report_names
+from mtc.results import NOT_MEASURED, Headline, interval, number, percent, report_names
 
 MARKDOWN, HTML, JSON = "sweep_report.md", "sweep_report.html", "sweep_report.json"
 PLOT = "sweep_overview"
@@ -33,7 +33,7 @@ class _Row(NamedTuple):
     """One transcoder of the sweep."""
 
     name: str
-    analysis: Analysis
+    analysis: Headline
     settings: Mapping[str, Any]
     """What the sweep sets for it, by dotted field."""
     on_front: bool
@@ -53,7 +53,7 @@ class _Row(NamedTuple):
 _Value = Callable[[_Row], float | None]
 
 
-def write_sweep_report(analyses: Mapping[str, Analysis], sweep: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+def write_sweep_report(analyses: Mapping[str, Headline], sweep: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     """The files of the report by name; `analyses` are those of the run's transcoders, by name and in the order of
     `RunConfig.members`, and `sweep` its entries."""
     rows = _rows(analyses, sweep)
@@ -68,7 +68,7 @@ def write_sweep_report(analyses: Mapping[str, Analysis], sweep: Sequence[Mapping
     }
 
 
-def _rows(analyses: Mapping[str, Analysis], sweep: Sequence[Mapping[str, Any]]) -> list[_Row]:
+def _rows(analyses: Mapping[str, Headline], sweep: Sequence[Mapping[str, Any]]) -> list[_Row]:
     """Every transcoder with its place among those of its layer: FVU of two layers can't be compared."""
     names = list(analyses)
     points = {name: Point(a.summary.l0, a.summary.fvu[-1]) for name, a in analyses.items()}

@@ -1,6 +1,6 @@
 """What a run leaves to read: every record that is written and read back. Without torch."""
 
-from mtc.results.analysis import FORMAT_VERSION, Analysis, Finding, Summary
+from mtc.results.analysis import FORMAT_VERSION, Analysis, Finding, Headline, Summary
 from mtc.results.circuits import GRAPH_VERSION, Faithfulness, Graph, GraphNode, PrefixScores
 from mtc.results.comparison import SHOWN, Comparison, Match, Matching, Side
 from mtc.results.copies import CopiedFeature, Copies
@@ -20,6 +20,7 @@ from mtc.results.features import (
 )
 from mtc.results.files import OVERVIEW, PLOTS, plot_path, report_files, report_names
 from mtc.results.intervals import MIN_DOCUMENTS, Interval, Intervals
+from mtc.results.layers import LayerFigures, LayersReport, ReplacedLayers
 from mtc.results.nesting import AbsorbedFeature, Child, Family, PrefixStep, SplitFeature, TokenGain, Tree
 from mtc.results.numbers import NOT_MEASURED, interval, number, percent, percent_interval, whole_range
 from mtc.results.probing import (
@@ -39,10 +40,10 @@ __all__ = [
     "FORMAT_VERSION", "GRAPH_VERSION", "MIN_ACCURACY", "MIN_DOCUMENTS", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS",
     "RUN_FILES", "SHOWN", "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "CopiedFeature", "Copies",
     "Distribution", "Evaluation", "Example", "Faithfulness", "Family", "Feature", "File", "Finding", "Graph",
-    "GraphNode", "Group", "Histogram", "Interval", "Intervals", "LetterAbsorption", "LogitEffect", "LossRecovered",
-    "Massive", "Match", "Matching", "Parent", "Pooling", "PrefixAbsorption", "PrefixScores", "PrefixStep",
-    "ProbeResult", "ProbeTask", "Probing", "RunFacts", "ShownFeature", "Side", "Slice", "Spelling", "SplitFeature",
-    "StraightLine", "StreamTiming", "Summary", "TaskResult", "TokenCount", "TokenGain", "TopFeature", "Training",
-    "TrainingFit", "Tree", "Trend", "Weights", "interval", "number", "percent", "percent_interval", "plot_path",
-    "report_files", "report_names", "whole_range",
+    "GraphNode", "Group", "Headline", "Histogram", "Interval", "Intervals", "LayerFigures", "LayersReport",
+    "LetterAbsorption", "LogitEffect", "LossRecovered", "Massive", "Match", "Matching", "Parent", "Pooling",
+    "PrefixAbsorption", "PrefixScores", "PrefixStep", "ProbeResult", "ProbeTask", "Probing", "ReplacedLayers",
+    "RunFacts", "ShownFeature", "Side", "Slice", "Spelling", "SplitFeature", "StraightLine", "StreamTiming", "Summary",
+    "TaskResult", "TokenCount", "TokenGain", "TopFeature", "Training", "TrainingFit", "Tree", "Trend", "Weights",
+    "interval", "number", "percent", "percent_interval", "plot_path", "report_files", "report_names", "whole_range",
 ]  # fmt: skip

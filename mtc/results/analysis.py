@@ -109,8 +109,8 @@ class Finding(Record):
     """Configuration field that a recommendation says to change; None in an insight."""
 
 
-class Analysis(Record):
-    """All figures of one transcoder's report."""
+class Headline(Record):
+    """What reports of several transcoders say of one of them."""
 
     format_version: int = FORMAT_VERSION
     """Version of the layout of analysis.json; readers refuse one they do not know."""
@@ -122,6 +122,11 @@ class Analysis(Record):
     """Scales, threshold and sizes that training derived from the configuration (section 2)."""
     facts: RunFacts
     """What happened during the run: counts, timing, hardware, events (section 2)."""
+
+
+class Analysis(Headline):
+    """All figures of one transcoder's report."""
+
     evaluation: Evaluation
     """Metrics on held-out text at the calibrated threshold (section 3)."""
     weights: Weights
@@ -156,3 +161,7 @@ class Analysis(Record):
     """Rules that are met, with what to change (section 10)."""
     files: tuple[File, ...]
     """Files of the run and of its report (section 11)."""
+
+    def headline(self) -> Headline:
+        """The part that reports of several transcoders need, which is small."""
+        return Headline(**{name: getattr(self, name) for name in Headline.model_fields})

@@ -97,6 +97,11 @@ class Massive(Record):
     top_tokens: tuple[TokenCount, ...]
     """The most frequent massive tokens, each with how many there are, most first; equal counts by id."""
 
+    def fvu(self, all_tokens_fvu: float) -> float | None:
+        """FVU of the massive tokens alone, full dictionary: their squared error over their squared deviation from the
+        mean of all targets; None without any. `all_tokens_fvu` is that of all tokens."""
+        return all_tokens_fvu * self.error / self.variance if self.tokens else None
+
 
 class StraightLine(Record):
     """How well a straight line does instead of the transcoder: the least-squares affine map from the source, scaled as

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from mtc.analysis import HeldOutPass, count_tokens, loss_recovered
 from mtc.analysis.evaluation import evaluation
-from mtc.analysis.loss_sums import _Clean, loss_sums
+from mtc.analysis.loss_sums import Clean, loss_sums
 from mtc.analysis.recompute import evaluate
+from mtc.analysis.replaced_sums import replaced_layers, replaced_sums
 from mtc.analysis.straight_line import LineSums, straight_line, who_sums
 from mtc.config import load_preset
 from mtc.language_model import LanguageModel, PackedWindows, SitePair, pack_windows, prepare_model
@@ -143,6 +144,8 @@ def test_headline_figures_are_without_massive_tokens_and_stand_beside_those_of_a
     assert e.massive.in_weights
     assert e.massive.variance == pytest.approx((deviation[planted].sum() / deviation.sum()).item(), rel=1e-6)
     assert e.massive.error == pytest.approx((error[planted].sum() / error.sum()).item(), rel=1e-6)
+    of_massive = error[planted].sum() / deviation[planted].sum()
+    assert e.massive.fvu(e.all_tokens.fvu[-1]) == pytest.approx(of_massive.item(), rel=1e-6)
     assert e.massive.l0 == pytest.approx(active[planted].double().mean().item())
     position = windows.position_ids[windows.trainable].numpy()[planted]
     assert e.massive.beyond_first == pytest.approx((position >= 4).mean())
@@ -340,7 +343,7 @@ def test_divergences_are_right_for_logits_far_from_zero(noise):
     z = torch.randn(40, 20_001, generator=generator) - 300
     other, ids = z + noise * torch.randn(z.shape, generator=generator), torch.arange(40)
     log_p, log_q = (logits.double().log_softmax(1) for logits in (z, other))
-    ce, kl = _Clean(z, ids).beside(other)
+    ce, kl = Clean(z, ids).beside(other)
     assert ce.double().mean() == pytest.approx(-log_q[ids, ids].mean().item(), rel=1e-6)
     expected = (log_p.exp() * (log_p - log_q)).sum(1)
     torch.testing.assert_close(kl.double(), expected, rtol=0.02, atol=0)
@@ -359,3 +362,73 @@ def test_evaluate_joins_both_and_refuses_nothing(transcoder, windows):
     assert evaluation.loss is not None
     with pytest.raises(ValueError, match="no held-out windows"):
         evaluate(config, transcoder, [], [])
+
+
+@pytest.mark.parametrize("at_once", [1 << 26, 259 * 25])
+def test_layers_replaced_at_once_match_a_model_whose_every_mlp_is_hooked(windows, at_once, monkeypatch):
+    """Each transcoder reads the stream that the replaced layers below it made; the layers stand in no order."""
+    monkeypatch.setattr("mtc.analysis.loss_sums.MAX_LOGITS", at_once)
+    layers, prefixes = (2, 0, 1), (16, 48, 64)
+    config = load_preset("tiny", {"model": {"layers": list(layers), "dtype": "float32"}}).model
+    transcoders = []
+    for layer in layers:
+        one = MatryoshkaTranscoder(TranscoderShape(32, 32, (16, 32, 16), 8, "rms"), seed=layer)
+        with torch.no_grad():
+            one.W_dec.normal_(std=0.1, generator=torch.Generator().manual_seed(layer))
+            one.threshold.fill_(0.5 + 0.3 * layer)
+            one.target_scale.fill_(0.05)  # so that tokens change their minds
+        transcoders.append(one)
+    means = [torch.full((32,), 0.3 * layer) for layer in layers]
+    labels = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    sums = replaced_sums(LanguageModel(config, full=True), transcoders, windows, means, labels, len(LENGTHS))
+    found = replaced_layers(sums, sorted(layers), prefixes, len(LENGTHS))
+    hf = AutoModelForCausalLM.from_pretrained(prepare_model(config), dtype=torch.float32).eval()
+
+    def run(changes):
+        """`changes` by layer: from what the MLP's norm reads to what is added instead of the MLP's output."""
+        hooks, sources = [], {}
+        for number, change in changes.items():
+            layer = hf.model.layers[number]
+
+            def before(module, args, number=number):
+                sources[number] = args[0]
+
+            def after(module, args, out, number=number, change=change):
+                changed = change(sources[number].flatten(0, 1)).view_as(out).clone()
+                changed[:, 0] = out[:, 0]  # BOS
+                return changed
+
+            hooks.append(layer.pre_feedforward_layernorm.register_forward_pre_hook(before))
+            hooks.append(layer.post_feedforward_layernorm.register_forward_hook(after))
+        with torch.no_grad():
+            logits = [hf(ids[None]).logits[0, :-1] for ids in windows.input_ids.split(LENGTHS)]
+        for hook in hooks:
+            hook.remove()
+        return torch.log_softmax(torch.cat(logits).float(), -1)
+
+    next_ids = torch.cat([ids[1:] for ids in windows.input_ids.split(LENGTHS)])
+
+    def ce(log_p):
+        return torch.nn.functional.nll_loss(log_p, next_ids).item()
+
+    clean = run({})
+    assert (found.layers, found.tokens, found.ce_clean) == (
+        (0, 1, 2),
+        len(next_ids),
+        pytest.approx(ce(clean), rel=1e-5),
+    )
+    fixed = {"zero": [torch.zeros(32)] * 3, "mean": means}
+    for name, values in fixed.items():
+        ablated = run({layer: lambda s, y=y: y.expand(len(s), -1) for layer, y in zip(layers, values, strict=True)})
+        assert getattr(found, f"ce_{name}") == pytest.approx(ce(ablated), rel=1e-5)
+    for i, m in enumerate(prefixes):
+        replaced = run({
+            layer: lambda s, t=t, m=m: t.reconstruct(s, m) for layer, t in zip(layers, transcoders, strict=True)
+        })  # fmt: skip
+        kl = torch.nn.functional.kl_div(replaced, clean, log_target=True, reduction="batchmean").item()
+        agrees = (replaced.argmax(1) == clean.argmax(1)).double()
+        assert 0.05 < agrees.mean() < 0.95, "the test would tell nothing"
+        assert found.ce_replaced[i] == pytest.approx(ce(replaced), rel=1e-5)
+        assert found.kl[i] == pytest.approx(kl, rel=1e-4)
+        assert found.agreement[i] == agrees.mean().item()
+        assert found.kl_interval[i][0] < found.kl[i] < found.kl_interval[i][1]

@@ -319,7 +319,7 @@ def test_two_transcoders_from_one_pass_and_a_report_of_both(served, interrupted)
     run = open_run(str(interrupted.root / "latest"))
     assert run.run_id == RUN_ID
     combined = run.read("report/layers_report.md").decode()
-    as_json = {entry["layer"]: entry for entry in json.loads(run.read("report/layers_report.json"))}
+    as_json = {entry["layer"]: entry for entry in json.loads(run.read("report/layers_report.json"))["layers"]}
     assert run.read("report/layers_overview.png")[:4] == b"\x89PNG"
     transcoders = []
     for _, alone in run.config().members():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.pipeline import check
 from jobs.command_line import parse_command_line
 from mtc.config import ConfigError, load_preset, make_config, preset_names, to_yaml
 from mtc.language_model import check_model
@@ -189,9 +190,15 @@ def test_an_option_replaces_what_a_file_says_of_layers_in_the_other_way(tmp_path
         ([1, 1], r"model\.layers=\[1, 1\] names a layer twice"),
         ([], r"model\.layers: a list of at least 1 is wanted"),
         ([0, -1], r"model\.layers\.1\.layer: at least 0 is wanted, got -1"),
-        (["x"], r"model\.layers\.0\.layer: a whole number is wanted, got 'x'"),
+        (["x"], r"model\.layers='x': all, a number, a range such as 4-20, or a list of numbers and ranges"),
         ([0, {"layer": 1, "source": "mlp_out"}], r"model\.source and model\.target of layer 1 are both mlp_out"),
         ([{"layer": 1, "sit": "mlp_in"}], r"model\.layers\.0\.sit: there is no such field"),
+        ("", r"model\.layers='': all, a number, a range such as 4-20"),
+        ("6-4", r"model\.layers='6-4': the range ends at 4, before it begins at 6"),
+        (["4-6", 5], r"model\.layers=\[4, 5, 6, 5\] names a layer twice: 5"),
+        ("0-10000", r"model\.layers='0-10000': layers up to 9999 are wanted, the range ends at 10000"),
+        ("-3", r"model\.layers\.0\.layer: at least 0 is wanted, got '-3'"),
+        ([0, "all"], r"model\.layers: all stands alone, without other layers beside it"),
     ],
 )
 def test_bad_layers_are_named(layers, message):
@@ -203,3 +210,55 @@ def test_a_layer_beyond_the_model_is_named():
     config = load_preset("tiny", {"model": {"layers": [0, 7]}})
     with pytest.raises(ConfigError, match=r"model\.layers=7 is out of range: random:gemma2 has 3 layers"):
         check_model(config.model)
+
+
+def test_a_range_is_its_numbers():
+    def model(layers, **more):
+        return load_preset("tiny", {"model": {"layers": layers, **more}}).model
+
+    assert model("4-6") == model([4, 5, 6]) == model(["4-5", 6])
+    assert model([0, "4-6"]) == model([0, 4, 5, 6])
+    assert model([0, {"layer": "1-2", "source": "mlp_in"}]) == model(
+        [0, {"layer": 1, "source": "mlp_in"}, {"layer": 2, "source": "mlp_in"}]
+    )
+    assert model("2-2") == model([2]) == load_preset("tiny", {"model": {"layer": 2}}).model
+
+
+@pytest.mark.parametrize("written", ["all", "0-2", "0,1-2", "[0, 1, 2]", '["0-1", 2]'])
+def test_all_layers_are_the_same_run_as_their_numbers(written, tmp_path):
+    """`random:gemma2` has 3."""
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(load_preset("tiny", {"model": {"source": "mlp_in", "layers": "all"}})))
+    options = ["--config", str(file), "--output.root", str(tmp_path / "runs")]
+    asked, _ = parse_command_line([*options, "--model.layers", written], "")
+    config = check(asked)
+    assert config == make_config(asked.model_dump(), {"model": {"layers": [0, 1, 2]}})
+    assert [(s.layer, s.source) for s in config.model.sites] == [(layer, "mlp_in") for layer in range(3)]
+    assert (
+        config.fingerprint() == load_preset("tiny", {"model": {"source": "mlp_in", "layers": [0, 1, 2]}}).fingerprint()
+    )
+    assert make_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_all_layers_wait_for_the_model():
+    config = load_preset("tiny", {"model": {"layers": "all"}})
+    assert make_config(yaml.safe_load(to_yaml(config))) == config
+    for ask in (config.members, config.fingerprint, lambda: config.total_steps and config.fresh_tokens):
+        with pytest.raises(ValueError, match="how many layers the model has is not known yet"):
+            ask()
+    assert check_model(config.model).num_layers == 3
+    assert len(config.of_layers(3).members()) == 3
+    assert config.of_layers(1) == load_preset("tiny", {"model": {"layer": 0}}), "a model of one layer"
+    with pytest.raises(ConfigError, match=r"model\.layers=3 is out of range: random:gemma2 has 3 layers"):
+        check_model(load_preset("tiny", {"model": {"layers": "2-3"}}).model)
+    with pytest.raises(ConfigError, match=r"model\.layer=1 and model\.layers=all disagree"):
+        load_preset("tiny", {"model": {"layer": 1, "layers": "all"}})
+    many = {"sweep": {"transcoder.seed": list(range(100))}, "model": {"layers": "all"}}
+    with pytest.raises(ConfigError, match=r"model\.layers=3 layers and sweep=100 entries make 300 transcoders"):
+        load_preset("tiny", many).of_layers(3)
+    assert (
+        load_preset("tiny", {"model": {"layers": "all"}}).model.of_layers(3)
+        == load_preset("tiny", {"model": {"layers": [0, 1, 2]}}).model
+    )
+    one_again, _ = parse_command_line(["--preset", "tiny", "--model.layers", "all", "--model.source", "mlp_in"], "")
+    assert one_again.model.layers == "all"

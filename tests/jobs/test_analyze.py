@@ -1,9 +1,12 @@
 """The analysis job: on a run that was never trained here, again with other settings, with any number of actors."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,11 @@ import cluster.held_out
 from cluster.reporting import analyse_run
 from cluster.resources import Plan
 from jobs import analyze
-from mtc.config import ConfigError, load_preset, to_yaml
+from mtc.analysis import HeldOutPass
+from mtc.analysis.examples import Examples
+from mtc.config import ConfigError, ModelConfig, load_preset, make_config, to_yaml
 from mtc.language_model import LanguageModel, pack_windows
-from mtc.results import Analysis, Comparison
+from mtc.results import Analysis, Comparison, LayersReport
 from mtc.storage import RunDirectory, RunError, open_run
 from mtc.text import DataError, TokenStore, heldout_units
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
@@ -47,6 +52,26 @@ def make_run(root: Path, run_id: str, seed: int, text: Path) -> RunDirectory:
     run = RunDirectory(str(root / run_id))
     run.write("config.yaml", to_yaml(config))
     run.write("transcoder.safetensors", transcoder.to_bytes())
+    run.publish()
+    return run
+
+
+def make_layers_run(root: Path, run_id: str, text: Path) -> RunDirectory:
+    """A published run of every layer of a model, with an older analysis of each."""
+    one = make_run(root, run_id, 0, text)
+    config = make_config(one.config().model_dump(), {"model": {"layers": "all"}}).of_layers(3)
+    one.remove()
+    run = RunDirectory(one.url)
+    run.write("config.yaml", to_yaml(config))
+    for seed, (member, own) in enumerate(zip(config.members(), run.members().values(), strict=True)):
+        transcoder = MatryoshkaTranscoder(TranscoderShape(32, 32, (16, 32, 16), 8, "rms"), seed)
+        with torch.no_grad():
+            transcoder.W_dec.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+            transcoder.threshold.fill_(1.0 + 0.2 * seed)
+        own.write("config.yaml", to_yaml(member.config))
+        own.write("transcoder.safetensors", transcoder.to_bytes())
+        own.write("features.parquet", "an older analysis'")
+        own.publish(latest=False)
     run.publish()
     return run
 
@@ -106,6 +131,81 @@ def test_any_number_of_actors_writes_the_same_files(analysed: list[RunDirectory]
         return found
 
     assert figures(one) == figures(two)
+
+
+class Alive:
+    """How much of a kind is alive whenever another one is made."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, kind: type):
+        self.most, self._alive = 0, weakref.WeakSet[Any]()
+        made = kind.__init__  # type: ignore[misc]
+
+        def counted(one: Any, *arguments: Any, **named: Any) -> None:
+            gc.collect()
+            self.most = max(self.most, len(self._alive) + 1)
+            self._alive.add(one)
+            made(one, *arguments, **named)
+
+        patch.setattr(kind, "__init__", counted)
+
+
+def test_of_many_layers_one_at_a_time_is_in_memory_and_none_is_written_before_all_are_there(
+    ray_cluster: Any, text: Path, tmp_path: Path
+) -> None:
+    """Also in parts, whose passes load the language model up to their deepest layer, and by two actors: the figures are
+    the same to the last bit."""
+    names = ("whole", "parts", "actors")
+    whole, parts, actors = (make_layers_run(tmp_path, name, text) for name in names)
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        Here.takes_over(patch)
+        findings, passes = Alive(patch, Examples), Alive(patch, HeldOutPass)
+        headline, write = Analysis.headline, RunDirectory.write
+        patch.setattr(Analysis, "headline", lambda a: (said.append("analysed"), headline(a))[1])
+
+        def watched(run: RunDirectory, name: str, *arguments: Any) -> None:
+            if name not in ("manifest.json", "writer.json"):
+                said.append("written")
+                if said.count("written") == 1:
+                    assert whole.members()["layer0"].read("features.parquet") == b"an older analysis'"
+            write(run, name, *arguments)
+
+        patch.setattr(RunDirectory, "write", watched)
+        analyse_run(whole.url, {})
+        # A pass of the model actor, which this process is here, beside the one that the driver merges.
+        assert (findings.most, passes.most) == (1, 1)
+        assert said.index("written") == 3 and "analysed" not in said[3:]
+    with pytest.MonkeyPatch.context() as patch:
+        Here.takes_over(patch)
+        patch.setattr("cluster.reporting.transcoders_at_once", lambda *_: 2)
+        deepest: list[int] = []
+        load = LanguageModel.__init__
+
+        def loaded(model: LanguageModel, config: ModelConfig, device: Any = "cpu", full: bool = False) -> None:
+            deepest.append(99 if full else max(sites.layer for sites in config.sites))
+            load(model, config, device, full)
+
+        patch.setattr(LanguageModel, "__init__", loaded)
+        analyse_run(parts.url, {})
+    assert deepest == [1, 2, 99]
+    analyse_run(actors.url, {"cluster": {"num_model_actors": 2}})
+    assert not list(Path(tempfile.gettempdir()).glob("mtc-analysis-*/sums-*")), "nothing is left behind"
+    for other in (parts, actors):
+        for layer in range(3):
+            ours, theirs = (run.members()[f"layer{layer}"] for run in (whole, other))
+            for name in ("examples.parquet", "features.parquet"):
+                assert ours.read(name) == theirs.read(name) != b"an older analysis'"
+            found, again = (json.loads(run.read("analysis.json")) for run in (ours, theirs))
+            for part in ("summary", "evaluation", "tree", "features"):
+                assert found[part] == again[part]
+        reports = [LayersReport.model_validate_json(run.read("report/layers_report.json")) for run in (whole, other)]
+        assert reports[0] == reports[1]
+    replaced = reports[0].replaced
+    assert replaced is not None and replaced.layers == (0, 1, 2) and replaced.prefixes == (16, 48, 64)
+    alone = reports[0].layers[1].summary.loss
+    assert alone is not None and replaced.tokens == alone.tokens
+    assert replaced.ce_clean == pytest.approx(alone.ce_clean, rel=1e-6), "of the same tokens"
+    assert open_run(whole.url)
 
 
 def test_every_figure_is_filled(analysed: list[RunDirectory]) -> None:

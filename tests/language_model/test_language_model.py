@@ -310,6 +310,8 @@ def test_passes_over_the_same_windows_compute_the_layers_below_once(architecture
 
     clean = model.logits(packed)
     expected = [model.logits(packed, replace, at=at) for at in range(3)]
+    both = model.logits(packed, {1: replace, 2: replace})  # layers 2 and 1
+    assert not torch.equal(both, expected[1]) and not torch.equal(both, expected[2])
     ran: list[int] = []
     hooks = [
         norm.register_forward_hook(lambda *_, n=sites.layer: ran.append(n))
@@ -323,6 +325,9 @@ def test_passes_over_the_same_windows_compute_the_layers_below_once(architecture
         for at in (1, 0, 2, 1):
             assert torch.equal(model.logits(packed, replace, at=at), expected[at])
         assert ran == [2, 0, 1, 2, 1, 2, 2]
+        ran.clear()
+        assert torch.equal(model.logits(packed, {2: replace, 1: replace}), both)
+        assert ran == [1, 2], "from the lowest of several on"
         with pytest.raises(ValueError, match="other windows"):
             model.logits(windows(), replace)
         assert torch.equal(model.logits(packed), clean)

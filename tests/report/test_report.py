@@ -24,7 +24,17 @@ from mtc.report.html import render_html
 from mtc.report.layers import write_layers_report
 from mtc.report.markdown import render_markdown
 from mtc.report.sections import document
-from mtc.results import PLOTS, Analysis, RunFacts, number, percent, report_files, report_names
+from mtc.results import (
+    PLOTS,
+    Analysis,
+    LayersReport,
+    ReplacedLayers,
+    RunFacts,
+    number,
+    percent,
+    report_files,
+    report_names,
+)
 from tests.report_example import (
     COUNTS,
     HOSTILE,
@@ -579,17 +589,43 @@ def test_layers_side_by_side() -> None:
     analyses = []
     for layer in (2, 1):
         model = make_config().model.model_copy(update={"layer": layer})
-        analyses.append(make_analysis(make_config().model_copy(update={"model": model}))[0])
-    files = write_layers_report(analyses)
+        evaluation = make_evaluation([4, 10], massive=layer == 2)
+        analyses.append(make_analysis(make_config().model_copy(update={"model": model}), evaluation=evaluation)[0])
+    replaced = ReplacedLayers(
+        layers=(1, 2), prefixes=(4, 10), tokens=500, documents=6, ce_clean=3.0, ce_zero=9.0, ce_mean=8.0,
+        ce_replaced=(4.5, 3.5), ce_interval=[(4.25, 4.75), (3.25, 3.75)], kl=(1.25, 0.5),
+        kl_interval=[(1.0, 1.5), (0.25, 0.75)], agreement=(0.4, 0.75), agreement_interval=[(0.3, 0.5), (0.7, 0.8)],
+    )  # fmt: skip
+    files = write_layers_report([analysis.headline() for analysis in analyses], replaced)
     markdown, (page, _, targets) = (
         read_markdown(files["layers_report.md"].decode()), read_html(files["layers_report.html"].decode()),
     )  # fmt: skip
     assert markdown.tables == page.tables
     rows = page.table("Held-out figures of every layer")[1:]
     assert [row[0].startswith("layer") for row in rows] == [True, True]
-    assert rows[0][2:9] == ["0.6", "0.4512", "0.4278 to 0.4825", "0.62", "0.4512", "0", "0 %"]
-    assert rows[0][9] == "4.4"
+    assert rows[0][2:7] == ["0.6", "0.4512", "0.4278 to 0.4825", "0.62", "0.4512"]
+    assert rows[0][7] == "4.4"
     assert "../layer2/report/layer2_analysis_report.html" in targets
     assert "(../layer2/report/layer2_analysis_report.md)" in markdown.text
-    assert [entry["layer"] for entry in json.loads(files["layers_report.json"])] == [1, 2]
+    # 51.83 % of the variance of all tokens and 1.31 % of the squared error, which is 0.2512 of that variance.
+    assert page.table("How massive tokens are carried")[1:] == [
+        ["layer 2", "20", "2 %", "51.83 %", "1.31 %", "0.4512", "0.2512",
+         number(0.2512 * analyses[0].summary.massive.error / analyses[0].summary.massive.variance), "158.2",
+         number(analyses[0].summary.massive_features)],
+    ]  # fmt: skip
+    assert page.table("The language model with all of these layers replaced at once")[1:] == [
+        ["none: the model as it is", "3", "0", "100 %"],
+        ["4 features a layer", "4.5 (4.25 to 4.75)", "1.25 (1 to 1.5)", "40 % (30 % to 50 %)"],
+        ["10 features a layer", "3.5 (3.25 to 3.75)", "0.5 (0.25 to 0.75)", "75 % (70 % to 80 %)"],
+        ["the MLPs' mean output", "8", "not measured", "not measured"],
+        ["the MLPs' output set to 0", "9", "not measured", "not measured"],
+    ]
+    report = LayersReport.model_validate_json(files["layers_report.json"])
+    assert report.replaced == replaced
+    assert [(each.layer, each.directory, each.summary) for each in report.layers] == [
+        (a.config.model.layer, f"layer{a.config.model.layer}", a.summary) for a in reversed(analyses)
+    ]
+    without = write_layers_report([analyses[1].headline()], None)["layers_report.md"].decode()
+    assert "No held-out token is massive at any of these layers" in without
+    assert "replaced at once was not measured" in without
     assert pixels(files["layers_overview.png"]) == (680, 1080)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from mtc.report.blocks import Paragraph, Section, Table
-from mtc.results import Analysis, RunFacts, number
+from mtc.results import Headline, RunFacts, number
 
 NOT_KNOWN = "not known"
 
 
-def provenance(analysis: Analysis, of_sweep: bool = False) -> Section:
+def provenance(analysis: Headline, of_sweep: bool = False) -> Section:
     """Where the figures come from: configuration, data, code, seeds, tokens, hardware and time.
 
     `of_sweep`: of the run that `analysis` is one transcoder of, without what the others may have otherwise.
@@ -55,7 +55,7 @@ def captured(facts: RunFacts) -> str:
     return "" if count in (None, facts.trained_tokens) else f" ({number(count)} captured)"
 
 
-def stamp(analysis: Analysis, of_sweep: bool = False) -> str:
+def stamp(analysis: Headline, of_sweep: bool = False) -> str:
     """The run in one line; `of_sweep` as in `provenance`."""
     f = analysis.facts
     parts = [f"run {_run(f, of_sweep)}", *([] if of_sweep else [f"configuration {analysis.training.fingerprint}"])]
