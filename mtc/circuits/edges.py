@@ -22,6 +22,7 @@ from torch import Tensor
 from mtc.circuits.replacement import ReplacementModel, Taken, take_apart
 from mtc.language_model import PackedWindows
 from mtc.language_model.frozen import Frozen, Pass
+from mtc.language_model.mlps import Sources
 
 BATCH = 128
 """Readers of one backward pass."""
@@ -103,11 +104,11 @@ class Traced:
         """The pass of which nothing but biases is left: of attention, of norms and of decoders."""
         zero = torch.zeros_like(self.frozen.real.embeddings)
 
-        def added(layer: int, sources: object) -> Tensor:
+        def added(layer: int, sources: Sources) -> Tensor:
             if layer not in self.taken:
                 return zero
             taken = self.taken[layer]
-            return taken.constant + taken.skipped(self.model.source(layer, sources))  # type: ignore[arg-type]
+            return taken.constant + taken.skipped(self.model.source(layer, sources))
 
         return self.frozen.run(zero, added)
 
@@ -124,11 +125,11 @@ class Traced:
             leaves.append(own.detach().clone().requires_grad_())
         leaves.append(real.embeddings.detach().clone().requires_grad_())
 
-        def added(layer: int, sources: object) -> Tensor:
+        def added(layer: int, sources: Sources) -> Tensor:
             taken = self.taken.get(layer)
             if taken is None:
                 return leaves[layer]
-            return leaves[layer] + taken.skipped(self.model.source(layer, sources))  # type: ignore[arg-type]
+            return leaves[layer] + taken.skipped(self.model.source(layer, sources))
 
         with torch.enable_grad():
             return leaves, self.frozen.run(leaves[-1], added)

@@ -15,7 +15,8 @@ from mtc import language_model
 from mtc.config import ModelConfig
 from mtc.errors import MtcError
 from mtc.language_model import PackedWindows, load_tokenizer, pack_windows
-from mtc.language_model.frozen import Frozen, Sources
+from mtc.language_model.frozen import Frozen
+from mtc.language_model.mlps import Sources
 from mtc.storage import RunDirectory, open_run
 from mtc.text import TokenTexts, encode_text, special_ids
 from mtc.transcoder import MatryoshkaTranscoder, load_transcoder

@@ -14,18 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtc.language_model.architectures import Modules
 from mtc.language_model.attention import Patterns
+from mtc.language_model.mlps import Mlps, Sources
 
-Added = Callable[[int, "Sources"], Tensor]
-"""From a layer's number and its sources, what its MLP adds to the residual stream, [tokens, d_model]."""
-
-
-class Sources(NamedTuple):
-    """What a layer's MLP reads, before and after its norm, both [tokens, d_model]."""
-
-    resid_mid: Tensor
-    mlp_in: Tensor
+Added = Callable[[int, Sources], Tensor]
+"""From a layer's number and its sources, each [tokens, d_model], what its MLP adds to the residual stream, [tokens,
+d_model]."""
 
 
 class Pass(NamedTuple):
@@ -34,7 +28,7 @@ class Pass(NamedTuple):
     embeddings: Tensor
     """[tokens, d_model], what enters the first layer: token embeddings, with learnt positions where there are any."""
     sources: tuple[Sources, ...]
-    """Of every layer."""
+    """Of every layer, each [tokens, d_model]."""
     mlp_out: tuple[Tensor, ...]
     """Of every layer, [tokens, d_model]."""
     final: Tensor
@@ -58,9 +52,10 @@ class Frozen:
     """One window's pass, kept by `LanguageModel.freeze`, and passes with other embeddings and MLPs but its attention
     patterns and norm factors."""
 
-    def __init__(self, base: nn.Module, layers: Any, modules: Modules, parallel: bool, run: Callable[..., Any]):
-        """`run(patterns)` runs the base model on the window and returns what it returns."""
-        self._layers, self._modules, self._parallel, self._call = list(layers), modules, parallel, run
+    def __init__(self, base: nn.Module, first: nn.Module, mlps: Mlps, stored_gain: float, run: Callable[..., Any]):
+        """`first` is the first layer, `stored_gain` what is added to the stored gain of an RMS norm, `run(patterns)`
+        runs the base model on the window and returns what it returns."""
+        self._first, self._mlps, self._stored_gain, self._call = first, mlps, stored_gain, run
         self._norms = [module for module in base.modules() if type(module).__name__.endswith("Norm")]
         self._factors: dict[nn.Module, Tensor] = {}
         self._patterns = Patterns()
@@ -75,10 +70,8 @@ class Frozen:
 
     def _run(self, embeddings: Tensor | None, added: Added | None) -> Pass:
         entered: list[Tensor] = []
-        sources: list[Sources] = []
+        read: list[Sources] = []
         written: list[Tensor] = []
-        attended: list[Tensor] = []
-        hooks = []
 
         def enter(module: nn.Module, args: Any, named: dict[str, Any]) -> Any:
             if embeddings is not None:
@@ -86,29 +79,18 @@ class Frozen:
             entered.append(_hidden(args, named)[0])
             return args, named
 
-        def after_attention(module: nn.Module, args: Any, output: Any) -> None:
-            attended.append(output[0][0])
-
-        def after_norm(module: nn.Module, args: Any, output: Tensor) -> None:
-            attention = attended.pop()
-            sources.append(Sources(args[0][0] + attention if self._parallel else args[0][0], output[0]))
-
-        def after_mlp(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            written.append(output[0] if added is None else added(len(written), sources[-1]))
+        def visit(sources: Sources, mlp_out: Tensor) -> Tensor | None:
+            read.append(Sources(*(part[0] for part in sources)))
+            written.append(mlp_out[0] if added is None else added(len(written), read[-1]))
             return None if added is None else written[-1].unsqueeze(0)
 
-        hooks.append(self._layers[0].register_forward_pre_hook(enter, with_kwargs=True))
-        for layer in self._layers:
-            hooks.append(layer.get_submodule(self._modules.attention).register_forward_hook(after_attention))
-            hooks.append(layer.get_submodule(self._modules.norm).register_forward_hook(after_norm))
-            hooks.append(layer.get_submodule(self._modules.mlp_out).register_forward_hook(after_mlp))
+        hook = self._first.register_forward_pre_hook(enter, with_kwargs=True)
         try:
-            with self._linear_norms():
+            with self._linear_norms(), self._mlps.visited(dict.fromkeys(range(len(self._mlps)), visit)):
                 final = self._call(self._patterns).last_hidden_state[0]
         finally:
-            for hook in hooks:
-                hook.remove()
-        return Pass(entered[0], tuple(sources), tuple(written), final)
+            hook.remove()
+        return Pass(entered[0], tuple(read), tuple(written), final)
 
     @contextmanager
     def _linear_norms(self) -> Iterator[None]:
@@ -128,7 +110,7 @@ class Frozen:
     def _linear(self, norm: nn.Module) -> Callable[[Tensor], Tensor]:
         centred = isinstance(norm, nn.LayerNorm)
         eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon")  # noqa: B009
-        gain: Any = norm.weight if centred else norm.weight + self._modules.stored_gain  # type: ignore[operator]
+        gain: Any = norm.weight if centred else norm.weight + self._stored_gain  # type: ignore[operator]
         bias: Any = getattr(norm, "bias", None)
 
         def forward(x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from mtc.language_model.compiling import compile_parts, restore, why_eager
 from mtc.language_model.frozen import Frozen, ReadOut
 from mtc.language_model.honoured import check_fields
 from mtc.language_model.lower_layers import LowerLayers
+from mtc.language_model.mlps import Mlps
 from mtc.language_model.packing import PackedWindows, pack_windows
 from mtc.language_model.sites import Replace, SitePair, Sites
 from mtc.language_model.weights import loading, model_config_of, prepare_model, revision
@@ -84,9 +85,10 @@ class LanguageModel:
         self._layers: Any = self._base.get_submodule(modules.layers)
         check_finite(config, self._layers)
         self._lower: tuple[PackedWindows, LowerLayers] | None = None
-        self._modules = modules
-        self._parallel = bool(getattr(model_config, "use_parallel_residual", False))
-        self._sites = Sites(self._layers, modules, config.sites, self._parallel)
+        self._stored_gain = modules.stored_gain
+        parallel = bool(getattr(model_config, "use_parallel_residual", False))
+        self._mlps = Mlps(self._layers, modules, parallel)
+        self._sites = Sites(self._mlps, config.sites)
         self._final_norm = self._base.get_submodule(modules.final_norm) if full else None
         self._eager = why_eager(config.compile, self.device)
         self._forwards = [] if self._eager is not None else compile_parts(self._base)
@@ -146,10 +148,7 @@ class LanguageModel:
             self._run(self._base, windows)
         # Outside inference mode a copy is an ordinary tensor.
         return tuple(
-            SitePair(
-                *(t.clone() if rows is None else t.index_select(0, rows) for t in (part[s.source], part[s.target]))
-            )
-            for part, s in zip(seen, self.config.sites, strict=True)
+            SitePair(*(site.clone() if rows is None else site.index_select(0, rows) for site in pair)) for pair in seen
         )
 
     @torch.no_grad()
@@ -193,7 +192,7 @@ class LanguageModel:
             own = attention.Windows(window.lengths, self.device, patterns=patterns)
             return self._run(self._base, window, windows=own)
 
-        return Frozen(self._base, self._layers, self._modules, self._parallel, run)
+        return Frozen(self._base, self._layers[0], self._mlps, self._stored_gain, run)
 
     def read_out(self) -> ReadOut:
         """How logits are read from what the final norm gives. Raises ValueError if the model was not loaded with

@@ -1,4 +1,4 @@
-"""The sites of the layers that are read: hooks that collect them in a forward pass, and replace an MLP's output."""
+"""The sites of the layers that are read, collected in a forward pass in which MLPs' outputs may be replaced."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtc.config import LayerConfig
-from mtc.language_model.architectures import Modules
+from mtc.language_model.mlps import Mlps, Sources, Visit
 
 Replace = Callable[[Tensor, Tensor], Tensor]
 """From source and mlp_out, both [tokens, d_model], what is added to the residual stream instead of mlp_out."""
@@ -25,59 +25,28 @@ class SitePair(NamedTuple):
 
 
 class Sites:
-    """Where a model's layers are read; `layers` are all of them."""
+    """Where a model's layers are read."""
 
-    def __init__(self, layers: Sequence[nn.Module], modules: Modules, sites: Sequence[LayerConfig], parallel: bool):
-        read = [layers[own.layer] for own in sites]
-        self._sites, self._parallel = sites, parallel
-        self.norms = [layer.get_submodule(modules.norm) for layer in read]
-        """The norm before the MLP of each layer that is read."""
-        self._mlps = [layer.get_submodule(modules.mlp_out) for layer in read]
-        self._attentions = [layer.get_submodule(modules.attention) for layer in read]
+    def __init__(self, mlps: Mlps, sites: Sequence[LayerConfig]):
+        self._mlps, self._sites = mlps, sites
 
     @contextmanager
-    def watch(self, replaced: Mapping[int, Replace] | None = None) -> Iterator[list[dict[str, Tensor]]]:
-        """Collect the sites of the forward pass that runs inside, one dict by name for each layer that is read, and
-        replace the MLP's output of those whose number is in `replaced`. What a layer above another one reads is of the
-        pass in which that was replaced."""
-        seen: list[dict[str, Tensor]] = [{} for _ in self._sites]
-        hooks = []
-        for i, sites in enumerate(self._sites):
-            if self._parallel:
-                hooks.append(self._attentions[i].register_forward_hook(_after_attention(seen[i])))
-            hooks.append(self.norms[i].register_forward_hook(_after_norm(seen[i], self._parallel)))
-            here = (replaced or {}).get(i)
-            hooks.append(self._mlps[i].register_forward_hook(_after_mlp(seen[i], sites.source, sites.target, here)))
-        try:
+    def watch(self, replaced: Mapping[int, Replace] | None = None) -> Iterator[list[SitePair]]:
+        """Collect the sites of the forward pass that runs inside, one pair for each layer that is read, and replace the
+        MLP's output of those whose number is in `replaced`. What a layer above another one reads is of the pass in
+        which that was replaced."""
+        seen: list[Any] = [None] * len(self._sites)
+        visits = {
+            own.layer: _visit(seen, number, own, (replaced or {}).get(number)) for number, own in enumerate(self._sites)
+        }
+        with self._mlps.visited(visits):
             yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
-def _after_attention(seen: dict[str, Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        seen["attention"] = output[0][0]
+def _visit(seen: list[Any], number: int, own: LayerConfig, replace: Replace | None) -> Visit:
+    def visit(sources: Sources, mlp_out: Tensor) -> Tensor | None:
+        every = {"resid_mid": sources.resid_mid, "mlp_in": sources.mlp_in, "mlp_out": mlp_out}
+        seen[number] = SitePair(every[own.source][0], every[own.target][0])
+        return None if replace is None else replace(*seen[number]).unsqueeze(0)
 
-    return hook
-
-
-def _after_norm(seen: dict[str, Tensor], parallel: bool) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        # A parallel block's norm reads the layer's input; attention ran before and was not added yet.
-        seen["resid_mid"] = args[0][0] + seen.pop("attention") if parallel else args[0][0]
-        seen["mlp_in"] = output[0]
-
-    return hook
-
-
-def _after_mlp(
-    seen: dict[str, Tensor], source: str, target: str, replace: Replace | None
-) -> Callable[..., Tensor | None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        seen["mlp_out"] = output[0]
-        for site in seen.keys() - {source, target}:
-            del seen[site]
-        return None if replace is None else replace(seen[source], output[0]).to(output.dtype).unsqueeze(0)
-
-    return hook
+    return visit
