@@ -2,6 +2,8 @@
 
 from mtc.circuits.attribution import attribute
 from mtc.circuits.graph import FeatureTarget
+from mtc.circuits.interventions import steer
 from mtc.circuits.replacement import CircuitError, ReplacementModel
+from mtc.results import Intervention
 
-__all__ = ["CircuitError", "FeatureTarget", "ReplacementModel", "attribute"]
+__all__ = ["CircuitError", "FeatureTarget", "Intervention", "ReplacementModel", "attribute", "steer"]

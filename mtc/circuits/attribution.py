@@ -10,7 +10,7 @@ from torch import Tensor
 from mtc.circuits.adjacency import influence
 from mtc.circuits.edges import Readers, Traced, logit_readers
 from mtc.circuits.graph import FeatureTarget, Whole, to_graph
-from mtc.circuits.replacement import CircuitError, ReplacementModel
+from mtc.circuits.replacement import CircuitError, Prompt, ReplacementModel
 from mtc.circuits.selection import Progress, Target, adjacency
 from mtc.results import Graph
 from mtc.storage import RunDirectory
@@ -24,7 +24,7 @@ MAX_FEATURES = 4096
 
 def attribute(
     run: str | RunDirectory | ReplacementModel,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     targets: Sequence[str | int | FeatureTarget] | None = None,
     prefix: int | None = None,
     max_features: int = MAX_FEATURES,
@@ -51,7 +51,7 @@ def attribute(
 
 def attribute_whole(
     model: ReplacementModel,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     targets: Sequence[str | int | FeatureTarget] | None = None,
     prefix: int | None = None,
     max_features: int = MAX_FEATURES,

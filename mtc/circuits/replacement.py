@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtc import language_model
@@ -22,6 +24,9 @@ from mtc.text import TokenTexts, encode_text, special_ids
 from mtc.transcoder import MatryoshkaTranscoder, load_transcoder
 
 SHOWN_TOKENS = 3
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or chat messages, each with a role and a content."""
 
 
 class CircuitError(MtcError, ValueError):
@@ -50,7 +55,10 @@ class ReplacementModel:
         self._known: dict[int, dict[int, tuple[int | None, str | None]]] = {}
         self.sources = {**dict.fromkeys(transcoders, "resid_mid"), **(sources or {})}
         self.texts = TokenTexts(tokenizer)
-        self._special = special_ids(tokenizer)
+        self.special = special_ids(tokenizer)
+        """Token ids that stand for no text."""
+        self.ends = model.ends | ({tokenizer.eos_token_id} - {None})
+        """Token ids that end a text."""
 
     @classmethod
     def load(cls, run: str | RunDirectory, device: str | torch.device = "cpu") -> ReplacementModel:
@@ -79,26 +87,51 @@ class ReplacementModel:
         shared = set.intersection(*(set(each.prefixes) for each in self.transcoders.values()))
         return tuple(sorted(shared))
 
-    def window(self, prompt: str | Sequence[int]) -> PackedWindows:
-        """A prompt as one window: text, with BOS in front where the tokenizer has one, or token ids as they are.
+    def window(self, prompt: Prompt) -> PackedWindows:
+        """A prompt as one window: text, with BOS in front where the tokenizer has one; chat messages; or token ids as
+        they are.
 
-        Raises CircuitError for an empty prompt, unknown ids, and more tokens than the model has positions.
+        Raises CircuitError for an empty prompt, unknown ids, more tokens than the model has positions, and messages
+        that the model has no template for.
         """
-        if isinstance(prompt, str):
-            bos = self.tokenizer.bos_token_id
-            ids = np.concatenate([[] if bos is None else [bos], encode_text(prompt, self.tokenizer).ids])
-        else:
-            ids = np.asarray(prompt, np.int64).reshape(-1)
+        ids = np.asarray(self._ids(prompt), np.int64).reshape(-1)
         limit = self.model.vocab_size
         if len(ids) and not (ids.min() >= 0 and ids.max() < limit):
-            raise CircuitError(f"prompt has the token id {ids.max()}: 0 to {limit - 1} are wanted")
-        window = pack_windows([ids.astype(np.int32)], self._special)
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise CircuitError(f"prompt has the token id {wrong}: 0 to {limit - 1} are wanted")
+        window = pack_windows([ids.astype(np.int32)], self.special)
         if not bool(window.trainable.any()):
             raise CircuitError("prompt has no token but special ones: a word at least is wanted")
         most = self.model.max_tokens
         if most is not None and len(ids) > most:
             raise CircuitError(f"prompt has {len(ids)} tokens, the model has {most} positions")
         return window
+
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            bos = self.tokenizer.bos_token_id
+            return [*([] if bos is None else [bos]), *encode_text(prompt, self.tokenizer).ids.tolist()]
+        if not any(isinstance(part, Mapping) for part in prompt):
+            return prompt  # type: ignore[return-value]
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise CircuitError(f"prompt is chat messages, and {self.model.config.name} has no chat template")
+        names = [self.texts.token(i) for i in self.special]
+        for number, message in enumerate(prompt):
+            fields = message if isinstance(message, Mapping) else {}
+            text = fields.get("content")
+            if not isinstance(text, str) or not isinstance(fields.get("role"), str):
+                raise CircuitError(f"prompt[{number}] is no message with a role and a content")
+            if spelled := next((name for name in names if name and name in text), None):
+                raise CircuitError(f"prompt[{number}].content spells the special token {spelled}")
+        try:
+            text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:  # such as roles that do not alternate
+            raise CircuitError(f"prompt: the model's chat template refuses these messages: {error}") from None
+        # The template spells BOS where the model wants it; what it spells are special tokens, so the tokenizer that
+        # reads them as plain text does not do.
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.encode_special_tokens = False
+        return list(backend.encode(text, add_special_tokens=False).ids)
 
     def strings(self, token_ids: Sequence[int]) -> list[str]:
         """What each token of a window adds to its text; special ones by name."""

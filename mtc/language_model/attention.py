@@ -77,6 +77,24 @@ class Patterns:
         return self._kept[module] @ _repeat(value, query)
 
 
+class Rows:
+    """Rows of tokens of one length that go on from what a cache holds, each with its own keys and values."""
+
+    def __init__(self, leading: int | None = None):
+        """With `leading`, which is half of the rows, the others look where these do, one by one."""
+        self._leading = leading
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, reach: int | None
+    ) -> Tensor:
+        """`query` is [rows, heads, new tokens, head_dim], `key` and `value` have the earlier tokens in front; returns
+        the shape of `query`."""
+        looked = pattern(query[: self._leading], key[: self._leading], scale, softcap, reach)
+        if self._leading is not None:
+            looked = looked.repeat(2, 1, 1, 1)
+        return looked @ _repeat(value, query)
+
+
 class Windows:
     """Windows of these `lengths`, packed in this order on `device`, for one forward pass.
 
@@ -133,7 +151,7 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    windows: Windows | None = None,
+    windows: Windows | Rows | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """Attention inside each window, as transformers calls it.
@@ -142,6 +160,9 @@ def attend(
     head_dim]. `softcap` bounds the scores as Gemma 2 does, `sliding_window` is how far a token sees, itself included.
     Raises ValueError for windows that are not those of the row.
     """
+    if isinstance(windows, Rows):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return windows.attend(query, key, value, scale, softcap, sliding_window).transpose(1, 2), None
     if windows is None or windows.tokens != query.shape[2] or len(query) != 1:
         tokens = windows.tokens if windows is not None else 0
         raise ValueError(f"windows of {tokens} tokens, but the row has shape {list(query.shape)}")
@@ -223,10 +244,11 @@ def _soft_capped(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, 
 
 
 def pattern(q: Tensor, k: Tensor, scale: float, softcap: float | None, reach: int | None) -> Tensor:
-    """Softmax of the scores of each query, [windows, heads, width, width], from [windows, heads, width, head_dim]."""
+    """Softmax of the scores of each query, [windows, heads, queries, keys], from [windows, heads, queries, head_dim]
+    and [windows, key heads, keys, head_dim]; the queries are of the last keys."""
     scores = q @ _repeat(k, q).transpose(2, 3)
     scores = scores.mul_(scale) if softcap is None else scores.mul_(scale / softcap).tanh_().mul_(softcap)
-    scores.masked_fill_(~_visible(q.shape[2], reach, q.device), -torch.inf)
+    scores.masked_fill_(~_visible(k.shape[2], reach, q.device)[-q.shape[2] :], -torch.inf)
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
 
 

@@ -84,12 +84,12 @@ class Frozen:
             written.append(mlp_out[0] if added is None else added(len(written), read[-1]))
             return None if added is None else written[-1].unsqueeze(0)
 
-        hook = self._first.register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            with self._linear_norms(), self._mlps.visited(dict.fromkeys(range(len(self._mlps)), visit)):
+        with self._mlps.visited(dict.fromkeys(range(len(self._mlps)), visit)), self._linear_norms():
+            hook = self._first.register_forward_pre_hook(enter, with_kwargs=True)
+            try:
                 final = self._call(self._patterns).last_hidden_state[0]
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
         return Pass(entered[0], tuple(read), tuple(written), final)
 
     @contextmanager

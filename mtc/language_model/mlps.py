@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ class Mlps:
 
     def __init__(self, layers: Any, modules: Modules, parallel: bool):
         self._layers, self._modules, self._parallel = list(layers), modules, parallel
+        self._lock = threading.RLock()
 
     @property
     def norms(self) -> list[nn.Module]:
@@ -39,7 +41,12 @@ class Mlps:
 
     @contextmanager
     def visited(self, visits: Mapping[int, Visit]) -> Iterator[None]:
-        """Inside, each visit of a layer is called when its MLP has run, with what it reads and writes."""
+        """Inside, each visit of a layer is called when its MLP has run, with what it reads and writes. Threads take
+        turns: hooks are of a model, not of a pass."""
+        with self._lock:
+            yield from self._visited(visits)
+
+    def _visited(self, visits: Mapping[int, Visit]) -> Iterator[None]:
         hooks: list[Any] = []
         for number, visit in visits.items():
             layer, seen = self._layers[number], dict[str, Any]()

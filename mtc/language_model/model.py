@@ -29,10 +29,11 @@ from mtc.language_model import attention, flex
 from mtc.language_model.architectures import model_info, modules_of, validate
 from mtc.language_model.check import check_finite, check_report, check_weights
 from mtc.language_model.compiling import compile_parts, restore, why_eager
+from mtc.language_model.continuing import Continuing
 from mtc.language_model.frozen import Frozen, ReadOut
 from mtc.language_model.honoured import check_fields
 from mtc.language_model.lower_layers import LowerLayers
-from mtc.language_model.mlps import Mlps
+from mtc.language_model.mlps import Mlps, Visit
 from mtc.language_model.packing import PackedWindows, pack_windows
 from mtc.language_model.sites import Replace, SitePair, Sites
 from mtc.language_model.weights import loading, model_config_of, prepare_model, revision
@@ -97,6 +98,10 @@ class LanguageModel:
         products = [m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D)]
         self._warm_for = 0
         """Largest number of tokens that `warm_up` was called for."""
+        own = getattr(model, "generation_config", None)
+        ends = own.eos_token_id if own is not None and own.eos_token_id is not None else []
+        self.ends = frozenset([ends] if isinstance(ends, int) else ends)
+        """Token ids that end what the model writes, as its files say."""
         self.max_tokens = info.max_positions
         """Most tokens of a window that the model knows positions for; None if it does not say."""
         heads = text.num_attention_heads
@@ -193,6 +198,13 @@ class LanguageModel:
             return self._run(self._base, window, windows=own)
 
         return Frozen(self._base, self._layers[0], self._mlps, self._stored_gain, run)
+
+    def continuing(self, visits: Mapping[int, Visit], leading: int | None = None) -> Continuing:
+        """Rows of tokens to go on with, while `visits` by layer may change what MLPs write. With `leading`, half of the
+        rows, the others' attention looks where these look. Raises ValueError if the model was not loaded with
+        `full=True`."""
+        self._require_final_norm()
+        return Continuing(self.model, self._mlps, visits, leading)
 
     def read_out(self) -> ReadOut:
         """How logits are read from what the final norm gives. Raises ValueError if the model was not loaded with

@@ -1,7 +1,18 @@
 """What a run leaves to read: every record that is written and read back. Without torch."""
 
 from mtc.results.analysis import FORMAT_VERSION, Analysis, Finding, Headline, Summary
-from mtc.results.circuits import GRAPH_VERSION, Faithfulness, Graph, GraphNode, PrefixScores
+from mtc.results.circuits import (
+    GRAPH_VERSION,
+    MOST_VALUE,
+    Continuation,
+    Faithfulness,
+    Graph,
+    GraphNode,
+    Intervention,
+    NextToken,
+    PrefixScores,
+    Steered,
+)
 from mtc.results.comparison import SHOWN, Comparison, Match, Matching, Side
 from mtc.results.copies import CopiedFeature, Copies
 from mtc.results.evaluation import AllTokens, Evaluation, LossRecovered, Massive, Slice, StraightLine
@@ -37,13 +48,14 @@ from mtc.results.probing import (
 from mtc.results.run import PARTS, RUN_FILES, File, RunFacts, StreamTiming, Training, TrainingFit, Trend
 
 __all__ = [
-    "FORMAT_VERSION", "GRAPH_VERSION", "MIN_ACCURACY", "MIN_DOCUMENTS", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS",
-    "RUN_FILES", "SHOWN", "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "CopiedFeature", "Copies",
-    "Distribution", "Evaluation", "Example", "Faithfulness", "Family", "Feature", "File", "Finding", "Graph",
-    "GraphNode", "Group", "Headline", "Histogram", "Interval", "Intervals", "LayerFigures", "LayersReport",
-    "LetterAbsorption", "LogitEffect", "LossRecovered", "Massive", "Match", "Matching", "Parent", "Pooling",
-    "PrefixAbsorption", "PrefixScores", "PrefixStep", "ProbeResult", "ProbeTask", "Probing", "ReplacedLayers",
-    "RunFacts", "ShownFeature", "Side", "Slice", "Spelling", "SplitFeature", "StraightLine", "StreamTiming", "Summary",
-    "TaskResult", "TokenCount", "TokenGain", "TopFeature", "Training", "TrainingFit", "Tree", "Trend", "Weights",
-    "interval", "number", "percent", "percent_interval", "plot_path", "report_files", "report_names", "whole_range",
+    "FORMAT_VERSION", "GRAPH_VERSION", "MIN_ACCURACY", "MIN_DOCUMENTS", "MOST_VALUE", "NOT_MEASURED", "OVERVIEW",
+    "PARTS", "PLOTS", "RUN_FILES", "SHOWN", "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison",
+    "Continuation", "CopiedFeature", "Copies", "Distribution", "Evaluation", "Example", "Faithfulness", "Family",
+    "Feature", "File", "Finding", "Graph", "GraphNode", "Group", "Headline", "Histogram", "Interval", "Intervals",
+    "Intervention", "LayerFigures", "LayersReport", "LetterAbsorption", "LogitEffect", "LossRecovered", "Massive",
+    "Match", "Matching", "NextToken", "Parent", "Pooling", "PrefixAbsorption", "PrefixScores", "PrefixStep",
+    "ProbeResult", "ProbeTask", "Probing", "ReplacedLayers", "RunFacts", "ShownFeature", "Side", "Slice", "Spelling",
+    "SplitFeature", "Steered", "StraightLine", "StreamTiming", "Summary", "TaskResult", "TokenCount", "TokenGain",
+    "TopFeature", "Training", "TrainingFit", "Tree", "Trend", "Weights", "interval", "number", "percent",
+    "percent_interval", "plot_path", "report_files", "report_names", "whole_range",
 ]  # fmt: skip

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
 
 from mtc.record import Record
 
 GRAPH_VERSION = 1
+MOST_VALUE = 1e6
+"""Largest activation, or factor, that a feature is set to."""
 
 
 class GraphNode(Record):
@@ -119,3 +123,72 @@ class Graph(Record):
     """Source, target and weight: numbers of nodes, and what the source adds to what the target reads."""
     faithfulness: Faithfulness | None = None
     """None where it was not measured."""
+
+
+class Intervention(Record):
+    """A change of one feature's activation, and through it of what its layer's MLP writes."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    layer: int = Field(ge=0)
+    """Layer whose transcoder has the feature, from 0."""
+    feature: int = Field(ge=0)
+    """Index of the feature in its dictionary."""
+    mode: Literal["set", "scale", "add"] = "set"
+    """Whether the activation becomes `value`, is multiplied with it, or `value` is added to it."""
+    value: float = Field(ge=-MOST_VALUE, le=MOST_VALUE)
+    """In the transcoder's scaled units, as activations are; a factor for `scale`."""
+    positions: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1, max_length=4096)
+    """Positions where the activation is changed, from 0, the prompt's tokens first, then those that follow; by default
+    all of them."""
+
+
+class NextToken(Record):
+    """A candidate for the token behind the prompt."""
+
+    token_id: int
+    """Id of the token."""
+    text: str
+    """Text of the token."""
+    plain: float
+    """Natural logarithm of its probability without the interventions."""
+    steered: float
+    """Natural logarithm of its probability with them."""
+
+
+class Continuation(Record):
+    """Tokens that follow a prompt, drawn from one of the two models."""
+
+    token_ids: tuple[int, ...]
+    """Ids of the tokens, without one that ends the text."""
+    tokens: tuple[str, ...]
+    """What each token adds to the text."""
+    plain: tuple[float, ...]
+    """Natural logarithm of each token's probability without the interventions."""
+    steered: tuple[float, ...]
+    """Natural logarithm of each token's probability with them."""
+    ended: bool
+    """Whether the model ended the text there, and not `max_tokens`."""
+
+
+class Steered(Record):
+    """What a language model goes on with, with interventions and without."""
+
+    run_id: str | None
+    """Run whose transcoders were used."""
+    base_model: str
+    """The language model."""
+    token_ids: tuple[int, ...]
+    """The prompt's token ids."""
+    tokens: tuple[str, ...]
+    """The prompt's tokens as text."""
+    interventions: tuple[Intervention, ...]
+    """What was changed."""
+    attention: Literal["free", "frozen"]
+    """Whether attention reacts to the interventions, or looks where it looks without them."""
+    next: tuple[NextToken, ...]
+    """The most probable next tokens of both models, those that changed most first."""
+    plain: tuple[Continuation, ...]
+    """Continuations without the interventions."""
+    steered: tuple[Continuation, ...]
+    """Continuations with them, of the same random numbers."""
