@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mtc.lazy import lazily
 
 if TYPE_CHECKING:
+    from mtc.circuits import Intervention, ReplacementModel, attribute, steer
     from mtc.config import RunConfig, load_preset
     from mtc.language_model import LanguageModel
     from mtc.storage import load_analysis, open_run
@@ -16,19 +17,27 @@ if TYPE_CHECKING:
     from mtc.transcoder import MatryoshkaTranscoder, load_transcoder
 
 __all__ = [
+    "Intervention",
     "LanguageModel",
     "MatryoshkaTranscoder",
+    "ReplacementModel",
     "RunConfig",
     "Trainer",
+    "attribute",
     "load_analysis",
     "load_preset",
     "load_transcoder",
     "open_run",
+    "steer",
 ]
 
 __getattr__, __dir__ = lazily(
     __name__,
     {
+        "Intervention": "circuits",
+        "ReplacementModel": "circuits",
+        "attribute": "circuits",
+        "steer": "circuits",
         "RunConfig": "config",
         "load_preset": "config",
         "LanguageModel": "language_model",
