@@ -32,7 +32,7 @@ from serve.contract import (
     take_snapshot,
 )
 from serve.http import create_app, http_protocol
-from serve.service import Models, ServedRun, Service
+from serve.service import Catalogue, Models, ServedRun, Service
 
 
 def make_config() -> RunConfig:
@@ -82,8 +82,7 @@ def make_analysed_run(directory: Path, seed: int = 3) -> RunDirectory:
 
 
 def key_of(run: RunDirectory) -> RunKey:
-    manifest = run.manifest()
-    return RunKey(run.run_id, run.url, manifest.files["transcoder.safetensors"].sha256, manifest.created)
+    return Catalogue(run.url).served().key
 
 
 class LocalControl:
@@ -103,10 +102,12 @@ class LocalControl:
         found = []
         for key in self.keys:
             run = ServedRun(key)
+            own = run.default
             found.append(
                 RunSummary(
-                    run_id=key.run_id, created=run.manifest.created, base_model=run.identity.base_model, layer=1,
-                    num_features=run.num_features, prefixes=list(run.prefixes), k=run.identity.k,
+                    run_id=key.run_id, created=run.manifest.created, base_model=own.identity.base_model,
+                    layer=own.number, layers=list(run.layers), num_features=own.num_features,
+                    prefixes=list(own.prefixes), k=own.identity.k,
                     state="current" if key == self.state.current else "loaded",
                 )
             )  # fmt: skip
@@ -115,7 +116,9 @@ class LocalControl:
     async def load(self, run_id: str) -> LoadResponse:
         key = next((k for k in self.keys if k.run_id == run_id), None) or await self.want(run_id)
         previous, self.state = self.state.current, self.state._replace(version=self.state.version + 1, current=key)
-        return LoadResponse(model=ServedRun(key).identity, previous=previous.run_id, seconds=0.0)
+        run = ServedRun(key)
+        layers = list(run.layers)
+        return LoadResponse(model=run.default.identity, layers=layers, previous=previous.run_id, seconds=0.0)
 
     async def metrics(self) -> bytes:
         return render_metrics([take_snapshot(self.counts.registry)] if self.counts else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,6 +24,10 @@ class SitePair(NamedTuple):
     """[tokens, d_model] in the model's dtype: what the transcoder reconstructs."""
 
 
+class _AllRead(BaseException):
+    """Ends a forward pass in which nothing more is to be read. No Exception: those of a pass may be a compiler's."""
+
+
 class Sites:
     """Where a model's layers are read; `layers` are all of them."""
 
@@ -36,22 +40,40 @@ class Sites:
         self._attentions = [layer.get_submodule(modules.attention) for layer in read]
 
     @contextmanager
-    def watch(self, replace: Replace | None = None, at: int = 0) -> Iterator[list[dict[str, Tensor]]]:
+    def watch(
+        self, replace: Replace | None = None, at: int = 0, only: Collection[int] | None = None
+    ) -> Iterator[list[dict[str, Tensor]]]:
         """Collect the sites of the forward pass that runs inside, one dict by name for each layer that is read, and
-        `replace` the MLP's output of the one with the number `at`."""
+        `replace` the MLP's output of the one with the number `at`.
+
+        With `only`, the layers of these numbers are collected, and the pass ends behind the highest of them unless that
+        is the highest of all.
+        """
         seen: list[dict[str, Tensor]] = [{} for _ in self._sites]
+        highest = max(range(len(self._sites)) if only is None else only, key=lambda i: self._sites[i].layer)
+        ends = any(sites.layer > self._sites[highest].layer for sites in self._sites)
         hooks = []
         for i, sites in enumerate(self._sites):
+            if only is not None and i not in only:
+                continue
             if self._parallel:
                 hooks.append(self._attentions[i].register_forward_hook(_after_attention(seen[i])))
             hooks.append(self.norms[i].register_forward_hook(_after_norm(seen[i], self._parallel)))
             here = replace if i == at else None
             hooks.append(self._mlps[i].register_forward_hook(_after_mlp(seen[i], sites.source, sites.target, here)))
+            if ends and i == highest:
+                hooks.append(self._mlps[i].register_forward_hook(_end))
         try:
             yield seen
+        except _AllRead:
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    raise _AllRead
 
 
 def _after_attention(seen: dict[str, Tensor]) -> Callable[..., None]:

@@ -15,9 +15,8 @@ from mtc.report.html import render_html
 from mtc.report.markdown import render_markdown
 from mtc.report.sections.configuration import timing_blocks
 from mtc.report.sections.provenance import captured, provenance, stamp
-from mtc.results import NOT_MEASURED, Analysis, interval, number, percent, report_names
+from mtc.results import LAYERS_REPORT, NOT_MEASURED, Analysis, interval, number, percent, report_names
 
-MARKDOWN, HTML, JSON = "layers_report.md", "layers_report.html", "layers_report.json"
 PLOT = "layers_overview"
 
 
@@ -31,9 +30,9 @@ def write_layers_report(analyses: Sequence[Analysis]) -> dict[str, bytes]:
     with style():
         plot = picture(_plot(analyses))
     return {
-        MARKDOWN: render_markdown(_document(analyses, 0), {PLOT: f"{PLOT}.png"}).encode(),
-        HTML: render_html(_document(analyses, 1), {PLOT: plot.svg}).encode(),
-        JSON: json.dumps(summaries, indent=1).encode(),
+        LAYERS_REPORT.markdown: render_markdown(_document(analyses, 0), {PLOT: f"{PLOT}.png"}).encode(),
+        LAYERS_REPORT.html: render_html(_document(analyses, 1), {PLOT: plot.svg}).encode(),
+        LAYERS_REPORT.json: json.dumps(summaries, indent=1).encode(),
         f"{PLOT}.png": plot.png,
         f"{PLOT}.svg": plot.svg.encode(),
     }

@@ -17,7 +17,7 @@ from mtc.results.features import (
     TopFeature,
     Weights,
 )
-from mtc.results.files import OVERVIEW, PLOTS, plot_path, report_files, report_names
+from mtc.results.files import LAYERS_REPORT, OVERVIEW, PLOTS, plot_path, report_files, report_names
 from mtc.results.intervals import MIN_DOCUMENTS, Interval, Intervals
 from mtc.results.nesting import AbsorbedFeature, Child, Family, PrefixStep, SplitFeature, TokenGain, Tree
 from mtc.results.numbers import NOT_MEASURED, interval, number, percent, percent_interval, whole_range
@@ -35,8 +35,8 @@ from mtc.results.probing import (
 from mtc.results.run import PARTS, RUN_FILES, File, RunFacts, StreamTiming, Training, TrainingFit, Trend
 
 __all__ = [
-    "FORMAT_VERSION", "MIN_ACCURACY", "MIN_DOCUMENTS", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS", "RUN_FILES",
-    "SHOWN", "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "CopiedFeature", "Copies",
+    "FORMAT_VERSION", "LAYERS_REPORT", "MIN_ACCURACY", "MIN_DOCUMENTS", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS",
+    "RUN_FILES", "SHOWN", "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "CopiedFeature", "Copies",
     "Distribution", "Evaluation", "Example", "Family", "Feature", "File", "Finding", "Group", "Histogram",
     "Interval", "Intervals", "LetterAbsorption", "LogitEffect", "LossRecovered", "Massive", "Match", "Matching",
     "Parent", "Pooling", "PrefixAbsorption", "PrefixStep", "ProbeResult", "ProbeTask", "Probing", "RunFacts",
