@@ -60,10 +60,13 @@ class RunEncoder:
         with self._one_at_a_time:
             self._model.warm_up(max_tokens)
         for length in (1, 16):  # lengths differ in what they set up
-            wanted = [Options(top_k=1, relative_error=True, layer=layer) for layer in self.transcoders]
-            self.encode_batch([np.zeros(length, np.int32)], wanted[-1:])  # through all of the language model
-            if wanted[:-1]:
-                self.encode_batch([np.zeros(length, np.int32)] * len(wanted[:-1]), wanted[:-1])
+            packed = pack_windows([np.zeros(length, np.int32)], self._special)
+            with torch.inference_mode():
+                with self._one_at_a_time:
+                    pairs = self._model.capture(packed)
+                for layer, number in self._numbers.items():
+                    pair, trainable = pairs[number], packed.trainable.numpy()
+                    _features(self.transcoders[layer], self._search(pair), pair, trainable, None, True)
         return self._model.compute
 
     def encode_batch(self, windows: Sequence[NDArray[np.int32]], options: Sequence[Options]) -> list[Encoded]:
