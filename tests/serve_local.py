@@ -82,7 +82,8 @@ def make_analysed_run(directory: Path, seed: int = 3) -> RunDirectory:
 
 def make_layers_run(directory: Path, layers: Sequence[int] = (2, 0), seed: int = 3) -> RunDirectory:
     """A finished run of several layers of other weights each, all analysed as that of `make_analysed_run`; layer 0
-    reads another site. It stands as training leaves it: a run for each layer, and a report of all."""
+    reads another site. It stands as training leaves it: a run for each layer, and a report of all. `latest`
+    does not name it."""
     entries = [{"layer": layer, "source": "mlp_in" if layer == 0 else "resid_mid"} for layer in layers]
     config = example.make_config(model={"dtype": "float32", "layer": layers[0], "layers": entries})
     run = RunDirectory(str(directory))
@@ -95,7 +96,7 @@ def make_layers_run(directory: Path, layers: Sequence[int] = (2, 0), seed: int =
         member.publish(latest=False)
     for name, data in write_layers_report(analyses).items():
         run.write(f"report/{name}", data)
-    run.publish()
+    run.publish(latest=False)
     return run
 
 

@@ -277,7 +277,6 @@ def test_runs_by_name_are_loaded_when_asked_for(client: httpx.Client, offline: A
 def test_a_run_of_several_layers_is_loaded_as_one(client: httpx.Client, offline: Any, root: Path) -> None:
     """Each layer answers as its own run's transcoder behind a language model that is cut off there."""
     make_layers_run(root / "deep", (2, 0))
-    (root / "latest").write_text("published")  # which the service has seen: nothing takes over by itself
     loaded = client.post("/admin/load", json={"model": "deep"}).json()
     assert (loaded["layers"], loaded["model"]["run_id"], loaded["model"]["layer"]) == ([0, 2], "deep", 0)
     assert {run["run_id"]: run["layers"] for run in client.get("/runs").json()["runs"]}["deep"] == [0, 2]
