@@ -311,14 +311,14 @@ def goodput(records: list[Record], seconds: float) -> float:
 def measure_formats(served: ServedRun) -> dict[str, Any]:
     """1,024 tokens x 96 features as objects, as the service's JSON, and as safetensors."""
     tokens, k, chance = 1024, 96, np.random.default_rng(0)
-    features = served.num_features
+    features = served.default.num_features
     indices = np.concatenate([np.sort(chance.choice(features, k, replace=False)) for _ in range(tokens)])
     values = chance.gamma(2.0, 1.0, tokens * k).astype(np.float32)
     encoded = Encoded(np.arange(tokens + 1, dtype=np.int64) * k, indices.astype(np.int32), values)
     ids = chance.integers(100, served.tokeniser.vocab_size, tokens).astype(np.int32)
     offsets = np.stack([4 * np.arange(tokens), 4 * np.arange(tokens) + 4], 1).astype(np.int32)
     inputs = [Tokenised(ids, offsets, np.zeros(tokens, bool), False)]
-    envelope = formats.Envelope(served, features, "0" * 32)
+    envelope = formats.Envelope(served.default, features, "0" * 32)
 
     def answer(media_type: str) -> bytes:
         return formats.encode_answer(media_type, envelope, False, inputs, [encoded])

@@ -33,7 +33,15 @@ import pyarrow.parquet as pq
 from cluster.local_ray import check_installation, make_temporary_directory
 from jobs.command_line import parse_command_line
 from mtc.errors import MtcError
-from mtc.storage import RunDirectory, absolute, check_writable, named_run, open_layer_run, open_run, prepare_environment
+from mtc.storage import (
+    RunDirectory,
+    absolute,
+    check_writable,
+    named_run,
+    open_run,
+    prepare_environment,
+    require_one_layer,
+)
 from mtc.telemetry import git_revision
 from serve.contract import ENVIRONMENT, free_ports, proxy_files
 
@@ -90,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "stop":
             print("stopped" if stop_head() else "nothing was running")
         elif arguments.command == "serve":
-            open_layer_run(arguments.run, verify=False)  # a mistake starts nothing
+            check_servable(arguments.run)  # a mistake starts nothing
             print_usage(serve_run(start_head(), arguments.run), arguments.run)
         else:
             quickstart(arguments.preset, arguments.root, arguments.run_id, arguments.overrides)
@@ -118,15 +126,29 @@ def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str])
     arguments += ["--cluster.metrics_port", str(head["metrics_port"]), *overrides]
     submit_job(head, submission, arguments)
     run = RunDirectory(f"{root.rstrip('/')}/{run_id}")
-    first, *others = (own.url for own in run.members().values())
-    base = serve_run(head, first)
-    print_answer(ask(base, SENTENCE), *about_features(first))
-    print_usage(base, first)
-    if others:
+    config, members = run.config(), run.members()
+    lowest = min(config.members(), key=lambda member: member.config.model.layer)  # answers where none is named
+    answering = next(iter(members.values())) if config.sweep else members[lowest.name]
+    served = answering.url if config.sweep else run.url
+    base = serve_run(head, served)
+    print_answer(ask(base, SENTENCE), *about_features(answering.url))
+    print_usage(base, served)
+    if config.sweep:
         serve = "make serve RUN=" if IN_TREE else "python -m jobs.quickstart serve --run "
-        kind, field = ("sweep", "sweep") if run.config().sweep else ("layers", "model.layers")
-        print(f"{kind:<10} {first} is served, the first of {field}; others: {', '.join(map(serve.__add__, others))}")
-        print(f"           {run.location(f'report/{kind}_report.html')} compares them")
+        others = ", ".join(serve + own.url for own in list(members.values())[1:])
+        print(f"sweep      {served} is served, the first of sweep; others: {others}")
+        print(f"           {run.location('report/sweep_report.html')} compares them")
+    elif len(members) > 1:
+        layers = ", ".join(str(layer) for layer in sorted(sites.layer for sites in config.model.sites))
+        print(f"layers     {layers} are served as one; a request names one by `layer`, else layer", end=" ")
+        print(f"{lowest.config.model.layer} answers; {run.location('report/layers_report.html')} compares them")
+
+
+def check_servable(url: str) -> None:
+    """Raises RunError for what is no finished run, and for a sweep, whose transcoders answer each for itself."""
+    run = open_run(url, verify=False)
+    if run.config().sweep:
+        require_one_layer(run)
 
 
 def start_head() -> dict[str, Any]:

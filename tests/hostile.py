@@ -179,6 +179,22 @@ def attacks(limits: Settings) -> Iterator[Attack]:
         "text=" + "a" * 201,
     ):
         yield Attack(f"?{query[:20]}", _get(f"/features?{query}"), (422,), "validation")
+    for layer in ("-1", "a", "", "1.5", "99999999999999999999", "1e3", "%00", "1/../2"):
+        for path in ("/features", "/features/1", "/features/1/examples", "/report", "/report/files/plots/loss.png"):
+            yield Attack(f"{path} layer {layer}", _get(f"{path}?layer={layer}"), (422,), "validation")
+    for layer in ("-1", '"1"', "true", "1.5", "[1]", "{}", "1e30", "9" * 4000):
+        for path, rest in (
+            ("/encode", '"inputs": "a"'),
+            ("/tokenize", '"inputs": "a"'),
+            ("/decode", '"features": [[]]'),
+        ):
+            body = f'{{{rest}, "layer": {layer}}}'.encode()
+            yield Attack(f"{path} layer {layer[:9]}", _post(path, body), (422,), "validation")
+    for layer in (0, 2, (1 << 31) - 1):
+        yield Attack(f"no layer {layer}", _get(f"/features?layer={layer}"), (422,), "unknown_layer")
+        yield Attack(f"no layer {layer} to encode", _post("/encode", _json(layer=layer)), (422,), "unknown_layer")
+    yield Attack("a layer twice", _get("/features?layer=1&layer=1"), (422,), "validation")
+    yield Attack("a layer's name", _post("/encode", _json(model="one/layer1")), (404,), "unknown_model")
     for cursor in ("AAAA", "a" * 200, "Li4vLi4"):
         yield Attack(f"cursor {cursor[:8]}", _get(f"/features?cursor={cursor}"), (404,), "unknown_cursor")
     for index in ("-1", "99999999999999999999", "1.5", "x", "%00"):

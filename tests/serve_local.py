@@ -6,7 +6,7 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import uvicorn
 
 from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.report import write_report
+from mtc.report.layers import write_layers_report
+from mtc.results import Analysis, report_names
 from mtc.storage import RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 from serve.contract import (
@@ -32,7 +34,7 @@ from serve.contract import (
     take_snapshot,
 )
 from serve.http import create_app, http_protocol
-from serve.service import Models, ServedRun, Service
+from serve.service import Catalogue, Models, ServedRun, Service
 
 
 def make_config() -> RunConfig:
@@ -41,8 +43,13 @@ def make_config() -> RunConfig:
 
 def make_run(directory: Path, seed: int = 3, config: RunConfig | None = None) -> RunDirectory:
     """A finished run of random weights: no training, a report of three small files. Feature 9 always equals 5."""
-    config = config or make_config()
     run = RunDirectory(str(directory))
+    _write_transcoder(run, seed, config or make_config())
+    run.publish()
+    return run
+
+
+def _write_transcoder(run: RunDirectory, seed: int, config: RunConfig) -> None:
     shape = TranscoderShape(32, 32, config.transcoder.group_sizes, config.transcoder.k, config.input_norm)
     transcoder = MatryoshkaTranscoder(shape, seed=seed)
     with torch.no_grad():
@@ -55,19 +62,45 @@ def make_run(directory: Path, seed: int = 3, config: RunConfig | None = None) ->
     run.write("config.yaml", to_yaml(config))
     run.write("transcoder.safetensors", transcoder.to_bytes())
     run.write("analysis.json", json.dumps({"run_id": run.run_id}))
-    run.write("report/layer1_analysis_report.md", "# Report\n")
-    run.write("report/layer1_analysis_report.json", json.dumps({"run_id": run.run_id}))
-    run.write("report/layer1_analysis_report.html", "<!doctype html><title>é</title>")
+    names = report_names(config.model.layer)
+    run.write(f"report/{names.markdown}", "# Report\n")
+    run.write(f"report/{names.json}", json.dumps({"run_id": run.run_id}))
+    run.write(f"report/{names.html}", "<!doctype html><title>é</title>")
     run.write("report/plots/loss.png", b"\x89PNG")
-    run.publish()
-    return run
 
 
 def make_analysed_run(directory: Path, seed: int = 3) -> RunDirectory:
     """A finished run of random weights, with the analysis of ten features of `report_example`: tokens that try to break
     out of pages, figures that can be worked out by hand. Feature 8 is of massive tokens."""
+    run = RunDirectory(str(directory))
     config = example.make_config(model={"dtype": "float32"})
-    run = make_run(directory, seed, config)
+    _write_transcoder(run, seed, config)
+    _write_analysis(run, config)
+    run.publish()
+    return run
+
+
+def make_layers_run(directory: Path, layers: Sequence[int] = (2, 0), seed: int = 3) -> RunDirectory:
+    """A finished run of several layers of other weights each, all analysed as that of `make_analysed_run`; layer 0
+    reads another site. It stands as training leaves it: a run for each layer, and a report of all. `latest`
+    does not name it."""
+    entries = [{"layer": layer, "source": "mlp_in" if layer == 0 else "resid_mid"} for layer in layers]
+    config = example.make_config(model={"dtype": "float32", "layer": layers[0], "layers": entries})
+    run = RunDirectory(str(directory))
+    run.write("config.yaml", to_yaml(config))
+    analyses = []
+    for name, own in config.members():
+        member = run.members()[name]
+        _write_transcoder(member, seed + own.model.layer, own)
+        analyses.append(_write_analysis(member, own))
+        member.publish(latest=False)
+    for name, data in write_layers_report(analyses).items():
+        run.write(f"report/{name}", data)
+    run.publish(latest=False)
+    return run
+
+
+def _write_analysis(run: RunDirectory, config: RunConfig) -> Analysis:
     massive = example.make_massive_sums()
     analysis, features = example.make_analysis(config, facts=example.make_facts(run_id=run.run_id), massive=massive)
     for name, data in write_report(analysis, features, example.make_history(50)).items():
@@ -77,13 +110,11 @@ def make_analysed_run(directory: Path, seed: int = 3) -> RunDirectory:
     run.write("features.parquet", table.getvalue())
     run.write("examples.parquet", example.make_examples().to_parquet())
     run.write("analysis.json", analysis.model_dump_json())
-    run.publish()
-    return run
+    return analysis
 
 
 def key_of(run: RunDirectory) -> RunKey:
-    manifest = run.manifest()
-    return RunKey(run.run_id, run.url, manifest.files["transcoder.safetensors"].sha256, manifest.created)
+    return Catalogue(run.url).served().key
 
 
 class LocalControl:
@@ -103,10 +134,12 @@ class LocalControl:
         found = []
         for key in self.keys:
             run = ServedRun(key)
+            own = run.default
             found.append(
                 RunSummary(
-                    run_id=key.run_id, created=run.manifest.created, base_model=run.identity.base_model, layer=1,
-                    num_features=run.num_features, prefixes=list(run.prefixes), k=run.identity.k,
+                    run_id=key.run_id, created=run.manifest.created, base_model=own.identity.base_model,
+                    layer=own.number, layers=list(run.layers), num_features=own.num_features,
+                    prefixes=list(own.prefixes), k=own.identity.k,
                     state="current" if key == self.state.current else "loaded",
                 )
             )  # fmt: skip
@@ -115,7 +148,9 @@ class LocalControl:
     async def load(self, run_id: str) -> LoadResponse:
         key = next((k for k in self.keys if k.run_id == run_id), None) or await self.want(run_id)
         previous, self.state = self.state.current, self.state._replace(version=self.state.version + 1, current=key)
-        return LoadResponse(model=ServedRun(key).identity, previous=previous.run_id, seconds=0.0)
+        run = ServedRun(key)
+        layers = list(run.layers)
+        return LoadResponse(model=run.default.identity, layers=layers, previous=previous.run_id, seconds=0.0)
 
     async def metrics(self) -> bytes:
         return render_metrics([take_snapshot(self.counts.registry)] if self.counts else [])

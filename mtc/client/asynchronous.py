@@ -66,16 +66,18 @@ class AsyncClient:
         lines.end()
 
     async def tokenize(
-        self, inputs: Inputs = None, *, input_ids: Any = None, model: str | None = None, truncate: bool = False
-    ) -> Tokenisation:
+        self, inputs: Inputs = None, *, input_ids: Any = None, model: str | None = None, layer: int | None = None,
+        truncate: bool = False,
+    ) -> Tokenisation:  # fmt: skip
         """See `Client.tokenize`."""
-        return await self._do(calls.tokenize(inputs, input_ids, model, truncate))
+        return await self._do(calls.tokenize(inputs, input_ids, model, layer, truncate))
 
     async def decode(
-        self, rows: SparseRows, *, prefix: int | None = None, model: str | None = None, format: Format = "safetensors"
-    ) -> Decoding:
+        self, rows: SparseRows, *, prefix: int | None = None, model: str | None = None, layer: int | None = None,
+        format: Format = "safetensors",
+    ) -> Decoding:  # fmt: skip
         """See `Client.decode`."""
-        return await self._do(calls.decode(rows, prefix, model, format))
+        return await self._do(calls.decode(rows, prefix, model, layer, format))
 
     async def features(self, **filters: Any) -> AsyncIterator[dict[str, Any]]:
         """See `Client.features`."""
@@ -85,19 +87,22 @@ class AsyncClient:
                 yield row
             if (cursor := page["cursor"]) is None:
                 return
-            filters |= {"cursor": cursor, "model": page["run_id"]}
+            filters |= {"cursor": cursor, "model": page["run_id"], "layer": page["layer"]}
 
-    async def feature(self, feature: int, model: str | None = None) -> dict[str, Any]:
+    async def feature(self, feature: int, model: str | None = None, layer: int | None = None) -> dict[str, Any]:
         """See `Client.feature`."""
-        return await self._do(calls.get(f"/features/{feature}", model=model))
+        return await self._do(calls.get(f"/features/{feature}", model=model, layer=layer))
 
     async def examples(self, feature: int, **options: Any) -> dict[str, Any]:
         """See `Client.examples`."""
         return await self._do(calls.get(f"/features/{feature}/examples", **options))
 
-    async def report(self, format: Literal["markdown", "html", "json"] = "markdown", model: str | None = None) -> str:
+    async def report(
+        self, format: Literal["markdown", "html", "json"] = "markdown", model: str | None = None,
+        layer: int | None = None,
+    ) -> str:  # fmt: skip
         """See `Client.report`."""
-        return await self._do(calls.report(format, model))
+        return await self._do(calls.report(format, model, layer))
 
     async def runs(self) -> list[dict[str, Any]]:
         """See `Client.runs`."""

@@ -73,16 +73,18 @@ class Client:
         lines.end()
 
     def tokenize(
-        self, inputs: Inputs = None, *, input_ids: Any = None, model: str | None = None, truncate: bool = False
-    ) -> Tokenisation:
+        self, inputs: Inputs = None, *, input_ids: Any = None, model: str | None = None, layer: int | None = None,
+        truncate: bool = False,
+    ) -> Tokenisation:  # fmt: skip
         """Inputs as the model reads them."""
-        return self._do(calls.tokenize(inputs, input_ids, model, truncate))
+        return self._do(calls.tokenize(inputs, input_ids, model, layer, truncate))
 
     def decode(
-        self, rows: SparseRows, *, prefix: int | None = None, model: str | None = None, format: Format = "safetensors"
-    ) -> Decoding:
+        self, rows: SparseRows, *, prefix: int | None = None, model: str | None = None, layer: int | None = None,
+        format: Format = "safetensors",
+    ) -> Decoding:  # fmt: skip
         """The reconstruction of the target site from features, such as an `EncodedInput`."""
-        return self._do(calls.decode(rows, prefix, model, format))
+        return self._do(calls.decode(rows, prefix, model, layer, format))
 
     def features(self, **filters: Any) -> Iterator[dict[str, Any]]:
         """Features that pass the filters of `GET /features`, page after page; `limit` is the size of a page."""
@@ -92,19 +94,22 @@ class Client:
             if (cursor := page["cursor"]) is None:
                 return
             # The other pages are to come from the same run, whatever is published meanwhile.
-            filters |= {"cursor": cursor, "model": page["run_id"]}
+            filters |= {"cursor": cursor, "model": page["run_id"], "layer": page["layer"]}
 
-    def feature(self, feature: int, model: str | None = None) -> dict[str, Any]:
+    def feature(self, feature: int, model: str | None = None, layer: int | None = None) -> dict[str, Any]:
         """All that the analysis says of a feature."""
-        return self._do(calls.get(f"/features/{feature}", model=model))
+        return self._do(calls.get(f"/features/{feature}", model=model, layer=layer))
 
     def examples(self, feature: int, **options: Any) -> dict[str, Any]:
         """Contexts in which a feature fires; options as of `GET /features/{i}/examples`."""
         return self._do(calls.get(f"/features/{feature}/examples", **options))
 
-    def report(self, format: Literal["markdown", "html", "json"] = "markdown", model: str | None = None) -> str:
-        """The run's report, as text."""
-        return self._do(calls.report(format, model))
+    def report(
+        self, format: Literal["markdown", "html", "json"] = "markdown", model: str | None = None,
+        layer: int | None = None,
+    ) -> str:  # fmt: skip
+        """The report as text: of a run of several layers that of all, unless `layer` names one."""
+        return self._do(calls.report(format, model, layer))
 
     def runs(self) -> list[dict[str, Any]]:
         """Runs that can be asked for as `model`, newest first."""

@@ -38,6 +38,8 @@ class EncodeOptions(TypedDict, total=False):
     """A window of token ids, or several, to encode instead of text."""
     model: str
     """Id of the run that answers."""
+    layer: int
+    """Layer of the run that answers; by default its lowest."""
     top_k: int
     """Most features returned for each token, its strongest; by default all."""
     features: Sequence[int]
@@ -93,13 +95,17 @@ def encode_stream(inputs: Inputs, options: EncodeOptions) -> Call[None]:
     return Call("POST", "/encode", NDJSON, lambda r: None, {"inputs": inputs, **options, "return": "csr"})
 
 
-def tokenize(inputs: Inputs, input_ids: Any, model: str | None, truncate: bool) -> Call[Tokenisation]:
-    body = {"inputs": inputs, "input_ids": input_ids, "model": model, "truncate": truncate}
+def tokenize(
+    inputs: Inputs, input_ids: Any, model: str | None, layer: int | None, truncate: bool
+) -> Call[Tokenisation]:
+    body = {"inputs": inputs, "input_ids": input_ids, "model": model, "layer": layer, "truncate": truncate}
     return Call("POST", "/tokenize", JSON, lambda r: read_tokenisation(JSON, r.content), body)
 
 
-def decode(rows: SparseRows, prefix: int | None, model: str | None, format: Format) -> Call[Decoding]:
-    body = {"csr": csr_of(rows), "prefix": prefix, "model": model}
+def decode(
+    rows: SparseRows, prefix: int | None, model: str | None, layer: int | None, format: Format
+) -> Call[Decoding]:
+    body = {"csr": csr_of(rows), "prefix": prefix, "model": model, "layer": layer}
     media_type = _media_type(format)
     return Call("POST", "/decode", media_type, lambda r: read_decoding(media_type, r.content), body)
 
@@ -112,11 +118,11 @@ def load(model: str) -> Call[dict[str, Any]]:
     return Call("POST", "/admin/load", JSON, lambda r: r.json(), {"model": model})
 
 
-def report(format: str, model: str | None) -> Call[str]:
+def report(format: str, model: str | None, layer: int | None) -> Call[str]:
     media_types = {"markdown": "text/markdown", "html": "text/html", "json": JSON}
     if format not in media_types:
         raise ValueError(f"format={format!r} is none of {', '.join(media_types)}")
-    return Call("GET", "/report", media_types[format], lambda r: r.text, None, {"model": model})
+    return Call("GET", "/report", media_types[format], lambda r: r.text, None, {"model": model, "layer": layer})
 
 
 def authorization(api_key: str | None) -> dict[str, str]:

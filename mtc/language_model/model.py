@@ -142,18 +142,24 @@ class LanguageModel:
             if sum(lengths) <= WARM_WITHOUT_KERNEL or (self._kernel is not None and self._kernel.failed is None):
                 self.capture(pack_windows([np.zeros(length, np.int32) for length in lengths], []))
 
-    def capture(self, windows: PackedWindows, only: Tensor | None = None) -> tuple[SitePair, ...]:
-        """Activations at the sites of every entry of `config.sites`, of all tokens or of those with the indices `only`.
+    def capture(
+        self, windows: PackedWindows, only: Tensor | None = None, at: Sequence[int] | None = None
+    ) -> tuple[SitePair, ...]:
+        """Activations at the sites of every entry of `config.sites`, or of those with the numbers `at`, in that order;
+        of all tokens or of those with the indices `only`.
 
-        `only` is [chosen] int64. The result is ordinary tensors, on the model's device, that can be trained on. Raises
-        ValueError for a window that is longer than the model has positions.
+        `only` is [chosen] int64. Layers above the highest one of `at` do not run. The result is ordinary tensors, on
+        the model's device, that can be trained on. Raises ValueError for a window that is longer than the model has
+        positions.
         """
         rows = None if only is None else send(only, self.device)
-        with torch.inference_mode(), self._sites.watch() as seen:
+        chosen = range(len(self.config.sites)) if at is None else at
+        with torch.inference_mode(), self._sites.watch(only=at) as seen:
             self._run(self._base, windows)
         # Outside inference mode a copy is an ordinary tensor.
         return tuple(
-            SitePair(*(site.clone() if rows is None else site.index_select(0, rows) for site in pair)) for pair in seen
+            SitePair(*(site.clone() if rows is None else site.index_select(0, rows) for site in seen[i]))
+            for i in chosen
         )
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from mtc.report.markdown import render_markdown
 from mtc.report.sections.configuration import timing_blocks
 from mtc.report.sections.provenance import captured, provenance, stamp
 from mtc.results import (
+    LAYERS_REPORT,
     NOT_MEASURED,
     Headline,
     Intervals,
@@ -27,7 +28,6 @@ from mtc.results import (
     report_names,
 )
 
-MARKDOWN, HTML, JSON = "layers_report.md", "layers_report.html", "layers_report.json"
 PLOT = "layers_overview"
 
 
@@ -41,9 +41,9 @@ def write_layers_report(analyses: Sequence[Headline], replaced: ReplacedLayers |
     with style():
         plot = picture(_plot(analyses))
     return {
-        MARKDOWN: render_markdown(_document(analyses, replaced, 0), {PLOT: f"{PLOT}.png"}).encode(),
-        HTML: render_html(_document(analyses, replaced, 1), {PLOT: plot.svg}).encode(),
-        JSON: LayersReport(layers=layers, replaced=replaced).model_dump_json(indent=1).encode(),
+        LAYERS_REPORT.markdown: render_markdown(_document(analyses, replaced, 0), {PLOT: f"{PLOT}.png"}).encode(),
+        LAYERS_REPORT.html: render_html(_document(analyses, replaced, 1), {PLOT: plot.svg}).encode(),
+        LAYERS_REPORT.json: LayersReport(layers=layers, replaced=replaced).model_dump_json(indent=1).encode(),
         f"{PLOT}.png": plot.png,
         f"{PLOT}.svg": plot.svg.encode(),
     }

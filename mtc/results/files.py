@@ -30,6 +30,10 @@ class ReportNames(NamedTuple):
     json: str
 
 
+LAYERS_REPORT = ReportNames("layers_report.md", "layers_report.html", "layers_report.json")
+"""The report of a run of several layers, which leads to those of the layers."""
+
+
 def report_names(layer: int) -> ReportNames:
     stem = f"layer{layer}_analysis_report"
     return ReportNames(f"{stem}.md", f"{stem}.html", f"{stem}.json")

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtc.results import AbsorbedFeature, Feature, SplitFeature
-from serve.contract.schemas import FeatureIndex, SchemaModel
+from serve.contract.schemas import FeatureIndex, Layer, SchemaModel
 
 
 class FeaturesQuery(BaseModel):
@@ -17,6 +17,8 @@ class FeaturesQuery(BaseModel):
 
     model: str | None = Field(default=None, min_length=1, max_length=200)
     """Id of a run; by default the current one."""
+    layer: Layer | None = None
+    """Layer of the run; by default its lowest."""
     feature: list[FeatureIndex] = Field(default=[], max_length=500)
     """Only features with this index; may be given several times."""
     group: int | None = Field(default=None, ge=0, lt=1 << 31)
@@ -76,6 +78,8 @@ class FeaturesResponse(SchemaModel):
 
     run_id: str
     """Id of the run that was asked."""
+    layer: int
+    """Layer of the run whose features these are."""
     total: int
     """Number of features that pass the filters."""
     features: list[FeatureRow]
@@ -89,6 +93,8 @@ class FeatureResponse(SchemaModel):
 
     run_id: str
     """Id of the run that was asked."""
+    layer: int
+    """Layer of the run that the feature is of."""
     feature: Feature
     """The feature's row of the run's features.parquet; see docs/analysis.md."""
     histogram_edges: list[float]
@@ -125,6 +131,8 @@ class ExamplesResponse(SchemaModel):
 
     run_id: str
     """Id of the run that was asked."""
+    layer: int
+    """Layer of the run that the feature is of."""
     feature: int
     """Index of the feature in the dictionary."""
     total: int

@@ -16,7 +16,7 @@ class RunKey(NamedTuple):
     url: str
     """Its directory."""
     sha256: str
-    """Digest of its weights file."""
+    """Digest of its weights file, or of those of all its layers."""
     created: str = ""
     """When it was published, ISO 8601: a run that is published anew, such as after another analysis, is another key."""
 
@@ -47,6 +47,8 @@ class Options(NamedTuple):
     """Features of a token ascending by index; otherwise strongest first, equal ones by index."""
     l0: bool = False
     relative_error: bool = False
+    layer: int | None = None
+    """Number of the layer whose features are wanted; by default the run's lowest."""
 
 
 class Encoded(NamedTuple):

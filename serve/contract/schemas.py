@@ -29,6 +29,7 @@ FIRST = Field(fail_fast=True)
 TokenIds = Annotated[list[_Index], Field(min_length=1), FIRST, WHOLE]
 FeatureIndex = Annotated[_Index, WHOLE]
 Prefix = Annotated[int, Field(ge=1, lt=1 << 31), WHOLE]
+Layer = Annotated[int, Field(ge=0, lt=1 << 31), WHOLE]
 
 
 class SchemaModel(BaseModel):
@@ -47,6 +48,9 @@ class _Input(SchemaModel):
     """One window of token ids or several, read as they are: BOS is not added."""
     model: str | None = Field(default=None, min_length=1, max_length=200)
     """Id of the run that answers, one of `GET /runs`; by default the current one."""
+    layer: Layer | None = None
+    """Layer of the run that answers, one of its `layers` in `GET /runs`; by default the lowest. Another one is answered
+    with 422, which names all layers."""
     truncate: bool = False
     """Cut inputs that are too long, at the end, instead of refusing them."""
 
@@ -115,7 +119,7 @@ class ModelIdentity(SchemaModel):
     """Which transcoder answered."""
 
     run_id: str
-    """Id of the transcoder's run."""
+    """Id of the transcoder's run, as it was asked for: of several layers the whole run's, or `<run id>/layer9`."""
     sha256: str
     """Digest of the transcoder's weights file."""
     base_model: str
@@ -215,6 +219,8 @@ class DecodeRequest(SchemaModel):
     """Active features of all tokens as a sparse matrix; they may come in any order, repeated ones add up."""
     model: str | None = Field(default=None, min_length=1, max_length=200)
     """Id of the run that answers; by default the current one."""
+    layer: Layer | None = None
+    """Layer of the run that answers; by default the lowest."""
     prefix: Prefix | None = None
     """Number of features used, the first ones: one of the nested dictionaries. By default all."""
 
@@ -244,15 +250,19 @@ class RunSummary(SchemaModel):
     """A finished run that can be asked for as `model`."""
 
     run_id: str
-    """Id of the run, for one transcoder of several `<run id>/<its name>`, such as `<run id>/layer9`."""
+    """Id of the run, for a transcoder that answers alone of a run of several `<run id>/<its name>`, such as
+    `<run id>/k16` of a sweep."""
     created: str
     """When the run was finished, ISO 8601, UTC."""
     base_model: str
     """The language model whose activations the run reads."""
     layer: int
-    """Layer of the language model that is read, from 0."""
+    """Layer that answers where none is named, the lowest of `layers`."""
+    layers: list[int]
+    """Layers of the language model that the run has a transcoder for, from 0, ascending: each can be asked for as
+    `layer`."""
     num_features: int
-    """Size of the whole dictionary."""
+    """Size of the whole dictionary of each layer."""
     prefixes: list[int]
     """Sizes of the nested dictionaries."""
     k: int
@@ -283,7 +293,9 @@ class LoadResponse(SchemaModel):
     """Which run answers now."""
 
     model: ModelIdentity
-    """The transcoder that answers now."""
+    """The transcoder that answers now where no `layer` is named."""
+    layers: list[int]
+    """Layers of the run that answers now, ascending."""
     previous: str
     """Id of the run that answered before."""
     seconds: float
@@ -310,7 +322,9 @@ class InfoResponse(SchemaModel):
     """What answers, within which limits."""
 
     model: ModelIdentity
-    """The transcoder that answers where no `model` is named."""
+    """The transcoder that answers where neither `model` nor `layer` is named."""
+    layers: list[int]
+    """Layers of the current run, ascending: each can be asked for as `layer`."""
     created: str
     """When the run was finished, ISO 8601, UTC."""
     fingerprint: str
@@ -318,7 +332,7 @@ class InfoResponse(SchemaModel):
     data: str
     """Name of the text that the run was trained on."""
     input_norm: str
-    """How the transcoder scales what it reads."""
+    """How that transcoder scales what it reads."""
     limits: Limits
     """What a request may ask for."""
     versions: dict[str, str]

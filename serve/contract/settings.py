@@ -96,8 +96,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     run: str = Field(min_length=1)
-    """Directory or URL of a finished run of one transcoder, or `<root>/latest`, or one transcoder of either
-    (`<root>/latest/layer9`). With `latest`, runs that are published later replace it."""
+    """Directory or URL of a finished run of one layer or several, or `<root>/latest`, or one transcoder of either
+    (`<root>/latest/layer9`; of a sweep it must be one, `<root>/latest/k16`). With `latest`, runs that are published
+    later replace it."""
     api_keys_file: str | None = None
     """JSON file of API keys, see `python -m serve.keys`. Without it only this machine is answered, and anyone on it."""
     watch_seconds: float = Field(default=10, gt=0, le=86_400)

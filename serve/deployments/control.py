@@ -33,7 +33,7 @@ from serve.contract import (
     State,
     render_metrics,
 )
-from serve.service import Catalogue, Entry, identity_of
+from serve.service import Catalogue, Entry, SweepError, identities_of
 
 logger = logging.getLogger("ray.serve")
 
@@ -108,14 +108,17 @@ class Control:
             message = f"run {run_id} can't be served, {previous} still answers: {problem}"
             return ServiceError(409, "run_unusable", message)
         run = RunDirectory(entry.key.url, entry.key.run_id)
-        identity = await asyncio.to_thread(identity_of, run, entry.config, entry.key.sha256)
-        return LoadResponse(model=identity, previous=previous, seconds=time.monotonic() - start)
+        identities = await asyncio.to_thread(identities_of, run, entry.manifest, entry.layers)
+        lowest = next(iter(identities.values()))
+        seconds = time.monotonic() - start
+        return LoadResponse(model=lowest, layers=list(identities), previous=previous, seconds=seconds)
 
     async def runs(self, deployment: str) -> list[RunSummary] | ServiceError:
         """All runs beside the one that the service was started with."""
         if deployment != self._state.deployment:
             return _taking_over()
-        return [self._summary(entry) for entry in await asyncio.to_thread(self._catalogue.entries)]
+        tried = {*self._state.loaded, *self._failed, *self._loading}
+        return [self._summary(entry) for entry in await asyncio.to_thread(self._entries, tried)]
 
     async def metrics(self) -> bytes:
         """All replicas' counts, as they are now, in Prometheus's text format."""
@@ -130,11 +133,27 @@ class Control:
         if state.deployment == self._state.deployment and state.version >= self._state.version:
             self._state = state
 
+    def _entries(self, tried: set[RunKey]) -> list[Entry]:
+        """All runs, and those layers of a run of several that were loaded or `tried` alone."""
+        found = self._catalogue.entries()
+        for key in tried - {entry.key for entry in found}:
+            try:
+                alone = self._catalogue.find(key.run_id)
+            except (RunError, ValueError):
+                continue  # it is gone, and answers from memory
+            if alone.key == key:
+                found.append(alone)
+        return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)
+
     async def _find(self, run_id: str, latest: bool = False) -> Entry | ServiceError:
         try:
             if latest and run_id == "latest":
                 return await asyncio.to_thread(self._catalogue.served)
             return await asyncio.to_thread(self._catalogue.find, run_id)
+        except SweepError as sweep:
+            some = ", ".join(sweep.members[:10]) + (", ..." if len(sweep.members) > 10 else "")
+            message = f"run {run_id} is a sweep, whose transcoders share a layer: name one of them as `model`: {some}"
+            return ServiceError(404, "unknown_model", message, {"models": list(sweep.members)})
         except RunError:
             return ServiceError(404, "unknown_model", f"there is no finished run {run_id!r}; see GET /runs")
 
@@ -222,8 +241,8 @@ class Control:
             state = "current" if key == self._state.current else "loaded"
         return RunSummary(
             run_id=key.run_id, created=entry.manifest.created, base_model=entry.config.model.name,
-            layer=entry.config.model.layer, num_features=transcoder.num_features, prefixes=list(transcoder.prefixes),
-            k=transcoder.k, state=state, reason=reason,  # type: ignore[arg-type]
+            layer=min(entry.layers), layers=list(entry.layers), num_features=transcoder.num_features,
+            prefixes=list(transcoder.prefixes), k=transcoder.k, state=state, reason=reason,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def _info(self) -> Family:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from serve.contract import Encoded, Tokenised
-from serve.service import ServedRun
+from serve.service import ServedLayer
 
 JSON, NDJSON = "application/json", "application/x-ndjson"
 MSGPACK, SAFETENSORS = "application/vnd.msgpack", "application/vnd.safetensors"
@@ -27,7 +27,7 @@ FORMAT_VERSION = "1"
 class Envelope(NamedTuple):
     """What an answer says beside its results."""
 
-    run: ServedRun
+    layer: ServedLayer
     prefix: int | None
     """The nested dictionary used, or all features; not said where none is."""
     request_id: str
@@ -40,13 +40,13 @@ def encode_answer(
     if media_type == SAFETENSORS:
         return _encode_tensors(envelope, inputs, found)
     packed = media_type == MSGPACK
-    results = [input_result(envelope.run, a, b, csr, packed) for a, b in zip(inputs, found, strict=True)]
+    results = [input_result(envelope.layer, a, b, csr, packed) for a, b in zip(inputs, found, strict=True)]
     return _dump(media_type, _answer(envelope, results=results, usage=usage(inputs)))
 
 
 def tokenize_answer(media_type: str, envelope: Envelope, inputs: Sequence[Tokenised]) -> bytes:
     """A whole answer to `POST /tokenize`."""
-    results = [_tokens(envelope.run, each) for each in inputs]
+    results = [_tokens(envelope.layer, each) for each in inputs]
     return _dump(media_type, _answer(envelope, results=results, usage=usage(inputs)))
 
 
@@ -54,7 +54,7 @@ def decode_answer(media_type: str, envelope: Envelope, reconstruction: NDArray[n
     """A whole answer to `POST /decode`; `reconstruction` is [tokens, d_target]."""
     count = {"inputs": 1, "tokens": len(reconstruction)}
     if media_type == SAFETENSORS:
-        tensors = {envelope.run.identity.target: np.ascontiguousarray(reconstruction, "<f4")}
+        tensors = {envelope.layer.identity.target: np.ascontiguousarray(reconstruction, "<f4")}
         return save(tensors, _metadata(envelope, "mtc-decode", count))
     values = _array(reconstruction) if media_type == MSGPACK else reconstruction.tolist()
     return _dump(media_type, _answer(envelope, reconstruction=values, usage=count))
@@ -67,7 +67,7 @@ def first_line(envelope: Envelope) -> bytes:
 
 def result_line(envelope: Envelope, index: int, tokenised: Tokenised, encoded: Encoded, csr: bool) -> bytes:
     """One input's line."""
-    result = input_result(envelope.run, tokenised, encoded, csr, False)
+    result = input_result(envelope.layer, tokenised, encoded, csr, False)
     return orjson.dumps({"type": "result", "index": index} | result) + b"\n"
 
 
@@ -85,9 +85,9 @@ def entries(inputs: Sequence[Encoded]) -> int:
     return sum(len(each.indices) + len(each.indptr) for each in inputs)
 
 
-def input_result(run: ServedRun, tokenised: Tokenised, encoded: Encoded, csr: bool, packed: bool) -> dict[str, Any]:
+def input_result(layer: ServedLayer, tokenised: Tokenised, encoded: Encoded, csr: bool, packed: bool) -> dict[str, Any]:
     """`serve.contract.schemas.InputResult`; `packed` keeps the matrix's arrays as bytes."""
-    result = _tokens(run, tokenised)
+    result = _tokens(layer, tokenised)
     if csr:
         arrays: dict[str, NDArray[Any]] = {
             "indptr": encoded.indptr,
@@ -128,10 +128,10 @@ def _numbers(array: NDArray[Any]) -> list[bytes]:
     return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",") if len(array) else []
 
 
-def _tokens(run: ServedRun, tokenised: Tokenised) -> dict[str, Any]:
+def _tokens(layer: ServedLayer, tokenised: Tokenised) -> dict[str, Any]:
     ids = tokenised.ids.tolist()
     return {
-        "tokens": run.tokeniser.strings(tokenised),
+        "tokens": layer.run.tokeniser.strings(tokenised),
         "token_ids": ids,
         "offsets": None if tokenised.offsets is None else tokenised.offsets.tolist(),
         "is_special": tokenised.special.tolist(),
@@ -141,7 +141,7 @@ def _tokens(run: ServedRun, tokenised: Tokenised) -> dict[str, Any]:
 
 def _answer(envelope: Envelope, **parts: Any) -> dict[str, Any]:
     prefix = {} if envelope.prefix is None else {"prefix": envelope.prefix}
-    return {"model": envelope.run.identity.model_dump()} | prefix | parts | {"request_id": envelope.request_id}
+    return {"model": envelope.layer.identity.model_dump()} | prefix | parts | {"request_id": envelope.request_id}
 
 
 def _dump(media_type: str, answer: dict[str, Any]) -> bytes:
@@ -158,7 +158,7 @@ def _array(array: NDArray[Any]) -> dict[str, Any]:
 
 def _metadata(envelope: Envelope, kind: str, count: dict[str, int]) -> dict[str, str]:
     return {
-        "format": kind, "format_version": FORMAT_VERSION, "model": envelope.run.identity.model_dump_json(),
+        "format": kind, "format_version": FORMAT_VERSION, "model": envelope.layer.identity.model_dump_json(),
         "prefix": str(envelope.prefix), "usage": json.dumps(count), "request_id": envelope.request_id,
     }  # fmt: skip
 
@@ -181,7 +181,7 @@ def _encode_tensors(envelope: Envelope, inputs: Sequence[Tokenised], found: Sequ
     ):  # fmt: skip
         if parts[0] is not None:
             tensors[name] = np.concatenate([part for part in parts if part is not None]).astype(kind)
-    tokens = [string for each in inputs for string in envelope.run.tokeniser.strings(each)]
+    tokens = [string for each in inputs for string in envelope.layer.run.tokeniser.strings(each)]
     metadata = _metadata(envelope, "mtc-encode", usage(inputs)) | {
         "tokens": orjson.dumps(tokens).decode(),
         "truncated": json.dumps([each.truncated for each in inputs]),

@@ -72,10 +72,10 @@ class Observe:
 
 
 def log_answer(route: str, method: str, code: int, seconds: float, state: Mapping[str, Any]) -> None:
-    """One line of JSON for an answer; `state` has the ids of the request and its run, and what was wrong."""
+    """One line of JSON for an answer; `state` has the ids of the request and its run, the layer, and what was wrong."""
     line = {
         "route": route, "method": method, "code": code, "ms": round(seconds * 1e3, 2),
-        **{name: state.get(name) for name in ("run_id", "error_type", "request_id")},
+        **{name: state.get(name) for name in ("run_id", "layer", "error_type", "request_id")},
     }  # fmt: skip
     logger.info(orjson.dumps(line).decode())
 

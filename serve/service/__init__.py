@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from serve.service.batching import QueueFullError, TokenBatcher
-from serve.service.catalogue import Catalogue, Entry
+from serve.service.catalogue import Catalogue, Entry, SweepError
 from serve.service.feature_table import FeatureTable, Filters
 from serve.service.models import Models
-from serve.service.served_run import WEIGHTS, ServedRun, identity_of
+from serve.service.served_run import WEIGHTS, ServedLayer, ServedRun, identities_of
 from serve.service.service import Control, Service
 from serve.service.tokenising import Tokeniser
 
@@ -23,11 +23,13 @@ __all__ = [
     "Models",
     "QueueFullError",
     "RunEncoder",
+    "ServedLayer",
     "ServedRun",
     "Service",
+    "SweepError",
     "TokenBatcher",
     "Tokeniser",
-    "identity_of",
+    "identities_of",
 ]
 
 

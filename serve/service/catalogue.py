@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtc.config import RunConfig
 from mtc.storage import Manifest, RunDirectory, RunError, is_latest, open_run, require_one_layer
 from serve.contract import RunKey
-from serve.service.served_run import WEIGHTS
+from serve.service.served_run import LayerFiles, digest_of, layers_of
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]+(/(?!\.)[A-Za-z0-9._-]+)?")
 
 
+class SweepError(RunError):
+    """A run whose transcoders share a layer, so that each is a model of its own; `members` are their ids."""
+
+    def __init__(self, message: str, members: Sequence[str] = ()):
+        super().__init__(message)
+        self.members = members
+
+
 class Entry(NamedTuple):
-    """A finished run of one transcoder."""
+    """A finished run that answers as one model: of one layer, or of several."""
 
     key: RunKey
     manifest: Manifest
     config: RunConfig
+    layers: dict[int, LayerFiles]
+    """By number, ascending."""
 
 
 class Catalogue:
@@ -32,11 +43,12 @@ class Catalogue:
         self.root = posixpath.dirname(above) if of_several else above
 
     def served(self) -> Entry:
-        """What the service was started with, as it is now. Raises RunError if it can't be served."""
+        """What the service was started with, as it is now. Raises RunError if it can't be served, SweepError for a
+        sweep."""
         return _entry(open_run(self._run, verify=False))
 
     def find(self, run_id: str) -> Entry:
-        """A run by its id. Raises RunError if there is none, or it is not finished."""
+        """A run by its id. Raises RunError if there is none, or it is not finished, SweepError for a sweep."""
         if not _NAME.fullmatch(run_id) or run_id == "latest":
             raise RunError(f"{run_id[:200]!r} is not the id of a run")
         run = RunDirectory(posixpath.join(self.root, run_id), run_id)
@@ -45,24 +57,26 @@ class Catalogue:
         return _entry(run)
 
     def entries(self) -> list[Entry]:
-        """All finished runs, newest first; directories that hold none are passed over."""
-        found: list[Entry] = []
-        for name in RunDirectory(self.root).names():
-            if not _NAME.fullmatch(name):
-                continue
-            run = RunDirectory(posixpath.join(self.root, name), name)
-            try:
-                members = run.members() if run.is_finished() else {}
-                found += [self.find(own.run_id) for own in members.values()]
-            except (RunError, ValueError):
-                continue  # unfinished, damaged, or of a version that this one can't read
+        """All finished runs, newest first, of a sweep each transcoder; directories that hold none are passed over."""
+        found = [entry for name in RunDirectory(self.root).names() for entry in self._entries(name)]
         return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)
+
+    def _entries(self, run_id: str) -> list[Entry]:
+        try:
+            return [self.find(run_id)]
+        except SweepError as sweep:
+            return [entry for member in sweep.members for entry in self._entries(member)]
+        except (RunError, ValueError):
+            return []  # unfinished, damaged, or of a version that this one can't read
 
 
 def _entry(run: RunDirectory) -> Entry:
-    require_one_layer(run)
-    manifest = run.manifest()
-    if WEIGHTS not in manifest.files:
-        raise RunError(f"{run.url} has no {WEIGHTS}")
-    key = RunKey(manifest.run_id, run.url, manifest.files[WEIGHTS].sha256, manifest.created)
-    return Entry(key, manifest, run.config())
+    config = run.config()
+    if config.sweep:
+        try:
+            require_one_layer(run)
+        except RunError as error:
+            raise SweepError(str(error), [own.run_id for own in run.members().values()]) from None
+    manifest, layers = run.manifest(), layers_of(config)
+    key = RunKey(manifest.run_id, run.url, digest_of(manifest, layers), manifest.created)
+    return Entry(key, manifest, config, layers)

@@ -20,7 +20,7 @@ from mtc.report.blocks import Block
 from mtc.report.sections.features import feature_blocks
 from mtc.results import AbsorbedFeature, Analysis, Example, Feature, SplitFeature
 from mtc.storage import parse_analysis
-from serve.contract import RunKey, ServiceError
+from serve.contract import ServiceError
 
 
 class Filters(NamedTuple):
@@ -49,12 +49,17 @@ class AnalysisFiles(NamedTuple):
 
 
 class FeatureTable:
-    """The features of the run `key`, for any number of threads. Raises RunError or ValueError for files that can't be
-    read."""
+    """The features of one transcoder, for any number of threads. Raises RunError or ValueError for files that can't be
+    read.
 
-    def __init__(self, key: RunKey, files: AnalysisFiles):
-        self._key = key
-        self.analysis: Analysis = parse_analysis(files.analysis, key.run_id)
+    Args:
+        run_id: names the transcoder's run where its analysis is refused.
+        state: names this analysis of these weights and no other: cursors hold for one.
+    """
+
+    def __init__(self, run_id: str, state: str, files: AnalysisFiles):
+        self._state = state
+        self.analysis: Analysis = parse_analysis(files.analysis, run_id)
         self._table = pq.read_table(io.BytesIO(files.features))
         self._examples, self._metadata = files.examples, pq.read_metadata(io.BytesIO(files.examples))
         groups = range(self._metadata.num_row_groups)
@@ -193,7 +198,7 @@ class FeatureTable:
         return _plain(row | {"parent": parent["feature"] if parent else None})
 
     def _signature(self, filters: Filters) -> str:
-        return hashlib.sha256(repr((self._key, filters)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((self._state, filters)).encode()).hexdigest()[:16]
 
     def _cursor(self, filters: Filters, start: int) -> str:
         return base64.urlsafe_b64encode(f"{self._signature(filters)}:{start}".encode()).decode().rstrip("=")

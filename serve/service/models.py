@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mtc.storage import RunDirectory, RunError
 from serve.contract import Encoded, Options, ReplicaMetrics, RunKey, ServiceError, Settings
 from serve.service.batching import QueueFullError, TokenBatcher
-from serve.service.served_run import WEIGHTS
+from serve.service.served_run import digest_of, layers_of
 
 if TYPE_CHECKING:
     from serve.service.run_encoder import RunEncoder
@@ -25,7 +25,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Models:
-    """The language model and the transcoder of each run that was asked for, until it is unloaded."""
+    """The language model and the transcoders of each run that was asked for, until it is unloaded."""
 
     def __init__(self, settings: Settings, metrics: ReplicaMetrics):
         self._settings, self._metrics = settings, metrics
@@ -62,12 +62,12 @@ class Models:
             raise ServiceError(429, "overloaded", str(error), detail, {"Retry-After": "1"}) from None
 
     async def decode_entries(
-        self, key: RunKey, tokens: int, token: NDArray[np.int64], feature: NDArray[np.int64],
+        self, key: RunKey, layer: int, tokens: int, token: NDArray[np.int64], feature: NDArray[np.int64],
         value: NDArray[np.float32], prefix: int | None,
     ) -> NDArray[np.float32]:  # fmt: skip
-        """Raw reconstruction, [tokens, d_target] float32, of entries [entries] each."""
+        """A layer's raw reconstruction, [tokens, d_target] float32, of entries [entries] each."""
         encoder = await self.load(key)
-        return await self._batcher.call(encoder.reconstruct, tokens, token, feature, value, prefix)
+        return await self._batcher.call(encoder.reconstruct, layer, tokens, token, feature, value, prefix)
 
     def _loaded(self, key: RunKey, task: asyncio.Task[RunEncoder]) -> None:
         failed = task.cancelled() or task.exception() is not None
@@ -81,9 +81,10 @@ class Models:
         from serve.service.run_encoder import RunEncoder
 
         run = RunDirectory(key.url, key.run_id)
-        manifest = run.verify(["config.yaml", WEIGHTS])
-        if (found := manifest.files[WEIGHTS].sha256) != key.sha256:
-            raise RunError(f"{run.url}: {WEIGHTS} has the sha256 {found}, {key.sha256} was asked for")
+        layers = layers_of(run.config())
+        manifest = run.verify(["config.yaml", *(files.weights for files in layers.values())])
+        if (found := digest_of(manifest, layers)) != key.sha256:
+            raise RunError(f"{run.url}: the weights have the sha256 {found}, {key.sha256} was asked for")
         encoder = RunEncoder(run, self._settings.device)
         compute = encoder.warm_up(self._settings.max_batch_tokens)
         logger.info("run %s is ready, its language model on %s: %s", key.run_id, self._settings.device, compute)

@@ -1,4 +1,4 @@
-"""Tokens to features: a finished run's language model and transcoder, without Ray."""
+"""Tokens to features: a finished run's language model and the transcoders of its layers, without Ray."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mtc.devices import choose_bfloat16, open_device
 from mtc.language_model import LanguageModel, SitePair, load_tokenizer, pack_windows
 from mtc.storage import RunDirectory
 from mtc.text import special_ids
-from mtc.transcoder import Codes, load_transcoder
+from mtc.transcoder import Codes, MatryoshkaTranscoder, load_transcoder
 from serve.contract import Encoded, Options
+from serve.service.served_run import layers_of
 
 SEARCH_TOKENS = 256
 """Where CPUs multiply bfloat16 fast, a search with rounded weights pays from here on: rounding them costs the same for
@@ -32,7 +33,7 @@ as well, such as the warm-up of a run that shares the model."""
 
 
 class RunEncoder:
-    """The language model, cut off after the run's layer, with the run's transcoder behind it.
+    """The language model, cut off after the run's highest layer, with the transcoder of each of its layers.
 
     Runs that read the same sites of the same model share it. Special tokens have no features.
     """
@@ -42,7 +43,13 @@ class RunEncoder:
         self._special = sorted(special_ids(load_tokenizer(config.model)))
         self._model = _language_model(config.model, on)
         self._one_at_a_time = _passes.setdefault(self._model, threading.Lock())
-        self.transcoder = load_transcoder(run, on).requires_grad_(False)
+        places = {run.location(files.place).rstrip("/"): layer for layer, files in layers_of(config).items()}
+        self.transcoders = {
+            layer: load_transcoder(RunDirectory(place), on).requires_grad_(False) for place, layer in places.items()
+        }
+        """Transcoders by layer, ascending."""
+        self._numbers = {sites.layer: number for number, sites in enumerate(config.model.sites)}
+        """Where each layer stands among those that the language model is read at."""
         self._bfloat16_search = device == "cpu" and choose_bfloat16("auto", on)
 
     def warm_up(self, max_tokens: int) -> str:
@@ -53,66 +60,82 @@ class RunEncoder:
         with self._one_at_a_time:
             self._model.warm_up(max_tokens)
         for length in (1, 16):  # lengths differ in what they set up
-            self.encode_batch([np.zeros(length, np.int32)], [Options(top_k=1, relative_error=True)])
+            packed = pack_windows([np.zeros(length, np.int32)], self._special)
+            with torch.inference_mode():
+                with self._one_at_a_time:
+                    pairs = self._model.capture(packed)
+                for layer, number in self._numbers.items():
+                    pair, trainable = pairs[number], packed.trainable.numpy()
+                    _features(self.transcoders[layer], self._search(pair), pair, trainable, None, True)
         return self._model.compute
 
     def encode_batch(self, windows: Sequence[NDArray[np.int32]], options: Sequence[Options]) -> list[Encoded]:
-        """Features of windows of token ids, one [tokens] and one `Options` each, from one forward pass."""
+        """Features of windows of token ids, one [tokens] and one `Options` each, from one forward pass that ends behind
+        the highest layer that any of them wants."""
         packed = pack_windows(windows, self._special)
         starts = np.cumsum([0, *packed.lengths])
         results: dict[int, Encoded] = {}
+        wanted = [(next(iter(self.transcoders)) if each.layer is None else each.layer, each.prefix) for each in options]
+        layers = sorted({layer for layer, _ in wanted})
         with torch.inference_mode():
             with self._one_at_a_time:
-                (pair,) = self._model.capture(packed)
-            for prefix in {each.prefix for each in options}:
-                # One product for all windows that want the same nested dictionary.
-                chosen = [i for i, each in enumerate(options) if each.prefix == prefix]
+                pairs = self._model.capture(packed, at=[self._numbers[layer] for layer in layers])
+            of_layer = dict(zip(layers, pairs, strict=True))
+            for layer, prefix in set(wanted):
+                # One product for all windows that want the same nested dictionary of the same layer.
+                pair, chosen = of_layer[layer], [i for i, each in enumerate(wanted) if each == (layer, prefix)]
                 rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
                 index = torch.from_numpy(rows).to(pair.source.device)
                 part = pair if len(chosen) == len(windows) else type(pair)(*(site[index] for site in pair))
                 trainable = packed.trainable.numpy()[rows]
                 ends = np.cumsum([packed.lengths[i] for i in chosen])
-                found = self._features(part, trainable, prefix, any(options[i].relative_error for i in chosen))
+                errors = any(options[i].relative_error for i in chosen)
+                found = _features(self.transcoders[layer], self._search(part), part, trainable, prefix, errors)
                 for i, end in zip(chosen, ends, strict=True):
                     results[i] = found.of_window(int(end - packed.lengths[i]), int(end), options[i])
         return [results[i] for i in range(len(windows))]
 
     def reconstruct(
-        self, tokens: int, token: NDArray[np.int64], feature: NDArray[np.int64], value: NDArray[np.float32],
-        prefix: int | None,
+        self, layer: int, tokens: int, token: NDArray[np.int64], feature: NDArray[np.int64],
+        value: NDArray[np.float32], prefix: int | None,
     ) -> NDArray[np.float32]:  # fmt: skip
-        """Raw reconstruction [tokens, d_target] from entries, of which those beyond the prefix are left out.
+        """A layer's raw reconstruction [tokens, d_target] from entries; those beyond the prefix are left out.
 
         Raises ValueError for a transcoder with a skip connection: it needs activations that no features tell.
         """
+        transcoder = self.transcoders[layer]
         order = np.argsort(token, kind="stable")
-        kept = order[feature[order] < (prefix or self.transcoder.num_features)]
-        device = self.transcoder.W_dec.device
+        kept = order[feature[order] < (prefix or transcoder.num_features)]
+        device = transcoder.W_dec.device
         entries = [torch.from_numpy(part[kept]).to(device) for part in (token, feature, value)]
         with torch.inference_mode():
-            return _numpy(self.transcoder.decode_codes(Codes(tokens, *entries))[-1])
+            return _numpy(transcoder.decode_codes(Codes(tokens, *entries))[-1])
 
-    def _features(
-        self, pair: SitePair, trainable: NDArray[np.bool_], prefix: int | None, relative_error: bool
-    ) -> _Features:
-        transcoder = self.transcoder
-        search = self._bfloat16_search and len(pair.source) >= SEARCH_TOKENS
-        codes = transcoder.encode_sparse(pair.source, search, prefix)
-        token, feature, value = map(_numpy, (codes.token, codes.feature, codes.value))
-        kept = trainable[token]
-        error = self._relative_error(pair, codes, prefix, trainable) if relative_error else None
-        return _Features(token[kept], feature[kept].astype(np.int32), value[kept], error)
+    def _search(self, pair: SitePair) -> bool:
+        """Whether so many tokens are searched with rounded weights."""
+        return self._bfloat16_search and len(pair.source) >= SEARCH_TOKENS
 
-    def _relative_error(
-        self, pair: SitePair, codes: Codes, prefix: int | None, trainable: NDArray[np.bool_]
-    ) -> NDArray[np.float32]:
-        transcoder = self.transcoder
-        which = transcoder.prefixes.index(prefix or transcoder.num_features)
-        y = pair.target.float()
-        reconstruction = transcoder.decode_codes(codes, pair.source)[which]
-        deviation = (y - transcoder.b_dec / transcoder.target_scale).square().sum(1)
-        ratio = _numpy((y - reconstruction).square().sum(1) / deviation.clamp(min=1e-30))
-        return np.where(trainable, ratio, np.float32(np.nan))
+
+def _features(
+    transcoder: MatryoshkaTranscoder, search: bool, pair: SitePair, trainable: NDArray[np.bool_], prefix: int | None,
+    relative_error: bool,
+) -> _Features:  # fmt: skip
+    codes = transcoder.encode_sparse(pair.source, search, prefix)
+    token, feature, value = map(_numpy, (codes.token, codes.feature, codes.value))
+    kept = trainable[token]
+    error = _relative_error(transcoder, pair, codes, prefix, trainable) if relative_error else None
+    return _Features(token[kept], feature[kept].astype(np.int32), value[kept], error)
+
+
+def _relative_error(
+    transcoder: MatryoshkaTranscoder, pair: SitePair, codes: Codes, prefix: int | None, trainable: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    which = transcoder.prefixes.index(prefix or transcoder.num_features)
+    y = pair.target.float()
+    reconstruction = transcoder.decode_codes(codes, pair.source)[which]
+    deviation = (y - transcoder.b_dec / transcoder.target_scale).square().sum(1)
+    ratio = _numpy((y - reconstruction).square().sum(1) / deviation.clamp(min=1e-30))
+    return np.where(trainable, ratio, np.float32(np.nan))
 
 
 class _Features:

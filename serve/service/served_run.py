@@ -1,15 +1,23 @@
-"""What the HTTP side knows of a run: everything but its models."""
+"""What the HTTP side knows of a run: everything but its models.
+
+A served run answers as one model, of one layer or of several: `ServedRun` is what all its layers share, `ServedLayer`
+one of them with its transcoder. The files of a run of one layer lie in its directory, those of each of several in one
+below it; one manifest lists them all.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from functools import cached_property, lru_cache
+from typing import NamedTuple, Self
 
 import fsspec
 
 from mtc.config import RunConfig
-from mtc.storage import RunDirectory, RunError
+from mtc.storage import Manifest, RunDirectory, RunError
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
 from serve.service.tokenising import Tokeniser
@@ -17,16 +25,31 @@ from serve.service.tokenising import Tokeniser
 WEIGHTS = "transcoder.safetensors"
 ANALYSIS = ("features.parquet", "examples.parquet", "analysis.json")
 """Files of `AnalysisFiles`, in its order."""
+OPEN_TABLES = 4
+"""Layers of a run whose analyses are kept in memory, those that were used last: of 30 layers all would be too many."""
+
+
+class LayerFiles(NamedTuple):
+    """One layer of a finished run."""
+
+    place: str
+    """What the names of its files begin with in the run's manifest: nothing, or of several layers `layer9/`."""
+    config: RunConfig
+    """Configuration of its transcoder, as if it were the run's only one."""
+
+    @property
+    def weights(self) -> str:
+        return self.place + WEIGHTS
 
 
 class ServedRun:
-    """A finished run of one transcoder, opened for answers. Raises RunError if it can't be read."""
+    """A finished run, opened for answers: what all its layers share. Raises RunError if it can't be read."""
 
     def __init__(self, key: RunKey):
         self.key = key
-        self.run = RunDirectory(key.url, key.run_id)
-        self.manifest = self.run.manifest()
-        self.config: RunConfig = self.run.config()
+        self.directory = RunDirectory(key.url, key.run_id)
+        self.manifest = self.directory.manifest()
+        self.config: RunConfig = self.directory.config()
         self.tokeniser = Tokeniser(self.config.model)
         # PyTorch comes along, 2 s and 220 MB, which those that only deploy the service do without.
         from mtc.language_model import describe_model
@@ -36,31 +59,59 @@ class ServedRun:
         """Most tokens of a window that the language model has positions for; None if it does not say."""
         self.num_ids = min(self.tokeniser.vocab_size, model.num_ids)
         """Token ids from here on are none, for the tokenizer or for the language model."""
-        self.identity = identity_of(self.run, self.config, key.sha256)
+        found = layers_of(self.config)
+        identities = identities_of(self.directory, self.manifest, found)
+        self.layers = {layer: ServedLayer(self, files, identities[layer]) for layer, files in found.items()}
+        """All layers by number, ascending."""
+        self.table = lru_cache(OPEN_TABLES)(self._open_table)
+        """The analysis of a layer's features, read when it is first asked for; raises as `ServedLayer.analysed`."""
 
-    @cached_property
-    def analysed(self) -> FeatureTable:
-        """The analysis of its features, read when it is first asked for.
+    @property
+    def default(self) -> ServedLayer:
+        """The layer that answers where none is named: the lowest."""
+        return next(iter(self.layers.values()))
 
-        Raises ServiceError: 404 if there is none, 409 if it can't be read.
-        """
-        missing = [name for name in ANALYSIS if name not in self.manifest.files]
-        if missing:
-            message = f"run {self.key.run_id} has no analysis of its features (no {', '.join(missing)})"
-            raise ServiceError(404, "not_analysed", message)
-        try:
-            return FeatureTable(self.key, AnalysisFiles(*map(self.read, ANALYSIS)))
-        except (RunError, ValueError) as error:
-            message = f"the analysis of run {self.key.run_id} can't be read: {error}"
-            raise ServiceError(409, "run_unusable", message) from error
+    def layer(self, layer: int | None) -> ServedLayer:
+        """A layer by its number. Raises ServiceError 422, which names all layers, if there is no such one."""
+        if layer is None:
+            return self.default
+        if layer not in self.layers:
+            raise unknown_layer(self.key.run_id, layer, self.layers)
+        return self.layers[layer]
 
     def read(self, name: str) -> bytes:
         """A file of the manifest, checked against it. Raises KeyError for another name, RunError for a damaged file."""
         entry = self.manifest.files[name]
-        data = self.run.read(name)
+        data = self.directory.read(name)
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise RunError(f"{self.key.run_id}: {name} is not what the manifest says")
         return data
+
+    def _open_table(self, layer: int) -> FeatureTable:
+        place = self.layers[layer].place
+        names = [place + name for name in ANALYSIS]
+        state = " ".join(self.manifest.files[name].sha256 for name in (place + WEIGHTS, *names))
+        return FeatureTable((self.key.run_id + f"/{place}").rstrip("/"), state, AnalysisFiles(*map(self.read, names)))
+
+
+class ServedLayer:
+    """One layer of a served run: its transcoder, and what is known of its features."""
+
+    def __init__(self, run: ServedRun, files: LayerFiles, identity: ModelIdentity):
+        self.run, self.identity = run, identity
+        self.place, self.config = files
+        self.number = identity.layer
+        """The layer's number in the language model, from 0."""
+
+    @property
+    def run_id(self) -> str:
+        """The name that answers have: the run's, or `<its id>/layer9` if that was asked for."""
+        return self.identity.run_id
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the transcoder's weights file."""
+        return self.identity.sha256
 
     @cached_property
     def prefixes(self) -> tuple[int, ...]:
@@ -70,21 +121,79 @@ class ServedRun:
     def num_features(self) -> int:
         return self.config.transcoder.num_features
 
+    def named(self, run_id: str) -> Self:
+        """The same layer for whoever asked for it by this name."""
+        other = copy.copy(self)
+        other.identity = self.identity.model_copy(update={"run_id": run_id})
+        return other
 
-def identity_of(run: RunDirectory, config: RunConfig, sha256: str) -> ModelIdentity:
-    """Who a run's transcoder is, from its configuration and the header of its weights."""
-    d_source, d_target = _widths(run)
-    model, transcoder = config.model, config.transcoder
-    return ModelIdentity(
-        run_id=run.run_id, sha256=sha256, base_model=model.name, layer=model.layer, source=model.source,
-        target=model.target, d_source=d_source, d_target=d_target, num_features=transcoder.num_features,
-        k=transcoder.k, prefixes=list(transcoder.prefixes),
-    )  # fmt: skip
+    @property
+    def analysed(self) -> FeatureTable:
+        """The analysis of its features, read when it is first asked for.
+
+        Raises ServiceError: 404 if there is none, 409 if it can't be read.
+        """
+        missing = [name for name in ANALYSIS if self.place + name not in self.run.manifest.files]
+        if missing:
+            message = f"{self._words} has no analysis of its features (no {', '.join(missing)})"
+            raise ServiceError(404, "not_analysed", message)
+        try:
+            return self.run.table(self.number)
+        except (RunError, ValueError) as error:
+            message = f"the analysis of {self._words} can't be read: {error}"
+            raise ServiceError(409, "run_unusable", message) from error
+
+    @property
+    def _words(self) -> str:
+        where = f"layer {self.number} of " if len(self.run.layers) > 1 else ""
+        return f"{where}run {self.run.key.run_id}"
 
 
-def _widths(run: RunDirectory) -> tuple[int, int]:
+def layers_of(config: RunConfig) -> dict[int, LayerFiles]:
+    """The layers of a run that is no sweep by number, ascending."""
+    members = sorted(config.members(), key=lambda member: member.config.model.layer)
+    several = len(members) > 1
+    return {own.model.layer: LayerFiles(f"{name}/" if several else "", own) for name, own in members}
+
+
+def digest_of(manifest: Manifest, layers: Mapping[int, LayerFiles]) -> str:
+    """Digest of a run's weights: of the file of one layer, or of the digests of all layers' files.
+
+    Raises RunError if the manifest lacks one of these.
+    """
+    for files in layers.values():
+        if files.weights not in manifest.files:
+            raise RunError(f"run {manifest.run_id} has no {files.weights}")
+    digests = [manifest.files[files.weights].sha256 for files in layers.values()]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def identities_of(run: RunDirectory, manifest: Manifest, layers: Mapping[int, LayerFiles]) -> dict[int, ModelIdentity]:
+    """Who each layer's transcoder is, from its configuration and the header of one weights file."""
+    first = next(iter(layers.values()))
+    d_source, d_target = _widths(run.location(first.weights))  # all layers of a language model are as wide
+    found = {}
+    for layer, files in layers.items():
+        model, transcoder = files.config.model, files.config.transcoder
+        found[layer] = ModelIdentity(
+            run_id=run.run_id, sha256=manifest.files[files.weights].sha256, base_model=model.name, layer=layer,
+            source=model.source, target=model.target, d_source=d_source, d_target=d_target,
+            num_features=transcoder.num_features, k=transcoder.k, prefixes=list(transcoder.prefixes),
+        )  # fmt: skip
+    return found
+
+
+def unknown_layer(run_id: str, layer: int | None, layers: Iterable[int]) -> ServiceError:
+    """422 for a layer that a run has not; names those that it has."""
+    there = list(layers)
+    words = f"its layers are {', '.join(map(str, there))}" if len(there) > 1 else f"its only layer is {there[0]}"
+    message = f"layer={layer}: run {run_id} has no such layer, {words}"
+    return ServiceError(422, "unknown_layer", message, {"layers": there, "value": layer})
+
+
+def _widths(weights: str) -> tuple[int, int]:
     # The header of a safetensors file: its length in 8 bytes, then JSON. The weights themselves stay where they are.
-    with fsspec.open(run.location(WEIGHTS), "rb") as file:
+    with fsspec.open(weights, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         shape = json.loads(json.loads(file.read(size))["__metadata__"]["shape"])
     return int(shape["d_source"]), int(shape["d_target"])

@@ -29,7 +29,7 @@ from serve.contract import (
     TokenizeRequest,
 )
 from serve.service.models import Models
-from serve.service.served_run import ServedRun
+from serve.service.served_run import ServedLayer, ServedRun, unknown_layer
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
@@ -71,11 +71,30 @@ class Service:
 
     async def run(self, model: str | None) -> ServedRun:
         """The run that answers a request; the whole answer is to come from it. Raises ServiceError as Control.want."""
-        if model is None or model == self.state.current.run_id:
-            key = self.state.current
-        else:
-            key = next((k for k in self.state.loaded if k.run_id == model), None) or await self.control.want(model)
+        key = self.state.current if model is None else self._in_memory(model) or await self.control.want(model)
         return await self.open(key)
+
+    async def asked(self, model: str | None, layer: int | None) -> ServedRun | ServedLayer:
+        """What a request names by `model` and `layer`: one layer of a run, or a run of several as a whole.
+
+        `<run id>/layer9` is that layer of the run if that is in memory, else a run of its own. Raises ServiceError as
+        `run`, and 422 for a layer that the run has not.
+        """
+        named = None if model is None or self._in_memory(model) else await self._named(model)
+        if named is not None:
+            if layer not in (None, named.number):
+                raise unknown_layer(named.run_id, layer, [named.number])
+            return named
+        run = await self.run(model)
+        return run if layer is None and len(run.layers) > 1 else run.layer(layer)
+
+    async def layer(self, model: str | None, layer: int | None) -> ServedLayer:
+        """The layer of a run that answers a request: where a run of several is named without one, the lowest.
+
+        Raises ServiceError as `asked`.
+        """
+        found = await self.asked(model, layer)
+        return found.default if isinstance(found, ServedRun) else found
 
     async def open(self, key: RunKey) -> ServedRun:
         """A run's files and tokenizer, opened once."""
@@ -88,6 +107,17 @@ class Service:
             if task.done():  # a failure is not remembered
                 self._opened.pop(key, None)
             raise
+
+    async def _named(self, model: str) -> ServedLayer | None:
+        """The layer of a loaded run that `<run id>/layer9` names, under that name."""
+        run_id, _, name = model.rpartition("/")
+        key = self._in_memory(run_id)
+        found = (await self.open(key)).layers.values() if key else ()
+        return next((own.named(model) for own in found if own.place == f"{name}/"), None)
+
+    def _in_memory(self, run_id: str) -> RunKey | None:
+        """The loaded run of that id, first of all the one that answers."""
+        return next((key for key in (self.state.current, *self.state.loaded) if key.run_id == run_id), None)
 
     def use(self, state: State) -> None:
         """Take over another state, unless it is older than this one or another deployment's; runs that are not loaded
@@ -162,26 +192,26 @@ class Service:
             raise _too_many("too_many_tokens", "tokens", settings.max_request_tokens, total)
         return tokenised
 
-    def options(self, run: ServedRun, request: EncodeRequest, csr: bool) -> Options:
+    def options(self, layer: ServedLayer, request: EncodeRequest, csr: bool) -> Options:
         """What the request wants of each token, for a sparse matrix or token by token.
 
-        Raises ServiceError 422 for features or a prefix that the run lacks.
+        Raises ServiceError 422 for features or a prefix that the layer lacks.
         """
-        total = run.num_features
-        self.check_prefix(run, request.prefix)
+        total = layer.num_features
+        self.check_prefix(layer, request.prefix)
         if request.features is not None and max(request.features) >= total:
             raise _beyond("features", max(request.features), total)
         top_k = request.top_k if request.top_k is not None or csr else DEFAULT_TOP_K
         features = None if request.features is None else tuple(request.features)
         return Options(
             request.prefix, top_k, features, request.min_activation, csr, "l0" in request.include,
-            "relative_error" in request.include,
+            "relative_error" in request.include, layer.number,
         )  # fmt: skip
 
-    def check_prefix(self, run: ServedRun, prefix: int | None) -> None:
-        """Raises ServiceError 422 if the run has no such nested dictionary."""
-        if prefix is not None and prefix not in run.prefixes:
-            prefixes = list(run.prefixes)
+    def check_prefix(self, layer: ServedLayer, prefix: int | None) -> None:
+        """Raises ServiceError 422 if the layer has no such nested dictionary."""
+        if prefix is not None and prefix not in layer.prefixes:
+            prefixes = list(layer.prefixes)
             message = f"prefix={prefix} is not one of the nested dictionaries {prefixes}"
             raise ServiceError(422, "validation", message, {"prefixes": prefixes, "value": prefix})
 
@@ -207,21 +237,22 @@ class Service:
             for task in tasks:
                 task.cancel()
 
-    async def decode_request(self, run: ServedRun, request: DecodeRequest) -> NDArray[np.float32]:
+    async def decode_request(self, layer: ServedLayer, request: DecodeRequest) -> NDArray[np.float32]:
         """The reconstruction of the request's features, [tokens, d_target]. Raises ServiceError for a bad matrix."""
-        self.check_prefix(run, request.prefix)
-        if run.config.transcoder.skip:
+        run = layer.run
+        self.check_prefix(layer, request.prefix)
+        if layer.config.transcoder.skip:
             message = f"run {run.key.run_id} has a skip connection: its output does not follow from features alone"
             raise ServiceError(422, "skip_connection", message)
         indptr, feature, value = _matrix(request)
         tokens = len(indptr) - 1
         if tokens > (limit := self.max_input_tokens(run)):
             raise _too_many("too_many_tokens", "tokens", limit, tokens)
-        if len(feature) and feature.max() >= run.num_features:
-            raise _beyond("features", int(feature.max()), run.num_features)
+        if len(feature) and feature.max() >= layer.num_features:
+            raise _beyond("features", int(feature.max()), layer.num_features)
         token = np.repeat(np.arange(tokens), np.diff(indptr))
         self._used.add(run.key)
-        answer = self.models.decode_entries(run.key, tokens, token, feature, value, request.prefix)
+        answer = self.models.decode_entries(run.key, layer.number, tokens, token, feature, value, request.prefix)
         return await self._in_time(answer, self._deadline())
 
     def _deadline(self) -> float:

@@ -210,7 +210,7 @@ class StoreWatch:
 class Served(NamedTuple):
     base: str
     run: RunDirectory
-    """Of the first layer, the one that is served."""
+    """Of the first layer, one of those that are served."""
     said: str
     store: StoreWatch
     """While it was trained and served."""
@@ -348,7 +348,11 @@ def test_two_transcoders_from_one_pass_and_a_report_of_both(served, interrupted)
     ):
         open_layer_run(run.url)
     (line,) = (line for line in served.said.splitlines() if line.startswith("layers "))
-    assert f"{run.url}/layer1 is served" in line and line.endswith(f"others: make serve RUN={run.url}/layer0")
+    assert "0, 1 are served as one" in line and "else layer 0 answers" in line
+    whole = httpx.get(f"{served.base}/report", timeout=30)
+    assert whole.content == run.read("report/layers_report.md")
+    for layer in (0, 1):
+        check_encode(served.base, open_layer_run(f"{run.url}/layer{layer}"))
 
 
 def test_the_stream_is_bounded_by_a_small_object_store(served):
@@ -395,8 +399,9 @@ def test_recomputation_from_the_run_directory_agrees(served, capsys):
 def check_encode(base, run):
     """The service's answer is that of an offline forward pass."""
     text = "We the people of the United States"
-    answer = httpx.post(f"{base}/encode", json={"inputs": text, "top_k": 4}, timeout=60).json()
     config, transcoder = run.config(), load_transcoder(run)
+    body = {"inputs": text, "top_k": 4, "layer": config.model.layer}
+    answer = httpx.post(f"{base}/encode", json=body, timeout=60).json()
     tokenizer = load_tokenizer(config.model)
     ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
     (pair,) = LanguageModel(config.model).capture(pack_windows([np.array(ids, np.int32)], []))
@@ -417,14 +422,15 @@ def test_encode_equals_an_offline_forward(served):
 
 def test_report_over_http(served):
     base, run, *_ = served
-    markdown = httpx.get(f"{base}/report", timeout=30)
+    asked = {"params": {"layer": 1}, "timeout": 30}
+    markdown = httpx.get(f"{base}/report", **asked)
     assert markdown.status_code == 200
     assert markdown.content == run.read("report/layer1_analysis_report.md")
-    browser = httpx.get(f"{base}/report", headers={"Accept": "text/html,*/*;q=0.8"}, timeout=30)
+    browser = httpx.get(f"{base}/report", headers={"Accept": "text/html,*/*;q=0.8"}, **asked)
     assert browser.content == run.read("report/layer1_analysis_report.html")
-    as_json = httpx.get(f"{base}/report", headers={"Accept": "application/json"}, timeout=30).json()
+    as_json = httpx.get(f"{base}/report", headers={"Accept": "application/json"}, **asked).json()
     assert as_json["evaluation"]["fvu"] == json.loads(run.read("analysis.json"))["evaluation"]["fvu"]
-    picture = httpx.get(f"{base}/report/files/layer1_analysis_overview.png", timeout=30)
+    picture = httpx.get(f"{base}/report/files/layer1_analysis_overview.png", **asked)
     assert picture.headers["content-type"] == "image/png"
     assert picture.content == run.read("report/layer1_analysis_overview.png")
 

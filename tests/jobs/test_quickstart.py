@@ -43,9 +43,8 @@ def test_a_run_is_shown_wherever_its_root_is(
             f"{arguments[arguments.index('--output.root') + 1]}/{arguments[arguments.index('--output.run_id') + 1]}"
         )
         run.write("config.yaml", to_yaml(load_preset("tiny", {"model": {"layers": layers}})))
-        first = run.members()[f"layer{layers[0]}"]
-        first.write("features.parquet", table.getvalue())
-        first.write("report/report.md", "# Report")
+        run.members()[f"layer{min(layers)}"].write("features.parquet", table.getvalue())  # of the layer that answers
+        run.write("report/report.md", "# Report")
 
     monkeypatch.setattr(quickstart, "start_head", lambda: {"metrics_port": 1})
     monkeypatch.setattr(quickstart, "submit_job", train)
@@ -64,11 +63,9 @@ def test_a_run_is_shown_wherever_its_root_is(
     layers[:] = [1, 0]
     assert quickstart.main(["run", "--preset", "tiny", "--root", root, "--run-id", "two"]) == 0
     printed = capsys.readouterr().out
-    assert [run.removeprefix(root) for run in served[1:]] == ["/mine", "/two/layer1"]
-    assert (
-        f"layers     {root}/two/layer1 is served" in printed and f"others: make serve RUN={root}/two/layer0" in printed
-    )
-    assert f"{root}/two/layer1/report/report.md" in printed
+    assert [run.removeprefix(root) for run in served[1:]] == ["/mine", "/two"]
+    assert "layers     0, 1 are served as one" in printed and "else layer 0 answers" in printed
+    assert f"{root}/two/report/report.md" in printed
 
 
 def test_a_job_that_left_no_run_is_an_error_in_one_line(
@@ -135,7 +132,7 @@ def test_ctrl_c_while_the_head_starts_leaves_no_process(tmp_path: Path, monkeypa
     monkeypatch.setattr(quickstart, "STATE", tmp_path / "state" / "head.json")
     monkeypatch.setattr(quickstart, "_tool", lambda name: str(tmp_path / name))
     monkeypatch.setattr(quickstart, "git_revision", lambda: None)
-    monkeypatch.setattr(quickstart, "open_layer_run", lambda url, verify: None)
+    monkeypatch.setattr(quickstart, "check_servable", lambda url: None)
     monkeypatch.setattr(subprocess, "Popen", start)
     try:
         assert quickstart.main(["serve", "--run", "runs/latest"]) == 130

@@ -123,6 +123,26 @@ def test_several_layers_of_one_pass_equal_each_layer_alone(config: ModelConfig) 
             torch.testing.assert_close(ours, theirs[only], rtol=1e-5, atol=1e-6)
 
 
+def test_some_of_several_layers_are_read_by_a_pass_that_ends_behind_them(config: ModelConfig) -> None:
+    packed, only = windows(), torch.tensor([3, 40, 89, 1])
+    layers = [{"layer": 2, "source": "mlp_in"}, {"layer": 0}, {"layer": 1}]
+    several = ModelConfig.model_validate(config.model_dump(exclude={"layer"}) | {"layers": layers})
+    model, ran = LanguageModel(several), list[int]()
+    modules: Any = model._layers
+    for number, layer in enumerate(modules):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    whole = model.capture(packed, only)
+    for at, last in (([1], 0), ([2], 1), ([2, 1], 1), ([1, 0], 2), ([0], 2)):
+        ran.clear()
+        pairs = model.capture(packed, only, at)
+        assert ran == list(range(last + 1))
+        for number, pair in zip(at, pairs, strict=True):
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(pair, whole[number], strict=True))
+    ran.clear()
+    assert all(torch.equal(a, b) for a, b in zip(model.capture(packed, only)[0], whole[0], strict=True))
+    assert ran == [0, 1, 2]  # what ended a pass is gone
+
+
 def test_compiled_norms_and_mlps_give_the_same() -> None:
     config, packed = make_config("gemma2"), windows()
     with pytest.MonkeyPatch.context() as patch:  # traces and runs the graph without generating code

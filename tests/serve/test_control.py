@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_local import key_of, make_run
+from serve_local import key_of, make_layers_run, make_run
 
+from mtc.config import load_preset, to_yaml
+from mtc.storage import RunDirectory
 from serve.contract import ServiceError, Settings, State
 from serve.deployments import Control, server
 
@@ -60,6 +62,38 @@ def test_a_restart_is_told_from_another_deployment(tmp_path: Path) -> None:
             assert refused.headers == {"Retry-After": "5"}
         assert await control.state() == swapped
         assert await control.want("this", "c") == c
+
+    asyncio.run(scenario())
+
+
+def test_of_several_layers_one_run_is_listed_and_of_a_sweep_each_transcoder(tmp_path: Path) -> None:
+    """A layer that is asked for alone is listed beside its run while it is in memory."""
+    make_layers_run(tmp_path / "deep", (2, 0))
+    make_run(tmp_path / "a", 3)
+    swept = RunDirectory(str(tmp_path / "swept"))
+    config = load_preset("tiny", {"sweep": [{"transcoder.k": 4}, {"transcoder.k": 2}]})
+    swept.write("config.yaml", to_yaml(config))
+    for own in swept.members().values():
+        make_run(Path(own.url), 5)
+        (Path(own.url) / "manifest.json").unlink()
+        own.publish(latest=False)
+    swept.publish()
+
+    async def scenario() -> None:
+        control = await start(tmp_path / "deep", Told())
+        listed = {run.run_id: (run.layers, run.state) for run in await control.runs("this")}
+        assert listed == {
+            "deep": ([0, 2], "current"), "a": ([1], "not_loaded"), "swept/k4": ([1], "not_loaded"),
+            "swept/k2": ([1], "not_loaded"),
+        }  # fmt: skip
+        for refused in (await control.want("this", "swept"), await control.load("this", "swept")):
+            assert (refused.status, refused.error_type) == (404, "unknown_model")
+            assert refused.detail == {"models": ["swept/k4", "swept/k2"]} and "swept/k4, swept/k2" in refused.message
+        assert (await control.load("this", "deep/layer2")).layers == [2]
+        states = {run.run_id: run.state for run in await control.runs("this")}
+        assert (states["deep"], states["deep/layer2"], len(states)) == ("loaded", "current", 5)
+        back = await control.load("this", "deep")
+        assert (back.layers, back.model.layer, back.previous) == ([0, 2], 0, "deep/layer2")
 
     asyncio.run(scenario())
 

@@ -18,7 +18,7 @@ import torch
 from hostile import Attack, attacks, send
 from prometheus_client.parser import text_string_to_metric_families
 from serve_deployed import TEXTS, load, replicas, wait_until
-from serve_local import make_config, make_run
+from serve_local import make_config, make_layers_run, make_run
 
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
 from mtc.storage import RunDirectory, RunError
@@ -64,10 +64,13 @@ def client(url: str) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def offline() -> Callable[[Path, str], list[tuple[int, dict[int, float]]]]:
     """The same answer without serve/: one text at a time, with a dense encoder."""
-    config = make_config()
-    tokenizer, model = load_tokenizer(config.model), LanguageModel(config.model)
+    tokenizer, models = load_tokenizer(make_config().model), dict[str, LanguageModel]()
 
     def encode(run: Path, text: str) -> list[tuple[int, dict[int, float]]]:
+        config = RunDirectory(str(run)).config().model
+        if (key := config.model_dump_json()) not in models:
+            models[key] = LanguageModel(config)
+        model = models[key]
         transcoder = MatryoshkaTranscoder.load(str(run / "transcoder.safetensors"))
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = [tokenizer.bos_token_id, *ids]
@@ -269,6 +272,26 @@ def test_runs_by_name_are_loaded_when_asked_for(client: httpx.Client, offline: A
     for unknown in ("nothing", "../one", "latest", "one/../third", "one\0", "aside"):
         response = client.post("/encode", json=request | {"model": unknown})
         assert (response.status_code, response.json()["error_type"]) == (404, "unknown_model"), unknown
+
+
+def test_a_run_of_several_layers_is_loaded_as_one(client: httpx.Client, offline: Any, root: Path) -> None:
+    """Each layer answers as its own run's transcoder behind a language model that is cut off there."""
+    make_layers_run(root / "deep", (2, 0))
+    loaded = client.post("/admin/load", json={"model": "deep"}).json()
+    assert (loaded["layers"], loaded["model"]["run_id"], loaded["model"]["layer"]) == ([0, 2], "deep", 0)
+    assert {run["run_id"]: run["layers"] for run in client.get("/runs").json()["runs"]}["deep"] == [0, 2]
+    assert client.get("/info").json()["layers"] == [0, 2]
+    assert metric(client, "mtc_runs_loaded") == 4  # it and the one before, in each replica
+    assert metric(client, "mtc_model_info", run_id="deep") == 1
+    for layer in (0, 2):
+        expected = [offline(root / "deep" / f"layer{layer}", text) for text in TEXTS]
+        asked = [{"layer": layer}, {"layer": layer, "model": "deep"}, {"model": f"deep/layer{layer}"}]
+        for body in [client.post("/encode", json={"inputs": TEXTS, "top_k": 64} | named).json() for named in asked * 3]:
+            assert body["model"]["layer"] == layer
+            check(body, expected)
+    assert client.post("/encode", json={"inputs": "a", "layer": 1}).json()["detail"] == {"layers": [0, 2], "value": 1}
+    assert metric(client, "mtc_runs_loaded") == 4  # nothing was loaded for one layer alone
+    assert client.post("/admin/load", json={"model": "other"}).json()["previous"] == "deep"
 
 
 def test_control_killed_under_load(client: httpx.Client, url: str, offline: Any, root: Path) -> None:

@@ -44,9 +44,16 @@ def within_limits(api: Api, document: dict[str, Any]) -> dict[str, Any]:
     """The document with what a client learns of the run that answers now, from /info and from what is refused."""
     found: dict[str, Any] = json.loads(json.dumps(document))
     with httpx.Client(base_url=api.url, headers=api.headers, timeout=60) as client:
-        model = client.get("/info").json()["model"]
+        info = client.get("/info").json()
         refused = client.post("/tokenize", json={"input_ids": [2**30]}).json()
-    schemas = found["components"]["schemas"]
+    schemas, model = found["components"]["schemas"], info["model"]
+    parameters = [parameter for methods in found["paths"].values() for operation in methods.values()
+                  for parameter in operation.get("parameters", []) if parameter["name"] == "layer"]  # fmt: skip
+    of_layer = [parameter["schema"] for parameter in parameters]
+    of_layer += [schemas[f"{name}Request"]["properties"]["layer"] for name in ("Encode", "Tokenize", "Decode")]
+    assert len(of_layer) == 8  # whatever answers for a layer takes it
+    for schema in of_layer:
+        schema["anyOf"][0] = {"type": "integer", "enum": info["layers"]}
     for name in ("EncodeRequest", "DecodeRequest"):
         schemas[name]["properties"]["prefix"]["anyOf"][0] = {"type": "integer", "enum": model["prefixes"]}
     for name in ("EncodeRequest", "TokenizeRequest"):

@@ -10,7 +10,7 @@ import axe_core_python
 import httpx
 import pytest
 from report_example import HOSTILE
-from serve_local import make_analysed_run, make_run, served
+from serve_local import make_analysed_run, make_layers_run, make_run, served
 
 from mtc.report.format import spaced, visible
 from serve.http import keys
@@ -20,6 +20,7 @@ AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
 TEXT = "Hello <img src=x onerror=alert(1)>\nand \u202e naïve"
 DONE = "document.querySelector('#status').textContent === '' && !document.querySelector('#result').hidden"
 ARROW_LEFT, ARROW_RIGHT, ENTER, TAB = ("ArrowLeft", 37), ("ArrowRight", 39), ("Enter", 13), ("Tab", 9)
+ARROW_UP, ARROW_DOWN = ("ArrowUp", 38), ("ArrowDown", 40)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +256,63 @@ def test_runs_are_picked(tab: chromium.Page, url: str) -> None:
     result = encoded(url, "We the people of the United States, in order to form a more perfect union", model="two")
     assert figures(tab) == pytest.approx(means(result), rel=1e-3)
     assert tab.evaluate("document.querySelector('nav a:nth-child(3)').href") == f"{url}/report?model=two"
+
+
+def test_layers_are_picked(tab: chromium.Page, tmp_path: Path) -> None:
+    """With the keyboard, and kept in the address, the filters and the text too; of one layer there is no choice."""
+    run, flat = make_layers_run(tmp_path / "deep", (2, 0, 1)), make_analysed_run(tmp_path / "flat")
+
+    def identity() -> str:
+        return texts(tab, ".identity")[0].split(":")[1].split(", ")[1]
+
+    def pick(key: tuple[str, int], layer: int) -> None:
+        tab.evaluate("document.querySelector('.layers select').focus()")
+        tab.press(*key)
+        tab.press(*TAB)
+        tab.press(*ENTER)
+        tab.wait(f"location.search.includes('layer={layer}') && document.querySelector('.layers')")
+
+    with served(run, flat) as url:
+        for width, scheme in ((1280, "light"), (390, "dark")):
+            tab.open(f"{url}/ui/features?group=1&massive=false", width, 900, scheme)
+            assert (texts(tab, ".layers option"), identity()) == (["0", "1", "2"], "layer 0")
+            pick(ARROW_DOWN, 1)
+            assert tab.evaluate("location.search") == "?group=1&massive=false&layer=1"
+            assert identity() == "layer 1"
+            assert faults(tab) == []
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+            tab.click("tbody th a")
+            tab.wait("location.pathname === '/ui/feature/4' && document.querySelector('article')")
+            assert tab.evaluate("location.search") == "?layer=1"
+            pick(ARROW_DOWN, 2)
+            assert (tab.evaluate("location.pathname"), identity()) == ("/ui/feature/4", "layer 2")
+            assert faults(tab) == [] and tab.evaluate("document.documentElement.scrollWidth") == width
+            links = tab.evaluate(
+                "[...document.querySelectorAll('article a[href^=\"/ui/feature\"]')].map((a) => a.search)"
+            )
+            assert set(links) == {"?layer=2"} and len(links) > 2
+            reports = [f"{url}/report?layer=2", f"{url}/report"]
+            assert tab.evaluate("[...document.querySelectorAll('nav a')].slice(2, 4).map((a) => a.href)") == reports
+
+            tab.open(f"{url}/ui", width, 900, scheme)
+            tab.wait("!document.querySelector('#go').disabled")
+            tab.evaluate("document.querySelector('#text').value = 'one two three'")
+            pick(ARROW_DOWN, 1)
+            tab.wait(DONE)
+            assert tab.evaluate("document.querySelector('#text').value") == "one two three"
+            assert figures(tab) == pytest.approx(means(encoded(url, "one two three", layer=1)), rel=1e-3)
+            assert figures(tab) != pytest.approx(means(encoded(url, "one two three")), rel=1e-3)
+            tab.click("#list tbody button")
+            tab.wait("document.querySelector('#feature article .own a')")
+            assert tab.evaluate("document.querySelector('#feature .own a').search") == "?model=deep&layer=1"
+            assert complaints(tab) == []
+            assert not any("three" in e.get("request", {}).get("url", "") for _, e in tab.events)
+            tab.open(f"{url}/ui/features?model=deep/layer2", width, 900, scheme)
+            assert tab.evaluate("document.querySelector('.picker select').value") == "deep"
+            pick(ARROW_UP, 1)
+            assert tab.evaluate("location.search") == "?model=deep&layer=1"
+            tab.open(f"{url}/ui?model=flat", width, 900, scheme)
+            assert texts(tab, ".layers") == []
 
 
 def test_documentation(tab: chromium.Page, url: str) -> None:

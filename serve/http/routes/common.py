@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 
 from serve.contract import ErrorResponse, ServiceError
 from serve.http.errors import repeated
@@ -23,6 +23,10 @@ async def _service(request: Request) -> Service:  # not a plain function: FastAP
 
 
 TheService = Annotated[Service, Depends(_service)]
+Model = Annotated[
+    str | None, Query(min_length=1, max_length=200, description="Id of a run; by default the current one.")
+]
+Layer = Annotated[int | None, Query(ge=0, lt=1 << 31, description="Layer of the run; by default its lowest.")]
 
 
 async def single_parameters(request: Request) -> None:

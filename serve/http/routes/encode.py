@@ -26,7 +26,7 @@ from serve.http.bodies import read_json
 from serve.http.errors import error_line, unexpected
 from serve.http.openapi import json_body
 from serve.http.routes.common import TheService, errors, media_types, request_id_of, wanted
-from serve.service import Service
+from serve.service import ServedLayer, Service
 
 T = TypeVar("T")
 
@@ -46,13 +46,12 @@ async def encode(request: Request, service: TheService) -> Response:
     """Features of every token of one or several inputs."""
     media_type = wanted(request, formats.ENCODE_FORMATS)
     asked = await read_json(request, EncodeRequest, service.settings)
-    run = await service.run(asked.model)
-    request.state.run_id = run.key.run_id
+    layer = await _layer(request, service, asked)
     csr = asked.form == "csr"
-    options = service.options(run, asked, csr or media_type == formats.SAFETENSORS)
-    inputs = await service.tokenise(run, asked)
-    envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
-    found = service.encode_inputs(run, inputs, options)
+    options = service.options(layer, asked, csr or media_type == formats.SAFETENSORS)
+    inputs = await service.tokenise(layer.run, asked)
+    envelope = formats.Envelope(layer, asked.prefix or layer.num_features, request_id_of(request))
+    found = service.encode_inputs(layer.run, inputs, options)
     if media_type == formats.NDJSON:
         return await _stream(request, service, envelope, csr, inputs, found)
     encoded = [each async for _, each in found]
@@ -72,10 +71,9 @@ async def tokenize(request: Request, service: TheService) -> Response:
     """Inputs as the model reads them, without running it."""
     media_type = wanted(request, formats.TOKENIZE_FORMATS)
     asked = await read_json(request, TokenizeRequest, service.settings)
-    run = await service.run(asked.model)
-    request.state.run_id = run.key.run_id
-    inputs = await service.tokenise(run, asked)
-    envelope = formats.Envelope(run, None, request_id_of(request))
+    layer = await _layer(request, service, asked)
+    inputs = await service.tokenise(layer.run, asked)
+    envelope = formats.Envelope(layer, None, request_id_of(request))
     body = await _written(
         formats.usage(inputs)["tokens"], lambda: formats.tokenize_answer(media_type, envelope, inputs)
     )
@@ -92,12 +90,20 @@ async def decode(request: Request, service: TheService) -> Response:
     """Sparse features to the reconstruction of the target site."""
     media_type = wanted(request, formats.DECODE_FORMATS)
     asked = await read_json(request, DecodeRequest, service.settings)
-    run = await service.run(asked.model)
-    request.state.run_id = run.key.run_id
-    reconstruction = await service.decode_request(run, asked)
-    envelope = formats.Envelope(run, asked.prefix or run.num_features, request_id_of(request))
+    layer = await _layer(request, service, asked)
+    reconstruction = await service.decode_request(layer, asked)
+    envelope = formats.Envelope(layer, asked.prefix or layer.num_features, request_id_of(request))
     body = await _written(reconstruction.size, lambda: formats.decode_answer(media_type, envelope, reconstruction))
     return Response(body, media_type=media_type, headers={"Vary": "Accept"})
+
+
+async def _layer(
+    request: Request, service: Service, asked: EncodeRequest | TokenizeRequest | DecodeRequest
+) -> ServedLayer:
+    """The layer that answers, which the log names."""
+    layer = await service.layer(asked.model, asked.layer)
+    request.state.run_id, request.state.layer = layer.run_id, layer.number
+    return layer
 
 
 async def _written(entries: int, write: Callable[[], bytes]) -> bytes:

@@ -8,32 +8,33 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query, Response
 
 from serve.contract import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
-from serve.http.routes.common import TheService, errors
-from serve.service import FeatureTable, Filters, ServedRun, Service
+from serve.http.routes.common import Layer, Model, TheService, errors
+from serve.service import FeatureTable, Filters, ServedLayer, Service
 
 router = APIRouter(tags=["features"])
 
-Model = Annotated[
-    str | None, Query(min_length=1, max_length=200, description="Id of a run; by default the current one.")
-]
 Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index of the feature in the dictionary.")]
 
 
 @router.get("/features", response_model=FeaturesResponse, responses=errors(404, 409, 422, 503))
 async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]) -> Response:
     """Features that pass all filters, page by page."""
-    run, table = await analysed(service, query.model)
+    own, table = await analysed(service, query.model, query.layer)
     rows, total, after = await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor)
-    return _json(FeaturesResponse.model_construct(run_id=run.key.run_id, total=total, features=rows, cursor=after))
+    answer = FeaturesResponse.model_construct(
+        run_id=own.run_id, layer=own.number, total=total, features=rows, cursor=after
+    )
+    return _json(answer)
 
 
 @router.get("/features/{feature}", response_model=FeatureResponse, responses=errors(404, 409, 422, 503))
-async def feature(service: TheService, feature: Index, model: Model = None) -> Response:
+async def feature(service: TheService, feature: Index, model: Model = None, layer: Layer = None) -> Response:
     """All that the analysis says of one feature."""
-    run, table = await analysed(service, model)
+    own, table = await analysed(service, model, layer)
     answer = FeatureResponse(
-        run_id=run.key.run_id, feature=table.feature(feature), histogram_edges=list(table.analysis.activation_edges),
-        splits=table.splits(feature), absorption=table.absorption(feature),
+        run_id=own.run_id, layer=own.number, feature=table.feature(feature),
+        histogram_edges=list(table.analysis.activation_edges), splits=table.splits(feature),
+        absorption=table.absorption(feature),
     )  # fmt: skip
     return _json(answer)
 
@@ -43,14 +44,17 @@ async def examples(
     service: TheService,
     feature: Index,
     model: Model = None,
+    layer: Layer = None,
     kind: Annotated[Literal["top", "sample"] | None, Query(description="Which kind; by default both.")] = None,
     offset: Annotated[int, Query(ge=0, lt=1 << 31, description="Number of examples to leave out, the first ones.")] = 0,
     limit: Annotated[int, Query(ge=1, le=500, description="Most examples of an answer.")] = 50,
 ) -> Response:
     """Places in held-out text where the feature fires."""
-    run, table = await analysed(service, model)
+    own, table = await analysed(service, model, layer)
     rows, total = await asyncio.to_thread(table.examples, feature, kind, offset, limit)
-    answer = ExamplesResponse.model_construct(run_id=run.key.run_id, feature=feature, total=total, examples=rows)
+    answer = ExamplesResponse.model_construct(
+        run_id=own.run_id, layer=own.number, feature=feature, total=total, examples=rows
+    )
     return _json(answer)
 
 
@@ -61,10 +65,10 @@ def filters(query: FeaturesQuery) -> Filters:
     )  # fmt: skip
 
 
-async def analysed(service: Service, model: str | None) -> tuple[ServedRun, FeatureTable]:
-    """The run and what is known of its features; needs no models. Raises ServiceError 404 without an analysis."""
-    run = await service.run(model)
-    return run, await asyncio.to_thread(lambda: run.analysed)
+async def analysed(service: Service, model: str | None, layer: int | None) -> tuple[ServedLayer, FeatureTable]:
+    """The layer and what is known of its features; needs no models. Raises ServiceError 404 without an analysis."""
+    own = await service.layer(model, layer)
+    return own, await asyncio.to_thread(lambda: own.analysed)
 
 
 def _json(answer: FeaturesResponse | FeatureResponse | ExamplesResponse) -> Response:

@@ -62,11 +62,12 @@ async def info(service: TheService) -> InfoResponse:
     """The run that answers, the limits, and the versions of what matters."""
     run = await service.open(service.state.current)
     return InfoResponse(
-        model=run.identity,
+        model=run.default.identity,
+        layers=list(run.layers),
         created=run.manifest.created,
         fingerprint=run.config.fingerprint(),
         data=run.config.data.name,
-        input_norm=run.config.input_norm,
+        input_norm=run.default.config.input_norm,
         limits=service.limits(run),
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("mtc", "ray", "torch", "transformers")},

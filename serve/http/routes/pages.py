@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -18,9 +19,9 @@ from serve.http.access import COOKIE, same_origin
 from serve.http.bodies import read_form
 from serve.http.errors import invalid
 from serve.http.pages import query, render, static_files
-from serve.http.routes.common import TheService
-from serve.http.routes.features import Index, Model, analysed, filters
-from serve.service import FeatureTable, ServedRun, Service
+from serve.http.routes.common import Layer, Model, TheService
+from serve.http.routes.features import Index, analysed, filters
+from serve.service import FeatureTable, ServedLayer, Service
 
 router = APIRouter(include_in_schema=False)
 
@@ -31,11 +32,11 @@ _HERE = re.compile(r"/(?![/\\])[!-\[\]-~]*")
 
 
 @router.get("/ui")
-async def text(request: Request, service: TheService, model: Model = None) -> Response:
+async def text(request: Request, service: TheService, model: Model = None, layer: Layer = None) -> Response:
     """A text's tokens and their features."""
-    run = await service.run(model)
-    frame = await _frame(request, service, run, "text", model)
-    return render("text.html", max_tokens=service.max_input_tokens(run), **frame)
+    own = await service.layer(model, layer)
+    frame = await _frame(request, service, own, "text", model, layer)
+    return render("text.html", max_tokens=service.max_input_tokens(own.run), **frame)
 
 
 @router.get("/ui/features")
@@ -47,12 +48,14 @@ async def features(request: Request, service: TheService) -> Response:
         wanted = FeaturesQuery.model_validate(given)  # a form also sends the fields that nobody filled in
     except ValidationError as error:
         raise invalid(error) from None
-    run, table = await analysed(service, wanted.model)
+    own, table = await analysed(service, wanted.model, wanted.layer)
     rows, total, after = await asyncio.to_thread(table.page, filters(wanted), wanted.limit, wanted.cursor)
     asked = wanted.model_dump(exclude_defaults=True, exclude={"cursor"})
+    kept = {name: value for name, value in asked.items() if name not in ("model", "layer", "feature")}
+    frame = await _frame(request, service, own, "features", wanted.model, wanted.layer, kept)
     return render(
-        "features.html", **await _frame(request, service, run, "features", wanted.model), wanted=wanted, rows=rows,
-        total=total, groups=range(len(run.prefixes)), next_page=query(**asked, cursor=after) if after else None,
+        "features.html", **frame, wanted=wanted, rows=rows,
+        total=total, groups=range(len(own.prefixes)), next_page=query(**asked, cursor=after) if after else None,
         first_page=query(**asked) if wanted.cursor else None, badge=BADGE,
         analysed_tokens=table.analysis.summary.analysed_tokens,
     )  # fmt: skip
@@ -60,13 +63,14 @@ async def features(request: Request, service: TheService) -> Response:
 
 @router.get("/ui/feature/{feature}")
 async def feature(
-    request: Request, service: TheService, feature: Index, model: Model = None,
+    request: Request, service: TheService, feature: Index, model: Model = None, layer: Layer = None,
     examples: Annotated[int, Query(ge=0, le=500)] = FEW_EXAMPLES,
 ) -> Response:  # fmt: skip
     """All that is known of one feature."""
-    run, table = await analysed(service, model)
-    content = await asyncio.to_thread(_content, table, feature, examples, model)
-    return render("feature.html", **await _frame(request, service, run, "feature", model), feature=feature, **content)
+    own, table = await analysed(service, model, layer)
+    content = await asyncio.to_thread(_content, table, feature, examples, query(model=model, layer=layer))
+    frame = await _frame(request, service, own, "feature", model, layer)
+    return render("feature.html", **frame | {"address": f"/ui/feature/{feature}"}, feature=feature, **content)
 
 
 @router.get("/ui/login")
@@ -124,21 +128,26 @@ async def static(request: Request, name: str) -> Response:
     return Response(file.data, media_type=file.media_type, headers=headers)
 
 
-async def _frame(request: Request, service: Service, run: ServedRun, here: str, model: str | None) -> dict[str, Any]:
-    """What every page shows around its content."""
+async def _frame(
+    request: Request, service: Service, own: ServedLayer, here: str, model: str | None, layer: int | None,
+    kept: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What every page shows around its content; `kept` are parameters that hold for another layer, too."""
+    page = "/ui/features" if here == "features" else "/ui"
     return {
-        "run": run.identity, "runs": await service.listed_runs(), "here": here, "model": model,
-        "with_keys": request.app.state.keys is not None,
+        "run": own.identity, "runs": await service.listed_runs(), "here": here, "model": model, "layer": layer,
+        "served": own.run.key.run_id, "layers": list(own.run.layers), "page": page, "address": page,
+        "kept": kept or {}, "with_keys": request.app.state.keys is not None,
     }  # fmt: skip
 
 
-def _content(table: FeatureTable, feature: int, limit: int, model: str | None) -> dict[str, Any]:
-    """One feature as in the report, and what is around it in the tree."""
+def _content(table: FeatureTable, feature: int, limit: int, link: str) -> dict[str, Any]:
+    """One feature as in the report, and what is around it in the tree; `link` ends the addresses of others."""
     examples, totals = [], {}
     for kind in ("top", "sample"):
         rows, totals[kind] = table.examples(feature, kind, 0, limit)
         examples += rows
-    renderer = Renderer(lambda index: f"/ui/feature/{index}{query(model=model)}")
+    renderer = Renderer(lambda index: f"/ui/feature/{index}{link}")
     blocks = list(table.blocks(feature, examples))
     place = len(blocks) - (1 if examples else 0)  # before the contexts, of which there are many
     blocks[place:place] = [*_tree(table, feature), *_candidates(table, feature), Heading("Contexts")]

@@ -2,6 +2,7 @@
 const element = (id) => document.getElementById(id);
 const ask = element("ask"), slider = element("prefix"), tokens = element("tokens");
 const prefixes = ask.dataset.prefixes.split(",").map(Number);
+const own = [["model", ask.dataset.model], ["layer", ask.dataset.layer]];  // what every answer is to come from
 const LISTED = 50, STRENGTHS = 5, TRIES = 30;
 
 let text = "";         // what the shown answers are about
@@ -53,7 +54,7 @@ async function call(address, options, aborted) {
 async function encode(prefix) {
   const known = answers;  // of this text; another one gets another map
   if (known.has(prefix)) return known.get(prefix);
-  const body = { inputs: text, model: ask.dataset.model, prefix, return: "csr", include: ["l0", "relative_error"], truncate: true };
+  const body = { inputs: text, model: ask.dataset.model, layer: Number(ask.dataset.layer), prefix, return: "csr", include: ["l0", "relative_error"], truncate: true };
   const options = { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json", Accept: "application/json" } };
   const answer = await (await call("/encode", options, asking.signal)).json();
   known.set(prefix, answer.results[0]);
@@ -103,7 +104,7 @@ function strongest(answer) {
 async function learn(features, signal) {
   const missing = features.filter((f) => !names.has(f)).slice(0, 500);
   if (!missing.length) return;
-  const wanted = new URLSearchParams([["model", ask.dataset.model], ["limit", missing.length], ...missing.map((f) => ["feature", f])]);
+  const wanted = new URLSearchParams([...own, ["limit", missing.length], ...missing.map((f) => ["feature", f])]);
   try {
     const answer = await (await call("/features?" + wanted, {}, signal)).json();
     for (const row of answer.features) names.set(row.feature, row.top_tokens);
@@ -119,7 +120,7 @@ async function learnMassive(signal) {
   const found = new Set();
   try {
     for (let cursor = ""; cursor !== null;) {
-      const wanted = new URLSearchParams([["model", ask.dataset.model], ["massive", true], ["limit", 500], ...(cursor ? [["cursor", cursor]] : [])]);
+      const wanted = new URLSearchParams([...own, ["massive", true], ["limit", 500], ...(cursor ? [["cursor", cursor]] : [])]);
       const answer = await (await call("/features?" + wanted, {}, signal)).json();
       for (const row of answer.features) found.add(row.feature);
       cursor = answer.cursor;
@@ -288,4 +289,12 @@ element("clear").addEventListener("click", () => {
   drawList();
   drawToken();
 });
+// Another layer is another page: what was typed waits in this tab, and is shown there at once.
+document.querySelector(".layers")?.addEventListener("submit", () => sessionStorage.setItem("text", element("text").value));
+const waiting = sessionStorage.getItem("text");
+sessionStorage.removeItem("text");
+if (waiting) {
+  element("text").value = waiting;
+  ask.requestSubmit();
+}
 element("go").disabled = false;  // before this script has run, the form would only load the page again
