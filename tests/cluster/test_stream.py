@@ -187,6 +187,16 @@ def make_unit(number: int, rows: int = 100) -> Unit:
     return Unit(number, activations, np.arange(rows, dtype=np.int32), rows, costs=costs)
 
 
+def test_ray_datas_loop_rests_between_two_looks() -> None:
+    """Without it takes half a core where blocks wait for a trainer: 0.44 of one against 0.09, of 12 MB each, 2 a
+    second, in a store of 200 MB."""
+    activations.configure_data_context()
+    assert activations.Paced in ray.data.DataContext.get_current().execution_callback_classes
+    start = time.perf_counter()
+    activations.Paced().on_execution_step(None)
+    assert time.perf_counter() - start >= activations.LOOP_SECONDS
+
+
 @pytest.mark.parametrize("units", [1, 3])
 def test_the_account_of_a_short_stream(units: int) -> None:
     """The first unit is start-up; a run that needs no other knows nothing of the model actors."""
