@@ -120,14 +120,14 @@ def test_sdist_has_what_a_build_needs(built: Built, tmp_path: Path) -> None:
 def test_jobs_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     code = """
 import runpy, sys
-for job in ("train", "analyze", "export", "status", "quickstart"):
+for job in ("train", "analyze", "export", "graph", "status", "quickstart"):
     sys.argv = [job, "--help"]
     try:
         runpy.run_module(f"jobs.{job}", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         assert not end.code, job
 """
-    assert outside(installed, tmp_path, "-c", code).count("usage: ") == 5
+    assert outside(installed, tmp_path, "-c", code).count("usage: ") == 6
     printed = outside(installed, tmp_path, "-m", "jobs.train", "--preset", "tiny", "--print-config")
     assert yaml.safe_load(printed)["model"]["name"] == "random:gemma2"
     assert not [path for path in tmp_path.iterdir() if path.name != ".cache"]

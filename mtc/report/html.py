@@ -35,12 +35,12 @@ def render_html(document: blocks.Document, pictures: Mapping[str, str]) -> str:
     """The document as one HTML page; `pictures` are the plots' SVG texts by name."""
     parts = [block for section in document.sections for block in section.blocks]
     cards = {block.feature for block in parts if isinstance(block, blocks.Card)}
-    page = _environment().get_template("page.html")
-    style = Markup(_asset("report.css") + _print_foot(document.stamp))
-    script = Markup(_asset("report.js"))
+    page = environment().get_template("page.html")
+    style = Markup(template_text("report.css") + _print_foot(document.stamp))
+    script = Markup(template_text("report.js"))
     renderer = Renderer(lambda feature: f"#feature-{feature}" if feature in cards else None, pictures)
     return page.render(
-        document=document, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script),
+        document=document, style=style, script=script, style_hash=content_hash(style), script_hash=content_hash(script),
         render=renderer.block, text=renderer.text,
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ class Renderer:
     """
 
     def __init__(self, link: Callable[[int], str | None], pictures: Mapping[str, str] | None = None):
-        self._macros: Any = _environment().get_template("blocks.html").make_module(
+        self._macros: Any = environment().get_template("blocks.html").make_module(
             {"text": self.text, "render": self.block, "plot": self._plot, "places": self._places,
              "marked": self._marked, "in_words": bars_in_words, "note": context_note, "numeric": _numeric,
              "advice": _advice}
@@ -141,21 +141,23 @@ def inline_svg(svg: str, name: str, alternative: str) -> str:
 
 
 @cache
-def _asset(name: str) -> str:
+def template_text(name: str) -> str:
+    """A style or script of the pages."""
     return (resources.files("mtc.report") / "templates" / name).read_text()
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Of the pages' templates."""
+    made = Environment(
         loader=PackageLoader("mtc.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"visible": visible, "number": number}
-    return environment
+    made.filters |= {"visible": visible, "number": number}
+    return made
 
 
-def _hash(text: str) -> str:
+def content_hash(text: str) -> str:
     """The digest of a style or script as a content security policy names it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 

@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse
 from starlette.types import Scope
 
 from mtc.report.format import spaced, visible
+from mtc.report.graph_page import GRAPH_SCRIPTS, GRAPH_STYLES
 from mtc.results import number
 from serve.http.media_types import media_type_of
 
@@ -76,8 +77,9 @@ def query(**values: Any) -> str:
 
 @cache
 def static_files() -> dict[str, StaticFile]:
-    """All files that pages load, by name; there are no others. The report's style is theirs, too."""
-    found = {"report.css": resources.files("mtc.report") / "templates" / "report.css"}
+    """All files that pages load, by name; there are no others. The report's style is theirs, too, and its graphs."""
+    templates = resources.files("mtc.report") / "templates"
+    found: dict[str, Traversable] = {name: templates / name for name in (*GRAPH_STYLES, *GRAPH_SCRIPTS)}
     _collect(resources.files("serve") / "ui" / "static", "", found)
     return {name: _static(name, file.read_bytes()) for name, file in found.items()}
 

@@ -1,0 +1,149 @@
+"""Draw what made a language model's next token, in a run's features: its attribution graph, as a page to work with.
+
+    python jobs/graph.py --run runs/latest --prompt "The capital of the United States is" --output graph
+    python jobs/graph.py --run runs/latest --prompt "2 + 2 =" --target " 4" --prefix 192 --output graph
+
+Writes graph.html, which needs nothing beside it, graph.svg, a drawing for documents, and graph.json, the graph itself.
+Needs no cluster. Exit codes: 0 done, 1 failed while running, 2 unusable run, prompt or option, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import posixpath
+import sys
+import time
+
+from jobs.command_line import add_options, failed
+from mtc.report.graph_page import graph_page
+from mtc.report.graph_svg import graph_svg
+from mtc.results import Graph, number, percent
+from mtc.storage import (
+    StorageError,
+    check_writable,
+    filesystem,
+    open_run,
+    output_path,
+    prepare_environment,
+    write_atomic,
+)
+from mtc.telemetry import configure, fail, say, set_run
+
+FILES = ("graph.json", "graph.svg", "graph.html")
+TOP_FEATURES = 5
+PROGRESS_SECONDS = 5.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        configure()  # what is wrong with the environment is said first
+        options = _parser().parse_args(argv)
+        configure(options.verbose, options.log_format)
+        prepare_environment()
+        output = output_path(options.output)
+        check_output(f"--output {options.output}", output)
+        graph = make_graph(options)
+        write_graph(graph, output)
+        tell(graph, output)
+    except Exception as error:
+        return failed(error)
+    except KeyboardInterrupt:
+        fail("interrupted", "interrupted")
+        return 130
+    return 0
+
+
+def check_output(what: str, output: str) -> None:
+    """Raises StorageError if the files can't be written there."""
+    check_writable(what, output)
+    for name in FILES:
+        fs, path = filesystem(posixpath.join(output, name))
+        if fs.isdir(path):
+            raise StorageError(f"{what}: {name} is a directory there; a file of that name is to be written")
+
+
+def make_graph(options: argparse.Namespace) -> Graph:
+    """The graph that the options ask for, with lines on how far it is."""
+    run = open_run(options.run)
+    set_run(run.run_id)
+    # Torch and transformers take 3 to 7 s; without them, help, a wrong option and a wrong run are told in 1.
+    from mtc.circuits import ReplacementModel, attribute
+    from mtc.devices import open_device
+
+    say("loading", f"loading the language model and the transcoders of {run.url}")
+    model = ReplacementModel.load(run, open_device(options.device))
+    layers = len(model.transcoders)
+    say("attributing", f"tracing the prompt through {layers} transcoder{'s' if layers > 1 else ''}", layers=layers)
+    last = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        nonlocal last
+        if done == of or time.monotonic() - last > PROGRESS_SECONDS:
+            last = time.monotonic()
+            say("progress", f"edges into {done:,} of {of:,} features", done=done, of=of)
+
+    limits = {"max_features": options.max_features, "node_share": options.node_share, "edge_share": options.edge_share}
+    given = {name: value for name, value in limits.items() if value is not None}
+    return attribute(model, options.prompt, options.target, options.prefix, tell=progress, **given)
+
+
+def write_graph(graph: Graph, output: str) -> None:
+    """The files, each whole or not at all."""
+    texts = (graph.model_dump_json(), graph_svg(graph), graph_page(graph))
+    for name, text in zip(FILES, texts, strict=True):
+        write_atomic(posixpath.join(output, name), text.encode())
+
+
+def tell(graph: Graph, output: str) -> None:
+    """What came out, in a few lines."""
+    places = [posixpath.join(output, name) for name in FILES]
+    nodes, edges = len(graph.nodes), len(graph.edges)
+    say(
+        "written",
+        f"wrote {', '.join(places)}: {nodes:,} nodes, {edges:,} edges",
+        files=places,
+        nodes=nodes,
+        edges=edges,
+    )
+    for score in graph.scores:
+        said = f"prefix {score.prefix:,}: replacement {number(score.replacement)}, completeness "
+        said += f"{number(score.completeness)}; errors hold {percent(1 - score.replacement)} of the influence"
+        say("scores", said, errors=1 - score.replacement, **score.model_dump())
+    features = [node for node in graph.nodes if node.kind == "feature" and not node.target]
+    for node in sorted(features, key=lambda node: -node.influence)[:TOP_FEATURES]:
+        at = f"token {node.token} {graph.tokens[node.token]!r}"
+        text = f", fires on {node.text!r}" if node.text else ""
+        said = f"feature {node.feature} of layer {node.layer} at {at}: influence {number(node.influence)}{text}"
+        say("top_feature", said, **node.model_dump(include={"feature", "layer", "token", "influence", "text"}))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text whose next token is explained")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="directory or URL for the files, old ones replaced"
+    )
+    parser.add_argument(
+        "--target", action="append", metavar="TEXT",
+        help="a next token to explain, with its space in front; several times for several (default: the most probable)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefix", type=int, metavar="N", help="size of a nested dictionary; by default all features are used"
+    )
+    parser.add_argument(
+        "--max-features", type=int, metavar="N", help="features with edges of their own (default: 4096)"
+    )
+    parser.add_argument(
+        "--node-share", type=float, metavar="X", help="share of the influence that nodes keep, above 0 (default: 0.8)"
+    )
+    parser.add_argument(
+        "--edge-share", type=float, metavar="X", help="share of the influence that edges keep, above 0 (default: 0.98)"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compute (default: cpu)")
+    add_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

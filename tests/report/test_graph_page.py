@@ -1,0 +1,69 @@
+"""An attribution graph as a page and as a drawing: what they hold, and that no text in it breaks out."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from mtc.report.graph_page import GRAPH_SCRIPTS, GRAPH_STYLES, graph_page
+from mtc.report.graph_svg import graph_svg
+from mtc.results import Graph
+from tests.graph_example import HOSTILE, make_graph
+from tests.report_pages import read_html
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_page_holds_the_graph_and_nothing_else_runs() -> None:
+    graph = make_graph(tokens=HOSTILE)
+    page = graph_page(graph, "/ui/features/{feature}?model={run}&x=\"'<")
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)
+    assert len(scripts) == 2 and page.count("</script") == 2 and "<img" not in page
+    assert Graph.model_validate_json(scripts[0]) == graph and json.loads(scripts[0])["tokens"] == HOSTILE
+    _, _, targets = read_html(page)
+    assert targets == ["#graph"]
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
+    assert 'data-feature-url="/ui/features/{feature}?model={run}&amp;x=&#34;&#39;&lt;"' in page
+    assert graph_page(graph) == graph_page(graph)
+
+
+def test_the_service_has_what_its_page_needs() -> None:
+    from serve.http.pages import static_files
+
+    assert {*GRAPH_SCRIPTS, *GRAPH_STYLES} <= {*static_files()}
+
+
+@pytest.mark.parametrize(("nodes", "layers"), [(8, 2), (60, 6), (600, 24)])
+def test_the_drawing_has_all_nodes_and_few_labels(nodes: int, layers: int) -> None:
+    graph = make_graph(nodes, layers, tokens=HOSTILE if nodes > 20 else ("a", "b"))
+    drawing = ElementTree.fromstring(graph_svg(graph, labels=12, edges=50))
+    marks = [g for g in drawing.iter(f"{SVG}g") if g.find(f"{SVG}title") is not None]
+    assert len(marks) == len(graph.nodes)
+    labels = [text for text in drawing.iter(f"{SVG}text") if text.get("class") == "label"]
+    assert 2 <= len(labels) <= 12
+    assert any((label.text or "").startswith("␣next0 50 %") for label in labels)
+    lines = [path for path in drawing.iter(f"{SVG}path") if path.get("class") in ("plus", "minus")]
+    assert len(lines) == min(50, len(graph.edges))
+    assert drawing[0].tag == f"{SVG}title" and drawing[1].tag == f"{SVG}desc"
+    assert "capital" not in (drawing[0].text or "") and "nodes" in (drawing[1].text or "")
+    assert {child.tag for child in drawing.iter()} <= {
+        f"{SVG}{n}" for n in ["svg", "title", "desc", "style", "rect", "text", "g", "path", "circle"]
+    }
+    assert graph_svg(graph) == graph_svg(graph)
+
+
+def test_marks_of_a_drawing_do_not_lie_on_each_other() -> None:
+    graph = make_graph(500, 20)
+    drawing = ElementTree.fromstring(graph_svg(graph))
+    places = [
+        tuple(float(v) for v in re.findall(r"-?[\d.]+", g.get("transform", "")))
+        for g in drawing.iter(f"{SVG}g")
+        if g.find(f"{SVG}title") is not None
+    ]
+    width, height = (float(drawing.get(name, 0)) for name in ("width", "height"))
+    assert all(0 < x < width and 0 < y < height for x, y in places)
+    close = [
+        (a, b) for i, a in enumerate(places) for b in places[:i] if abs(a[0] - b[0]) < 12 and abs(a[1] - b[1]) < 12
+    ]
+    assert close == []
