@@ -22,6 +22,7 @@ from mtc.results import Graph, GraphNode, number
 MOST_LABELS, MOST_EDGES = 40, 400
 _MARK, _WIDEST, _LOW, _TALL, _GAP, _AXIS = 22.0, 130.0, 24.0, 38.0, 4.0, 46.0
 _CHARACTER, _LEAST_LABEL, _MOST_LABEL, _SPARE, _LOGIT = 6.7, 34.0, 124.0, 90.0, 92.0
+_LEAST_HEIGHT, _MOST_APART = 340.0, 40.0
 _ORDER = {"error": 0, "embedding": 1, "logit": 1, "feature": 2}
 _SHAPES = {
     "error": '<path class="error" d="M0 -6.5L6.5 0L0 6.5L-6.5 0Z"/>',
@@ -205,13 +206,18 @@ def _label(node: GraphNode) -> str:
     return ""
 
 
-def _place_lines(graph: Graph, lines: Iterable[_Line], total: float) -> tuple[float, list[str], list[str]]:
+def _place_lines(graph: Graph, lines: Sequence[_Line], total: float) -> tuple[float, list[str], list[str]]:
     """Gives every mark its y; the height, and the bands and numbers of the rows."""
+    tall = [any(spot.label for spot in line.spots) for line in lines]
+    heights = [_TALL if high else _LOW if line.spots else _GAP for high, line in zip(tall, lines, strict=True)]
+    filled = max(1, sum(bool(line.spots) for line in lines))
+    # Few lines stand farther apart, or edges would lie flat.
+    apart = max(0.0, min(_MOST_APART, (_LEAST_HEIGHT - sum(heights)) / filled))
     y = 6.0
     rows: dict[int, tuple[float, float]] = {}
-    for line in lines:
-        height = _TALL if any(spot.label for spot in line.spots) else _LOW if line.spots else _GAP
-        above = line.row > graph.layers and height == _TALL  # edges reach logits from below
+    for line, own, high in zip(lines, heights, tall, strict=True):
+        height = own + (apart if line.spots and line.row else 0)
+        above = high and line.row > graph.layers  # edges reach logits from below
         for spot in line.spots:
             spot.y, spot.label_y = y + (27 if above else 11), -11 if above else 21
         if line.spots:

@@ -263,7 +263,8 @@ def test_the_service_gives_addresses_and_ablations(tab: chromium.Page, urls: dic
     show_all(tab, urls["graph"])
     focus(tab, "t.1")
     press(tab, "Enter")
-    assert tab.evaluate("document.querySelectorAll('.graph-panel button').length") == 0  # nobody can take it out
+    buttons = "[...document.querySelectorAll('.graph-buttons button')].map((b) => b.textContent)"
+    assert tab.evaluate(buttons) == ["Choose for a group"]  # nobody can take it out
     tab.evaluate(
         """(() => {
           const graph = JSON.parse(document.getElementById("graph-data").textContent);
@@ -284,9 +285,36 @@ def test_the_service_gives_addresses_and_ablations(tab: chromium.Page, urls: dic
     link = "[...document.querySelectorAll('.graph-panel a')].map((a) => a.getAttribute('href'))"
     assert f"/f/one%2Flayer%3C1%3E/{layer}/{index}" in tab.evaluate(link)
     for answer in ("−3", "too <b>much</b>"):
-        tab.evaluate("document.querySelector('.graph-buttons button:last-of-type').click()")
+        assert tab.evaluate(buttons)[0] == "Take it out of the model"
+        tab.evaluate("document.querySelector('.graph-buttons button').click()")
         tab.wait(f"document.querySelector('.graph-answer').textContent === {json.dumps(answer)}")
     (asked,) = tab.evaluate("asked[0]")
     assert (asked["layer"], asked["token"], asked["feature"]) == (int(layer), int(token), int(index))
     tab.evaluate("drawn.destroy()")
     assert tab.evaluate("document.getElementById('graph').childElementCount") == 0
+
+
+def test_groups_are_made_without_a_keyboard_renamed_and_joined(tab: chromium.Page, urls: dict[str, str]) -> None:
+    show_all(tab, urls["graph"])
+    button = "[...document.querySelectorAll('.graph-panel button')].find((b) => b.textContent === '%s').click()"
+    for name in ("t.1", "t.2"):
+        tab.click(f"[data-name='{name}'] .halo")
+        tab.evaluate(button % "Choose for a group")
+    tab.evaluate("document.querySelector('.graph-picked input').value = 'words'")
+    tab.evaluate(button % "Group")
+    assert {"h.0"} == {name for name in marks(tab) if name[0] == "h"} and "group=words" in fragment(tab)
+    tab.evaluate("document.querySelector('.graph-panel .graph-name input').value = 'names'")
+    tab.evaluate(button % "Rename")
+    assert "group=names" in fragment(tab) and "Group names, 2 nodes" in tab.evaluate("document.body.textContent")
+    for name in ("h.0", "t.3"):  # a group and one more are one group
+        focus(tab, name)
+        press(tab, " ")
+    press(tab, "g")
+    press(tab, "Enter")
+    assert marks(tab) == set(names_of(GRAPH, PREFIXES[0], groups=[["t.1", "t.2", "t.3"]]))
+    assert edges(tab) == pytest.approx(sums_of(GRAPH, names_of(GRAPH, PREFIXES[0], groups=[["t.1", "t.2", "t.3"]])))
+    for name in ("e.", "f."):  # what is chosen and not grouped
+        focus(tab, next(each for each in sorted(marks(tab)) if each.startswith(name)))
+        press(tab, " ")
+    tab.evaluate(button % "Choose none")
+    assert tab.evaluate("document.querySelectorAll('.picked, .graph-picked').length") == 0

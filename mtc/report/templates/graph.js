@@ -94,6 +94,7 @@ const mtcGraph = (() => {
       address: (mark) => toFragment({ ...state, at: mark.name }, location.hash.replace(/^#/, "")),
       select: (name, reading) => { change({ at: name }); if (reading) page.panel.querySelector("h3")?.focus(); },
       rename: (mark, text) => change({ groups: state.groups.map((group, n) => (mark.name === `h.${n}` ? { ...group, name: text } : group)) }),
+      pick: (mark) => pick(mark.name), picked: (mark) => picked.has(mark.name),
       ungroup: (mark) => change({ groups: state.groups.filter((_, n) => mark.name !== `h.${n}`), at: null }, graphFold.nameOf(graph.nodes[mark.members[0]])),
     };
 
@@ -113,11 +114,12 @@ const mtcGraph = (() => {
 
     function show(focus = null) {
       const held = focus ?? (page.plot.contains(document.activeElement) ? focused : null);
-      const folded = graphFold.fold(graph, state);
+      const shape = JSON.stringify([state.prefix, [...state.open], state.groups]);  // the sliders of shares leave it
+      const folded = view?.shape === shape ? view.folded : graphFold.fold(graph, state);
       picked = new Set([...picked].filter((name) => folded.marks.has(name)));
       const chosen = folded.marks.get(state.at) ?? null;
       const { marks, edges } = graphFold.prune(folded, state.nodes, state.edges, new Set([state.at, focus, ...picked]));
-      view = { folded, marks, edges: edges.slice(0, MOST_EDGES), chosen, say: graphWords.words(graph, folded) };
+      view = { shape, folded, marks, edges: edges.slice(0, MOST_EDGES), chosen, say: graphWords.words(graph, folded) };
       const axis = 46, width = Math.max(260, page.scroll.clientWidth - axis - 2);
       const tokens = graph.tokens.map(spaced);
       view.placed = graphLayout.place(marks, tokens, graph.layers, width, MOST_LABELS, view.say.short);
@@ -133,12 +135,19 @@ const mtcGraph = (() => {
     }
 
     function aside() {
-      if (picked.size > 1) {
-        const form = graphWords.nameForm("Name", "Group", "", group);
-        page.panel.replaceChildren(make("h3", `${number(picked.size)} marks are chosen`, { tabindex: -1 }), form,
-          make("ul", [...picked].map((name) => make("li", view.say.long(view.folded.marks.get(name))))));
-      } else if (view.chosen) page.panel.replaceChildren(...graphWords.panel(graph, view.folded, view.chosen, act));
-      else page.panel.replaceChildren(make("p", "Choose a mark, by a click or with the arrow keys and Enter, to see what it reads and what reads it. Shift and a click choose several, for a group.", { class: "remark" }));
+      const parts = [];
+      if (picked.size) {
+        const none = make("button", "Choose none", { type: "button" });
+        none.addEventListener("click", () => { picked.clear(); show(); });
+        parts.push(make("section", [
+          make("p", make("strong", picked.size === 1 ? "1 mark is chosen; a group takes two" : `${number(picked.size)} marks are chosen`)),
+          picked.size > 1 ? graphWords.nameForm("Name", "Group", "", group) : null,
+          make("ul", [...picked].map((name) => make("li", view.say.long(view.folded.marks.get(name))))), none,
+        ], { class: "graph-picked", "aria-label": "Chosen for a group" }));
+      }
+      if (view.chosen) parts.push(...graphWords.panel(graph, view.folded, view.chosen, act));
+      else parts.push(make("p", "Open a mark, by a click or with the arrow keys and Enter, to see what it reads and what reads it. Shift and a click, or the space bar, choose several for a group.", { class: "remark" }));
+      page.panel.replaceChildren(...parts);
     }
 
     const nodeOf = (name) => [...page.plot.querySelectorAll("[data-name]")].find((element) => element.dataset.name === name);
@@ -186,7 +195,7 @@ const mtcGraph = (() => {
       else if (event.key === "Escape") { picked.clear(); change({ at: null }, focused); }
       else if (event.key === "f" && act.unfolds(mark)) act.unfold(mark);
       else if (event.key === "f" && containerOf(mark)) act.foldInto(containerOf(mark));
-      else if (event.key === "g" && picked.size > 1) page.panel.querySelector("input")?.focus();
+      else if (event.key === "g" && picked.size > 1) page.panel.querySelector(".graph-picked input")?.focus();
       else return;
       event.preventDefault();
     });

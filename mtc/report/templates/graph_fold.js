@@ -9,6 +9,8 @@ const graphFold = (() => {
     return `${node.target ? "g" : "f"}.${node.layer}.${node.token}.${node.feature}`;
   }
 
+  const known = new WeakMap();  // what of a graph is the same however it is folded
+
   const featureOf = (name) => (name.startsWith("f.") ? Number(name.split(".")[3]) : null);
 
   // Of each node its own name and those of what it may be folded into, the nearest first: its feature's parent, that
@@ -42,11 +44,11 @@ const graphFold = (() => {
   // Marks by name, and the sums of edges between them. `groups` are those made by hand, { name, names }: a node belongs
   // to the first that has its name, or the name of something it may be folded into.
   function fold(graph, { prefix, open = new Set(), groups = [] }) {
-    const chains = chainsOf(graph), marks = new Map();
+    if (!known.has(graph)) known.set(graph, { chains: chainsOf(graph), reads: incomingOf(graph) });
+    const { chains, reads } = known.get(graph), marks = new Map();
     if (prefix >= Math.max(...graph.prefixes)) prefix = Infinity;  // some layers may have more than all share
     const named = new Map();
     groups.forEach((group, n) => group.names.forEach((name) => { if (!named.has(name)) named.set(name, n); }));
-    const reads = incomingOf(graph);
     const markOf = graph.nodes.map((node, i) => {
       const owner = chains[i].find((name) => named.has(name));
       const name = owner === undefined ? shownAs(chains[i], prefix, open) : `h.${named.get(owner)}`;
@@ -64,19 +66,25 @@ const graphFold = (() => {
       mark.incoming += reads[i];
       mark.target ||= node.target;
       // A group by hand stands where its strongest node does.
-      const strongest = mark.members.reduce((a, b) => (graph.nodes[b].influence > graph.nodes[a].influence ? b : a));
-      [mark.layer, mark.token] = [graph.nodes[strongest].layer, graph.nodes[strongest].token];
+      if (!mark.strongest || node.influence > mark.strongest.influence) [mark.strongest, mark.layer, mark.token] = [node, node.layer, node.token];
       return mark;
     });
-    const sums = new Map();
+    const sums = new Map(), edges = [];  // by what is read, then by what reads
     for (const [source, target, weight] of graph.edges) {
       const from = markOf[source], to = markOf[target];
       if (from === to) continue;
-      const pair = `${from.name} ${to.name}`, edge = sums.get(pair);
-      if (edge) edge.weight += Number(weight);
-      else sums.set(pair, { from, to, weight: Number(weight) });
+      let readers = sums.get(from), edge = readers?.get(to);
+      if (!readers) sums.set(from, (readers = new Map()));
+      if (!edge) {
+        readers.set(to, (edge = { from, to, weight: 0 }));
+        edges.push(edge);
+      }
+      edge.weight += Number(weight);
     }
-    return { marks, edges: [...sums.values()], markOf, chains };
+    // How much of the targets' influence goes through an edge.
+    for (const edge of edges) edge.strength = edge.to.incoming > 0 ? (Math.abs(edge.weight) / edge.to.incoming) * edge.to.influence : 0;
+    edges.sort((a, b) => b.strength - a.strength);
+    return { marks, edges, chains };
   }
 
   // What each node reads in all, taken absolutely, of which pruning may have left a part.
@@ -88,11 +96,10 @@ const graphFold = (() => {
 
   const kindOf = (letter) => ({ t: "embedding", l: "logit", e: "error", f: "feature", g: "feature", x: "others", h: "group" })[letter];
 
-  // The fewest things that hold a share of all they weigh, the heaviest first.
-  function heaviest(things, weigh, share) {
-    const sorted = [...things].sort((a, b) => weigh(b) - weigh(a)), kept = [];
+  // The fewest things that hold a share of all they weigh, of those that are sorted, the heaviest first.
+  function heaviest(sorted, weigh, share) {
     if (share >= 1) return sorted;
-    const wanted = share * sorted.reduce((sum, thing) => sum + weigh(thing), 0) * (1 - 1e-9);
+    const wanted = share * sorted.reduce((sum, thing) => sum + weigh(thing), 0) * (1 - 1e-9), kept = [];
     let sum = 0;
     for (const thing of sorted) {
       if (sum >= wanted) break;
@@ -102,15 +109,14 @@ const graphFold = (() => {
     return kept;
   }
 
-  // How much of the targets' influence goes through an edge.
-  const strength = (edge) => (edge.to.incoming > 0 ? (Math.abs(edge.weight) / edge.to.incoming) * edge.to.influence : 0);
+  const strength = (edge) => edge.strength;
 
   // The marks that hold a share of the influence, and among them the edges that do; targets, groups by hand and
   // `always` stay.
   function prune(folded, nodeShare, edgeShare, always = new Set()) {
     const stays = (mark) => mark.target || mark.kind === "group" || always.has(mark.name);
     const marks = new Set([...folded.marks.values()].filter(stays));
-    const rest = [...folded.marks.values()].filter((mark) => !stays(mark));
+    const rest = [...folded.marks.values()].filter((mark) => !stays(mark)).sort((a, b) => b.influence - a.influence);
     for (const mark of heaviest(rest, (m) => m.influence, nodeShare)) marks.add(mark);
     const among = folded.edges.filter((edge) => marks.has(edge.from) && marks.has(edge.to));
     return { marks, edges: heaviest(among, strength, edgeShare) };
@@ -118,7 +124,11 @@ const graphFold = (() => {
 
   // The largest share, of some steps, at which no more than so many things are left.
   function shareFor(things, weigh, most, steps) {
-    return [...steps].reverse().find((share) => heaviest(things, weigh, share).length <= most) ?? steps[0];
+    const weights = things.map(weigh).sort((a, b) => b - a);
+    if (weights.length <= most) return steps.at(-1);
+    const sum = (some) => some.reduce((total, weight) => total + weight, 0);
+    const held = sum(weights.slice(0, most)) / (sum(weights) || 1);
+    return [...steps].reverse().find((share) => share <= held) ?? steps[0];
   }
 
   return { fold, prune, strength, shareFor, nameOf };

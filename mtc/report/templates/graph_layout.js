@@ -1,7 +1,7 @@
 "use strict";
 // Where the marks of an attribution graph stand: tokens along x, layers along y, the logits on top. As mtc.report.graph_svg.
 const graphLayout = (() => {
-  const MARK = 22, WIDEST = 130, LOW = 24, TALL = 38, GAP = 4, CHARACTER = 6.7, LEAST_LABEL = 34, MOST_LABEL = 124, LOGIT = 92;
+  const MARK = 22, WIDEST = 130, LOW = 24, TALL = 38, GAP = 4, CHARACTER = 6.7, LEAST_LABEL = 34, MOST_LABEL = 124, LOGIT = 92, LEAST_HEIGHT = 340, MOST_APART = 40;
 
   // A text's width at 11 px, rather too large: what is drawn elsewhere has other fonts.
   function widthOf(text) {
@@ -77,11 +77,15 @@ const graphLayout = (() => {
       }
     }
     label(lines, most, broad, labelOf);
+    const tall = (line) => line.spots.some((spot) => spot.label);
+    const heights = lines.map((line) => (!line.spots.length ? GAP : tall(line) ? TALL : LOW)), filled = lines.filter((line) => line.spots.length).length;
+    // Few lines stand farther apart, or edges would lie flat.
+    const apart = Math.max(0, Math.min(MOST_APART, (LEAST_HEIGHT - heights.reduce((a, b) => a + b, 0)) / Math.max(1, filled)));
     let y = 6;
     const rows = new Map(), spots = [];
-    for (const line of lines) {
-      const height = !line.spots.length ? GAP : line.spots.some((spot) => spot.label) ? TALL : LOW;
-      const above = line.row > layers && height === TALL;  // edges reach logits from below
+    for (const [n, line] of lines.entries()) {
+      const height = heights[n] + (line.spots.length && line.row > 0 ? apart : 0);
+      const above = line.row > layers && tall(line);  // edges reach logits from below
       for (const spot of line.spots) spots.push(Object.assign(spot, { y: y + (above ? 27 : 11), labelY: above ? -11 : 21 }));
       const row = rows.get(line.row) ?? { row: line.row, top: y, empty: !line.spots.length };
       row.bottom = y + height;

@@ -44,7 +44,13 @@ const graphWords = (() => {
       }
     }
 
+    const known = new Map();
     function long(mark) {
+      if (!known.has(mark)) known.set(mark, full(mark));
+      return known.get(mark);
+    }
+
+    function full(mark) {
       const at = `token ${mark.token} ${spaced(graph.tokens[mark.token])}`, fires = textOf(mark) && `, fires on: ${textOf(mark)}`;
       switch (mark.kind) {
         case "feature": return `Feature ${mark.feature} of layer ${mark.layer} at ${at}${fires}${hidden(mark) ? `; ${hidden(mark)} folded into it` : ""}`;
@@ -118,6 +124,7 @@ const graphWords = (() => {
     });
     const name = mark.kind === "group" ? nameForm("Name", "Rename", mark.title, (text) => act.rename(mark, text)) : null;
     if (mark.kind === "group") button("Ungroup", () => act.ungroup(mark));
+    button(act.picked(mark) ? "Leave out of a group" : "Choose for a group", () => act.pick(mark), "Space");
     return [
       title, make("p", buttons, { class: "graph-buttons" }), answer, name, make("dl", facts), link,
       ...list("Strongest inputs", folded.edges.filter((e) => e.to === mark), (e) => e.from, mark, act, say),
