@@ -1,6 +1,6 @@
 """Attribution graphs beside circuit-tracer's: the same edges, influence, scores and pruning, and what they take.
 
-    python -m benchmarks.circuits [--json] [--save [DIR]] [--parts agreement,time] [--rounds N] [--run RUN]
+    python -m benchmarks.circuits [--json] [--save [DIR]] [--parts agreement,time,files] [--rounds N] [--run RUN]
 
 circuit-tracer runs in an environment of its own (`make circuits-peer`, benchmarks/circuit_tracer_worker.py), on a model of
 TransformerLens that is checked to give transformers' logits. Parts:
@@ -12,6 +12,9 @@ agreement  Tiny random models (Gemma 2, Llama) with random transcoders on every 
 time       Both on the same prompt of SmolLM2-135M, random transcoders of 1,024 features on all 30 layers, or with `--run`
            those of a run on all layers. In turn in processes of their own; ratios are of medians. `cpu` is the processor
            time of all threads, which others on the machine hardly change.
+
+files      Only with `--run`, of an analysed run on all layers: its export with the features' files, and a graph's JSON,
+           through the models of circuit-tracer's viewer; every feature of the graph is looked up.
 
 Without `--save` nothing is written; with it, circuits-circuit-tracer.json in docs/benchmarks or DIR.
 """
@@ -40,11 +43,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtc.circuits import ReplacementModel
 from mtc.circuits.adjacency import Adjacency, Influence, influence, prune, scores, shares_of
-from mtc.circuits.attribution import attribute_whole
+from mtc.circuits.attribution import attribute, attribute_whole
 from mtc.circuits.edges import Traced
 from mtc.circuits.graph import Whole
 from mtc.config import ModelConfig, load_preset
 from mtc.export import Subject, load_subject, write_circuit_tracer
+from mtc.export.circuit_graph import circuit_graph
 from mtc.language_model import LanguageModel, load_tokenizer, prepare_model
 from mtc.storage import open_run
 from mtc.transcoder import MatryoshkaTranscoder
@@ -53,7 +57,7 @@ from mtc.transcoder.shape import TranscoderShape
 ROOT = Path(__file__).resolve().parent.parent
 PEER_PYTHON = ROOT / ".venv-circuits/bin/python"
 PROMPT = "The capital of the state is"
-PARTS = ("agreement", "time")
+PARTS = ("agreement", "time", "files")
 BATCHES = (64, 128, 256)
 """Of circuit-tracer's backward passes; the fastest is used."""
 DIFFERENCES = (
@@ -235,6 +239,22 @@ def time_ours(model: ReplacementModel, ids: list[int]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
 
 
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def check_files(url: str) -> dict[str, Any]:
+    """Numbers of what circuit-tracer's models accepted. Raises RuntimeError if they refuse something."""
+    members = list(open_run(url).members().values())
+    with tempfile.TemporaryDirectory() as directory, peer() as ask:
+        place = Path(directory)
+        write_circuit_tracer([load_subject(own) for own in members], place, members)
+        graph = attribute(ReplacementModel.load(url), PROMPT)
+        (place / "graph.json").write_text(json.dumps(circuit_graph(graph, "graph")))
+        size = sum(file.stat().st_size for file in (place / "features").iterdir())
+        found: dict[str, Any] = ask(cmd="check", graph=str(place / "graph.json"), features=str(place / "features"))
+    return found | {"layers": len(members), "bytes": size}
+
+
 # Models --------------------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +377,7 @@ def main() -> None:
     parser.add_argument("--save", nargs="?", const=str(ROOT / "docs/benchmarks"), metavar="DIR")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=5, help="of each, for the time")
-    parser.add_argument("--run", help="a run with a transcoder on every layer, for the time")
+    parser.add_argument("--run", help="a run with a transcoder on every layer, for time and files")
     arguments = parser.parse_args()
     results, sys.stdout = sys.stdout, sys.stderr if arguments.json else sys.stdout
     found: dict[str, Any] = {}
@@ -366,6 +386,8 @@ def main() -> None:
         found["agreement"] = measure_agreement()
     if "time" in parts:
         found["time"] = measure_time(arguments.rounds, arguments.run)
+    if "files" in parts and arguments.run:
+        found["files"] = check_files(arguments.run)
     if arguments.save:
         target = Path(arguments.save) / "circuits-circuit-tracer.json"
         saved = json.loads(target.read_text()) if target.exists() else {}
