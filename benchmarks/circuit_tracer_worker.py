@@ -1,13 +1,13 @@
-"""circuit-tracer as a worker for benchmarks/circuits.py; runs in an environment of its own (`make circuits-peer`), without
-`mtc`.
+"""circuit-tracer as a worker for benchmarks/circuits.py; runs in an environment of its own (`make circuits-peer`),
+without `mtc`.
 
 Reads one JSON object a line, answers one:
 
-- {"cmd": "make", "model", "transcoders", "ids", "logits"}: the replacement model of a directory of transformers and one
-  of an exported set of transcoders -> {"versions"}; `logits` is a safetensors file of the language model's logits at the
-  last of the ids, which what TransformerLens loaded must repeat.
-- {"cmd": "attribute", "ids", "batch", "out"}: the graph with all features -> {"seconds", "cpu_seconds"}, and if `out` is
-  not null its tensors, influence, scores and pruning in that safetensors file.
+- {"cmd": "make", "model", "transcoders", "ids", "logits"}: the replacement model of a directory of transformers and an
+  exported set of transcoders -> {"versions"}; `logits` is a safetensors file of the language model's logits at the last
+  of the ids, which what TransformerLens loaded must repeat.
+- {"cmd": "attribute", "ids", "batch", "out"}: the graph with all features -> {"seconds", "cpu_seconds"}, and if `out`
+  is not null its tensors, influence, scores and pruning in that safetensors file.
 - {"cmd": "check", "graph", "features"}: a graph's JSON through the models of circuit-tracer's viewer, and the files of
   its features, as its viewer finds them, likewise -> {"nodes", "links", "features"}.
 """

@@ -2,17 +2,16 @@
 
     python -m benchmarks.circuits [--json] [--save [DIR]] [--parts agreement,time,files] [--rounds N] [--run RUN]
 
-circuit-tracer runs in an environment of its own (`make circuits-peer`, benchmarks/circuit_tracer_worker.py), on a model of
-TransformerLens that is checked to give transformers' logits. Parts:
+circuit-tracer runs in an environment of its own (`make circuits-peer`, benchmarks/circuit_tracer_worker.py), on a model
+of TransformerLens that is checked to give transformers' logits. Parts:
 
 agreement  Tiny random models (Gemma 2, Llama) with random transcoders on every layer, with skip connection and without,
            which `mtc.export.write_circuit_tracer` exports. Every active feature is read. Differences are of the largest
-           entry, of edges as they are and as shares of their readers' absolute sums. What circuit-tracer does otherwise
-           and why is in DIFFERENCES.
-time       Both on the same prompt of SmolLM2-135M, random transcoders of 1,024 features on all 30 layers, or with `--run`
-           those of a run on all layers. In turn in processes of their own; ratios are of medians. `cpu` is the processor
-           time of all threads, which others on the machine hardly change.
-
+           entry, of edges as they are and as shares of their readers' absolute sums. What circuit-tracer does
+           otherwise and why is in DIFFERENCES.
+time       Both on the same prompt of SmolLM2-135M, random transcoders of 1,024 features on all 30 layers, or with
+           `--run` those of a run on all layers. In turn in processes of their own; ratios are of medians. `cpu` is the
+           processor time of all threads, which others on the machine hardly change.
 files      Only with `--run`, of an analysed run on all layers: its export with the features' files, and a graph's JSON,
            through the models of circuit-tracer's viewer; every feature of the graph is looked up.
 
@@ -66,8 +65,8 @@ DIFFERENCES = (
     "compared as they are; for the whole matrix, influence, scores and pruning the first token is treated as there.",
     "circuit-tracer's logits are before a soft cap; here the cap is held as a factor. The Gemma 2 that is compared has "
     "none but in the case that says so, of which the edges into features are compared.",
-    "circuit-tracer's completeness counts errors and embeddings, which nothing flows into, as complete nodes; here only "
-    "nodes with edges into them count. Both are given, and theirs is computed from our matrix too.",
+    "circuit-tracer's completeness counts errors and embeddings, which nothing flows into, as complete nodes; here "
+    "only nodes with edges into them count. Both are given, and theirs is computed from our matrix too.",
 )
 
 
@@ -310,7 +309,10 @@ def subjects_of(model: ReplacementModel, input_norm: str) -> list[Subject]:
     """What the export of a run with these transcoders begins with."""
     found = []
     for layer, transcoder in sorted(model.transcoders.items()):
-        sections = {"model": {"name": model.model.config.name, "layer": layer}, "transcoder": {"input_norm": input_norm}}
+        sections = {
+            "model": {"name": model.model.config.name, "layer": layer},
+            "transcoder": {"input_norm": input_norm},
+        }
         config = load_preset("tiny", sections)
         kind = model.model.model.config.model_type
         found.append(Subject("random", config, transcoder, kind, transcoder.num_features))

@@ -1,9 +1,9 @@
 """An attribution graph as the JSON that circuit-tracer's viewer and Neuronpedia show.
 
-The fields are circuit-tracer 0.5's (`frontend/graph_models.py`, schema version 1) with the optional ones of Neuronpedia's
-`graph-schema.json` 1.0.0; both leave alone what they do not know. Node ids are theirs too: `<layer>_<feature>_<token>`
-for features, `0_<layer>_<token>` for errors, `E_<token id>_<token>` for embeddings and `<layers + 1>_<token id>_<token>`
-for logits.
+The fields are circuit-tracer 0.5's (`frontend/graph_models.py`, schema version 1) with the optional ones of
+Neuronpedia's `graph-schema.json` 1.0.0; both leave alone what they do not know. Node ids are theirs too:
+`<layer>_<feature>_<token>` for features, `0_<layer>_<token>` for errors, `E_<token id>_<token>` for embeddings and
+`<layers + 1>_<token id>_<token>` for logits.
 """
 
 from __future__ import annotations

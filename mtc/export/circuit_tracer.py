@@ -21,9 +21,9 @@ from mtc.storage import RunDirectory
 
 FEATURES = """
 
-`features/` holds what circuit-tracer's viewer shows of the features. It looks on the hub for the repository that a graph's
-`scan` names: upload this directory and name it. Versions with `--features_dir` read `features/` itself where `scan` is a
-path that begins with `/`."""
+`features/` holds what circuit-tracer's viewer shows of the features. It looks on the hub for the repository that a
+graph's `scan` names: upload this directory and name it. Versions with `--features_dir` read `features/` itself where
+`scan` is a path that begins with `/`."""
 
 
 def write_circuit_tracer(

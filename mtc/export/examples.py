@@ -8,7 +8,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-COLUMNS = ("feature", "kind", "quantile", "window_id", "position", "context_tokens", "context_activations", "peak_index")
+COLUMNS = (
+    "feature", "kind", "quantile", "window_id", "position", "context_tokens", "context_activations", "peak_index",
+)  # fmt: skip
 
 
 def examples_of(parquet: bytes, first: int, last: int, kinds: Sequence[str]) -> dict[int, list[dict[str, Any]]]:

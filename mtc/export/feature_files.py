@@ -1,11 +1,12 @@
 """What circuit-tracer's viewer shows of features: `layer_<N>.bin` for each layer and `index.json.gz`.
 
-A layer's file has one record for each feature, one after the other: the length of what follows as 4 bytes, little-endian,
-then gzipped JSON of the fields of circuit-tracer's `frontend/feature_models.py`. The index says by layer the file's name
-and where each record begins, with the file's length last. The viewer fetches single records by their bytes.
+A layer's file has one record for each feature, one after the other: the length of what follows as 4 bytes,
+little-endian, then gzipped JSON of the fields of circuit-tracer's `frontend/feature_models.py`. The index says by layer
+the file's name and where each record begins, with the file's length last. The viewer fetches single records by their
+bytes.
 
-In version 0.5 it looks for them on the Hugging Face hub, in `features/` of the repository that a graph's `scan` names; the
-versions of the source repository from April 2026 on also read a local directory (`serve(features_dir=)`).
+In version 0.5 it looks for them on the Hugging Face hub, in `features/` of the repository that a graph's `scan` names;
+the versions of the source repository from April 2026 on also read a local directory (`serve(features_dir=)`).
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def describe_feature(feature: Feature, examples: list[dict[str, Any]], edges: np
 
 
 def spread(counts: np.ndarray, edges: np.ndarray, largest: float) -> tuple[np.ndarray, np.ndarray]:
-    """From counts [bins] between edges [bins + 1]: counts [BINS] of equal bins from 0 to the largest activation, and the
-    1st to 99th percentile. Inside a bin the activations are taken to be evenly spread."""
+    """From counts [bins] between edges [bins + 1]: counts [BINS] of equal bins from 0 to the largest activation, and
+    the 1st to 99th percentile. Inside a bin the activations are taken to be evenly spread."""
     (filled,) = counts.nonzero()
     if not len(filled):
         return np.zeros(0), np.zeros(0)
