@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
@@ -34,7 +35,8 @@ from serve.contract import (
     take_snapshot,
 )
 from serve.http import create_app, http_protocol
-from serve.service import Catalogue, Models, ServedRun, Service
+from serve.service import Catalogue, Circuits, Models, ServedRun, Service
+from serve.service.circuits import Load, load_replacement
 
 
 def make_config() -> RunConfig:
@@ -156,17 +158,38 @@ class LocalControl:
         return render_metrics([take_snapshot(self.counts.registry)] if self.counts else [])
 
 
-def make_service(control: LocalControl, models: type[Models] = Models, **settings: Any) -> Service:
-    """A replica of the service; the models are loaded when they are first asked for."""
+class LocalInterventions:
+    """`serve.service.Interventions` in the service's own process."""
+
+    def __init__(self, circuits: Circuits):
+        self.circuits = circuits
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.circuits, name)
+
+        async def call(*arguments: Any) -> Any:
+            return await asyncio.to_thread(method, *arguments)
+
+        return call
+
+
+def make_service(
+    control: LocalControl, models: type[Models] = Models, load: Load = load_replacement, **settings: Any
+) -> Service:
+    """A replica of the service; the models are loaded when they are first asked for, also those of interventions, by
+    `load`."""
     wanted, metrics = Settings(run=control.keys[0].url, **settings), ReplicaMetrics()
     control.counts = metrics
-    return Service(wanted, models(wanted, metrics), control, control.state, metrics)
+    circuits = LocalInterventions(Circuits(wanted, load=load)) if wanted.interventions else None
+    return Service(wanted, models(wanted, metrics), control, control.state, metrics, circuits)
 
 
 @contextmanager
-def served(*runs: RunDirectory, models: type[Models] = Models, **settings: Any) -> Iterator[str]:
+def served(
+    *runs: RunDirectory, models: type[Models] = Models, load: Load = load_replacement, **settings: Any
+) -> Iterator[str]:
     """The base URL of a server for the runs, the first one current."""
-    service = make_service(LocalControl(*runs), models, **settings)
+    service = make_service(LocalControl(*runs), models, load, **settings)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -191,3 +214,5 @@ def served(*runs: RunDirectory, models: type[Models] = Models, **settings: Any) 
     finally:
         server.should_exit = True
         thread.join(30)
+        if service.settings.interventions:
+            service.interventions.circuits.close()  # type: ignore[attr-defined]

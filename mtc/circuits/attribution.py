@@ -12,6 +12,7 @@ from mtc.circuits.edges import Readers, Traced, logit_readers
 from mtc.circuits.graph import FeatureTarget, Whole, to_graph
 from mtc.circuits.replacement import CircuitError, Prompt, ReplacementModel
 from mtc.circuits.selection import Progress, Target, adjacency
+from mtc.language_model import PackedWindows
 from mtc.results import Graph
 from mtc.storage import RunDirectory
 from mtc.text import encode_text
@@ -58,11 +59,7 @@ def attribute_whole(
     tell: Progress = lambda done, of: None,
 ) -> Whole:
     """As `attribute`, before pruning."""
-    model.check_prefix(prefix)
-    if max_features < 1:
-        raise CircuitError(f"max_features={max_features}: at least 1 is wanted")
-    window = model.window(prompt)
-    wanted = _named(model, targets, window.trainable.tolist(), prefix)
+    window, wanted = check_question(model, prompt, targets, prefix, max_features)
     traced = Traced(model, window, prefix)
     last = traced.tokens - 1
     logits = model.model.read_out().logits(traced.frozen.real.final[last])
@@ -77,6 +74,23 @@ def attribute_whole(
     ids = tuple(window.input_ids.tolist())
     size = prefix or max(model.prefixes)
     return Whole(model, traced, found, influence(found), ids, tuple(wanted), probabilities, size)
+
+
+def check_question(
+    model: ReplacementModel,
+    prompt: Prompt,
+    targets: Sequence[str | int | FeatureTarget] | None = None,
+    prefix: int | None = None,
+    max_features: int = MAX_FEATURES,
+) -> tuple[PackedWindows, tuple[int | FeatureTarget, ...] | None]:
+    """The prompt as a window and the targets, by id, None if they are the most probable tokens; nothing is computed.
+
+    Raises CircuitError, as `attribute` does for these arguments."""
+    model.check_prefix(prefix)
+    if max_features < 1:
+        raise CircuitError(f"max_features={max_features}: at least 1 is wanted")
+    window = model.window(prompt)
+    return window, _named(model, targets, window.trainable.tolist(), prefix)
 
 
 def _most_probable(probabilities: Tensor) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("GET", "/ui"): "user",
     ("GET", "/ui/features"): "user",
     ("GET", "/ui/feature/{feature}"): "user",
+    ("GET", "/ui/graph"): "user",
     ("GET", "/docs"): "user",
     ("GET", "/openapi.json"): "user",
     ("GET", "/metrics"): "user",
@@ -45,6 +46,11 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("POST", "/encode"): "user",
     ("POST", "/tokenize"): "user",
     ("POST", "/decode"): "user",
+    ("POST", "/graph"): "user",
+    ("GET", "/graph/{job}"): "user",
+    ("GET", "/graph/{job}/result"): "user",
+    ("DELETE", "/graph/{job}"): "user",
+    ("POST", "/steer"): "user",
     ("POST", "/admin/load"): "admin",
 }
 """Method and path template of every route, and the key that it asks for."""
@@ -122,6 +128,7 @@ class Access:
             raise ServiceError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
         if level == "admin" and not entry.admin:
             raise ServiceError(403, "forbidden", f"the key of {entry.name} may not do this")
+        scope["state"]["user"] = entry.name
 
     def _level(self, method: str, path: str) -> Level:
         for listed, template, level in self._templates:

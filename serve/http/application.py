@@ -11,7 +11,7 @@ from serve.http.keys import Keys
 from serve.http.middleware import Admission, Cors, Failures, Head, Headers
 from serve.http.observe import Observe
 from serve.http.openapi import document
-from serve.http.routes import encode, features, operations, pages, report
+from serve.http.routes import circuits, encode, features, operations, pages, report
 from serve.http.routes.common import single_parameters
 from serve.service import Service
 
@@ -28,7 +28,7 @@ def create_app(service: Service, name_requests: bool = True) -> FastAPI:
     )  # fmt: skip
     app.state.service = service
     app.state.keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
-    for each in (encode, features, report, operations, pages):
+    for each in (encode, circuits, features, report, operations, pages):
         app.include_router(each.router)
 
     @app.get("/openapi.json", include_in_schema=False)

@@ -24,7 +24,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """Of every answer, unless its route set another value."""
-WORK = {"/encode", "/tokenize", "/decode"}
+WORK = {"/encode", "/tokenize", "/decode", "/graph", "/steer"}
 
 
 class Head:
@@ -102,8 +102,9 @@ class Cors(CORSMiddleware):
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]):
         super().__init__(
-            app, allow_origins=origins, allow_methods=("GET", "HEAD", "POST"),
-            allow_headers=("Authorization", "X-Request-ID"), expose_headers=("X-Request-ID", "Retry-After", "ETag"),
+            app, allow_origins=origins, allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=("Authorization", "X-Request-ID"),
+            expose_headers=("X-Request-ID", "Retry-After", "ETag", "Location"),
         )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -31,7 +31,7 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
 }
 """Of every page here; the report has its own, see serve/http/routes/report.py."""
-_PAGES = re.compile(r"/(ui(/(?!static/).*)?|docs|report)", re.DOTALL)
+_PAGES = re.compile(r"/(ui(/(?!static/).*)?|docs|report|graph/[^/]+/result)", re.DOTALL)
 _TITLES = {
     401: "An API key is needed", 403: "Not allowed", 404: "Not found", 409: "This run cannot be shown",
     422: "That does not fit", 429: "Too much at once", 503: "Not now",
