@@ -224,6 +224,7 @@ def test_sums_that_transcoders_of_a_sweep_share_are_there_for_the_last_of_them(
         transcoder = MatryoshkaTranscoder(shape, settings.seed)
         with torch.no_grad():
             transcoder.W_dec.normal_(std=0.1, generator=torch.Generator().manual_seed(settings.seed))
+            transcoder.threshold.fill_(1.2)
             transcoder.massive_norm.fill_(1e9)
         own.write("config.yaml", to_yaml(member.config))
         own.write("transcoder.safetensors", transcoder.to_bytes())
