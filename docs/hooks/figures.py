@@ -115,6 +115,34 @@ def service() -> str:
     return _table(rows) + f"\n\n{machine['cores']} cores of an {machine['cpu']}, load generator included."
 
 
+def circuits() -> str:
+    found = _read("circuits-circuit-tracer")
+    names = ("replacement", "completeness")
+    rows = [
+        ("", "features", "edges", "largest difference, edges", "shares", "nodes kept, of both",
+         *(f"{name}: ours, ours as there, theirs" for name in names))
+    ]  # fmt: skip
+    cases = found["agreement"]["cases"] | {"SmolLM2-135M, 30 layers, skip, rms": found["time"]["agreement"]}
+    for name, case in cases.items():
+        kept = case.get("nodes_kept")
+        rows.append(
+            (name, f"{case['features']:,}", f"{case['edges']:,}", f"{case['edges_as_there']:.0e}",
+             f"{case['shares_as_there']:.0e}",
+             f"{kept['ours']}, {kept['theirs']}, {kept['both']}" if kept else "",
+             *(", ".join(f"{case[n][of]:.3f}" for of in ("ours", "ours_as_there", "theirs")) if kept else ""
+               for n in names))
+        )  # fmt: skip
+    took, versions = found["time"], found["time"]["versions"]
+    medians = {name: took["medians"][name]["cpu_seconds"] for name in ("ours", "theirs")}
+    return (
+        f"{_table(rows)}\n\nThe graph of SmolLM2-135M, before pruning, takes {took['cpu_ratio']:.2f} times "
+        f"circuit-tracer's processor time ({medians['ours']:.0f} s and {medians['theirs']:.0f} s on 2 threads) and "
+        f"{took['ratio']:.2f} times its wall time; medians of {took['rounds']} runs each, in turn, and of three batch "
+        f"sizes of circuit-tracer's the fastest ({took['batch']}). circuit-tracer {versions['circuit-tracer']}, "
+        f"TransformerLens {versions['transformer-lens']}; {took['machine']}."
+    )
+
+
 def sizing() -> str:
     """For the reference run's preset."""
     config = load_preset("gemma-2-2b-layer17")

@@ -44,6 +44,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "analysis": figures.analysis,
     "recovery": figures.recovery,
     "service": figures.service,
+    "circuits": figures.circuits,
 }
 _MARKER = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
 

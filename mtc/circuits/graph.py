@@ -61,6 +61,7 @@ def to_graph(whole: Whole, node_share: float, edge_share: float) -> Graph:
         node_share=node_share,
         edge_share=edge_share,
         all_edges=int(torch.count_nonzero(found.edges)),
+        all_influence=float(whole.influence.nodes.sum()),
         scores=tuple(_scores(found, m) for m in model.prefixes if m <= whole.prefix),
         identity_error=_identity_error(found),
         nodes=tuple(nodes),

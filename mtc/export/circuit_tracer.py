@@ -1,5 +1,6 @@
 """circuit-tracer: `layer_<N>.safetensors` with W_enc [F, d], W_dec [F, d], b_enc, b_dec, W_skip [d, d] and
-`activation_function.threshold`, and `config.yaml` that names the hooks in a block.
+`activation_function.threshold`, and `config.yaml` that names the hooks in a block; with `features/`, what the viewer
+shows of features (mtc.export.feature_files).
 
 The library has no norm of its own, so an `rms` transcoder reads `ln2.hook_normalized`. It builds a replacement model
 from a set that covers every layer from 0 on; single layers load with `load_relu_transcoder`.
@@ -14,11 +15,22 @@ import yaml
 from safetensors.torch import save as save_safetensors
 
 from mtc.export.card import model_card
+from mtc.export.feature_files import write_feature_files
 from mtc.export.subject import ExportError, Subject, describe_norm, find_hooks, plain_weights
+from mtc.storage import RunDirectory
+
+FEATURES = """
+
+`features/` holds what circuit-tracer's viewer shows of the features. It looks on the hub for the repository that a
+graph's `scan` names: upload this directory and name it. Versions with `--features_dir` read `features/` itself where
+`scan` is a path that begins with `/`."""
 
 
-def write_circuit_tracer(subjects: Sequence[Subject], directory: Path) -> None:
-    """Write one file per layer and their common configuration.
+def write_circuit_tracer(
+    subjects: Sequence[Subject], directory: Path, runs: Sequence[RunDirectory] | None = None
+) -> None:
+    """Write one file per layer and their common configuration; with `runs`, those of the subjects in their order, also
+    `features/` of the layers that were analysed.
 
     Raises ExportError if the layers differ in what a set has in common (hooks, features, skip), or there is no hook.
     """
@@ -64,5 +76,9 @@ y = transcoder.decode(features, x)  # imitates {hook_name_out}"""
             f"\n\nThe files cover layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}. circuit-tracer's "
             "replacement model needs every layer of the language model, from 0 on, in one set."
         )
+    if runs is not None:
+        write_feature_files(subjects, runs, directory / "features")
+    if (directory / "features").exists():
+        norm += FEATURES
     card = model_card(first, "circuit-tracer", hook_name, hook_name_out, use, norm, tags=("circuit-tracer",))
     (directory / "README.md").write_text(card)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from mtc.analysis import read_feature
 from mtc.export.card import model_card
+from mtc.export.examples import examples_of
 from mtc.export.subject import ExportError, Subject, describe_norm
 from mtc.results import Analysis, Feature
 from mtc.storage import RunDirectory
@@ -42,7 +43,7 @@ def write_neuronpedia(
     fired = [feature for feature, count in enumerate(counts) if count]
     for number, start in enumerate(range(0, len(fired), BATCH)):
         some = fired[start : start + BATCH]
-        shown = _top_examples(examples, some[0], some[-1])
+        shown = examples_of(examples, some[0], some[-1], ("top",))
         batch = {
             "model_id": model_id,
             "layer": subject.layer,
@@ -125,13 +126,3 @@ def _activation(example: dict[str, Any], maximum: float) -> dict[str, Any]:
         "values": [round(value, DECIMALS) for value in example["context_activations"]],
         "qualifying_token_index": example["peak_index"],
     }
-
-
-def _top_examples(parquet: bytes, first: int, last: int) -> dict[int, list[dict[str, Any]]]:
-    """The top examples of features first..last, strongest first; other row groups are not read."""
-    columns = ["feature", "context_tokens", "context_activations", "peak_index"]
-    chosen = [("feature", ">=", first), ("feature", "<=", last), ("kind", "==", "top")]
-    found: dict[int, list[dict[str, Any]]] = {}
-    for row in pq.read_table(io.BytesIO(parquet), columns=columns, filters=chosen).to_pylist():
-        found.setdefault(row["feature"], []).append(row)
-    return found

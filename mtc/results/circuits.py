@@ -112,6 +112,8 @@ class Graph(Record):
     """Share of the influence among them that the edges hold which pruning left."""
     all_edges: int
     """Edges that are not 0, before pruning."""
+    all_influence: float | None = None
+    """Sum of the influence of all nodes but targets, before pruning; None if it is not known."""
     scores: tuple[PrefixScores, ...]
     """What the whole graph leaves unexplained, of each prefix up to `prefix`."""
     identity_error: float

@@ -1,10 +1,17 @@
 """Exports against formulas in NumPy and the libraries that read them."""
 
+import gzip
+import io
 import json
+import shutil
+import subprocess
+from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -16,6 +23,7 @@ from mtc.analysis.examples import EDGES, ExampleCollector
 from mtc.analysis.massive import MassiveSums
 from mtc.analysis.token_sums import SparseActivations
 from mtc.config import RunConfig, load_preset, to_yaml
+from mtc.export.circuit_graph import feature_number
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
 from mtc.results import RunFacts
 from mtc.storage import RunDirectory
@@ -342,6 +350,85 @@ def test_neuronpedia_batches_are_saedashboards(analysed: RunDirectory, tmp_path:
         assert feature["pos_values"] == list(range(60, 70))
         heights = np.histogram(values[values > 0].clip(EDGES[0], EDGES[-1]), EDGES)[0]
         assert feature["freq_hist_data_bar_heights"] == heights[heights > 0].tolist()
+
+
+def test_feature_files_are_what_circuit_tracer_reads(analysed: RunDirectory, tmp_path: Path) -> None:
+    from circuit_tracer.frontend.feature_models import Model
+
+    directory = export(analysed, "circuit-tracer", "--prefix", "48") / "features"
+    index = json.loads(gzip.decompress((directory / "index.json.gz").read_bytes()))
+    assert list(index) == ["1"] and index["1"]["filename"] == "layer_1.bin"
+    data, offsets = (directory / "layer_1.bin").read_bytes(), index["1"]["offsets"]
+    assert len(offsets) == 49 and offsets[-1] == len(data)
+    samples: dict[int, list[dict[str, Any]]] = {}
+    for row in pq.read_table(io.BytesIO(analysed.read("examples.parquet"))).to_pylist():
+        samples.setdefault(row["feature"], []).append(row)
+    truth = np.load(tmp_path / "truth.npz")
+    activations, ids = truth["activations"], truth["ids"]
+    activations[:, 0] = 0
+    for j, (start, end) in enumerate(pairwise(offsets)):
+        assert int.from_bytes(data[start : start + 4], "little") == end - start - 4
+        feature = json.loads(gzip.decompress(data[start + 4 : end]))
+        assert Model.model_validate(feature).model_dump() == feature  # no field is unknown there, none is missing here
+        assert (feature["index"], feature["transcoder_id"]) == (j, "one")
+        values = activations[:, :, j]
+        assert feature["activation_frequency"] == pytest.approx((values > 0).sum() / 21)
+        assert sum(feature["histogram"]) == pytest.approx((values > 0).sum(), abs=1e-2)
+        assert feature["act_max"] == pytest.approx(values.max(), abs=1e-4)
+        if j == 7:
+            assert feature["examples_quantiles"] == feature["histogram"] == feature["quantile_values"] == []
+            continue
+        top, *fifths = feature["examples_quantiles"]
+        assert top["quantile_name"] == "Top activations"
+        peaks = sorted(((w.max(), i, int(w.argmax())) for i, w in enumerate(values) if w.max() > 0), reverse=True)[:2]
+        for shown, (_, window, at) in zip(top["examples"], peaks, strict=True):
+            reach = [p for p in range(at - 2, at + 3) if 1 <= p < 8]
+            assert shown["tokens"] == [f"<{chr(ids[window, p])}>" for p in reach]
+            assert shown["tokens_acts_list"] == pytest.approx([values[window, p] for p in reach], abs=1e-4)
+            assert shown["train_token_ind"] == reach.index(at)
+        drawn = [example for fifth in fifths for example in fifth["examples"]]
+        (sample,) = (row for row in samples[j] if row["kind"] == "sample")
+        fifth = min(int(5 * sample["quantile"]), 4)
+        assert [each["quantile_name"] for each in fifths] == [f"Percentiles {20 * fifth} to {20 * fifth + 20}"]
+        assert [each["tokens"] for each in drawn] == [sample["context_tokens"]]
+        strongest = {(tuple(e["tokens"]), e["train_token_ind"]) for e in top["examples"]}
+        for example in drawn:
+            assert example["is_repeated_datapoint"] == (
+                (tuple(example["tokens"]), example["train_token_ind"]) in strongest
+            )
+        median = feature["quantile_values"][49]
+        share = (values[values > 0] <= median * 1.4).mean(), (values[values > 0] < median / 1.4).mean()
+        assert share[0] >= 0.5 >= share[1]  # bins are a third of their activations wide
+        assert feature["top_logits"] == [f"<{chr(t)}>" for t in range(60, 70)]
+
+
+def test_circuit_tracers_viewer_finds_the_features_of_every_layer(analysed: RunDirectory, tmp_path: Path) -> None:
+    """Its own code, run by node: the first and the last feature of a file, and others by their numbers in graphs."""
+    if (node := shutil.which("node")) is None:
+        pytest.skip("node is not installed")
+    run = make_run(tmp_path, name="both", model={"name": "random:gemma2", "layers": [0, 1]})
+    for name, own in run.members().items():
+        for file in ("examples.parquet", "features.parquet", "analysis.json"):
+            if name == "layer1":
+                own.write(file, analysed.read(file))
+        own.publish(latest=False)
+    run.publish()
+    directory = export(run, "circuit-tracer")
+    assert "`features/` holds what circuit-tracer's viewer shows" in card_of(directory).text
+    numbers = [feature_number(1, j) for j in (0, 7, 30, F - 1)]
+    assets = Path(str(resources.files("circuit_tracer"))) / "frontend/assets"
+    command = [node, str(Path(__file__).with_name("viewer.cjs")), str(assets), str(directory / "features")]
+    done = subprocess.run([*command, *map(str, numbers)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert [each["index"] for each in found] == [0, 7, 30, F - 1]
+    assert [each["featureIndex"] for each in found] == numbers
+    assert [bool(each["examples_quantiles"]) for each in found] == [True, False, True, True]
+
+
+def test_runs_that_were_never_analysed_have_no_feature_files(tmp_path: Path) -> None:
+    directory = export(make_run(tmp_path), "circuit-tracer")
+    assert sorted(file.name for file in directory.iterdir()) == ["README.md", "config.yaml", "layer_1.safetensors"]
+    assert "features/" not in card_of(directory).text
 
 
 def test_analysis_of_another_version_is_refused(analysed: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
