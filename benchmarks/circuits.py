@@ -41,7 +41,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtc.circuits import ReplacementModel
-from mtc.circuits.adjacency import Adjacency, Influence, influence, prune, scores, shares_of
+from mtc.circuits.adjacency import Adjacency, Influence, prune, scores, shares_of
 from mtc.circuits.attribution import attribute, attribute_whole
 from mtc.circuits.edges import Traced
 from mtc.circuits.graph import Whole

@@ -163,10 +163,9 @@ def analyse_heldout(
     texts = TokenTexts(load_tokenizer(config.model))
     line, line_of = LineSums(), -1
     for at, more in enumerate(optional):
-        if line_of != summed_by[at]:  # those that share it follow each other
+        if line_of != summed_by[at]:  # most of those that share it follow each other; it is solved once for them
             line, line_of = LineSums(), summed_by[at]
             line.merge_arrays(spool.sums("line", line_of))
-            spool.remove("line", line_of)
         # Without names of what is found: it is the caller's alone.
         yield HeldOutResults(
             _findings(store, empty_pass(at), line, spool, at, counts, texts)._replace(**more),

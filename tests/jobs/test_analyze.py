@@ -208,6 +208,39 @@ def test_of_many_layers_one_at_a_time_is_in_memory_and_none_is_written_before_al
     assert open_run(whole.url)
 
 
+def test_sums_that_transcoders_of_a_sweep_share_are_there_for_the_last_of_them(
+    ray_cluster: Any, text: Path, tmp_path: Path
+) -> None:
+    """The first and the third have the same affine map, the one between them another."""
+    one = make_run(tmp_path, "sweep", 0, text)
+    entries = [{"transcoder.input_norm": norm, "transcoder.seed": n} for n, norm in enumerate(("rms", "none", "rms"))]
+    config = make_config(one.config().model_dump(), {"sweep": entries})
+    one.remove()
+    run = RunDirectory(one.url)
+    run.write("config.yaml", to_yaml(config))
+    for member, own in zip(config.members(), run.members().values(), strict=True):
+        settings = member.config.transcoder
+        shape = TranscoderShape(32, 32, (16, 32, 16), 8, settings.input_norm or "rms")
+        transcoder = MatryoshkaTranscoder(shape, settings.seed)
+        with torch.no_grad():
+            transcoder.W_dec.normal_(std=0.1, generator=torch.Generator().manual_seed(settings.seed))
+            transcoder.threshold.fill_(1.2)
+            transcoder.massive_norm.fill_(1e9)
+        own.write("config.yaml", to_yaml(member.config))
+        own.write("transcoder.safetensors", transcoder.to_bytes())
+        own.publish(latest=False)
+    run.publish()
+    with pytest.MonkeyPatch.context() as patch:
+        Here.takes_over(patch)
+        analyse_run(run.url, {})
+    lines = [Analysis.model_validate_json(own.read("analysis.json")).summary.line for own in run.members().values()]
+    first, between, last = (line.fvu if line else None for line in lines)
+    assert first is not None and between is not None
+    assert first == last != between
+    report = json.loads(run.read("report/sweep_report.json"))
+    assert [entry["layer"] for entry in report["members"]] == [1, 1, 1]
+
+
 def test_every_figure_is_filled(analysed: list[RunDirectory]) -> None:
     analysis = Analysis.model_validate_json(analysed[0].read("analysis.json"))
     found = analysis.evaluation

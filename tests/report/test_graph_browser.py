@@ -298,7 +298,7 @@ def test_groups_are_made_without_a_keyboard_renamed_and_joined(tab: chromium.Pag
     show_all(tab, urls["graph"])
     button = "[...document.querySelectorAll('.graph-panel button')].find((b) => b.textContent === '%s').click()"
     for name in ("t.1", "t.2"):
-        tab.click(f"[data-name='{name}'] .halo")
+        tab.click(f"[data-name='{name}']")
         tab.evaluate(button % "Choose for a group")
     tab.evaluate("document.querySelector('.graph-picked input').value = 'words'")
     tab.evaluate(button % "Group")

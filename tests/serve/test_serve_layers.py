@@ -198,7 +198,7 @@ def test_the_client_names_layers(client: httpx.Client) -> None:
             assert [row["feature"] for row in ours.features(layer=layer, limit=4)] == list(range(10))
             assert ours.feature(3, layer=layer)["layer"] == ours.examples(3, layer=layer)["layer"] == layer
             assert json.loads(ours.report("json", layer=layer))["config"]["model"]["layer"] == layer
-        assert [entry["layer"] for entry in json.loads(ours.report("json"))] == [0, 1, 2]
+        assert [entry["layer"] for entry in json.loads(ours.report("json"))["layers"]] == [0, 1, 2]
         streamed = dict(ours.encode_stream(TEXTS, layer=2))
         assert streamed[0].indices.tolist() == ours.encode(TEXTS, layer=2).inputs[0].indices.tolist()
 
