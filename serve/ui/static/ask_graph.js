@@ -29,7 +29,7 @@ function asked() {
 // The fields and the job in the link; what the graph itself has there belongs to the graph that was.
 function remember(id) {
   const found = new URLSearchParams();
-  for (const [name, field] of Object.entries(FIELDS)) if (element(field).value !== element(field).defaultValue) found.set(name, element(field).value);
+  for (const [name, field] of Object.entries(FIELDS)) if (element(field).value !== (element(field).defaultValue ?? "")) found.set(name, element(field).value);
   if (element("faithful").checked) found.set("faithful", 1);
   if (id) found.set("job", id);
   history.replaceState(history.state, "", "#" + found);
