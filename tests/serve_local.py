@@ -7,11 +7,13 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.parquet as pq
 import report_example as example
 import torch
@@ -182,6 +184,15 @@ def make_service(
     control.counts = metrics
     circuits = LocalInterventions(Circuits(wanted, load=load)) if wanted.interventions else None
     return Service(wanted, models(wanted, metrics), control, control.state, metrics, circuits)
+
+
+def wait_for_interventions(client: httpx.Client) -> None:
+    """Until the models of the current run are in memory for graphs and steering."""
+    body = {"input_ids": [1], "interventions": [{"layer": 1, "feature": 0, "value": 0}], "max_tokens": 1}
+    deadline = time.monotonic() + 60
+    while client.post("/steer", json=body).status_code == 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mtc.errors import MtcError, one_line
+from mtc.text import encode_text
 from serve.contract import (
     CircuitMetrics,
     GraphJob,
@@ -373,9 +374,13 @@ class Circuits:
         from mtc.circuits.attribution import check_question
 
         targets: Any = asked.targets and [
-            FeatureTarget(each.layer, each.token, each.feature) if isinstance(each, TargetFeature) else each
-            for each in asked.targets
+            FeatureTarget(each.layer, each.token, each.feature)
+            if isinstance(each, TargetFeature)
+            else _token_of(model, each, n)
+            for n, each in enumerate(asked.targets)
         ]
+        if targets and len(set(targets)) < len(targets):
+            raise ServiceError(422, "validation", "targets name one thing twice")
         limit = self._settings.max_graph_features
         most = min(MAX_FEATURES, limit) if asked.max_features is None else asked.max_features
         if most > limit:
@@ -429,6 +434,18 @@ def _told(work: Callable[[], Any]) -> Any:
         return work()
     except CircuitError as error:
         raise ServiceError(422, "validation", str(error)) from None
+
+
+def _token_of(model: ReplacementModel, target: str | int, number: int) -> int:
+    """A target's token id. Raises ServiceError 422 if it is not one token, in other words than the library's, which
+    repeat the text."""
+    if isinstance(target, int):
+        return target
+    ids = encode_text(target, model.tokenizer).ids
+    if len(ids) != 1:
+        message = f"targets[{number}] is {len(ids)} tokens: one is wanted, with its space in front"
+        raise ServiceError(422, "validation", message, {"index": number, "value": len(ids)})
+    return int(ids[0])
 
 
 def _tokens(found: _Steered) -> dict[str, Any]:

@@ -1,18 +1,26 @@
 """Graphs and steering over HTTP, against mtc.circuits called directly on the same run."""
 
-import asyncio
 import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serve_local import LocalControl, LocalInterventions, make_analysed_run, make_layers_run, make_service, served
+from serve_local import (
+    LocalControl,
+    key_of,
+    make_analysed_run,
+    make_layers_run,
+    make_service,
+    served,
+    wait_for_interventions,
+)
 
 from mtc.circuits import FeatureTarget, Intervention, ReplacementModel, attribute, steer
 from mtc.circuits.attribution import attribute_whole
@@ -26,6 +34,7 @@ from serve.contract import GraphRequest, RunKey, ServiceError, Settings, SteerRe
 from serve.http import keys
 from serve.service import Circuits
 from serve.service.circuits import load_replacement
+from serve.service.turns import Turns
 
 PROMPT = "Hello, you!"
 CHANGES = [{"layer": 1, "feature": 5, "mode": "scale", "value": 4.0}, {"layer": 1, "feature": 3, "value": 2.5}]
@@ -137,7 +146,7 @@ def test_forms_of_a_graph(client: httpx.Client) -> None:
         ({"prompt": "x" * 200}, 413, "input_too_long", "201 tokens, the limit is 128"),
         ({"max_features": 9000}, 413, "too_many_features", "max_features is 9000, the limit is 8192"),
         ({"prefix": 5}, 422, "validation", "prefix=5 is not one of the nested dictionaries"),
-        ({"targets": ["ab"]}, 422, "validation", "target 'ab' is 2 tokens"),
+        ({"targets": ["ab"]}, 422, "validation", "targets[0] is 2 tokens: one is wanted"),
         ({"targets": ["a", "a"]}, 422, "validation", "twice"),
         ({"targets": [{"layer": 0, "token": 1, "feature": 0}]}, 422, "validation", "layer 0 has no transcoder"),
         ({"targets": [{"layer": 1, "token": 0, "feature": 0}]}, 422, "validation", "special"),
@@ -152,7 +161,7 @@ def test_forms_of_a_graph(client: httpx.Client) -> None:
         ({"prompt": None}, 422, "validation", "either"),
         ({"prompt": None, "input_ids": [9999]}, 422, "validation", "token id 9999"),
         ({"model": "nothing"}, 404, "unknown_model", "no run"),
-        ({"faithfulness": True, "targets": [{"layer": 1, "token": 1, "feature": 0}]}, 422, "validation", "faithfulness"),
+        ({"faithfulness": True, "targets": [{"layer": 1, "token": 1, "feature": 0}]}, 422, "validation", "next tokens"),
     ],
 )  # fmt: skip
 def test_what_no_graph_can_be_is_refused_at_once(
@@ -269,3 +278,277 @@ def test_what_cannot_be_steered_is_refused(
     answer = client.post("/steer", json={name: value for name, value in body.items() if value is not None})
     assert (answer.status_code, answer.json()["error_type"]) == (status, error_type), answer.text
     assert told in answer.json()["error"]
+
+
+class Slow:
+    """Makes graphs as slow as a test wants: each goes on, from step to step, when it may."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.began, self.may_go_on, self.ended = threading.Event(), threading.Event(), list[str]()
+        slow = self
+
+        def whole(model: Any, prompt: Any, targets: Any, prefix: Any, most: int, tell: Any) -> Any:
+            def slowly(done: int, of: int) -> None:
+                slow.began.set()
+                while not slow.may_go_on.wait(0.01):
+                    tell(done, of)
+                tell(done, of)
+
+            try:
+                found = attribute_whole(model, prompt, targets, prefix, most, slowly)
+            except BaseException as error:
+                slow.ended.append(type(error).__name__)
+                raise
+            slow.ended.append("done")
+            return found
+
+        monkeypatch.setattr("mtc.circuits.attribution.attribute_whole", whole)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    found = Slow(monkeypatch)
+    yield found
+    found.may_go_on.set()
+
+
+def until(reached: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_queue_is_bounded_and_jobs_can_be_cancelled(run: RunDirectory, slow: Slow) -> None:
+    with (
+        served(run, interventions=True, max_graph_jobs=3) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        jobs = [submitted(client, prefix=4) for _ in range(3)]
+        assert [client.get(job["url"]).json()["ahead"] for job in jobs] == [0, 1, 2]
+        assert len({job["id"] for job in jobs}) == 3 and all(len(job["id"]) >= 22 for job in jobs)
+        refused = client.post("/graph", json={"prompt": PROMPT})
+        assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
+        assert refused.json()["detail"] == {"limit": 3, "value": 4} and refused.headers["retry-after"] == "2"
+        assert slow.began.wait(60)
+        until(lambda: client.get(jobs[0]["url"]).json()["done"] > 0)
+        first = client.get(jobs[0]["url"]).json()
+        assert first["state"] == "running" and first["of"] >= first["done"]
+        early = client.get(first["result_url"])
+        assert (early.status_code, early.json()["error_type"]) == (409, "not_done")
+        assert early.json()["detail"] == {"state": "running"}
+        # One that waits makes room at once; one that runs ends at its next step, and the next begins.
+        assert client.delete(jobs[1]["url"]).status_code == 204
+        jobs.append(submitted(client))
+        assert client.delete(jobs[0]["url"]).status_code == 204
+        until(lambda: slow.ended)
+        assert slow.ended == ["_Cancelled"]
+        assert [client.get(job["url"]).status_code for job in jobs] == [404, 404, 200, 200]
+        slow.may_go_on.set()
+        assert [finished(client, job)["state"] for job in jobs[2:]] == ["done", "done"]
+        assert slow.ended == ["_Cancelled", "done", "done"]
+
+
+def test_steering_takes_turns_with_a_graph(run: RunDirectory, model: ReplacementModel, slow: Slow) -> None:
+    """A prompt is steered while a graph is computed, and neither changes the other."""
+    with served(run, interventions=True) as url, httpx.Client(base_url=url, timeout=60) as client:
+        job = submitted(client)
+        assert slow.began.wait(60)
+        *_, last = lines_of(client, max_tokens=5)
+        wanted = steer(model, PROMPT, [Intervention.model_validate(each) for each in CHANGES], max_tokens=5)
+        del last["type"]
+        same(Steered.model_validate(last), wanted)
+        assert slow.ended == []
+        slow.may_go_on.set()
+        close(
+            Graph.model_validate_json(client.get(finished(client, job)["result_url"]).content), attribute(model, PROMPT)
+        )
+
+
+def test_steering_is_bounded_and_ends_with_its_client(run: RunDirectory) -> None:
+    service = make_service(LocalControl(run), interventions=True, max_steerings=2, max_input_tokens=1024)
+    circuits: Circuits = service.interventions.circuits  # type: ignore[attr-defined]
+    key = key_of(run)
+    circuits.open(key)
+    asked = SteerRequest.model_validate({"prompt": PROMPT, "interventions": CHANGES, "max_tokens": 900})
+    begun = [circuits.steer(key, asked)[0] for _ in range(2)]
+    with pytest.raises(ServiceError) as refused:
+        circuits.steer(key, asked)
+    assert (refused.value.status, refused.value.detail) == (429, {"limit": 2, "value": 3})
+    assert circuits.step(begun[0])["type"] == "step"
+    circuits.end(begun[0])
+    with pytest.raises(ServiceError) as gone:
+        circuits.step(begun[0])
+    assert gone.value.status == 404
+    circuits.end(circuits.steer(key, asked)[0])
+    circuits._steered[begun[1]].fetched -= 100  # type: ignore[union-attr]
+    circuits.steer(key, asked)
+    circuits.steer(key, asked)  # what nobody fetches any more makes room
+    circuits.close()
+
+
+def test_who_leaves_ends_the_work(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    step = Circuits.step
+    monkeypatch.setattr(Circuits, "step", lambda self, name: steps.append(name) or step(self, name))
+    ends = []
+    end = Circuits.end
+    monkeypatch.setattr(Circuits, "end", lambda self, name: ends.append(name) or end(self, name))
+    with served(run, interventions=True) as url, httpx.Client(base_url=url, timeout=60) as client:
+        wait_for_interventions(client)
+        ends.clear(), steps.clear()
+        body = {"prompt": PROMPT, "interventions": CHANGES, "max_tokens": 900, "n": 2, "temperature": 5.0}
+        body |= {"attention": "frozen", "seed": 3}
+        with client.stream("POST", "/steer", json=body) as answer:
+            lines = answer.iter_lines()
+            assert json.loads(next(lines))["type"] == "prompt"
+            assert json.loads(next(lines))["type"] == "step"
+        until(lambda: ends)
+        time.sleep(0.3)
+        made = len(steps)
+        time.sleep(0.3)
+        assert len(steps) == made < 800
+
+
+def test_without_the_setting_nothing_is_there(run: RunDirectory) -> None:
+    with served(run) as url, httpx.Client(base_url=url, timeout=60) as client:
+        for answer in (
+            client.post("/graph", json={"prompt": PROMPT}),
+            client.post("/steer", json={"prompt": PROMPT, "interventions": CHANGES}),
+            client.get("/graph/x"),
+            client.get("/graph/x/result"),
+            client.delete("/graph/x"),
+        ):
+            assert (answer.status_code, answer.json()["error_type"]) == (409, "no_interventions")
+            assert "--interventions" in answer.json()["error"] and "whole language model" in answer.json()["error"]
+        assert client.get("/info").json()["interventions"] is False
+        page = client.get("/ui/graph", headers={"Accept": "text/html"})
+        assert page.status_code == 200 and "--interventions" in page.text and "ask_graph.js" not in page.text
+
+
+def test_without_the_setting_a_replica_imports_no_circuits(run: RunDirectory) -> None:
+    code = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent.parent), *sys.path]!r}
+import asyncio, httpx, numpy
+from serve.http import create_app
+from serve.contract import *
+from serve.service import *
+import serve.app
+from serve_local import LocalControl, make_service
+from mtc.storage import RunDirectory
+service = make_service(LocalControl(RunDirectory({run.url!r})))
+app = create_app(service)
+asyncio.run(service.models.encode_windows(service.state.current, [numpy.ones(3, numpy.int32)], Options(top_k=1)))
+print(sorted(name for name in sys.modules if name.startswith("mtc.circuits")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nobody_learns_of_anothers_jobs(run: RunDirectory, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    found = {name: keys.add_key(file, name, admin=name == "ops", expires=None) for name in ("ann", "bob", "ops")}
+    again = keys.add_key(file, "ann", admin=False, expires=None)  # while hers is being replaced
+    with served(run, interventions=True, api_keys_file=str(file)) as url:
+
+        def client(key: str) -> httpx.Client:
+            return httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"})
+
+        with (
+            client(found["ann"]) as ann,
+            client(found["bob"]) as bob,
+            client(found["ops"]) as ops,
+            client(again) as new,
+        ):
+            job = finished(ann, submitted(ann))
+            for other in (bob, ops):
+                for answer in (other.get(job["url"]), other.get(job["result_url"]), other.delete(job["url"])):
+                    assert (answer.status_code, answer.json()["error_type"]) == (404, "unknown_job")
+            assert new.get(job["result_url"]).status_code == 200
+            with httpx.Client(base_url=url) as nobody:
+                for answer in (nobody.get(job["url"]), nobody.delete(job["url"]), nobody.post("/steer", json={})):
+                    assert answer.status_code == 401
+            assert ann.delete(job["url"]).status_code == 204
+
+
+def test_what_is_kept_is_bounded(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    circuits, key = Circuits(Settings(run=run.url, interventions=True)), key_of(run)
+    asked = GraphRequest.model_validate({"prompt": PROMPT, "prefix": 4})
+
+    def make() -> str:
+        job = circuits.submit(key, asked, "me")
+        until(lambda: circuits.status(job.id, "me").state == "done")
+        return job.id
+
+    def kept(made: Sequence[str]) -> list[bool]:
+        return [each in circuits._jobs for each in made]
+
+    monkeypatch.setattr("serve.service.circuits.KEPT_JOBS", 2)
+    made = [make() for _ in range(3)]
+    assert kept(made) == [False, True, True]
+    with pytest.raises(ServiceError) as gone:
+        circuits.result(made[0], "me")
+    assert gone.value.status == 404
+    monkeypatch.setattr("serve.service.circuits.KEPT_BYTES", len(circuits.result(made[1], "me")) + 100)
+    made.append(make())
+    assert kept(made) == [False, False, False, True]
+    circuits.close()
+
+
+def test_a_run_that_cannot_be_loaded_is_told(run: RunDirectory, tmp_path: Path) -> None:
+    def fail(key: RunKey, settings: Settings) -> ReplacementModel:
+        raise OSError("the model's files are gone")
+
+    with served(run, load=fail, interventions=True) as url, httpx.Client(base_url=url, timeout=60) as client:
+        job = finished(client, submitted(client))
+        assert (job["state"], job["error_type"]) == ("failed", "run_unusable") and "files are gone" in job["error"]
+        assert client.get(job["result_url"]).status_code == 409
+        answer = client.post("/steer", json={"prompt": PROMPT, "interventions": CHANGES})
+        assert (answer.status_code, answer.json()["error_type"]) == (409, "run_unusable")
+        assert client.post("/encode", json={"inputs": "a"}).status_code == 200
+
+
+def test_one_models_memory_at_a_time(run: RunDirectory, tmp_path: Path) -> None:
+    """The old one is dropped before the new one is loaded, when nobody steers with it any more."""
+    other = make_analysed_run(tmp_path / "other", 5)
+    circuits, alive, seen = None, list[weakref.ref[ReplacementModel]](), list[int]()
+
+    def load(key: RunKey, settings: Settings) -> ReplacementModel:
+        seen.append(sum(each() is not None for each in alive))
+        found = load_replacement(key, settings)
+        alive.append(weakref.ref(found))
+        return found
+
+    circuits = Circuits(Settings(run=run.url, interventions=True), load=load)
+    circuits.open(key_of(run))
+    asked = SteerRequest.model_validate({"prompt": PROMPT, "interventions": CHANGES, "max_tokens": 9})
+    steered, _ = circuits.steer(key_of(run), asked)
+    job = circuits.submit(key_of(other), GraphRequest.model_validate({"prompt": PROMPT}), "")
+    time.sleep(0.3)
+    assert circuits.status(job.id, "").state == "loading"
+    assert circuits.step(steered)["type"] == "step"  # it goes on
+    circuits.end(steered)
+    until(lambda: circuits.status(job.id, "").state == "done")
+    assert seen == [0, 0]
+    circuits.close()
+
+
+def test_turns_are_taken_in_order() -> None:
+    turns, order = Turns(), list[str]()
+    inside = threading.Event()
+
+    def other(name: str) -> None:
+        inside.set()
+        with turns.turn():
+            order.append(name)
+
+    with turns.turn():
+        turns.let_others()  # nobody waits
+        for name in ("a", "b"):
+            threading.Thread(target=other, args=(name,)).start()
+            until(lambda n=name: turns._next == turns._served + 2 + "ab".index(n))
+        turns.let_others()
+        order.append("self")
+    until(lambda: len(order) == 3)
+    assert order == ["a", "b", "self"]
