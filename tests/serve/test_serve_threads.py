@@ -72,6 +72,9 @@ def addresses(run: RunDirectory) -> list[str]:
         "/report",
         "/ui",
         "/ui/login",
+        "/ui/graph",
+        "/graph/x",
+        "/graph/x/result",
     ]
     found += [f"/{prefix}?{query}" for prefix in ("features", "ui/features") for query in (
         "sort=count", "text=the", "token=the", "limit=2", "group=1")]  # fmt: skip
