@@ -101,8 +101,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
     kind = _TYPES.get(error.status_code, "http_error")
     headers = dict(error.headers) if error.headers else {}
-    if "GET" in (allowed := headers.get("Allow", "").split(", ")):
-        headers["Allow"] = ", ".join([*allowed, "HEAD"])
+    if "Allow" in headers:  # the router names those of one of the path's routes
+        methods = request.app.state.allowed(request.url.path) or headers["Allow"].split(", ")
+        headers["Allow"] = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
     message = f"{error.detail}: {request.method[:20]} {request.url.path[:200]}"
     return error_response(request.scope, ServiceError(error.status_code, kind, message, headers=headers))
 

@@ -99,8 +99,7 @@ def _complete_bodies(schemas: dict[str, Any], settings: Settings) -> None:
     schemas["DecodeRequest"] |= _either("features", "csr")
     schemas["GraphRequest"] |= _either("prompt", "input_ids")
     schemas["GraphRequest"]["properties"]["prompt"]["description"] += f" At most {settings.max_graph_tokens} tokens."
-    schemas["GraphRequest"]["properties"]["max_features"]["anyOf"][0]["maximum"] = settings.max_graph_features
-    schemas["GraphRequest"]["properties"]["max_features"]["anyOf"][0].pop("exclusiveMaximum", None)
+    schemas["GraphRequest"]["properties"]["max_features"]["description"] += f" At most {settings.max_graph_features}."
     for name, example in _EXAMPLES.items():
         schemas[name]["example"] = example
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import attrs
 import httpx
 import pytest
-from serve_local import make_analysed_run, make_run, served
+from serve_local import make_analysed_run, make_run, served, wait_for_interventions
 
 from serve.http import ROUTES, keys
 
@@ -34,6 +34,8 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     key = keys.add_key(root / "keys.json", "tests", admin=True, expires=None)
     settings = {"max_input_tokens": 64, "api_keys_file": str(root / "keys.json"), "interventions": True}
     with served(make_analysed_run(root / "one"), **settings) as url:
+        with httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"}) as client:
+            wait_for_interventions(client)
         yield Api(url, {"Authorization": f"Bearer {key}"})
 
 
