@@ -114,7 +114,7 @@ def _stronger(graph: Graph) -> dict[int, float]:
 
 def _node(node: GraphNode, layers: int, id: str, stronger: float | None) -> dict[str, Any]:
     feature, layer, short = -1, str(node.layer), f"{node.layer}_{node.token}-0"
-    label = ""
+    label: str | None = ""
     if node.kind == "feature" and node.layer is not None and node.feature is not None:
         feature, short, label = feature_number(node.layer, node.feature), f"{node.layer}_{node.feature}-0", node.text
     elif node.kind == "embedding":
