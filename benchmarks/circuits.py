@@ -57,7 +57,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEER_PYTHON = ROOT / ".venv-circuits/bin/python"
 PROMPT = "The capital of the state is"
 PARTS = ("agreement", "time", "files")
-BATCHES = (64, 128, 256)
+BATCHES = (16, 32, 64, 128)
 """Of circuit-tracer's backward passes; the fastest is used."""
 DIFFERENCES = (
     "circuit-tracer takes no error and no feature at the first token, and lets a skip connection read it; here special "
@@ -223,6 +223,7 @@ def measure_time(rounds: int, run: str | None) -> dict[str, Any]:
         "agreement": agreement,
         "rounds": rounds,
         "batch": batch,
+        "batches": {str(each): spent_there["cpu_seconds"] for each, spent_there in first.items()},
         "medians": medians,
         "all": spent,
         "ratio": medians["ours"]["seconds"] / medians["theirs"]["seconds"],

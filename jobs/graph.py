@@ -82,8 +82,8 @@ def make_graph(options: argparse.Namespace) -> Graph:
             last = time.monotonic()
             say("progress", f"edges into {done:,} of {of:,} features", done=done, of=of)
 
-    limits = {"max_features": options.max_features, "node_share": options.node_share, "edge_share": options.edge_share}
-    given = {name: value for name, value in limits.items() if value is not None}
+    limits = ("max_features", "node_share", "edge_share", "faithfulness")
+    given = {name: value for name in limits if (value := getattr(options, name)) is not None}
     return attribute(model, options.prompt, options.target, options.prefix, tell=progress, **given)
 
 
@@ -109,6 +109,12 @@ def tell(graph: Graph, output: str) -> None:
         said = f"prefix {score.prefix:,}: replacement {number(score.replacement)}, completeness "
         said += f"{number(score.completeness)}; errors hold {percent(1 - score.replacement)} of the influence"
         say("scores", said, errors=1 - score.replacement, **score.model_dump())
+    if found := graph.faithfulness:
+        said = (
+            f"{found.features} features taken out of the real model one at a time: rank correlation of the change with "
+        )
+        said += f"what the graph foretells {number(found.spearman)}, of one sign {percent(found.same_sign)}"
+        say("faithfulness", said, **found.model_dump(include={"features", "spearman", "same_sign"}))
     features = [node for node in graph.nodes if node.kind == "feature" and not node.target]
     for node in sorted(features, key=lambda node: -node.influence)[:TOP_FEATURES]:
         at = f"token {node.token} {graph.tokens[node.token]!r}"
@@ -140,6 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--edge-share", type=float, metavar="X", help="share of the influence that edges keep, above 0 (default: 0.98)"
     )
+    parser.add_argument(
+        "--faithfulness", type=int, metavar="N", help="take so many features out of the real model, one at a time, and "
+        "compare with what the graph foretells",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compute (default: cpu)")
     add_options(parser)
     return parser

@@ -137,9 +137,11 @@ def circuits() -> str:
     return (
         f"{_table(rows)}\n\nThe graph of SmolLM2-135M, before pruning, takes {took['cpu_ratio']:.2f} times "
         f"circuit-tracer's processor time ({medians['ours']:.0f} s and {medians['theirs']:.0f} s on 2 threads) and "
-        f"{took['ratio']:.2f} times its wall time; medians of {took['rounds']} runs each, in turn, and of three batch "
-        f"sizes of circuit-tracer's the fastest ({took['batch']}). circuit-tracer {versions['circuit-tracer']}, "
-        f"TransformerLens {versions['transformer-lens']}; {took['machine']}."
+        f"{took['ratio']:.2f} times its wall time, which others on the machine disturb; medians of "
+        f"{took['rounds']} runs each, in turn, and of "
+        f"{len(took['batches'])} batch sizes of circuit-tracer's the fastest ({took['batch']}). "
+        f"circuit-tracer {versions['circuit-tracer']}, TransformerLens {versions['transformer-lens']}; "
+        f"{took['machine']}."
     )
 
 

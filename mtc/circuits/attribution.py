@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtc.circuits.adjacency import influence
 from mtc.circuits.edges import Readers, Traced, logit_readers
+from mtc.circuits.faithfulness import measure_faithfulness
 from mtc.circuits.graph import FeatureTarget, Whole, to_graph
 from mtc.circuits.replacement import CircuitError, Prompt, ReplacementModel
 from mtc.circuits.selection import Progress, Target, adjacency
@@ -31,6 +32,7 @@ def attribute(
     max_features: int = MAX_FEATURES,
     node_share: float = 0.8,
     edge_share: float = 0.98,
+    faithfulness: int = 0,
     tell: Progress = lambda done, of: None,
 ) -> Graph:
     """The graph of what made the prompt's next token, pruned.
@@ -39,15 +41,22 @@ def attribute(
     `targets` are next tokens, as text or ids, which count alike, or features; by default the most probable tokens,
     which count by their probabilities. `prefix` uses only that nested dictionary of each layer. `max_features` is how
     many features get edges of their own, the strongest by influence. Pruning keeps the nodes that hold `node_share` of
-    the influence and, among these, the edges that hold `edge_share`. `tell(done, of)` hears of progress.
+    the influence and, among these, the edges that hold `edge_share`. `faithfulness` is how many features are taken out
+    of the real model, one at a time, to see whether the graph foretells what happens. `tell(done, of)` hears of
+    progress.
 
     Raises CircuitError that names the argument, the limit and the value, and what `ReplacementModel.load` raises.
     """
     model = run if isinstance(run, ReplacementModel) else ReplacementModel.load(run)
     _check_share("node_share", node_share)
     _check_share("edge_share", edge_share)
+    if faithfulness < 0:
+        raise CircuitError(f"faithfulness={faithfulness}: a number of features is wanted, 0 for none")
     whole = attribute_whole(model, prompt, targets, prefix, max_features, tell)
-    return to_graph(whole, node_share, edge_share)
+    graph = to_graph(whole, node_share, edge_share)
+    if not faithfulness:
+        return graph
+    return graph.model_copy(update={"faithfulness": measure_faithfulness(whole, graph, faithfulness)})
 
 
 def attribute_whole(

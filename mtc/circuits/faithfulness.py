@@ -16,7 +16,6 @@ from mtc.circuits.replacement import CircuitError
 from mtc.language_model.mlps import Sources, Visit
 from mtc.results import Faithfulness, Graph
 
-MOST_FEATURES = 64
 BATCH = 32
 """Features that are taken out in one pass, each in a row of its own."""
 
@@ -31,7 +30,7 @@ def contributions(adjacency: Adjacency) -> Tensor:
 
 
 @torch.no_grad()
-def measure_faithfulness(whole: Whole, graph: Graph, most: int = MOST_FEATURES) -> Faithfulness:
+def measure_faithfulness(whole: Whole, graph: Graph, most: int) -> Faithfulness:
     """Take out the graph's `most` features of most influence, one at a time. Raises CircuitError for a graph whose
     targets are features: what is compared is the next token's logits."""
     if any(isinstance(target, FeatureTarget) for target in whole.targets):

@@ -116,7 +116,8 @@ def _node(node: GraphNode, layers: int, id: str, stronger: float | None) -> dict
     feature, layer, short = -1, str(node.layer), f"{node.layer}_{node.token}-0"
     label: str | None = ""
     if node.kind == "feature" and node.layer is not None and node.feature is not None:
-        feature, short, label = feature_number(node.layer, node.feature), f"{node.layer}_{node.feature}-0", node.text
+        feature, short = feature_number(node.layer, node.feature), f"{node.layer}_{node.feature}-0"
+        label = node.text or ""
     elif node.kind == "embedding":
         feature, layer, short = node.token, "E", f"E_{node.token_id}-{node.token}"
     elif node.kind == "logit":
@@ -133,7 +134,7 @@ def _node(node: GraphNode, layers: int, id: str, stronger: float | None) -> dict
         "run_idx": 0,
         "reverse_ctx_idx": 0,
         "jsNodeId": short,
-        "clerp": label or "",
+        "clerp": label,
         "influence": stronger,
         "activation": node.activation,
     }

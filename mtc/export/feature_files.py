@@ -58,7 +58,7 @@ def _write_layer(subject: Subject, run: RunDirectory, path: Path) -> list[int]:
     with path.open("wb") as file:
         for first in range(0, subject.prefix, BATCH):
             last = min(first + BATCH, subject.prefix) - 1
-            shown = examples_of(examples, first, last, ("top", "sample"))
+            shown = examples_of(examples, first, last, top=TOP)
             for j in range(first, last + 1):
                 about = describe_feature(read_feature(table, j), shown.get(j, []), edges)
                 about = {"transcoder_id": subject.run_id, "index": j} | about
@@ -98,7 +98,7 @@ def spread(counts: np.ndarray, edges: np.ndarray, largest: float) -> tuple[np.nd
 
 
 def _quantiles(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    top = [row for row in examples if row["kind"] == "top"][:TOP]
+    top = [row for row in examples if row["kind"] == "top"]
     seen = {(row["window_id"], row["position"]) for row in top}
     found = [{"quantile_name": "Top activations", "examples": [_example(row, repeated=False) for row in top]}]
     for fifth in reversed(range(FIFTHS)):

@@ -43,7 +43,7 @@ def write_neuronpedia(
     fired = [feature for feature, count in enumerate(counts) if count]
     for number, start in enumerate(range(0, len(fired), BATCH)):
         some = fired[start : start + BATCH]
-        shown = examples_of(examples, some[0], some[-1], ("top",))
+        shown = examples_of(examples, some[0], some[-1], samples=False)
         batch = {
             "model_id": model_id,
             "layer": subject.layer,

@@ -41,7 +41,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 def test_a_graph_of_a_tiny_run(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "graph"
     options = ["--run", run, "--prompt", PROMPT, "--output", str(output), "--log-format", "json"]
-    assert job.main([*options, "--node-share", "1", "--edge-share", "1"]) == 0
+    assert job.main([*options, "--node-share", "1", "--edge-share", "1", "--faithfulness", "3"]) == 0
     assert sorted(path.name for path in output.iterdir()) == ["graph.html", "graph.json", "graph.svg"]
     graph = Graph.model_validate_json((output / "graph.json").read_bytes())
     assert "".join(graph.tokens[1:]) == PROMPT and graph.run_id == "one"
@@ -53,7 +53,7 @@ def test_a_graph_of_a_tiny_run(run: str, tmp_path: Path, capsys: pytest.CaptureF
 
     said = lines(capsys.readouterr().out)
     events = [line["event"] for line in said]
-    kinds = ["loading", "attributing", "progress", "written", "scores", "top_feature"]
+    kinds = ["loading", "attributing", "progress", "written", "scores", "faithfulness", "top_feature"]
     assert list(dict.fromkeys(events)) == kinds and {line["run_id"] for line in said} == {"one"}
     assert [line["prefix"] for line in said if line["event"] == "scores"] == [4, 10]
     scores = next(line for line in reversed(said) if line["event"] == "scores")
