@@ -512,10 +512,11 @@ def test_a_run_that_cannot_be_loaded_is_told(run: RunDirectory, tmp_path: Path) 
 def test_one_models_memory_at_a_time(run: RunDirectory, tmp_path: Path) -> None:
     """The old one is dropped before the new one is loaded, when nobody steers with it any more."""
     other = make_analysed_run(tmp_path / "other", 5)
-    circuits, alive, seen = None, list[weakref.ref[ReplacementModel]](), list[int]()
+    alive, seen, begun = list[weakref.ref[ReplacementModel]](), list[int](), threading.Event()
 
     def load(key: RunKey, settings: Settings) -> ReplacementModel:
         seen.append(sum(each() is not None for each in alive))
+        begun.set()
         found = load_replacement(key, settings)
         alive.append(weakref.ref(found))
         return found
@@ -524,9 +525,10 @@ def test_one_models_memory_at_a_time(run: RunDirectory, tmp_path: Path) -> None:
     circuits.open(key_of(run))
     asked = SteerRequest.model_validate({"prompt": PROMPT, "interventions": CHANGES, "max_tokens": 9})
     steered, _ = circuits.steer(key_of(run), asked)
+    begun.clear()
     job = circuits.submit(key_of(other), GraphRequest.model_validate({"prompt": PROMPT}), "")
-    time.sleep(0.3)
-    assert circuits.status(job.id, "").state == "loading"
+    until(lambda: circuits.status(job.id, "").state == "loading")
+    assert not begun.wait(2)
     assert circuits.step(steered)["type"] == "step"  # it goes on
     circuits.end(steered)
     until(lambda: circuits.status(job.id, "").state == "done")
