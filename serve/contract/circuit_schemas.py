@@ -52,7 +52,7 @@ class GraphRequest(SchemaModel):
     edge_share: float = Field(default=0.98, gt=0, le=1, allow_inf_nan=False)
     """Share of the influence among these that the edges hold which pruning leaves."""
     faithfulness: bool = False
-    """Whether the strongest features are taken out of the real model as well, to see how well the graph foretells
+    """Whether the 64 strongest features are taken out of the real model as well, to see how well the graph foretells
     that; for next tokens as targets only."""
 
     @model_validator(mode="after")

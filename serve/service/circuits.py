@@ -48,6 +48,8 @@ FAILED_FOR_S = 60.0
 """For which a run that could not be loaded is not tried again for steering."""
 MAX_FEATURES = 4096
 """Where a request does not say."""
+TAKEN_OUT = 64
+"""Features that are taken out of the real model one at a time where faithfulness is asked for."""
 PASSES = 4
 """Rows for each continuation: with interventions and without, each under both models."""
 
@@ -343,9 +345,7 @@ class Circuits:
             self._metrics.seconds.observe(job.seconds)
 
     def _attribute(self, model: ReplacementModel, job: _Job) -> bytes:
-        from mtc.circuits.attribution import attribute_whole  # as above; PyTorch is there by now
-        from mtc.circuits.faithfulness import measure_faithfulness
-        from mtc.circuits.graph import to_graph
+        from mtc.circuits import attribute  # as above; PyTorch is there by now
 
         asked = job.asked
 
@@ -360,11 +360,10 @@ class Circuits:
             if job.cancelled:
                 raise _Cancelled
             job.state = "running"
-            whole = attribute_whole(model, prompt, targets, asked.prefix, most, tell)
-            graph = to_graph(whole, asked.node_share, asked.edge_share)
-            if asked.faithfulness:
-                self._turns.let_others()
-                graph = graph.model_copy(update={"faithfulness": measure_faithfulness(whole, graph)})
+            faithfulness = TAKEN_OUT if asked.faithfulness else 0
+            graph = attribute(
+                model, prompt, targets, asked.prefix, most, asked.node_share, asked.edge_share, faithfulness, tell
+            )
         return graph.model_dump_json().encode()
 
     def _question(self, model: ReplacementModel, asked: GraphRequest) -> tuple[list[int], Any, int]:

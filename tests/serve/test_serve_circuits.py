@@ -24,8 +24,6 @@ from serve_local import (
 
 from mtc.circuits import FeatureTarget, Intervention, ReplacementModel, attribute, steer
 from mtc.circuits.attribution import attribute_whole
-from mtc.circuits.faithfulness import measure_faithfulness
-from mtc.circuits.graph import to_graph
 from mtc.export.circuit_graph import circuit_graph
 from mtc.report.graph_svg import graph_svg
 from mtc.results import Graph, Steered
@@ -107,10 +105,9 @@ def test_a_graph_is_the_librarys(client: httpx.Client, model: ReplacementModel) 
 
 
 def test_faithfulness_is_measured_if_it_is_asked_for(client: httpx.Client, model: ReplacementModel) -> None:
-    whole = attribute_whole(model, PROMPT)
-    wanted = measure_faithfulness(whole, to_graph(whole, 0.8, 0.98))
+    wanted = attribute(model, PROMPT, faithfulness=64).faithfulness
     found = computed(client, faithfulness=True).faithfulness
-    assert found and found.nodes == wanted.nodes
+    assert found and wanted and found.nodes == wanted.nodes
     assert found.real == pytest.approx(wanted.real, rel=1e-3, abs=1e-6)
     assert computed(client).faithfulness is None
 
