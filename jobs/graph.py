@@ -109,6 +109,12 @@ def tell(graph: Graph, output: str) -> None:
         said = f"prefix {score.prefix:,}: replacement {number(score.replacement)}, completeness "
         said += f"{number(score.completeness)}; errors hold {percent(1 - score.replacement)} of the influence"
         say("scores", said, errors=1 - score.replacement, **score.model_dump())
+    if without := graph.layers - len(graph.traced):
+        said = (
+            f"{without} of the model's {graph.layers} layers have no transcoder: all that their MLPs write is error; "
+        )
+        said += "a run of all layers has one for each (--model.layers all)"
+        say("untraced", said, layers=without)
     if found := graph.faithfulness:
         said = (
             f"{found.features} features taken out of the real model one at a time: rank correlation of the change with "

@@ -113,7 +113,7 @@ def test_trainers_that_die_for_good(
         monkeypatch.setattr(module, "own_placement_groups", dict)
     monkeypatch.setattr(TokenStore, "open", lambda url: None)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(cluster.pipeline, "check", lambda config: None)
+    monkeypatch.setattr(cluster.pipeline, "check", lambda config: config)
     monkeypatch.setattr(cluster.pipeline, "connected", lambda verbose: nullcontext())
     monkeypatch.setattr(cluster.pipeline, "run_pipeline", run_pipeline)
     monkeypatch.setattr(train.signal, "signal", lambda *handler: None)

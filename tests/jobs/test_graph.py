@@ -53,7 +53,7 @@ def test_a_graph_of_a_tiny_run(run: str, tmp_path: Path, capsys: pytest.CaptureF
 
     said = lines(capsys.readouterr().out)
     events = [line["event"] for line in said]
-    kinds = ["loading", "attributing", "progress", "written", "scores", "faithfulness", "top_feature"]
+    kinds = ["loading", "attributing", "progress", "written", "scores", "untraced", "faithfulness", "top_feature"]
     assert list(dict.fromkeys(events)) == kinds and {line["run_id"] for line in said} == {"one"}
     assert [line["prefix"] for line in said if line["event"] == "scores"] == [4, 10]
     scores = next(line for line in reversed(said) if line["event"] == "scores")
