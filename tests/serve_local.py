@@ -38,7 +38,7 @@ from serve.contract import (
 )
 from serve.http import create_app, http_protocol
 from serve.service import Catalogue, Circuits, Models, ServedRun, Service
-from serve.service.circuits import Load, load_replacement
+from serve.service.circuit_model import Load, load_replacement
 
 
 def make_config() -> RunConfig:
@@ -167,7 +167,9 @@ class LocalInterventions:
         self.circuits = circuits
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self.circuits, name)
+        graphs, steerings = self.circuits.graphs, self.circuits.steerings
+        steers = {"steer": steerings.begin, "step": steerings.step, "end": steerings.end}
+        method = steers.get(name) or getattr(graphs, name)
 
         async def call(*arguments: Any) -> Any:
             return await asyncio.to_thread(method, *arguments)

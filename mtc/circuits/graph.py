@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtc.circuits.adjacency import Adjacency, Influence, Pruned, at_prefix, influence, prune, scores
+from mtc.circuits.adjacency import Adjacency, Influence, Pruned, influence, keep_features, prune, scores
 from mtc.circuits.edges import Traced
 from mtc.circuits.replacement import ReplacementModel
-from mtc.results import Graph, GraphNode, PrefixScores
+from mtc.results import Folded, Graph, GraphNode, PrefixScores
 
 
 class FeatureTarget(NamedTuple):
@@ -62,17 +62,41 @@ def to_graph(whole: Whole, node_share: float, edge_share: float) -> Graph:
         edge_share=edge_share,
         all_edges=int(torch.count_nonzero(found.edges)),
         all_influence=float(whole.influence.nodes.sum()),
-        scores=tuple(_scores(found, m) for m in model.prefixes if m <= whole.prefix),
+        scores=tuple(_scores(whole, m) for m in model.prefixes if m <= whole.prefix),
         identity_error=_identity_error(found),
         nodes=tuple(nodes),
         edges=tuple(edges),
     )
 
 
-def _scores(found: Adjacency, prefix: int) -> PrefixScores:
-    own = at_prefix(found, prefix)
-    replacement, completeness = scores(own, influence(own))
-    return PrefixScores(prefix=prefix, features=own.num_features, replacement=replacement, completeness=completeness)
+def _scores(whole: Whole, prefix: int) -> PrefixScores:
+    """Of the prefix's features alone, and with those that are folded into them: a node that stands for several explains
+    what they explain."""
+    found = whole.adjacency
+    places = list(zip(*(each.tolist() for each in (found.layer, found.token, found.feature)), strict=True))
+    kept, nodes = [], set()
+    for layer, token, feature in places:
+        own = next((f for f in (feature, *whole.model.ancestors(layer, feature)) if f < prefix), None)
+        kept.append(own is not None)
+        if own is not None:
+            nodes.add((layer, token, own))
+    folded = _explained(whole, torch.tensor(kept, dtype=torch.bool, device=found.edges.device))
+    alone = _explained(whole, found.feature < prefix)
+    return PrefixScores(prefix=prefix, folded=Folded(nodes=len(nodes), **folded), **alone)
+
+
+def _explained(whole: Whole, kept: Tensor) -> dict[str, Any]:
+    """The fields of `Explained`, of some of the features, [features] bool."""
+    own = keep_features(whole.adjacency, kept)
+    reach = influence(own)
+    replacement, completeness = scores(own, reach)
+    n, at_special = own.num_features, [i in whole.model.special for i in whole.token_ids] * own.layers
+    errors = reach.nodes[n : n + len(at_special)][torch.tensor(at_special, device=reach.nodes.device)]
+    ends = reach.nodes[n:].sum().clamp(min=torch.finfo(errors.dtype).tiny)
+    return {
+        "features": n, "replacement": replacement, "completeness": completeness,
+        "special_errors": float(errors.sum() / ends),
+    }  # fmt: skip
 
 
 def _identity_error(found: Adjacency) -> float:

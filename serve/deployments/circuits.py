@@ -47,27 +47,27 @@ class Circuits:
         await asyncio.to_thread(self._circuits.open, entry.key)
 
     async def submit(self, deployment: str, key: RunKey, asked: GraphRequest, owner: str) -> GraphJob | ServiceError:
-        return await self._answer(deployment, None, self._circuits.submit, key, asked, owner)
+        return await self._answer(deployment, None, self._circuits.graphs.submit, key, asked, owner)
 
     async def status(self, deployment: str, job_id: str, owner: str) -> GraphJob | ServiceError:
-        return await self._answer(deployment, None, self._circuits.status, job_id, owner)
+        return await self._answer(deployment, None, self._circuits.graphs.status, job_id, owner)
 
     async def result(self, deployment: str, job_id: str, owner: str) -> bytes | ServiceError:
-        return await self._answer(deployment, None, self._circuits.result, job_id, owner)
+        return await self._answer(deployment, None, self._circuits.graphs.result, job_id, owner)
 
     async def cancel(self, deployment: str, job_id: str, owner: str) -> ServiceError | None:
-        return await self._answer(deployment, None, self._circuits.cancel, job_id, owner)
+        return await self._answer(deployment, None, self._circuits.graphs.cancel, job_id, owner)
 
     async def steer(
         self, deployment: str, key: RunKey, asked: SteerRequest
     ) -> tuple[str, dict[str, Any]] | ServiceError:
-        return await self._answer(deployment, self._passes, self._circuits.steer, key, asked)
+        return await self._answer(deployment, self._passes, self._circuits.steerings.begin, key, asked)
 
     async def step(self, deployment: str, steered_id: str) -> dict[str, Any] | ServiceError:
-        return await self._answer(deployment, self._passes, self._circuits.step, steered_id)
+        return await self._answer(deployment, self._passes, self._circuits.steerings.step, steered_id)
 
     async def end(self, deployment: str, steered_id: str) -> ServiceError | None:
-        return await self._answer(deployment, None, self._circuits.end, steered_id)
+        return await self._answer(deployment, None, self._circuits.steerings.end, steered_id)
 
     async def totals(self) -> tuple[str, Snapshot]:
         """This replica's id and counts."""

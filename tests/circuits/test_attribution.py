@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mtc.circuits import CircuitError, FeatureTarget, ReplacementModel, attribute
-from mtc.circuits.adjacency import Adjacency, at_prefix, influence, keep_features, prune, scores
+from mtc.circuits.adjacency import Adjacency, influence, keep_features, prune, scores
 from mtc.circuits.attribution import attribute_whole
 from mtc.circuits.edges import Traced
 from mtc.circuits.graph import Whole
@@ -237,7 +237,8 @@ def test_features_beyond_the_limit_are_error_and_the_strongest_are_kept() -> Non
 
 def test_a_prefix_of_the_graph_is_the_graph_of_the_prefix() -> None:
     model = make_model("gemma3")
-    cut, own = at_prefix(whole(model).adjacency, 16), whole(model, prefix=16).adjacency
+    every = whole(model).adjacency
+    cut, own = keep_features(every, every.feature < 16), whole(model, prefix=16).adjacency
     assert 0 < own.num_features < whole(model).adjacency.num_features
     for ours, theirs in zip(cut, own, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

@@ -31,7 +31,8 @@ from mtc.storage import RunDirectory
 from serve.contract import GraphRequest, RunKey, ServiceError, Settings, SteerRequest
 from serve.http import keys
 from serve.service import Circuits
-from serve.service.circuits import load_replacement
+from serve.service.circuit_model import load_replacement
+from serve.service.steering import Steerings
 from serve.service.turns import Turns
 
 PROMPT = "Hello, you!"
@@ -365,32 +366,33 @@ def test_steering_takes_turns_with_a_graph(run: RunDirectory, model: Replacement
 def test_steering_is_bounded_and_ends_with_its_client(run: RunDirectory) -> None:
     service = make_service(LocalControl(run), interventions=True, max_steerings=2, max_input_tokens=1024)
     circuits: Circuits = service.interventions.circuits  # type: ignore[attr-defined]
+    steerings = circuits.steerings
     key = key_of(run)
     circuits.open(key)
     asked = SteerRequest.model_validate({"prompt": PROMPT, "interventions": CHANGES, "max_tokens": 900})
-    begun = [circuits.steer(key, asked)[0] for _ in range(2)]
+    begun = [steerings.begin(key, asked)[0] for _ in range(2)]
     with pytest.raises(ServiceError) as refused:
-        circuits.steer(key, asked)
+        steerings.begin(key, asked)
     assert (refused.value.status, refused.value.detail) == (429, {"limit": 2, "value": 3})
-    assert circuits.step(begun[0])["type"] == "step"
-    circuits.end(begun[0])
+    assert steerings.step(begun[0])["type"] == "step"
+    steerings.end(begun[0])
     with pytest.raises(ServiceError) as gone:
-        circuits.step(begun[0])
+        steerings.step(begun[0])
     assert gone.value.status == 404
-    circuits.end(circuits.steer(key, asked)[0])
-    circuits._steered[begun[1]].fetched -= 100  # type: ignore[union-attr]
-    circuits.steer(key, asked)
-    circuits.steer(key, asked)  # what nobody fetches any more makes room
+    steerings.end(steerings.begin(key, asked)[0])
+    steerings._steered[begun[1]].fetched -= 100  # type: ignore[union-attr]
+    steerings.begin(key, asked)
+    steerings.begin(key, asked)  # what nobody fetches any more makes room
     circuits.close()
 
 
 def test_who_leaves_ends_the_work(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    step = Circuits.step
-    monkeypatch.setattr(Circuits, "step", lambda self, name: steps.append(name) or step(self, name))
+    step = Steerings.step
+    monkeypatch.setattr(Steerings, "step", lambda self, name: steps.append(name) or step(self, name))
     ends = []
-    end = Circuits.end
-    monkeypatch.setattr(Circuits, "end", lambda self, name: ends.append(name) or end(self, name))
+    end = Steerings.end
+    monkeypatch.setattr(Steerings, "end", lambda self, name: ends.append(name) or end(self, name))
     with served(run, interventions=True) as url, httpx.Client(base_url=url, timeout=60) as client:
         wait_for_interventions(client)
         ends.clear(), steps.clear()
@@ -474,20 +476,20 @@ def test_what_is_kept_is_bounded(run: RunDirectory, monkeypatch: pytest.MonkeyPa
     asked = GraphRequest.model_validate({"prompt": PROMPT, "prefix": 4})
 
     def make() -> str:
-        job = circuits.submit(key, asked, "me")
-        until(lambda: circuits.status(job.id, "me").state == "done")
+        job = circuits.graphs.submit(key, asked, "me")
+        until(lambda: circuits.graphs.status(job.id, "me").state == "done")
         return job.id
 
     def kept(made: Sequence[str]) -> list[bool]:
-        return [each in circuits._jobs for each in made]
+        return [each in circuits.graphs._jobs for each in made]
 
-    monkeypatch.setattr("serve.service.circuits.KEPT_JOBS", 2)
+    monkeypatch.setattr("serve.service.graph_jobs.KEPT_JOBS", 2)
     made = [make() for _ in range(3)]
     assert kept(made) == [False, True, True]
     with pytest.raises(ServiceError) as gone:
-        circuits.result(made[0], "me")
+        circuits.graphs.result(made[0], "me")
     assert gone.value.status == 404
-    monkeypatch.setattr("serve.service.circuits.KEPT_BYTES", len(circuits.result(made[1], "me")) + 100)
+    monkeypatch.setattr("serve.service.graph_jobs.KEPT_BYTES", len(circuits.graphs.result(made[1], "me")) + 100)
     made.append(make())
     assert kept(made) == [False, False, False, True]
     circuits.close()
@@ -521,14 +523,14 @@ def test_one_models_memory_at_a_time(run: RunDirectory, tmp_path: Path) -> None:
     circuits = Circuits(Settings(run=run.url, interventions=True), load=load)
     circuits.open(key_of(run))
     asked = SteerRequest.model_validate({"prompt": PROMPT, "interventions": CHANGES, "max_tokens": 9})
-    steered, _ = circuits.steer(key_of(run), asked)
+    steered, _ = circuits.steerings.begin(key_of(run), asked)
     begun.clear()
-    job = circuits.submit(key_of(other), GraphRequest.model_validate({"prompt": PROMPT}), "")
-    until(lambda: circuits.status(job.id, "").state == "loading")
+    job = circuits.graphs.submit(key_of(other), GraphRequest.model_validate({"prompt": PROMPT}), "")
+    until(lambda: circuits.graphs.status(job.id, "").state == "loading")
     assert not begun.wait(2)
-    assert circuits.step(steered)["type"] == "step"  # it goes on
-    circuits.end(steered)
-    until(lambda: circuits.status(job.id, "").state == "done")
+    assert circuits.steerings.step(steered)["type"] == "step"  # it goes on
+    circuits.steerings.end(steered)
+    until(lambda: circuits.graphs.status(job.id, "").state == "done")
     assert seen == [0, 0]
     circuits.close()
 
