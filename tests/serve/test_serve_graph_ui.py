@@ -65,7 +65,11 @@ def test_a_graph_is_asked_for_and_drawn(
     draw(tab, url, width, scheme)
     graph = attribute(run, PROMPT)
     assert texts(tab, ".graph-prompt .token")[1:] == [*PROMPT.replace(" ", "␣")]
-    assert texts(tab, ".graph-head tbody tr th") == [f"{score.prefix}" for score in graph.scores]
+    first, last = graph.scores
+    folded = f"with later ones folded in: {first.folded.nodes} nodes"
+    assert texts(tab, ".graph-head tbody tr th") == [f"the first {first.prefix}", folded, f"the first {last.prefix}"]
+    cells = texts(tab, ".graph-head tbody tr:nth-child(2) td")
+    assert cells[:2] == [f"{first.folded.features}", f"{first.folded.replacement:.3g}"]
     assert faults(tab) == [] and complaints(tab) == []
     assert tab.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
     background = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
