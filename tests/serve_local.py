@@ -98,7 +98,7 @@ def make_layers_run(directory: Path, layers: Sequence[int] = (2, 0), seed: int =
         _write_transcoder(member, seed + own.model.layer, own)
         analyses.append(_write_analysis(member, own))
         member.publish(latest=False)
-    for name, data in write_layers_report([each.headline() for each in analyses], None).items():
+    for name, data in write_layers_report([each.headline() for each in analyses], None, None).items():
         run.write(f"report/{name}", data)
     run.publish(latest=False)
     return run

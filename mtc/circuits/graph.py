@@ -10,7 +10,7 @@ from torch import Tensor
 from mtc.circuits.adjacency import Adjacency, Influence, Pruned, influence, keep_features, prune, scores
 from mtc.circuits.edges import Traced
 from mtc.circuits.replacement import ReplacementModel
-from mtc.results import Folded, Graph, GraphNode, PrefixScores
+from mtc.results import Explained, Folded, Graph, GraphNode, PrefixScores
 
 
 class FeatureTarget(NamedTuple):
@@ -80,23 +80,23 @@ def _scores(whole: Whole, prefix: int) -> PrefixScores:
         kept.append(own is not None)
         if own is not None:
             nodes.add((layer, token, own))
-    folded = _explained(whole, torch.tensor(kept, dtype=torch.bool, device=found.edges.device))
-    alone = _explained(whole, found.feature < prefix)
-    return PrefixScores(prefix=prefix, folded=Folded(nodes=len(nodes), **folded), **alone)
+    alone, with_folded = found.feature < prefix, torch.tensor(kept, dtype=torch.bool, device=found.edges.device)
+    of_prefix = explained(whole, alone)
+    folded = of_prefix if torch.equal(alone, with_folded) else explained(whole, with_folded)
+    about = Folded(nodes=len(nodes), **folded.model_dump())
+    return PrefixScores(prefix=prefix, folded=about, **of_prefix.model_dump())
 
 
-def _explained(whole: Whole, kept: Tensor) -> dict[str, Any]:
-    """The fields of `Explained`, of some of the features, [features] bool."""
+def explained(whole: Whole, kept: Tensor) -> Explained:
+    """What the graph explains with some of its features, [features] bool."""
     own = keep_features(whole.adjacency, kept)
     reach = influence(own)
     replacement, completeness = scores(own, reach)
     n, at_special = own.num_features, [i in whole.model.special for i in whole.token_ids] * own.layers
     errors = reach.nodes[n : n + len(at_special)][torch.tensor(at_special, device=reach.nodes.device)]
     ends = reach.nodes[n:].sum().clamp(min=torch.finfo(errors.dtype).tiny)
-    return {
-        "features": n, "replacement": replacement, "completeness": completeness,
-        "special_errors": float(errors.sum() / ends),
-    }  # fmt: skip
+    special = float(errors.sum() / ends)
+    return Explained(features=n, replacement=replacement, completeness=completeness, special_errors=special)
 
 
 def _identity_error(found: Adjacency) -> float:
