@@ -26,6 +26,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return make_analysed_run(tmp_path_factory.mktemp("runs") / "one")
 
 
+def settings_of(run: RunDirectory, interventions: bool) -> Settings:
+    return Settings(
+        run=run.url, num_cpus=0.2, num_replicas=2, num_threads=1, interventions=interventions,
+        interventions_num_cpus=0.2, watch_seconds=60,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def url(ray_cluster: object, run: RunDirectory) -> Iterator[str]:
     from ray import serve
@@ -36,10 +43,7 @@ def url(ray_cluster: object, run: RunDirectory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = Settings(
-        run=run.url, num_cpus=0.2, num_replicas=2, num_threads=1, interventions=True, interventions_num_cpus=0.2,
-        watch_seconds=60,
-    )  # fmt: skip
+    settings = settings_of(run, True)
     listen("127.0.0.1", port)
     assert roll_out(build(settings), settings, print).run_id == "one"
     yield f"http://127.0.0.1:{port}"
@@ -96,3 +100,21 @@ def test_a_lost_process_costs_its_jobs_and_nothing_else(url: str) -> None:
         assert gone is not None and (gone.status_code, gone.json()["error_type"]) == (404, "unknown_job")
     with Client(url, retries=Retry(attempts=30)) as again:
         assert again.graph(PROMPT).run_id == "one"
+
+
+def test_another_deployment_takes_over_with_interventions_and_without(url: str, tmp_path: Path) -> None:
+    from serve.app import build
+    from serve.deployments import roll_out
+
+    other = make_analysed_run(tmp_path / "two", 5)
+    settings = settings_of(other, True)
+    assert roll_out(build(settings), settings, print).run_id == "two"
+    with Client(url, retries=Retry(attempts=30)) as client:
+        assert client.graph(PROMPT).run_id == client.steer(PROMPT, [CHANGE]).run_id == "two"
+        settings = settings_of(other, False)
+        assert roll_out(build(settings), settings, print).run_id == "two"
+        with pytest.raises(ServiceError) as refused:
+            client.graph(PROMPT)
+    assert (refused.value.status, refused.value.error_type) == (409, "no_interventions")
+    with pytest.raises(KeyError):
+        replicas("Circuits")
