@@ -202,7 +202,13 @@ def served(
     *runs: RunDirectory, models: type[Models] = Models, load: Load = load_replacement, **settings: Any
 ) -> Iterator[str]:
     """The base URL of a server for the runs, the first one current."""
-    service = make_service(LocalControl(*runs), models, load, **settings)
+    with serving(make_service(LocalControl(*runs), models, load, **settings)) as url:
+        yield url
+
+
+@contextmanager
+def serving(service: Service) -> Iterator[str]:
+    """The base URL of a server of a service."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

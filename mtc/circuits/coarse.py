@@ -31,8 +31,11 @@ def coarsen(graph: Graph, prefix: int, unfolded: Collection[tuple[int, int, int 
     for the feature, of the others that refine none of the prefix. A feature that is not active itself is there if any
     that it stands for is: without an activation. Scores are those of the whole graph.
 
-    Raises CircuitError for a prefix that the graph has no scores of, and for a place that has nothing to unfold.
+    Raises CircuitError for a prefix that the graph has no scores of, for a place that has nothing to unfold, and for a
+    graph that is coarse already.
     """
+    if graph.coarse is not None:
+        raise CircuitError(f"graph is coarse, with prefix {graph.coarse}: the graph as traced is wanted")
     known = [score.prefix for score in graph.scores]
     if prefix not in known:
         raise CircuitError(f"prefix={prefix} is not one of the graph's nested dictionaries {known}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mtc.circuits.adjacency import Adjacency, Influence, Pruned, influence, keep_features, prune, scores
 from mtc.circuits.edges import Traced
-from mtc.circuits.replacement import ReplacementModel
+from mtc.circuits.replacement import CircuitError, ReplacementModel
 from mtc.results import Explained, Folded, Graph, GraphNode, PrefixScores
 
 
@@ -37,10 +38,30 @@ class Whole(NamedTuple):
     prefix: int
 
 
-def to_graph(whole: Whole, node_share: float, edge_share: float) -> Graph:
-    """The whole graph pruned, as a record."""
+def to_graph(
+    whole: Whole,
+    node_share: float,
+    edge_share: float,
+    most_edges: int | None = None,
+    pause: Callable[[], None] = lambda: None,
+) -> Graph:
+    """The whole graph pruned, as a record; `pause` is called between the parts of the work.
+
+    Raises CircuitError if pruning leaves more than `most_edges`.
+    """
     model, found = whole.model, whole.adjacency
     kept = prune(found, whole.influence, node_share, edge_share)
+    if most_edges is not None and (left := int(torch.count_nonzero(kept.edges))) > most_edges:
+        raise CircuitError(
+            f"edges are {left:,} after pruning with node_share={node_share:g} and edge_share={edge_share:g}; at most "
+            f"{most_edges:,} are wanted: lower shares, or a smaller max_features"
+        )
+    pause()
+    scores = []
+    for prefix in model.prefixes:
+        if prefix <= whole.prefix:
+            scores.append(_scores(whole, prefix))
+            pause()
     nodes, numbers = _nodes(whole, kept)
     rows, columns = kept.edges.nonzero(as_tuple=True)
     weights = found.edges[rows, columns].tolist()
@@ -62,7 +83,7 @@ def to_graph(whole: Whole, node_share: float, edge_share: float) -> Graph:
         edge_share=edge_share,
         all_edges=int(torch.count_nonzero(found.edges)),
         all_influence=float(whole.influence.nodes.sum()),
-        scores=tuple(_scores(whole, m) for m in model.prefixes if m <= whole.prefix),
+        scores=tuple(scores),
         identity_error=_identity_error(found),
         nodes=tuple(nodes),
         edges=tuple(edges),

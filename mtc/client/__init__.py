@@ -4,7 +4,8 @@
         encoding = client.encode("We the people", top_k=8)
         encoding.inputs[0].top(-1, 3)
 
-Every call may be repeated without harm, so what a busy or restarting service refuses is asked for again.
+Every call may be repeated without harm, so what a busy or restarting service refuses is asked for again; of `graph`,
+an answer that was lost may leave a job that nobody fetches, until the service forgets it.
 """
 
 from mtc.client.answers import Decoding, EncodedInput, Encoding, Model, Tokenisation, TokenisedInput, Usage

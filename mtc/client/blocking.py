@@ -124,7 +124,8 @@ class Client:
         **options: Unpack[GraphOptions],
     ) -> Graph:  # fmt: skip
         """The attribution graph of a prompt: what made its next token. It is waited for, `timeout` seconds at the most;
-        `tell` hears how far it is. What is given up, such as by Ctrl-C, is cancelled in the service, too."""
+        `tell` hears how far it is. What is given up, such as by Ctrl-C while it waits, is cancelled in the
+        service, too."""
         job, end = self._do(calls.submit_graph(prompt, options)), self._clock() + timeout
         pause = calls.FIRST_PAUSE_S
         try:

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from mtc.record import Record
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 MOST_VALUE = 1e6
 """Largest activation, or factor, that a feature is set to."""
 

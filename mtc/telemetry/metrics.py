@@ -105,7 +105,8 @@ REPLICA = (
 CIRCUITS = (
     _counter("mtc_graph_jobs_total", "Attribution graphs that were asked for, by outcome: done, failed, cancelled, "
              "refused.", "outcome"),
-    Instrument("mtc_graph_seconds", "histogram", "Time of an attribution graph, without the wait for its turn.", (),
+    Instrument("mtc_graph_seconds", "histogram", "Time of an attribution graph from its first turn on the model, with "
+               "steering's turns meanwhile.", (),
                (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)),
     _gauge("mtc_graph_jobs_pending", "Attribution graphs that wait or are computed."),
     _gauge("mtc_steerings_in_flight", "Prompts that are steered."),

@@ -140,6 +140,12 @@ class Settings(BaseModel):
     """Longest prompt of an attribution graph in tokens, BOS included."""
     max_graph_features: int = Field(default=8192, ge=1, le=_MOST)
     """Most features of a graph that get edges of their own."""
+    max_graph_matrix_bytes: int = Field(default=2 << 30, ge=1 << 20, le=1 << 50)
+    """Largest matrix of a graph's edges before pruning in bytes, 4 for each feature with edges of its own and each that
+    it may read; about three times that is held while the graph is computed."""
+    max_graph_edges: int = Field(default=500_000, ge=1, le=_MOST)
+    """Most edges that pruning may leave of a graph; an answer's JSON has about 32 bytes for each, and making a page or
+    drawing of it takes about ten times that in a replica."""
     max_graph_jobs: int = Field(default=8, ge=1, le=1000)
     """Most graphs that wait or are computed, one of them at a time; more are refused with 429."""
     max_steerings: int = Field(default=4, ge=1, le=1000)

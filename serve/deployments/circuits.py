@@ -6,9 +6,11 @@ Jobs live in it, and end with it: whoever asks for one that is gone is told 404.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from traceback import extract_tb
 from typing import Any
 
 from ray import serve as ray_serve
@@ -26,6 +28,8 @@ from serve.contract import (
 )
 from serve.service import Catalogue
 from serve.service import Circuits as CircuitService
+
+logger = logging.getLogger("ray.serve")
 
 
 @ray_serve.deployment(max_ongoing_requests=1024, max_queued_requests=1024, health_check_timeout_s=60)
@@ -69,6 +73,11 @@ class Circuits:
     async def end(self, deployment: str, steered_id: str) -> ServiceError | None:
         return await self._answer(deployment, None, self._circuits.steerings.end, steered_id)
 
+    def __del__(self) -> None:
+        """Called by Serve when it stops the replica."""
+        if hasattr(self, "_circuits"):
+            self._circuits.close()
+
     async def totals(self) -> tuple[str, Snapshot]:
         """This replica's id and counts."""
         return self.replica_id, take_snapshot(self._metrics.registry)
@@ -83,6 +92,10 @@ class Circuits:
             return await asyncio.get_running_loop().run_in_executor(threads, method, *arguments)
         except ServiceError as error:
             return error
+        except Exception as error:  # Serve would log its message, which may hold what was sent
+            where = " < ".join(f"{at.filename}:{at.lineno} {at.name}" for at in extract_tb(error.__traceback__)[::-1])
+            logger.error("%s failed: %s at %s", method.__name__, type(error).__name__, where)
+            return ServiceError(500, "internal", "graphs and interventions failed; the service's log has the place")
 
 
 def _use_threads(settings: Settings) -> None:

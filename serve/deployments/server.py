@@ -96,7 +96,7 @@ class RemoteInterventions:
 
     async def _ask(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         asked = getattr(self._circuits, method).remote(self._deployment, *arguments)
-        return await _answer(asked, timeout_s, "what computes graphs and interventions does not answer now")
+        return await _answer(asked, timeout_s, CIRCUITS_SILENT)
 
 
 # Larger than this service's own limits, so that it refuses first, with its error shape, and the probes are answered.
@@ -209,16 +209,17 @@ def _use_threads(settings: Settings) -> None:
         torch.set_num_threads(settings.num_threads or max(1, cores // settings.num_replicas))
 
 
-RUNS = "what decides about runs does not answer now"
+CONTROL_SILENT = "what decides about runs does not answer now; runs in memory still do"
+CIRCUITS_SILENT = "what computes graphs and interventions does not answer now; ask again"
 
 
-async def _answer(asked: Awaitable[Any], timeout_s: float, silent: str = RUNS) -> Any:
+async def _answer(asked: Awaitable[Any], timeout_s: float, silent: str = CONTROL_SILENT) -> Any:
     """What another deployment answers. Raises ServiceError: what it returns as one, and 503 if it does not answer."""
     try:
         async with asyncio.timeout(timeout_s):
             answer = await asked
     except (TimeoutError, RayActorError, DeploymentUnavailableError) as error:
-        message = f"{silent} ({type(error).__name__}); runs in memory still do"
+        message = f"{silent} ({type(error).__name__})"
         raise ServiceError(503, "unavailable", message, headers={"Retry-After": "5"}) from error
     if isinstance(answer, ServiceError):
         raise answer

@@ -81,7 +81,7 @@ def parse(body: bytes, model: type[M], max_depth: int) -> M:
                     for part in fault["loc"]
                     if not str(part).startswith(("list[", "constrained", "function-"))
                 )
-                where = field + "".join(f"[{index}]" for index in rest)
+                where = field + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in rest)
                 raise ServiceError(400, "empty_inputs", f"{where} is empty", {"field": where}) from None
         raise invalid(error) from None
     # Outside strings, each key has a colon: the parser keeps the last one of several, and no model has a map.

@@ -60,7 +60,9 @@ def invalid(error: ValidationError | RequestValidationError) -> ServiceError:
     for each in error.errors():
         # Names of alternatives and of constraints are no part of what was sent.
         parts = (str(part)[:_LONGEST_NAME] for part in each["loc"])
-        place = tuple(part for part in parts if not re.match(r"(list|constrained|function)\W", f"{part}."))
+        place = tuple(
+            part for part in parts if not re.match(r"(list|constrained|function|TargetFeature)\W", f"{part}.")
+        )
         faults.setdefault(place, {})[wanted(each)] = None
     # Of alternatives, such as one text or several, the one that was meant is the one that was got into.
     entered = {place[:depth] for place in faults for depth in range(1, len(place))}

@@ -3,6 +3,7 @@ expected."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers as RequestHeaders
@@ -24,7 +25,8 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """Of every answer, unless its route set another value."""
-WORK = {"/encode", "/tokenize", "/decode", "/graph", "/steer"}
+WORK = re.compile(r"/(encode|tokenize|decode|graph(/[^/]+/result)?|steer)")
+"""Paths of requests that take memory and computation."""
 
 
 class Head:
@@ -125,7 +127,7 @@ class Admission:
         self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in WORK:
+        if scope["type"] != "http" or not WORK.fullmatch(scope["path"]):
             return await self.app(scope, receive, send)
         if self._inside >= self.limit:
             detail = {"limit": self.limit, "value": self._inside + 1}

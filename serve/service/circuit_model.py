@@ -23,6 +23,8 @@ logger = logging.getLogger("ray.serve")
 
 FAILED_FOR_S = 60.0
 """For which a run that could not be loaded is not tried again for those who do not wait for it."""
+AWAITED_S = 15.0
+"""For which a run that was loaded for steering stays, until whoever was told to ask again has."""
 
 Load = Callable[[RunKey, Settings], "ReplacementModel"]
 
@@ -50,7 +52,7 @@ class CircuitModel:
         """Guards all below but the model's own work."""
         self._key: RunKey | None = None
         self._model: ReplacementModel | None = None
-        self._users = 0
+        self._users, self._awaited_until = 0, 0.0
         self._loading: set[RunKey] = set()
         self._failed: dict[RunKey, tuple[float, str]] = {}
 
@@ -72,10 +74,10 @@ class CircuitModel:
 
     def borrow(self, key: RunKey) -> ReplacementModel:
         """The run's models, which stay until `give_back`. Raises ServiceError 503 if they are not in memory: they are
-        loaded when the work before is done; 409 if they can't be."""
+        loaded when the work before is done, and stay until they are asked for again; 409 if they can't be."""
         with self._changed:
             if self._key == key and self._model is not None:
-                self._users += 1
+                self._users, self._awaited_until = self._users + 1, 0.0
                 return self._model
             since, message = self._failed.get(key, (0.0, ""))
             if message and time.monotonic() < since + FAILED_FOR_S:
@@ -93,11 +95,10 @@ class CircuitModel:
 
     def bring(self, key: RunKey) -> ReplacementModel:
         """In the model's thread: the run's models, in the place of another one's, which are dropped first, when nobody
-        has borrowed them any more. Raises what is wrong with the run."""
+        has borrowed them any more or is awaited. Raises what is wrong with the run."""
         with self._changed:
             if self._key == key and self._model is not None:
                 return self._model
-            self._key = None  # nobody borrows the old one any more
         self._drop()
         try:
             model = self._load(key, self._settings)
@@ -115,15 +116,19 @@ class CircuitModel:
         while True:
             self.drop_idle()
             with self._changed:
-                if not self._users:
-                    self._model = None
-                    break
+                if time.monotonic() >= self._awaited_until:
+                    self._key = None  # nobody borrows it any more
+                    if not self._users:
+                        self._model = None
+                        break
                 self._changed.wait(timeout=1)
         gc.collect()
 
     def _bring_ahead(self, key: RunKey) -> None:
         try:
             self.bring(key)
+            with self._changed:
+                self._awaited_until = time.monotonic() + AWAITED_S
         except Exception as error:
             logger.error("run %s can't be steered: %s", key.run_id, one_line(error))
         finally:

@@ -46,6 +46,8 @@ class _Job:
     done: int = 0
     of: int | None = None
     began: float | None = None
+    traced: float | None = None
+    """When the run was loaded and the model's turn had come."""
     seconds: float = 0.0
     result: bytes | None = None
     error: ServiceError | None = None
@@ -77,9 +79,9 @@ class Graphs:
         with self._lock:
             self._check_room()
             job = _Job(secrets.token_urlsafe(16), key, asked, owner)
+            job.future = self._model.submit(self._work, job)  # which waits for this lock before it ends
             self._jobs[job.id] = job
             self._pending.append(job)
-            job.future = self._model.submit(self._work, job)
             return self._status(job)
 
     def status(self, job_id: str, owner: str) -> GraphJob:
@@ -93,7 +95,7 @@ class Graphs:
         with self._lock:
             job = self._find(job_id, owner)
             if job.error is not None:
-                raise job.error
+                raise _bare(job.error)
             if job.result is None:
                 message = f"the graph is not done: its job is {job.state}"
                 raise ServiceError(409, "not_done", message, {"state": job.state}, {"Retry-After": "1"})
@@ -142,7 +144,8 @@ class Graphs:
     def _work(self, job: _Job) -> None:
         """In the worker's thread."""
         job.began = time.monotonic()
-        result, error = None, None
+        result: bytes | None = None
+        error: ServiceError | None = None
         try:
             if job.cancelled:
                 raise _Cancelled
@@ -156,24 +159,24 @@ class Graphs:
         except _Cancelled:
             pass
         except ServiceError as refused:
-            error = refused
+            error = _bare(refused)
         except Exception as failed:
             error = ServiceError(500, "internal", "the graph could not be computed; the service's log has the place")
             frames = traceback.extract_tb(failed.__traceback__)[-8:]  # no message, which may hold what was sent
             where = " < ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames))
             logger.error("graph %s failed: %s at %s", job.id, type(failed).__name__, where)
-        outcome = "done" if result is not None else "failed" if error is not None else "cancelled"
         with self._lock:
+            outcome = "cancelled" if job.cancelled else "done" if result is not None else "failed"
             job.seconds = time.monotonic() - job.began
             self._pending.remove(job)
             job.result, job.error, job.state = result, error, outcome
             self._forget_old()
         self._metrics.jobs.labels(outcome).inc()
-        if outcome == "done":
-            self._metrics.seconds.observe(job.seconds)
+        if outcome == "done" and job.traced is not None:
+            self._metrics.seconds.observe(time.monotonic() - job.traced)
 
     def _attribute(self, model: ReplacementModel, job: _Job) -> bytes:
-        from mtc.circuits import attribute  # as above; PyTorch is there by now
+        from mtc.circuits.attribution import Limits, attribute  # as above; PyTorch is there by now
 
         asked = job.asked
 
@@ -187,11 +190,13 @@ class Graphs:
         with self._model.turns.turn():
             if job.cancelled:
                 raise _Cancelled
-            job.state = "running"
+            job.state, job.traced = "running", time.monotonic()
             faithfulness = TAKEN_OUT if asked.faithfulness else 0
+            limits = Limits(self._settings.max_graph_matrix_bytes, self._settings.max_graph_edges)
             graph = attribute(
-                model, prompt, targets, asked.prefix, most, asked.node_share, asked.edge_share, faithfulness, tell
-            )
+                model, prompt, targets, asked.prefix, most, asked.node_share, asked.edge_share, faithfulness, tell,
+                limits,
+            )  # fmt: skip
         return graph.model_dump_json().encode()
 
     def _question(self, model: ReplacementModel, asked: GraphRequest) -> tuple[list[int], Any, int]:
@@ -229,6 +234,11 @@ class Graphs:
                 return
             size -= len(job.result or b"")
             del self._jobs[job.id]
+
+
+def _bare(error: ServiceError) -> ServiceError:
+    """The same, without the frames that it came from, which hold the model."""
+    return ServiceError(*error.args)
 
 
 def _token_of(model: ReplacementModel, target: str | int, number: int) -> int:

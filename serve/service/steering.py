@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ class _Steered:
     seen: list[Step] = field(default_factory=list)
     fetched: float = field(default_factory=time.monotonic)
     busy: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a pass runs."""
+
+    def idle_since(self, then: float) -> bool:
+        return self.fetched < then and not self.busy.locked()
 
 
 class Steerings:
@@ -43,7 +48,7 @@ class Steerings:
         """Guards the dictionary."""
         self._steered: dict[str, _Steered | None] = {}
         """By id; None while the first pass has not ended. Each has borrowed the model."""
-        self._metrics.steerings.set_function(lambda: len(self._steered))
+        self._metrics.steerings.set_function(self._count)
 
     def begin(self, key: RunKey, asked: SteerRequest) -> tuple[str, dict[str, Any]]:
         """Begin to steer a prompt; its id, the prompt's tokens and how the next one changes.
@@ -67,6 +72,8 @@ class Steerings:
                 "next": [each.model_dump(mode="json") for each in steering.next],
             }  # fmt: skip
             with self._lock:
+                if steered_id not in self._steered:
+                    raise _gone()
                 self._steered[steered_id] = _Steered(steering, steering.steps())
             return steered_id, begun
         except BaseException:
@@ -78,28 +85,30 @@ class Steerings:
         with self._lock:
             found = self._steered.get(steered_id)
         if found is None:
-            raise ServiceError(404, "not_found", "this prompt is not being steered any more")
+            raise _gone()
         with found.busy:
-            found.fetched = time.monotonic()
+            if steered_id not in self._steered:
+                raise _gone()
             with self._model.turns.turn():
                 step = next(found.steps, None)
-            if step is None:
-                self.end(steered_id)
-                from mtc.circuits.interventions import collect  # as above; PyTorch is there by now
-
-                return {"type": "steered"} | collect(found.steering, found.seen).model_dump(mode="json")
-            found.seen.append(step)
             found.fetched = time.monotonic()
-            self._metrics.steered.inc()
-            return {"type": "step"} | _tokens(found)
+            if step is not None:
+                found.seen.append(step)
+                self._metrics.steered.inc()
+                return {"type": "step"} | _tokens(found)
+        self.end(steered_id)
+        from mtc.circuits.interventions import collect  # as above; PyTorch is there by now
+
+        return {"type": "steered"} | collect(found.steering, found.seen).model_dump(mode="json")
 
     def end(self, steered_id: str) -> None:
-        """Forget a prompt that is steered."""
+        """Forget a prompt that is steered, when its pass that runs has ended."""
         with self._lock:
             if steered_id not in self._steered:
                 return
-            del self._steered[steered_id]
-        self._model.give_back()
+            found = self._steered.pop(steered_id)
+        with found.busy if found else nullcontext():
+            self._model.give_back()
 
     def close(self) -> None:
         """Forget all."""
@@ -107,14 +116,17 @@ class Steerings:
             self.end(steered_id)
 
     def forget_idle(self) -> None:
-        """Forget those whose steps nobody fetches any more."""
+        """Forget those whose steps nobody fetches any more; called when a prompt begins to be steered, another run is
+        wanted, and when they are counted."""
         old = time.monotonic() - IDLE_S
         with self._lock:
-            idle = [
-                i for i, found in self._steered.items() if found and found.fetched < old and not found.busy.locked()
-            ]
+            idle = [i for i, found in self._steered.items() if found and found.idle_since(old)]
         for steered_id in idle:
             self.end(steered_id)
+
+    def _count(self) -> int:
+        self.forget_idle()
+        return len(self._steered)
 
     def _begin(self, model: ReplacementModel, asked: SteerRequest) -> Steering:
         from mtc.circuits import Intervention  # as above; PyTorch is there by now
@@ -137,6 +149,10 @@ class Steerings:
                 model, ids, changes, max_tokens=asked.max_tokens, n=asked.n, temperature=asked.temperature,
                 seed=asked.seed, attention=asked.attention, special=asked.special,
             )  # fmt: skip
+
+
+def _gone() -> ServiceError:
+    return ServiceError(404, "not_found", "this prompt is not being steered any more")
 
 
 def _tokens(found: _Steered) -> dict[str, Any]:

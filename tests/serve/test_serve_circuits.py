@@ -19,9 +19,12 @@ from serve_local import (
     make_layers_run,
     make_service,
     served,
+    serving,
     wait_for_interventions,
 )
 
+import mtc.circuits.faithfulness
+import mtc.circuits.graph
 from mtc.circuits import FeatureTarget, Intervention, ReplacementModel, attribute, steer
 from mtc.circuits.attribution import attribute_whole
 from mtc.export.circuit_graph import circuit_graph
@@ -32,6 +35,7 @@ from serve.contract import GraphRequest, RunKey, ServiceError, Settings, SteerRe
 from serve.http import keys
 from serve.service import Circuits
 from serve.service.circuit_model import load_replacement
+from serve.service.graph_jobs import Graphs
 from serve.service.steering import Steerings
 from serve.service.turns import Turns
 
@@ -285,7 +289,7 @@ class Slow:
         self.began, self.may_go_on, self.ended = threading.Event(), threading.Event(), list[str]()
         slow = self
 
-        def whole(model: Any, prompt: Any, targets: Any, prefix: Any, most: int, tell: Any) -> Any:
+        def whole(model: Any, prompt: Any, targets: Any, prefix: Any, most: int, tell: Any, *limits: Any) -> Any:
             def slowly(done: int, of: int) -> None:
                 slow.began.set()
                 while not slow.may_go_on.wait(0.01):
@@ -293,7 +297,7 @@ class Slow:
                 tell(done, of)
 
             try:
-                found = attribute_whole(model, prompt, targets, prefix, most, slowly)
+                found = attribute_whole(model, prompt, targets, prefix, most, slowly, *limits)
             except BaseException as error:
                 slow.ended.append(type(error).__name__)
                 raise
@@ -393,7 +397,13 @@ def test_who_leaves_ends_the_work(run: RunDirectory, monkeypatch: pytest.MonkeyP
     ends = []
     end = Steerings.end
     monkeypatch.setattr(Steerings, "end", lambda self, name: ends.append(name) or end(self, name))
-    with served(run, interventions=True) as url, httpx.Client(base_url=url, timeout=60) as client:
+
+    def endless(key: RunKey, settings: Settings) -> ReplacementModel:
+        found = load_replacement(key, settings)
+        found.ends = set()
+        return found
+
+    with served(run, load=endless, interventions=True) as url, httpx.Client(base_url=url, timeout=60) as client:
         wait_for_interventions(client)
         ends.clear(), steps.clear()
         body = {"prompt": PROMPT, "interventions": CHANGES, "max_tokens": 900, "n": 2, "temperature": 5.0}
@@ -531,7 +541,104 @@ def test_one_models_memory_at_a_time(run: RunDirectory, tmp_path: Path) -> None:
     assert circuits.steerings.step(steered)["type"] == "step"  # it goes on
     circuits.steerings.end(steered)
     until(lambda: circuits.graphs.status(job.id, "").state == "done")
-    assert seen == [0, 0]
+
+    def failed(key: RunKey) -> None:
+        job = circuits.graphs.submit(key, GraphRequest.model_validate({"prompt": PROMPT, "prefix": 5}), "")
+        until(lambda: circuits.graphs.status(job.id, "").state == "failed")
+        with pytest.raises(ServiceError, match="prefix=5"):
+            circuits.graphs.result(job.id, "")
+
+    failed(key_of(run))  # which is loaded for it; what it failed with holds nothing of it
+    failed(key_of(other))
+    assert seen == [0, 0, 0, 0]
+    # Neither is a model dropped while a pass runs whose client has left.
+    circuits.open(key_of(run))
+    steered, _ = circuits.steerings.begin(key_of(run), asked)
+    found = circuits.steerings._steered[steered]
+    assert found is not None
+    begun.clear()
+    with found.busy:
+        leaving = threading.Thread(target=circuits.steerings.end, args=(steered,))
+        leaving.start()
+        until(lambda: steered not in circuits.steerings._steered)
+        circuits.graphs.submit(key_of(other), GraphRequest.model_validate({"prompt": PROMPT}), "")
+        assert not begun.wait(1.5)
+    assert begun.wait(60)
+    leaving.join()
+    circuits.close()
+
+
+def test_a_run_that_is_steered_comes_between_graphs_of_another(run: RunDirectory, tmp_path: Path) -> None:
+    """What was loaded for whoever was told to ask again is there when they do."""
+    other, loads = make_analysed_run(tmp_path / "other", 5), list[str]()
+
+    def load(key: RunKey, settings: Settings) -> ReplacementModel:
+        loads.append(key.run_id)
+        return load_replacement(key, settings)
+
+    circuits = Circuits(Settings(run=run.url, interventions=True, max_graph_jobs=100), load=load)
+    circuits.open(key_of(run))
+    graphs = [GraphRequest.model_validate({"prompt": PROMPT, "prefix": 4})] * 3
+    asked = SteerRequest.model_validate({"prompt": PROMPT, "interventions": CHANGES, "max_tokens": 1})
+    jobs = [circuits.graphs.submit(key_of(run), each, "") for each in graphs]
+    with pytest.raises(ServiceError, match="being loaded"):
+        circuits.steerings.begin(key_of(other), asked)
+    jobs += [circuits.graphs.submit(key_of(run), each, "") for each in graphs]
+    until(lambda: loads == ["one", "other"])
+    time.sleep(1.5)  # longer than a client that is told to wait for a second
+    steered, _ = circuits.steerings.begin(key_of(other), asked)
+    circuits.steerings.end(steered)
+    until(lambda: all(circuits.graphs.status(job.id, "").state == "done" for job in jobs))
+    assert loads == ["one", "other", "one"]
+    circuits.close()
+
+
+def test_a_job_that_nobody_waits_for_any_more_is_cancelled(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = Graphs.submit
+
+    def slowly(self: Graphs, *asked: Any) -> Any:
+        time.sleep(1.2)
+        return submit(self, *asked)
+
+    monkeypatch.setattr(Graphs, "submit", slowly)
+    service = make_service(LocalControl(run), interventions=True, request_timeout_s=0.5)
+    graphs: Graphs = service.interventions.circuits.graphs  # type: ignore[attr-defined]
+    cancelled = list[str]()
+    cancel = Graphs.cancel
+    monkeypatch.setattr(Graphs, "cancel", lambda self, *job: cancelled.append(job[0]) or cancel(self, *job))
+    with serving(service) as url, httpx.Client(base_url=url, timeout=60) as client:
+        answer = client.post("/graph", json={"prompt": PROMPT})
+        assert (answer.status_code, answer.json()["error_type"]) == (504, "timeout"), answer.text
+        until(lambda: cancelled and not graphs._jobs)
+
+
+def test_other_work_is_let_in_and_a_graph_can_be_cancelled_to_its_very_end(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the edges are known, what is left is done in parts, too."""
+    circuits, parts = Circuits(Settings(run=run.url, interventions=True)), list[str]()
+    began, may_go_on = threading.Event(), threading.Event()
+
+    def slow(name: str, of: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            parts.append(name)
+            if len(parts) > 1:
+                began.set()
+                may_go_on.wait(60)
+            return of(*arguments)
+
+        return called
+
+    monkeypatch.setattr("mtc.circuits.graph._scores", slow("scores", mtc.circuits.graph._scores))
+    monkeypatch.setattr("mtc.circuits.faithfulness._targets", slow("passes", mtc.circuits.faithfulness._targets))
+    circuits.open(key_of(run))
+    asked = GraphRequest.model_validate({"prompt": PROMPT, "faithfulness": True})
+    job = circuits.graphs.submit(key_of(run), asked, "")
+    assert began.wait(60)
+    circuits.graphs.cancel(job.id, "")
+    may_go_on.set()
+    until(lambda: not circuits.graphs._pending)
+    assert parts == ["scores", "scores"]
     circuits.close()
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -27,6 +27,7 @@ from serve.http.routes.common import TheService, errors, media_types, request_id
 from serve.http.routes.report import PAGE, PICTURE
 from serve.service import Interventions, Service
 
+T = TypeVar("T")
 router = APIRouter(tags=["circuits"])
 
 SVG = "image/svg+xml"
@@ -56,7 +57,9 @@ async def graph(request: Request, service: TheService) -> Response:
     asked = await read_json(request, GraphRequest, service.settings)
     key = (await service.run(asked.model)).key
     request.state.run_id = key.run_id
-    job = await service.in_time(circuits.submit(key, asked, _owner(request)))
+    owner = _owner(request)
+    submitted = circuits.submit(key, asked, owner)
+    job = await _kept(service, submitted, lambda job: circuits.cancel(job.id, owner))
     return Response(job.model_dump_json(), 202, {"Location": job.url}, media_type=JSON)
 
 
@@ -70,7 +73,7 @@ async def graph_status(request: Request, service: TheService, job: Job) -> Respo
 @router.get(
     "/graph/{job}/result",
     response_model=Graph,
-    responses=errors(404, 406, 409, 413, 422, 503) | media_types(*FORMS.values()),
+    responses=errors(404, 406, 409, 413, 422, 429, 503) | media_types(*FORMS.values()),
 )
 async def graph_result(request: Request, service: TheService, job: Job, format: Form = None) -> Response:
     """A graph that is done: as it is, as the viewers of circuit-tracer and Neuronpedia read it
@@ -107,7 +110,8 @@ async def steer(request: Request, service: TheService) -> Response:
     asked = await read_json(request, SteerRequest, service.settings)
     key = (await service.run(asked.model)).key
     request.state.run_id = key.run_id
-    steps = _steps(service, circuits, await _begun(service, circuits, key, asked))
+    begun = await _kept(service, circuits.steer(key, asked), lambda begun: circuits.end(begun[0]))
+    steps = _steps(service, circuits, begun)
     if media_type == JSON or request.scope["http_version"] == "1.0":  # which has no chunks
         found = [line async for line in steps]
         last = {name: value for name, value in found[-1].items() if name != "type"}
@@ -118,21 +122,19 @@ async def steer(request: Request, service: TheService) -> Response:
     return StreamingResponse(answer, media_type=NDJSON, headers={"Vary": "Accept"})
 
 
-async def _begun(
-    service: Service, circuits: Interventions, key: Any, asked: SteerRequest
-) -> tuple[str, dict[str, Any]]:
-    """What `steer` answers; if nobody waits for that any more, it is ended as soon as it is there."""
-    begun = asyncio.ensure_future(circuits.steer(key, asked))
+async def _kept(service: Service, asked: Awaitable[T], undo: Callable[[T], Awaitable[None]]) -> T:
+    """What is asked for; if nobody waits for that any more, it is undone as soon as it is there."""
+    made = asyncio.ensure_future(asked)
+
+    def too_late(done: asyncio.Future[T]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            _in_background(undo(done.result()))
+
     try:
-        return await service.in_time(asyncio.shield(begun))
+        return await service.in_time(asyncio.shield(made))
     except BaseException:
-        begun.add_done_callback(lambda done: _end_late(circuits, done))
+        made.add_done_callback(too_late)
         raise
-
-
-def _end_late(circuits: Interventions, done: asyncio.Future[tuple[str, dict[str, Any]]]) -> None:
-    if not done.cancelled() and done.exception() is None:
-        _in_background(circuits.end(done.result()[0]))
 
 
 async def _steps(

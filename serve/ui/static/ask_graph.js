@@ -49,11 +49,13 @@ async function follow(id, signal) {
     else bar.removeAttribute("value");
     if (found.state === "failed") throw new Error(found.error);
     if (found.state === "done") break;
-    tell({
+    const told = {
       queued: found.ahead ? `Waiting: ${number(found.ahead)} graph${found.ahead === 1 ? "" : "s"} come first` : "Waiting",
       loading: `Loading run ${found.run_id}`,
-      running: found.of ? `Edges into ${number(found.done)} of ${number(found.of)} features` : "Tracing the prompt",
-    }[found.state] + " …");
+      running: !found.of ? "Tracing the prompt" : found.done < found.of ? `Edges into ${number(found.done)} of ${number(found.of)} features` : "Influence, pruning and scores",
+    }[found.state];
+    if (!told) throw new Error(`The service answered with a job that is ${found.state}.`);
+    tell(told + " …");
     await new Promise((done) => setTimeout(done, PAUSE));
   }
   tell("Drawing …");
@@ -112,8 +114,10 @@ async function run(work) {
   }
 }
 
+const drop = (id) => { fetch(`/graph/${id}`, { method: "DELETE", keepalive: true }).catch(() => {}); };  // it may be gone
+
 function forget() {
-  if (job) fetch(`/graph/${job}`, { method: "DELETE", keepalive: true }).catch(() => {});  // it may be done, or gone
+  if (job) drop(job);
   job = null;
 }
 
@@ -123,13 +127,15 @@ ask.addEventListener("submit", (event) => {
   run(async (signal) => {
     tell("Asking …");
     remember(null);
-    job = (await (await call("/graph", json(asked()), signal, tell)).json()).id;
-    remember(job);
-    const id = job;
+    const { id } = await (await call("/graph", json(asked()), undefined, tell)).json();  // answered even if cancelled
+    job = signal.aborted ? job : id;
+    if (signal.aborted) return drop(id);
+    remember(id);
     await follow(id, signal);
     if (job === id) job = null;  // it is kept, for the link
   });
 });
+
 element("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask.requestSubmit();
 });
@@ -147,10 +153,12 @@ const kept = new URLSearchParams(location.hash.slice(1));
 for (const [name, field] of Object.entries(FIELDS)) if (kept.has(name)) element(field).value = kept.get(name);
 element("faithful").checked = kept.has("faithful");
 busy(false);
-if (kept.has("job")) {
+if (/^[\w-]+$/.test(kept.get("job") ?? "")) {  // whoever made the link decides what it holds
+  const id = (job = kept.get("job"));
   run(async (signal) => {
     try {
-      await follow(kept.get("job"), signal);
+      await follow(id, signal);
+      if (job === id) job = null;
     } catch (error) {
       if (error.kind !== "unknown_job") throw error;
       tell("The graph of this link is not kept any more; draw it again.");
