@@ -10,12 +10,14 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.exceptions import RayError
 
 from cluster.memory import MAX_FEATURES, PROMPT_TOKENS, graph_bytes, graph_processes
 from cluster.resources import Plan
 from cluster.room import ClusterBusy, reserved
 from mtc.config import RunConfig
 from mtc.devices import open_device
+from mtc.errors import one_line
 from mtc.language_model import check_model
 from mtc.results import GraphScores, ScoredPrompt
 from mtc.storage import RunDirectory
@@ -40,17 +42,23 @@ def measure_graphs(
         )
         return None
     each = {"CPU": plan.actor_cpus} | ({"GPU": plan.actor_gpus} if plan.actor_gpus else {})
+    memory = graph_bytes(config, info) if all(node.memory for node in plan.nodes) and plan.device == "cpu" else None
+    if memory:
+        each["memory"] = memory
     try:
         with reserved(each, count, plan.label_selector, config.cluster.room_seconds) as place:
-            options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus}
+            options: dict[str, Any] = {"num_cpus": plan.actor_cpus, "num_gpus": plan.actor_gpus, "memory": memory}
             options |= {"runtime_env": plan.runtime_env, "scheduling_strategy": place}
             score = ray.remote(_score).options(**options)
             answers = [
                 score.remote(config, run.url, prompts[n::count], plan.device, plan.actor_threads) for n in range(count)
             ]
             parts = [json.loads(answer) for answer in ray.get(answers)]
-    except ClusterBusy as error:
-        say("left_out", f"graphs are left out, all else is written: {error}; jobs/analyze.py measures them later")
+    except (ClusterBusy, RayError) as error:  # what is measured besides must not cost what is measured first
+        say(
+            "left_out",
+            f"graphs are left out, all else is written: {one_line(error)}; jobs/analyze.py measures them later",
+        )
         return None
     found = [ScoredPrompt.model_validate(parts[n % count][n // count]) for n in range(len(prompts))]
     return GraphScores(prefixes=config.transcoder.prefixes, max_features=MAX_FEATURES, prompts=tuple(found))

@@ -227,9 +227,11 @@ def graph_bytes(config: RunConfig, info: ModelInfo) -> int:
 
 def graph_processes(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
     """How many processes can score graphs at once: as many as there are model actors, as far as their memory fits; 0 if
-    not even one's does. On GPUs, where models lie in the GPU's memory, that of a node is not asked."""
+    not even one's does. One on a GPU, whose memory is not asked: there it takes seconds."""
+    if plan.device == "cuda":
+        return 1
     known = [node.memory for node in plan.nodes if node.memory]
-    if plan.device == "cuda" or len(known) < len(plan.nodes):
+    if len(known) < len(plan.nodes):
         return plan.num_model_actors
     return min(plan.num_model_actors, sum(int(memory / graph_bytes(config, info)) for memory in known))
 

@@ -10,6 +10,7 @@ import torch
 from mtc.circuits import CircuitError, coarsen
 from mtc.circuits.attribution import attribute_whole
 from mtc.circuits.graph import Whole, to_graph
+from mtc.export.circuit_graph import circuit_graph
 from mtc.results import Graph, GraphNode
 from tests.circuits.models import GROUPS, PROMPT, make_model
 from tests.graph_example import PREFIXES, make_graph, names_of, sums_of
@@ -146,3 +147,11 @@ def test_what_is_explained_is_what_the_folded_nodes_explain() -> None:
 def test_bad_arguments_name_the_value(prefix: int, unfolded: list[tuple[int, int, int | None]], message: str) -> None:
     with pytest.raises(CircuitError, match=message):
         coarsen(traced()[1], prefix, unfolded)
+
+
+def test_a_coarse_graph_is_taken_for_no_other() -> None:
+    coarse = coarsen(traced()[1], 16)
+    with pytest.raises(CircuitError, match="graph is coarse, with prefix 16"):
+        coarsen(coarse, 16)
+    with pytest.raises(ValueError, match="graph is coarse, with prefix 16"):
+        circuit_graph(coarse, "x")

@@ -18,8 +18,10 @@ import pytest
 import torch
 
 import cluster.held_out
+from cluster.graph_scores import measure_graphs
 from cluster.reporting import analyse_run
 from cluster.resources import Plan
+from cluster.room import plan_in_free_room
 from jobs import analyze
 from mtc.analysis import HeldOutPass
 from mtc.analysis.examples import Examples
@@ -219,6 +221,18 @@ def test_of_many_layers_one_at_a_time_is_in_memory_and_none_is_written_before_al
         alone = attribute(whole, first.token_ids, prefix=prefix).scores[-1]
         assert alone.model_dump(exclude={"prefix", "folded"}) == pytest.approx(scores.model_dump(), rel=1e-4)
     assert first.text == "".join(attribute(whole, first.token_ids).tokens)
+
+    def broken(*_: Any) -> str:
+        raise RuntimeError("the edges do not fit")
+
+    told = list[str]()
+    monkeypatch.setattr("cluster.graph_scores.say", lambda event, text: told.append(text))
+    monkeypatch.setattr("cluster.graph_scores._score", broken)
+    config = whole.config()
+    plan = plan_in_free_room(config, 32)
+    assert measure_graphs(config, plan, whole, store.url, store.window_ids("heldout")) is None
+    (message,) = told
+    assert message.startswith("graphs are left out, all else is written: ") and "the edges do not fit" in message
     replaced = reports[0].replaced
     assert replaced is not None and replaced.layers == (0, 1, 2) and replaced.prefixes == (16, 48, 64)
     alone = reports[0].layers[1].summary.loss
