@@ -57,11 +57,8 @@ def metric(url: str, name: str) -> float:
 
 
 def test_whichever_replica_answers(url: str, run: RunDirectory) -> None:
-    """Jobs are one process's, whose memory the others do without; what is refused is so through all of it."""
+    """Jobs are one process's; what is refused is so through all of it."""
     assert (len(replicas("Server")), len(replicas("Circuits"))) == (2, 1)
-    for pid in replicas("Server"):
-        loaded = Path(f"/proc/{pid}/maps").read_text()
-        assert "torch" in loaded
     wanted, told = attribute(run, PROMPT), list[dict[str, object]]()
     with Client(url) as client:
         for _ in range(3):
