@@ -21,6 +21,7 @@ import torch
 from safetensors.numpy import load, save
 
 from cluster.activations import UNIT_TYPE, ModelActor, configure_data_context, map_on_model_actors
+from cluster.graph_scores import measure_graphs
 from cluster.probing import measure_optional
 from cluster.resources import Plan
 from cluster.spool import Spool
@@ -48,7 +49,7 @@ from mtc.analysis.straight_line import FOLDS, LineSums, who_sums
 from mtc.config import Member, ModelConfig, RunConfig
 from mtc.devices import open_device
 from mtc.language_model import PackedWindows, SitePair, load_tokenizer, pack_windows
-from mtc.results import ReplacedLayers
+from mtc.results import GraphScores, ReplacedLayers
 from mtc.storage import RunDirectory
 from mtc.telemetry import describe_machine
 from mtc.text import TokenStore, TokenTexts, heldout_units
@@ -78,6 +79,9 @@ class HeldOutResults(NamedTuple):
     replaced: ReplacedLayers | None
     """What the language model does with all of the run's layers replaced at once, the same for all of the run's
     transcoders; None if the whole model was not run, of a single layer, and of a sweep."""
+    graphs: GraphScores | None
+    """What the attribution graphs of held-out prompts explain, the same for all; None as `replaced`, and if none were
+    wanted or could be made."""
 
 
 def analyse_heldout(
@@ -159,6 +163,9 @@ def analyse_heldout(
     if replaced is not None:
         layers = [sites.layer for sites in config.model.sites]
         together = replaced_layers(replaced, sorted(layers), config.transcoder.prefixes, counts[1])
+    graphs = None
+    if loss_units:
+        graphs = measure_graphs(config, plan, run, store_url, np.concatenate(loss_units))
     optional = measure_optional(config, plan, run_urls, store_url)
     texts = TokenTexts(load_tokenizer(config.model))
     line, line_of = LineSums(), -1
@@ -171,6 +178,7 @@ def analyse_heldout(
             _findings(store, empty_pass(at), line, spool, at, counts, texts)._replace(**more),
             *how[at].described(),
             together,
+            graphs,
         )
 
 

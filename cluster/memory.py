@@ -40,6 +40,11 @@ COPIES = 3
 """Of one transcoder's sums: themselves, as arrays that travel, and as the bytes of these."""
 
 
+PROMPT_TOKENS, MAX_FEATURES, GRAPH_COPIES = 12, 4096, 4
+"""Of the graphs of held-out prompts (cluster.graph_scores): tokens of a prompt, most features with edges of their own,
+and how often the matrix of edges is there while shares and influence are computed."""
+
+
 class TrainingBytes(NamedTuple):
     """Bytes that one trainer takes."""
 
@@ -207,6 +212,28 @@ def transcoders_at_once(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
             "lower cluster.num_model_actors, data.unit_tokens or analysis.max_per_feature"
         )
     return min(count, at_once)
+
+
+def graph_bytes(config: RunConfig, info: ModelInfo) -> int:
+    """Main memory of a process that scores attribution graphs: the language model in float32, all transcoders, and a
+    graph's edges with the copies that shares and influence take."""
+    transcoders = [member.config.transcoder for member in config.members()]
+    weights = sum(analysis_bytes(member.config, info).weights for member in config.members())
+    places = sum(min(t.k, t.num_features) for t in transcoders) + info.num_layers + 1
+    edges = min(MAX_FEATURES, PROMPT_TOKENS * places) * PROMPT_TOKENS * places
+    model = 12 * info.d_model**2 * info.num_layers + info.num_ids * info.d_model
+    return PROCESS + weights + FLOAT * (model + GRAPH_COPIES * edges)
+
+
+def graph_processes(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
+    """How many processes can score graphs at once: as many as there are model actors, as far as their memory fits; 0 if
+    not even one's does. One on a GPU, whose memory is not asked: there it takes seconds."""
+    if plan.device == "cuda":
+        return 1
+    known = [node.memory for node in plan.nodes if node.memory]
+    if len(known) < len(plan.nodes):
+        return plan.num_model_actors
+    return min(plan.num_model_actors, sum(int(memory / graph_bytes(config, info)) for memory in known))
 
 
 def _buffer_bytes(config: RunConfig, d_model: int, trainers: int) -> int:

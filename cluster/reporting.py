@@ -89,7 +89,7 @@ def analyse_and_write(
         results = analyse_heldout(config, plan, run, store_url, spool, at_once)
         with timed(seconds, "analyse"):
             first = [next(results)]
-        replaced = first[0].replaced
+        replaced, graphs = first[0].replaced, first[0].graphs
         with timed(seconds, "report"):
             headlines = [
                 stage(first.pop() if first else next(results), *about)  # which nobody else holds
@@ -100,7 +100,7 @@ def analyse_and_write(
             if config.sweep:
                 whole = write_sweep_report(dict(zip(places, headlines, strict=True)), config.sweep)
             elif len(members) > 1:
-                whole = write_layers_report(headlines, replaced)
+                whole = write_layers_report(headlines, replaced, graphs)
             staged.add(run, {f"report/{name}": data for name, data in whole.items()})
             # All is computed before the first file is written: an older analysis stays whole for as long as can be.
             for place, name, data in staged:

@@ -1,9 +1,10 @@
 """Draw what made a language model's next token, in a run's features: its attribution graph, as a page to work with.
 
     python jobs/graph.py --run runs/latest --prompt "The capital of the United States is" --output graph
-    python jobs/graph.py --run runs/latest --prompt "2 + 2 =" --target " 4" --prefix 192 --output graph
+    python jobs/graph.py --run runs/latest --prompt "2 + 2 =" --target " 4" --coarse 192 --output graph
 
-Writes graph.html, which needs nothing beside it, graph.svg, a drawing for documents, and graph.json, the graph itself.
+Writes graph.html, which needs nothing beside it, graph.svg, a drawing for documents, resolutions.svg, a plot of how
+much each resolution of the dictionary explains, and graph.json, the graph itself.
 Needs no cluster. Exit codes: 0 done, 1 failed while running, 2 unusable run, prompt or option, 130 interrupted.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import posixpath
 import sys
 import time
+from collections.abc import Sequence
 
 from jobs.command_line import add_options, failed
 from mtc.report.graph_page import graph_page
@@ -29,7 +31,7 @@ from mtc.storage import (
 )
 from mtc.telemetry import configure, fail, say, set_run
 
-FILES = ("graph.json", "graph.svg", "graph.html")
+FILES = ("graph.json", "graph.svg", "resolutions.svg", "graph.html")
 TOP_FEATURES = 5
 PROGRESS_SECONDS = 5.0
 
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         output = output_path(options.output)
         check_output(f"--output {options.output}", output)
         graph = make_graph(options)
-        write_graph(graph, output)
+        write_graph(graph, coarse_graph(graph, options), output)
         tell(graph, output)
     except Exception as error:
         return failed(error)
@@ -72,6 +74,7 @@ def make_graph(options: argparse.Namespace) -> Graph:
 
     say("loading", f"loading the language model and the transcoders of {run.url}")
     model = ReplacementModel.load(run, open_device(options.device))
+    check_coarse(options, model.prefixes)
     layers = len(model.transcoders)
     say("attributing", f"tracing the prompt through {layers} transcoder{'s' if layers > 1 else ''}", layers=layers)
     last = time.monotonic()
@@ -87,9 +90,29 @@ def make_graph(options: argparse.Namespace) -> Graph:
     return attribute(model, options.prompt, options.target, options.prefix, tell=progress, **given)
 
 
-def write_graph(graph: Graph, output: str) -> None:
-    """The files, each whole or not at all."""
-    texts = (graph.model_dump_json(), graph_svg(graph), graph_page(graph))
+def check_coarse(options: argparse.Namespace, prefixes: Sequence[int]) -> None:
+    """Raises CircuitError if the graph will not have that resolution."""
+    from mtc.circuits import CircuitError
+
+    known = [prefix for prefix in prefixes if options.prefix is None or prefix <= options.prefix]
+    if options.coarse is not None and known and options.coarse not in known:
+        raise CircuitError(f"coarse={options.coarse} is not one of the graph's nested dictionaries {known}")
+
+
+def coarse_graph(graph: Graph, options: argparse.Namespace) -> Graph:
+    """The graph at the resolution of `--coarse`, as it is without that."""
+    if options.coarse is None:
+        return graph
+    from mtc.circuits import coarsen
+
+    return coarsen(graph, options.coarse)
+
+
+def write_graph(graph: Graph, coarse: Graph, output: str) -> None:
+    """The files, each whole or not at all; `coarse` is what the drawing shows."""
+    from mtc.report.graph_plot import resolutions  # with matplotlib, which takes half a second
+
+    texts = (graph.model_dump_json(), graph_svg(coarse), resolutions(graph).svg, graph_page(graph))
     for name, text in zip(FILES, texts, strict=True):
         write_atomic(posixpath.join(output, name), text.encode())
 
@@ -107,7 +130,11 @@ def tell(graph: Graph, output: str) -> None:
     )
     for score in graph.scores:
         said = f"prefix {score.prefix:,}: replacement {number(score.replacement)}, completeness "
-        said += f"{number(score.completeness)}; errors hold {percent(1 - score.replacement)} of the influence"
+        said += f"{number(score.completeness)}; errors hold {percent(1 - score.replacement)} of the influence, "
+        said += f"{percent(score.special_errors)} at special tokens"
+        if score.folded.features > score.features:
+            said += f"; with {score.folded.features - score.features:,} later features folded in "
+            said += f"{number(score.folded.replacement)}, {number(score.folded.completeness)}"
         say("scores", said, errors=1 - score.replacement, **score.model_dump())
     if without := graph.layers - len(graph.traced):
         said = (
@@ -143,6 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prefix", type=int, metavar="N", help="size of a nested dictionary; by default all features are used"
     )
+    parser.add_argument(
+        "--coarse", type=int, metavar="N", help="draw graph.svg with later features folded into the first N that they "
+        "refine; the page folds by itself",
+    )  # fmt: skip
     parser.add_argument(
         "--max-features", type=int, metavar="N", help="features with edges of their own (default: 4096)"
     )

@@ -3,7 +3,8 @@
     serve run serve.app:build run=runs/latest           through Serve's own command line or a serveConfigV2
     python -m serve.app --run runs/latest --port 8000   deploys to a running Ray cluster
 
-Two deployments: the replicas of `Server` answer, `Control` decides by which runs.
+Two deployments: the replicas of `Server` answer, `Control` decides by which runs. With `interventions` a third,
+`Circuits`, computes graphs and interventions.
 """
 
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` as a class, not as a string.
@@ -25,7 +26,7 @@ from mtc.config import describe_faults
 from mtc.errors import MtcError
 from mtc.joining import joining
 from serve.contract import Settings
-from serve.deployments import Control, DeployError, Server, check_room, listen, roll_out
+from serve.deployments import Circuits, Control, DeployError, Server, check_room, listen, roll_out
 from serve.http import check_binding, read_keys
 from serve.service import Catalogue
 
@@ -55,7 +56,13 @@ def build(args: Settings) -> ray_serve.Application:
     server = _deployment(Server).options(
         ray_actor_options=resources, logging_config=QUIET, max_surge_percent=args.max_surge_percent, **replicas
     )
-    return server.bind(args, control, name)
+    if not args.interventions:
+        return server.bind(args, control, name)
+    resources = {"num_cpus": args.interventions_num_cpus, "num_gpus": args.interventions_num_gpus}
+    circuits = _deployment(Circuits).options(
+        ray_actor_options=resources, logging_config=QUIET, max_surge_percent=args.max_surge_percent, num_replicas=1
+    )
+    return server.bind(args, control, name, circuits.bind(args, name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         help="a setting, see docs/configuration.md; repeatable",
     )
+    parser.add_argument(
+        "--interventions", action="store_true",
+        help="also answer POST /graph and POST /steer, by a process that holds the whole language model in float32",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="also show what Ray and the replicas say")
     parser.add_argument("--block", action="store_true", help="stay until interrupted, then stop the service")
     options = parser.parse_args(argv)
@@ -84,12 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             read_keys(keys)
         if not 0 < options.port < 1 << 16:
             raise ValueError(f"--port {options.port}: 1 to 65535 is wanted")
-        settings = Settings.model_validate({"run": options.run, "api_keys_file": keys} | _settings(options.set))
+        given = {"run": options.run, "api_keys_file": keys} | _settings(options.set)
+        settings = Settings.model_validate(given | ({"interventions": True} if options.interventions else {}))
         application = build(settings)
         level = logging.INFO if options.verbose else logging.ERROR
         logging.getLogger("ray.serve").setLevel(level)  # what replicas and proxies say is in Ray's log files
-        given = os.environ.get("RAY_ADDRESS") if options.address == "auto" else None
-        with joining(given or options.address, "RAY_ADDRESS" if given else "--address"):
+        named = os.environ.get("RAY_ADDRESS") if options.address == "auto" else None
+        with joining(named or options.address, "RAY_ADDRESS" if named else "--address"):
             ray.init(address=options.address, log_to_driver=options.verbose, logging_level=level)
     except ValidationError as error:
         _say(describe_faults(error, Settings))

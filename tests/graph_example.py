@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 from mtc.results import Graph
@@ -34,20 +35,26 @@ def make_graph(
             (rng.randrange(layers), token, rng.choice([-1, *(rng.randrange(PREFIXES[g]) for g in (0, 1, 2, 2))]))
         )
     parents = dict[tuple[int, int], int | None]()
+
+    def ancestors(layer: int, feature: int) -> list[int]:
+        if (layer, feature) not in parents:
+            smaller = max((p for p in PREFIXES if p <= feature), default=0)
+            active = sorted({f for at, _, f in places if at == layer and 0 <= f < smaller})
+            choices = [None, rng.randrange(smaller), *active[:3]] if smaller else [None]
+            parents[layer, feature] = rng.choice(choices)
+        parent = parents[layer, feature]
+        return [] if parent is None else [parent, *ancestors(layer, parent)]
+
     for layer, token, feature in sorted(places):
         about: dict[str, Any] = {"layer": layer, "token": token, "influence": rng.random() / 20}
         if feature < 0:
             found.append({"kind": "error", **about})
             continue
         group = next(g for g, prefix in enumerate(PREFIXES) if feature < prefix)
-        if (layer, feature) not in parents:
-            earlier = [f for at, _, f in places if at == layer and 0 <= f < PREFIXES[group - 1]] if group else []
-            other = rng.randrange(PREFIXES[group - 1]) if group else None
-            parents[layer, feature] = rng.choice([None, other, *earlier[:3]]) if group else None
         about |= {
             "feature": feature,
             "group": group,
-            "parent": parents[layer, feature],
+            "ancestors": ancestors(layer, feature),
             "text": rng.choice([None, *tokens]),
         }
         found.append({"kind": "feature", "activation": rng.random(), "value": rng.random(), "bias": 0.1, **about})
@@ -65,10 +72,7 @@ def make_graph(
         own = [(i, rng.gauss(0, 1)) for i in earlier if rng.random() < 0.3 and not found[i].get("target")]
         node["incoming"] = 1.2 * sum(abs(weight) for _, weight in own) + 0.01
         edges += [(i, reader, weight) for i, weight in own]
-    scores = [
-        {"prefix": p, "features": p // 10, "replacement": 0.2 + p / 1000, "completeness": 0.5 + p / 2000}
-        for p in PREFIXES
-    ]
+    scores = [{"prefix": p, **_explained(p), "folded": {"nodes": p // 20, **_explained(p + 200)}} for p in PREFIXES]
     return Graph.model_validate(
         {
             "run_id": "one/layer<1>", "base_model": "random", "layers": layers, "traced": tuple(range(layers)),
@@ -80,6 +84,12 @@ def make_graph(
     )  # fmt: skip
 
 
+def _explained(p: int) -> dict[str, Any]:
+    return {
+        "features": p // 10, "replacement": 0.1 + p / 1000, "completeness": 0.5 + p / 2000, "special_errors": 0.05,
+    }  # fmt: skip
+
+
 def _row(node: dict[str, Any], layers: int) -> int:
     return -1 if node["kind"] == "embedding" else node.get("layer", layers)
 
@@ -89,13 +99,17 @@ def names_of(
 ) -> list[str]:
     """What each node is shown as, by the definition: it climbs to its parent until it is in the prefix or what it
     would be folded into is unfolded and itself seen."""
-    refines = {(n.layer, n.feature): n.parent for n in graph.nodes if n.kind == "feature" and n.parent is not None}
+    refines = {
+        (node.layer, child): parent
+        for node in graph.nodes if node.feature is not None
+        for child, parent in pairwise([node.feature, *node.ancestors])
+    }  # fmt: skip
 
     def lineage(layer: int, token: int, feature: int) -> list[str]:
         parent = refines.get((layer, feature))
         if parent is not None:
             return [f"f.{layer}.{token}.{feature}", *lineage(layer, token, parent)]
-        return [f"f.{layer}.{token}.{feature}", *([f"x.{layer}.{token}"] if feature >= PREFIXES[0] else [])]
+        return [f"f.{layer}.{token}.{feature}", *([f"x.{layer}.{token}"] if feature >= graph.prefixes[0] else [])]
 
     def seen(line: list[str]) -> bool:
         own = line[0]

@@ -201,6 +201,8 @@ def attacks(limits: Settings) -> Iterator[Attack]:
         yield Attack(f"feature {index}", _get(f"/features/{index}"), (422,), "validation")
     yield Attack("another feature", _get("/features/10"), (404,), "unknown_feature")
 
+    if limits.interventions:
+        yield from _circuits(limits)
     for method in ("TRACE", "DELETE", "PUT", "PATCH", "OPTIONS"):
         yield Attack(method, _get("/encode").replace(b"GET", method.encode(), 1), (405,), "method_not_allowed")
     yield Attack("no such page", _get("/" + "a/" * 2000), (404,), "not_found")
@@ -213,6 +215,66 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     yield Attack("HTML", _post("/encode", _json(inputs="<script>alert(1)</script>")), (200,))
     yield Attack("NUL", _post("/encode", _json(inputs="a\0b")), (200,))
     yield Attack("overrides and bidi", _post("/encode", _json(inputs="\u202e\u2066\ufeff\U0001f600\U000e0001")), (200,))
+
+
+def _circuits(limits: Settings) -> Iterator[Attack]:
+    """Graphs and interventions, of a service that has them, with limits of 32 tokens and 64 features."""
+    change = {"layer": 1, "feature": 1, "value": 1}
+
+    def graph(name: str, answers: tuple[int, ...], kind: str | None, **fields: Any) -> Attack:
+        return Attack(f"graph {name}", _post("/graph", json.dumps({"prompt": NAME} | fields).encode()), answers, kind)
+
+    def steer(name: str, answers: tuple[int, ...], kind: str | None, **fields: Any) -> Attack:
+        body = {"prompt": NAME, "interventions": [change], "max_tokens": 1} | fields
+        return Attack(f"steer {name}", _post("/steer", json.dumps(body).encode()), answers, kind)
+
+    refused, no = (422,), "validation"
+    for job in ("x", "..", "%2e%2e", "%00", "a" * 101, "..%2f..%2fetc", "'--", "AAAAAAAAAAAAAAAAAAAAAA"):
+        for place in (f"/graph/{job}", f"/graph/{job}/result"):
+            yield Attack(f"{place[:40]}", _get(place), (404, 422))
+        yield Attack(f"delete {job[:30]}", _get(f"/graph/{job}").replace(b"GET", b"DELETE", 1), (404, 422))
+    yield Attack("all jobs", _get("/graph"), (405,), "method_not_allowed")
+    yield Attack("all jobs to delete", _get("/graph").replace(b"GET", b"DELETE", 1), (405,), "method_not_allowed")
+    yield Attack("a form of a graph", _get("/graph/x/result?format=../../etc"), (422,), no)
+    for targets in ([], [""], [None], [[]], [{}], [1.5], [-1], [2**31], ["a" * 1001], [NAME], ["a"] * 11, {"layer": 1}):
+        yield graph(f"targets {str(targets)[:20]}", refused, no, targets=targets)
+    for place in ({"layer": 1, "token": 99, "feature": 1}, {"layer": 1, "token": 1, "feature": 2**31 - 1}):
+        yield graph(f"target {place['token']}", (202, 422), None, targets=[place])
+    for name, value in (
+        ("node_share", 0), ("node_share", 1.01), ("edge_share", -1), ("edge_share", "1"), ("max_features", 0),
+        ("prefix", 0), ("prefix", "4"), ("faithfulness", 1), ("tell", 1), ("input_ids", [1]),
+    ):  # fmt: skip
+        yield graph(f"{name} {value}", refused, no, **{name: value})
+    yield Attack("graph of nothing", _post("/graph", b'{"prompt": ""}'), (400,), "empty_inputs")
+    yield Attack("graph of no ids", _post("/graph", b'{"input_ids": []}'), (400,), "empty_inputs")
+    body = b'{"prompt": "a", "targets": ["a", {"layer": 1, "layer": 0, "token": 1, "feature": 1}]}'
+    yield Attack("graph with a key twice", _post("/graph", body), refused, no)
+    yield graph("model", (404,), "unknown_model", model="../one")
+    yield Attack("graph as a form", _post("/graph", b"prompt=a", "application/x-www-form-urlencoded"), (415,))
+    for interventions in (
+        [], {}, [None], [{}], [change | {"feature": -1}], [change | {"feature": 64}], [change | {"layer": 0}],
+        [change | {"value": 1e7}], [change | {"value": "1"}], [change | {"mode": "__class__"}],
+        [change | {"positions": []}], [change | {"positions": [-1]}], [change | {"positions": [1.5]}], [change] * 65,
+    ):  # fmt: skip
+        yield steer(f"interventions {str(interventions)[:60]}", refused, no, interventions=interventions)
+    for number in ("NaN", "Infinity", "1e999"):
+        sent = json.dumps({"prompt": NAME, "interventions": [change]}).replace('"value": 1', f'"value": {number}')
+        yield Attack(f"steer by {number}", _post("/steer", sent.encode()), (400, 422))
+    for name, value in (
+        ("max_tokens", 0), ("max_tokens", 4097), ("n", 0), ("n", 17), ("n", 2), ("temperature", -1),
+        ("temperature", 101), ("seed", -1), ("seed", 2**53), ("attention", "other"), ("special", 1),
+        ("messages", [{"role": "user", "content": "a"}]),
+    ):  # fmt: skip
+        yield steer(f"{name} {value}", refused, no, **{name: value})
+    many = limits.max_input_tokens
+    yield steer("too many tokens", (413,), "input_too_long", max_tokens=many)
+    yield steer("too many passes", (413,), "too_many_tokens", n=16, temperature=1, max_tokens=many // 2)
+    yield Attack("steer as a picture", _post("/steer", b"{}", Accept="image/png"), (406,), "not_acceptable")
+    yield Attack(
+        "steer NUL", _post("/steer", json.dumps({"prompt": "a\0b", "interventions": [change]}).encode()), (200,)
+    )
+    chat = {"messages": [{"role": "{{x}}", "content": "{% raw %}"}], "interventions": [change]}
+    yield Attack("steer a template", _post("/steer", json.dumps(chat).encode()), refused, no)
 
 
 def _duplicates() -> Iterator[Attack]:

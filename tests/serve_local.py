@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.parquet as pq
 import report_example as example
 import torch
@@ -34,7 +37,8 @@ from serve.contract import (
     take_snapshot,
 )
 from serve.http import create_app, http_protocol
-from serve.service import Catalogue, Models, ServedRun, Service
+from serve.service import Catalogue, Circuits, Models, ServedRun, Service
+from serve.service.circuit_model import Load, load_replacement
 
 
 def make_config() -> RunConfig:
@@ -94,7 +98,7 @@ def make_layers_run(directory: Path, layers: Sequence[int] = (2, 0), seed: int =
         _write_transcoder(member, seed + own.model.layer, own)
         analyses.append(_write_analysis(member, own))
         member.publish(latest=False)
-    for name, data in write_layers_report([each.headline() for each in analyses], None).items():
+    for name, data in write_layers_report([each.headline() for each in analyses], None, None).items():
         run.write(f"report/{name}", data)
     run.publish(latest=False)
     return run
@@ -156,17 +160,55 @@ class LocalControl:
         return render_metrics([take_snapshot(self.counts.registry)] if self.counts else [])
 
 
-def make_service(control: LocalControl, models: type[Models] = Models, **settings: Any) -> Service:
-    """A replica of the service; the models are loaded when they are first asked for."""
+class LocalInterventions:
+    """`serve.service.Interventions` in the service's own process."""
+
+    def __init__(self, circuits: Circuits):
+        self.circuits = circuits
+
+    def __getattr__(self, name: str) -> Any:
+        graphs, steerings = self.circuits.graphs, self.circuits.steerings
+        steers = {"steer": steerings.begin, "step": steerings.step, "end": steerings.end}
+        method = steers.get(name) or getattr(graphs, name)
+
+        async def call(*arguments: Any) -> Any:
+            return await asyncio.to_thread(method, *arguments)
+
+        return call
+
+
+def make_service(
+    control: LocalControl, models: type[Models] = Models, load: Load = load_replacement, **settings: Any
+) -> Service:
+    """A replica of the service; the models are loaded when they are first asked for, also those of interventions, by
+    `load`."""
     wanted, metrics = Settings(run=control.keys[0].url, **settings), ReplicaMetrics()
     control.counts = metrics
-    return Service(wanted, models(wanted, metrics), control, control.state, metrics)
+    circuits = LocalInterventions(Circuits(wanted, load=load)) if wanted.interventions else None
+    return Service(wanted, models(wanted, metrics), control, control.state, metrics, circuits)
+
+
+def wait_for_interventions(client: httpx.Client) -> None:
+    """Until the models of the current run are in memory for graphs and steering."""
+    body = {"input_ids": [1], "interventions": [{"layer": 1, "feature": 0, "value": 0}], "max_tokens": 1}
+    deadline = time.monotonic() + 60
+    while client.post("/steer", json=body).status_code == 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @contextmanager
-def served(*runs: RunDirectory, models: type[Models] = Models, **settings: Any) -> Iterator[str]:
+def served(
+    *runs: RunDirectory, models: type[Models] = Models, load: Load = load_replacement, **settings: Any
+) -> Iterator[str]:
     """The base URL of a server for the runs, the first one current."""
-    service = make_service(LocalControl(*runs), models, **settings)
+    with serving(make_service(LocalControl(*runs), models, load, **settings)) as url:
+        yield url
+
+
+@contextmanager
+def serving(service: Service) -> Iterator[str]:
+    """The base URL of a server of a service."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -191,3 +233,5 @@ def served(*runs: RunDirectory, models: type[Models] = Models, **settings: Any) 
     finally:
         server.should_exit = True
         thread.join(30)
+        if service.settings.interventions:
+            service.interventions.circuits.close()  # type: ignore[attr-defined]

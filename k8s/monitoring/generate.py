@@ -161,6 +161,15 @@ SERVING = Dashboard("serving", "Transcoder service", False, (
         Query(whole("mtc_runs_loaded"), "in memory, over all replicas"),
         Query(f"sum by (outcome) ({whole(f'increase(mtc_run_loads_total[{WINDOW}])')})", "{{outcome}}"),
     ), "none"),
+    Panel("Graphs", (
+        Query(whole("mtc_graph_jobs_pending"), "wait or are computed"),
+        Query(f"sum by (outcome) ({whole(f'increase(mtc_graph_jobs_total[{WINDOW}])')})", "{{outcome}}"),
+    ), "none"),
+    Panel("Time of a graph", quantiles("mtc_graph_seconds", "", service=True), "s", "Without the wait for its turn."),
+    Panel("Steering", (
+        Query(whole("mtc_steerings_in_flight"), "prompts"),
+        Query(whole(f"rate(mtc_steered_tokens_total[{WINDOW}])"), "steps a second"),
+    ), "none"),
     Panel("Current run", (Query(whole("mtc_model_info"), "{{run_id}}"),), "none"),
 ))  # fmt: skip
 DASHBOARDS = (TRAINING, STREAM, SERVING)

@@ -1,9 +1,10 @@
 """Circuits: what made a language model's next token, in features, and what happens if features are changed."""
 
 from mtc.circuits.attribution import attribute
+from mtc.circuits.coarse import coarsen
 from mtc.circuits.graph import FeatureTarget
 from mtc.circuits.interventions import steer
 from mtc.circuits.replacement import CircuitError, ReplacementModel
 from mtc.results import Intervention
 
-__all__ = ["CircuitError", "FeatureTarget", "Intervention", "ReplacementModel", "attribute", "steer"]
+__all__ = ["CircuitError", "FeatureTarget", "Intervention", "ReplacementModel", "attribute", "coarsen", "steer"]

@@ -72,14 +72,9 @@ class Pruned(NamedTuple):
     """[rows, columns] bool"""
 
 
-def at_prefix(adjacency: Adjacency, prefix: int) -> Adjacency:
-    """The graph of a smaller nested dictionary: edges between its features stay what they are, and what later features
-    wrote is error."""
-    return keep_features(adjacency, adjacency.feature < prefix)
-
-
 def keep_features(adjacency: Adjacency, kept: Tensor) -> Adjacency:
-    """The graph with some of its features, [features] bool; what the others wrote is part of their tokens' errors."""
+    """The graph with some of its features, [features] bool: edges between these stay what they are, and what the others
+    wrote is part of their tokens' errors. With the features of a prefix it is the graph of that nested dictionary."""
     places = adjacency.layer * adjacency.tokens + adjacency.token
     rows = torch.cat([kept, kept.new_ones(len(adjacency.weights))])
     return adjacency._replace(

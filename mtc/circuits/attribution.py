@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from mtc.circuits.edges import Readers, Traced, logit_readers
 from mtc.circuits.faithfulness import measure_faithfulness
 from mtc.circuits.graph import FeatureTarget, Whole, to_graph
 from mtc.circuits.replacement import CircuitError, Prompt, ReplacementModel
-from mtc.circuits.selection import Progress, Target, adjacency
+from mtc.circuits.selection import MOST_BYTES, Progress, Target, adjacency
+from mtc.language_model import PackedWindows
 from mtc.results import Graph
 from mtc.storage import RunDirectory
 from mtc.text import encode_text
@@ -21,6 +23,19 @@ MOST_TARGETS = 10
 TARGET_PROBABILITY = 0.95
 """Of the most probable next tokens, as many as hold this are explained, at most MOST_TARGETS."""
 MAX_FEATURES = 4096
+
+
+class Limits(NamedTuple):
+    """What a graph may take."""
+
+    matrix_bytes: int = MOST_BYTES
+    """Largest matrix of edges before pruning; about three times that is held."""
+    edges: int | None = None
+    """Most edges after pruning."""
+
+
+NO_LIMITS = Limits()
+"""But that of matrices."""
 
 
 def attribute(
@@ -33,6 +48,7 @@ def attribute(
     edge_share: float = 0.98,
     faithfulness: int = 0,
     tell: Progress = lambda done, of: None,
+    limits: Limits = NO_LIMITS,
 ) -> Graph:
     """The graph of what made the prompt's next token, pruned.
 
@@ -42,7 +58,7 @@ def attribute(
     many features get edges of their own, the strongest by influence. Pruning keeps the nodes that hold `node_share` of
     the influence and, among these, the edges that hold `edge_share`. `faithfulness` is how many features are taken out
     of the real model, one at a time, to see whether the graph foretells what happens. `tell(done, of)` hears of
-    progress.
+    progress, and may end the work. `limits` are on what is held.
 
     Raises CircuitError that names the argument, the limit and the value, and what `ReplacementModel.load` raises.
     """
@@ -51,11 +67,15 @@ def attribute(
     _check_share("edge_share", edge_share)
     if faithfulness < 0:
         raise CircuitError(f"faithfulness={faithfulness}: a number of features is wanted, 0 for none")
-    whole = attribute_whole(model, prompt, targets, prefix, max_features, tell)
-    graph = to_graph(whole, node_share, edge_share)
+    whole = attribute_whole(model, prompt, targets, prefix, max_features, tell, limits.matrix_bytes)
+
+    def pause() -> None:
+        tell(whole.adjacency.num_features, whole.adjacency.num_features)
+
+    graph = to_graph(whole, node_share, edge_share, limits.edges, pause)
     if not faithfulness:
         return graph
-    return graph.model_copy(update={"faithfulness": measure_faithfulness(whole, graph, faithfulness)})
+    return graph.model_copy(update={"faithfulness": measure_faithfulness(whole, graph, faithfulness, pause)})
 
 
 def attribute_whole(
@@ -65,13 +85,10 @@ def attribute_whole(
     prefix: int | None = None,
     max_features: int = MAX_FEATURES,
     tell: Progress = lambda done, of: None,
+    matrix_bytes: int = MOST_BYTES,
 ) -> Whole:
     """As `attribute`, before pruning."""
-    model.check_prefix(prefix)
-    if max_features < 1:
-        raise CircuitError(f"max_features={max_features}: at least 1 is wanted")
-    window = model.window(prompt)
-    wanted = _named(model, targets, window.trainable.tolist(), prefix)
+    window, wanted = check_question(model, prompt, targets, prefix, max_features)
     traced = Traced(model, window, prefix)
     last = traced.tokens - 1
     logits = model.model.read_out().logits(traced.frozen.real.final[last])
@@ -82,10 +99,28 @@ def attribute_whole(
     else:
         weights = probabilities.new_full((len(wanted),), 1 / len(wanted))
     readers = [_target(traced, last, each, weight) for each, weight in zip(wanted, weights.split(1), strict=True)]
-    found = adjacency(traced, readers, max_features, tell)
+    found = adjacency(traced, readers, max_features, tell, matrix_bytes)
+    tell(found.num_features, found.num_features)
     ids = tuple(window.input_ids.tolist())
     size = prefix or max(model.prefixes)
     return Whole(model, traced, found, influence(found), ids, tuple(wanted), probabilities, size)
+
+
+def check_question(
+    model: ReplacementModel,
+    prompt: Prompt,
+    targets: Sequence[str | int | FeatureTarget] | None = None,
+    prefix: int | None = None,
+    max_features: int = MAX_FEATURES,
+) -> tuple[PackedWindows, tuple[int | FeatureTarget, ...] | None]:
+    """The prompt as a window and the targets, by id, None if they are the most probable tokens; nothing is computed.
+
+    Raises CircuitError, as `attribute` does for these arguments."""
+    model.check_prefix(prefix)
+    if max_features < 1:
+        raise CircuitError(f"max_features={max_features}: at least 1 is wanted")
+    window = model.window(prompt)
+    return window, _named(model, targets, window.trainable.tolist(), prefix)
 
 
 def _most_probable(probabilities: Tensor) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ transcoders' circuits: Dunefsky et al. 2024, arXiv:2406.11944.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,16 +74,14 @@ class Traced:
         layer, token, feature, activation = (torch.cat(parts) for parts in zip(*found, strict=True))
         return layer, token, feature, activation
 
-    def readers(self, columns: Tensor) -> list[tuple[Tensor, Readers, Tensor]]:
-        """What the features with these columns, [n] int64 ascending, read, by layer: their columns, the readers, and
-        the biases that are added."""
-        found = []
+    def readers(self, columns: Tensor) -> Iterator[tuple[Tensor, Readers, Tensor]]:
+        """What the features with these columns, [n] int64 ascending, read, by layer and at most BATCH at a time: their
+        columns, the readers, and the biases that are added."""
         for layer, taken in self.taken.items():
             first = self._first[layer]
-            own = columns[(columns >= first) & (columns < first + len(taken.feature))]
-            if len(own):
-                found.append((own, *self.feature_readers(layer, taken.token[own - first], taken.feature[own - first])))
-        return found
+            of_layer = columns[(columns >= first) & (columns < first + len(taken.feature))]
+            for own in of_layer.split(BATCH) if len(of_layer) else ():
+                yield own, *self.feature_readers(layer, taken.token[own - first], taken.feature[own - first])
 
     def feature_readers(self, layer: int, token: Tensor, feature: Tensor) -> tuple[Readers, Tensor]:
         """What features of a layer read at these tokens, all [n], active or not, and their biases."""

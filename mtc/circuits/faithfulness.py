@@ -6,6 +6,8 @@ with features that react linearly: a feature's whole contribution to the targets
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -30,9 +32,11 @@ def contributions(adjacency: Adjacency) -> Tensor:
 
 
 @torch.no_grad()
-def measure_faithfulness(whole: Whole, graph: Graph, most: int) -> Faithfulness:
-    """Take out the graph's `most` features of most influence, one at a time. Raises CircuitError for a graph whose
-    targets are features: what is compared is the next token's logits."""
+def measure_faithfulness(
+    whole: Whole, graph: Graph, most: int, pause: Callable[[], None] = lambda: None
+) -> Faithfulness:
+    """Take out the graph's `most` features of most influence, one at a time; `pause` is called between passes. Raises
+    CircuitError for a graph whose targets are features: what is compared is the next token's logits."""
     if any(isinstance(target, FeatureTarget) for target in whole.targets):
         raise CircuitError("targets are features: faithfulness is measured on the logits of next tokens")
     found = whole.adjacency
@@ -42,7 +46,10 @@ def measure_faithfulness(whole: Whole, graph: Graph, most: int) -> Faithfulness:
     columns = [known[graph.nodes[i].layer, graph.nodes[i].token, graph.nodes[i].feature] for i in nodes]
     foretold = -contributions(found)[columns] if columns else found.value.new_empty(0)
     clean = _targets(whole, [])
-    parts = [_targets(whole, columns[a : a + BATCH]) - clean for a in range(0, len(columns), BATCH)]
+    parts = []
+    for a in range(0, len(columns), BATCH):
+        pause()
+        parts.append(_targets(whole, columns[a : a + BATCH]) - clean)
     real = torch.cat(parts) if parts else foretold
     return compare(real.tolist(), foretold.tolist(), nodes)
 

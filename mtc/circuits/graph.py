@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtc.circuits.adjacency import Adjacency, Influence, Pruned, at_prefix, influence, prune, scores
+from mtc.circuits.adjacency import Adjacency, Influence, Pruned, influence, keep_features, prune, scores
 from mtc.circuits.edges import Traced
-from mtc.circuits.replacement import ReplacementModel
-from mtc.results import Graph, GraphNode, PrefixScores
+from mtc.circuits.replacement import CircuitError, ReplacementModel
+from mtc.results import Explained, Folded, Graph, GraphNode, PrefixScores
 
 
 class FeatureTarget(NamedTuple):
@@ -37,10 +38,30 @@ class Whole(NamedTuple):
     prefix: int
 
 
-def to_graph(whole: Whole, node_share: float, edge_share: float) -> Graph:
-    """The whole graph pruned, as a record."""
+def to_graph(
+    whole: Whole,
+    node_share: float,
+    edge_share: float,
+    most_edges: int | None = None,
+    pause: Callable[[], None] = lambda: None,
+) -> Graph:
+    """The whole graph pruned, as a record; `pause` is called between the parts of the work.
+
+    Raises CircuitError if pruning leaves more than `most_edges`.
+    """
     model, found = whole.model, whole.adjacency
     kept = prune(found, whole.influence, node_share, edge_share)
+    if most_edges is not None and (left := int(torch.count_nonzero(kept.edges))) > most_edges:
+        raise CircuitError(
+            f"edges are {left:,} after pruning with node_share={node_share:g} and edge_share={edge_share:g}; at most "
+            f"{most_edges:,} are wanted: lower shares, or a smaller max_features"
+        )
+    pause()
+    scores = []
+    for prefix in model.prefixes:
+        if prefix <= whole.prefix:
+            scores.append(_scores(whole, prefix))
+            pause()
     nodes, numbers = _nodes(whole, kept)
     rows, columns = kept.edges.nonzero(as_tuple=True)
     weights = found.edges[rows, columns].tolist()
@@ -62,17 +83,41 @@ def to_graph(whole: Whole, node_share: float, edge_share: float) -> Graph:
         edge_share=edge_share,
         all_edges=int(torch.count_nonzero(found.edges)),
         all_influence=float(whole.influence.nodes.sum()),
-        scores=tuple(_scores(found, m) for m in model.prefixes if m <= whole.prefix),
+        scores=tuple(scores),
         identity_error=_identity_error(found),
         nodes=tuple(nodes),
         edges=tuple(edges),
     )
 
 
-def _scores(found: Adjacency, prefix: int) -> PrefixScores:
-    own = at_prefix(found, prefix)
-    replacement, completeness = scores(own, influence(own))
-    return PrefixScores(prefix=prefix, features=own.num_features, replacement=replacement, completeness=completeness)
+def _scores(whole: Whole, prefix: int) -> PrefixScores:
+    """Of the prefix's features alone, and with those that are folded into them: a node that stands for several explains
+    what they explain."""
+    found = whole.adjacency
+    places = list(zip(*(each.tolist() for each in (found.layer, found.token, found.feature)), strict=True))
+    kept, nodes = [], set()
+    for layer, token, feature in places:
+        own = next((f for f in (feature, *whole.model.ancestors(layer, feature)) if f < prefix), None)
+        kept.append(own is not None)
+        if own is not None:
+            nodes.add((layer, token, own))
+    alone, with_folded = found.feature < prefix, torch.tensor(kept, dtype=torch.bool, device=found.edges.device)
+    of_prefix = explained(whole, alone)
+    folded = of_prefix if torch.equal(alone, with_folded) else explained(whole, with_folded)
+    about = Folded(nodes=len(nodes), **folded.model_dump())
+    return PrefixScores(prefix=prefix, folded=about, **of_prefix.model_dump())
+
+
+def explained(whole: Whole, kept: Tensor) -> Explained:
+    """What the graph explains with some of its features, [features] bool."""
+    own = keep_features(whole.adjacency, kept)
+    reach = influence(own)
+    replacement, completeness = scores(own, reach)
+    n, at_special = own.num_features, [i in whole.model.special for i in whole.token_ids] * own.layers
+    errors = reach.nodes[n : n + len(at_special)][torch.tensor(at_special, device=reach.nodes.device)]
+    ends = reach.nodes[n:].sum().clamp(min=torch.finfo(errors.dtype).tiny)
+    special = float(errors.sum() / ends)
+    return Explained(features=n, replacement=replacement, completeness=completeness, special_errors=special)
 
 
 def _identity_error(found: Adjacency) -> float:

@@ -146,8 +146,10 @@ def steer(
     Raises CircuitError that names the argument, the limit and the value, and what `ReplacementModel.load` raises.
     """
     model = run if isinstance(run, ReplacementModel) else ReplacementModel.load(run)
-    about = {"max_tokens": max_tokens, "n": n, "temperature": temperature, "seed": seed}
-    steering = Steering(model, prompt, interventions, **about, attention=attention, special=special)  # type: ignore[arg-type]
+    steering = Steering(
+        model, prompt, interventions, max_tokens=max_tokens, n=n, temperature=temperature, seed=seed,
+        attention=attention, special=special,
+    )  # fmt: skip
     return collect(steering, list(steering.steps()))
 
 

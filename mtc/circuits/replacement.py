@@ -140,12 +140,19 @@ class ReplacementModel:
         return [self.texts.token(i) for i in ids[:first]] + self.texts.sequence(ids[first:], starts_text=True)
 
     def about(self, layer: int, feature: int) -> dict[str, Any]:
-        """What the run's analysis knows of a feature, as fields of a GraphNode: the group it is in, its parent and the
-        most frequent tokens at its examples' peaks."""
+        """What the run's analysis knows of a feature, as fields of a GraphNode: the group it is in, its ancestors and
+        the most frequent tokens at its examples' peaks."""
         groups = self.transcoders[layer].groups
         group = next(n for n, (_, end) in enumerate(groups) if feature < end)
-        parent, tokens = self._analysed(layer).get(feature, (None, None))
-        return {"group": group, "parent": parent, "text": tokens}
+        _, tokens = self._analysed(layer).get(feature, (None, None))
+        return {"group": group, "ancestors": self.ancestors(layer, feature), "text": tokens}
+
+    def ancestors(self, layer: int, feature: int) -> tuple[int, ...]:
+        """The earlier features that a feature refines, by the analysis's tree: its parent first, then that one's."""
+        known, found = self._analysed(layer), [feature]
+        while (parent := known.get(found[-1], (None, None))[0]) is not None and parent < found[-1]:
+            found.append(parent)
+        return tuple(found[1:])
 
     def _analysed(self, layer: int) -> dict[int, tuple[int | None, str | None]]:
         """Parent and peak tokens of each feature of a layer; empty where the run has no analysis."""

@@ -15,10 +15,11 @@ from mtc.circuits.replacement import CircuitError
 ROUNDS = 8
 """Times that influence is computed, each from the rows known so far, before the next strongest features are read."""
 MOST_BYTES = 4 << 30
-"""Largest matrix of edges; twice that is held while shares are computed."""
+"""Largest matrix of edges; twice that is held besides while shares are computed."""
 
 Progress = Callable[[int, int], None]
-"""Told how many features were read, of how many; what it raises ends the work."""
+"""Told how many features were read, of how many: after every few of them, and between the parts of what follows. What
+it raises ends the work."""
 
 
 class Target(NamedTuple):
@@ -31,15 +32,17 @@ class Target(NamedTuple):
     """[n], how much each counts."""
 
 
-def adjacency(traced: Traced, targets: Sequence[Target], max_features: int, tell: Progress) -> Adjacency:
+def adjacency(
+    traced: Traced, targets: Sequence[Target], max_features: int, tell: Progress, most_bytes: int = MOST_BYTES
+) -> Adjacency:
     """Edges into targets, and into the `max_features` features of most influence on them; what other features wrote is
     part of the errors.
 
-    Raises CircuitError if the edges take more than MOST_BYTES.
+    Raises CircuitError if the edges take more than `most_bytes`.
     """
     layer, token, feature, activation = traced.entries()
     most, weights = min(max_features, traced.num_features), torch.cat([target.weights for target in targets])
-    _check_size(traced, most + len(weights), activation.element_size())
+    _check_size(traced, most + len(weights), activation.element_size(), most_bytes)
     found = _Rows(traced, most + len(weights))
     for target in targets:
         found.read(None, target.readers, target.constant)
@@ -91,11 +94,11 @@ class _Rows:
         return self._edges[order], self._bias[order], self._value[order]
 
 
-def _check_size(traced: Traced, rows: int, item: int) -> None:
-    if (size := rows * traced.columns * item) > MOST_BYTES:
-        most = MOST_BYTES // (traced.columns * item)
+def _check_size(traced: Traced, rows: int, item: int, most_bytes: int) -> None:
+    if (size := rows * traced.columns * item) > most_bytes:
+        most = most_bytes // (traced.columns * item)
         raise CircuitError(
             f"edges into {rows:,} nodes from {traced.columns:,}, those of a prompt of {traced.tokens} tokens, take "
-            f"{size / 1e9:.1f} GB; at most {MOST_BYTES / 1e9:.1f} GB are wanted: a max_features of {most:,}, a shorter "
+            f"{size / 1e9:.1f} GB; at most {most_bytes / 1e9:.1f} GB are wanted: a max_features of {most:,}, a shorter "
             "prompt or a smaller prefix"
         )

@@ -4,16 +4,17 @@
         encoding = client.encode("We the people", top_k=8)
         encoding.inputs[0].top(-1, 3)
 
-Every call may be repeated without harm, so what a busy or restarting service refuses is asked for again.
+Every call may be repeated without harm, so what a busy or restarting service refuses is asked for again; of `graph`,
+an answer that was lost may leave a job that nobody fetches, until the service forgets it.
 """
 
 from mtc.client.answers import Decoding, EncodedInput, Encoding, Model, Tokenisation, TokenisedInput, Usage
 from mtc.client.asynchronous import AsyncClient
 from mtc.client.blocking import Client
-from mtc.client.calls import EncodeOptions
+from mtc.client.calls import EncodeOptions, GraphOptions, SteerOptions
 from mtc.client.failures import Retry, ServiceError
 
 __all__ = [
-    "AsyncClient", "Client", "Decoding", "EncodeOptions", "EncodedInput", "Encoding", "Model", "Retry",
-    "ServiceError", "Tokenisation", "TokenisedInput", "Usage",
+    "AsyncClient", "Client", "Decoding", "EncodeOptions", "EncodedInput", "Encoding", "GraphOptions", "Model",
+    "Retry", "ServiceError", "SteerOptions", "Tokenisation", "TokenisedInput", "Usage",
 ]  # fmt: skip

@@ -5,15 +5,30 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Literal, Self, TypeVar, Unpack
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
 import httpx
 
 from mtc.client import calls
 from mtc.client.answers import Decoding, EncodedInput, Encoding, SparseRows, Tokenisation
-from mtc.client.calls import NDJSON, Call, EncodeOptions, Format, Inputs, Lines
+from mtc.client.calls import (
+    NDJSON,
+    Call,
+    EncodeOptions,
+    Format,
+    GraphOptions,
+    Inputs,
+    Lines,
+    Progress,
+    SteeredLines,
+    SteerOptions,
+)
 from mtc.client.failures import DEFAULT_RETRY, Attempts, Retry, no_answer, refusal
+
+if TYPE_CHECKING:
+    from mtc.results.circuits import Graph, Intervention, Steered
 
 T = TypeVar("T")
 
@@ -97,6 +112,47 @@ class AsyncClient:
         """See `Client.examples`."""
         return await self._do(calls.get(f"/features/{feature}/examples", **options))
 
+    async def graph(
+        self, prompt: str | None = None, *, timeout: float = calls.GRAPH_TIMEOUT_S, tell: Progress | None = None,
+        **options: Unpack[GraphOptions],
+    ) -> Graph:  # fmt: skip
+        """See `Client.graph`; what is cancelled, is so in the service, too."""
+        job, end = await self._do(calls.submit_graph(prompt, options)), self._clock() + timeout
+        pause = calls.FIRST_PAUSE_S
+        try:
+            while job["state"] not in ("done", "failed"):
+                if tell is not None:
+                    tell(job)
+                if self._clock() + pause > end:
+                    raise calls.too_slow(job, timeout)
+                await self._sleep(pause)
+                pause = min(1.5 * pause, calls.LONGEST_PAUSE_S)
+                job = await self._do(calls.get(job["url"]))
+            if tell is not None:
+                tell(job)
+            return await self._do(calls.graph_result(job))
+        except BaseException:
+            await asyncio.shield(self._forget(job["url"]))
+            raise
+
+    async def steer(
+        self, prompt: str | None = None, interventions: Sequence[Intervention | Mapping[str, Any]] = (), *,
+        tell: Progress | None = None, **options: Unpack[SteerOptions],
+    ) -> Steered:  # fmt: skip
+        """See `Client.steer`."""
+        call, lines = calls.steer(prompt, interventions, options), SteeredLines()
+        response = await self._open(call)
+        try:
+            async for part in response.aiter_bytes():
+                for line in lines.feed(part):
+                    if tell is not None:
+                        tell(line)
+        except httpx.TransportError as error:
+            raise no_answer(error) from error
+        finally:
+            await response.aclose()
+        return lines.end()
+
     async def report(
         self, format: Literal["markdown", "html", "json"] = "markdown", model: str | None = None,
         layer: int | None = None,
@@ -129,6 +185,10 @@ class AsyncClient:
             return (await self._http.get(path)).is_success
         except httpx.TransportError:
             return False
+
+    async def _forget(self, url: str) -> None:
+        with suppress(httpx.TransportError):  # then the service forgets it later
+            await self._http.delete(url)
 
     async def _do(self, call: Call[T]) -> T:
         return calls.read(call, await self._open(call))

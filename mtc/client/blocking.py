@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, Self, TypeVar, Unpack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
 import httpx
 
 from mtc.client import calls
 from mtc.client.answers import Decoding, EncodedInput, Encoding, SparseRows, Tokenisation
-from mtc.client.calls import NDJSON, Call, EncodeOptions, Format, Inputs, Lines
+from mtc.client.calls import (
+    NDJSON,
+    Call,
+    EncodeOptions,
+    Format,
+    GraphOptions,
+    Inputs,
+    Lines,
+    Progress,
+    SteeredLines,
+    SteerOptions,
+)
 from mtc.client.failures import DEFAULT_RETRY, Attempts, Retry, no_answer, refusal
+
+if TYPE_CHECKING:
+    from mtc.results.circuits import Graph, Intervention, Steered
 
 T = TypeVar("T")
 
@@ -104,6 +119,50 @@ class Client:
         """Contexts in which a feature fires; options as of `GET /features/{i}/examples`."""
         return self._do(calls.get(f"/features/{feature}/examples", **options))
 
+    def graph(
+        self, prompt: str | None = None, *, timeout: float = calls.GRAPH_TIMEOUT_S, tell: Progress | None = None,
+        **options: Unpack[GraphOptions],
+    ) -> Graph:  # fmt: skip
+        """The attribution graph of a prompt: what made its next token. It is waited for, `timeout` seconds at the most;
+        `tell` hears how far it is. What is given up, such as by Ctrl-C while it waits, is cancelled in the
+        service, too."""
+        job, end = self._do(calls.submit_graph(prompt, options)), self._clock() + timeout
+        pause = calls.FIRST_PAUSE_S
+        try:
+            while job["state"] not in ("done", "failed"):
+                if tell is not None:
+                    tell(job)
+                if self._clock() + pause > end:
+                    raise calls.too_slow(job, timeout)
+                self._sleep(pause)
+                pause = min(1.5 * pause, calls.LONGEST_PAUSE_S)
+                job = self._do(calls.get(job["url"]))
+            if tell is not None:
+                tell(job)
+            return self._do(calls.graph_result(job))
+        except BaseException:
+            self._forget(job["url"])
+            raise
+
+    def steer(
+        self, prompt: str | None = None, interventions: Sequence[Intervention | Mapping[str, Any]] = (), *,
+        tell: Progress | None = None, **options: Unpack[SteerOptions],
+    ) -> Steered:  # fmt: skip
+        """What the language model goes on with, with the interventions and without. Each is a
+        `mtc.results.Intervention`, or a dict of its fields. `tell` hears each line of the answer, one for a step."""
+        call, lines = calls.steer(prompt, interventions, options), SteeredLines()
+        response = self._open(call)
+        try:
+            for part in response.iter_bytes():
+                for line in lines.feed(part):
+                    if tell is not None:
+                        tell(line)
+        except httpx.TransportError as error:
+            raise no_answer(error) from error
+        finally:
+            response.close()
+        return lines.end()
+
     def report(
         self, format: Literal["markdown", "html", "json"] = "markdown", model: str | None = None,
         layer: int | None = None,
@@ -136,6 +195,10 @@ class Client:
             return self._http.get(path).is_success
         except httpx.TransportError:
             return False
+
+    def _forget(self, url: str) -> None:
+        with suppress(httpx.TransportError):  # then the service forgets it later
+            self._http.delete(url)
 
     def _do(self, call: Call[T]) -> T:
         response = self._open(call)

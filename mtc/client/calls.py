@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
 
 import httpx
 from safetensors import SafetensorError
@@ -26,9 +26,17 @@ from mtc.client.answers import (
 )
 from mtc.client.failures import ServiceError
 
+if TYPE_CHECKING:
+    from mtc.results.circuits import Graph, Intervention, Steered
+
 T = TypeVar("T")
 Format = Literal["safetensors", "msgpack", "json"]
 Inputs = str | Sequence[str] | None
+Progress = Callable[[dict[str, Any]], object]
+"""Told what `GET /graph/{id}` says: among it the state, and of how many features how many are done."""
+GRAPH_TIMEOUT_S = 600.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
+"""Between two questions how far a graph is; each is half as long again as the one before."""
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -50,6 +58,51 @@ class EncodeOptions(TypedDict, total=False):
     truncate: bool
     """Cut an input that is too long instead of refusing it."""
     include: Sequence[Literal["l0", "relative_error"]]
+
+
+class GraphOptions(TypedDict, total=False):
+    """What `graph` may be asked beside its prompt; see `POST /graph`."""
+
+    input_ids: Any
+    """Token ids in the place of the prompt, read as they are."""
+    model: str
+    """Id of the run whose transcoders are used."""
+    targets: Sequence[str | int | Mapping[str, int]]
+    """Next tokens, as text or ids, or features, each a dict of `layer`, `token` and `feature`; by default the most
+    probable tokens."""
+    prefix: int
+    """Size in features of the nested dictionaries that are used; by default the whole ones."""
+    max_features: int
+    """Most features that get edges of their own."""
+    node_share: float
+    """Share of the influence that nodes hold which pruning leaves; by default 0.8."""
+    edge_share: float
+    """Share of the influence among these that edges hold which pruning leaves; by default 0.98."""
+    faithfulness: bool
+    """Whether the strongest features are taken out of the real model as well."""
+
+
+class SteerOptions(TypedDict, total=False):
+    """What `steer` may be asked beside its prompt and interventions; see `POST /steer`."""
+
+    messages: Sequence[Mapping[str, str]]
+    """Messages of a chat in the place of the prompt, each a dict of `role` and `content`."""
+    input_ids: Any
+    """Token ids in the place of the prompt, read as they are."""
+    model: str
+    """Id of the run whose transcoders are used."""
+    max_tokens: int
+    """Most tokens of a continuation; by default 20."""
+    n: int
+    """Number of continuations of each model; by default 1."""
+    temperature: float
+    """What logits are divided by before a token is drawn; by default 0, the most probable token."""
+    seed: int
+    """Start of the random numbers; by default 0."""
+    attention: Literal["free", "frozen"]
+    """Whether attention reacts to the interventions, the default, or looks where it looks without."""
+    special: bool
+    """Whether special tokens are changed too."""
 
 
 class Call(NamedTuple, Generic[T]):
@@ -118,11 +171,39 @@ def load(model: str) -> Call[dict[str, Any]]:
     return Call("POST", "/admin/load", JSON, lambda r: r.json(), {"model": model})
 
 
+def submit_graph(prompt: str | None, options: GraphOptions) -> Call[dict[str, Any]]:
+    return Call("POST", "/graph", JSON, lambda r: r.json(), {"prompt": prompt, **options})
+
+
+def graph_result(job: Mapping[str, Any]) -> Call[Graph]:
+    return Call("GET", job["result_url"], JSON, _read_graph)
+
+
+def steer(
+    prompt: str | None, interventions: Sequence[Intervention | Mapping[str, Any]], options: SteerOptions
+) -> Call[None]:
+    changes = [dict(each) for each in interventions]  # a record's fields, or a dict as it is
+    kept = [{name: value for name, value in each.items() if value is not None} for each in changes]
+    return Call("POST", "/steer", NDJSON, lambda r: None, {"prompt": prompt, "interventions": kept, **options})
+
+
+def _read_graph(response: httpx.Response) -> Graph:
+    # Not at the top: all records and pydantic come along, which the other calls do without.
+    from mtc.results.circuits import Graph
+
+    return Graph.model_validate_json(response.content)
+
+
 def report(format: str, model: str | None, layer: int | None) -> Call[str]:
     media_types = {"markdown": "text/markdown", "html": "text/html", "json": JSON}
     if format not in media_types:
         raise ValueError(f"format={format!r} is none of {', '.join(media_types)}")
     return Call("GET", "/report", media_types[format], lambda r: r.text, None, {"model": model, "layer": layer})
+
+
+def too_slow(job: Mapping[str, Any], timeout: float) -> ServiceError:
+    message = f"the graph is not done after {timeout:g} s: its job is {job['state']}"
+    return ServiceError(None, "timeout", message)
 
 
 def authorization(api_key: str | None) -> dict[str, str]:
@@ -135,6 +216,43 @@ def read(call: Call[T], response: httpx.Response) -> T:
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         message = f"the answer to {call.method} {call.path} is not {call.accept} as documented: {error!r}"
         raise ServiceError(None, "unreadable", message, request_id=response.headers.get("x-request-id")) from error
+
+
+class SteeredLines:
+    """An NDJSON answer to `POST /steer`, as its parts arrive."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._last: dict[str, Any] | None = None
+
+    def feed(self, part: bytes) -> Iterator[dict[str, Any]]:
+        """The lines that end in this part; raises ServiceError for a line that says so."""
+        *ends, rest = part.split(b"\n")
+        for end in ends:
+            try:
+                line = json.loads(b"".join([*self._parts, end]))
+                kind = line["type"]
+            except (KeyError, TypeError, ValueError) as error:
+                message = f"a line of the answer to POST /steer is not as documented: {error!r}"
+                raise ServiceError(None, "unreadable", message) from error
+            self._parts.clear()
+            if kind == "error":
+                raise ServiceError(None, line["error_type"], line["error"], line.get("detail"), line["request_id"])
+            self._last = line if kind == "steered" else None
+            yield line
+        self._parts.append(rest)
+
+    def end(self) -> Steered:
+        """All of the answer, which has ended; raises ServiceError if its last line has not come."""
+        from mtc.results.circuits import Steered  # as above
+
+        if self._last is None:
+            raise ServiceError(None, "incomplete", "the answer ended before its last line")
+        try:
+            return Steered.model_validate({name: value for name, value in self._last.items() if name != "type"})
+        except ValueError as error:
+            message = f"the last line of the answer to POST /steer is not as documented: {error!r}"
+            raise ServiceError(None, "unreadable", message) from error
 
 
 class Lines:
@@ -185,4 +303,6 @@ def _plain(value: Any) -> Any:
     """A value for JSON: arrays, and sequences of arrays, become lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple | range) else value

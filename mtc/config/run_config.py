@@ -35,6 +35,9 @@ class AnalysisConfig(Part):
     """Held-out tokens for metrics and examples; fewer are used, and reported, if the held-out text is shorter."""
     loss_tokens: int = Field(default=65_536, ge=0, le=MOST)
     """Held-out tokens on which the whole language model runs with the transcoder spliced in; 0 skips that."""
+    graph_prompts: int = Field(default=4, ge=0, le=1000)
+    """Held-out prompts whose attribution graphs are scored, of a run of several layers; 0, and 0 `loss_tokens`, skip
+    that."""
     max_per_feature: int = Field(default=100, ge=1, le=100_000)
     """Most top examples kept for a feature, at most one per window."""
     samples_per_feature: int = Field(default=20, ge=0, le=100_000)

@@ -39,8 +39,11 @@ def circuit_graph(
     each feature's JSON lies elsewhere.
 
     A node's `influence` is the share of all influence that it and stronger ones hold, and logits have none; activations
-    are in scaled units.
+    are in scaled units. Raises ValueError for a coarse graph: the viewers know no node that stands for several
+    features.
     """
+    if graph.coarse is not None:
+        raise ValueError(f"graph is coarse, with prefix {graph.coarse}: the graph as traced is wanted")
     ids = _ids(graph)
     stronger = _stronger(graph)
     nodes: dict[str, dict[str, Any]] = {}

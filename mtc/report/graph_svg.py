@@ -23,11 +23,12 @@ MOST_LABELS, MOST_EDGES = 40, 400
 _MARK, _WIDEST, _LOW, _TALL, _GAP, _AXIS = 22.0, 130.0, 24.0, 38.0, 4.0, 46.0
 _CHARACTER, _LEAST_LABEL, _MOST_LABEL, _SPARE, _LOGIT = 6.7, 34.0, 124.0, 90.0, 92.0
 _LEAST_HEIGHT, _MOST_APART = 340.0, 40.0
-_ORDER = {"error": 0, "embedding": 1, "logit": 1, "feature": 2}
+_ORDER = {"error": 0, "embedding": 1, "logit": 1, "feature": 2, "others": 3}
 _SHAPES = {
     "error": '<path class="error" d="M0 -6.5L6.5 0L0 6.5L-6.5 0Z"/>',
     "embedding": '<rect class="embedding" x="-5.5" y="-5.5" width="11" height="11"/>',
     "logit": '<rect class="logit" x="-8" y="-5.5" width="16" height="11" rx="5.5"/>',
+    "others": '<circle class="error" r="6"/><path class="dots" d="M-3 0h.01M0 0h.01M3 0h.01"/>',
 }
 _STYLE = """
 text { font: 11px 'DejaVu Sans', Verdana, sans-serif; fill: #1b1f24 }
@@ -35,6 +36,7 @@ text { font: 11px 'DejaVu Sans', Verdana, sans-serif; fill: #1b1f24 }
 .paper { fill: #ffffff } .band { fill: #f5f6f8 } .rule { stroke: #d5d9df; fill: none } .muted { fill: #5a6069 }
 .plus, .minus { fill: none; stroke: #0072b2 } .minus { stroke: #d55e00; stroke-dasharray: 5 3 }
 .label { paint-order: stroke; stroke: #ffffff; stroke-width: 3.5px; stroke-linejoin: round }
+.ring { fill: none; stroke: #009e73 } .dots { stroke: #5a6069; stroke-width: 2; stroke-linecap: round }
 .feature { stroke: #009e73; stroke-width: 1.8; fill: #009e73 } .g1 { fill: #a6dbcd } .g2 { fill: #ffffff }
 .error { fill: #ffffff; stroke: #5a6069; stroke-width: 1.8 } .embedding { fill: #1b1f24 } .logit { fill: #e69f00 }
 @media (prefers-color-scheme: dark) {
@@ -200,7 +202,8 @@ def _place_labels(graph: Graph, lines: Iterable[_Line], most: int, width: float)
 
 def _label(node: GraphNode) -> str:
     if node.kind == "feature":
-        return visible(node.text or "").strip() or f"#{node.feature}"
+        more = f" +{node.folded}" if node.folded else ""
+        return (visible(node.text or "").strip() or f"#{node.feature}") + more
     if node.kind == "logit":
         return f"{spaced(node.text or '')} {100 * (node.probability or 0):.3g} %"
     return ""
@@ -270,12 +273,16 @@ def _edges(found: Iterable[tuple[int, int, float, float]], spots: dict[int, _Spo
 def _mark(spot: _Spot) -> str:
     node = spot.node
     shape = _SHAPES.get(node.kind) or f'<circle class="feature g{min(2, node.group or 0)}" r="5.5"/>'
+    if node.kind == "feature" and node.folded:
+        shape = f'<circle class="ring" r="8.2"/>{shape}'
     label = ""
     if spot.label:
         label = f'<text class="label" y="{spot.label_y:g}" text-anchor="middle">{escape(spot.label)}</text>'
     where = "" if node.layer is None else f" of layer {node.layer}"
     name = f"{node.kind} {'' if node.feature is None else node.feature}".strip() + f"{where} at token {node.token}"
     said = f": {visible(node.text).strip()}" if node.text else ""
+    if node.folded:
+        said += f"; {number(node.folded)} folded in" if node.kind == "feature" else f"; {number(node.folded)} features"
     return f'<g transform="translate({spot.x:.1f} {spot.y:.1f})"><title>{escape(name + said)}</title>{shape}{label}</g>'
 
 

@@ -17,6 +17,7 @@ from mtc.report.sections.provenance import captured, provenance, stamp
 from mtc.results import (
     LAYERS_REPORT,
     NOT_MEASURED,
+    GraphScores,
     Headline,
     Intervals,
     LayerFigures,
@@ -31,19 +32,22 @@ from mtc.results import (
 PLOT = "layers_overview"
 
 
-def write_layers_report(analyses: Sequence[Headline], replaced: ReplacedLayers | None) -> dict[str, bytes]:
-    """The files of the report by name, from the analyses of all layers of one run, in any order, and what the language
-    model does with all of these layers replaced at once."""
+def write_layers_report(
+    analyses: Sequence[Headline], replaced: ReplacedLayers | None, graphs: GraphScores | None
+) -> dict[str, bytes]:
+    """The files of the report by name, from the analyses of all layers of one run, in any order, what the language
+    model does with all of these layers replaced at once, and what attribution graphs of held-out prompts explain."""
     analyses = sorted(analyses, key=lambda a: a.config.model.layer)
     layers = tuple(
         LayerFigures(layer=a.config.model.layer, directory=_directory(a), summary=a.summary) for a in analyses
     )
     with style():
         plot = picture(_plot(analyses))
+    report = LayersReport(layers=layers, replaced=replaced, graphs=graphs)
     return {
-        LAYERS_REPORT.markdown: render_markdown(_document(analyses, replaced, 0), {PLOT: f"{PLOT}.png"}).encode(),
-        LAYERS_REPORT.html: render_html(_document(analyses, replaced, 1), {PLOT: plot.svg}).encode(),
-        LAYERS_REPORT.json: LayersReport(layers=layers, replaced=replaced).model_dump_json(indent=1).encode(),
+        LAYERS_REPORT.markdown: render_markdown(_document(analyses, report, 0), {PLOT: f"{PLOT}.png"}).encode(),
+        LAYERS_REPORT.html: render_html(_document(analyses, report, 1), {PLOT: plot.svg}).encode(),
+        LAYERS_REPORT.json: report.model_dump_json(indent=1).encode(),
         f"{PLOT}.png": plot.png,
         f"{PLOT}.svg": plot.svg.encode(),
     }
@@ -53,7 +57,7 @@ def _directory(analysis: Headline) -> str:
     return f"layer{analysis.config.model.layer}"
 
 
-def _document(analyses: Sequence[Headline], replaced: ReplacedLayers | None, form: int) -> Document:
+def _document(analyses: Sequence[Headline], report: LayersReport, form: int) -> Document:
     """The report of all layers as blocks; `form` says to which form of the layers' own reports it leads, an index into
     ReportNames."""
     first = analyses[0]
@@ -72,7 +76,8 @@ def _document(analyses: Sequence[Headline], replaced: ReplacedLayers | None, for
         f"trained{captured(f)}, {number(first.summary.analysed_tokens)} held-out tokens analysed.",
         sections=(
             Section("Layers", tuple(blocks)),
-            Section("All layers replaced at once", tuple(_replaced(replaced))),
+            Section("All layers replaced at once", tuple(_replaced(report.replaced))),
+            Section("Attribution graphs", tuple(_graphs(report.graphs))),
             Section("Massive tokens", tuple(_massive(analyses))),
             Section("Timing", tuple(timing_blocks(f.timing))),
         ),
@@ -129,6 +134,38 @@ def _replaced(found: ReplacedLayers | None) -> list[Block]:
             "massive tokens are replaced."
         ),
     ]  # fmt: skip
+
+
+def _graphs(found: GraphScores | None) -> list[Block]:
+    """How much of held-out prompts' next tokens the set explains."""
+    if found is None:
+        return [Paragraph(f"Attribution graphs of held-out prompts were {NOT_MEASURED}.")]
+    rows = []
+    for i, prefix in enumerate(found.prefixes):
+        scores = [prompt.scores[i] for prompt in found.prompts]
+        values = ([s.replacement for s in scores], [s.completeness for s in scores], [s.special_errors for s in scores])
+        rows.append((f"{number(prefix)} features a layer", *map(_mean_and_ends, values)))
+    longest = max(len(prompt.token_ids) for prompt in found.prompts)
+    return [
+        Table(
+            "What attribution graphs of held-out prompts explain",
+            ("Features", "Replacement score", "Completeness score", "Influence of errors at special tokens"),
+            tuple(rows),
+        ),
+        Paragraph(
+            f"Means over {number(len(found.prompts))} prompts, the first {number(longest)} tokens of held-out windows, "
+            "in brackets the lowest and the highest; their most probable next tokens are explained. The replacement "
+            "score is the share of influence that ends in tokens and not in errors, completeness the share of what "
+            "nodes read that does not come from errors, by influence. Errors are what transcoders miss, what features "
+            f"beyond the {number(found.max_features)} strongest write, and all that MLPs write at special tokens and "
+            "in layers without a transcoder. jobs/graph.py draws the graph of a prompt."
+        ),
+    ]
+
+
+def _mean_and_ends(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    return number(mean) + (f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else "")
 
 
 def _massive(analyses: Sequence[Headline]) -> list[Block]:

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from mtc.record import Record
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 MOST_VALUE = 1e6
 """Largest activation, or factor, that a feature is set to."""
 
@@ -16,9 +16,10 @@ MOST_VALUE = 1e6
 class GraphNode(Record):
     """Something that is read, that reads, or both."""
 
-    kind: Literal["feature", "error", "embedding", "logit"]
+    kind: Literal["feature", "error", "embedding", "logit", "others"]
     """`feature`: an active feature of a layer's transcoder; `error`: what a layer's MLP writes that the features, the
-    skip connection and the decoder's bias do not; `embedding`: a token; `logit`: a next token, less the mean of all."""
+    skip connection and the decoder's bias do not; `embedding`: a token; `logit`: a next token, less the mean of all;
+    `others`: of a coarse graph, a layer's features at a token that refine none of its prefix."""
     token: int
     """Position in the prompt, from 0."""
     layer: int | None = None
@@ -46,21 +47,41 @@ class GraphNode(Record):
     """Probability of a logit's token."""
     group: int | None = None
     """Group of the nested dictionary that a feature is in, from 0."""
-    parent: int | None = None
-    """Index of the earlier feature that a feature refines, if it has one."""
+    ancestors: tuple[int, ...] = ()
+    """Indices of the earlier features that a feature refines: its parent, that one's parent, and so on."""
+    folded: int = 0
+    """Of a coarse graph, how many other features this node stands for."""
 
 
-class PrefixScores(Record):
-    """What a graph leaves unexplained if only a prefix of each dictionary has features and the rest is error."""
+class Explained(Record):
+    """What a graph explains if some of its features stay features and what the others write is error."""
 
-    prefix: int
-    """Number of features of each layer's nested dictionary."""
     features: int
-    """Active features of the prompt in the graph, before pruning."""
+    """Active features of the prompt that stay, before pruning."""
     replacement: float
     """Share of the targets' influence that ends in embeddings and not in errors, from 0 to 1."""
     completeness: float
     """Share of all nodes' incoming edges, weighed by influence, that does not come from errors, from 0 to 1."""
+    special_errors: float
+    """Share of the targets' influence that ends in errors at special tokens, such as BOS, on which no transcoder is
+    trained, from 0 to 1; it is part of what `replacement` leaves."""
+
+
+class Folded(Explained):
+    """What a coarse graph explains: a prefix's features, and the later ones that refine any of them."""
+
+    nodes: int
+    """Nodes that these features are folded into: features of the prefix, each at a layer and a token."""
+
+
+class PrefixScores(Explained):
+    """What a graph explains at one resolution: with the features of a prefix of each dictionary alone, and with later
+    ones folded into them."""
+
+    prefix: int
+    """Number of features of each layer's nested dictionary."""
+    folded: Folded
+    """The same with the later features that refine these, of all that the graph has."""
 
 
 class Faithfulness(Record):
@@ -102,6 +123,8 @@ class Graph(Record):
     """Number of features of each layer's dictionary that were used."""
     prefixes: tuple[int, ...]
     """Sizes of the nested dictionaries that all layers have."""
+    coarse: int | None = None
+    """Prefix that later features were folded into; None if none were."""
     active: int
     """Active features of the prompt, of that prefix."""
     read: int

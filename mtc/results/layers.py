@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mtc.record import Record
 from mtc.results.analysis import Summary
+from mtc.results.circuits import Explained
 from mtc.results.intervals import Intervals
 
 
@@ -45,6 +46,30 @@ class ReplacedLayers(Record):
     """95 % interval of `agreement`; None with too few documents."""
 
 
+class ScoredPrompt(Record):
+    """What the attribution graph of one held-out prompt explains; its most probable next tokens are the targets."""
+
+    text: str
+    """The prompt's tokens as text."""
+    token_ids: tuple[int, ...]
+    """The prompt's token ids."""
+    active: int
+    """Active features of the prompt, of which at most `max_features` have edges of their own."""
+    scores: tuple[Explained, ...]
+    """With the features of each prefix alone, in the order of the prefixes."""
+
+
+class GraphScores(Record):
+    """Scores of the attribution graphs (mtc.circuits) of held-out prompts."""
+
+    prefixes: tuple[int, ...]
+    """Features of each layer that are used, ascending: the nested dictionaries' sizes."""
+    max_features: int
+    """Most features of a graph with edges of their own, the strongest by influence; the others are error."""
+    prompts: tuple[ScoredPrompt, ...]
+    """The beginnings of held-out windows."""
+
+
 class LayerFigures(Record):
     """One layer of the run."""
 
@@ -64,3 +89,6 @@ class LayersReport(Record):
     replaced: ReplacedLayers | None
     """The language model with all of these layers' MLPs replaced at once; None if it was not measured
     (`analysis.loss_tokens` is 0, or an older version analysed the run)."""
+    graphs: GraphScores | None = None
+    """Attribution graphs of held-out prompts; None if they were not made (`analysis.loss_tokens` or
+    `analysis.graph_prompts` is 0, there was no room, or an older version analysed the run)."""

@@ -102,8 +102,18 @@ REPLICA = (
     _gauge("mtc_runs_loaded", "Runs in memory, over all replicas."),
     _counter("mtc_run_loads_total", "Runs that were loaded, by outcome.", "outcome"),
 )  # fmt: skip
+CIRCUITS = (
+    _counter("mtc_graph_jobs_total", "Attribution graphs that were asked for, by outcome: done, failed, cancelled, "
+             "refused.", "outcome"),
+    Instrument("mtc_graph_seconds", "histogram", "Time of an attribution graph from its first turn on the model, with "
+               "steering's turns meanwhile.", (),
+               (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)),
+    _gauge("mtc_graph_jobs_pending", "Attribution graphs that wait or are computed."),
+    _gauge("mtc_steerings_in_flight", "Prompts that are steered."),
+    _counter("mtc_steered_tokens_total", "Steps of steered prompts: one token of each continuation."),
+)  # fmt: skip
 CONTROL = (_gauge("mtc_model_info", "1; the current run.", RUN, "sha256"),)
-SERVICE = REPLICA + CONTROL
+SERVICE = REPLICA + CIRCUITS + CONTROL
 CATALOGUE = {instrument.name: instrument for instrument in (*JOB, *PROCESS, *SERVICE)}
 
 

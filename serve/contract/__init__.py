@@ -1,9 +1,10 @@
 """What all parts of the service agree on: settings, what is sent and answered, errors and counts."""
 
+from serve.contract.circuit_schemas import GraphJob, GraphRequest, InterventionRequest, SteerRequest, TargetFeature
 from serve.contract.errors import ServiceError
 from serve.contract.feature_schemas import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
 from serve.contract.messages import Encoded, Options, RunKey, State, Tokenised
-from serve.contract.metrics import Family, ReplicaMetrics, Snapshot, render_metrics, take_snapshot
+from serve.contract.metrics import CircuitMetrics, Family, ReplicaMetrics, Snapshot, render_metrics, take_snapshot
 from serve.contract.schemas import (
     DecodeRequest,
     DecodeResponse,
@@ -25,6 +26,7 @@ from serve.contract.settings import ENVIRONMENT, Settings, free_ports, proxy_fil
 
 __all__ = [
     "ENVIRONMENT",
+    "CircuitMetrics",
     "DecodeRequest",
     "DecodeResponse",
     "EncodeRequest",
@@ -36,7 +38,10 @@ __all__ = [
     "FeatureResponse",
     "FeaturesQuery",
     "FeaturesResponse",
+    "GraphJob",
+    "GraphRequest",
     "InfoResponse",
+    "InterventionRequest",
     "Limits",
     "LoadRequest",
     "LoadResponse",
@@ -51,6 +56,8 @@ __all__ = [
     "Snapshot",
     "State",
     "Status",
+    "SteerRequest",
+    "TargetFeature",
     "Tokenised",
     "TokenizeRequest",
     "TokenizeResponse",

@@ -49,6 +49,18 @@ class ReplicaMetrics:
         self.loads = make("mtc_run_loads_total", registry)
 
 
+class CircuitMetrics:
+    """What the process of graphs and interventions counts: CIRCUITS of `mtc.telemetry.metrics`."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.jobs = make("mtc_graph_jobs_total", registry)
+        self.seconds = make("mtc_graph_seconds", registry)
+        self.pending = make("mtc_graph_jobs_pending", registry)
+        self.steerings = make("mtc_steerings_in_flight", registry)
+        self.steered = make("mtc_steered_tokens_total", registry)
+
+
 def take_snapshot(registry: CollectorRegistry) -> Snapshot:
     """A registry's totals as plain numbers."""
     return tuple(

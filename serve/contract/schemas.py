@@ -316,6 +316,10 @@ class Limits(SchemaModel):
     """Most tokens of all texts or windows of a request together."""
     max_json_depth: int
     """Deepest nesting of lists and objects in a body."""
+    max_graph_tokens: int
+    """Most tokens of the prompt of an attribution graph, BOS included."""
+    max_graph_features: int
+    """Most features of a graph that get edges of their own."""
 
 
 class InfoResponse(SchemaModel):
@@ -335,6 +339,8 @@ class InfoResponse(SchemaModel):
     """How that transcoder scales what it reads."""
     limits: Limits
     """What a request may ask for."""
+    interventions: bool
+    """Whether `POST /graph` and `POST /steer` are answered."""
     versions: dict[str, str]
     """Versions of Python and of the packages that change numbers."""
 

@@ -133,6 +133,28 @@ class Settings(BaseModel):
     max_concurrent_requests: int = Field(default=128, ge=1, le=_MOST)
     """Most encode and decode requests that one replica works on; more are refused with 429, unread."""
 
+    interventions: bool = False
+    """Whether `POST /graph` and `POST /steer` are answered, by a process of their own that holds the whole language
+    model in float32; the replicas hold no more than without."""
+    max_graph_tokens: int = Field(default=128, ge=2, le=_MOST)
+    """Longest prompt of an attribution graph in tokens, BOS included."""
+    max_graph_features: int = Field(default=8192, ge=1, le=_MOST)
+    """Most features of a graph that get edges of their own."""
+    max_graph_matrix_bytes: int = Field(default=2 << 30, ge=1 << 20, le=1 << 50)
+    """Largest matrix of a graph's edges before pruning in bytes, 4 for each feature with edges of its own and each that
+    it may read; about three times that is held while the graph is computed."""
+    max_graph_edges: int = Field(default=500_000, ge=1, le=_MOST)
+    """Most edges that pruning may leave of a graph; an answer's JSON has about 32 bytes for each, and making a page or
+    drawing of it takes about ten times that in a replica."""
+    max_graph_jobs: int = Field(default=8, ge=1, le=1000)
+    """Most graphs that wait or are computed, one of them at a time; more are refused with 429."""
+    max_steerings: int = Field(default=4, ge=1, le=1000)
+    """Most prompts that are steered at once; more are refused with 429."""
+    interventions_num_cpus: float = Field(default=0.6, gt=0, le=10_000)
+    """CPUs that Ray reserves for the process of graphs and interventions."""
+    interventions_num_gpus: float = Field(default=0, ge=0, le=1000)
+    """GPUs that Ray reserves for it; above 0, graphs and interventions are computed on the GPU."""
+
     num_replicas: int = Field(default=1, ge=1, le=10_000)
     """Processes that answer, each with the models; the least number where `max_replicas` is more."""
     max_replicas: int | None = Field(default=None, ge=1, le=10_000)
@@ -186,3 +208,7 @@ class Settings(BaseModel):
     @property
     def device(self) -> str:
         return "cuda" if self.num_gpus else "cpu"
+
+    @property
+    def interventions_device(self) -> str:
+        return "cuda" if self.interventions_num_gpus else "cpu"

@@ -123,6 +123,8 @@ class Control:
     async def metrics(self) -> bytes:
         """All replicas' counts, as they are now, in Prometheus's text format."""
         answers = await self._broadcast("totals")
+        if self._settings.interventions:
+            answers += await self._broadcast("totals", of="Circuits")
         live = {answer[0]: answer[1] for answer in answers if not isinstance(answer, Exception)}
         self._totals.update(live)
         gone = [totals for replica, totals in self._totals.items() if replica not in live]
@@ -207,11 +209,13 @@ class Control:
         self._state = state
         await self._broadcast("use", state)
 
-    async def _broadcast(self, method: str, *arguments: Any, timeout_s: float = BROADCAST_TIMEOUT_S) -> list[Any]:
-        """Call a method of all replicas of `serve.deployments.Server`, also those of the deployment before; their
+    async def _broadcast(
+        self, method: str, *arguments: Any, timeout_s: float = BROADCAST_TIMEOUT_S, of: str = "Server"
+    ) -> list[Any]:
+        """Call a method of all replicas of a class of `serve.deployments`, also those of the deployment before; their
         answers or errors."""
         app_name = ray_serve.get_replica_context().app_name
-        handle: DeploymentHandle = ray_serve.get_deployment_handle("Server", app_name)
+        handle: DeploymentHandle = ray_serve.get_deployment_handle(of, app_name)
         response = handle.broadcast(method, *arguments)
         try:
             return list(await response.results_async(timeout_s=timeout_s, return_exceptions=True))

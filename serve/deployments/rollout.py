@@ -47,8 +47,8 @@ class HopelessError(DeployError):
 
 
 def check_room(settings: Settings) -> None:
-    """Raises HopelessError if the cluster could not hold the replicas if all of it was free, unless an autoscaler may
-    add nodes."""
+    """Raises HopelessError if the cluster could not hold the replicas and what computes interventions if all of it was
+    free, unless an autoscaler may add nodes."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if _places(settings, nodes) >= settings.num_replicas or state.get_max_resources_from_cluster_config() is not None:
         return
@@ -56,8 +56,8 @@ def check_room(settings: Settings) -> None:
         f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}" for name in _need(settings)
     )
     raise HopelessError(
-        f"this cluster has no room for num_replicas={settings.num_replicas} of {_each(settings)}, even if all of it "
-        f"was free: it has {len(nodes)} nodes, of {largest} at most"
+        f"this cluster has no room for num_replicas={settings.num_replicas} of {_each(settings)}{_beside(settings)}, "
+        f"even if all of it was free: it has {len(nodes)} nodes, of {largest} at most"
     )
 
 
@@ -139,14 +139,44 @@ def _need(settings: Settings) -> dict[str, float]:
     return {name: n for name, n in (("CPU", settings.num_cpus), ("GPU", settings.num_gpus)) if n}
 
 
+def _need_beside(settings: Settings) -> dict[str, float]:
+    """What the process of graphs and interventions needs; nothing without one."""
+    if not settings.interventions:
+        return {}
+    amounts = (("CPU", settings.interventions_num_cpus), ("GPU", settings.interventions_num_gpus))
+    return {name: n for name, n in amounts if n}
+
+
+def _words(need: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in need.items())
+
+
 def _each(settings: Settings) -> str:
-    return " and ".join(f"{amount:g} {name}" for name, amount in _need(settings).items())
+    return _words(_need(settings))
+
+
+def _beside(settings: Settings) -> str:
+    need = _need_beside(settings)
+    return f" beside {_words(need)} for interventions" if need else ""
 
 
 def _places(settings: Settings, nodes: Iterable[Mapping[str, float]]) -> int:
-    """How many replicas nodes with these resources hold; each must find all that it needs on one."""
-    need = _need(settings)
-    return sum(min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items()) for node in nodes)
+    """How many replicas nodes with these resources hold, beside what computes interventions; each must find all that it
+    needs on one."""
+    need, beside, found = _need(settings), _need_beside(settings), list(nodes)
+
+    def holds(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+        return min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
+
+    alone = [holds(node, need) for node in found]
+    if not beside:
+        return sum(alone)
+    left = [
+        holds({name: node.get(name, 0.0) - beside.get(name, 0.0) for name in need}, need) - own
+        for node, own in zip(found, alone, strict=True)
+        if holds(node, beside)
+    ]
+    return sum(alone) + max(left) if left else 0
 
 
 def _lacking(settings: Settings, wanted: int) -> str:
@@ -158,7 +188,10 @@ def _lacking(settings: Settings, wanted: int) -> str:
     free = " and ".join(
         f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}" for name in _need(settings)
     )
-    return f"{wanted} x ({_each(settings)}) are wanted, there is room for {places}; a node has {free} free at most"
+    return (
+        f"{wanted} x ({_each(settings)}){_beside(settings)} are wanted, there is room for {places}; "
+        f"a node has {free} free at most"
+    )
 
 
 def _comes_again(message: str) -> bool:

@@ -17,6 +17,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.contract import (
+    GraphJob,
+    GraphRequest,
     LoadResponse,
     ReplicaMetrics,
     RunKey,
@@ -25,6 +27,7 @@ from serve.contract import (
     Settings,
     Snapshot,
     State,
+    SteerRequest,
     take_snapshot,
 )
 from serve.deployments.control import LOAD_TIMEOUT_S
@@ -36,6 +39,8 @@ T = TypeVar("T")
 
 CONTROL_TIMEOUT_S = 15.0
 """In which Control answers a client's question, beside those that load a run; its own of all replicas takes 10 s."""
+STEP_TIMEOUT_S = 600.0
+"""In which Circuits answers where a pass through the language model is waited for; `request_timeout_s` comes first."""
 START_TIMEOUT_S = 120.0
 """In which a replica that starts must have learned from Control which runs answer, and from Serve who can connect."""
 
@@ -62,13 +67,47 @@ class RemoteControl:
         return await _answer(self._control.metrics.remote(), CONTROL_TIMEOUT_S)
 
 
+class RemoteInterventions:
+    """`serve.service.Interventions` by the deployment `Circuits`, for a replica of `deployment`."""
+
+    def __init__(self, circuits: DeploymentHandle, deployment: str):
+        self._circuits, self._deployment = circuits, deployment
+
+    async def submit(self, key: RunKey, asked: GraphRequest, owner: str) -> GraphJob:
+        return await self._ask("submit", CONTROL_TIMEOUT_S, key, asked, owner)
+
+    async def status(self, job_id: str, owner: str) -> GraphJob:
+        return await self._ask("status", CONTROL_TIMEOUT_S, job_id, owner)
+
+    async def result(self, job_id: str, owner: str) -> bytes:
+        return await self._ask("result", CONTROL_TIMEOUT_S, job_id, owner)
+
+    async def cancel(self, job_id: str, owner: str) -> None:
+        await self._ask("cancel", CONTROL_TIMEOUT_S, job_id, owner)
+
+    async def steer(self, key: RunKey, asked: SteerRequest) -> tuple[str, dict[str, Any]]:
+        return await self._ask("steer", STEP_TIMEOUT_S, key, asked)
+
+    async def step(self, steered_id: str) -> dict[str, Any]:
+        return await self._ask("step", STEP_TIMEOUT_S, steered_id)
+
+    async def end(self, steered_id: str) -> None:
+        await self._ask("end", CONTROL_TIMEOUT_S, steered_id)
+
+    async def _ask(self, method: str, timeout_s: float, *arguments: Any) -> Any:
+        asked = getattr(self._circuits, method).remote(self._deployment, *arguments)
+        return await _answer(asked, timeout_s, CIRCUITS_SILENT)
+
+
 # Larger than this service's own limits, so that it refuses first, with its error shape, and the probes are answered.
 @ray_serve.deployment(max_ongoing_requests=2048, max_queued_requests=2048, health_check_timeout_s=60)
 @ray_serve.ingress()
 class Server:
     """A replica. It is ready when the runs that answer are loaded."""
 
-    async def __init__(self, settings: Settings, control: DeploymentHandle, deployment: str):  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, settings: Settings, control: DeploymentHandle, deployment: str, circuits: DeploymentHandle | None = None
+    ):
         await _in_time(_check_binding(settings))
         _use_threads(settings)
         self._metrics = ReplicaMetrics()
@@ -78,7 +117,8 @@ class Server:
         self._models = Models(settings, self._metrics)
         state, loaded = await _in_time(_decided(control, deployment)), None
         remote = RemoteControl(control, deployment)
-        self._service = Service(settings, self._models, remote, state, self._metrics)
+        interventions = RemoteInterventions(circuits, deployment) if circuits is not None else None
+        self._service = Service(settings, self._models, remote, state, self._metrics, interventions)
         self.replica_id = ray_serve.get_replica_context().replica_id.unique_id
         while state.loaded != loaded:  # a replica that can't answer must not become healthy
             for key in state.loaded:
@@ -169,13 +209,17 @@ def _use_threads(settings: Settings) -> None:
         torch.set_num_threads(settings.num_threads or max(1, cores // settings.num_replicas))
 
 
-async def _answer(asked: Awaitable[Any], timeout_s: float) -> Any:
-    """What Control answers. Raises ServiceError: what it returns as one, and 503 if it does not answer."""
+CONTROL_SILENT = "what decides about runs does not answer now; runs in memory still do"
+CIRCUITS_SILENT = "what computes graphs and interventions does not answer now; ask again"
+
+
+async def _answer(asked: Awaitable[Any], timeout_s: float, silent: str = CONTROL_SILENT) -> Any:
+    """What another deployment answers. Raises ServiceError: what it returns as one, and 503 if it does not answer."""
     try:
         async with asyncio.timeout(timeout_s):
             answer = await asked
     except (TimeoutError, RayActorError, DeploymentUnavailableError) as error:
-        message = f"what decides about runs does not answer now ({type(error).__name__}); runs in memory still do"
+        message = f"{silent} ({type(error).__name__})"
         raise ServiceError(503, "unavailable", message, headers={"Retry-After": "5"}) from error
     if isinstance(answer, ServiceError):
         raise answer

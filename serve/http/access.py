@@ -32,6 +32,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("GET", "/ui"): "user",
     ("GET", "/ui/features"): "user",
     ("GET", "/ui/feature/{feature}"): "user",
+    ("GET", "/ui/graph"): "user",
     ("GET", "/docs"): "user",
     ("GET", "/openapi.json"): "user",
     ("GET", "/metrics"): "user",
@@ -45,10 +46,18 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("POST", "/encode"): "user",
     ("POST", "/tokenize"): "user",
     ("POST", "/decode"): "user",
+    ("POST", "/graph"): "user",
+    ("GET", "/graph/{job}"): "user",
+    ("GET", "/graph/{job}/result"): "user",
+    ("DELETE", "/graph/{job}"): "user",
+    ("POST", "/steer"): "user",
     ("POST", "/admin/load"): "admin",
 }
 """Method and path template of every route, and the key that it asks for."""
 
+_TEMPLATES = [
+    re.compile(re.sub(r"\{\w+:path\}", ".*", re.sub(r"\{\w+\}", "[^/]+", path)), re.DOTALL) for _, path in ROUTES
+]
 COOKIE = "mtc_key"
 _LOOPBACK_NAME = re.compile(r"(localhost\.?|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 _SINGLE = {b"authorization", b"content-encoding", b"content-length", b"content-type", b"host", b"origin"}
@@ -63,6 +72,13 @@ def check_routes(app: FastAPI) -> None:
         raise ValueError(
             f"serve/http/access.py: routes that are not in the table: {unlisted}; that are not there: {missing}"
         )
+
+
+def allowed(path: str) -> list[str]:
+    """Methods that a path has, HEAD apart."""
+    return sorted(
+        {method for (method, _), template in zip(ROUTES, _TEMPLATES, strict=True) if template.fullmatch(path)}
+    )
 
 
 def check_binding(host: str, api_keys_file: str | None) -> None:
@@ -83,10 +99,6 @@ class Access:
 
     def __init__(self, app: ASGIApp, keys: Keys | None):
         self.app, self.keys = app, keys
-        self._templates = [
-            (method, re.compile(re.sub(r"\{\w+:path\}", ".*", re.sub(r"\{\w+\}", "[^/]+", path)), re.DOTALL), level)
-            for (method, path), level in ROUTES.items()
-        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,9 +134,10 @@ class Access:
             raise ServiceError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
         if level == "admin" and not entry.admin:
             raise ServiceError(403, "forbidden", f"the key of {entry.name} may not do this")
+        scope["state"]["user"] = entry.name
 
     def _level(self, method: str, path: str) -> Level:
-        for listed, template, level in self._templates:
+        for ((listed, _), level), template in zip(ROUTES.items(), _TEMPLATES, strict=True):
             if listed == method and template.fullmatch(path):
                 return level
         return "user"  # whoever has no key does not learn what there is

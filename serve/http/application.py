@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse
 
-from serve.http.access import Access, check_routes
+from serve.http.access import Access, allowed, check_routes
 from serve.http.errors import install_error_handlers
 from serve.http.keys import Keys
 from serve.http.middleware import Admission, Cors, Failures, Head, Headers
 from serve.http.observe import Observe
 from serve.http.openapi import document
-from serve.http.routes import encode, features, operations, pages, report
+from serve.http.routes import circuits, encode, features, operations, pages, report
 from serve.http.routes.common import single_parameters
 from serve.service import Service
 
@@ -26,9 +26,9 @@ def create_app(service: Service, name_requests: bool = True) -> FastAPI:
         docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
         dependencies=[Depends(single_parameters)], generate_unique_id_function=lambda route: route.name,
     )  # fmt: skip
-    app.state.service = service
+    app.state.service, app.state.allowed = service, allowed
     app.state.keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
-    for each in (encode, features, report, operations, pages):
+    for each in (encode, circuits, features, report, operations, pages):
         app.include_router(each.router)
 
     @app.get("/openapi.json", include_in_schema=False)

@@ -30,6 +30,9 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _STEP = np.zeros(256, np.int32)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _EMPTY = {"string_too_short", "too_short"}
+_INPUTS = {"inputs", "input_ids", "prompt", "messages"}
+MIXED = 64
+"""Longest list in which texts or numbers may stand beside objects."""
 
 
 async def read_json(request: Request, model: type[M], settings: Settings) -> M:
@@ -72,13 +75,13 @@ def parse(body: bytes, model: type[M], max_depth: int) -> M:
         if any(fault["type"] == "json_invalid" for fault in faults):
             raise ServiceError(400, "malformed_json", "the body is not JSON in UTF-8") from None
         for fault in faults:
-            if fault["type"] in _EMPTY and fault["loc"][0] in ("inputs", "input_ids"):
+            if fault["type"] in _EMPTY and fault["loc"][0] in _INPUTS:
                 field, *rest = (
                     str(part)
                     for part in fault["loc"]
                     if not str(part).startswith(("list[", "constrained", "function-"))
                 )
-                where = field + "".join(f"[{index}]" for index in rest)
+                where = field + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in rest)
                 raise ServiceError(400, "empty_inputs", f"{where} is empty", {"field": where}) from None
         raise invalid(error) from None
     # Outside strings, each key has a colon: the parser keeps the last one of several, and no model has a map.
@@ -97,9 +100,13 @@ def _keys(value: object) -> int:
     """Keys of the objects that were read."""
     if isinstance(value, BaseModel):
         return len(value.model_fields_set) + sum(_keys(getattr(value, name)) for name in value.model_fields_set)
-    if isinstance(value, list) and value and isinstance(value[0], BaseModel):  # of what has no objects inside
-        return sum(len(each.model_fields_set) for each in value)
-    return sum(map(_keys, value)) if isinstance(value, list) and value and isinstance(value[0], list) else 0
+    if not isinstance(value, list) or not value:
+        return 0
+    if isinstance(value[0], list):
+        return sum(map(_keys, value))
+    if isinstance(value[0], BaseModel) or len(value) <= MIXED:  # of what has no objects inside
+        return sum(len(each.model_fields_set) for each in value if isinstance(each, BaseModel))
+    return 0
 
 
 def _repeated_keys(body: bytes) -> list[str]:

@@ -60,7 +60,9 @@ def invalid(error: ValidationError | RequestValidationError) -> ServiceError:
     for each in error.errors():
         # Names of alternatives and of constraints are no part of what was sent.
         parts = (str(part)[:_LONGEST_NAME] for part in each["loc"])
-        place = tuple(part for part in parts if not re.match(r"(list|constrained|function)\W", f"{part}."))
+        place = tuple(
+            part for part in parts if not re.match(r"(list|constrained|function|TargetFeature)\W", f"{part}.")
+        )
         faults.setdefault(place, {})[wanted(each)] = None
     # Of alternatives, such as one text or several, the one that was meant is the one that was got into.
     entered = {place[:depth] for place in faults for depth in range(1, len(place))}
@@ -101,8 +103,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
     kind = _TYPES.get(error.status_code, "http_error")
     headers = dict(error.headers) if error.headers else {}
-    if "GET" in (allowed := headers.get("Allow", "").split(", ")):
-        headers["Allow"] = ", ".join([*allowed, "HEAD"])
+    if "Allow" in headers:  # the router names those of one of the path's routes
+        methods = request.app.state.allowed(request.url.path) or headers["Allow"].split(", ")
+        headers["Allow"] = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
     message = f"{error.detail}: {request.method[:20]} {request.url.path[:200]}"
     return error_response(request.scope, ServiceError(error.status_code, kind, message, headers=headers))
 

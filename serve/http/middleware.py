@@ -3,6 +3,7 @@ expected."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers as RequestHeaders
@@ -24,7 +25,8 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """Of every answer, unless its route set another value."""
-WORK = {"/encode", "/tokenize", "/decode"}
+WORK = re.compile(r"/(encode|tokenize|decode|graph(/[^/]+/result)?|steer)")
+"""Paths of requests that take memory and computation."""
 
 
 class Head:
@@ -102,8 +104,9 @@ class Cors(CORSMiddleware):
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]):
         super().__init__(
-            app, allow_origins=origins, allow_methods=("GET", "HEAD", "POST"),
-            allow_headers=("Authorization", "X-Request-ID"), expose_headers=("X-Request-ID", "Retry-After", "ETag"),
+            app, allow_origins=origins, allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=("Authorization", "X-Request-ID"),
+            expose_headers=("X-Request-ID", "Retry-After", "ETag", "Location"),
         )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,7 +127,7 @@ class Admission:
         self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in WORK:
+        if scope["type"] != "http" or not WORK.fullmatch(scope["path"]):
             return await self.app(scope, receive, send)
         if self._inside >= self.limit:
             detail = {"limit": self.limit, "value": self._inside + 1}

@@ -21,6 +21,7 @@ _HEADERS = {
     "X-Request-ID": {"description": "Names the request in the service's logs.", "schema": {"type": "string"}},
     "Retry-After": {"description": "Seconds after which to ask again.", "schema": {"type": "integer"}},
     "WWW-Authenticate": {"description": "How to send a key.", "schema": {"type": "string"}},
+    "Location": {"description": "Address of the job that was made.", "schema": {"type": "string"}},
     "Allow": {"description": "Methods that there are.", "schema": {"type": "string"}},
 }
 _MODELS = "x-mtc-models"
@@ -38,7 +39,8 @@ def document(app: FastAPI, settings: Settings) -> dict[str, Any]:
     """The whole document, for the limits of `settings`."""
     found = get_openapi(
         title="Matryoshka transcoder", version="1", routes=app.routes,
-        description="Feature activations of text, and the analysis of the features, of a nested transcoder.",
+        description="Feature activations of text, the analysis of the features, graphs and interventions, of a nested "
+        "transcoder.",
     )  # fmt: skip
     schemas = found.setdefault("components", {}).setdefault("schemas", {})
     with_keys = settings.api_keys_file is not None
@@ -72,6 +74,7 @@ def _complete(operation: dict[str, Any], public: bool) -> None:
     for status, response in responses.items():
         headers = response.setdefault("headers", {})
         names = ["X-Request-ID"]
+        names += ["Location"] if status == "202" else []
         names += ["Retry-After"] if status in ("429", "503") else ["WWW-Authenticate"] if status == "401" else []
         for name in names:
             headers[name] = _HEADERS[name]
@@ -94,6 +97,9 @@ def _complete_bodies(schemas: dict[str, Any], settings: Settings) -> None:
                 )
         schemas[name] |= _either("inputs", "input_ids")
     schemas["DecodeRequest"] |= _either("features", "csr")
+    schemas["GraphRequest"] |= _either("prompt", "input_ids")
+    schemas["GraphRequest"]["properties"]["prompt"]["description"] += f" At most {settings.max_graph_tokens} tokens."
+    schemas["GraphRequest"]["properties"]["max_features"]["description"] += f" At most {settings.max_graph_features}."
     for name, example in _EXAMPLES.items():
         schemas[name]["example"] = example
 
@@ -108,4 +114,6 @@ _EXAMPLES = {
     "EncodeRequest": {"inputs": "We the people", "top_k": 4},
     "TokenizeRequest": {"inputs": "We the people"},
     "DecodeRequest": {"features": [[{"feature_index": 0, "activation_value": 1.5}]]},
+    "GraphRequest": {"prompt": "We the people", "max_features": 256},
+    "SteerRequest": {"prompt": "We the people", "interventions": [{"layer": 1, "feature": 0, "value": 0.0}]},
 }

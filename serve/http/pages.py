@@ -31,11 +31,12 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
 }
 """Of every page here; the report has its own, see serve/http/routes/report.py."""
-_PAGES = re.compile(r"/(ui(/(?!static/).*)?|docs|report)", re.DOTALL)
+_PAGES = re.compile(r"/(ui(/(?!static/).*)?|docs|report|graph/[^/]+/result)", re.DOTALL)
 _TITLES = {
     401: "An API key is needed", 403: "Not allowed", 404: "Not found", 409: "This run cannot be shown",
     422: "That does not fit", 429: "Too much at once", 503: "Not now",
 }  # fmt: skip
+_KINDS = {"not_done": "Not done yet", "no_interventions": "Not served here"}
 
 
 class StaticFile(NamedTuple):
@@ -64,7 +65,7 @@ def error_page(
 ) -> HTMLResponse:
     """An error for a person; a run that is being loaded is asked for again."""
     again = {"Refresh": "2"} if error_type == "loading" else {}
-    title = _TITLES.get(status, "Something went wrong")
+    title = _KINDS.get(error_type) or _TITLES.get(status, "Something went wrong")
     values = {"title": title, "message": message, "request_id": request_id, "waiting": bool(again)}
     return render("error.html", status, (headers or {}) | again, **values)
 

@@ -1,13 +1,14 @@
-"""What the service does, without HTTP and without Ray: runs, tokens, features, batches."""
+"""What the service does, without HTTP and without Ray: runs, tokens, features, batches, graphs, interventions."""
 
 from typing import TYPE_CHECKING, Any
 
 from serve.service.batching import QueueFullError, TokenBatcher
 from serve.service.catalogue import Catalogue, Entry, SweepError
+from serve.service.circuits import Circuits
 from serve.service.feature_table import FeatureTable, Filters
 from serve.service.models import Models
 from serve.service.served_run import WEIGHTS, ServedLayer, ServedRun, identities_of
-from serve.service.service import Control, Service
+from serve.service.service import Control, Interventions, Service
 from serve.service.tokenising import Tokeniser
 
 if TYPE_CHECKING:
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
 __all__ = [
     "WEIGHTS",
     "Catalogue",
+    "Circuits",
     "Control",
     "Entry",
     "FeatureTable",
     "Filters",
+    "Interventions",
     "Models",
     "QueueFullError",
     "RunEncoder",

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtc.storage import RunDirectory, RunError
 from serve.contract import Encoded, Options, ReplicaMetrics, RunKey, ServiceError, Settings
 from serve.service.batching import QueueFullError, TokenBatcher
-from serve.service.served_run import digest_of, layers_of
+from serve.service.served_run import verified
 
 if TYPE_CHECKING:
     from serve.service.run_encoder import RunEncoder
@@ -80,12 +79,7 @@ class Models:
         # Not at the top: whoever only deploys the service can do without PyTorch, 2 s and 220 MB.
         from serve.service.run_encoder import RunEncoder
 
-        run = RunDirectory(key.url, key.run_id)
-        layers = layers_of(run.config())
-        manifest = run.verify(["config.yaml", *(files.weights for files in layers.values())])
-        if (found := digest_of(manifest, layers)) != key.sha256:
-            raise RunError(f"{run.url}: the weights have the sha256 {found}, {key.sha256} was asked for")
-        encoder = RunEncoder(run, self._settings.device)
+        encoder = RunEncoder(verified(key), self._settings.device)
         compute = encoder.warm_up(self._settings.max_batch_tokens)
         logger.info("run %s is ready, its language model on %s: %s", key.run_id, self._settings.device, compute)
         return encoder

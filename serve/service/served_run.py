@@ -168,6 +168,16 @@ def digest_of(manifest: Manifest, layers: Mapping[int, LayerFiles]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+def verified(key: RunKey) -> RunDirectory:
+    """The run, whose configuration and weights are whole, and are those that the key names. Raises RunError."""
+    run = RunDirectory(key.url, key.run_id)
+    layers = layers_of(run.config())
+    manifest = run.verify(["config.yaml", *(files.weights for files in layers.values())])
+    if (found := digest_of(manifest, layers)) != key.sha256:
+        raise RunError(f"{run.url}: the weights have the sha256 {found}, {key.sha256} was asked for")
+    return run
+
+
 def identities_of(run: RunDirectory, manifest: Manifest, layers: Mapping[int, LayerFiles]) -> dict[int, ModelIdentity]:
     """Who each layer's transcoder is, from its configuration and the header of one weights file."""
     first = next(iter(layers.values()))

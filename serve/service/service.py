@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from serve.contract import (
     DecodeRequest,
     Encoded,
     EncodeRequest,
+    GraphJob,
+    GraphRequest,
     Limits,
     LoadResponse,
     Options,
@@ -25,6 +27,7 @@ from serve.contract import (
     ServiceError,
     Settings,
     State,
+    SteerRequest,
     Tokenised,
     TokenizeRequest,
 )
@@ -59,15 +62,58 @@ class Control(Protocol):
         """All replicas' totals, in Prometheus's text format."""
 
 
+class Interventions(Protocol):
+    """Graphs and steering, which one process does for all replicas: `serve.service.Circuits`, awaited.
+
+    All raise ServiceError with what the client is to be told.
+    """
+
+    async def submit(self, key: RunKey, asked: GraphRequest, owner: str) -> GraphJob:
+        """A new job."""
+
+    async def status(self, job_id: str, owner: str) -> GraphJob:
+        """How far a job is."""
+
+    async def result(self, job_id: str, owner: str) -> bytes:
+        """The graph, `mtc.results.Graph` as JSON."""
+
+    async def cancel(self, job_id: str, owner: str) -> None:
+        """Forget a job."""
+
+    async def steer(self, key: RunKey, asked: SteerRequest) -> tuple[str, dict[str, Any]]:
+        """Begin to steer a prompt; its id, and what is known at once."""
+
+    async def step(self, steered_id: str) -> dict[str, Any]:
+        """The next token of each continuation, or, behind the last, all of it."""
+
+    async def end(self, steered_id: str) -> None:
+        """Forget a prompt that is steered."""
+
+
 class Service:
     """One replica's view of the service."""
 
-    def __init__(self, settings: Settings, models: Models, control: Control, state: State, metrics: ReplicaMetrics):
+    def __init__(
+        self, settings: Settings, models: Models, control: Control, state: State, metrics: ReplicaMetrics,
+        interventions: Interventions | None = None,
+    ):  # fmt: skip
         self.settings, self.models, self.control, self.state, self.metrics = settings, models, control, state, metrics
+        self._interventions = interventions
         self._used: set[RunKey] = set()
         self._ready: tuple[RunKey, float] | None = None
         self._listed: tuple[float, list[RunSummary]] | None = None
         self._opened: dict[RunKey, asyncio.Task[ServedRun]] = {}
+
+    @property
+    def interventions(self) -> Interventions:
+        """Who does graphs and steering. Raises ServiceError 409 if nobody does."""
+        if self._interventions is None:
+            message = (
+                "graphs and interventions are not served: start the service with --interventions (the setting "
+                "`interventions`), which takes a process more that holds the whole language model in float32"
+            )
+            raise ServiceError(409, "no_interventions", message)
+        return self._interventions
 
     async def run(self, model: str | None) -> ServedRun:
         """The run that answers a request; the whole answer is to come from it. Raises ServiceError as Control.want."""
@@ -138,7 +184,8 @@ class Service:
         return Limits(
             max_body_bytes=settings.max_body_bytes, max_inputs=settings.max_inputs,
             max_input_tokens=self.max_input_tokens(run), max_request_tokens=settings.max_request_tokens,
-            max_json_depth=settings.max_json_depth,
+            max_json_depth=settings.max_json_depth, max_graph_tokens=settings.max_graph_tokens,
+            max_graph_features=settings.max_graph_features,
         )  # fmt: skip
 
     def take_used(self) -> tuple[RunKey, ...]:
@@ -253,6 +300,10 @@ class Service:
         token = np.repeat(np.arange(tokens), np.diff(indptr))
         self._used.add(run.key)
         answer = self.models.decode_entries(run.key, layer.number, tokens, token, feature, value, request.prefix)
+        return await self._in_time(answer, self._deadline())
+
+    async def in_time(self, answer: Awaitable[T]) -> T:
+        """What is awaited, within `request_timeout_s`; raises ServiceError 504 if it takes longer."""
         return await self._in_time(answer, self._deadline())
 
     def _deadline(self) -> float:

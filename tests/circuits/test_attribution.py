@@ -1,5 +1,6 @@
 """Attribution graphs against sums, frozen passes, matrix inverses, a planted circuit, and transformers itself."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mtc.circuits import CircuitError, FeatureTarget, ReplacementModel, attribute
-from mtc.circuits.adjacency import Adjacency, at_prefix, influence, keep_features, prune, scores
-from mtc.circuits.attribution import attribute_whole
+from mtc.circuits.adjacency import Adjacency, influence, keep_features, prune, scores
+from mtc.circuits.attribution import Limits, attribute_whole
 from mtc.circuits.edges import Traced
 from mtc.circuits.graph import Whole
 from mtc.config import ModelConfig
@@ -237,7 +238,8 @@ def test_features_beyond_the_limit_are_error_and_the_strongest_are_kept() -> Non
 
 def test_a_prefix_of_the_graph_is_the_graph_of_the_prefix() -> None:
     model = make_model("gemma3")
-    cut, own = at_prefix(whole(model).adjacency, 16), whole(model, prefix=16).adjacency
+    every = whole(model).adjacency
+    cut, own = keep_features(every, every.feature < 16), whole(model, prefix=16).adjacency
     assert 0 < own.num_features < whole(model).adjacency.num_features
     for ours, theirs in zip(cut, own, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -329,10 +331,13 @@ def test_bad_prompts(prompt: Any, message: str) -> None:
         attribute(make_model("gpt2"), prompt)
 
 
-def test_a_matrix_that_is_too_large_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtc.circuits.selection.MOST_BYTES", 10_000)
+def test_a_graph_that_is_too_large_is_refused_in_time() -> None:
     with pytest.raises(CircuitError, match=r"a max_features of \d+, a shorter prompt or a smaller prefix"):
-        attribute(make_model("llama"), PROMPT)
+        attribute(make_model("llama"), PROMPT, limits=Limits(matrix_bytes=10_000))
+    known = attribute(make_model("llama"), PROMPT)
+    message = f"edges are {len(known.edges):,} after pruning with node_share=0.8 and edge_share=0.98; at most 20"
+    with pytest.raises(CircuitError, match=re.escape(message)):
+        attribute(make_model("llama"), PROMPT, limits=Limits(edges=20))
 
 
 def test_keeping_all_features_changes_nothing() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mtc.circuits import CircuitError, FeatureTarget, Intervention, ReplacementModel, attribute, steer
-from mtc.circuits.adjacency import at_prefix
+from mtc.circuits.adjacency import keep_features
 from mtc.circuits.attribution import attribute_whole
 from mtc.circuits.faithfulness import compare, contributions, measure_faithfulness
 from mtc.circuits.graph import to_graph
@@ -249,7 +249,7 @@ def test_a_feature_is_taken_out_as_with_a_plain_hook(model: ReplacementModel) ->
 
 def test_contributions_are_those_of_the_inverse_matrix() -> None:
     whole = attribute_whole(make_model("gemma2"), PROMPT)
-    found = at_prefix(whole.adjacency, 16)
+    found = keep_features(whole.adjacency, whole.adjacency.feature < 16)
     n = found.num_features
     step = found.edges[:n, :n] / found.activation[:n]  # derivative of one pre-activation by another activation
     gains = found.weights @ found.edges[n:, :n] / found.activation

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from serve_local import make_analysed_run, make_run, served
 
+from mtc.circuits import Intervention, attribute, steer
 from mtc.client import AsyncClient, Client, EncodedInput, Retry, ServiceError
+from mtc.storage import RunDirectory
 
 TEXTS = ["Hello, world", "a", "naïve – ünïcode", "x" * 200]
 OPTIONS: dict[str, Any] = {"include": ["l0", "relative_error"], "prefix": 48}
@@ -340,3 +342,71 @@ def test_an_address_that_is_none_is_told_at_once(address: str) -> None:
     for client in (Client, AsyncClient):
         with pytest.raises(ValueError, match=r"base_url=.*: an address such as http://127\.0\.0\.1:8000 is wanted"):
             client(address)
+
+
+CHANGE = Intervention(layer=1, feature=5, mode="scale", value=4.0)
+
+
+@pytest.fixture(scope="module")
+def with_circuits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, RunDirectory]]:
+    run = make_analysed_run(tmp_path_factory.mktemp("circuits") / "one")
+    with served(run, interventions=True) as url:
+        yield url, run
+
+
+@KINDS
+def test_graphs_and_steering(with_circuits: tuple[str, RunDirectory], kind: Any) -> None:
+    url, run = with_circuits
+    told: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
+    with kind(url) as client:
+        found = client.graph("Hello", targets=["a", 7], prefix=4, faithfulness=True, tell=told.append)
+        steered = client.steer(
+            "Hello", [CHANGE, {"layer": 1, "feature": 3, "value": 1}], max_tokens=4, tell=lines.append
+        )
+        with pytest.raises(ServiceError) as caught:
+            client.graph("Hello", targets=["ab"])
+    wanted = attribute(run, "Hello", ["a", 7], 4)
+    assert [(n.kind, n.layer, n.token, n.feature) for n in found.nodes] == [
+        (n.kind, n.layer, n.token, n.feature) for n in wanted.nodes
+    ]
+    assert found.faithfulness is not None and told[-1]["state"] == "done"
+    whole = steer(run, "Hello", [CHANGE, Intervention(layer=1, feature=3, value=1)], max_tokens=4)
+    assert [c.token_ids for c in (*steered.plain, *steered.steered)] == [
+        c.token_ids for c in (*whole.plain, *whole.steered)
+    ]
+    assert [line["type"] for line in lines] == ["prompt", *["step"] * (len(lines) - 2), "steered"]
+    assert (caught.value.status, caught.value.error_type) == (422, "validation")
+
+
+@KINDS
+@pytest.mark.parametrize("ends", ["timeout", "interrupt"])
+def test_a_graph_that_is_given_up_is_cancelled(kind: Any, ends: str) -> None:
+    job = {"id": "x", "state": "running", "url": "/graph/x", "result_url": "/graph/x/result", "done": 1, "of": 9}
+    running = httpx.Response(200, json=job)
+    script = Script(httpx.Response(202, json=job), *[running] * 20, httpx.Response(204))
+
+    def stop(_: dict[str, Any]) -> None:
+        if ends == "interrupt" and len(script.requests) > 3:
+            raise KeyboardInterrupt
+
+    with script.client(kind) as client, pytest.raises(ServiceError if ends == "timeout" else KeyboardInterrupt) as got:
+        client.graph("Hello", timeout=8, tell=stop)
+    assert ends == "interrupt" or got.value.error_type == "timeout"
+    assert (script.requests[-1].method, script.requests[-1].url.path) == ("DELETE", "/graph/x")
+    assert [request.method for request in script.requests[:-1]] == ["POST", *["GET"] * (len(script.requests) - 2)]
+    assert script.slept == sorted(script.slept) and sum(script.slept) <= 8
+
+
+@KINDS
+def test_steering_that_ends_early_is_no_answer(kind: Any) -> None:
+    for lines, error_type in (
+        ([{"type": "prompt"}, {"type": "step"}], "incomplete"),
+        ([{"type": "prompt"}, {"type": "error"} | BUSY], "overloaded"),
+        ([{"type": "prompt"}, {"type": "steered"}], "unreadable"),
+        ([{"kind": "prompt"}], "unreadable"),
+    ):
+        script = Script(stream(*lines))
+        with script.client(kind) as client, pytest.raises(ServiceError) as caught:
+            client.steer("a", [CHANGE])
+        assert (caught.value.error_type, script.slept) == (error_type, [])

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.memory import analysis_bytes, check_main_memory, training_bytes, transcoders_at_once
+from cluster.memory import (
+    analysis_bytes,
+    check_main_memory,
+    graph_bytes,
+    graph_processes,
+    training_bytes,
+    transcoders_at_once,
+)
 from cluster.resources import Node, actor_rate, beside, make_plan, trainer_rate
 from mtc.analysis import HeldOutPass
 from mtc.config import ConfigError, load_preset
@@ -128,6 +135,22 @@ def test_the_plan_counts_what_the_analysis_of_many_layers_holds():
     words = r"analysis takes at least .* 2 model actors .*30 transcoders' weights .* the driver; .* has 1\.5 GB"
     with pytest.raises(ConfigError, match=words):
         at_once(1.5e9, long)
+
+
+def test_graphs_are_scored_by_as_many_processes_as_fit():
+    config, info = load_preset("tiny", {"model": {"layers": "0-29"}}), ModelInfo("llama", 30, 512, None, 5000)
+    need = graph_bytes(config, info)
+    weights = 4 * (30 * 12 * 512**2 + 5000 * 512)
+    assert weights < need < 2e9 + weights
+
+    def processes(*memory):
+        nodes = [Node(2, 0, memory=each) for each in memory]
+        plan = make_plan(config, nodes, info.d_model)._replace(num_model_actors=4)
+        return graph_processes(config, plan, info)
+
+    assert [processes(need * n) for n in (0.9, 1.1, 3.5, 9)] == [0, 1, 3, 4]
+    assert processes(need * 1.9, need * 2.9) == 3, "what is left over of two nodes is no place"
+    assert processes(0) == 4, "of a node whose memory is not known"
 
 
 def test_a_disk_without_room_for_what_waits_there_is_told_before_any_work(monkeypatch):

@@ -18,11 +18,14 @@ import pytest
 import torch
 
 import cluster.held_out
+from cluster.graph_scores import measure_graphs
 from cluster.reporting import analyse_run
 from cluster.resources import Plan
+from cluster.room import plan_in_free_room
 from jobs import analyze
 from mtc.analysis import HeldOutPass
 from mtc.analysis.examples import Examples
+from mtc.circuits import attribute
 from mtc.config import ConfigError, ModelConfig, load_preset, make_config, to_yaml
 from mtc.language_model import LanguageModel, pack_windows
 from mtc.results import Analysis, Comparison, LayersReport
@@ -150,10 +153,13 @@ class Alive:
 
 
 def test_of_many_layers_one_at_a_time_is_in_memory_and_none_is_written_before_all_are_there(
-    ray_cluster: Any, text: Path, tmp_path: Path
+    ray_cluster: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in parts, whose passes load the language model up to their deepest layer, and by two actors: the figures are
     the same to the last bit."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spool))  # others of this machine have theirs in the usual place
     names = ("whole", "parts", "actors")
     whole, parts, actors = (make_layers_run(tmp_path, name, text) for name in names)
     said: list[str] = []
@@ -189,7 +195,7 @@ def test_of_many_layers_one_at_a_time_is_in_memory_and_none_is_written_before_al
         analyse_run(parts.url, {})
     assert deepest == [1, 2, 99]
     analyse_run(actors.url, {"cluster": {"num_model_actors": 2}})
-    assert not list(Path(tempfile.gettempdir()).glob("mtc-analysis-*/sums-*")), "nothing is left behind"
+    assert not list(spool.iterdir()), "nothing is left behind"
     for other in (parts, actors):
         for layer in range(3):
             ours, theirs = (run.members()[f"layer{layer}"] for run in (whole, other))
@@ -199,7 +205,34 @@ def test_of_many_layers_one_at_a_time_is_in_memory_and_none_is_written_before_al
             for part in ("summary", "evaluation", "tree", "features"):
                 assert found[part] == again[part]
         reports = [LayersReport.model_validate_json(run.read("report/layers_report.json")) for run in (whole, other)]
-        assert reports[0] == reports[1]
+        ours, theirs = (report.graphs for report in reports)
+        assert reports[0].model_copy(update={"graphs": theirs}) == reports[1]
+        assert ours is not None and theirs is not None, "by another number of processes, so but for the last digits"
+        assert [prompt.token_ids for prompt in ours.prompts] == [prompt.token_ids for prompt in theirs.prompts]
+        for a, b in zip(ours.prompts, theirs.prompts, strict=True):
+            assert [s.model_dump() for s in a.scores] == [pytest.approx(s.model_dump(), rel=1e-4) for s in b.scores]
+    graphs = reports[0].graphs
+    assert graphs is not None and graphs.prefixes == (16, 48, 64) and len(graphs.prompts) == 4
+    store = TokenStore.open(json.loads(whole.members()["layer0"].read("analysis.json"))["facts"]["token_store"])
+    heldout = {tuple(ids[:12].tolist()) for ids in store.input_ids(store.window_ids("heldout"))}
+    assert {prompt.token_ids for prompt in graphs.prompts} <= heldout, "12 tokens that nothing was trained on"
+    first = graphs.prompts[0]
+    for prefix, scores in zip(graphs.prefixes, first.scores, strict=True):
+        alone = attribute(whole, first.token_ids, prefix=prefix).scores[-1]
+        assert alone.model_dump(exclude={"prefix", "folded"}) == pytest.approx(scores.model_dump(), rel=1e-4)
+    assert first.text == "".join(attribute(whole, first.token_ids).tokens)
+
+    def broken(*_: Any) -> str:
+        raise RuntimeError("the edges do not fit")
+
+    told = list[str]()
+    monkeypatch.setattr("cluster.graph_scores.say", lambda event, text: told.append(text))
+    monkeypatch.setattr("cluster.graph_scores._score", broken)
+    config = whole.config()
+    plan = plan_in_free_room(config, 32)
+    assert measure_graphs(config, plan, whole, store.url, store.window_ids("heldout")) is None
+    (message,) = told
+    assert message.startswith("graphs are left out, all else is written: ") and "the edges do not fit" in message
     replaced = reports[0].replaced
     assert replaced is not None and replaced.layers == (0, 1, 2) and replaced.prefixes == (16, 48, 64)
     alone = reports[0].layers[1].summary.loss

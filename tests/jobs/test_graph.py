@@ -13,7 +13,10 @@ from serve_local import make_analysed_run
 
 import mtc.circuits
 from jobs import graph as job
+from mtc.circuits import coarsen
 from mtc.report.graph_page import graph_page
+from mtc.report.graph_plot import resolutions
+from mtc.report.graph_svg import graph_svg
 from mtc.results import Graph
 from mtc.telemetry.logs import EVENTS
 
@@ -42,7 +45,7 @@ def test_a_graph_of_a_tiny_run(run: str, tmp_path: Path, capsys: pytest.CaptureF
     output = tmp_path / "new" / "graph"
     options = ["--run", run, "--prompt", PROMPT, "--output", str(output), "--log-format", "json"]
     assert job.main([*options, "--node-share", "1", "--edge-share", "1", "--faithfulness", "3"]) == 0
-    assert sorted(path.name for path in output.iterdir()) == ["graph.html", "graph.json", "graph.svg"]
+    assert sorted(path.name for path in output.iterdir()) == sorted(job.FILES)
     graph = Graph.model_validate_json((output / "graph.json").read_bytes())
     assert "".join(graph.tokens[1:]) == PROMPT and graph.run_id == "one"
     features = [node for node in graph.nodes if node.kind == "feature"]
@@ -50,6 +53,7 @@ def test_a_graph_of_a_tiny_run(run: str, tmp_path: Path, capsys: pytest.CaptureF
     assert (output / "graph.html").read_text() == graph_page(graph)
     drawing = ElementTree.parse(output / "graph.svg").getroot()
     assert PROMPT in (drawing[0].text or "")
+    assert (output / "resolutions.svg").read_text() == resolutions(graph).svg
 
     said = lines(capsys.readouterr().out)
     events = [line["event"] for line in said]
@@ -67,11 +71,18 @@ def test_a_graph_of_a_tiny_run(run: str, tmp_path: Path, capsys: pytest.CaptureF
     assert [node.text for node in graph.nodes if node.target] == ["a", "b"]
     assert (graph.prefix, graph.read) == (4, 3)
 
+    assert job.main([*options, "--coarse", "4"]) == 0
+    graph = Graph.model_validate_json((output / "graph.json").read_bytes())
+    assert graph.coarse is None and graph.prefix == 10
+    assert (output / "graph.svg").read_text() == graph_svg(coarsen(graph, 4)) != graph_svg(graph)
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--prefix", "5"], "error: prefix=5 is not one of the nested dictionaries [4, 10]"),
+        (["--coarse", "5"], "error: coarse=5 is not one of the graph's nested dictionaries [4, 10]"),
+        (["--prefix", "4", "--coarse", "10"], "error: coarse=10 is not one of the graph's nested dictionaries [4]"),
         (["--prompt", ""], "error: prompt has no token but special ones"),
         (["--target", "Hello"], "error: target 'Hello' is 5 tokens"),
         (["--node-share", "0"], "error: node_share=0.0: above 0 and at most 1 is wanted"),

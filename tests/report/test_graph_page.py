@@ -6,10 +6,12 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from mtc.circuits.coarse import coarsen
 from mtc.report.graph_page import GRAPH_SCRIPTS, GRAPH_STYLES, graph_page
+from mtc.report.graph_plot import resolutions
 from mtc.report.graph_svg import graph_svg
 from mtc.results import Graph
-from tests.graph_example import HOSTILE, make_graph
+from tests.graph_example import HOSTILE, PREFIXES, make_graph
 from tests.report_pages import read_html
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -67,3 +69,33 @@ def test_marks_of_a_drawing_do_not_lie_on_each_other() -> None:
         (a, b) for i, a in enumerate(places) for b in places[:i] if abs(a[0] - b[0]) < 12 and abs(a[1] - b[1]) < 12
     ]
     assert close == []
+
+
+def test_a_coarse_graph_is_drawn_with_what_its_nodes_stand_for() -> None:
+    coarse = coarsen(make_graph(), PREFIXES[0])
+    drawing = ElementTree.fromstring(graph_svg(coarse))
+    marks = [g for g in drawing.iter(f"{SVG}g") if g.find(f"{SVG}title") is not None]
+    rings = [mark for mark in marks if any(c.get("class") == "ring" for c in mark)]
+    assert len(rings) == sum(node.kind == "feature" and node.folded > 0 for node in coarse.nodes) > 0
+    titles = [mark.findtext(f"{SVG}title", "") for mark in marks]
+    assert sum(title.startswith("others of layer") for title in titles) == sum(n.kind == "others" for n in coarse.nodes)
+    assert any("folded in" in title for title in titles)
+    graph_page(coarse)
+
+
+def test_the_plot_of_resolutions_shows_where_influence_ends() -> None:
+    graph = make_graph(tokens=HOSTILE)
+    drawing = resolutions(graph)
+    assert drawing == resolutions(graph) and drawing.png.startswith(b"\x89PNG")
+    root = ElementTree.fromstring(drawing.svg)
+    said = [text.text for text in root.iter(f"{SVG}text")]
+    for score in graph.scores:
+        assert f"the first {score.prefix} features" in said
+    assert said.count("with 20 folded in") == len(PREFIXES)
+    green = [path.get("d", "") for path in root.iter(f"{SVG}path") if "fill: #009e73" in path.get("style", "")]
+    widths = []
+    for path in green[: 2 * len(PREFIXES)]:  # the legend's own comes last
+        xs = [float(x) for x in re.findall(r"[ML] (\S+) \S+", path)]
+        widths.append(max(xs) - min(xs))
+    shares = [each.replacement for score in graph.scores for each in (score, score.folded)]
+    assert [width / widths[0] for width in widths] == pytest.approx([share / shares[0] for share in shares], rel=1e-3)

@@ -27,9 +27,12 @@ from mtc.report.sections import document
 from mtc.results import (
     PLOTS,
     Analysis,
+    Explained,
+    GraphScores,
     LayersReport,
     ReplacedLayers,
     RunFacts,
+    ScoredPrompt,
     number,
     percent,
     report_files,
@@ -596,7 +599,16 @@ def test_layers_side_by_side() -> None:
         ce_replaced=(4.5, 3.5), ce_interval=[(4.25, 4.75), (3.25, 3.75)], kl=(1.25, 0.5),
         kl_interval=[(1.0, 1.5), (0.25, 0.75)], agreement=(0.4, 0.75), agreement_interval=[(0.3, 0.5), (0.7, 0.8)],
     )  # fmt: skip
-    files = write_layers_report([analysis.headline() for analysis in analyses], replaced)
+    about = {"features": 9, "completeness": 0.75, "special_errors": 0.125}
+    shares = ((0.25, 0.5), (0.5, 0.625))
+    prompts = [
+        ScoredPrompt(
+            text="a b", token_ids=(1, 2, 3), active=12, scores=tuple(Explained(replacement=r, **about) for r in own)
+        )
+        for own in shares
+    ]
+    graphs = GraphScores(prefixes=(4, 10), max_features=1000, prompts=tuple(prompts))
+    files = write_layers_report([analysis.headline() for analysis in analyses], replaced, graphs)
     markdown, (page, _, targets) = (
         read_markdown(files["layers_report.md"].decode()), read_html(files["layers_report.html"].decode()),
     )  # fmt: skip
@@ -621,11 +633,17 @@ def test_layers_side_by_side() -> None:
         ["the MLPs' output set to 0", "9", "not measured", "not measured"],
     ]
     report = LayersReport.model_validate_json(files["layers_report.json"])
-    assert report.replaced == replaced
+    assert report.replaced == replaced and report.graphs == graphs
+    assert page.table("What attribution graphs of held-out prompts explain")[1:] == [
+        ["4 features a layer", "0.375 (0.25 to 0.5)", "0.75 (0.75 to 0.75)", "0.125 (0.125 to 0.125)"],
+        ["10 features a layer", "0.5625 (0.5 to 0.625)", "0.75 (0.75 to 0.75)", "0.125 (0.125 to 0.125)"],
+    ]
+    assert "Means over 2 prompts, the first 3 tokens" in squeeze(page.text)
     assert [(each.layer, each.directory, each.summary) for each in report.layers] == [
         (a.config.model.layer, f"layer{a.config.model.layer}", a.summary) for a in reversed(analyses)
     ]
-    without = write_layers_report([analyses[1].headline()], None)["layers_report.md"].decode()
+    without = write_layers_report([analyses[1].headline()], None, None)["layers_report.md"].decode()
     assert "No held-out token is massive at any of these layers" in without
     assert "replaced at once was not measured" in without
+    assert "graphs of held-out prompts were not measured" in without
     assert pixels(files["layers_overview.png"]) == (680, 1080)

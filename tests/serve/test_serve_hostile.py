@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from hostile import NAME, Attack, attacks, send
-from serve_local import make_analysed_run, served
+from serve_local import make_analysed_run, served, wait_for_interventions
 
 from serve.contract import ErrorResponse, Settings
 
 LIMITS: dict[str, Any] = {
     "max_input_tokens": 64, "max_inputs": 8, "max_request_tokens": 256,
-    "body_timeout_s": 0.5,
+    "body_timeout_s": 0.5, "interventions": True, "max_graph_tokens": 32, "max_graph_features": 64,
 }  # fmt: skip
 GOOD = {"inputs": "Hello", "include": ["l0", "relative_error"]}
 
@@ -29,6 +29,8 @@ GOOD = {"inputs": "Hello", "include": ["l0", "relative_error"]}
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with served(make_analysed_run(tmp_path_factory.mktemp("runs") / "one"), **LIMITS) as url:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            wait_for_interventions(client)
         yield url
 
 

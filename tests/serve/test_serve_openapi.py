@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import attrs
 import httpx
 import pytest
-from serve_local import make_analysed_run, make_run, served
+from serve_local import make_analysed_run, make_run, served, wait_for_interventions
 
 from serve.http import ROUTES, keys
 
-ANALYSIS = {"AbsorbedFeature", "Feature", "LogitEffect", "Neighbour", "Parent", "SplitFeature", "TokenCount"}
-"""Parts of the report, which are described for it."""
+ANALYSIS = {"AbsorbedFeature", "Feature", "LogitEffect", "Neighbour", "Parent", "SplitFeature", "TokenCount"} | {
+    "Continuation", "Faithfulness", "Graph", "GraphNode", "NextToken", "PrefixScores", "Steered",
+}  # fmt: skip
+"""Parts of the report and of graphs, which are described for these."""
 
 
 class Api(NamedTuple):
@@ -30,7 +32,10 @@ class Api(NamedTuple):
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     root = tmp_path_factory.mktemp("runs")
     key = keys.add_key(root / "keys.json", "tests", admin=True, expires=None)
-    with served(make_analysed_run(root / "one"), max_input_tokens=64, api_keys_file=str(root / "keys.json")) as url:
+    settings = {"max_input_tokens": 64, "api_keys_file": str(root / "keys.json"), "interventions": True}
+    with served(make_analysed_run(root / "one"), **settings) as url:
+        with httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"}) as client:
+            wait_for_interventions(client)
         yield Api(url, {"Authorization": f"Bearer {key}"})
 
 
@@ -133,7 +138,7 @@ def test_document_says_nothing_of_one_run(api: Api, document: dict[str, Any], tm
     names = {operation["operationId"] for methods in document["paths"].values() for operation in methods.values()}
     assert names == {
         "encode", "tokenize", "decode", "features", "feature", "examples", "report", "report_file", "healthz",
-        "readyz", "metrics", "runs", "load", "info",
+        "readyz", "metrics", "runs", "load", "info", "graph", "graph_status", "graph_result", "graph_cancel", "steer",
     }  # fmt: skip
     with (
         served(make_analysed_run(tmp_path / "one"), make_run(tmp_path / "other")) as url,
@@ -142,8 +147,12 @@ def test_document_says_nothing_of_one_run(api: Api, document: dict[str, Any], tm
         before = client.get("/openapi.json").json()
         client.post("/admin/load", json={"model": "other"})
         assert before == client.get("/openapi.json").json()
-    assert all("content" in operation["responses"]["200"] for methods in before["paths"].values()
-               for operation in methods.values())  # fmt: skip
+    answers = {(path, method): next(iter(operation["responses"].items())) for path, methods in before["paths"].items()
+               for method, operation in methods.items()}  # fmt: skip
+    assert {place: status for place, (status, _) in answers.items() if status != "200"} == {
+        ("/graph", "post"): "202", ("/graph/{job}", "delete"): "204",
+    }  # fmt: skip
+    assert [place for place, (_, answer) in answers.items() if "content" not in answer] == [("/graph/{job}", "delete")]
 
 
 def test_nothing_but_the_reports_ratio_of_sums_is_called_fvu(document: dict[str, Any]) -> None:

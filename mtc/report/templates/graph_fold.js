@@ -6,6 +6,7 @@ const graphFold = (() => {
     if (node.kind === "embedding") return `t.${node.token}`;
     if (node.kind === "logit") return `l.${node.token}.${node.token_id}`;
     if (node.kind === "error") return `e.${node.layer}.${node.token}`;
+    if (node.kind === "others") return `x.${node.layer}.${node.token}`;
     return `${node.target ? "g" : "f"}.${node.layer}.${node.token}.${node.feature}`;
   }
 
@@ -13,19 +14,13 @@ const graphFold = (() => {
 
   const featureOf = (name) => (name.startsWith("f.") ? Number(name.split(".")[3]) : null);
 
-  // Of each node its own name and those of what it may be folded into, the nearest first: its feature's parent, that
-  // one's parent, and in the end, for what no feature of the smallest dictionary leads to, the layer's other features.
+  // Of each node its own name and those of what it may be folded into, the nearest first: its feature's ancestors, and in
+  // the end, for what no feature of the smallest dictionary leads to, the layer's other features.
   function chainsOf(graph) {
-    const parents = new Map();
-    for (const node of graph.nodes) {
-      if (node.kind === "feature" && node.parent !== null && node.parent < node.feature) parents.set(`${node.layer}.${node.feature}`, node.parent);
-    }
     return graph.nodes.map((node) => {
-      const chain = [nameOf(node)];
-      if (node.kind !== "feature" || node.target) return chain;
-      let feature = node.feature;
-      for (let parent; (parent = parents.get(`${node.layer}.${feature}`)) !== undefined; feature = parent) chain.push(`f.${node.layer}.${node.token}.${parent}`);
-      if (feature >= graph.prefixes[0]) chain.push(`x.${node.layer}.${node.token}`);
+      if (node.kind !== "feature" || node.target) return [nameOf(node)];
+      const features = [node.feature, ...node.ancestors], chain = features.map((feature) => `f.${node.layer}.${node.token}.${feature}`);
+      if (features.at(-1) >= graph.prefixes[0]) chain.push(`x.${node.layer}.${node.token}`);
       return chain;
     });
   }

@@ -70,14 +70,18 @@ const graphWords = (() => {
     const named = targets.map((node) => make("li", node.kind === "logit"
       ? [token(node.text ?? ""), ` ${percent(node.probability ?? 0)}`]
       : `feature ${node.feature} of layer ${node.layer} at token ${node.token}`));
-    const rows = graph.scores.map((score) => make("tr", [
-      make("th", number(score.prefix), { scope: "row", class: "n" }),
-      ...[number(score.features), number(score.replacement), number(score.completeness), percent(1 - score.replacement)].map((cell) => make("td", cell, { class: "n" })),
-    ], { "data-prefix": score.prefix }));
-    const columns = ["Features a layer", "Active in the graph", "Replacement score", "Completeness score", "Errors' influence"];
+    const cells = (found) => [number(found.features), number(found.replacement), number(found.completeness), percent(1 - found.replacement), percent(found.special_errors)];
+    const row = (score, name, found) => make("tr", [
+      make("th", name, { scope: "row" }), ...cells(found).map((cell) => make("td", cell, { class: "n" })),
+    ], { "data-prefix": score.prefix });
+    const rows = graph.scores.flatMap((score) => [
+      row(score, `the first ${number(score.prefix)}`, score),
+      ...(score.folded.features > score.features ? [row(score, `with later ones folded in: ${number(score.folded.nodes)} nodes`, score.folded)] : []),
+    ]);
+    const columns = ["Features a layer", "Active in the graph", "Replacement score", "Completeness score", "Errors' influence", "of it special tokens'"];
     const table = make("table", [
-      make("caption", make("span", "How much the nested dictionaries explain; the rest is error")),
-      make("thead", make("tr", columns.map((c) => make("th", c, { scope: "col", class: "n" })))), make("tbody", rows),
+      make("caption", make("span", "How much each resolution explains; the rest is error")),
+      make("thead", make("tr", columns.map((c, n) => make("th", c, { scope: "col", ...(n ? { class: "n" } : {}) })))), make("tbody", rows),
     ]);
     return make("div", [
       make("p", [make("strong", "Prompt "), ...graph.tokens.flatMap((text) => [token(text), "\u200b"])], { class: "graph-prompt" }),
@@ -100,7 +104,7 @@ const graphWords = (() => {
     if (mark.kind === "logit") fact("Probability", percent(node?.probability ?? 0));
     fact("Influence", `${number(mark.influence)}${mark.members.length > 1 ? ", summed" : ""}`);
     if (node && node.group !== null) fact("Nested group", `${node.group}`);
-    if (node && node.parent !== null) fact("Refines", `feature ${node.parent}`);
+    if (node?.ancestors.length) fact("Refines", node.ancestors.map((each) => `feature ${each}`).join(", which refines "));
     const title = make("h3", say.long(mark), { tabindex: -1 });
     const buttons = [];
     const button = (text, action, key = "") => {

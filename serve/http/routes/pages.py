@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
 from mtc.report.blocks import Branch, Branches, FeatureLink, Heading, Items, Token, with_badges
+from mtc.report.graph_page import GRAPH_SCRIPTS
 from mtc.report.html import BADGE, Renderer
 from mtc.results import number, percent
 from serve.contract import FeaturesQuery, ServiceError
@@ -71,6 +72,19 @@ async def feature(
     content = await asyncio.to_thread(_content, table, feature, examples, query(model=model, layer=layer))
     frame = await _frame(request, service, own, "feature", model, layer)
     return render("feature.html", **frame | {"address": f"/ui/feature/{feature}"}, feature=feature, **content)
+
+
+@router.get("/ui/graph")
+async def graph(request: Request, service: TheService, model: Model = None, layer: Layer = None) -> Response:
+    """A prompt's attribution graph: of all layers of a run, whatever layer the other pages are of."""
+    own = await service.layer(model, layer)
+    shared = set.intersection(*(set(each.prefixes) for each in own.run.layers.values()))
+    frame = await _frame(request, service, own, "graph", model, layer)
+    settings = service.settings
+    return render(
+        "graph.html", **frame, interventions=settings.interventions, scripts=GRAPH_SCRIPTS, prefixes=sorted(shared),
+        max_tokens=settings.max_graph_tokens, max_features=settings.max_graph_features,
+    )  # fmt: skip
 
 
 @router.get("/ui/login")
@@ -133,7 +147,7 @@ async def _frame(
     kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What every page shows around its content; `kept` are parameters that hold for another layer, too."""
-    page = "/ui/features" if here == "features" else "/ui"
+    page = {"features": "/ui/features", "graph": "/ui/graph"}.get(here, "/ui")
     return {
         "run": own.identity, "runs": await service.listed_runs(), "here": here, "model": model, "layer": layer,
         "served": own.run.key.run_id, "layers": list(own.run.layers), "page": page, "address": page,

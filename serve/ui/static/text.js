@@ -1,9 +1,12 @@
 // A text's tokens and their features. Nothing of what was typed leaves this page but in the body of POST /encode.
+import { call } from "./call.js";
+
 const element = (id) => document.getElementById(id);
 const ask = element("ask"), slider = element("prefix"), tokens = element("tokens");
 const prefixes = ask.dataset.prefixes.split(",").map(Number);
 const own = [["model", ask.dataset.model], ["layer", ask.dataset.layer]];  // what every answer is to come from
-const LISTED = 50, STRENGTHS = 5, TRIES = 30;
+const LISTED = 50, STRENGTHS = 5;
+const tell = (text) => { element("status").textContent = text; };
 
 let text = "";         // what the shown answers are about
 let answers = new Map();  // by nested dictionary
@@ -34,29 +37,12 @@ function say(problem) {
   element("problem").textContent = problem ?? "";
 }
 
-// An answer that is not one is an Error with the service's own words; a run that is being loaded is waited for.
-async function call(address, options, aborted) {
-  for (let tries = 1; ; tries++) {
-    const response = await fetch(address, { ...options, signal: aborted });
-    if (response.status === 401) {
-      location.assign("/ui/login?next=" + encodeURIComponent(location.pathname + location.search));
-      throw new Error("An API key is needed.");
-    }
-    if (response.ok) return response;
-    const type = response.headers.get("content-type") ?? "";
-    const body = type.startsWith("application/json") ? await response.json() : { error: `the service answered ${response.status}` };
-    if (body.error_type !== "loading" || tries === TRIES) throw new Error(body.error);
-    element("status").textContent = body.error + " …";
-    await new Promise((done) => setTimeout(done, 1000));
-  }
-}
-
 async function encode(prefix) {
   const known = answers;  // of this text; another one gets another map
   if (known.has(prefix)) return known.get(prefix);
   const body = { inputs: text, model: ask.dataset.model, layer: Number(ask.dataset.layer), prefix, return: "csr", include: ["l0", "relative_error"], truncate: true };
   const options = { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json", Accept: "application/json" } };
-  const answer = await (await call("/encode", options, asking.signal)).json();
+  const answer = await (await call("/encode", options, asking.signal, tell)).json();
   known.set(prefix, answer.results[0]);
   return answer.results[0];
 }
@@ -106,7 +92,7 @@ async function learn(features, signal) {
   if (!missing.length) return;
   const wanted = new URLSearchParams([...own, ["limit", missing.length], ...missing.map((f) => ["feature", f])]);
   try {
-    const answer = await (await call("/features?" + wanted, {}, signal)).json();
+    const answer = await (await call("/features?" + wanted, {}, signal, tell)).json();
     for (const row of answer.features) names.set(row.feature, row.top_tokens);
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -121,7 +107,7 @@ async function learnMassive(signal) {
   try {
     for (let cursor = ""; cursor !== null;) {
       const wanted = new URLSearchParams([...own, ["massive", true], ["limit", 500], ...(cursor ? [["cursor", cursor]] : [])]);
-      const answer = await (await call("/features?" + wanted, {}, signal)).json();
+      const answer = await (await call("/features?" + wanted, {}, signal, tell)).json();
       for (const row of answer.features) found.add(row.feature);
       cursor = answer.cursor;
     }
