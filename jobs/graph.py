@@ -14,9 +14,9 @@ import argparse
 import posixpath
 import sys
 import time
-from collections.abc import Sequence
 
 from jobs.command_line import add_options, failed
+from mtc.config import ConfigError, RunConfig
 from mtc.report.graph_page import graph_page
 from mtc.report.graph_svg import graph_svg
 from mtc.results import Graph, number, percent
@@ -68,35 +68,46 @@ def make_graph(options: argparse.Namespace) -> Graph:
     """The graph that the options ask for, with lines on how far it is."""
     run = open_run(options.run)
     set_run(run.run_id)
+    check_options(options, run.config())
+    say("loading", f"loading the language model and the transcoders of {run.url}")
     # Torch and transformers take 3 to 7 s; without them, help, a wrong option and a wrong run are told in 1.
     from mtc.circuits import ReplacementModel, attribute
     from mtc.devices import open_device
 
-    say("loading", f"loading the language model and the transcoders of {run.url}")
     model = ReplacementModel.load(run, open_device(options.device))
-    check_coarse(options, model.prefixes)
     layers = len(model.transcoders)
     say("attributing", f"tracing the prompt through {layers} transcoder{'s' if layers > 1 else ''}", layers=layers)
-    last = time.monotonic()
+    last, told = time.monotonic(), -1
 
     def progress(done: int, of: int) -> None:
-        nonlocal last
-        if done == of or time.monotonic() - last > PROGRESS_SECONDS:
-            last = time.monotonic()
-            say("progress", f"edges into {done:,} of {of:,} features", done=done, of=of)
+        nonlocal last, told
+        if done != told and (done == of or time.monotonic() - last > PROGRESS_SECONDS):
+            last, told = time.monotonic(), done
+            then = ", then influence and scores" if done == of else ""
+            say("progress", f"edges into {done:,} of {of:,} features{then}", done=done, of=of)
 
     limits = ("max_features", "node_share", "edge_share", "faithfulness")
     given = {name: value for name in limits if (value := getattr(options, name)) is not None}
     return attribute(model, options.prompt, options.target, options.prefix, tell=progress, **given)
 
 
-def check_coarse(options: argparse.Namespace, prefixes: Sequence[int]) -> None:
-    """Raises CircuitError if the graph will not have that resolution."""
-    from mtc.circuits import CircuitError
-
-    known = [prefix for prefix in prefixes if options.prefix is None or prefix <= options.prefix]
-    if options.coarse is not None and known and options.coarse not in known:
-        raise CircuitError(f"coarse={options.coarse} is not one of the graph's nested dictionaries {known}")
+def check_options(options: argparse.Namespace, config: RunConfig) -> None:
+    """Raises ConfigError, in the words of mtc.circuits, for numbers that a graph of the run can't have."""
+    for name in ("node_share", "edge_share"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value <= 1:
+            raise ConfigError(f"{name}={value}: above 0 and at most 1 is wanted")
+    if options.max_features is not None and options.max_features < 1:
+        raise ConfigError(f"max_features={options.max_features}: at least 1 is wanted")
+    if options.faithfulness is not None and options.faithfulness < 0:
+        raise ConfigError(f"faithfulness={options.faithfulness}: a number of features is wanted, 0 for none")
+    shared = set.intersection(*(set(member.config.transcoder.prefixes) for member in config.members()))
+    known = sorted(shared)
+    if options.prefix is not None and options.prefix not in known:
+        raise ConfigError(f"prefix={options.prefix} is not one of the nested dictionaries {known}")
+    known = [prefix for prefix in known if options.prefix is None or prefix <= options.prefix]
+    if options.coarse is not None and options.coarse not in known:
+        raise ConfigError(f"coarse={options.coarse} is not one of the graph's nested dictionaries {known}")
 
 
 def coarse_graph(graph: Graph, options: argparse.Namespace) -> Graph:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mtc.lazy import lazily
 
 if TYPE_CHECKING:
-    from mtc.circuits import Intervention, ReplacementModel, attribute, steer
+    from mtc.circuits import Intervention, ReplacementModel, attribute, coarsen, steer
     from mtc.config import RunConfig, load_preset
     from mtc.language_model import LanguageModel
     from mtc.storage import load_analysis, open_run
@@ -24,6 +24,7 @@ __all__ = [
     "RunConfig",
     "Trainer",
     "attribute",
+    "coarsen",
     "load_analysis",
     "load_preset",
     "load_transcoder",
@@ -37,6 +38,7 @@ __getattr__, __dir__ = lazily(
         "Intervention": "circuits",
         "ReplacementModel": "circuits",
         "attribute": "circuits",
+        "coarsen": "circuits",
         "steer": "circuits",
         "RunConfig": "config",
         "load_preset": "config",

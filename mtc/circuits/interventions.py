@@ -69,6 +69,12 @@ class Steering:
             raise CircuitError(
                 f"max_tokens={max_tokens} behind a prompt of {prompt_tokens} tokens: the model has {most} positions"
             )
+        for number, each in enumerate(interventions):
+            if each.positions is not None and max(each.positions) >= prompt_tokens + max_tokens:
+                raise CircuitError(
+                    f"interventions[{number}].positions has {max(each.positions)}: a prompt of {prompt_tokens} tokens "
+                    f"and max_tokens={max_tokens} have 0 to {prompt_tokens + max_tokens - 1}"
+                )
         self.model, self.interventions, self.attention = model, tuple(interventions), attention
         self.token_ids = tuple(window.input_ids.tolist())
         self._max_tokens, self._temperature, self._n = max_tokens, temperature, n

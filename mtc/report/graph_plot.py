@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,9 @@ def resolutions(graph: Graph) -> Picture:
         prompt = prompt if len(prompt) <= _PROMPT else prompt[: _PROMPT - 1] + "…"
         axes.set_title(f"What each resolution explains: {prompt}", parse_math=False, loc="left")
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
-        return picture(figure)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # of the prompt: the SVG names them, for the reader's fonts
+            return picture(figure)
 
 
 def _rows(graph: Graph) -> Iterator[tuple[str, Explained]]:

@@ -19,7 +19,7 @@ from markupsafe import escape
 from mtc.report.format import spaced, visible
 from mtc.results import Graph, GraphNode, number
 
-MOST_LABELS, MOST_EDGES = 40, 400
+MOST_LABELS, MOST_EDGES, MOST_MARKS = 40, 400, 100
 _MARK, _WIDEST, _LOW, _TALL, _GAP, _AXIS = 22.0, 130.0, 24.0, 38.0, 4.0, 46.0
 _CHARACTER, _LEAST_LABEL, _MOST_LABEL, _SPARE, _LOGIT = 6.7, 34.0, 124.0, 90.0, 92.0
 _LEAST_HEIGHT, _MOST_APART = 340.0, 40.0
@@ -74,16 +74,19 @@ class _Column(NamedTuple):
     slots: int
 
 
-def graph_svg(graph: Graph, labels: int = MOST_LABELS, edges: int = MOST_EDGES, width: int = 960) -> str:
-    """All nodes of the graph, its strongest edges and so many labels, of the nodes of most influence, where they have
-    room; `width` is what is aimed at, long prompts take more."""
+def graph_svg(
+    graph: Graph, labels: int = MOST_LABELS, edges: int = MOST_EDGES, marks: int = MOST_MARKS, width: int = 960
+) -> str:
+    """Tokens, targets and of the other nodes so many of most influence, the strongest edges between them, and so many
+    labels where they have room; `width` is what is aimed at, long prompts take more."""
+    whole, graph = graph, _strongest_nodes(graph, marks)
     columns, lines, total = _lines(graph, width - _AXIS)
     _place_labels(graph, lines, labels, total)
     height, bands, ticks = _place_lines(graph, lines, total)
     spots = {spot.number: spot for line in lines for spot in line.spots}
     found = _strongest(graph, edges)
     full_width, full_height = math.ceil(total + _AXIS), math.ceil(height + 30)
-    title, description = _words(graph, len(found))
+    title, description = _words(whole, len(graph.nodes), len(found))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {full_width} {full_height}" width="{full_width}" '
         f'height="{full_height}" role="img" aria-labelledby="title description">',
@@ -102,6 +105,18 @@ def graph_svg(graph: Graph, labels: int = MOST_LABELS, edges: int = MOST_EDGES, 
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _strongest_nodes(graph: Graph, most: int) -> Graph:
+    """The graph with so many features and errors, those of most influence."""
+    inner = [n for n, node in enumerate(graph.nodes) if not node.target and node.kind != "embedding"]
+    if len(inner) <= most:
+        return graph
+    left_out = set(sorted(inner, key=lambda n: -graph.nodes[n].influence)[most:])
+    kept = [n for n in range(len(graph.nodes)) if n not in left_out]
+    numbers = {n: i for i, n in enumerate(kept)}
+    edges = tuple((numbers[s], numbers[t], w) for s, t, w in graph.edges if s in numbers and t in numbers)
+    return graph.model_copy(update={"nodes": tuple(graph.nodes[n] for n in kept), "edges": edges})
 
 
 def _row(node: GraphNode, layers: int) -> int:
@@ -293,12 +308,14 @@ def _tokens(graph: Graph, columns: Sequence[_Column], height: float) -> Iterable
         yield f'<text class="mono" x="{x:.1f}" y="{height + 17:.1f}" text-anchor="middle">{escape(shown)}</text>'
 
 
-def _words(graph: Graph, edges: int) -> tuple[str, str]:
+def _words(graph: Graph, marks: int, edges: int) -> tuple[str, str]:
+    """Title and description of a graph of which so many nodes and edges are drawn."""
     prompt = visible("".join(graph.tokens))
     targets = ", ".join(_label(node) for node in graph.nodes if node.target)
     described = [
         f"Tokens from left to right, layers from below, next tokens on top: {targets}.",
-        f"{number(len(graph.nodes))} nodes and the {number(edges)} strongest of {number(len(graph.edges))} edges.",
+        f"The {number(marks)} strongest of {number(len(graph.nodes))} nodes, and {number(edges)} of "
+        f"{number(len(graph.edges))} edges.",
         "Circles are features, diamonds errors; blue raises, dashed orange lowers.",
     ]
     if graph.scores:

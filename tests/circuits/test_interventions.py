@@ -188,6 +188,10 @@ BAD = [
     ({"interventions": []}, "interventions are 0: 1 to 64"),
     ({"interventions": [Intervention(layer=1, feature=0, value=1)]}, r"interventions\[0\].layer=1 .* known: \[0, 2\]"),
     ({"interventions": [Intervention(layer=2, feature=48, value=1)]}, r"interventions\[0\].feature=48: 0 to 47"),
+    (
+        {"interventions": [Intervention(layer=2, feature=1, value=1, positions=(3, 32))], "max_tokens": 20},
+        r"interventions\[0\].positions has 32: a prompt of 12 tokens and max_tokens=20 have 0 to 31",
+    ),
     ({"max_tokens": 0}, "max_tokens=0"),
     ({"max_tokens": 10**6}, "max_tokens=1000000 behind a prompt of 12 tokens"),
     ({"n": 17, "temperature": 1.0}, "n=17: 1 to 16"),

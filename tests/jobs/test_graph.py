@@ -95,8 +95,9 @@ def test_what_cannot_be_drawn_is_told_in_the_last_line_and_nothing_is_written(
 ) -> None:
     output = tmp_path / "graph"
     assert job.main(["--run", run, "--prompt", PROMPT, "--output", str(output), *options]) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert error.splitlines()[-1].startswith(message) and "Traceback" not in error
+    assert ("loading" in out) == ("--prompt" in options or "--target" in options), "all else is told before"
     assert not output.exists()
 
 

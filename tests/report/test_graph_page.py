@@ -37,9 +37,9 @@ def test_the_service_has_what_its_page_needs() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "layers"), [(8, 2), (60, 6), (600, 24)])
-def test_the_drawing_has_all_nodes_and_few_labels(nodes: int, layers: int) -> None:
+def test_the_drawing_has_the_strongest_nodes_and_few_labels(nodes: int, layers: int) -> None:
     graph = make_graph(nodes, layers, tokens=HOSTILE if nodes > 20 else ("a", "b"))
-    drawing = ElementTree.fromstring(graph_svg(graph, labels=12, edges=50))
+    drawing = ElementTree.fromstring(graph_svg(graph, labels=12, edges=50, marks=10**6))
     marks = [g for g in drawing.iter(f"{SVG}g") if g.find(f"{SVG}title") is not None]
     assert len(marks) == len(graph.nodes)
     labels = [text for text in drawing.iter(f"{SVG}text") if text.get("class") == "label"]
@@ -53,11 +53,22 @@ def test_the_drawing_has_all_nodes_and_few_labels(nodes: int, layers: int) -> No
         f"{SVG}{n}" for n in ["svg", "title", "desc", "style", "rect", "text", "g", "path", "circle"]
     }
     assert graph_svg(graph) == graph_svg(graph)
+    few = ElementTree.fromstring(graph_svg(graph, marks=10))
+    titles = [g.findtext(f"{SVG}title", "") for g in few.iter(f"{SVG}g") if g.find(f"{SVG}title") is not None]
+    inner = sorted((n for n in graph.nodes if not n.target and n.kind != "embedding"), key=lambda n: -n.influence)
+    assert len(titles) == len(graph.nodes) - len(inner[10:])
+    names = [
+        f"{n.kind} {'' if n.feature is None else n.feature}".strip() + f" of layer {n.layer} at token {n.token}"
+        for n in inner
+    ]
+    for name in names[:10]:
+        assert any(title.startswith(name) for title in titles)
+    assert f"The {len(titles)} strongest of {len(graph.nodes)} nodes" in (few[1].text or "")
 
 
 def test_marks_of_a_drawing_do_not_lie_on_each_other() -> None:
     graph = make_graph(500, 20)
-    drawing = ElementTree.fromstring(graph_svg(graph))
+    drawing = ElementTree.fromstring(graph_svg(graph, marks=10**6))
     places = [
         tuple(float(v) for v in re.findall(r"-?[\d.]+", g.get("transform", "")))
         for g in drawing.iter(f"{SVG}g")

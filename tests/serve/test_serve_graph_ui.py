@@ -121,14 +121,14 @@ def test_progress_is_shown_and_work_is_cancelled(
 ) -> None:
     go_on, ended = threading.Event(), list[str]()
 
-    def whole(model: Any, prompt: Any, targets: Any, prefix: Any, most: int, tell: Any) -> Any:
+    def whole(model: Any, prompt: Any, targets: Any, prefix: Any, most: int, tell: Any, *limits: Any) -> Any:
         def slowly(done: int, of: int) -> None:
             tell(done, of)
             while not go_on.wait(0.02):
                 tell(done, of)
 
         try:
-            return attribute_whole(model, prompt, targets, prefix, most, slowly)
+            return attribute_whole(model, prompt, targets, prefix, most, slowly, *limits)
         except BaseException as error:
             ended.append(type(error).__name__)
             raise
@@ -167,6 +167,10 @@ def test_what_is_refused_is_said_and_old_links_are(tab: chromium.Page, url: str)
     tab.open(f"{url}/ui/graph#prompt=Hello&job=gone", 1280, 900, "light")
     tab.wait("document.querySelector('#status').textContent.startsWith('The graph of this link is not kept')")
     assert tab.evaluate("document.querySelector('#prompt').value") == "Hello"
+    tab.open(f"{url}/ui/graph#prompt=Hello&job=..%2Finfo%3Fmodel%3Dx%26", 1280, 900, "light")  # made by whom?
+    tab.wait(READY)
+    asked = [e["request"]["url"] for method, e in tab.events if method == "Network.requestWillBeSent"]
+    assert not any("/info" in each for each in asked) and texts(tab, "#status") == [""]
 
 
 def test_the_keyboard_reaches_all_of_the_form(tab: chromium.Page, url: str) -> None:

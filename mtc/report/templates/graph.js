@@ -267,7 +267,7 @@ const mtcGraph = (() => {
     const rows = drawn("svg", { class: "graph-rows", "aria-hidden": "true" });
     const plot = drawn("svg", { class: "graph-plot", role: "group", "aria-label": "Attribution graph; arrow keys move between marks, Enter opens one" });
     const tokens = drawn("svg", { class: "graph-tokens", "aria-hidden": "true" });
-    const scroll = make("div", [rows, plot, make("div", "layer", { class: "graph-corner", "aria-hidden": "true" }), tokens], { class: "graph-scroll" });
+    const scroll = make("div", [rows, plot, make("div", "layer ↑", { class: "graph-corner", "aria-hidden": "true" }), tokens], { class: "graph-scroll" });
     const panel = make("aside", [], { class: "graph-panel", "aria-label": "The mark that is chosen" });
     const head = graphWords.head(graph);
     root.append(head, make("div", [prefix.row, nodes.row, edges.row, foldAll], { class: "graph-tools" }), count, legend(), keys, make("div", [scroll, panel], { class: "graph-body" }));

@@ -67,8 +67,9 @@ const graphWords = (() => {
   // What stands above the graph: the prompt, what is explained, and how much is.
   function head(graph) {
     const targets = graph.nodes.filter((node) => node.target);
+    const weighs = (node) => (Math.abs(node.influence - node.probability) > 1e-4 * node.influence ? `, weighing ${number(node.influence)}` : "");
     const named = targets.map((node) => make("li", node.kind === "logit"
-      ? [token(node.text ?? ""), ` ${percent(node.probability ?? 0)}`]
+      ? [token(node.text ?? ""), ` ${percent(node.probability ?? 0)}${weighs(node)}`]
       : `feature ${node.feature} of layer ${node.layer} at token ${node.token}`));
     const cells = (found) => [number(found.features), number(found.replacement), number(found.completeness), percent(1 - found.replacement), percent(found.special_errors)];
     const row = (score, name, found) => make("tr", [
@@ -85,7 +86,7 @@ const graphWords = (() => {
     ]);
     return make("div", [
       make("p", [make("strong", "Prompt "), ...graph.tokens.flatMap((text) => [token(text), "\u200b"])], { class: "graph-prompt" }),
-      make("div", [make("strong", targets.length === 1 ? "Explained " : "Explained, each by its weight "), make("ul", named)], { class: "graph-targets" }),
+      make("div", [make("strong", targets.length === 1 || targets.some(weighs) ? "Explained " : "Explained, each by its probability "), make("ul", named)], { class: "graph-targets" }),
       make("div", table, { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores" }),
     ], { class: "graph-head" });
   }

@@ -86,7 +86,11 @@ async function ablate(graph, nodes) {
   const interventions = chosen.map((node) => ({ layer: node.layer, feature: node.feature, value: 0, positions: [node.token] }));
   const options = json({ input_ids: graph.token_ids, model: graph.run_id, interventions, max_tokens: 1 });
   const answer = await (await call("/steer", { ...options, headers: { ...options.headers, Accept: "application/json" } }, undefined, () => {})).json();
-  const rows = answer.next.slice(0, SHOWN).map((each) => make("tr", [
+  // What the graph explains comes first, then what changed most.
+  const explained = new Set(graph.nodes.filter((node) => node.kind === "logit").map((node) => node.token_id));
+  const wanted = answer.next.filter((each) => explained.has(each.token_id)).sort((a, b) => b.plain - a.plain);
+  const others = answer.next.filter((each) => !explained.has(each.token_id));
+  const rows = [...wanted, ...others].slice(0, Math.max(SHOWN, wanted.length)).map((each) => make("tr", [
     make("th", make("span", spaced(each.text), { class: "token" }), { scope: "row" }),
     ...[each.plain, each.steered].map((value) => make("td", percent(Math.exp(value)), { class: "n" })),
     make("td", `${each.steered >= each.plain ? "+" : "−"}${number(Math.abs(each.steered - each.plain))}`, { class: "n" }),
