@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +117,10 @@ def analyse(url: str) -> dict[str, Any]:
 
 def _size(directory: Path) -> int:
     total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # it was merged meanwhile
-            continue
+    for place, _, names in os.walk(directory):  # which passes over what was merged and removed meanwhile
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(f"{place}/{name}").st_size
     return total
 
 
@@ -139,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
         for layers in arguments.layers:
             url = make_run(make_config(root, deepest, layers))
             command = [sys.executable, "-m", "benchmarks.layers", "--run", url]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            Path(f"{root}/spool").mkdir(exist_ok=True)
+            place = os.environ | {"TMPDIR": f"{root}/spool"}  # others of this machine have theirs elsewhere
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=place)
             results[str(layers)] = json.loads(done.stdout.splitlines()[-1])
             print(f"{layers} layers: {results[str(layers)]}", flush=True)
     if arguments.save:
