@@ -15,6 +15,7 @@ from serve_local import make_analysed_run
 from mtc.circuits import Intervention, attribute, steer
 from mtc.client import Client, Retry, ServiceError
 from mtc.storage import RunDirectory
+from mtc.telemetry.metrics import CIRCUITS
 from serve.contract import Settings
 
 PROMPT = "Hello, you!"
@@ -74,6 +75,8 @@ def test_whichever_replica_answers(url: str, run: RunDirectory) -> None:
     assert {job["state"] for job in told} >= {"done"}
     assert metric(url, "mtc_graph_jobs_total") == 3 and metric(url, "mtc_steered_tokens_total") == 5
     assert metric(url, "mtc_steerings_in_flight") == 0
+    shown = httpx.get(f"{url}/metrics", timeout=60).text
+    assert all(f"\n{instrument.name}" in shown for instrument in CIRCUITS)
 
 
 def test_who_leaves_ends_the_work(url: str) -> None:

@@ -58,7 +58,8 @@ def talk(url: str) -> httpx.Client:
 def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
     address = path.replace("{feature}", "3").replace("{name:path}", "text.js" if "static" in path else "plots/loss.png")
     get, head = client.get(address), client.head(address)  # httpx fails if a body follows on the kept connection
-    assert head.status_code == get.status_code in (200, 303)
+    wanted = (409,) if path.startswith("/graph/") else (200, 303)  # which this service has not
+    assert head.status_code == get.status_code in wanted
     assert head.content == b""
     same = {"content-type", "etag", "cache-control", "content-security-policy", "location", "content-length"}
     same -= {"content-length"} if path == "/metrics" else set()
@@ -153,7 +154,7 @@ def test_listed_origins_may_ask_with_a_key(run: RunDirectory, tmp_path: Path) ->
         for refused in (
             client.options("/encode", headers=preflight("https://evil.example")),
             client.options("/encode", headers=preflight("null")),
-            client.options("/encode", headers=preflight(ORIGIN, Access_Control_Request_Method="DELETE")),
+            client.options("/encode", headers=preflight(ORIGIN, Access_Control_Request_Method="PUT")),
             client.options("/encode", headers=preflight(ORIGIN, Access_Control_Request_Headers="cookie")),
         ):
             assert (refused.status_code, refused.json()["error_type"]) == (400, "cors")

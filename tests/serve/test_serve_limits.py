@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from serve_local import LocalControl, make_run, make_service, served
+from serve_local import LocalControl, make_run, make_service, served, wait_for_interventions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -21,6 +21,7 @@ from serve.contract import Encoded, Limits, Options, Settings
 POSITIONS, ROWS = 48, 200
 SETTINGS: dict[str, Any] = {
     "max_input_tokens": 64, "max_inputs": 4, "max_request_tokens": 96, "max_body_bytes": 2048, "max_json_depth": 4,
+    "max_graph_tokens": 16, "max_graph_features": 20,
 }  # fmt: skip
 
 
@@ -42,7 +43,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def client(run: RunDirectory) -> Iterator[httpx.Client]:
-    with served(run, **SETTINGS) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with served(run, interventions=True, **SETTINGS) as url, httpx.Client(base_url=url, timeout=60) as client:
+        wait_for_interventions(client)
         yield client
 
 
@@ -67,6 +69,16 @@ def at_limits(limits: Limits) -> Iterator[tuple[str, str, bytes, bytes]]:
     assert limits.max_request_tokens == 2 * tokens
     yield "max_request_tokens", "/encode", body(inputs=[text, text]), body(inputs=[text, text[1:], "a"])
     assert limits.max_json_depth == 4
+    graph = limits.max_graph_tokens
+    yield "max_graph_tokens", "/graph", body(prompt="a" * (graph - 1)), body(prompt="a" * graph)
+    features = limits.max_graph_features
+    for asked in ({"prompt": "a"}, {"input_ids": [5, 6]}):
+        yield (
+            "max_graph_features",
+            "/graph",
+            body(**asked, max_features=features),
+            body(**asked, max_features=features + 1),
+        )
     entry = {"feature_index": 1, "activation_value": 1.0}
     yield "max_json_depth", "/decode", body(features=[[entry]]), body(features=[[{"feature_index": [1]}]])
 
@@ -77,7 +89,7 @@ def test_what_info_names_is_what_holds(client: httpx.Client) -> None:
     headers, tested = {"Content-Type": "application/json"}, set()
     for name, path, within, beyond in at_limits(limits):
         answer = client.post(path, content=within, headers=headers)
-        assert answer.status_code == 200, (name, path, answer.text)
+        assert answer.status_code == (202 if path == "/graph" else 200), (name, path, answer.text)
         answer = client.post(path, content=beyond, headers=headers)
         limit = getattr(limits, name)
         assert answer.status_code == 413, (name, path, answer.text)
