@@ -42,6 +42,7 @@ from mtc.analysis import (
     recognise,
 )
 from mtc.analysis.coactivation import parent_candidates
+from mtc.analysis.contexts import choose_windows
 from mtc.analysis.evaluation import evaluation
 from mtc.analysis.loss_sums import loss_sums
 from mtc.analysis.replaced_sums import ReplacedSums, replaced_layers, replaced_sums
@@ -106,6 +107,7 @@ def analyse_heldout(
     vocabulary = len(load_tokenizer(config.model))
     occurrences = count_tokens(store.input_ids(np.concatenate(units)), store.info.special_ids, vocabulary)
     about: dict[str, Any] = {"occurrences": occurrences, "num_documents": num_documents}
+    about["context_windows"] = choose_windows(np.concatenate(units), settings.random_contexts, config.data.seed)
 
     candidates: list[np.ndarray] = []
 
@@ -261,6 +263,7 @@ class FeatureActor(_HeldOutActor):
         self,
         occurrences: np.ndarray,
         num_documents: int,
+        context_windows: np.ndarray,
         candidates: list[np.ndarray],
         first_unit: np.ndarray,
         summed_by: list[int],
@@ -270,7 +273,7 @@ class FeatureActor(_HeldOutActor):
         self.summed_by = summed_by
         """Of each transcoder the number of the first one with the same sums for the affine map, which sums them for
         both."""
-        self.about = (occurrences, num_documents)
+        self.about = {"occurrences": occurrences, "num_documents": num_documents, "context_windows": context_windows}
         self.candidates = candidates
         if any(transcoder.massive_norm.isnan() for transcoder in self.transcoders):
             # Weights from elsewhere. Every actor looks at the same tokens, whichever it works on.
@@ -289,7 +292,7 @@ class FeatureActor(_HeldOutActor):
             windows, pairs = self._capture(ids)
             for i, (site, at) in enumerate(zip(self.sites, self.numbers, strict=True)):
                 held = begun.pop(i, None) or HeldOutPass(
-                    self.config, self.transcoders[i], *self.about, self.candidates[i]
+                    self.config, self.transcoders[i], **self.about, candidates=self.candidates[i]
                 )
                 fold = row["fold"] if self.summed_by[i] == at else None
                 held.add(ids, windows, pairs[site], np.asarray(documents), row["sampled"], fold)
@@ -431,14 +434,16 @@ def _findings(
         on_logits = LogitEffects(**whole).scaled(float(loss.norm_scale.sum() / loss.tokens.sum()))
     for kind in ("sums", "losses", "effects"):
         spool.remove(kind, at)
+    about = (store.input_ids, store.info.special_ids, store.document_ids, texts)
     return Findings(
         evaluation=evaluation(held, loss_recovered(loss, documents[1]) if loss else None, documents[0], texts.token),
         statistics=held.examples.statistics,
-        examples=held.examples.examples(store.input_ids, store.info.special_ids, store.document_ids, texts),
+        examples=held.examples.examples(*about),
         token_errors=held.token_errors,
         deviation=held.blocks.halves()[0].mean_deviation(),
         massive=held.massive,
         copies=find_copies(held.transcoder, held.sample),
         nesting=analyse_nesting(held.transcoder, held.sample, held.candidates),
         effects=on_logits,
+        contexts=held.contexts.table(*about),
     )

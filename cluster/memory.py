@@ -27,6 +27,8 @@ DENSE_COPIES = 4
 FLOAT64 = 8
 EXAMPLE = 24
 """Bytes of a stored example beside its context's activations."""
+CONTEXT_ENTRY = 20
+"""Bytes of an activation in a random context."""
 STATISTICS = 40
 """Numbers of 8 bytes that are counted of each feature."""
 LABELS = 2 * (1024 + 18 + 10)
@@ -163,15 +165,16 @@ def analysis_bytes(config: RunConfig, info: ModelInfo) -> AnalysisBytes:
     vocabulary = info.num_ids * (1 + prefixes) * FLOAT64
     statistics = (info.num_ids + features * STATISTICS) * FLOAT64
     kept = features * (settings.max_per_feature + settings.samples_per_feature)
-    example = EXAMPLE + FLOAT * settings.context_tokens
+    example, fired = EXAMPLE + FLOAT * settings.context_tokens, per_row * unit * largest.k
+    in_contexts = min(settings.random_contexts * (settings.context_tokens + 1), settings.num_tokens) * largest.k
     return AnalysisBytes(
         model=item * (12 * d**2 * info.num_layers + info.num_ids * d),
         weights=FLOAT * (2 * d * features + features + d + (d**2 if largest.skip else 0)),
         activations=2 * unit * d * item,
         line=line,
         counts=labels + vocabulary,
-        found=statistics + min(kept, per_row * unit * largest.k) * example,
-        kept=statistics + kept * example,
+        found=statistics + min(kept, fired) * example + min(in_contexts, fired) * CONTEXT_ENTRY,
+        kept=statistics + kept * example + in_contexts * CONTEXT_ENTRY,
         rows=-(-units // per_row),
         waiting=int(per_row > 1),
     )

@@ -24,6 +24,7 @@ from cluster.spool import Spool, Staged
 from cluster.tokenise import build_token_store
 from mtc.analysis import features_to_parquet
 from mtc.analysis.analyse import analyse
+from mtc.analysis.contexts import contexts_to_parquet
 from mtc.config import Member, RunConfig, changed_config
 from mtc.language_model import check_model, load_tokenizer
 from mtc.report import write_report
@@ -36,7 +37,8 @@ from mtc.telemetry import describe_machine, git_revision, package_versions, say,
 from mtc.text import DataError, StoreInfo, TokenStore, still_serves
 from mtc.transcoder import load_transcoder
 
-NEW_FILES = ("features.parquet", "examples.parquet", "analysis.json", "manifest.json")  # there when the analysis is
+NEW_FILES = ("features.parquet", "examples.parquet", "contexts.parquet", "analysis.json", "manifest.json")
+"""Files that are there when the analysis is."""
 
 
 class Written(NamedTuple):
@@ -78,6 +80,7 @@ def analyse_and_write(
             analysis, features = analyse(member.config, load_transcoder(own), found.found, history, facts)
             content = {
                 "examples.parquet": found.found.examples.to_parquet(),
+                "contexts.parquet": contexts_to_parquet(found.found.contexts),
                 "features.parquet": features_to_parquet(features),
                 "analysis.json": analysis.model_dump_json(indent=1).encode(),
             }

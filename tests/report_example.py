@@ -10,6 +10,7 @@ import torch
 
 from mtc.analysis import Findings, LogitEffects
 from mtc.analysis.analyse import analyse
+from mtc.analysis.contexts import SCHEMA
 from mtc.analysis.copies import FoundCopies
 from mtc.analysis.examples import EDGES, Examples, FeatureStatistics, _Rows
 from mtc.analysis.massive import MassiveSums
@@ -87,6 +88,19 @@ def make_examples(samples: list[int] = SAMPLES) -> Examples:
         lambda windows: [np.array([ids[0], token[w], ids[1]], np.int32) for w in windows],
         [], lambda windows: [f"doc|{w}<b>" for w in windows], TEXTS,
     )  # fmt: skip
+
+
+def make_contexts() -> pa.Table:
+    """Six contexts of three tokens; feature i fires on the second token of context i."""
+    rows = [
+        {
+            "window_id": i, "document_id": f"doc|{i}<b>", "position": 1,
+            "context_ids": [0, i, 1], "context_tokens": [VOCABULARY[0], VOCABULARY[i], VOCABULARY[1]],
+            "feature": [i], "token": [1], "activation": [0.5 + i],
+        }
+        for i in range(6)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, SCHEMA)
 
 
 def make_massive(tokens: int = 20) -> Massive:
@@ -197,7 +211,7 @@ def make_findings(transcoder: MatryoshkaTranscoder, **parts: Any) -> Findings:
         "evaluation": make_evaluation(prefixes), "statistics": make_statistics(), "examples": make_examples(),
         "token_errors": errors, "deviation": 2.0, "massive": make_massive_sums(False),
         "copies": FoundCopies(800, np.full(10, -1)), "nesting": make_nesting() if len(prefixes) > 1 else None,
-        "effects": make_effects(),
+        "effects": make_effects(), "contexts": make_contexts(),
     }  # fmt: skip
     return Findings(**(found | parts))
 

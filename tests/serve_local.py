@@ -19,6 +19,7 @@ import report_example as example
 import torch
 import uvicorn
 
+from mtc.analysis.contexts import contexts_to_parquet
 from mtc.config import RunConfig, load_preset, to_yaml
 from mtc.report import write_report
 from mtc.report.layers import write_layers_report
@@ -113,6 +114,7 @@ def _write_analysis(run: RunDirectory, config: RunConfig) -> Analysis:
     pq.write_table(features, table)
     run.write("features.parquet", table.getvalue())
     run.write("examples.parquet", example.make_examples().to_parquet())
+    run.write("contexts.parquet", contexts_to_parquet(example.make_contexts()))
     run.write("analysis.json", analysis.model_dump_json())
     return analysis
 

@@ -76,6 +76,8 @@ class Findings(NamedTuple):
     """The nested tree; None with one group, or without sampled tokens."""
     effects: LogitEffects | None
     """What each feature does to the output logits; None if the whole model was not run."""
+    contexts: pa.Table
+    """Random contexts with all features that fire in them, columns as mtc.analysis.contexts.SCHEMA."""
     probing: Probing | None = None
     """What linear probes read from the features; None if it was not asked for."""
     spelling: Spelling | None = None

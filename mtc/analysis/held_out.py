@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtc.analysis.coactivation import CoactivationSample, parent_candidates, to_bfloat16
+from mtc.analysis.contexts import ContextCollector
 from mtc.analysis.examples import ExampleCollector
 from mtc.analysis.intervals import MAX_BLOCKS
 from mtc.analysis.massive import MassiveSums
@@ -36,7 +37,8 @@ class HeldOutPass:
     """Sums of the windows that were added; two passes merge into the pass over both.
 
     `occurrences` [vocabulary] int64 tells how often each token id occurs in all of the text, and `num_documents` how
-    many documents that is; `candidates` is `parent_candidates(transcoder)`, computed here if it is not given.
+    many documents that is; `candidates` is `parent_candidates(transcoder)`, computed here if it is not given. Of each
+    of the windows `context_windows`, ascending, a random context is kept, by default of none.
     Everything but float64 sums is the same whatever the order of windows and merges; those are, to the last bit, if the
     order is.
     """
@@ -48,6 +50,7 @@ class HeldOutPass:
         occurrences: Array,
         num_documents: int = 1,
         candidates: Array | None = None,
+        context_windows: Array | None = None,
     ):
         settings, shape = config.analysis, transcoder.shape
         self.transcoder = transcoder
@@ -91,6 +94,9 @@ class HeldOutPass:
             settings.context_tokens,
             settings.min_activation,
         )
+        chosen = np.empty(0, np.int64) if context_windows is None else context_windows
+        self.contexts = ContextCollector(chosen, settings.context_tokens + 1)
+        """Random contexts with all that fires in them."""
         self.candidates = parent_candidates(transcoder) if candidates is None else candidates
         """[features, PARENT_CANDIDATES] int64: earlier features for which absorption is looked for; -1 where there are
         fewer."""
@@ -136,7 +142,9 @@ class HeldOutPass:
             if sampled:
                 keys = window_ids[window[some]] * (1 << 20) + windows.position_ids[chosen[some]].numpy()
                 self._samples.append(self._sample(source[some], target[some], codes, keys))
-        self.examples.add(window_ids, windows, _in_order(parts))
+        sparse = _in_order(parts)
+        self.examples.add(window_ids, windows, sparse)
+        self.contexts.add(window_ids, windows, sparse)
 
     def _add_part(self, source: Tensor, target: Tensor, block: Tensor, position: Tensor, token: Tensor) -> Codes:
         """Sums of a few tokens; returns their feature activations."""
@@ -199,6 +207,7 @@ class HeldOutPass:
         for name in ("massive", "sample"):
             found |= {f"{name}.{n}": np.asarray(v) for n, v in getattr(self, name)._asdict().items()}
         found |= {f"line.{n}": v for n, v in self.line.arrays().items()}
+        found |= {f"contexts.{n}": v for n, v in self.contexts.arrays().items()}
         return found | {f"examples.{n}": v for n, v in self.examples.arrays().items()}
 
     def merge(self, arrays: dict[str, Any]) -> None:
@@ -211,6 +220,7 @@ class HeldOutPass:
         self.massive += MassiveSums(*(arrays[f"massive.{n}"] for n in MassiveSums._fields))
         self.line.merge_arrays(_under("line.", arrays))
         self._samples.append(CoactivationSample(**{n: arrays[f"sample.{n}"] for n in CoactivationSample._fields}))
+        self.contexts.merge_arrays(_under("contexts.", arrays))
         self.examples.merge_arrays(_under("examples.", arrays))
 
     def merge_sums(self, name: str, arrays: dict[str, Any]) -> None:

@@ -44,6 +44,9 @@ class AnalysisConfig(Part):
     """Activations per feature drawn uniformly from those of at least min_activation."""
     context_tokens: int = Field(default=20, ge=2, le=131_072)
     """Tokens shown around an example's peak, half of them on each side."""
+    random_contexts: int = Field(default=2048, ge=0, le=1_000_000)
+    """Contexts of as many tokens, drawn at random and at most one per window, of which all features are kept: where a
+    feature is silent can only be told from these, and labels are scored on them."""
     min_activation: float = Field(default=0.1, ge=0, le=1e9)
     """Smallest activation, in scaled units, that may become an example; weaker ones are only counted."""
     coactivation_tokens: int = Field(default=131_072, ge=0, le=MOST)

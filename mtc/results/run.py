@@ -12,6 +12,7 @@ RUN_FILES = {
     "metrics.jsonl": "training history, one line per logged step",
     "features.parquet": "every figure of every feature, one row each",
     "examples.parquet": "activating examples of every feature, ordered by feature",
+    "contexts.parquet": "random contexts with all features that fire in them",
     "analysis.json": "every figure of this report",
     "manifest.json": "sizes and sha256 of all files",
 }

@@ -5,6 +5,7 @@
                    metrics.jsonl           one line per logged step
                    features.parquet        every figure of every feature, one row each
                    examples.parquet        activating examples, ordered by feature
+                   contexts.parquet        random contexts with all that fires in them
                    analysis.json           mtc.results.analysis.Analysis
                    report/...              HTML, Markdown, JSON, plots
                    ledger.parquet          mtc.storage.ledger.SCHEMA: what was trained of each work unit

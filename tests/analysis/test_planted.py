@@ -7,6 +7,7 @@ import torch
 from mtc.analysis import Findings, HeldOutPass, analyse_nesting, count_tokens, find_copies, read_feature
 from mtc.analysis.analyse import analyse
 from mtc.analysis.compare import match_features
+from mtc.analysis.contexts import SCHEMA
 from mtc.analysis.evaluation import evaluation
 from mtc.analysis.nesting import chance_cosine
 from mtc.config import load_preset
@@ -78,7 +79,7 @@ def found(planted):
     )
     findings = Findings(
         evaluation(held, None), held.examples.statistics, examples, held.token_errors, held.blocks.mean_deviation(),
-        held.massive, find_copies(transcoder, held.sample), nesting, None,
+        held.massive, find_copies(transcoder, held.sample), nesting, None, SCHEMA.empty_table(),
     )  # fmt: skip
     facts = RunFacts(
         run_id="planted", steps=0, trained_tokens=5000, data_name="planted", language_model_dtype="float32",

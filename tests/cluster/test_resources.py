@@ -95,7 +95,7 @@ def found_in_a_row(config, info):
         transcoder.threshold.copy_(z.kthvalue(len(z) - config.transcoder.k * len(pair.source)).values)
         transcoder.massive_norm.fill_(1.5 * width**0.5)
     pair.target[::100] *= 10
-    held = HeldOutPass(config, transcoder, np.ones(info.num_ids, np.int64), 2000)
+    held = HeldOutPass(config, transcoder, np.ones(info.num_ids, np.int64), 2000, context_windows=np.arange(len(ids)))
     held.add(np.arange(len(ids)), windows, pair, np.arange(len(ids)), fold=0)
     sizes = {name: array.nbytes for name, array in held.arrays().items() if not name.startswith("sample")}
     line = sum(size for name, size in sizes.items() if name.startswith("line."))

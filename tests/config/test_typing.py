@@ -18,6 +18,7 @@ BASE = load_preset("tiny").model_dump()
 ZERO = {
     "analysis.coactivation_tokens", "analysis.graph_prompts", "analysis.loss_tokens", "analysis.min_activation",
     "analysis.num_random_features",
+    "analysis.random_contexts",
     "analysis.samples_per_feature", "cluster.max_failures", "cluster.metrics_port", "cluster.room_seconds",
     "data.max_skipped_share", "data.seed", "data.shuffle_buffer_tokens", "model.layer", "optimizer.betas",
     "optimizer.decay_fraction",

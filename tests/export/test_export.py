@@ -19,6 +19,7 @@ import yaml
 from jobs.export import main
 from mtc.analysis import Findings, LogitEffects, features_to_parquet
 from mtc.analysis.analyse import analyse
+from mtc.analysis.contexts import SCHEMA
 from mtc.analysis.examples import EDGES, ExampleCollector
 from mtc.analysis.massive import MassiveSums
 from mtc.analysis.token_sums import SparseActivations
@@ -312,6 +313,7 @@ def analysed(tmp_path: Path) -> RunDirectory:
         None,
         None,
         effects,
+        SCHEMA.empty_table(),
     )
     analysis, features = analyse(config, transcoder, found, [], facts)
     run.write("examples.parquet", examples.to_parquet())
