@@ -273,7 +273,9 @@ class FeatureActor(_HeldOutActor):
         self.summed_by = summed_by
         """Of each transcoder the number of the first one with the same sums for the affine map, which sums them for
         both."""
-        self.about = {"occurrences": occurrences, "num_documents": num_documents, "context_windows": context_windows}
+        self.about: dict[str, Any] = {
+            "occurrences": occurrences, "num_documents": num_documents, "context_windows": context_windows,
+        }  # fmt: skip
         self.candidates = candidates
         if any(transcoder.massive_norm.isnan() for transcoder in self.transcoders):
             # Weights from elsewhere. Every actor looks at the same tokens, whichever it works on.
