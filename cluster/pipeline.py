@@ -26,7 +26,7 @@ from cluster.places import (
 )
 from cluster.probing import check_optional
 from cluster.progress import ProgressReader, balance, start_metrics_log
-from cluster.reporting import analyse_and_write, publish, timed
+from cluster.reporting import analyse_and_write, timed
 from cluster.resources import WORKER_ENVIRONMENT, Plan
 from cluster.room import plan_in_free_room
 from cluster.tokenise import build_token_store, check_data
@@ -35,7 +35,7 @@ from mtc.config import RunConfig, to_yaml
 from mtc.joining import joining
 from mtc.language_model import check_model, prepare_model
 from mtc.results import RunFacts
-from mtc.storage import Lease, RunDirectory, check_writable, with_absolute_paths
+from mtc.storage import Lease, RunDirectory, check_writable, publish_whole, with_absolute_paths
 from mtc.telemetry import check_trackers, prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
 from mtc.text import TokenStore, Work, heldout_units, work_units
@@ -212,7 +212,7 @@ class _Job:
             self.config, self.plan, self.run, store.url, facts, rows, self.lease.require, self.at_once
         )
         self.lease.require()
-        publish(self.run, latest=True)
+        publish_whole(self.run, latest=True)
         seconds = self.seconds | written.seconds
         self.metrics.stage("finished")
         took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())

@@ -32,7 +32,7 @@ from mtc.report.layers import write_layers_report
 from mtc.report.sweep import JSON as SWEEP_JSON
 from mtc.report.sweep import write_sweep_report
 from mtc.results import RUN_FILES, Analysis, Headline, RunFacts
-from mtc.storage import Lease, RunDirectory, RunError, open_run
+from mtc.storage import Lease, RunDirectory, RunError, open_run, publish_whole
 from mtc.telemetry import describe_machine, git_revision, package_versions, say, set_run
 from mtc.text import DataError, StoreInfo, TokenStore, still_serves
 from mtc.transcoder import load_transcoder
@@ -156,14 +156,6 @@ def _say_heldout(analysis: Analysis, member: Member, where: str) -> None:
     say("heldout", text, **figures)
 
 
-def publish(run: RunDirectory, latest: bool) -> None:
-    """Let readers see the run; a run of several transcoders after each of these."""
-    members = run.members()
-    for own in members.values() if len(members) > 1 else ():
-        own.publish(latest=False)
-    run.publish(latest)
-
-
 def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     """Analyse a finished run again, without training; returns the run.
 
@@ -197,7 +189,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         histories = (own.read_lines("metrics.jsonl") for own in members)
         written = analyse_and_write(config, plan, run, store_url, facts, histories, lease.require, at_once)
         lease.require()
-        publish(run, latest=False)
+        publish_whole(run, latest=False)
     seconds = sum(written.seconds.values())
     say("analysed", f"analysed {run.url} in {seconds:.0f} s", url=run.url, seconds=seconds)
     return run

@@ -18,6 +18,7 @@ from mtc.storage.runs import (
     open_layer_run,
     open_run,
     parse_analysis,
+    publish_whole,
     require_one_layer,
 )
 from mtc.storage.status import describe, run_status
@@ -60,6 +61,7 @@ __all__ = [
     "prepare_environment",
     "progress_from_parquet",
     "progress_to_parquet",
+    "publish_whole",
     "require_on_hub",
     "require_one_layer",
     "rows_left",

@@ -204,6 +204,14 @@ class RunDirectory:
         return manifest
 
 
+def publish_whole(run: RunDirectory, latest: bool) -> None:
+    """Let readers see a run of one transcoder or of several; of several each one first."""
+    members = run.members()
+    for own in members.values() if len(members) > 1 else ():
+        own.publish(latest=False)
+    run.publish(latest)
+
+
 def open_run(url: str, verify: bool = True) -> RunDirectory:
     """A finished run by its directory, or `<root>/latest`, or one transcoder of either (`<root>/latest/layer9`).
 

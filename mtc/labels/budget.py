@@ -1,0 +1,35 @@
+"""How many tokens a labelling may cost, and did."""
+
+from __future__ import annotations
+
+from mtc.labels.endpoint import Answer, tokens_of
+from mtc.labels.prompts import Question
+
+SURPLUS = 1.5
+"""How much longer than estimated a prompt is taken to be while it is asked."""
+
+
+class Budget:
+    """Tokens of prompts and answers: a question is asked only if what it may cost at most still fits."""
+
+    def __init__(self, most: int | None, thinking_tokens: int = 0):
+        self.most, self.thinking_tokens = most, thinking_tokens
+        self.spent = 0
+        """Tokens of the questions that were answered now."""
+        self.exhausted = False
+        """Whether a question was left out because it did not fit."""
+        self._reserved: dict[Question, int] = {}
+
+    def take(self, question: Question) -> bool:
+        """Whether a question may be asked; its room is kept until `settle`."""
+        cost = int(SURPLUS * tokens_of(question.text)) + question.answer_tokens + self.thinking_tokens
+        if self.most is not None and self.spent + sum(self._reserved.values()) + cost > self.most:
+            self.exhausted = True
+            return False
+        self._reserved[question] = cost
+        return True
+
+    def settle(self, question: Question, answer: Answer) -> None:
+        """Count what an answer cost."""
+        self._reserved.pop(question, None)
+        self.spent += answer.prompt_tokens + answer.answer_tokens
