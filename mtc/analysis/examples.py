@@ -42,6 +42,17 @@ class FeatureStatistics(NamedTuple):
     """Tokens that were analysed, whether or not a feature fired on them."""
 
 
+class Contexts(NamedTuple):
+    """The tokens around the peaks of some examples; column `peak` holds the peaks."""
+
+    token: Array
+    """[examples, context_tokens + 1] int32, ids; anything where `inside` is false."""
+    inside: Array
+    """[examples, context_tokens + 1] bool: inside the example's window, and no special token."""
+    peak: int
+    """Column of the peaks."""
+
+
 class Examples:
     """All kept examples, ordered by feature, kind and rank; `table` gives them with their text."""
 
@@ -76,7 +87,9 @@ class Examples:
         texts: TokenTexts,
     ):
         self._rows, self._rank, self._quantile, self._before = rows, rank, quantile, before
-        self._windows, self._special, self._document_ids, self._texts = windows, special, document_ids, texts
+        self._windows, self._special, self._document_ids = windows, special, document_ids
+        self.texts = texts
+        """The texts of tokens."""
         self.is_top = is_top
         """[examples] bool: one of the feature's strongest examples, not a uniformly drawn one."""
         self.feature = rows.feature
@@ -89,7 +102,19 @@ class Examples:
 
     def token(self, token_id: int) -> str:
         """The text of the token with this id, as TokenTexts gives it alone."""
-        return self._texts.token(token_id)
+        return self.texts.token(token_id)
+
+    def contexts(self, index: Array) -> Contexts:
+        """The tokens around the peaks of the examples at some indices, read from their windows."""
+        window_id, position = self._rows.window_id[index], self._rows.position[index]
+        unique, which = np.unique(window_id, return_inverse=True)
+        texts = self._windows(unique)
+        starts = np.r_[0, np.cumsum([len(t) for t in texts])].astype(np.int64)
+        ids = np.concatenate([*texts, np.zeros(1, np.int32)])  # never without an id to point at
+        reach = position[:, None] + np.arange(self._rows.context.shape[1]) - self._before
+        inside = (reach >= 0) & (reach < (starts[1:] - starts[:-1])[which][:, None])
+        token = ids[np.where(inside, starts[which][:, None] + reach, 0)].astype(np.int32)
+        return Contexts(token, inside & ~np.isin(token, self._special), self._before)
 
     def table(self, features: Sequence[int] | None = None) -> pa.Table:
         """The examples of some features, or of all, with their text; columns as in SCHEMA."""
@@ -112,27 +137,19 @@ class Examples:
     def _chunk(self, index: Array) -> pa.Table:
         rows = self._rows.take(index)
         top = self.is_top[index]
-        width = rows.context.shape[1]
         unique, which = np.unique(rows.window_id, return_inverse=True)
-        texts = self._windows(unique)
-        starts = np.r_[0, np.cumsum([len(t) for t in texts])].astype(np.int64)
-        ids = np.concatenate([*texts, np.empty(0, np.int32)])
-        offset = np.arange(width) - self._before
-        reach = rows.position[:, None] + offset
-        inside = (reach >= 0) & (reach < (starts[1:] - starts[:-1])[which][:, None])
-        token = ids[np.where(inside, starts[which][:, None] + reach, 0)]
-        inside &= ~np.isin(token, self._special)
+        token, inside, _ = self.contexts(index)
         borders = np.r_[0, np.cumsum(inside.sum(1))].astype(np.int32)
-        context_ids, context = token[inside].astype(np.int32), rows.context[inside]
+        context_ids, context = token[inside], rows.context[inside]
         names, of_name = np.unique(np.r_[context_ids, self.token_id[index]], return_inverse=True)
         texts_of = [self.token(int(t)) for t in names]
         n = len(context_ids)
         # Only where characters have several tokens does a context read otherwise than its tokens alone.
-        parts = np.array([self._texts.is_part(int(t)) for t in names], bool)[of_name[:n]]
+        parts = np.array([self.texts.is_part(int(t)) for t in names], bool)[of_name[:n]]
         for row in np.unique(np.searchsorted(borders, np.flatnonzero(parts), "right") - 1):
             first, end = borders[row : row + 2]
             of_name[first:end] = np.arange(len(texts_of), len(texts_of) + end - first)
-            texts_of += self._texts.sequence(context_ids[first:end].tolist())
+            texts_of += self.texts.sequence(context_ids[first:end].tolist())
         strings = pa.array(texts_of, pa.string()).take(pa.array(of_name))
         documents = np.array(list(self._document_ids(unique)), object)[which]
         columns = {

@@ -19,6 +19,7 @@ from mtc.analysis.examples import Examples, FeatureStatistics
 from mtc.analysis.logits import LogitEffects
 from mtc.analysis.massive import MassiveSums
 from mtc.analysis.nesting import Nesting
+from mtc.analysis.tally import tally
 from mtc.results import Feature
 from mtc.transcoder import MatryoshkaTranscoder
 
@@ -135,15 +136,9 @@ def alignment(transcoder: MatryoshkaTranscoder) -> Array | None:
 
 
 def _top_tokens(examples: Examples, total: int) -> pa.Array:
-    feature = examples.feature[examples.is_top].astype(np.int64)
-    token = examples.token_id[examples.is_top].astype(np.int64)
-    pairs, first, count = np.unique(feature << 32 | token, return_index=True, return_counts=True)
-    # Examples are in the order of strength: among equal counts the token of the strongest comes first.
-    order = np.lexsort((first, -count, pairs >> 32))
-    feature, token, count = pairs[order] >> 32, pairs[order] & 0xFFFFFFFF, count[order]
-    starts = np.searchsorted(feature, feature, "left")
-    kept = np.arange(len(feature)) - starts < TOP_TOKENS
-    feature, token, count = feature[kept], token[kept], count[kept]
+    found = tally(examples.feature[examples.is_top], examples.token_id[examples.is_top])
+    kept = found.place < TOP_TOKENS  # examples come in the order of strength: of equals the strongest's comes first
+    feature, token, count = found.group[kept], found.value[kept], found.times[kept]
     structs = _structs({"token_id": token, "token": _texts(examples, token), "count": count})
     return _lists(np.bincount(feature, minlength=total), structs)
 
