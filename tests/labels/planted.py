@@ -18,9 +18,12 @@ from mtc.storage import RunDirectory
 from mtc.text import TokenTexts
 from tests.strangers.tokenizers_as_they_come import named
 
-WORDS = """apple banana cherry damson elder fig grape hazel iris juniper kiwi lemon mango nectar olive papaya quince rose
-sorrel thyme umber violet walnut yarrow zinnia aster birch cedar daisy elm fir gorse heath ivy jade knot lilac maple
-nettle oak pine reed sage tansy""".split()
+WORDS = [
+    "apple", "banana", "cherry", "damson", "elder", "fig", "grape", "hazel", "iris", "juniper", "kiwi", "lemon",
+    "mango", "nectar", "olive", "papaya", "quince", "rose", "sorrel", "thyme", "umber", "violet", "walnut",
+    "yarrow", "zinnia", "aster", "birch", "cedar", "daisy", "elm", "fir", "gorse", "heath", "ivy", "jade", "knot",
+    "lilac", "maple", "nettle", "oak", "pine", "reed", "sage", "tansy",
+]  # fmt: skip
 BOS, TOKENS, WINDOWS, WIDTH = 0, 24, 400, 13
 
 
@@ -64,7 +67,14 @@ def write_planted(
         for j, words in enumerate(fires_on)
     ]  # fmt: skip
     run = RunDirectory(str(directory))
-    run.write("features.parquet", features_to_parquet(pa.Table.from_pylist(rows, SCHEMA)))
+    run.write(
+        "features.parquet",
+        features_to_parquet(
+            pa.Table.from_pylist(
+                rows, SCHEMA if "label" in SCHEMA.names else SCHEMA.append(pa.field("label", pa.string()))
+            )
+        ),
+    )
     run.write("examples.parquet", found.to_parquet())
     run.write("contexts.parquet", contexts_to_parquet(contexts.table(*about)))
     return run
