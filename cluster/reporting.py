@@ -26,6 +26,7 @@ from mtc.analysis import features_to_parquet
 from mtc.analysis.analyse import analyse
 from mtc.analysis.contexts import contexts_to_parquet
 from mtc.config import Member, RunConfig, changed_config
+from mtc.labels import keep_labels
 from mtc.language_model import check_model, load_tokenizer
 from mtc.report import write_report
 from mtc.report.layers import write_layers_report
@@ -78,6 +79,7 @@ def analyse_and_write(
             own = places[member.name]
             facts = _facts_now(plan, store_url, found, facts, seconds)
             analysis, features = analyse(member.config, load_transcoder(own), found.found, history, facts)
+            analysis = keep_labels(own, analysis)
             content = {
                 "examples.parquet": found.found.examples.to_parquet(),
                 "contexts.parquet": contexts_to_parquet(found.found.contexts),

@@ -2,7 +2,7 @@
 
     python jobs/label.py --run runs/latest --endpoint http://127.0.0.1:8000/v1 --model NAME --dry-run
     python jobs/label.py --run runs/latest --endpoint http://127.0.0.1:8000/v1 --model NAME
-    python jobs/label.py --run runs/ID --layer 9 --endpoint https://api.example.com/v1 --model NAME --max-tokens 5_000_000
+    python jobs/label.py --run runs/ID --layer 9 --endpoint https://api.example.com/v1 --model NAME --max-tokens 5000000
 
 The endpoint is any that is compatible with OpenAI's, such as a vLLM server; its key comes from $OPENAI_API_KEY, or from
 the variable that --key-variable names. Writes labels.parquet into the run, and the labels and their scores into its
@@ -14,6 +14,7 @@ endpoint, or another job writes the run, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -22,15 +23,18 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet as pq
+
 from jobs.command_line import add_options, failed
 from mtc.config import ConfigError
 from mtc.errors import MtcError
-from mtc.results import Labelling, number
+from mtc.report import write_report
+from mtc.results import Analysis, Labelling, number
 from mtc.storage import Lease, RunDirectory, load_analysis, open_run, publish_whole
 from mtc.telemetry import configure, fail, say, set_run
 
 if TYPE_CHECKING:
-    from mtc.labels import Cost, Progress, RunEvidence, Settings
+    from mtc.labels import Budget, Cost, Progress, RunEvidence, Settings
 
 PROGRESS_SECONDS = 5.0
 
@@ -122,7 +126,7 @@ def label(options: argparse.Namespace, whole: RunDirectory, members: Mapping[str
 
 
 def label_one(
-    options: argparse.Namespace, run: RunDirectory, evidence: RunEvidence, settings: Settings, budget: object,
+    options: argparse.Namespace, run: RunDirectory, evidence: RunEvidence, settings: Settings, budget: Budget,
     still_ours: Callable[[], None],
 ) -> Labelling:  # fmt: skip
     """Label one transcoder's features and write what comes of it; nothing is published."""
@@ -145,9 +149,21 @@ def label_one(
     analysis = load_analysis(run)
     shown = [each.figures.feature for each in analysis.features]
     labelling = labels.summarise(found, shown, (options.model, judge_model), settings, analysis.facts.analysed or "")
+    names = {row.feature: row.label or row.machine_label for row in found.rows}
+    content = {labels.LABELS: labels.labels_to_parquet(found.rows)}
+    content |= report_of(run, labels.relabel(analysis, names, labelling))
     still_ours()
-    write_labels(run, found.rows, labelling)
+    for name, data in content.items():
+        run.write(name, data)
     return labelling
+
+
+def report_of(run: RunDirectory, analysis: Analysis) -> dict[str, bytes]:
+    """The files of a changed analysis: itself, and its report."""
+    features = pq.read_table(io.BytesIO(run.read("features.parquet")))
+    report = write_report(analysis, features, run.read_lines("metrics.jsonl"))
+    files = {"analysis.json": analysis.model_dump_json(indent=1).encode()}
+    return files | {f"report/{name}": data for name, data in report.items()}
 
 
 def tell_cost(cost: Cost, run: RunDirectory, limit: int | None) -> None:

@@ -139,6 +139,7 @@ def analyse(
         tree=tree,
         probing=found.probing,
         spelling=found.spelling,
+        labelling=None,
         insights=tuple(insights),
         recommendations=tuple(recommendations),
         files=_files(config.model.layer, facts),

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from mtc.labels.summary import read_labels
 from mtc.record import Record
-from mtc.results import Analysis, FeatureLabel, Labelling
+from mtc.results import Analysis, FeatureLabel, File, Labelling, report_files
+from mtc.storage import RunDirectory
 
 R = TypeVar("R", bound=Record)
+LABELS = "labels.parquet"
 
 
-def relabel(analysis: Analysis, rows: Sequence[FeatureLabel], labelling: Labelling) -> Analysis:
-    """The analysis with the language model's label wherever a feature is named, or with that of rules where there is
-    none; and with the labelling itself."""
-    names = {row.feature: row.label or row.machine_label for row in rows}
-    return _renamed(analysis, names).model_copy(update={"labelling": labelling})
+def relabel(analysis: Analysis, names: Mapping[int, str | None], labelling: Labelling) -> Analysis:
+    """The analysis with these labels, by feature, wherever a feature is named, and with the labelling itself."""
+    layer, listed = analysis.config.model.layer, {file.name for file in analysis.files}
+    new = report_files(layer, labelled=True) | {LABELS: "labels by a language model, with their scores"}
+    more = [File(name=name, description=text) for name, text in new.items() if name not in listed]
+    return _renamed(analysis, names).model_copy(update={"labelling": labelling, "files": (*analysis.files, *more)})
+
+
+def keep_labels(run: RunDirectory, analysis: Analysis) -> Analysis:
+    """A new analysis of a run with the labels that the run has already, whose scores stay those on earlier examples."""
+    if not (run.exists(LABELS) and run.exists("analysis.json")):
+        return analysis
+    labelling = json.loads(run.read("analysis.json")).get("labelling")
+    if labelling is None:
+        return analysis
+    names = {row.feature: row.label for row in read_labels(run.read(LABELS)) if row.label is not None}
+    return relabel(analysis, names, Labelling.model_validate(labelling))
 
 
 def _renamed(record: R, names: Mapping[int, str | None]) -> R:

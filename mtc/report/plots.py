@@ -28,6 +28,7 @@ from mtc.report.drawing import (
     style,
     whole_numbers,
 )
+from mtc.report.label_plot import draw_label_scores
 from mtc.results import OVERVIEW, Analysis, Intervals, Slice, number
 
 _BINS = 40
@@ -61,7 +62,7 @@ class PlotData(NamedTuple):
 
 
 def render_plot(name: str, data: PlotData) -> Picture:
-    """The plot `name` of mtc.results.files.PLOTS; 960 x 680 pixels but for the overview."""
+    """The plot `name` of mtc.results.files.PLOTS or LABEL_PLOTS; 960 x 680 pixels but for the overview."""
     with style():
         return picture(overview(data) if name == OVERVIEW else _alone(name, data))
 
@@ -252,6 +253,10 @@ def activation_vs_samples(axes: Axes, data: PlotData) -> None:
     axes.legend(loc="best", fontsize=9)
 
 
+def label_scores(axes: Axes, data: PlotData) -> None:
+    draw_label_scores(axes, data.analysis.labelling)
+
+
 def _alone(name: str, data: PlotData) -> Figure:
     figure = new_figure(4.8, 3.4, 200)
     _DRAW[name](figure.subplots(), data)
@@ -324,6 +329,6 @@ _DRAW: dict[str, Callable[[Axes, PlotData], None]] = {
     draw.__name__: draw
     for draw in (
         prefix_fvu, prefix_recovered, training, sparsity, l0, density, fvu_by_position, fvu_by_frequency,
-        max_activation, samples, activation_vs_samples,
+        max_activation, samples, activation_vs_samples, label_scores,
     )
 }  # fmt: skip

@@ -9,7 +9,7 @@ import pyarrow as pa
 from mtc.report.html import render_html
 from mtc.report.markdown import render_markdown
 from mtc.report.sections import document
-from mtc.results import PLOTS, Analysis, plot_path, report_names
+from mtc.results import LABEL_PLOTS, PLOTS, Analysis, plot_path, report_names
 
 
 def write_report(analysis: Analysis, features: pa.Table, history: list[dict[str, Any]]) -> dict[str, bytes]:
@@ -23,8 +23,9 @@ def write_report(analysis: Analysis, features: pa.Table, history: list[dict[str,
     layer = analysis.config.model.layer
     names = report_names(layer)
     content = document(analysis)
-    pictures = {plot: render_plot(plot, PlotData(analysis, features, history)) for plot in PLOTS}
-    paths = {plot: plot_path(plot, layer) for plot in PLOTS}
+    plots = [*PLOTS, *(LABEL_PLOTS if analysis.labelling else ())]
+    pictures = {plot: render_plot(plot, PlotData(analysis, features, history)) for plot in plots}
+    paths = {plot: plot_path(plot, layer) for plot in plots}
     files = {
         names.markdown: render_markdown(content, {plot: f"{path}.png" for plot, path in paths.items()}).encode(),
         names.html: render_html(content, {plot: picture.svg for plot, picture in pictures.items()}).encode(),

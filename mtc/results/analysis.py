@@ -15,6 +15,7 @@ from mtc.results.copies import Copies
 from mtc.results.evaluation import AllTokens, Evaluation, LossRecovered, Massive, StraightLine
 from mtc.results.features import Histogram, ShownFeature, TopFeature, Weights
 from mtc.results.intervals import Intervals
+from mtc.results.labels import Labelling
 from mtc.results.nesting import PrefixStep, Tree
 from mtc.results.probing import Probing, Spelling
 from mtc.results.run import File, RunFacts, Training, TrainingFit, Trend
@@ -155,12 +156,14 @@ class Analysis(Headline):
     spelling: Spelling | None
     """Whether the language model can spell, and absorption on first letters (section 8); None if it was not asked
     for."""
+    labelling: Labelling | None
+    """Labels by a language model and their scores (section 9); None if they were not asked for."""
     insights: tuple[Finding, ...]
-    """Every rule that could be measured, met or not (section 9)."""
+    """Every rule that could be measured, met or not (section 10)."""
     recommendations: tuple[Finding, ...]
-    """Rules that are met, with what to change (section 10)."""
+    """Rules that are met, with what to change (section 11)."""
     files: tuple[File, ...]
-    """Files of the run and of its report (section 11)."""
+    """Files of the run and of its report (section 12)."""
 
     def headline(self) -> Headline:
         """The part that reports of several transcoders need, which is small."""

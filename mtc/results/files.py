@@ -21,6 +21,10 @@ PLOTS = {
 }
 """Plots by name, each a PNG and an SVG file."""
 
+LABEL_PLOT = "label_scores"
+"""Plot of a run whose features a language model has labelled."""
+LABEL_PLOTS = {LABEL_PLOT: "how often a judge that knows the labels calls contexts active, by activation"}
+
 
 class ReportNames(NamedTuple):
     """File names of one report in its three forms; paths inside the report directory."""
@@ -46,14 +50,15 @@ def plot_path(plot: str, layer: int) -> str:
     return plot if plot == "activation_vs_samples" else f"plots/{plot}"
 
 
-def report_files(layer: int) -> dict[str, str]:
-    """Every file of the report with what it holds, in the order in which the report lists them."""
+def report_files(layer: int, labelled: bool = False) -> dict[str, str]:
+    """Every file of the report with what it holds, in the order in which the report lists them; `labelled` ones have a
+    plot more."""
     names = report_names(layer)
     files = {
         names.markdown: "this report as text",
         names.html: "this report as one page without outside parts",
         names.json: "the same figures for programs; docs/analysis.schema.json describes it",
     }
-    for plot, description in PLOTS.items():
+    for plot, description in (PLOTS | (LABEL_PLOTS if labelled else {})).items():
         files |= {f"{plot_path(plot, layer)}.{kind}": description for kind in ("png", "svg")}
     return files

@@ -7,6 +7,7 @@ from mtc.report.sections.configuration import configuration
 from mtc.report.sections.evaluation import evaluation
 from mtc.report.sections.features import feature_cards, top_features
 from mtc.report.sections.findings import files, insights, recommendations
+from mtc.report.sections.labels import labels
 from mtc.report.sections.nesting import nesting
 from mtc.report.sections.probing import probing
 from mtc.report.sections.provenance import captured, provenance, stamp
@@ -23,6 +24,7 @@ SECTIONS = (
     feature_cards,
     nesting,
     probing,
+    labels,
     insights,
     recommendations,
     files,

@@ -7,7 +7,7 @@ from mtc.results import Analysis, number
 
 
 def insights(analysis: Analysis) -> Section:
-    """Section 9: every rule that could be measured, met or not."""
+    """Section 10: every rule that could be measured, met or not."""
     return Section(
         "Insights",
         (
@@ -18,7 +18,7 @@ def insights(analysis: Analysis) -> Section:
 
 
 def recommendations(analysis: Analysis) -> Section:
-    """Section 10: what to change, for the rules that are met."""
+    """Section 11: what to change, for the rules that are met."""
     nothing = f"None of the {number(len(analysis.insights))} rules that could be measured is met."
     body: Block = (
         Findings(analysis.recommendations, advice=True) if analysis.recommendations else Paragraph(nothing)
@@ -27,6 +27,6 @@ def recommendations(analysis: Analysis) -> Section:
 
 
 def files(analysis: Analysis) -> Section:
-    """Section 11: the run's files."""
+    """Section 12: the run's files."""
     rows = tuple((f.name, f.description) for f in analysis.files)
     return Section("Files generated", (Table("Files", ("File", "Content"), rows),))
