@@ -96,6 +96,9 @@ class EncodedInput(NamedTuple):
     relative_error: NDArray[np.float32] | None
     """[tokens] float32, squared error of each token over its squared deviation from the decoder's bias, NaN for special
     tokens; None if it was not asked for."""
+    labels: dict[int, str | None] | None = None
+    """Labels of the features in `indices`, by index, None of a feature without; None if they were not asked for. Of an
+    answer as safetensors those of all inputs' features."""
 
     def top(self, token: int, k: int = 16) -> list[tuple[int, float]]:
         """A token's `k` strongest features and their activations, equal ones by index."""
@@ -181,7 +184,8 @@ def read_decoding(media_type: str, content: bytes) -> Decoding:
 
 def encoded_input(result: dict[str, Any]) -> EncodedInput:
     """One input's result in CSR form, from JSON, NDJSON or msgpack."""
-    csr, l0, relative_error = result["csr"], result.get("l0"), result.get("relative_error")
+    csr, l0, relative_error, labels = (result.get(name) for name in ("csr", "l0", "relative_error", "labels"))
+    assert csr is not None
     return EncodedInput(
         **tokenised_input(result)._asdict(),
         indptr=_array(csr["indptr"], np.int64),
@@ -189,6 +193,7 @@ def encoded_input(result: dict[str, Any]) -> EncodedInput:
         values=_array(csr["values"], np.float32),
         l0=None if l0 is None else np.array(l0, np.int32),
         relative_error=None if relative_error is None else np.array(relative_error, np.float32),  # None becomes NaN
+        labels=None if labels is None else _labels(labels),
     )
 
 
@@ -213,6 +218,7 @@ def _encoding_of_tensors(content: bytes) -> Encoding:
     about, tensors = _metadata(content), load_tensors(content)
     tokens, truncated = json.loads(about["tokens"]), json.loads(about["truncated"])
     indptr, bounds = tensors["indptr"], pairwise(tensors["input_offsets"].tolist())
+    labels = _labels(json.loads(about["labels"])) if "labels" in about else None
     inputs = []
     for (start, end), cut in zip(bounds, truncated, strict=True):
         first, last = indptr[start], indptr[end]
@@ -223,11 +229,16 @@ def _encoding_of_tensors(content: bytes) -> Encoding:
                 None if offsets is None else offsets[start:end], tensors["is_special"][start:end].astype(np.bool_), cut,
                 indptr[start : end + 1] - first, tensors["indices"][first:last], tensors["values"][first:last],
                 None if l0 is None else l0[start:end], None if relative_error is None else relative_error[start:end],
+                labels,
             )
         )  # fmt: skip
     usage = Usage(**json.loads(about["usage"]))
     return Encoding(model_of(json.loads(about["model"])), int(about["prefix"]), tuple(inputs), usage,
                     about["request_id"])  # fmt: skip
+
+
+def _labels(found: dict[str, str | None]) -> dict[int, str | None]:
+    return {int(index): label for index, label in found.items()}
 
 
 def _metadata(content: bytes) -> dict[str, str]:

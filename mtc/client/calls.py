@@ -57,7 +57,7 @@ class EncodeOptions(TypedDict, total=False):
     """Size in features of the nested dictionary that encodes; by default the whole dictionary."""
     truncate: bool
     """Cut an input that is too long instead of refusing it."""
-    include: Sequence[Literal["l0", "relative_error"]]
+    include: Sequence[Literal["l0", "relative_error", "label"]]
 
 
 class GraphOptions(TypedDict, total=False):

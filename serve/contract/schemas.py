@@ -85,10 +85,10 @@ class EncodeRequest(_Input):
     """Number of features used, the first ones: one of the nested dictionaries, cheaper and coarser. By default all."""
     form: Literal["topk", "csr"] = Field(default="topk", alias="return")
     """Features token by token, strongest first, or all inputs' tokens as one sparse matrix (CSR)."""
-    include: list[Literal["l0", "relative_error"]] = Field(default=[], max_length=8)
+    include: list[Literal["l0", "relative_error", "label"]] = Field(default=[], max_length=8)
     """Figures for each token: `l0`, the number of active features, and `relative_error`, the share of the MLP output
     that is not reconstructed. Both are those of the whole prefix, whatever `top_k`, `features` and `min_activation`
-    leave out."""
+    leave out. `label` adds what is said of the features that are returned, and wants an analysed run."""
 
 
 class TokenizeRequest(_Input):
@@ -165,6 +165,9 @@ class InputResult(Tokens):
     """With `return: topk`: each token's active features, strongest first, equal ones by index."""
     csr: Csr | None = None
     """With `return: csr`: the tokens' active features as a sparse matrix."""
+    labels: dict[str, str | None] | None = None
+    """Label of each feature that is returned, by its index, with `include: label`: a language model's if there is one,
+    otherwise that of rules; null for a feature that was never seen to fire."""
     l0: list[int] | None = None
     """Number of active features of each token, with `include: l0`."""
     relative_error: list[float | None] | None = None

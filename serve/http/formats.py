@@ -31,6 +31,8 @@ class Envelope(NamedTuple):
     prefix: int | None
     """The nested dictionary used, or all features; not said where none is."""
     request_id: str
+    labels: Sequence[str | None] | None = None
+    """Labels of all features, if those of the answer's are wanted."""
 
 
 def encode_answer(
@@ -40,7 +42,7 @@ def encode_answer(
     if media_type == SAFETENSORS:
         return _encode_tensors(envelope, inputs, found)
     packed = media_type == MSGPACK
-    results = [input_result(envelope.layer, a, b, csr, packed) for a, b in zip(inputs, found, strict=True)]
+    results = [input_result(envelope, a, b, csr, packed) for a, b in zip(inputs, found, strict=True)]
     return _dump(media_type, _answer(envelope, results=results, usage=usage(inputs)))
 
 
@@ -67,7 +69,7 @@ def first_line(envelope: Envelope) -> bytes:
 
 def result_line(envelope: Envelope, index: int, tokenised: Tokenised, encoded: Encoded, csr: bool) -> bytes:
     """One input's line."""
-    result = input_result(envelope.layer, tokenised, encoded, csr, False)
+    result = input_result(envelope, tokenised, encoded, csr, False)
     return orjson.dumps({"type": "result", "index": index} | result) + b"\n"
 
 
@@ -85,9 +87,9 @@ def entries(inputs: Sequence[Encoded]) -> int:
     return sum(len(each.indices) + len(each.indptr) for each in inputs)
 
 
-def input_result(layer: ServedLayer, tokenised: Tokenised, encoded: Encoded, csr: bool, packed: bool) -> dict[str, Any]:
+def input_result(envelope: Envelope, tokenised: Tokenised, encoded: Encoded, csr: bool, packed: bool) -> dict[str, Any]:
     """`serve.contract.schemas.InputResult`; `packed` keeps the matrix's arrays as bytes."""
-    result = _tokens(layer, tokenised)
+    result = _tokens(envelope.layer, tokenised)
     if csr:
         arrays: dict[str, NDArray[Any]] = {
             "indptr": encoded.indptr,
@@ -97,12 +99,20 @@ def input_result(layer: ServedLayer, tokenised: Tokenised, encoded: Encoded, csr
         result["csr"] = {name: _array(array) if packed else array.tolist() for name, array in arrays.items()}
     else:
         result["features"] = _pairs(encoded) if packed else orjson.Fragment(_pairs_json(encoded))
+    if envelope.labels is not None:
+        result["labels"] = _labels(envelope.labels, [encoded])
     if encoded.l0 is not None:
         result["l0"] = encoded.l0.tolist()
     if encoded.relative_error is not None:
         errors = encoded.relative_error.tolist()
         result["relative_error"] = [None if value != value else value for value in errors]  # NaN is not itself
     return result
+
+
+def _labels(labels: Sequence[str | None], found: Sequence[Encoded]) -> dict[str, str | None]:
+    """Those of the features that are active somewhere."""
+    indices = np.unique(np.concatenate([each.indices for each in found]))
+    return {str(i): labels[i] for i in indices.tolist()}
 
 
 def _pairs(encoded: Encoded) -> list[list[dict[str, float]]]:
@@ -186,4 +196,6 @@ def _encode_tensors(envelope: Envelope, inputs: Sequence[Tokenised], found: Sequ
         "tokens": orjson.dumps(tokens).decode(),
         "truncated": json.dumps([each.truncated for each in inputs]),
     }
+    if envelope.labels is not None:
+        metadata["labels"] = orjson.dumps(_labels(envelope.labels, found)).decode()
     return save(tensors, metadata)

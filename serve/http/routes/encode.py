@@ -49,8 +49,10 @@ async def encode(request: Request, service: TheService) -> Response:
     layer = await _layer(request, service, asked)
     csr = asked.form == "csr"
     options = service.options(layer, asked, csr or media_type == formats.SAFETENSORS)
+    # Read once for a run and kept: before any work, so that a run without an analysis costs none.
+    labels = await asyncio.to_thread(lambda: layer.analysed.labels) if "label" in asked.include else None
     inputs = await service.tokenise(layer.run, asked)
-    envelope = formats.Envelope(layer, asked.prefix or layer.num_features, request_id_of(request))
+    envelope = formats.Envelope(layer, asked.prefix or layer.num_features, request_id_of(request), labels)
     found = service.encode_inputs(layer.run, inputs, options)
     if media_type == formats.NDJSON:
         return await _stream(request, service, envelope, csr, inputs, found)
