@@ -13,7 +13,7 @@ from mtc.analysis import copies as copied
 from mtc.analysis import nesting as nested
 from mtc.analysis.evidence import Evidence
 from mtc.analysis.examples import EDGES, Examples, FeatureStatistics
-from mtc.analysis.feature_table import alignment, features_table, read_feature, top_token
+from mtc.analysis.feature_table import alignment, features_table, label_of, read_feature
 from mtc.analysis.logits import LogitEffects
 from mtc.analysis.massive import MassiveSums
 from mtc.analysis.records import copies_of, training_fit, tree_of, trend
@@ -99,9 +99,11 @@ def analyse(
     evaluation = found.evaluation
     if tuple(evaluation.prefixes) != transcoder.prefixes:
         raise ValueError(f"evaluation of prefixes {evaluation.prefixes}, the dictionary's are {transcoder.prefixes}")
+    occurrences = found.token_errors[:, 0] + found.massive.tokens
     features = features_table(
-        transcoder, found.statistics, found.examples, found.massive, found.effects, found.nesting, found.copies
-    )
+        transcoder, found.statistics, found.examples, found.massive, occurrences, found.effects, found.nesting,
+        found.copies,
+    )  # fmt: skip
     if not facts.trained_tokens:
         at = features.schema.get_field_index("tokens_since_fired")
         features = features.set_column(at, features.schema.field(at), pa.nulls(len(features), pa.int64()))
@@ -214,7 +216,7 @@ def _top_features(features: pa.Table, wanted: NDArray[np.bool_], limit: int) -> 
             max_activation=float(strength[j]),
             massive_activation=features["massive_activation"][j].as_py(),
             samples=features["samples"][j].as_py(),
-            top_token=top_token(features, j),
+            label=label_of(features, j),
         )
         for rank, j in enumerate(chosen, 1)
     )

@@ -37,6 +37,8 @@ def compare_runs(a: RunDirectory, b: RunDirectory) -> tuple[Comparison, pa.Table
     if reason is None:
         W_dec_a, W_dec_b = (load_transcoder(run).W_dec.detach() for run in (a, b))
         pairs = match_features(W_dec_a, W_dec_b, _top_tokens(a), _top_tokens(b))
+        for name, run in (("a", a), ("b", b)):
+            pairs = pairs.append_column(f"label_{name}", _labels(run).take(pairs[f"feature_{name}"]))
         matching = _matching(pairs, first)
     comparison = Comparison(
         a=_side(first), b=_side(second), differences=_differences(first, second), matching=matching, not_matched=reason
@@ -126,6 +128,10 @@ def _differences(a: Analysis, b: Analysis) -> tuple[str, ...]:
 def _top_tokens(run: RunDirectory) -> list[str | None]:
     column = pq.read_table(pa.BufferReader(run.read("features.parquet")), columns=["top_tokens"])["top_tokens"]
     return [tokens[0]["token"] if tokens else None for tokens in column.to_pylist()]
+
+
+def _labels(run: RunDirectory) -> pa.ChunkedArray:
+    return pq.read_table(pa.BufferReader(run.read("features.parquet")), columns=["label"])["label"]
 
 
 def _matching(pairs: pa.Table, first: Analysis) -> Matching:

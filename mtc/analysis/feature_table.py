@@ -18,6 +18,7 @@ from mtc.analysis.copies import FoundCopies
 from mtc.analysis.examples import Examples, FeatureStatistics
 from mtc.analysis.logits import LogitEffects
 from mtc.analysis.massive import MassiveSums
+from mtc.analysis.naming import machine_labels
 from mtc.analysis.nesting import Nesting
 from mtc.analysis.tally import tally
 from mtc.results import Feature
@@ -31,6 +32,7 @@ _EFFECTS = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()),
 SCHEMA = pa.schema({
     "feature": pa.int32(),
     "group": pa.int32(),
+    "label": pa.string(),
     "max_activation": pa.float32(),
     "mean_activation": pa.float64(),
     "count": pa.int64(),
@@ -60,13 +62,15 @@ def features_table(
     statistics: FeatureStatistics,
     examples: Examples,
     massive: MassiveSums,
+    occurrences: Array,
     effects: LogitEffects | None,
     nesting: Nesting | None,
     copies: FoundCopies | None,
 ) -> pa.Table:
-    """The table of all features, ordered by index; columns as in SCHEMA. `effects`, `nesting` and `copies` are None
-    where they were not measured.
+    """The table of all features, ordered by index; columns as in SCHEMA.
 
+    Args: occurrences [vocabulary], how often each token id occurs in the text of the examples; `effects`, `nesting` and
+    `copies` are None where they were not measured.
     Raises ValueError if the statistics belong to another dictionary.
     """
     total = transcoder.num_features
@@ -77,6 +81,7 @@ def features_table(
     columns = {
         "feature": np.arange(total),
         "group": np.repeat(np.arange(len(transcoder.groups)), transcoder.shape.group_sizes),
+        "label": pa.array(machine_labels(examples, occurrences, total), pa.string()),
         "max_activation": statistics.maximum,
         "mean_activation": statistics.total / np.maximum(count, 1),
         "count": count,
@@ -120,10 +125,10 @@ def read_feature(table: pa.Table, feature: int) -> Feature:
     return Feature.model_validate(table.slice(feature, 1).to_pylist()[0])
 
 
-def top_token(table: pa.Table, feature: int) -> str | None:
-    """The most frequent peak token of a feature; None without samples."""
-    tokens = table["top_tokens"][feature].as_py()
-    return tokens[0]["token"] if tokens else None
+def label_of(table: pa.Table, feature: int) -> str | None:
+    """The label of a feature; None without samples."""
+    label: str | None = table["label"][feature].as_py()
+    return label
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mtc.analysis import copies as copied
 from mtc.analysis import nesting as nested
-from mtc.analysis.feature_table import top_token
+from mtc.analysis.feature_table import label_of
 from mtc.results import AbsorbedFeature, Child, CopiedFeature, Copies, Family, SplitFeature, TrainingFit, Tree, Trend
 from mtc.transcoder import MatryoshkaTranscoder
 
@@ -19,14 +19,14 @@ COPIED = 20
 
 
 def tree_of(transcoder: MatryoshkaTranscoder, nesting: nested.Nesting | None, features: pa.Table) -> Tree | None:
-    """The Tree of what was found about nesting, with the features' top tokens; None if it was not looked for."""
+    """The Tree of what was found about nesting, with the features' labels; None if it was not looked for."""
     if nesting is None:
         return None
     parents = nesting.parents
     group = features["group"].to_numpy()
 
     def name(feature: int) -> str | None:
-        return top_token(features, feature)
+        return label_of(features, feature)
 
     def family(p: int) -> Family:
         own = np.flatnonzero(parents.parent == p)
@@ -35,16 +35,14 @@ def tree_of(transcoder: MatryoshkaTranscoder, nesting: nested.Nesting | None, fe
             Child(
                 feature=int(c),
                 group=int(group[c]),
-                top_token=name(int(c)),
+                label=name(int(c)),
                 cosine=float(parents.cosine[c]),
                 coactivation=float(parents.coactivation[c]),
                 base_rate=float(parents.base_rate[c]),
             )
             for c in own[np.argsort(-bond, kind="stable")][:CHILDREN]
         ]
-        return Family(
-            feature=p, group=int(group[p]), top_token=name(p), num_children=len(own), children=tuple(children)
-        )
+        return Family(feature=p, group=int(group[p]), label=name(p), num_children=len(own), children=tuple(children))
 
     sizes = np.bincount(parents.parent[parents.parent >= 0], minlength=len(group))
     largest = np.argsort(-sizes, kind="stable")[:FAMILIES]
@@ -57,9 +55,9 @@ def tree_of(transcoder: MatryoshkaTranscoder, nesting: nested.Nesting | None, fe
         splits=tuple(
             SplitFeature(
                 feature=s.feature,
-                top_token=name(s.feature),
+                label=name(s.feature),
                 children=s.children,
-                child_tokens=tuple(name(c) for c in s.children),
+                child_labels=tuple(name(c) for c in s.children),
                 fired=s.fired,
                 coverage=s.coverage,
                 overlap=s.overlap,
@@ -70,9 +68,9 @@ def tree_of(transcoder: MatryoshkaTranscoder, nesting: nested.Nesting | None, fe
         absorptions=tuple(
             AbsorbedFeature(
                 parent=a.parent,
-                parent_token=name(a.parent),
+                parent_label=name(a.parent),
                 child=a.child,
-                child_token=name(a.child),
+                child_label=name(a.child),
                 cosine=a.cosine,
                 expected=a.expected,
                 absorbed=a.absorbed,
@@ -109,7 +107,7 @@ def copies_of(found: copied.FoundCopies | None, features: pa.Table) -> Copies | 
         copied=tuple(
             CopiedFeature(
                 feature=j,
-                top_token=top_token(features, j),
+                label=label_of(features, j),
                 massive=features["massive"][j].as_py(),
                 copies=tuple(np.flatnonzero(found.copy_of == j).tolist()),
             )

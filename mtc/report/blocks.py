@@ -22,6 +22,13 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Label:
+    """What a feature's examples have in common, in words that quote tokens."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class FeatureLink:
     """A feature's number, which leads to its card if there is one."""
 
@@ -45,7 +52,7 @@ class Link:
     target: str
 
 
-Piece = str | Token | FeatureLink | Code | Link
+Piece = str | Token | Label | FeatureLink | Code | Link
 Text = Piece | tuple[Piece, ...]
 
 

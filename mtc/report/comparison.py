@@ -7,7 +7,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mtc.report.format import escape, table, token
+from mtc.report.format import escape, table
 from mtc.results import NOT_MEASURED, Comparison, number, percent
 from mtc.storage import write_atomic
 
@@ -72,12 +72,12 @@ def render(comparison: Comparison) -> str:
     ]
     for title, some in (("The nearest pairs", matching.nearest), ("The farthest pairs", matching.farthest)):
         lines = [
-            [number(m.feature_a), _token(m.token_a), number(m.feature_b), _token(m.token_b), number(m.cosine)]
+            [number(m.feature_a), _label(m.label_a), number(m.feature_b), _label(m.label_b), number(m.cosine)]
             for m in some
         ]
-        parts += [f"### {title}", table(["A", "Top token", "B", "Top token", "Cosine"], lines)]
+        parts += [f"### {title}", table(["A", "Label", "B", "Label", "Cosine"], lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def _token(text: str | None) -> str:
-    return "no samples" if text is None else token(text)
+def _label(text: str | None) -> str:
+    return "no samples" if text is None else escape(text)

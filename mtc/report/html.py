@@ -71,6 +71,8 @@ class Renderer:
         match text:
             case blocks.Token():
                 return Markup('<span class="token">{}</span>').format(spaced(text.text))
+            case blocks.Label():
+                return Markup('<span class="label">{}</span>').format(visible(text.text))
             case blocks.FeatureLink():
                 address = self._link(text.feature)
                 name = escape(str(text.feature))

@@ -46,6 +46,8 @@ def _text(text: blocks.Text) -> str:
     match text:
         case blocks.Token():
             return escape(spaced(text.text))
+        case blocks.Label():
+            return escape(text.text)
         case blocks.FeatureLink():
             return f"{text.feature} (massive)" if text.massive else str(text.feature)
         case blocks.Code():

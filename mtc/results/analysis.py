@@ -20,7 +20,7 @@ from mtc.results.nesting import PrefixStep, Tree
 from mtc.results.probing import Probing, Spelling
 from mtc.results.run import File, RunFacts, Training, TrainingFit, Trend
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class Summary(Record):

@@ -39,6 +39,10 @@ class Match(Record):
     """Most frequent peak token of the first run's feature; None without samples."""
     token_b: str | None
     """Most frequent peak token of the second run's feature; None without samples."""
+    label_a: str | None
+    """Label of the first run's feature; None without samples."""
+    label_b: str | None
+    """Label of the second run's feature; None without samples."""
 
 
 class Matching(Record):
@@ -66,7 +70,7 @@ class Matching(Record):
 class Comparison(Record):
     """Two runs side by side, the first one called a and the second b."""
 
-    format_version: int = 1
+    format_version: int = 2
     """Version of the layout of comparison.json."""
     a: Side
     """Figures of the first run."""

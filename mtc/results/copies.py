@@ -10,8 +10,8 @@ class CopiedFeature(Record):
 
     feature: int
     """Index of the earliest of the copies."""
-    top_token: str | None
-    """Most frequent peak token of the feature, decoded; None without samples."""
+    label: str | None
+    """Label of the feature; None without samples."""
     massive: bool
     """Whether the feature is of massive tokens."""
     copies: tuple[int, ...]

@@ -118,6 +118,9 @@ class Feature(Record):
     """Index of the feature in the dictionary."""
     group: int
     """Group of the nested dictionary that the feature is in, from 0."""
+    label: str | None
+    """What the feature's samples have in common, in a few words and without a language model: plain text with quoted
+    tokens, on one line of at most 160 characters; None without samples. See mtc.analysis.naming."""
     max_activation: float
     """Strongest activation of the feature, in scaled units; 0 if it never fired."""
     mean_activation: float
@@ -205,5 +208,5 @@ class TopFeature(Record):
     """Share of the feature's summed activation that falls on massive tokens, from 0 to 1."""
     samples: int
     """Stored top examples of the feature."""
-    top_token: str | None
-    """Most frequent peak token of the feature, decoded; None without samples."""
+    label: str | None
+    """Label of the feature; None without samples."""

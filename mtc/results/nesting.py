@@ -48,12 +48,12 @@ class SplitFeature(Record):
 
     feature: int
     """Index of the feature that is split: the parent."""
-    top_token: str | None
-    """Most frequent peak token of the parent, decoded; None without samples."""
+    label: str | None
+    """Label of the parent; None without samples."""
     children: tuple[int, ...]
     """Indices of the later features whose parent the split feature is."""
-    child_tokens: tuple[str | None, ...]
-    """Most frequent peak token of each child in `children`, decoded; None without samples."""
+    child_labels: tuple[str | None, ...]
+    """Label of each child in `children`; None without samples."""
     fired: int
     """Sampled tokens on which the parent fires."""
     coverage: float
@@ -67,12 +67,12 @@ class AbsorbedFeature(Record):
 
     parent: int
     """Index of the earlier feature that may be absorbed."""
-    parent_token: str | None
-    """Most frequent peak token of the earlier feature, decoded; None without samples."""
+    parent_label: str | None
+    """Label of the earlier feature; None without samples."""
     child: int
     """Index of the later feature that may absorb the earlier one."""
-    child_token: str | None
-    """Most frequent peak token of the later feature, decoded; None without samples."""
+    child_label: str | None
+    """Label of the later feature; None without samples."""
     cosine: float
     """Cosine between the decoder rows of the earlier and the later feature, from -1 to 1."""
     expected: int
@@ -89,8 +89,8 @@ class Child(Record):
     """Index of the child in the dictionary."""
     group: int
     """Group of the nested dictionary that the child is in, from 0."""
-    top_token: str | None
-    """Most frequent peak token of the child, decoded; None without samples."""
+    label: str | None
+    """Label of the child; None without samples."""
     cosine: float
     """Cosine between the decoder rows of child and parent, from -1 to 1."""
     coactivation: float
@@ -106,8 +106,8 @@ class Family(Record):
     """Index of the parent in the dictionary."""
     group: int
     """Group of the nested dictionary that the parent is in, from 0."""
-    top_token: str | None
-    """Most frequent peak token of the parent, decoded; None without samples."""
+    label: str | None
+    """Label of the parent; None without samples."""
     num_children: int
     """Features that have this family's parent as theirs, shown or not."""
     children: tuple[Child, ...]

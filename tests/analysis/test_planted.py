@@ -107,6 +107,8 @@ def test_features_are_counted_and_named(planted, found):
     assert analysis.summary.silent_features == analysis.summary.dead_features == 1
     assert analysis.summary.dense_features == sum(f.density > 0.1 for f in features)
     assert features[DEAD].top_tokens == ()
+    assert [f.label for f in features[4:8]] == ["'t10' (100 %)", "'t11' (100 %)", "'t14' (100 %)", "'t16' (100 %)"]
+    assert features[DEAD].label is None
     assert sum(map(sum, analysis.density.counts)) == 9
 
 
@@ -143,7 +145,7 @@ def test_parents_splits_and_absorption_are_the_planted_ones(found):
     assert (split.feature, split.children, split.overlap) == (0, (4, 5), 0.0)
     assert split.coverage == (COUNT[10] + COUNT[11]) / (COUNT[10] + COUNT[11] + COUNT[12])
     (absorbed,) = analysis.tree.absorptions
-    assert (absorbed.parent, absorbed.child, absorbed.parent_token) == (1, 6, "t13")
+    assert (absorbed.parent, absorbed.child, absorbed.parent_label) == (1, 6, "'t13' (100 %)")
     assert absorbed.cosine == pytest.approx(0.9, abs=1e-6)
     assert absorbed.absorbed == absorbed.expected <= COUNT[14]
 

@@ -307,7 +307,7 @@ def analysed(tmp_path: Path) -> RunDirectory:
         evaluation,
         collector.statistics,
         examples,
-        np.zeros((100, 4)),
+        np.zeros((128, 4)),
         1.0,
         MassiveSums.empty(128, F),
         None,

@@ -357,6 +357,9 @@ def test_two_runs_side_by_side(analysed: list[RunDirectory], tmp_path: Path) -> 
     assert same.matching.median == pytest.approx(1)
     assert same.matching.same_token == 1
     assert same.differences == ()
+    labels = pq.read_table(Path(one, "features.parquet"))["label"].to_pylist()
+    assert pairs["label_a"].to_pylist() == pairs["label_b"].to_pylist() == labels
+    assert all(m.label_a == m.label_b == labels[m.feature_a] for m in same.matching.nearest)
     assert analyze.main(["--compare", one, other, "--output", str(tmp_path / "other")]) == 0
     text = (tmp_path / "other" / "comparison.md").read_text()
     found = Comparison.model_validate_json((tmp_path / "other" / "comparison.json").read_bytes())

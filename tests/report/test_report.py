@@ -107,7 +107,8 @@ def test_features_and_weights() -> None:
         {"token_id": 3, "token": HOSTILE[3], "count": 2},
     ]
     assert [f.feature for f in analysis.top_features] == [9, 8, 7, 6, 4, 3]
-    assert analysis.top_features[0].top_token is None
+    assert [f.label for f in analysis.top_features] == [None, *(table["label"][j].as_py() for j in (8, 7, 6, 4, 3))]
+    assert table["label"][3].as_py() == "'|' (5 of 7) in 'the| of|' (5 of 7)"
     shown = {f.figures.feature: f for f in analysis.features}
     assert [f.reason for f in analysis.features] == ["strongest"] * 6 + ["drawn"]
     assert list(shown)[:6] == [9, 8, 7, 6, 4, 3]
@@ -261,6 +262,7 @@ def test_features_agree_with_json(page: Page, data: Any, files: Files) -> None:
         card, _, _ = read_html(text[start : text.find("<h4>", start)])
         tokens = ", ".join(f"{plain_token(t['token'])} ×{t['count']}" for t in f["top_tokens"])
         assert f"Top tokens: {tokens or 'no samples'}" in card.items
+        assert f"Label: {f['label'] or 'no samples'}" in card.items
         assert "Raises the logits of: | 0.5" in card.text
         assert "Lowers the logits of: " in card.text
         near = ", ".join(f"{n['feature']} ({number(n['cosine'])})" for n in f["neighbours"])
@@ -446,6 +448,30 @@ def test_hostile_text_stays_text() -> None:
     assert context(["the", " Congress", " of"], 1) == "… the **Congress** of …"
     assert context(["a", "|", "b"], 1) == r"… a<b>\|</b>b …"
     assert context(["a", "\n", "b"], 1) == "… a<b>⏎</b>b …"
+
+
+def test_hostile_labels_stay_text() -> None:
+    """A label is made harmless where it is made, too; here it is shown raw."""
+    label = "'<script>`a`|b' (3 of 3) in \"*[x]: y**\n| c |\u202e<!-- $x$ & \\"
+
+    def relabelled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: label if k.endswith("label") and v else relabelled(v) for k, v in value.items()}
+        return [relabelled(v) for v in value] if isinstance(value, list) else value
+
+    analysis = Analysis.model_validate(relabelled(json.loads(make_analysis()[0].model_dump_json())))
+    markdown, html = texts(analysis)
+    shown = label.replace("\n", "⏎").replace("\u202e", "U+202E")
+    for page in (read_markdown(markdown), read_html(html)[0]):
+        assert [row[-1] for row in page.table("The strongest features")[1:]] == ["no samples", *[shown] * 5]
+        assert page.table("Absorption candidates")[1][1:4:2] == [shown, shown]
+        assert page.table("Splitting candidates")[1][1] == shown
+        assert f"Label: {shown}" in page.items
+        assert any(item.startswith(f"1 (group 0) {shown}; fires on 25 %") for item in page.items)
+        assert f"6 (group 1) {shown}: cosine 0.4321, co-activation 87.65 %" in page.items
+    assert "\u202e" not in markdown + html
+    assert len(re.findall("<script|<!--", html)) == 1  # its own
+    assert "<script" not in markdown and "<!--" not in markdown
 
 
 def test_numbers() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtc.report.blocks import Block, FeatureLink, Paragraph, Table, Text
-from mtc.report.sections.listing import listed, maybe_token
+from mtc.report.sections.listing import listed, maybe_label
 from mtc.results import NOT_MEASURED, Analysis, number, percent
 
 SHOWN = 12
@@ -26,7 +26,7 @@ def copies(analysis: Analysis) -> list[Block]:
     if found.copied:
         rows: tuple[tuple[Text, ...], ...] = tuple(
             (
-                FeatureLink(c.feature), maybe_token(c.top_token), number(len(c.copies)),
+                FeatureLink(c.feature), maybe_label(c.label), number(len(c.copies)),
                 (
                     *listed([(FeatureLink(j),) for j in c.copies[:SHOWN]]),
                     *([f", and {number(len(c.copies) - SHOWN)} more"] if len(c.copies) > SHOWN else []),
@@ -40,5 +40,5 @@ def copies(analysis: Analysis) -> list[Block]:
             if shown
             else (f"Features with copies, all {number(found.num_copied)}")
         )
-        blocks.append(Table(caption, ("Feature", "Top token", "Copies", "Their numbers"), rows))
+        blocks.append(Table(caption, ("Feature", "Label", "Copies", "Their numbers"), rows))
     return blocks

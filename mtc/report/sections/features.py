@@ -13,6 +13,7 @@ from mtc.report.blocks import (
     FeatureLink,
     Heading,
     Items,
+    Label,
     Paragraph,
     Piece,
     Plots,
@@ -22,7 +23,7 @@ from mtc.report.blocks import (
     Token,
 )
 from mtc.report.sections.copies import copies
-from mtc.report.sections.listing import listed, maybe_token
+from mtc.report.sections.listing import listed, maybe_label
 from mtc.results import (
     NOT_MEASURED,
     Analysis,
@@ -50,7 +51,7 @@ def top_features(analysis: Analysis) -> Section:
     )  # fmt: skip
     headers = (
         "Rank", "Feature", "Group", "Max activation", *(["Activation on massive tokens"] if any_massive else []),
-        "Density", "Samples", "Top token",
+        "Density", "Samples", "Label",
     )  # fmt: skip
     caption = "The strongest features (activations in scaled units)"
     fired = rows or analysis.massive_features
@@ -67,7 +68,7 @@ def top_features(analysis: Analysis) -> Section:
 def _row(f: TopFeature) -> tuple[Text, ...]:
     return (
         number(f.rank), FeatureLink(f.feature), number(f.group), number(f.max_activation), number(f.samples),
-        maybe_token(f.top_token),
+        maybe_label(f.label),
     )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def _massive(analysis: Analysis) -> list[Block]:
         "More than half of the summed activation of some features falls on massive tokens (section 3). They bear a "
         f"badge, and are left out of the list above and of the plots below: {number(count)}."
     )
-    headers = ("Rank", "Feature", "Group", "Max activation", "Samples", "Top token")
+    headers = ("Rank", "Feature", "Group", "Max activation", "Samples", "Label")
     rows = tuple(_row(f) for f in analysis.massive_features)
     return [Paragraph(text), Table("The strongest features of massive tokens", headers, rows)]
 
@@ -123,11 +124,11 @@ def feature_blocks(
     Args:
         edges: the histogram's borders.
         with_tree: whether parents were looked for.
-        names: top tokens of other features, to stand beside their indices.
+        names: labels of other features, to stand beside their indices.
     """
 
     def named(feature: int) -> tuple[Piece, ...]:
-        return (FeatureLink(feature), " ", Token(names[feature])) if feature in names else (FeatureLink(feature),)
+        return (FeatureLink(feature), " ", Label(names[feature])) if feature in names else (FeatureLink(feature),)
 
     figures = Table(
         f"Figures of feature {f.feature}",
@@ -149,6 +150,7 @@ def feature_blocks(
         figures,
         Items(
             (
+                ("Label: ", maybe_label(f.label)),
                 ("Top tokens: ", *tokens),
                 ("Raises the logits of: ", *_effects(f.positive_logits)),
                 ("Lowers the logits of: ", *_effects(f.negative_logits)),
@@ -167,9 +169,8 @@ def feature_blocks(
 
 def _card(shown: ShownFeature, analysis: Analysis) -> Card:
     f = shown.figures
-    top: list[Piece] = [Token(f.top_tokens[0].token)] if f.top_tokens else ["no samples"]
     blocks = feature_blocks(f, shown.examples, analysis.activation_edges, analysis.tree is not None)
-    summary = (*top, f", max activation {number(f.max_activation)}, density {number(f.density)}")
+    summary = (maybe_label(f.label), f", max activation {number(f.max_activation)}, density {number(f.density)}")
     kind = ", of massive tokens" if f.massive else ""
     return Card(f.feature, f"Feature {f.feature} (group {f.group}){kind}", summary, blocks)
 

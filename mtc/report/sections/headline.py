@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from mtc.report.blocks import Block, Paragraph, Table
-from mtc.report.sections.listing import maybe_token
+from mtc.report.blocks import Block, Paragraph, Table, Token
 from mtc.results import NOT_MEASURED, Analysis, number, percent
 
 
@@ -25,7 +24,7 @@ def massive_tokens(analysis: Analysis) -> list[Block]:
             number(of_all.cosine[-1] if of_all.cosine else None),
         ),
     )  # fmt: skip
-    tokens = tuple((maybe_token(t.token), number(t.count), percent(t.count / m.tokens)) for t in m.top_tokens)
+    tokens = tuple((Token(t.token), number(t.count), percent(t.count / m.tokens)) for t in m.top_tokens)
     return [
         Paragraph(
             f"A token is massive if its target norm is above {limit}. Headline figures leave these tokens out: they "

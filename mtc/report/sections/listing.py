@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtc.report.blocks import Piece, Token
+from mtc.report.blocks import Label, Piece
 
 
 def listed(parts: list[tuple[Piece, ...]]) -> tuple[Piece, ...]:
@@ -13,5 +13,6 @@ def listed(parts: list[tuple[Piece, ...]]) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def maybe_token(text: str | None) -> Piece:
-    return "no samples" if text is None else Token(text)
+def maybe_label(text: str | None) -> Piece:
+    """A feature's label, or that it has none."""
+    return "no samples" if text is None else Label(text)

@@ -14,8 +14,9 @@ from mtc.report.blocks import (
     Section,
     Table,
     Text,
+    Token,
 )
-from mtc.report.sections.listing import listed, maybe_token
+from mtc.report.sections.listing import listed, maybe_label
 from mtc.results import NOT_MEASURED, Analysis, Family, PrefixStep, Tree, number, percent, whole_range
 
 
@@ -63,7 +64,7 @@ def _gains(step: PrefixStep) -> list[Block]:
         text = f"No token that occurs {number(step.min_count)} times or more is reconstructed better with {what}."
         return [Paragraph(text)]
     rows: tuple[tuple[Text, ...], ...] = tuple(
-        (maybe_token(t.token), number(t.count), number(t.before), number(t.after), number(t.before - t.after))
+        (Token(t.token), number(t.count), number(t.before), number(t.after), number(t.before - t.after))
         for t in step.tokens
     )
     caption = (
@@ -105,7 +106,7 @@ def _family(family: Family) -> Branch:
     more = family.num_children - len(family.children)
     twigs: list[Text] = [
         (
-            FeatureLink(c.feature), f" (group {number(c.group)}) ", maybe_token(c.top_token),
+            FeatureLink(c.feature), f" (group {number(c.group)}) ", maybe_label(c.label),
             f": cosine {number(c.cosine)}, co-activation {percent(c.coactivation)}",
         )
         for c in family.children
@@ -116,7 +117,7 @@ def _family(family: Family) -> Branch:
     # Every child tells the same rate: it is the parent's.
     rate = family.children[0].base_rate if family.children else None
     tail = f"; fires on {percent(rate)} of the tokens; children: {number(family.num_children)}"
-    return Branch((*head, maybe_token(family.top_token), tail), tuple(twigs))
+    return Branch((*head, maybe_label(family.label), tail), tuple(twigs))
 
 
 def _shown(shown: int, total: int) -> str:
@@ -132,16 +133,16 @@ def _splits(tree: Tree) -> list[Block]:
         return [rule]
     rows: tuple[tuple[Text, ...], ...] = tuple(
         (
-            FeatureLink(s.feature), maybe_token(s.top_token),
+            FeatureLink(s.feature), maybe_label(s.label),
             listed([
-                (FeatureLink(c), " ", maybe_token(t)) for c, t in zip(s.children, s.child_tokens, strict=True)
+                (FeatureLink(c), " ", maybe_label(label)) for c, label in zip(s.children, s.child_labels, strict=True)
             ]),
             number(s.fired), percent(s.coverage), percent(s.overlap),
         )
         for s in tree.splits
     )  # fmt: skip
     caption = f"Splitting candidates, {_shown(len(tree.splits), tree.num_splits)}"
-    headers = ("Feature", "Top token", "Children", "Sampled tokens", "A child fires on", "Two or more on, of these")
+    headers = ("Feature", "Label", "Children", "Sampled tokens", "A child fires on", "Two or more on, of these")
     return [rule, Table(caption, headers, rows)]
 
 
@@ -165,12 +166,12 @@ def _absorptions(tree: Tree) -> list[Block]:
     if tree.absorptions:
         rows: tuple[tuple[Text, ...], ...] = tuple(
             (
-                FeatureLink(a.parent), maybe_token(a.parent_token), FeatureLink(a.child), maybe_token(a.child_token),
+                FeatureLink(a.parent), maybe_label(a.parent_label), FeatureLink(a.child), maybe_label(a.child_label),
                 number(a.cosine), number(a.expected), number(a.absorbed), percent(a.absorbed / a.expected),
             )
             for a in tree.absorptions
         )  # fmt: skip
-        headers = ["Earlier feature", "Its top token", "Later feature", "Its top token", "Decoder cosine"]
+        headers = ["Earlier feature", "Its label", "Later feature", "Its label", "Decoder cosine"]
         headers += ["Tokens where both should fire", "Absorbed", "Share"]
         caption = f"Absorption candidates, {_shown(len(tree.absorptions), tree.num_absorptions)}"
         blocks.append(Table(caption, tuple(headers), rows))
