@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ KEPT_NEAR, KEPT_RANDOM = KEPT_ACTIVE // 2, KEPT_ACTIVE // 2
 """Silent contexts that the judge sees: near misses, and others."""
 FEWEST = 3
 """Fewest active contexts, and fewest silent ones, that a label is judged by."""
+CACHED_GROUPS = 4
+"""Row groups of the examples that are kept: features are asked for in order, mostly."""
 TOKENS = 3
 """Top tokens of the feature that make a silent context with one of them a near miss."""
 
@@ -100,6 +102,7 @@ class RunEvidence:
         self._features = pq.read_table(io.BytesIO(run.read("features.parquet")))
         self._examples = run.read("examples.parquet")
         self._metadata = pq.read_metadata(io.BytesIO(self._examples))
+        self._group = lru_cache(CACHED_GROUPS)(self._read_group)
         statistics = [self._metadata.row_group(i).column(0).statistics for i in range(self._metadata.num_row_groups)]
         self._borders = [(s.min, s.max) for s in statistics]
         self._contexts = _Contexts(pq.read_table(io.BytesIO(run.read("contexts.parquet"))))
@@ -146,10 +149,18 @@ class RunEvidence:
         groups = [i for i, (first, last) in enumerate(self._borders) if first <= feature <= last]
         if not groups:
             return []
+        rows: list[dict[str, Any]] = []
+        for group in groups:
+            table = self._group(group)
+            features = table["feature"].to_numpy()
+            first, end = np.searchsorted(features, feature, "left"), np.searchsorted(features, feature, "right")
+            rows += table.slice(first, end - first).to_pylist()
+        return rows
+
+    def _read_group(self, group: int) -> pa.Table:
         file = pq.ParquetFile(pa.BufferReader(self._examples), metadata=self._metadata)
-        columns = ["feature", "kind", "activation", "quantile", "window_id", "position", "context_tokens"]
-        table = file.read_row_groups(groups, [*columns, "context_activations"], use_threads=False)
-        return [row for row in table.filter(pa.compute.equal(table["feature"], feature)).to_pylist()]
+        columns = ["feature", "kind", "activation", "window_id", "position", "context_tokens", "context_activations"]
+        return file.read_row_group(group, columns, use_threads=False)
 
     def _silent(self, feature: int, row: dict[str, Any], random: np.random.Generator) -> tuple[Array, Array]:
         """Contexts in which the feature is silent, in random order, and those of them that are near misses: a related

@@ -8,8 +8,8 @@ from mtc.report.drawing import COLOURS, GREY, MARKERS, say
 from mtc.results import Labelling
 
 PARTS = {
-    "random": "silent,\nrandom", "near miss": "silent,\nnear miss", "1": "weakest\nfifth", "2": "2nd", "3": "3rd",
-    "4": "4th", "5": "strongest\nfifth",
+    "random": "random", "near miss": "near\nmiss", "1": "weakest\nfifth", "2": "2nd", "3": "3rd", "4": "4th",
+    "5": "strongest\nfifth",
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def draw_label_scores(axes: Axes, labelling: Labelling | None) -> None:
         )  # fmt: skip
     axes.axvline(sum(not part.isdigit() for part in parts) - 0.5, color=GREY, linestyle="--", linewidth=0.8)
     axes.set_xticks(range(len(parts)), [PARTS[part] for part in parts])
-    axes.set_xlabel("contexts; whiskers: 95 % interval")
+    axes.set_xlabel("contexts: silent ones, then active ones by activation; whiskers: 95 % interval")
     axes.set_ylim(-0.03, 1.18)  # room for the legend
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.grid(axis="y")

@@ -69,11 +69,7 @@ def write_planted(
     run = RunDirectory(str(directory))
     run.write(
         "features.parquet",
-        features_to_parquet(
-            pa.Table.from_pylist(
-                rows, SCHEMA if "label" in SCHEMA.names else SCHEMA.append(pa.field("label", pa.string()))
-            )
-        ),
+        features_to_parquet(pa.Table.from_pylist(rows, SCHEMA)),
     )
     run.write("examples.parquet", found.to_parquet())
     run.write("contexts.parquet", contexts_to_parquet(contexts.table(*about)))

@@ -1,10 +1,10 @@
 """An OpenAI-compatible endpoint that answers by known rules: `python -m tests.labels.rules_endpoint --port 8011`.
 
-It is no language model. The name of the model that is asked says how it answers:
+It is no language model. With `--tokens-of RUN` it counts tokens as that run's language model does. The name of the model that is asked says how it answers:
 
-- `rules`: as an explainer it names the word that is marked most often, as a judge it looks for a label's words in the
-  text, or in the marks. What is right by such rules can be planted.
-- `wrong`: as `rules`, but every label is of a word that stands nowhere.
+- `marked-words`: as an explainer it names the word that is marked most often, as a judge it looks for a label's words
+  in the text, or in the marks. What is right by such rules can be planted.
+- `wrong`: as `marked-words`, but every label is of a word that stands nowhere.
 - `yes`, `no`: the judge always says so.
 - `malformed`, `refusal`, `empty`, `huge`, `thinking`: every answer is like that.
 - `unreadable`, `cut`, `slow`: what comes is no answer, breaks off, or drips.
@@ -21,8 +21,12 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from mtc.language_model import load_tokenizer
+from mtc.storage import open_run
 
 WORD = re.compile(r"[^\W\d_]+|\d+")
 NOWHERE = "zyzzyva"
@@ -33,8 +37,9 @@ class RulesEndpoint(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int = 0):
+    def __init__(self, port: int = 0, count: Callable[[str], int] = lambda text: len(text) // 4 + 1):
         super().__init__(("127.0.0.1", port), _Handler)
+        self.count = count
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.seen: Counter[str] = Counter()
@@ -124,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         text, logprobs = self._text(how, prompt)
         answer: dict[str, Any] = {
             "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4 + 1},
+            "usage": {"prompt_tokens": self.server.count(prompt), "completion_tokens": self.server.count(text)},
         }
         if logprobs and body.get("logprobs"):
             answer["choices"][0]["logprobs"] = {"content": logprobs}
@@ -188,6 +193,11 @@ class _Handler(BaseHTTPRequestHandler):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8011)
-    server = RulesEndpoint(parser.parse_args().port)
+    parser.add_argument("--tokens-of", metavar="RUN")
+    arguments = parser.parse_args()
+    server = RulesEndpoint(arguments.port)
+    if arguments.tokens_of:
+        tokenizer = load_tokenizer(open_run(arguments.tokens_of).config().model)
+        server.count = lambda text: len(tokenizer.encode(text))
     print(f"answers at {server.url}", flush=True)
     server.serve_forever()

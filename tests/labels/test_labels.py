@@ -60,7 +60,9 @@ def run(planted: RunDirectory, tmp_path: Path) -> RunDirectory:
     return own
 
 
-def label(run: RunDirectory, server: RulesEndpoint, model: str = "rules", judge: str | None = None, **more: Any) -> Any:
+def label(
+    run: RunDirectory, server: RulesEndpoint, model: str = "marked-words", judge: str | None = None, **more: Any
+) -> Any:
     about = {"attempts": 2, "first_pause": 0.01, "concurrency": 4} | {k: v for k, v in more.items() if k == "seconds"}
     settings = Settings(scored=None)._replace(**{k: v for k, v in more.items() if k in Settings._fields})
     with (
@@ -95,7 +97,7 @@ def test_right_labels_of_planted_features_score_high(run: RunDirectory, server: 
     shares = {(y.labels, y.part): y.share.value for y in labelling.yes}
     assert shares["model", "random"] == shares["model", "near miss"] == 0 and shares["model", "1"] >= 0.9
     assert read_labels(labels_to_parquet(found.rows)) == found.rows
-    assert labelling.prompt_tokens == sum(len(asked["messages"][0]["content"]) // 4 for asked in server.asked)
+    assert labelling.prompt_tokens == sum(server.count(asked["messages"][0]["content"]) for asked in server.asked)
 
 
 @pytest.mark.parametrize(("judge", "said"), [("yes", 1.0), ("no", 0.0)])
@@ -109,7 +111,7 @@ def test_a_judge_that_always_says_the_same_is_exposed(
 
 
 def test_wrong_labels_score_by_chance_and_less_than_those_of_rules(run: RunDirectory, server: RulesEndpoint) -> None:
-    _, labelling, _ = label(run, server, model="wrong", judge="rules")
+    _, labelling, _ = label(run, server, model="wrong", judge="marked-words")
     for test in ("detection", "fuzzing"):
         assert score(labelling, "model", test) == pytest.approx(0.5, abs=0.05)
         (added,) = (d for d in labelling.differences if d.test == test)
@@ -123,7 +125,9 @@ def test_the_judge_sees_what_the_explainer_does_not(planted: RunDirectory) -> No
         assert len(about.shown) >= 10 and len(about.kept) == KEPT_ACTIVE == len(about.silent)
         assert not {c.tokens for c in about.shown} & {c.tokens for c in about.kept}
         assert {c.part for c in about.kept} == set("12345"), "of every fifth"
-        assert {c.part for c in about.silent} == ({"near miss", "random"} if j >= 6 else {"random"}), "of relatives"
+        assert {c.part for c in about.silent} == ({"near miss", "random"} if j in PARENTS else {"random"}), (
+            "of relatives"
+        )
         for context in (*about.silent, *about.shown_near):
             assert not set(FIRES_ON[j]) & {token.strip() for token in context.tokens} and not any(context.activations)
         for context in (*about.kept, *about.shown):

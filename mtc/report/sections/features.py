@@ -23,12 +23,14 @@ from mtc.report.blocks import (
     Token,
 )
 from mtc.report.sections.copies import copies
+from mtc.report.sections.labels import describe_label
 from mtc.report.sections.listing import listed, maybe_label
 from mtc.results import (
     NOT_MEASURED,
     Analysis,
     Example,
     Feature,
+    FeatureLabel,
     LogitEffect,
     Parent,
     ShownFeature,
@@ -117,7 +119,7 @@ def feature_cards(analysis: Analysis) -> Section:
 
 def feature_blocks(
     f: Feature, examples: tuple[Example, ...], edges: tuple[float, ...], with_tree: bool,
-    names: Mapping[int, str] = MappingProxyType({}),
+    names: Mapping[int, str] = MappingProxyType({}), labels: FeatureLabel | None = None,
 ) -> tuple[Block, ...]:  # fmt: skip
     """All about one feature.
 
@@ -125,6 +127,7 @@ def feature_blocks(
         edges: the histogram's borders.
         with_tree: whether parents were looked for.
         names: labels of other features, to stand beside their indices.
+        labels: what a language model made of the feature, if it was asked.
     """
 
     def named(feature: int) -> tuple[Piece, ...]:
@@ -150,7 +153,7 @@ def feature_blocks(
         figures,
         Items(
             (
-                ("Label: ", maybe_label(f.label)),
+                *(describe_label(labels) if labels else [("Label: ", maybe_label(f.label))]),
                 ("Top tokens: ", *tokens),
                 ("Raises the logits of: ", *_effects(f.positive_logits)),
                 ("Lowers the logits of: ", *_effects(f.negative_logits)),
@@ -169,7 +172,9 @@ def feature_blocks(
 
 def _card(shown: ShownFeature, analysis: Analysis) -> Card:
     f = shown.figures
-    blocks = feature_blocks(f, shown.examples, analysis.activation_edges, analysis.tree is not None)
+    known = {row.feature: row for row in analysis.labelling.shown} if analysis.labelling else {}
+    own = known.get(f.feature)
+    blocks = feature_blocks(f, shown.examples, analysis.activation_edges, analysis.tree is not None, labels=own)
     summary = (maybe_label(f.label), f", max activation {number(f.max_activation)}, density {number(f.density)}")
     kind = ", of massive tokens" if f.massive else ""
     return Card(f.feature, f"Feature {f.feature} (group {f.group}){kind}", summary, blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtc.report.blocks import Block, Code, Heading, Paragraph, Plots, Section, Table, Text
+from mtc.report.blocks import Block, Code, Heading, Label, Paragraph, Plots, Section, Table, Text
 from mtc.results import (
     LABEL_PLOT,
     Analysis,
@@ -44,7 +44,7 @@ def describe_label(row: FeatureLabel) -> list[Text]:
         if label is not None:
             name = row.model if kind == "model" else "rules"
             own = [score for score in row.scores if score.labels == kind]
-            found.append((f"Label by {name}: ", label, *([f" ({_row_scores(own)})"] if own else [])))
+            found.append((f"Label by {name}: ", Label(label), *([f" ({_row_scores(own)})"] if own else [])))
     if row.label is None:
         found.append(f"{row.model} gave no label: {row.reason or 'it was not asked'}")
     return found
