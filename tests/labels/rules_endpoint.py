@@ -1,6 +1,7 @@
 """An OpenAI-compatible endpoint that answers by known rules: `python -m tests.labels.rules_endpoint --port 8011`.
 
-It is no language model. With `--tokens-of RUN` it counts tokens as that run's language model does. The name of the model that is asked says how it answers:
+It is no language model. With `--tokens-of RUN` it counts tokens as that run's language model does. The name of the
+model that is asked says how it answers:
 
 - `marked-words`: as an explainer it names the word that is marked most often, as a judge it looks for a label's words
   in the text, or in the marks. What is right by such rules can be planted.
@@ -44,11 +45,17 @@ class RulesEndpoint(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.seen: Counter[str] = Counter()
         self.at_once = self.most_at_once = 0
-        self.lock = threading.Lock()
+        self.delay = 0.0
+        self.lock = threading.Condition()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def wait_for(self, questions: int) -> None:
+        """Until so many questions have come."""
+        with self.lock:
+            assert self.lock.wait_for(lambda: len(self.asked) >= questions, 60)
 
     def __enter__(self) -> RulesEndpoint:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -111,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
             prompt = body["messages"][0]["content"]
             server.seen[prompt] += 1
             again = server.seen[prompt] > 1
+            server.lock.notify_all()
+        time.sleep(server.delay)
         try:
             self._answer(body, prompt, again)
         finally:
