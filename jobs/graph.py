@@ -162,7 +162,7 @@ def tell(graph: Graph, output: str) -> None:
     features = [node for node in graph.nodes if node.kind == "feature" and not node.target]
     for node in sorted(features, key=lambda node: -node.influence)[:TOP_FEATURES]:
         at = f"token {node.token} {graph.tokens[node.token]!r}"
-        text = f", fires on {node.text!r}" if node.text else ""
+        text = f": {node.text}" if node.text else ""
         said = f"feature {node.feature} of layer {node.layer} at {at}: influence {number(node.influence)}{text}"
         say("top_feature", said, **node.model_dump(include={"feature", "layer", "token", "influence", "text"}))
 

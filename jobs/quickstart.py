@@ -289,29 +289,26 @@ def ask(base: str, text: str, top_k: int = 5) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def about_features(run: str) -> tuple[dict[int, list[str]], set[int]]:
-    """The tokens that each feature is strongest on, most frequent first; and the features of massive tokens."""
+def about_features(run: str) -> tuple[dict[int, str | None], set[int]]:
+    """The labels of features, None of those without samples; and the features of massive tokens."""
     table = pa.BufferReader(RunDirectory(run).read("features.parquet"))
-    rows = pq.read_table(table, columns=["feature", "top_tokens", "massive"]).to_pylist()
-    tokens = {row["feature"]: [token["token"] for token in row["top_tokens"][:4]] for row in rows}
-    return tokens, {row["feature"] for row in rows if row["massive"]}
+    rows = pq.read_table(table, columns=["feature", "label", "massive"]).to_pylist()
+    return {row["feature"]: row["label"] for row in rows}, {row["feature"] for row in rows if row["massive"]}
 
 
-def print_answer(answer: dict[str, Any], top_tokens: dict[int, list[str]], massive: set[int]) -> None:
-    """Per token its strongest features, those of massive tokens last; per feature the tokens it is strongest on."""
-    print(
-        f'\nPOST /encode {{"inputs": "{SENTENCE}"}}\n\n{"token":>14}  strongest features (activation: its top tokens)'
-    )
+def print_answer(answer: dict[str, Any], labels: dict[int, str | None], massive: set[int]) -> None:
+    """Per token its strongest features, those of massive tokens last, and their labels."""
+    print(f'\nPOST /encode {{"inputs": "{SENTENCE}"}}\n\n{"token":>14}  strongest features (activation): their labels')
     result = answer["results"][0]
     for token, special, strongest in zip(result["tokens"], result["is_special"], result["features"], strict=True):
         if special:
             continue
         features = []
         for feature in sorted(strongest, key=lambda f: f["feature_index"] in massive)[:2]:
-            tokens = " ".join(map(repr, top_tokens[feature["feature_index"]]))
-            kind = ", of massive tokens" if feature["feature_index"] in massive else ""
-            features.append(f"#{feature['feature_index']} ({feature['activation_value']:.2f}{kind}: {tokens})")
-        print(f"{token!r:>14}  " + "; ".join(features))
+            index = feature["feature_index"]
+            kind = ", of massive tokens" if index in massive else ""
+            features.append(f"#{index} ({feature['activation_value']:.2f}{kind}): {labels[index] or 'no samples'}")
+        print(f"{token!r:>14}  " + f"\n{'':>16}".join(features))
 
 
 def print_usage(base: str, run: str) -> None:

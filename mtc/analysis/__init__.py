@@ -4,7 +4,7 @@ from mtc.analysis.analyse import Findings
 from mtc.analysis.compare import compare_runs
 from mtc.analysis.copies import find_copies
 from mtc.analysis.evaluation import loss_recovered
-from mtc.analysis.feature_table import features_to_parquet, read_feature
+from mtc.analysis.feature_table import features_to_parquet, label_of, read_feature
 from mtc.analysis.held_out import HeldOutPass, count_tokens, number_documents
 from mtc.analysis.intervals import MAX_BLOCKS, interval, resample, share
 from mtc.analysis.logits import LogitEffects, logit_effects
@@ -14,6 +14,6 @@ from mtc.analysis.nesting import analyse_nesting
 
 __all__ = [
     "MAX_BLOCKS", "Findings", "HeldOutPass", "LogitEffects", "LossSums", "analyse_nesting", "compare_runs",
-    "count_tokens", "features_to_parquet", "find_copies", "interval", "logit_effects", "loss_recovered",
+    "count_tokens", "features_to_parquet", "find_copies", "interval", "label_of", "logit_effects", "loss_recovered",
     "number_documents", "read_feature", "recognise", "resample", "share",
 ]  # fmt: skip

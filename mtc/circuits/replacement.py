@@ -19,11 +19,9 @@ from mtc.errors import MtcError
 from mtc.language_model import PackedWindows, load_tokenizer, pack_windows
 from mtc.language_model.frozen import Frozen
 from mtc.language_model.mlps import Sources
-from mtc.storage import RunDirectory, open_run
+from mtc.storage import RunDirectory, load_analysis, open_run
 from mtc.text import TokenTexts, encode_text, special_ids
 from mtc.transcoder import MatryoshkaTranscoder, load_transcoder
-
-SHOWN_TOKENS = 3
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages, each with a role and a content."""
@@ -64,8 +62,8 @@ class ReplacementModel:
     def load(cls, run: str | RunDirectory, device: str | torch.device = "cpu") -> ReplacementModel:
         """The whole language model in float32, and all transcoders of a finished run, of one layer or of several.
 
-        Raises RunError like `open_run`, ModelError and ConfigError like `LanguageModel`, CircuitError for a sweep,
-        which has several transcoders for a layer: name one of them.
+        Raises RunError like `open_run` and for an analysis of another version, ModelError and ConfigError like
+        `LanguageModel`, CircuitError for a sweep, which has several transcoders for a layer: name one of them.
         """
         run = open_run(run) if isinstance(run, str) else run
         config = run.config()
@@ -76,6 +74,9 @@ class ReplacementModel:
         about: ModelConfig = config.model.model_copy(update={"dtype": "float32", "compile": False})
         layers = [member.config.model for member in config.members()]
         places = {own.layer: place for own, place in zip(layers, run.members().values(), strict=True)}
+        for place in places.values():
+            if place.exists("features.parquet"):
+                load_analysis(place)  # of another version, features would have no labels
         transcoders = {layer: load_transcoder(place, device) for layer, place in places.items()}
         sources = {own.layer: own.source for own in layers}
         model = language_model.LanguageModel(about, device, full=True)
@@ -141,11 +142,11 @@ class ReplacementModel:
 
     def about(self, layer: int, feature: int) -> dict[str, Any]:
         """What the run's analysis knows of a feature, as fields of a GraphNode: the group it is in, its ancestors and
-        the most frequent tokens at its examples' peaks."""
+        its label."""
         groups = self.transcoders[layer].groups
         group = next(n for n, (_, end) in enumerate(groups) if feature < end)
-        _, tokens = self._analysed(layer).get(feature, (None, None))
-        return {"group": group, "ancestors": self.ancestors(layer, feature), "text": tokens}
+        _, label = self._analysed(layer).get(feature, (None, None))
+        return {"group": group, "ancestors": self.ancestors(layer, feature), "text": label}
 
     def ancestors(self, layer: int, feature: int) -> tuple[int, ...]:
         """The earlier features that a feature refines, by the analysis's tree: its parent first, then that one's."""
@@ -155,7 +156,7 @@ class ReplacementModel:
         return tuple(found[1:])
 
     def _analysed(self, layer: int) -> dict[int, tuple[int | None, str | None]]:
-        """Parent and peak tokens of each feature of a layer; empty where the run has no analysis."""
+        """Parent and label of each feature of a layer; empty where the run has no analysis."""
         if layer not in self._known:
             place = self.places.get(layer)
             self._known[layer] = _read_features(place) if place and place.exists("features.parquet") else {}
@@ -173,13 +174,9 @@ class ReplacementModel:
 
 
 def _read_features(place: RunDirectory) -> dict[int, tuple[int | None, str | None]]:
-    columns = ["feature", "parent", "top_tokens"]
+    columns = ["feature", "parent", "label"]
     table = pq.read_table(pa.BufferReader(place.read("features.parquet")), columns=columns)
-    found = {}
-    for row in table.to_pylist():
-        tokens = " ".join(each["token"].strip() for each in row["top_tokens"][:SHOWN_TOKENS])
-        found[row["feature"]] = (row["parent"] and row["parent"]["feature"], tokens or None)
-    return found
+    return {row["feature"]: (row["parent"] and row["parent"]["feature"], row["label"]) for row in table.to_pylist()}
 
 
 class Taken(NamedTuple):

@@ -2,10 +2,18 @@
 
 The layout is SAEDashboard 0.8's (`NeuronpediaDashboardBatch`), which Neuronpedia imports; features that never fired are
 listed in `skipped_indexes.json`, as there. Lists that we have no measurement for stay empty.
+
+These batches have no place for labels. Neuronpedia imports explanations from files of their own beside what is made of
+the batches, `explanations/batch-<N>.jsonl.gz`, whose lines are rows of its table Explanation (read in
+github.com/hijohnnylin/neuronpedia by apps/webapp/app/api/admin/import/route.ts into the tables of prisma/schema.prisma,
+written there by batch-autointerp.py and export-data.py of utils/neuronpedia-utils). Labels are written so, and as
+`config/explanation_type.jsonl` the row of the table ExplanationType that they name, which the importer's config needs.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -13,7 +21,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from mtc.analysis import read_feature
+from mtc.analysis import label_of, read_feature
 from mtc.export.card import model_card
 from mtc.export.examples import examples_of
 from mtc.export.subject import ExportError, Subject, describe_norm
@@ -23,12 +31,17 @@ from mtc.storage import RunDirectory
 BATCH = 128
 """Features in one batch file."""
 DECIMALS = 4
+LABEL_TYPE = "mtc-machine-label"
+"""Type of the explanations that are labels."""
+IMPORTER = "clkht01d40000jv08hvalcvly"
+"""The user to whom Neuronpedia's tools ascribe what is imported, unless they are told another one: rows need one."""
 
 
 def write_neuronpedia(
     subject: Subject, run: RunDirectory, directory: Path, model_id: str | None = None, set_name: str | None = None
 ) -> None:
-    """Write batches of all features of the prefix that fired, from the run's analysis and its examples.parquet.
+    """Write batches of all features of the prefix that fired, and their labels, from the run's analysis and its
+    examples.parquet.
 
     `model_id` and `set_name` are Neuronpedia's; by default the model's last name and `mtc-<run id>`. Raises ExportError
     if the run was never analysed.
@@ -52,6 +65,9 @@ def write_neuronpedia(
             "features": [_feature(read_feature(table, j), shown.get(j, []), analysis) for j in some],
         }
         (directory / f"batch-{number}.json").write_text(json.dumps(batch, allow_nan=False))
+        rows = [_explanation(model_id, f"{subject.layer}-{set_name}", j, label_of(table, j)) for j in some]
+        _write_lines(directory / "explanations" / f"batch-{number}.jsonl.gz", [row for row in rows if row])
+    _write_lines(directory / "config" / "explanation_type.jsonl", [_LABEL_TYPE_ROW])
     skipped = {
         "model_id": model_id,
         "layer": str(subject.layer),
@@ -63,7 +79,8 @@ def write_neuronpedia(
     use = f"""import json
 
 batch = json.load(open("batch-0.json"))  # Neuronpedia's source is "{subject.layer}-{set_name}" of model "{model_id}"
-feature = batch["features"][0]  # feature_index, frac_nonzero, activations, ..."""
+feature = batch["features"][0]  # feature_index, frac_nonzero, activations, ...
+# Labels: explanations/batch-0.jsonl.gz, a line for each feature, for Neuronpedia's importer."""
     norm = (
         "The files hold what the features show on held-out text, not the weights. Activations are in the run's units."
     )
@@ -72,6 +89,35 @@ feature = batch["features"][0]  # feature_index, frac_nonzero, activations, ..."
     source = subject.config.model.source
     card = model_card(subject, "SAEDashboard's batches for Neuronpedia", source, "mlp_out", use, norm)
     (directory / "README.md").write_text(card)
+
+
+def _explanation(model_id: str, source: str, feature: int, label: str | None) -> dict[str, Any] | None:
+    """A feature's label as a row of Neuronpedia's table Explanation; None of a feature without. Its id is the same
+    whenever the same is written, because the importer leaves out what it has."""
+    if label is None:
+        return None
+    row = {"modelId": model_id, "layer": source, "index": str(feature), "description": label, "typeName": LABEL_TYPE}
+    digest = hashlib.sha256(json.dumps(row).encode()).hexdigest()
+    return {"id": f"m{digest[:24]}", **row, "explanationModelName": None, "authorId": IMPORTER}
+
+
+_LABEL_TYPE_ROW = {
+    "name": LABEL_TYPE,
+    "displayName": "Machine label",
+    "description": "What the strongest examples have in common, found without a language model",
+    "featured": False,
+    "creatorName": "mtc",
+    "creatorId": IMPORTER,
+}
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as JSON lines, gzipped if the name says so; no file without rows."""
+    if not rows:
+        return
+    path.parent.mkdir(exist_ok=True)
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def _feature(feature: Feature, examples: list[dict[str, Any]], analysis: Analysis) -> dict[str, Any]:

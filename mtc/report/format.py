@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -36,6 +37,12 @@ def spaced(text: str) -> str:
     """One decoded token for a list or table: visible, its spaces too, so that `the` and ` the` differ; ⋯ for
     one without text, within a character of several tokens."""
     return visible(text).replace(" ", _VISIBLE[" "]) if text else "⋯"
+
+
+def short_label(text: str) -> str:
+    """A feature's label for where there is little room: visible, without its shares, and without saying that there is
+    no single token where it says more."""
+    return re.sub(r" \((\d+ %|\d of \d)\)", "", visible(text)).removeprefix("no single token; ").strip()
 
 
 def escape(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from markupsafe import escape
 
-from mtc.report.format import spaced, visible
+from mtc.report.format import short_label, spaced, visible
 from mtc.results import Graph, GraphNode, number
 
 MOST_LABELS, MOST_EDGES, MOST_MARKS = 40, 400, 100
@@ -218,7 +218,7 @@ def _place_labels(graph: Graph, lines: Iterable[_Line], most: int, width: float)
 def _label(node: GraphNode) -> str:
     if node.kind == "feature":
         more = f" +{node.folded}" if node.folded else ""
-        return (visible(node.text or "").strip() or f"#{node.feature}") + more
+        return (short_label(node.text or "") or f"#{node.feature}") + more
     if node.kind == "logit":
         return f"{spaced(node.text or '')} {100 * (node.probability or 0):.3g} %"
     return ""

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from mtc.record import Record
 
-GRAPH_VERSION = 2
+GRAPH_VERSION = 3
 MOST_VALUE = 1e6
 """Largest activation, or factor, that a feature is set to."""
 
@@ -29,7 +29,7 @@ class GraphNode(Record):
     token_id: int | None = None
     """Token id of an embedding or a logit."""
     text: str | None = None
-    """Text of an embedding's or a logit's token; of a feature the most frequent tokens at its examples' peaks."""
+    """Text of an embedding's or a logit's token; of a feature its label (mtc.results.Feature)."""
     activation: float | None = None
     """Activation of a feature, in scaled units."""
     value: float | None = None

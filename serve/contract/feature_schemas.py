@@ -51,6 +51,8 @@ class FeatureRow(SchemaModel):
     """Index of the feature in the dictionary."""
     group: int
     """Group of the nested dictionary that the feature belongs to, from 0."""
+    label: str | None
+    """What the feature's samples have in common, in a few words that quote tokens; null without samples."""
     density: float
     """Share of the tokens on which the feature fired."""
     count: int

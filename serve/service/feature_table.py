@@ -85,6 +85,11 @@ class FeatureTable:
         """A feature's row. Raises ServiceError 404 if there is none."""
         return Feature.model_validate(_plain(self._table.slice(self._check(index), 1).to_pylist()[0]))
 
+    def label(self, index: int) -> str | None:
+        """A feature's label; None without samples."""
+        label: str | None = self._table["label"][index].as_py()
+        return label
+
     def splits(self, index: int) -> list[SplitFeature]:
         """Splitting candidates of the report of which it is a part."""
         tree = self.analysis.tree
@@ -99,7 +104,7 @@ class FeatureTable:
         """As in the report, with these examples."""
         figures, analysis = self.feature(index), self.analysis
         near = [n.feature for n in figures.neighbours] + ([figures.parent.feature] if figures.parent else [])
-        names = {i: self._tokens[i][0] for i in (*near, *figures.children) if self._tokens[i]}
+        names = {i: label for i in (*near, *figures.children) if (label := self.label(i)) is not None}
         shown = tuple(Example.model_validate({n: e[n] for n in Example.model_fields}) for e in examples)
         return feature_blocks(figures, shown, analysis.activation_edges, analysis.tree is not None, names)
 
@@ -183,6 +188,7 @@ class FeatureTable:
         columns = [
             "feature",
             "group",
+            "label",
             "density",
             "count",
             "max_activation",

@@ -337,6 +337,17 @@ def test_neuronpedia_batches_are_saedashboards(analysed: RunDirectory, tmp_path:
     truth = np.load(tmp_path / "truth.npz")
     activations, ids = truth["activations"], truth["ids"]
     activations[:, 0] = 0
+    # Columns of the table Explanation of Neuronpedia's schema.prisma; those that are left out have defaults there.
+    packed = (directory / "explanations" / "batch-0.jsonl.gz").read_bytes()
+    rows = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
+    labels = pq.read_table(Path(analysed.url, "features.parquet"))["label"].to_pylist()
+    assert {row["index"]: row["description"] for row in rows} == {str(j): labels[j] for j in range(48) if j != 7}
+    about = {(row["modelId"], row["layer"], row["typeName"], row["explanationModelName"]) for row in rows}
+    assert about == {("gemma2", "1-mine", "mtc-machine-label", None)}
+    assert len({row["id"] for row in rows}) == len(rows) and all(row["authorId"] for row in rows)
+    (kind,) = (directory / "config" / "explanation_type.jsonl").read_text().splitlines()
+    assert json.loads(kind)["name"] == "mtc-machine-label"
+    assert {"displayName", "description", "creatorName", "creatorId"} < set(json.loads(kind))
     for feature in batch["features"]:
         values = activations[:, :, feature["feature_index"]]
         assert feature["frac_nonzero"] == pytest.approx((values > 0).sum() / 21)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from serve_local import make_analysed_run
 
@@ -49,6 +50,8 @@ def test_a_graph_of_a_tiny_run(run: str, tmp_path: Path, capsys: pytest.CaptureF
     graph = Graph.model_validate_json((output / "graph.json").read_bytes())
     assert "".join(graph.tokens[1:]) == PROMPT and graph.run_id == "one"
     features = [node for node in graph.nodes if node.kind == "feature"]
+    labels = pq.read_table(Path(run, "features.parquet"))["label"].to_pylist()
+    assert [node.text for node in features] == [labels[node.feature or 0] for node in features]
     assert features and graph.traced == (1,)
     assert (output / "graph.html").read_text() == graph_page(graph)
     drawing = ElementTree.parse(output / "graph.svg").getroot()
@@ -99,6 +102,16 @@ def test_what_cannot_be_drawn_is_told_in_the_last_line_and_nothing_is_written(
     assert error.splitlines()[-1].startswith(message) and "Traceback" not in error
     assert ("loading" in out) == ("--prompt" in options or "--target" in options), "all else is told before"
     assert not output.exists()
+
+
+def test_an_analysis_of_another_version_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_analysed_run(tmp_path / "old")
+    run.write("analysis.json", json.dumps(json.loads(run.read("analysis.json")) | {"format_version": 3}))
+    run.publish()
+    assert job.main(["--run", run.url, "--prompt", PROMPT, "--output", str(tmp_path / "graph")]) == 2
+    assert "format_version 3 is unknown" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(

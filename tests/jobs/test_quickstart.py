@@ -36,7 +36,7 @@ def test_a_run_is_shown_wherever_its_root_is(
         names.append(name)
         table = io.BytesIO()
         pq.write_table(
-            pa.table({"feature": [3], "top_tokens": [[{"token": " levy"}, {"token": " duty"}]], "massive": [False]}),
+            pa.table({"feature": [3], "label": ["' levy', ' duty' (80 %)"], "massive": [False]}),
             table,
         )
         run = RunDirectory(
@@ -54,7 +54,7 @@ def test_a_run_is_shown_wherever_its_root_is(
     assert "--run-id" in capsys.readouterr().err
     assert quickstart.main(["run", "--preset", "tiny", "--root", root]) == 0
     printed = capsys.readouterr().out
-    assert "#3 (1.50: ' levy' ' duty')" in printed
+    assert "#3 (1.50): ' levy', ' duty' (80 %)" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("report ")]
     assert line.removeprefix("report ").strip().startswith(f"{root}/tiny-") and line.endswith("/report/report.md")
     assert quickstart.main(["run", "--preset", "tiny", "--root", root, "--run-id", "mine"]) == 0

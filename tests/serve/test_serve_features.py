@@ -42,6 +42,7 @@ def test_features_are_the_rows_of_the_file(client: httpx.Client, rows: list[dict
                      "massive", "copy_of"):  # fmt: skip
             assert found[name] == row[name]
         assert found["top_tokens"] == [t["token"] for t in row["top_tokens"]]
+        assert found["label"] == row["label"]
         assert found["parent"] == (row["parent"] or {"feature": None})["feature"]
         assert found["children"] == len(row["children"])
     for row in rows:

@@ -1,5 +1,6 @@
 """The feature browser in a real browser, against what the API says. Skipped without Chromium."""
 
+import io
 import json
 from collections.abc import Iterator
 from datetime import date
@@ -8,6 +9,8 @@ from typing import Any
 
 import axe_core_python
 import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from report_example import HOSTILE
 from serve_local import make_analysed_run, make_layers_run, make_run, served
@@ -219,13 +222,15 @@ def test_features_are_filtered_and_read(tab: chromium.Page, url: str) -> None:
     tab.press(*ENTER)
     tab.wait("location.search.includes('token=') && document.querySelectorAll('tbody tr').length === 1")
     assert texts(tab, "tbody th") == ["3"]
-    assert spaced(HOSTILE[3]) in texts(tab, "tbody td")[0]
+    row = httpx.get(f"{url}/features/3").json()["feature"]
+    assert texts(tab, "tbody td")[0].strip() == row["label"] == "'|' (5 of 7) in 'the| of|' (5 of 7)"
+    assert spaced(HOSTILE[3]) in texts(tab, "tbody td")[1]
     assert tab.evaluate("document.querySelector('input[name=token]').value") == HOSTILE[3]
     assert tab.evaluate("document.querySelectorAll('main script').length") == 0
     tab.click("tbody th a")
     tab.wait("location.pathname === '/ui/feature/3' && document.querySelector('article')")
     told = texts(tab, "article")[0]
-    row = httpx.get(f"{url}/features/3").json()["feature"]
+    assert texts(tab, "h1 .label") == [row["label"]]
     for kind in ("top", "sample"):
         examples = httpx.get(f"{url}/features/3/examples", params={"kind": kind}).json()["examples"]
         assert sum(f"{e['activation']:.4g}" in told for e in examples) == len(examples) > 0
@@ -233,7 +238,11 @@ def test_features_are_filtered_and_read(tab: chromium.Page, url: str) -> None:
     assert complaints(tab) == []
     # Parent, siblings and children, splits and absorption, as report_example has them.
     tab.open(f"{url}/ui/feature/6", 1280, 900, "light")
-    assert texts(tab, ".tree > li")[0].split() == ["Parent", "1", "|", "6", "|", "(this", "one)", "7", "|"]
+    names = {i: httpx.get(f"{url}/features/{i}").json()["feature"]["label"] for i in (1, 6, 7)}
+    family = f"Parent 1 {names[1]} 6 {names[6]} (this one) 7 {names[7]}"
+    assert " ".join(texts(tab, ".tree > li")[0].split()) == family
+    (near,) = [text for text in texts(tab, "article ul li") if text.startswith("Nearest features")]
+    assert f"7 {names[7]} (1)" in near
     assert "feature 1 divides into 6 7" in texts(tab, "article")[0]
     tab.click(".tree a")
     tab.wait("location.pathname === '/ui/feature/1' && document.querySelector('article')")
@@ -242,6 +251,29 @@ def test_features_are_filtered_and_read(tab: chromium.Page, url: str) -> None:
     assert "feature 0 is silent on 15 of 20 tokens on which feature 8 massive fires" in texts(tab, "article")[0]
     assert texts(tab, "h1 .badge") == ["massive"]
     assert "90 % of its activation and 19.8 % of its firings fall on them" in texts(tab, "article")[0]
+
+
+def test_hostile_labels_are_shown_as_text(tab: chromium.Page, tmp_path: Path) -> None:
+    label = "'<img src=x onerror=alert(1)>|`' \u202e\n<script>alert(1)</script> & {{ 1 }}"
+    run = make_analysed_run(tmp_path / "one")
+    table = pq.read_table(Path(run.url, "features.parquet"))
+    at = table.schema.get_field_index("label")
+    sink = io.BytesIO()
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array([label] * len(table))), sink)
+    run.write("features.parquet", sink.getvalue())
+    run.publish()
+    with served(run) as url:
+        show(tab, url)
+        assert set(texts(tab, "#list .label")) == {visible(label)}
+        tab.open(f"{url}/ui/features", 390, 900, "dark")
+        assert texts(tab, "tbody .label") == [visible(label)] * 10
+        assert tab.evaluate("document.documentElement.scrollWidth") == 390
+        for feature, places in ((6, "h1 .label, .tree .label, article ul .label"), (8, "h1 .label")):
+            tab.open(f"{url}/ui/feature/{feature}", 390, 900, "dark")
+            assert set(texts(tab, places)) == {visible(label)}
+            assert tab.evaluate("document.documentElement.scrollWidth") == 390
+        assert tab.evaluate("document.querySelectorAll('main img, main script').length") == 0
+        assert complaints(tab) == []
 
 
 def test_runs_are_picked(tab: chromium.Page, url: str) -> None:

@@ -8,6 +8,7 @@ const graphWords = (() => {
     const signs = { "\n": "⏎", "\r": "␍", "\t": "⇥" };
     return string.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => signs[c] ?? "U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0"));
   }
+  const shortLabel = (string) => visible(string).replace(/ \((\d+ %|\d of \d)\)/g, "").replace(/^no single token; /, "").trim();
   const spaced = (string) => (string ? visible(string).replaceAll(" ", "␣") : "⋯");
   function number(value) {
     if (value === null || value === undefined) return "not measured";
@@ -30,13 +31,13 @@ const graphWords = (() => {
     const hidden = (mark) => mark.members.length - (mark.own === null ? 0 : 1);
     const own = (mark) => graph.nodes[mark.own ?? mark.members[0]];
     // The text of a feature that is not active here may be known from where it is.
-    const texts = new Map(graph.nodes.filter((n) => n.kind === "feature" && n.text).map((n) => [`${n.layer}.${n.feature}`, visible(n.text).trim()]));
+    const texts = new Map(graph.nodes.filter((n) => n.kind === "feature" && n.text).map((n) => [`${n.layer}.${n.feature}`, n.text]));
     const textOf = (mark) => texts.get(`${mark.layer}.${mark.feature}`) ?? "";
 
     function short(mark) {
       const more = mark.kind === "feature" && hidden(mark) ? ` +${hidden(mark)}` : "";
       switch (mark.kind) {
-        case "feature": return (textOf(mark) || `#${mark.feature}`) + more;
+        case "feature": return (shortLabel(textOf(mark)) || `#${mark.feature}`) + more;
         case "logit": return `${spaced(own(mark).text ?? "")} ${percent(own(mark).probability ?? 0)}`;
         case "others": return mark.members.length === 1 ? "1 other" : `${mark.members.length} others`;
         case "group": return visible(mark.title) || "group";
@@ -51,9 +52,9 @@ const graphWords = (() => {
     }
 
     function full(mark) {
-      const at = `token ${mark.token} ${spaced(graph.tokens[mark.token])}`, fires = textOf(mark) && `, fires on: ${textOf(mark)}`;
+      const at = `token ${mark.token} ${spaced(graph.tokens[mark.token])}`, label = visible(textOf(mark)).trim(), named = label && `: ${label}`;
       switch (mark.kind) {
-        case "feature": return `Feature ${mark.feature} of layer ${mark.layer} at ${at}${fires}${hidden(mark) ? `; ${hidden(mark)} folded into it` : ""}`;
+        case "feature": return `Feature ${mark.feature} of layer ${mark.layer} at ${at}${named}${hidden(mark) ? `; ${hidden(mark)} folded into it` : ""}`;
         case "error": return `Error of layer ${mark.layer} at ${at}`;
         case "embedding": return `Embedding of ${at}`;
         case "logit": return `Next token ${spaced(own(mark).text ?? "")}, probability ${percent(own(mark).probability ?? 0)}`;
@@ -97,7 +98,7 @@ const graphWords = (() => {
     const facts = [];
     const fact = (name, value) => { if (value !== null && value !== undefined && value !== "") facts.push(make("div", [make("dt", name), make("dd", value)])); };
     if (mark.kind === "feature") {
-      fact("Fires on", say.textOf(mark));
+      fact("Label", visible(say.textOf(mark)).trim());
       fact("Activation", node ? (node.activation === null ? null : number(node.activation)) : "not active here");
     }
     if (node && node.value !== null) fact(node.kind === "logit" ? "Logit less the mean" : "Pre-activation", number(node.value));

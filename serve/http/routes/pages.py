@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 from starlette.responses import RedirectResponse
 
-from mtc.report.blocks import Branch, Branches, FeatureLink, Heading, Items, Token, with_badges
+from mtc.report.blocks import Branch, Branches, FeatureLink, Heading, Items, Label, with_badges
 from mtc.report.graph_page import GRAPH_SCRIPTS
 from mtc.report.html import BADGE, Renderer
 from mtc.results import number, percent
@@ -179,8 +179,8 @@ def _tree(table: FeatureTable, feature: int) -> list[Branches | Heading]:
     family = table.feature(figures.parent.feature) if figures.parent else None
 
     def name(index: int) -> tuple[Any, ...]:
-        tokens = table.feature(index).top_tokens
-        return (FeatureLink(index), *((" ", Token(tokens[0].token)) if tokens else ()))
+        label = table.label(index)
+        return (FeatureLink(index), *((" ", Label(label)) if label is not None else ()))
 
     def twigs(indices: tuple[int, ...]) -> tuple[Any, ...]:
         shown = [(*name(i), " (this one)") if i == feature else name(i) for i in indices[:FEW_EXAMPLES]]

@@ -10,7 +10,7 @@ const tell = (text) => { element("status").textContent = text; };
 
 let text = "";         // what the shown answers are about
 let answers = new Map();  // by nested dictionary
-let names = new Map();    // top tokens of features
+let names = new Map();    // labels of features, null of those without
 let massive = new Set(), massiveKnown = false;  // features of massive tokens, once they are known
 let shown = null;      // the answer that is shown
 let token = null, feature = null;  // what is chosen
@@ -86,18 +86,18 @@ function strongest(answer) {
   return [...found.values()].sort(byStrength);
 }
 
-// Top tokens of features that were not asked for before; a run without an analysis has none.
+// Labels of features that were not asked for before; a run without an analysis has none.
 async function learn(features, signal) {
   const missing = features.filter((f) => !names.has(f)).slice(0, 500);
   if (!missing.length) return;
   const wanted = new URLSearchParams([...own, ["limit", missing.length], ...missing.map((f) => ["feature", f])]);
   try {
     const answer = await (await call("/features?" + wanted, {}, signal, tell)).json();
-    for (const row of answer.features) names.set(row.feature, row.top_tokens);
+    for (const row of answer.features) names.set(row.feature, row.label);
   } catch (error) {
     if (error.name === "AbortError") throw error;
   }
-  for (const f of missing) if (!names.has(f)) names.set(f, []);
+  for (const f of missing) if (!names.has(f)) names.set(f, null);
 }
 
 // Which features are of massive tokens; of a run without an analysis nobody knows.
@@ -171,9 +171,9 @@ function table(caption, rows, headers, cells) {
   const body = make("tbody", rows.map((row) => {
     const button = make("button", String(row.feature), { type: "button" });
     button.addEventListener("click", () => pick(row.feature));
-    const top = (names.get(row.feature) ?? []).slice(0, 3).flatMap((s) => [make("span", spaced(s), { class: "token" }), " "]);
-    if (massive.has(row.feature)) top.unshift(make("span", "massive", { class: "badge", title: "most of its activation falls on massive tokens" }), " ");
-    const line = make("tr", [make("th", button, { scope: "row" }), make("td", top), ...cells(row).map((c) => make("td", c, { class: "n" }))]);
+    const label = names.get(row.feature) ?? null, named = label === null ? [] : [make("span", visible(label), { class: "label" })];
+    if (massive.has(row.feature)) named.unshift(make("span", "massive", { class: "badge", title: "most of its activation falls on massive tokens" }), " ");
+    const line = make("tr", [make("th", button, { scope: "row" }), make("td", named), ...cells(row).map((c) => make("td", c, { class: "n" }))]);
     if (row.feature === feature) line.setAttribute("aria-current", "true");
     return line;
   }));
@@ -191,14 +191,14 @@ function drawList() {
   const rows = strongest(shown), listed = rows.slice(0, LISTED);
   const caption = rows.length > LISTED ? `The strongest ${LISTED} of ${number(rows.length)} features` : `${number(rows.length)} features`;
   const last = listed.some((row) => massive.has(row.feature)) ? "; those of massive tokens come last" : "";
-  element("list").replaceChildren(table(caption + last, listed, ["Feature", "Top tokens", "", "Strongest", "Tokens"], (row) => [bar(row.value, largest(listed)), number(row.value), number(row.tokens)]));
+  element("list").replaceChildren(table(caption + last, listed, ["Feature", "Label", "", "Strongest", "Tokens"], (row) => [bar(row.value, largest(listed)), number(row.value), number(row.tokens)]));
 }
 
 function drawToken() {
   const place = element("of-token");
   if (token === null) return place.replaceChildren();
   const own = entries(token), caption = `Token ${token}, ${spaced(shown.tokens[token])}: ${number(own.length)} features`;
-  place.replaceChildren(own.length ? table(caption, own, ["Feature", "Top tokens", "", "Activation"], (row) => [bar(row.value, largest(own)), number(row.value)]) : make("p", caption));
+  place.replaceChildren(own.length ? table(caption, own, ["Feature", "Label", "", "Activation"], (row) => [bar(row.value, largest(own)), number(row.value)]) : make("p", caption));
 }
 
 async function choose(t) {
