@@ -33,9 +33,8 @@ from mtc.analysis import (
     HeldOutPass,
     LogitEffects,
     LossSums,
-    analyse_nesting,
     count_tokens,
-    find_copies,
+    findings,
     logit_effects,
     loss_recovered,
     number_documents,
@@ -43,7 +42,6 @@ from mtc.analysis import (
 )
 from mtc.analysis.coactivation import parent_candidates
 from mtc.analysis.contexts import choose_windows
-from mtc.analysis.evaluation import evaluation
 from mtc.analysis.loss_sums import loss_sums
 from mtc.analysis.replaced_sums import ReplacedSums, replaced_layers, replaced_sums
 from mtc.analysis.straight_line import FOLDS, LineSums, who_sums
@@ -437,15 +435,5 @@ def _findings(
     for kind in ("sums", "losses", "effects"):
         spool.remove(kind, at)
     about = (store.input_ids, store.info.special_ids, store.document_ids, texts)
-    return Findings(
-        evaluation=evaluation(held, loss_recovered(loss, documents[1]) if loss else None, documents[0], texts.token),
-        statistics=held.examples.statistics,
-        examples=held.examples.examples(*about),
-        token_errors=held.token_errors,
-        deviation=held.blocks.halves()[0].mean_deviation(),
-        massive=held.massive,
-        copies=find_copies(held.transcoder, held.sample),
-        nesting=analyse_nesting(held.transcoder, held.sample, held.candidates),
-        effects=on_logits,
-        contexts=held.contexts.table(*about),
-    )
+    recovered = loss_recovered(loss, documents[1]) if loss else None
+    return findings(held, recovered, on_logits, documents[0], *about)

@@ -31,10 +31,9 @@ from mtc.devices import open_device
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
-from mtc.training import CALIBRATION_ROWS, Calibrator, Clock, SideBySide, StepResult, Trainer, on_device
+from mtc.training import CALIBRATION_ROWS, INITIAL_ROWS, Calibrator, Clock, SideBySide, StepResult, Trainer, on_device
 from mtc.transcoder import agree, broadcast
 
-INITIAL_ROWS = 16_384  # tokens per rank from which scales and biases are set
 DROPPED_OF = 100_000  # tokens, before a share of them says something
 
 

@@ -16,7 +16,7 @@ import sys
 from jobs.command_line import failed, make_parser, parse_overrides
 from mtc.config import ConfigError, changed_config
 from mtc.report import write_comparison
-from mtc.storage import open_layer_run, open_run, prepare_environment
+from mtc.storage import check_writable, open_layer_run, open_run, prepare_environment
 from mtc.telemetry import fail
 
 
@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
             return compare(first, second, arguments.output or "comparison", overrides)
         if arguments.output:
             raise ConfigError("--output belongs to --compare; --run writes into the run")
-        config = changed_config(open_run(arguments.run, verify=False).config(), overrides)
+        run = open_run(arguments.run, verify=False)
+        check_writable(f"--run {arguments.run}", run.url)
+        config = changed_config(run.config(), overrides)
         prepare_environment()
         # Torch, transformers and Ray take 4 to 8 s; without them, help, wrong options and a wrong run are told in 1.
         from cluster.pipeline import connected

@@ -1,11 +1,13 @@
-"""Write a finished run in another library's format, or make a run of another library's transcoder.
+"""Share a finished run: in another library's format, or on the Hugging Face hub; or make a run of others' weights.
 
     python jobs/export.py --run runs/latest --format saelens --output exported/saelens
+    python jobs/export.py --run runs/latest --push OWNER/NAME                    # the run itself, opened by hf://OWNER/NAME
+    python jobs/export.py --run runs/latest --push OWNER/NAME --format saelens   # what --format writes
     python jobs/export.py --import layer_5/width_16k/average_l0_59 --from gemma-scope-npz \\
         --preset gemma-2-2b-layer17 --output.root runs --output.run_id gemma-scope-5
 
-An import takes the options of jobs/train.py. Formats, and what is exact in them: docs/export.md. Exit codes: 0 done,
-1 failed while running, 2 unusable run, files or configuration.
+The hub's token comes from HF_TOKEN or `hf auth login`. An import takes the options of jobs/train.py. Formats, and what
+is exact in them: docs/export.md. Exit codes: 0 done, 1 failed while running, 2 unusable run, files or configuration.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from __future__ import annotations
 import argparse
 import posixpath
 import sys
+import tempfile
 from datetime import UTC, datetime
+from pathlib import Path
 
 from jobs.command_line import failed, parse_command_line
-from mtc.config import to_yaml
+from mtc.config import ConfigError, to_yaml
 from mtc.storage import (
     RunDirectory,
     check_writable,
@@ -47,27 +51,68 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export_run(options: argparse.Namespace) -> None:
-    """Write the run in `options.format` to `options.output`. Raises what `main` turns into exit code 2."""
-    run = open_run(options.run)
+    """Write the run in `options.format` to `options.output`, and push that, or the run itself, to `options.push`.
+
+    Raises what `main` turns into exit code 2, or 1 if the hub can't be reached.
+    """
+    _check(options)
+    run = open_run(options.run, verify=bool(options.format))  # staging checks every file itself
     # Torch and transformers take 3 to 7 s; without them, help, a wrong option and a wrong run are told in 1.
     from mtc import export
 
-    def subject(run: RunDirectory) -> export.Subject:
-        return export.load_subject(run, options.prefix, options.model_type, options.license)
+    if options.output:
+        with export.new_directory(options.output) as directory:
+            _write(run, directory, options)
+        print(f"wrote {options.output} ({options.format}) from {run.url}; its README.md is a model card")
+    if not options.push:
+        return
+    with tempfile.TemporaryDirectory(prefix="mtc-push-") as temporary:
+        directory = Path(options.output or temporary)
+        if not options.format:
+            export.stage_run(run, options.push, directory, options.license, options.contact)
+        elif not options.output:
+            _write(run, directory, options)
+        pushed = export.push_directory(directory, options.push, options.public)
+    what = f"{options.format} of {run.url}" if options.format else f"{run.url}, to open as hf://{options.push},"
+    seen = "private" if pushed.private else "public"
+    print(f"pushed {what} to {pushed.url} ({seen}): {pushed.files} files in one commit, {pushed.commit}")
 
-    with export.new_directory(options.output) as directory:
-        if options.format == "circuit-tracer":  # the only one that several layers share
-            if run.config().sweep:  # several of one layer
-                require_one_layer(run)
-            members = list(run.members().values())
-            export.write_circuit_tracer([subject(own) for own in members], directory, members)
-        elif options.format == "saelens":
-            export.write_saelens(subject(run), directory)
-        elif options.format == "gemma-scope-npz":
-            export.write_gemma_scope(subject(run), directory)
-        else:
-            export.write_neuronpedia(subject(run), run, directory, options.neuronpedia_model, options.neuronpedia_set)
-    print(f"wrote {options.output} ({options.format}) from {run.url}; its README.md is a model card")
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that do not fit together, ExportError for a push that can't be."""
+    if not options.format and not options.push:
+        raise ConfigError("--format says what to write to --output; --push alone pushes the run itself")
+    if options.format and not options.output and not options.push:
+        raise ConfigError("--output DIR says where --format is written, or --push where it is pushed")
+    if not options.format:
+        given = ("output", "prefix", "model_type", "neuronpedia_model", "neuronpedia_set")
+        if wrong := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name)]:
+            raise ConfigError(f"{', '.join(wrong)}: without --format the run is pushed as it is")
+    if options.public and not options.push:
+        raise ConfigError("--public belongs to --push")
+    if options.push:
+        from mtc import export  # as in export_run
+
+        export.check_push(options.push)
+
+
+def _write(run: RunDirectory, directory: Path, options: argparse.Namespace) -> None:
+    from mtc import export  # as in export_run
+
+    def subject(own: RunDirectory) -> export.Subject:
+        return export.load_subject(own, options.prefix, options.model_type, options.license, options.contact)
+
+    if options.format == "circuit-tracer":  # the only one that several layers share
+        if run.config().sweep:  # several of one layer
+            require_one_layer(run)
+        members = list(run.members().values())
+        export.write_circuit_tracer([subject(own) for own in members], directory, members)
+    elif options.format == "saelens":
+        export.write_saelens(subject(run), directory)
+    elif options.format == "gemma-scope-npz":
+        export.write_gemma_scope(subject(run), directory)
+    else:
+        export.write_neuronpedia(subject(run), run, directory, options.neuronpedia_model, options.neuronpedia_set)
 
 
 def import_run(arguments: list[str]) -> RunDirectory | None:
@@ -99,12 +144,15 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
 def _export_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("--output", required=True, metavar="DIR", help="local directory that is made")
+    parser.add_argument("--format", choices=FORMATS, help="what to write; without it, --push takes the run itself")
+    parser.add_argument("--output", metavar="DIR", help="local directory that is made")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hugging Face hub, made if need be")
+    parser.add_argument("--public", action="store_true", help="everybody sees the repository; by default it is private")
     parser.add_argument(
         "--prefix", type=int, metavar="M", help="one of the nested dictionaries; by default all features"
     )
     parser.add_argument("--license", metavar="ID", help="licence of the weights, for the model card")
+    parser.add_argument("--contact", metavar="TEXT", help="whom to ask, for the model card")
     parser.add_argument(
         "--model-type", metavar="NAME", help="the model's architecture (gemma2), where the model is out of reach"
     )

@@ -21,7 +21,7 @@ from mtc.config import RunConfig
 from mtc.errors import MtcError
 from mtc.language_model import LanguageModel, PackedWindows, pack_windows
 from mtc.results import Evaluation
-from mtc.storage import load_analysis, open_layer_run
+from mtc.storage import RunError, load_analysis, open_layer_run
 from mtc.text import TokenStore, heldout_units
 from mtc.transcoder import MatryoshkaTranscoder, load_transcoder
 
@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         run = open_layer_run(arguments.run)
         analysis = load_analysis(run)
         config = analysis.config
+        if not analysis.facts.token_store:
+            raise RunError(f"{run.url} was analysed without a token store, so there is nothing to compute from")
         store = TokenStore.open(analysis.facts.token_store)
     except MtcError as error:
         print(f"error: {error}", file=sys.stderr)

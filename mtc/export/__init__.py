@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from mtc.export.gemma_scope import write_gemma_scope
     from mtc.export.importing import read_gemma_scope, read_gemma_scope_2, read_saelens, write_run
     from mtc.export.neuronpedia import write_neuronpedia
+    from mtc.export.pushing import Pushed, check_push, push_directory, stage_run
     from mtc.export.saelens import write_saelens
     from mtc.export.subject import Subject, load_subject, new_directory
 
 __all__ = [
-    "Subject", "load_subject", "new_directory", "read_gemma_scope", "read_gemma_scope_2", "read_saelens",
+    "Pushed", "Subject", "check_push", "load_subject", "new_directory", "push_directory", "read_gemma_scope",
+    "read_gemma_scope_2", "read_saelens", "stage_run",
     "write_circuit_tracer", "write_gemma_scope", "write_neuronpedia", "write_run", "write_saelens",
 ]  # fmt: skip
 
@@ -25,6 +27,7 @@ _MODULES = {
     "gemma_scope": ("write_gemma_scope",),
     "importing": ("read_gemma_scope", "read_gemma_scope_2", "read_saelens", "write_run"),
     "neuronpedia": ("write_neuronpedia",),
+    "pushing": ("Pushed", "check_push", "push_directory", "stage_run"),
     "saelens": ("write_saelens",),
     "subject": ("Subject", "load_subject", "new_directory"),
 }

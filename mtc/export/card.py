@@ -8,11 +8,24 @@ from typing import Any
 
 import yaml
 
+from mtc.config import RunConfig
+from mtc.export.front_matter import Measured, front_matter
 from mtc.export.subject import Subject
-from mtc.storage import is_hub_id
 
 JUMPRELU = "JumpReLU: a pre-activation counts where it is above its feature's threshold"
 TOPK = "TopK: of each token the largest positive pre-activations count"
+PAPERS = """@article{bussmann2025matryoshka,
+  title = {Learning Multi-Level Features with Matryoshka Sparse Autoencoders},
+  author = {Bussmann, Bart and Nabeshima, Noa and Karvonen, Adam and Nanda, Neel},
+  journal = {arXiv:2503.17547},
+  year = {2025}
+}
+@article{dunefsky2024transcoders,
+  title = {Transcoders Find Interpretable LLM Feature Circuits},
+  author = {Dunefsky, Jacob and Chlenski, Philippe and Nanda, Neel},
+  journal = {arXiv:2406.11944},
+  year = {2024}
+}"""
 
 
 def model_card(
@@ -27,27 +40,20 @@ def model_card(
 ) -> str:
     """The card's text. `use` is Python that loads and applies the files, `norm` says what they read."""
     config, transcoder = subject.config, subject.transcoder
-    metadata: dict[str, Any] = {
-        "license": subject.license,
-        "library_name": library,
-        "base_model": config.model.name if _on_hub(config.model.name) else None,
-        "datasets": [config.data.name] if _on_hub(config.data.name) and not subject.imported else None,
-        "tags": ["transcoder", "matryoshka", "sparse-autoencoder", "interpretability", "mtc", *tags],
-        "mtc": {
-            "hook_name": hook_name,
-            "hook_name_out": hook_name_out,
-            "group_sizes": list(subject.group_sizes),
-            "k": min(config.transcoder.k, subject.prefix),
-        },
+    measured = Measured(config, subject.analysis, subject.prefix, imported=subject.imported)
+    ours = {
+        "run": subject.run_id,
+        "format": format,
+        "hook_name": hook_name,
+        "hook_name_out": hook_name_out,
+        "group_sizes": list(subject.group_sizes),
+        "k": min(config.transcoder.k, subject.prefix),
     }
-    front = yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False)
+    front = front_matter(subject.run_id, [measured], ours, subject.license, library, tags)
     whole = subject.prefix == transcoder.num_features
     size = f"{subject.prefix:,} features" if whole else f"the first {subject.prefix:,} of {transcoder.num_features:,}"
     facts = [
-        (
-            "Language model",
-            f"`{config.model.name}`" + (f", revision `{config.model.revision}`" * bool(config.model.revision)),
-        ),
+        ("Language model", language_model(config)),
         ("Layer", subject.layer),
         ("Reads", f"`{hook_name}`"),
         ("Imitates", f"`{hook_name_out}`"),
@@ -58,10 +64,7 @@ def model_card(
         ("Run", f"`{subject.run_id}`" + ", of weights that were imported, not trained in it" * subject.imported),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    notice = f"\n{config.model.notice}\n" if config.model.notice else ""
-    return f"""---
-{front}---
-
+    return f"""{front}
 # Transcoder of layer {subject.layer} of {config.model.name}
 
 A sparse network of one hidden layer that imitates the MLP of one layer, so that its hidden units, the features, can be
@@ -84,30 +87,45 @@ such as the first one of a text (BOS), out of training and of all figures.
 
 ## Held-out quality
 
-{_quality(subject)}
-{notice}"""
+{quality(measured)}
+
+{closing(config, subject.contact)}"""
+
+
+def closing(config: RunConfig, contact: str | None, own: str = "") -> str:
+    """The last sections of a card: what to cite, `own` BibTeX first, whom to ask, and the language model's notice."""
+    text = f"## Citation\n\n```bibtex\n{own}{PAPERS}\n```\n"
+    text += f"\n## Contact\n\n{contact}\n" if contact else ""
+    return text + (f"\n{config.model.notice}\n" if config.model.notice else "")
+
+
+def language_model(config: RunConfig) -> str:
+    """The language model's name and revision, in Markdown."""
+    return f"`{config.model.name}`" + (f", revision `{config.model.revision}`" if config.model.revision else "")
 
 
 def read_card(path: Path) -> dict[str, Any]:
     """What a card that we wrote says of the transcoder beside it, named as in SAELens's metadata; empty for others'."""
-    match = re.match(r"---\n(.*?)\n---\n", path.read_text(errors="replace"), re.DOTALL) if path.is_file() else None
+    ours = read_ours(path.read_text(errors="replace")) if path.is_file() else {}
+    return ours | {"mtc": ours} if ours else {}
+
+
+def read_ours(card: str) -> dict[str, Any]:
+    """Our own part of a card's metadata; empty for a card that we did not write."""
+    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
     try:
         front = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:  # not ours
         front = None
     ours = front.get("mtc") if isinstance(front, dict) else None
-    return ours | {"mtc": ours} if isinstance(ours, dict) else {}
+    return ours if isinstance(ours, dict) else {}
 
 
-def _on_hub(name: str) -> bool:
-    """Whether a model's or data set's name is one on a hub, OWNER/NAME, and not a path, a URL or a package."""
-    return "/" in name and is_hub_id(name)
-
-
-def _quality(subject: Subject) -> str:
-    if subject.analysis is None:
+def quality(measured: Measured) -> str:
+    """The held-out figures of every nested dictionary up to the prefix, as a table and sentences."""
+    if measured.analysis is None:
         return "Not measured: this run was never analysed."
-    summary, evaluation = subject.analysis.summary, subject.analysis.evaluation
+    summary, evaluation = measured.analysis.summary, measured.analysis.evaluation
     massive, of_all = evaluation.massive, evaluation.all_tokens
     names = ["Fraction of variance unexplained (FVU)", "Active features per token"]
     columns = [evaluation.fvu, evaluation.l0]
@@ -116,17 +134,17 @@ def _quality(subject: Subject) -> str:
     lines = [f"| Features | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
     for m, *values in zip(evaluation.prefixes, *columns, strict=True):
         shown = (f"{v:.2f}" if i % 2 else f"{v:.4f}" for i, v in enumerate(values))
-        lines += [f"| {m:,} | {' | '.join(shown)} |"] if m <= subject.prefix else []
+        lines += [f"| {m:,} | {' | '.join(shown)} |"] if m <= measured.prefix else []
     text = "\n".join(lines)
     if massive.tokens:
         text += (
             f"\n\nWhere it is not said, without {massive.tokens:,} massive tokens, whose target norms are above "
             f"{massive.ratio:g} times the median and which hold {massive.variance:.1%} of the variance."
         )
-    text += f"\n\nOn {evaluation.tokens:,} held-out tokens of `{subject.config.data.name}`"
+    text += f"\n\nOn {evaluation.tokens:,} held-out tokens of `{measured.config.data.name}`"
     text += f", after training on {summary.trained_tokens:,} tokens." if summary.trained_tokens else "."
     if summary.loss is not None and summary.loss.share_of_zero(-1) is not None:
-        recovered = summary.loss.recovered_zero[evaluation.prefixes.index(subject.prefix)]
+        recovered = summary.loss.recovered_zero[evaluation.prefixes.index(measured.prefix)]
         text += (
             f" With the transcoder in the MLP's place the language model recovers {recovered:.1%} of the loss "
             "that replacing the MLP's output by zero costs."

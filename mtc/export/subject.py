@@ -48,6 +48,8 @@ class Subject(NamedTuple):
     """Licence identifier for the model card."""
     imported: bool = False
     """The weights were trained elsewhere, on a text that the configuration does not name."""
+    contact: str | None = None
+    """Whom to ask, for the model card."""
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -103,7 +105,11 @@ class Hooks(NamedTuple):
 
 
 def load_subject(
-    run: RunDirectory, prefix: int | None = None, model_type: str | None = None, license: str | None = None
+    run: RunDirectory,
+    prefix: int | None = None,
+    model_type: str | None = None,
+    license: str | None = None,
+    contact: str | None = None,
 ) -> Subject:
     """The transcoder of a finished run, or one of its several.
 
@@ -133,6 +139,7 @@ def load_subject(
         analysis=analysis,
         license=license,
         imported=run.exists("import.json"),
+        contact=contact,
     )
 
 

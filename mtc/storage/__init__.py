@@ -2,6 +2,7 @@
 
 from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, CheckpointWriter, NotVisibleError
 from mtc.storage.files import LFS_POINTER, StorageError, absolute, filesystem, patiently, write_atomic
+from mtc.storage.hub import is_hub_url, unreachable
 from mtc.storage.lease import Lease
 from mtc.storage.ledger import Ledger, Progress, merge_progress, progress_from_parquet, progress_to_parquet, rows_left
 from mtc.storage.locks import LockError, locked
@@ -46,6 +47,7 @@ __all__ = [
     "describe",
     "filesystem",
     "is_hub_id",
+    "is_hub_url",
     "is_latest",
     "json_lines",
     "load_analysis",
@@ -66,6 +68,7 @@ __all__ = [
     "require_one_layer",
     "rows_left",
     "run_status",
+    "unreachable",
     "wheel_files",
     "with_absolute_paths",
     "write_atomic",

@@ -13,6 +13,7 @@ import fsspec
 import tenacity
 
 from mtc.errors import MtcError, one_line
+from mtc.storage.hub import READ_ONLY, is_hub_url, is_missing, malformed, refusal, unreachable
 
 logger = logging.getLogger(__name__)
 PATIENCE = 60.0
@@ -55,18 +56,21 @@ def home_directory() -> str | None:
 
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system for a path or URL, and the path there. Raises StorageError where there is none."""
+    if reason := malformed(url):
+        raise StorageError(f"{url}: {reason}")
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise StorageError(f"{url}: {error}") from None
     except ValueError as error:
-        raise StorageError(f"{url}: {error}; a directory, s3:// or gs:// is wanted") from None
+        raise StorageError(f"{url}: {error}; a directory, s3://, gs:// or hf:// is wanted") from None
 
 
 def patiently(call: Callable[[], Any], patience: float = PATIENCE) -> Any:
     """`call()`, again after growing pauses while it raises, until `patience` seconds are over; then its error.
 
-    That a file is missing or forbidden, or credentials are, is an answer, not a failure; StorageError for the latter.
+    That a file is missing or forbidden, or credentials are, is an answer, not a failure: FileNotFoundError,
+    PermissionError, or StorageError. StorageUnreachable where the Hugging Face hub does not answer.
     """
     try:
         return tenacity.Retrying(
@@ -77,13 +81,24 @@ def patiently(call: Callable[[], Any], patience: float = PATIENCE) -> Any:
             reraise=True,
         )(call)
     except Exception as error:
+        if is_missing(error):
+            raise FileNotFoundError(one_line(error)) from error
+        if reason := refusal(error):
+            raise StorageError(reason) from error
+        if reason := unreachable(error):
+            raise StorageUnreachable(reason) from error
         if "Credentials" not in type(error).__name__:  # of object stores' own
             raise
         raise StorageError(f"the storage asks for credentials: {one_line(error)}") from error
 
 
 def write_atomic(url: str, data: bytes) -> None:
-    """Write a whole file: on local disks through a temporary name, fsync and rename; on object stores by one put."""
+    """Write a whole file: on local disks through a temporary name, fsync and rename; on object stores by one put.
+
+    Raises StorageError for a repository of the Hugging Face hub.
+    """
+    if is_hub_url(url):
+        raise StorageError(f"{url}: {READ_ONLY}")
     fs, path = filesystem(url)
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
     if "://" in url and not url.startswith("file://"):
@@ -111,5 +126,6 @@ def may_pass(error: BaseException) -> bool:
     """Whether what storage raised may be over later."""
     answers = (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError, ImportError,
                NotImplementedError, MtcError)  # fmt: skip
-    # Clients of object stores have errors of their own.
-    return isinstance(error, Exception) and not isinstance(error, answers) and "Credentials" not in type(error).__name__
+    if not isinstance(error, Exception) or isinstance(error, answers) or is_missing(error) or refusal(error):
+        return False
+    return "Credentials" not in type(error).__name__  # clients of object stores have errors of their own

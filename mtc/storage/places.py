@@ -16,6 +16,7 @@ from mtc.storage.files import (
     may_pass,
     patiently,
 )
+from mtc.storage.hub import READ_ONLY, is_hub_url
 
 PROBE_SECONDS = 15.0
 """For which storage is asked again before it counts as out of reach."""
@@ -24,6 +25,8 @@ PROBE_SECONDS = 15.0
 def check_writable(what: str, url: str) -> None:
     """Raises StorageError if nothing can be written below a directory or URL, which need not be there yet; `what` is
     how messages begin. Leaves nothing behind."""
+    if is_hub_url(url):
+        raise StorageError(f"{what}: {READ_ONLY}")
     if "://" in url and not url.startswith("file://"):
         return _check_remote(what, url)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", url) and not url.startswith("file://"):

@@ -39,6 +39,7 @@ from mtc.record import Record
 from mtc.results import FORMAT_VERSION as ANALYSIS_VERSION
 from mtc.results import Analysis
 from mtc.storage.files import PATIENCE, absolute, filesystem, patiently, write_atomic
+from mtc.storage.hub import TOKEN, is_hub_url
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -153,7 +154,8 @@ class RunDirectory:
     def manifest(self) -> Manifest:
         """The run's manifest; raises RunError for a run that is not there, not finished, or of an unknown format."""
         if not self.exists():
-            raise RunError(f"no run at {self.url}")
+            hidden = f": the hub has no such repository, revision or folder, or hides it from all without {TOKEN}"
+            raise RunError(f"no run at {self.url}{hidden * is_hub_url(self.url)}")
         if not self.is_finished():
             raise RunError(f"{self.url} has no {MANIFEST}: the run is not finished, or it failed")
         raw: dict[str, Any] = json.loads(self.read(MANIFEST))
@@ -171,15 +173,19 @@ class RunDirectory:
         """
         manifest = self.manifest()
         for name in manifest.files if names is None else names:
-            if name not in manifest.files:
-                raise RunError(f"{self.url}: {MANIFEST} names no {name}")
-            entry = manifest.files[name]
-            data = self.read(name)
-            if len(data) != entry.bytes:
-                raise RunError(f"{self.url}: {name} has {len(data)} bytes, the manifest says {entry.bytes}")
-            if hashlib.sha256(data).hexdigest() != entry.sha256:
-                raise RunError(f"{self.url}: {name} is damaged, its sha256 differs from the manifest's")
+            self.read_verified(name, manifest)
         return manifest
+
+    def read_verified(self, name: str, manifest: Manifest) -> bytes:
+        """The bytes of a file that are those of the manifest; raises RunError as `verify`."""
+        if name not in manifest.files:
+            raise RunError(f"{self.url}: {MANIFEST} names no {name}")
+        entry, data = manifest.files[name], self.read(name)
+        if len(data) != entry.bytes:
+            raise RunError(f"{self.url}: {name} has {len(data)} bytes, the manifest says {entry.bytes}")
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise RunError(f"{self.url}: {name} is damaged, its sha256 differs from the manifest's")
+        return data
 
     def publish(self, latest: bool = True) -> Manifest:
         """Write the manifest of all files present, then let `latest` name this run unless it is told not to."""
@@ -213,7 +219,8 @@ def publish_whole(run: RunDirectory, latest: bool) -> None:
 
 
 def open_run(url: str, verify: bool = True) -> RunDirectory:
-    """A finished run by its directory, or `<root>/latest`, or one transcoder of either (`<root>/latest/layer9`).
+    """A finished run by its directory, or `<root>/latest`, or one transcoder of either (`<root>/latest/layer9`); also
+    `hf://OWNER/NAME[@REVISION]`, a repository of the Hugging Face hub, and `hf://OWNER/NAME/layer9`.
 
     Raises RunError if it is missing, unfinished or damaged.
     """
@@ -226,6 +233,8 @@ def named_run(url: str) -> RunDirectory:
     """The directory that `open_run` opens, unread: there may be no run. Raises RunError if `latest` names none."""
     url = absolute(url).rstrip("/")
     above, name = posixpath.split(url)
+    if is_hub_url(url):
+        return RunDirectory(url)  # a repository holds one run: nothing in it names the newest
     if name == "latest":
         url = _latest(url)
     elif is_latest(above):
@@ -272,7 +281,7 @@ def parse_analysis(data: bytes, name: str) -> Analysis:
 
 def is_latest(url: str) -> bool:
     """Whether `url` is `<root>/latest`, which names a run; a directory of runs may have that name, too."""
-    if posixpath.basename(url) != "latest":
+    if posixpath.basename(url) != "latest" or is_hub_url(url):
         return False
     fs, path = filesystem(url)
     fs.invalidate_cache()

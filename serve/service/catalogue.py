@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtc.config import RunConfig
-from mtc.storage import Manifest, RunDirectory, RunError, is_latest, open_run, require_one_layer
+from mtc.storage import Manifest, RunDirectory, RunError, is_hub_url, is_latest, open_run, require_one_layer
 from serve.contract import RunKey
 from serve.service.served_run import LayerFiles, digest_of, layers_of
 
@@ -34,10 +34,15 @@ class Entry(NamedTuple):
 
 
 class Catalogue:
-    """Args: `run` as `Settings.run`: a run, `<root>/latest`, or one transcoder of either."""
+    """Args: `run` as `Settings.run`: a run, `<root>/latest`, or one transcoder of either. One of the Hugging Face hub
+    stands alone: other repositories hold other things."""
 
     def __init__(self, run: str):
         self._run = RunDirectory(run).url.rstrip("/")  # an address that is none is said as it was given
+        self.alone = is_hub_url(self._run)
+        if self.alone:
+            self.root = self._run
+            return
         above = posixpath.dirname(self._run)
         of_several = is_latest(above) or RunDirectory(above).is_finished()
         self.root = posixpath.dirname(above) if of_several else above
@@ -51,15 +56,25 @@ class Catalogue:
         """A run by its id. Raises RunError if there is none, or it is not finished, SweepError for a sweep."""
         if not _NAME.fullmatch(run_id) or run_id == "latest":
             raise RunError(f"{run_id[:200]!r} is not the id of a run")
-        run = RunDirectory(posixpath.join(self.root, run_id), run_id)
+        run = RunDirectory(self._place(run_id), run_id)
         if run.manifest().run_id != run_id:
             raise RunError(f"{run.url} holds the run {run.manifest().run_id!r}")
         return _entry(run)
 
     def entries(self) -> list[Entry]:
         """All finished runs, newest first, of a sweep each transcoder; directories that hold none are passed over."""
-        found = [entry for name in RunDirectory(self.root).names() for entry in self._entries(name)]
+        names = [self.served().key.run_id] if self.alone else RunDirectory(self.root).names()
+        found = [entry for name in names for entry in self._entries(name)]
         return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)
+
+    def _place(self, run_id: str) -> str:
+        """Where a run of this id lies if it is there."""
+        if not self.alone:
+            return posixpath.join(self.root, run_id)
+        own = RunDirectory(self._run).manifest().run_id
+        if not f"{run_id}/".startswith(f"{own}/"):
+            raise RunError(f"{self._run} holds the run {own!r} and no {run_id!r}")
+        return self._run + run_id.removeprefix(own)
 
     def _entries(self, run_id: str) -> list[Entry]:
         try:
