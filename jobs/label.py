@@ -30,7 +30,7 @@ from mtc.config import ConfigError
 from mtc.errors import MtcError
 from mtc.report import write_report
 from mtc.results import Analysis, Labelling, number
-from mtc.storage import Lease, RunDirectory, load_analysis, open_run, publish_whole
+from mtc.storage import LABELS, Lease, RunDirectory, labels_to_parquet, load_analysis, open_run, publish_whole
 from mtc.telemetry import configure, fail, say, set_run
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def label_one(
     shown = [each.figures.feature for each in analysis.features]
     labelling = labels.summarise(found, shown, (options.model, judge_model), settings, analysis.facts.analysed or "")
     names = {row.feature: row.label or row.machine_label for row in found.rows}
-    content = {labels.LABELS: labels.labels_to_parquet(found.rows)}
+    content = {LABELS: labels_to_parquet(found.rows)}
     content |= report_of(run, labels.relabel(analysis, names, labelling))
     still_ours()
     for name, data in content.items():

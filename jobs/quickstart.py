@@ -27,8 +27,6 @@ from typing import Any
 
 import httpx
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.local_ray import check_installation, make_temporary_directory
 from jobs.command_line import parse_command_line
@@ -40,6 +38,7 @@ from mtc.storage import (
     named_run,
     open_run,
     prepare_environment,
+    read_features,
     require_one_layer,
 )
 from mtc.telemetry import git_revision
@@ -291,8 +290,7 @@ def ask(base: str, text: str, top_k: int = 5) -> dict[str, Any]:
 
 def about_features(run: str) -> tuple[dict[int, str | None], set[int]]:
     """The labels of features, None of those without samples; and the features of massive tokens."""
-    table = pa.BufferReader(RunDirectory(run).read("features.parquet"))
-    rows = pq.read_table(table, columns=["feature", "label", "massive"]).to_pylist()
+    rows = read_features(RunDirectory(run), ["feature", "label", "massive"]).to_pylist()
     return {row["feature"]: row["label"] for row in rows}, {row["feature"] for row in rows if row["massive"]}
 
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from scipy.optimize import linear_sum_assignment
 
 from mtc.results import SHOWN, Analysis, Comparison, Match, Matching, Side
-from mtc.storage import RunDirectory, load_analysis
+from mtc.storage import RunDirectory, load_analysis, read_features
 from mtc.transcoder import load_transcoder
 
 MAX_FEATURES = 16_384
@@ -126,12 +125,12 @@ def _differences(a: Analysis, b: Analysis) -> tuple[str, ...]:
 
 
 def _top_tokens(run: RunDirectory) -> list[str | None]:
-    column = pq.read_table(pa.BufferReader(run.read("features.parquet")), columns=["top_tokens"])["top_tokens"]
+    column = read_features(run, ["top_tokens"])["top_tokens"]
     return [tokens[0]["token"] if tokens else None for tokens in column.to_pylist()]
 
 
 def _labels(run: RunDirectory) -> pa.ChunkedArray:
-    return pq.read_table(pa.BufferReader(run.read("features.parquet")), columns=["label"])["label"]
+    return read_features(run, ["label"])["label"]
 
 
 def _matching(pairs: pa.Table, first: Analysis) -> Matching:

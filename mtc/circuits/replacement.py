@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
@@ -19,7 +17,7 @@ from mtc.errors import MtcError
 from mtc.language_model import PackedWindows, load_tokenizer, pack_windows
 from mtc.language_model.frozen import Frozen
 from mtc.language_model.mlps import Sources
-from mtc.storage import RunDirectory, load_analysis, open_run
+from mtc.storage import RunDirectory, load_analysis, open_run, read_features
 from mtc.text import TokenTexts, encode_text, special_ids
 from mtc.transcoder import MatryoshkaTranscoder, load_transcoder
 
@@ -175,7 +173,7 @@ class ReplacementModel:
 
 def _read_features(place: RunDirectory) -> dict[int, tuple[int | None, str | None]]:
     columns = ["feature", "parent", "label"]
-    table = pq.read_table(pa.BufferReader(place.read("features.parquet")), columns=columns)
+    table = read_features(place, columns)
     return {row["feature"]: (row["parent"] and row["parent"]["feature"], row["label"]) for row in table.to_pylist()}
 
 

@@ -26,13 +26,13 @@ from mtc.export.card import model_card
 from mtc.export.examples import examples_of
 from mtc.export.subject import ExportError, Subject, describe_norm
 from mtc.results import Analysis, Feature
-from mtc.storage import RunDirectory
+from mtc.storage import RunDirectory, read_labels
 
 BATCH = 128
 """Features in one batch file."""
 DECIMALS = 4
-LABEL_TYPE = "mtc-machine-label"
-"""Type of the explanations that are labels."""
+LABEL_TYPE, MODEL_TYPE = "mtc-machine-label", "mtc-model-label"
+"""Types of the explanations that are labels: made by rules, and by a language model."""
 IMPORTER = "clkht01d40000jv08hvalcvly"
 """The user to whom Neuronpedia's tools ascribe what is imported, unless they are told another one: rows need one."""
 
@@ -50,6 +50,8 @@ def write_neuronpedia(
     if analysis is None:
         raise ExportError("this run was never analysed, so there is nothing to show of its features")
     examples, table = run.read("examples.parquet"), pq.read_table(io.BytesIO(run.read("features.parquet")))
+    labels = read_labels(run)
+    known = {row.feature: row.label for row in labels}
     model_id = model_id or subject.config.model.name.split("/")[-1].split(":")[-1].lower()
     set_name = set_name or f"mtc-{subject.run_id.replace('/', '-')}".lower()
     counts = table["count"].to_pylist()[: subject.prefix]
@@ -65,9 +67,15 @@ def write_neuronpedia(
             "features": [_feature(read_feature(table, j), shown.get(j, []), analysis) for j in some],
         }
         (directory / f"batch-{number}.json").write_text(json.dumps(batch, allow_nan=False))
-        rows = [_explanation(model_id, f"{subject.layer}-{set_name}", j, label_of(table, j)) for j in some]
+        source = f"{subject.layer}-{set_name}"
+        rows = [_explanation(model_id, source, j, label_of(table, j), LABEL_TYPE) for j in some]
+        rows += [_explanation(model_id, source, j, known.get(j), MODEL_TYPE) for j in some]
         _write_lines(directory / "explanations" / f"batch-{number}.jsonl.gz", [row for row in rows if row])
-    _write_lines(directory / "config" / "explanation_type.jsonl", [_LABEL_TYPE_ROW])
+    types = [_type_row(LABEL_TYPE, "Machine label", "What the strongest examples have in common, by rules")]
+    if labels:
+        said = f"What the language model {labels[0].model} says of the feature's examples"
+        types.append(_type_row(MODEL_TYPE, "Label by a language model", said))
+    _write_lines(directory / "config" / "explanation_type.jsonl", types)
     skipped = {
         "model_id": model_id,
         "layer": str(subject.layer),
@@ -91,24 +99,22 @@ feature = batch["features"][0]  # feature_index, frac_nonzero, activations, ...
     (directory / "README.md").write_text(card)
 
 
-def _explanation(model_id: str, source: str, feature: int, label: str | None) -> dict[str, Any] | None:
+def _explanation(model_id: str, source: str, feature: int, label: str | None, kind: str) -> dict[str, Any] | None:
     """A feature's label as a row of Neuronpedia's table Explanation; None of a feature without. Its id is the same
     whenever the same is written, because the importer leaves out what it has."""
     if label is None:
         return None
-    row = {"modelId": model_id, "layer": source, "index": str(feature), "description": label, "typeName": LABEL_TYPE}
+    row = {"modelId": model_id, "layer": source, "index": str(feature), "description": label, "typeName": kind}
     digest = hashlib.sha256(json.dumps(row).encode()).hexdigest()
     return {"id": f"m{digest[:24]}", **row, "explanationModelName": None, "authorId": IMPORTER}
 
 
-_LABEL_TYPE_ROW = {
-    "name": LABEL_TYPE,
-    "displayName": "Machine label",
-    "description": "What the strongest examples have in common, found without a language model",
-    "featured": False,
-    "creatorName": "mtc",
-    "creatorId": IMPORTER,
-}
+def _type_row(name: str, shown: str, description: str) -> dict[str, Any]:
+    """A row of Neuronpedia's table ExplanationType."""
+    return {
+        "name": name, "displayName": shown, "description": description, "featured": False, "creatorName": "mtc",
+        "creatorId": IMPORTER,
+    }  # fmt: skip
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

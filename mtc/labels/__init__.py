@@ -6,11 +6,10 @@ from mtc.labels.estimate import Cost, estimate
 from mtc.labels.evidence import RunEvidence
 from mtc.labels.journal import Journal
 from mtc.labels.labelling import Labeller, Labels, Progress, Settings
-from mtc.labels.relabel import LABELS, keep_labels, relabel
-from mtc.labels.summary import labels_to_parquet, read_labels, summarise
+from mtc.labels.relabel import keep_labels, relabel
+from mtc.labels.summary import summarise
 
 __all__ = [
-    "LABELS", "Budget", "Cost", "Endpoint", "EndpointDown", "EndpointError", "Journal", "Labeller", "Labels",
-    "Progress", "RunEvidence", "Settings", "estimate", "keep_labels", "labels_to_parquet", "read_labels", "relabel",
-    "summarise",
+    "Budget", "Cost", "Endpoint", "EndpointDown", "EndpointError", "Journal", "Labeller", "Labels", "Progress",
+    "RunEvidence", "Settings", "estimate", "keep_labels", "relabel", "summarise",
 ]  # fmt: skip

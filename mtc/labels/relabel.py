@@ -6,13 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from mtc.labels.summary import read_labels
 from mtc.record import Record
 from mtc.results import Analysis, FeatureLabel, File, Labelling, report_files
-from mtc.storage import RunDirectory
+from mtc.storage import LABELS, RunDirectory, read_labels
 
 R = TypeVar("R", bound=Record)
-LABELS = "labels.parquet"
 
 
 def relabel(analysis: Analysis, names: Mapping[int, str | None], labelling: Labelling) -> Analysis:
@@ -30,7 +28,7 @@ def keep_labels(run: RunDirectory, analysis: Analysis) -> Analysis:
     labelling = json.loads(run.read("analysis.json")).get("labelling")
     if labelling is None:
         return analysis
-    names = {row.feature: row.label for row in read_labels(run.read(LABELS)) if row.label is not None}
+    names = {row.feature: row.label for row in read_labels(run) if row.label is not None}
     return relabel(analysis, names, Labelling.model_validate(labelling))
 
 

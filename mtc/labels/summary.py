@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mtc.analysis import interval, resample, share
 from mtc.labels.evidence import FIFTHS
@@ -29,37 +26,6 @@ from mtc.results import (
 KINDS: tuple[LabelKind, ...] = ("model", "machine")
 TESTS: tuple[LabelTest, ...] = ("detection", "fuzzing", "simulation")
 PARTS = ("random", "near miss", *map(str, range(1, FIFTHS + 1)))
-_INTERVAL = pa.struct([("value", pa.float64()), ("low", pa.float64()), ("high", pa.float64())])
-SCHEMA = pa.schema({
-    "feature": pa.int32(),
-    "label": pa.string(),
-    "reason": pa.string(),
-    "machine_label": pa.string(),
-    "first_label": pa.string(),
-    "model": pa.string(),
-    "prompts": pa.string(),
-    "time": pa.string(),
-    "prompt_tokens": pa.int64(),
-    "answer_tokens": pa.int64(),
-    "scores": pa.list_(pa.struct([
-        ("labels", pa.string()), ("test", pa.string()), ("score", _INTERVAL), ("said_yes", pa.float64()),
-        ("contexts", pa.int32()),
-    ])),
-    "not_scored": pa.string(),
-})  # fmt: skip
-
-
-def labels_to_parquet(rows: Sequence[FeatureLabel]) -> bytes:
-    """labels.parquet: a row for each feature that has examples."""
-    sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist([row.model_dump() for row in rows], SCHEMA)
-    pq.write_table(table, sink, row_group_size=512, compression="zstd")
-    return bytes(sink.getvalue())
-
-
-def read_labels(parquet: bytes) -> list[FeatureLabel]:
-    """The rows of labels.parquet."""
-    return [FeatureLabel.model_validate(row) for row in pq.read_table(io.BytesIO(parquet)).to_pylist()]
 
 
 def summarise(

@@ -3,6 +3,7 @@
 from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, CheckpointWriter, NotVisibleError
 from mtc.storage.files import LFS_POINTER, StorageError, absolute, filesystem, patiently, write_atomic
 from mtc.storage.hub import is_hub_url, unreachable
+from mtc.storage.labels import LABELS, labels_to_parquet, parse_labels, read_features, read_labels, with_labels
 from mtc.storage.lease import Lease
 from mtc.storage.ledger import Ledger, Progress, merge_progress, progress_from_parquet, progress_to_parquet, rows_left
 from mtc.storage.locks import LockError, locked
@@ -27,6 +28,7 @@ from mtc.storage.wheels import wheel_files
 
 __all__ = [
     "JOB_COPY",
+    "LABELS",
     "LFS_POINTER",
     "LISTING_SECONDS",
     "Checkpoint",
@@ -50,6 +52,7 @@ __all__ = [
     "is_hub_url",
     "is_latest",
     "json_lines",
+    "labels_to_parquet",
     "load_analysis",
     "locked",
     "merge_progress",
@@ -59,11 +62,14 @@ __all__ = [
     "open_run",
     "output_path",
     "parse_analysis",
+    "parse_labels",
     "patiently",
     "prepare_environment",
     "progress_from_parquet",
     "progress_to_parquet",
     "publish_whole",
+    "read_features",
+    "read_labels",
     "require_on_hub",
     "require_one_layer",
     "rows_left",
@@ -71,5 +77,6 @@ __all__ = [
     "unreachable",
     "wheel_files",
     "with_absolute_paths",
+    "with_labels",
     "write_atomic",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mtc.results import AbsorbedFeature, Feature, SplitFeature
+from mtc.results import AbsorbedFeature, Feature, FeatureLabel, SplitFeature
 from serve.contract.schemas import FeatureIndex, Layer, SchemaModel
 
 
@@ -52,7 +52,13 @@ class FeatureRow(SchemaModel):
     group: int
     """Group of the nested dictionary that the feature belongs to, from 0."""
     label: str | None
-    """What the feature's samples have in common, in a few words that quote tokens; null without samples."""
+    """What the feature responds to, in a few words: a language model's label if there is one, otherwise that of rules,
+    which quotes tokens; null without samples."""
+    label_by: str | None
+    """Who made the label: `rules`, or the name of a language model; null without one."""
+    detection: float | None
+    """How well a judge that knows the label tells contexts in which the feature is active from others: balanced
+    accuracy from 0 to 1, 0.5 by chance; null if the label was not scored."""
     density: float
     """Share of the tokens on which the feature fired."""
     count: int
@@ -99,6 +105,9 @@ class FeatureResponse(SchemaModel):
     """Layer of the run that the feature is of."""
     feature: Feature
     """The feature's row of the run's features.parquet; see docs/analysis.md."""
+    labels: FeatureLabel | None
+    """What a language model made of the feature, and how well each label did, that of rules too; null if it was not
+    asked. See docs/labels.md."""
     histogram_edges: list[float]
     """Borders of the bins of the feature's histogram."""
     splits: list[SplitFeature]

@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from mtc.report.blocks import Block
 from mtc.report.sections.features import feature_blocks
-from mtc.results import AbsorbedFeature, Analysis, Example, Feature, SplitFeature
-from mtc.storage import parse_analysis
+from mtc.results import AbsorbedFeature, Analysis, Example, Feature, FeatureLabel, SplitFeature
+from mtc.storage import parse_analysis, parse_labels, with_labels
 from serve.contract import ServiceError
+
+RULES = "rules"
+"""Who made a label that is no language model's."""
 
 
 class Filters(NamedTuple):
@@ -46,6 +49,8 @@ class AnalysisFiles(NamedTuple):
     """examples.parquet, ordered by feature."""
     analysis: bytes
     """analysis.json."""
+    labels: bytes | None = None
+    """labels.parquet, if a language model was asked."""
 
 
 class FeatureTable:
@@ -60,7 +65,9 @@ class FeatureTable:
     def __init__(self, run_id: str, state: str, files: AnalysisFiles):
         self._state = state
         self.analysis: Analysis = parse_analysis(files.analysis, run_id)
-        self._table = pq.read_table(io.BytesIO(files.features))
+        self.named = {row.feature: row for row in parse_labels(files.labels)} if files.labels else {}
+        """What a language model made of features, by index."""
+        self._table = with_labels(pq.read_table(io.BytesIO(files.features)), list(self.named.values()))
         self._examples, self._metadata = files.examples, pq.read_metadata(io.BytesIO(files.examples))
         groups = range(self._metadata.num_row_groups)
         statistics = [self._metadata.row_group(i).column(0).statistics for i in groups]
@@ -85,10 +92,16 @@ class FeatureTable:
         """A feature's row. Raises ServiceError 404 if there is none."""
         return Feature.model_validate(_plain(self._table.slice(self._check(index), 1).to_pylist()[0]))
 
-    def label(self, index: int) -> str | None:
-        """A feature's label; None without samples."""
-        label: str | None = self._table["label"][index].as_py()
-        return label
+    @cached_property
+    def labels(self) -> list[str | None]:
+        """The label of each feature, a language model's if there is one, otherwise that of rules; None without
+        samples."""
+        labels: list[str | None] = self._table["label"].to_pylist()
+        return labels
+
+    def labels_of(self, index: int) -> FeatureLabel | None:
+        """What a language model made of a feature; None if it was not asked."""
+        return self.named.get(self._check(index))
 
     def splits(self, index: int) -> list[SplitFeature]:
         """Splitting candidates of the report of which it is a part."""
@@ -104,9 +117,10 @@ class FeatureTable:
         """As in the report, with these examples."""
         figures, analysis = self.feature(index), self.analysis
         near = [n.feature for n in figures.neighbours] + ([figures.parent.feature] if figures.parent else [])
-        names = {i: label for i in (*near, *figures.children) if (label := self.label(i)) is not None}
+        names = {i: label for i in (*near, *figures.children) if (label := self.labels[i]) is not None}
         shown = tuple(Example.model_validate({n: e[n] for n in Example.model_fields}) for e in examples)
-        return feature_blocks(figures, shown, analysis.activation_edges, analysis.tree is not None, names)
+        with_tree, own = analysis.tree is not None, self.labels_of(index)
+        return feature_blocks(figures, shown, analysis.activation_edges, with_tree, names, own)
 
     def examples(self, index: int, kind: str | None, offset: int, limit: int) -> tuple[list[dict[str, Any]], int]:
         """Examples of one feature and how many there are; reads only the parts of the file that have it."""
@@ -201,7 +215,20 @@ class FeatureTable:
         row = self._table.select([*columns, "children"]).slice(index, 1).to_pylist()[0]
         parent = row.pop("parent")
         row |= {"top_tokens": self._tokens[index], "children": len(row["children"] or ())}
+        row |= {"label_by": self._label_by(index), "detection": self._detection(index)}
         return _plain(row | {"parent": parent["feature"] if parent else None})
+
+    def _label_by(self, index: int) -> str | None:
+        """Who made its label."""
+        own = self.named.get(index)
+        return own.model if own and own.label is not None else None if self.labels[index] is None else RULES
+
+    def _detection(self, index: int) -> float | None:
+        """How well a judge does with its label."""
+        own = self.named.get(index)
+        kind = "model" if own and own.label is not None else "machine"
+        scores = [s for s in own.scores if (s.labels, s.test) == (kind, "detection")] if own else []
+        return scores[0].score.value if scores else None
 
     def _signature(self, filters: Filters) -> str:
         return hashlib.sha256(repr((self._state, filters)).encode()).hexdigest()[:16]

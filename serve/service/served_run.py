@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 import fsspec
 
 from mtc.config import RunConfig
-from mtc.storage import Manifest, RunDirectory, RunError
+from mtc.storage import LABELS, Manifest, RunDirectory, RunError
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
 from serve.service.tokenising import Tokeniser
@@ -89,7 +89,8 @@ class ServedRun:
 
     def _open_table(self, layer: int) -> FeatureTable:
         place = self.layers[layer].place
-        names = [place + name for name in ANALYSIS]
+        optional = [LABELS] if place + LABELS in self.manifest.files else []
+        names = [place + name for name in (*ANALYSIS, *optional)]
         state = " ".join(self.manifest.files[name].sha256 for name in (place + WEIGHTS, *names))
         return FeatureTable((self.key.run_id + f"/{place}").rstrip("/"), state, AnalysisFiles(*map(self.read, names)))
 

@@ -15,10 +15,10 @@ import pytest
 from serve_local import make_analysed_run, make_layers_run
 
 from jobs import label as job
-from mtc.labels import keep_labels, read_labels
+from mtc.labels import keep_labels
 from mtc.report import write_report
 from mtc.results import report_names
-from mtc.storage import RunDirectory, load_analysis, open_run
+from mtc.storage import RunDirectory, load_analysis, open_run, read_labels
 from mtc.telemetry.logs import EVENTS
 from tests.labels.rules_endpoint import RulesEndpoint, kind_of
 
@@ -66,7 +66,7 @@ def test_a_run_is_labelled_and_stays_whole(
     assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in server.headers)
     assert KEY not in said.out + said.err and not any(KEY.encode() in f.read_bytes() for f in _files(run))
     open_run(run.url)  # every digest fits
-    rows = read_labels(run.read("labels.parquet"))
+    rows = read_labels(run)
     assert [row.feature for row in rows] == [0, 1, 3, 4, 6, 7, 8]
     analysis = load_analysis(run)
     labelling = analysis.labelling

@@ -23,15 +23,13 @@ from mtc.labels import (
     RunEvidence,
     Settings,
     estimate,
-    labels_to_parquet,
     summarise,
 )
 from mtc.labels.endpoint import GIVEN_UP
 from mtc.labels.evidence import KEPT_ACTIVE, Context
 from mtc.labels.prompts import Marked, explain, marked
 from mtc.labels.scores import balanced, correlation, sheets
-from mtc.labels.summary import read_labels
-from mtc.storage import RunDirectory, RunError
+from mtc.storage import RunDirectory, RunError, labels_to_parquet, parse_labels
 from tests.labels.planted import WORDS, write_planted
 from tests.labels.rules_endpoint import RulesEndpoint, data_of, kind_of
 
@@ -96,7 +94,7 @@ def test_right_labels_of_planted_features_score_high(run: RunDirectory, server: 
     assert labelling.labelled == labelling.features == labelling.scored == WITH_EXAMPLES and labelling.finished
     shares = {(y.labels, y.part): y.share.value for y in labelling.yes}
     assert shares["model", "random"] == shares["model", "near miss"] == 0 and shares["model", "1"] >= 0.9
-    assert read_labels(labels_to_parquet(found.rows)) == found.rows
+    assert parse_labels(labels_to_parquet(found.rows)) == found.rows
     assert labelling.prompt_tokens == sum(server.count(asked["messages"][0]["content"]) for asked in server.asked)
 
 

@@ -33,8 +33,8 @@ async def feature(service: TheService, feature: Index, model: Model = None, laye
     own, table = await analysed(service, model, layer)
     answer = FeatureResponse(
         run_id=own.run_id, layer=own.number, feature=table.feature(feature),
-        histogram_edges=list(table.analysis.activation_edges), splits=table.splits(feature),
-        absorption=table.absorption(feature),
+        labels=table.labels_of(feature), histogram_edges=list(table.analysis.activation_edges),
+        splits=table.splits(feature), absorption=table.absorption(feature),
     )  # fmt: skip
     return _json(answer)
 

@@ -58,7 +58,7 @@ async def features(request: Request, service: TheService) -> Response:
         "features.html", **frame, wanted=wanted, rows=rows,
         total=total, groups=range(len(own.prefixes)), next_page=query(**asked, cursor=after) if after else None,
         first_page=query(**asked) if wanted.cursor else None, badge=BADGE,
-        analysed_tokens=table.analysis.summary.analysed_tokens,
+        analysed_tokens=table.analysis.summary.analysed_tokens, labelled=bool(table.named),
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def _tree(table: FeatureTable, feature: int) -> list[Branches | Heading]:
     family = table.feature(figures.parent.feature) if figures.parent else None
 
     def name(index: int) -> tuple[Any, ...]:
-        label = table.label(index)
+        label = table.labels[index]
         return (FeatureLink(index), *((" ", Label(label)) if label is not None else ()))
 
     def twigs(indices: tuple[int, ...]) -> tuple[Any, ...]:
