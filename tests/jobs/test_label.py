@@ -80,12 +80,19 @@ def test_a_run_is_labelled_and_stays_whole(
     listed = {file.name for file in analysis.files}
     assert {"labels.parquet", "plots/label_scores.png"} <= listed and run.exists("report/plots/label_scores.svg")
     for text in report.values():
-        assert (
-            rows[0].label is not None and rows[0].label.encode() in text and b"<script>" not in text.split(b"<main")[-1]
-        )
+        assert rows[0].label is not None and rows[0].label.encode() in text and b"<script>alert" not in text
     assert job.main(options(run, server)) == 0
     assert len(server.asked) == labelling.requests, "nothing is asked twice"
     assert load_analysis(run).labelling == labelling
+
+
+def test_hostile_labels_are_shown_harmlessly(run: RunDirectory, server: RulesEndpoint) -> None:
+    assert job.main(options(run, server, "--model", "hostile", "--judge", "marked-words")) == 0
+    rows = read_labels(run)
+    assert rows[0].label == "<script>alert(1)</script> | `x` [y](javascript:z) ![](http://w)"
+    markdown, html = (run.read(f"report/{name}").decode() for name in report_names(1)[:2])
+    assert "<script>alert" not in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "<script>" not in markdown and "](javascript:" not in markdown.replace("\\]", "")
 
 
 def test_a_dry_run_asks_and_writes_nothing(

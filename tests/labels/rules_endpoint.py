@@ -5,6 +5,7 @@ model that is asked says how it answers:
 
 - `marked-words`: as an explainer it names the word that is marked most often, as a judge it looks for a label's words
   in the text, or in the marks. What is right by such rules can be planted.
+- `hostile`: every label means harm to whoever shows it.
 - `wrong`: as `marked-words`, but every label is of a word that stands nowhere.
 - `yes`, `no`: the judge always says so.
 - `malformed`, `refusal`, `empty`, `huge`, `thinking`: every answer is like that.
@@ -31,6 +32,7 @@ from mtc.storage import open_run
 
 WORD = re.compile(r"[^\W\d_]+|\d+")
 NOWHERE = "zyzzyva"
+HOSTILE = "<script>alert(1)</script>\n| `x` [y](javascript:z) ![](http://w) \u202e"
 
 
 class RulesEndpoint(ThreadingHTTPServer):
@@ -170,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
             return fixed[how], None
         kind, rows = kind_of(prompt), data_of(prompt)
         if kind == "explain":
-            label = f"the word {NOWHERE}" if how == "wrong" else label_of(rows)
+            label = {"wrong": f"the word {NOWHERE}", "hostile": HOSTILE}.get(how) or label_of(rows)
             text = json.dumps({"label": label})
             return (
                 (f"<think>Is it [0]? {text[:-2]}</think>\n```json\n{text}\n```", None)
