@@ -17,6 +17,26 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+SHORT = {
+    "' a' (87 %) in ' of a' (61 %)": "' a' in ' of a'",
+    "no single token; near ' war', ' army'": "near ' war', ' army'",
+    "'12', '3' (2 of 3); after ' b' (64 %)": "'12', '3'; after ' b'",
+    "no single token": "no single token",
+    "numbers (93 %)": "numbers",
+}
+"""Labels of features, and what is told of them where there is little room."""
+
+
+def make_labelled(nodes: int = 60, layers: int = 6) -> Graph:
+    """A graph whose features have the labels of SHORT."""
+    graph, labels = make_graph(nodes, layers), list(SHORT)
+    named = [
+        node.model_copy(update={"text": labels[(node.feature or 0) % len(labels)]}) if node.kind == "feature" else node
+        for node in graph.nodes
+    ]
+    return graph.model_copy(update={"nodes": tuple(named)})
+
+
 def make_graph(
     nodes: int = 60, layers: int = 6, tokens: Sequence[str] = ("<s>", "The", " capital", " is"), seed: int = 0
 ) -> Graph:

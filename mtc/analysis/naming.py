@@ -1,9 +1,10 @@
 """Labels of features without a language model: what a feature's strongest examples have in common.
 
-A label names the tokens at the examples' peaks: one token and the phrase around it, few tokens, or a class of them, and
-otherwise says that there is `no single token`; but of one token, it also tells what stands before or after most peaks,
-else the context words that are commoner there than chance has it. Shares are of all the feature's samples, and of fewer
-than 10 of them counts. A label is data out of other people's texts: whoever shows it escapes it.
+A label names the tokens at the examples' peaks: one token and the phrase around it, few tokens, or a class of them; or
+it says that there is `no single token`, and which are the commonest. Unless it is one token, it also tells what stands
+before or after most peaks, else the context words that are commoner there than chance has it. Shares are of all the
+feature's samples, and of fewer than 10 of them counts. A label is data out of other people's texts: whoever shows it
+escapes it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KIND_SHARE = 0.8
 PHRASE = 5
 """Most tokens of a phrase."""
 MIN_TOGETHER = 3
-"""Fewest samples that make a phrase, a neighbour or a context word: fewer are no pattern."""
+"""Fewest samples that make a phrase, a neighbour or a context word, or a token common: fewer are no pattern."""
 NEAR, NEAR_SHARE, MIN_LIFT = 3, 0.1, 3.0
 """Most context words that are named; the share of the samples that hold one, at least; and how many times what the
 word's frequency predicts that is, at least."""
@@ -91,17 +92,16 @@ class _Samples(NamedTuple):
 
 
 class _Peaks(NamedTuple):
-    """Which words are at the peaks."""
+    """What is at the peaks."""
 
     word: Array  # [FEW, features] int64, the commonest words, -1 where there are fewer
     times: Array  # [FEW, features] int64, samples that peak on each
     token: Array  # [FEW, features] int64, most frequent spelling of each
     named: Array  # [features] int64, how many of them the label names
-
-    @property
-    def single(self) -> Array:
-        """[features] bool: the label names one token."""
-        return self.named == 1
+    single: Array  # [features] bool, the feature is of one token
+    few: Array  # [features] bool, the feature is of one token or of few
+    kind: Array  # [features] int64, the class of the peaks, 0 if the feature is of no class or of few tokens
+    of_kind: Array  # [features] int64, how many peaks are of the commonest class
 
 
 def _chunks(examples: Examples, forms: WordForms) -> Iterator[_Samples]:
@@ -126,28 +126,29 @@ def _peaks(samples: _Samples) -> _Peaks:
         token[place] = samples.spelling(samples.peak, word[place])
     single = (times[0] >= SHARED * size) & (times[0] > times[1])
     enough = np.cumsum(times, 0) >= FEW_SHARE * size
-    few = np.where(enough.any(0), enough.argmax(0) + 1, 0)
-    return _Peaks(word, times, token, np.where(single, 1, few))
+    few = single | enough.any(0)
+    kind, of_kind = _kinds(samples)
+    kind = np.where(~few & (of_kind >= KIND_SHARE * size), kind, 0)
+    common = np.where(kind > 0, 0, (times >= MIN_TOGETHER).sum(0))
+    named = np.where(single, 1, np.where(few, enough.argmax(0) + 1, common))
+    return _Peaks(word, times, token, named, single, few, kind, of_kind)
 
 
 def _heads(samples: _Samples, peaks: _Peaks) -> Iterator[str]:
     """What the peaks of each feature are."""
-    kind, of_kind = _kinds(samples)
     phrase, in_phrase = _phrases(samples, peaks)
     for f, n in enumerate(samples.size.tolist()):
-        if many := int(peaks.named[f]):
-            tokens = ", ".join(samples.quoted(int(token)) for token in peaks.token[:many, f])
+        named, kind = int(peaks.named[f]), int(peaks.kind[f])
+        tokens = ", ".join(samples.quoted(int(token)) for token in peaks.token[:named, f])
+        tokens += _share(peaks.times[:named, f].sum(), n)
+        if peaks.few[f]:
             ids = phrase[f][phrase[f] >= 0].tolist()
-            around = _quoted("".join(samples.examples.texts.sequence(ids)), PHRASE_CHARS) if len(ids) > 1 else ""
-            yield (
-                tokens
-                + _share(peaks.times[:many, f].sum(), n)
-                + (f" in {around}{_share(in_phrase[f], n)}" if around else "")
-            )
-        elif of_kind[f] >= KIND_SHARE * n:
-            yield KINDS[int(kind[f])] + _share(of_kind[f], n)
+            text = _quoted("".join(samples.examples.texts.sequence(ids)), PHRASE_CHARS)
+            yield tokens + (f" in {text}{_share(in_phrase[f], n)}" if len(ids) > 1 else "")
+        elif kind:
+            yield KINDS[kind] + _share(peaks.of_kind[f], n)
         else:
-            yield "no single token"
+            yield "no single token" + (f"; most often {tokens}" if named else "")
 
 
 def _kinds(samples: _Samples) -> tuple[Array, Array]:

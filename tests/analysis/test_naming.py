@@ -94,7 +94,17 @@ def test_few_tokens():
     assert label(*plain(*four, *[" she"] * 3, *[" they"] * 2, " war")) == "' he', ' she' (70 %)"
     some = plain(*four, *[" she"] * 2, " they", " war", " of", " the")
     assert label(*some) == "' he', ' she', ' they' (70 %)"
-    assert label(*plain(*four, " she", " they", " war", " of", " the", ".")) == "no single token"
+    others = [" they", " war", " of", " the", ".", " army"]
+    assert label(*plain(*four, *others)) == "no single token; most often ' he' (40 %)"
+    assert label(*plain(*[" he"] * 3, *[" she"] * 2, *others)) == "no single token; most often ' he' (27 %)"
+    assert label(*plain(*[" he"] * 2, *[" she"] * 2, *others)) == "no single token"  # 2 are no pattern
+    # What is named is not told again as a context word.
+    beside = [([*before, " he", " war"], peak, after) for before, peak, after in plain(*[" he"] * 3, *others)]
+    assert label(*beside) == "no single token; most often ' he' (3 of 9); after ' war' (9 of 9)"
+    beside = [
+        ([*before, " he", filler], peak, after) for (before, peak, after), filler in zip(beside, FILLER, strict=False)
+    ]
+    assert label(*beside) == "no single token; most often ' he' (3 of 9); near ' war'"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +138,9 @@ def test_what_stands_before_and_after():
     assert label(*after) == "capitalised words (100 %); after ' President' (100 %)"
     both = [([" Congress" if i % 2 else " congress"], towns[i], [" of" if i < 6 else FILLER[i]]) for i in range(10)]
     assert label(*both) == "capitalised words (100 %); after ' congress' (100 %); before ' of' (60 %)"
-    assert label(*both[4:], *plain(*[" war"] * 4)) == "no single token; after ' congress' (60 %)"
+    assert (
+        label(*both[4:], *plain(*[" war"] * 4)) == "no single token; most often ' war' (40 %); after ' congress' (60 %)"
+    )
     few = [([FILLER[i]], (" he", " she")[i % 2], [" of"]) for i in range(10)]
     assert label(*few) == "' he', ' she' (100 %); before ' of' (100 %)"
 

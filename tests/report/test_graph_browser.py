@@ -10,7 +10,7 @@ import pytest
 
 from mtc.report.graph_page import graph_page
 from tests import chromium
-from tests.graph_example import HOSTILE, PREFIXES, make_graph, names_of, sums_of
+from tests.graph_example import HOSTILE, PREFIXES, SHORT, make_graph, make_labelled, names_of, sums_of
 
 AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
 KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowUp": 38, "ArrowDown": 40, "Enter": 13, "Escape": 27, "Home": 36}
@@ -22,6 +22,7 @@ GRAPH, LARGE = make_graph(), make_graph(500, 20)
 def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory: Path = tmp_path_factory.mktemp("graphs")
     graphs = {"graph": GRAPH, "small": make_graph(10, 2), "large": LARGE, "hostile": make_graph(80, tokens=HOSTILE)}
+    graphs["labelled"] = make_labelled()
     for name, graph in graphs.items():
         (directory / name).with_suffix(".html").write_text(
             graph_page(graph, "/ui/features/{layer}/{feature}?model={run}")
@@ -51,6 +52,27 @@ def edges(tab: chromium.Page) -> dict[tuple[str, str], float]:
         "[...document.querySelectorAll('.edges path')].map((e) => [e.dataset.from, e.dataset.to, +e.dataset.weight])"
     )
     return {(source, target): weight for source, target, weight in tab.evaluate(found)}
+
+
+def test_labels_are_short_below_a_mark_and_whole_where_it_is_spoken_of(
+    tab: chromium.Page, urls: dict[str, str]
+) -> None:
+    tab.open(urls["labelled"], 1280, 900, "light")
+    tab.wait("document.querySelector('.graph-plot [data-name]')")
+    found = (
+        "[...document.querySelectorAll('.graph-plot .mark')].map((e) => [e.getAttribute('aria-label'), e.textContent])"
+    )
+    seen = set[str]()
+    for told, below in tab.evaluate(found):
+        label = next((label for label in sorted(SHORT, key=len, reverse=True) if f": {label}" in told), None)
+        if label is None:  # no feature, or one that is not active, of which the graph knows nothing
+            continue
+        short = SHORT[label]
+        start = below.split(" +")[0].removesuffix("…")
+        assert start == "" or short.startswith(start.strip())
+        seen |= {short} if start else set()
+    assert len(seen) == len(SHORT)
+    assert complaints(tab) == []
 
 
 def slide(tab: chromium.Page, n: int, value: float) -> None:

@@ -7,11 +7,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from mtc.circuits.coarse import coarsen
+from mtc.report.format import short_label
 from mtc.report.graph_page import GRAPH_SCRIPTS, GRAPH_STYLES, graph_page
 from mtc.report.graph_plot import resolutions
 from mtc.report.graph_svg import graph_svg
 from mtc.results import Graph
-from tests.graph_example import HOSTILE, PREFIXES, make_graph
+from tests.graph_example import HOSTILE, PREFIXES, SHORT, make_graph, make_labelled
 from tests.report_pages import read_html
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -34,6 +35,20 @@ def test_the_service_has_what_its_page_needs() -> None:
     from serve.http.pages import static_files
 
     assert {*GRAPH_SCRIPTS, *GRAPH_STYLES} <= {*static_files()}
+
+
+def test_labels_are_short_in_the_drawing_and_whole_in_its_titles() -> None:
+    assert {label: short_label(label) for label in SHORT} == SHORT
+    assert short_label("'\u202e\n'") == "'U+202E⏎'"
+    drawing = ElementTree.fromstring(graph_svg(make_labelled(), labels=100))
+    seen = set[str]()
+    for mark in (g for g in drawing.iter(f"{SVG}g") if g.findtext(f"{SVG}title", "").startswith("feature")):
+        title, shown = mark.findtext(f"{SVG}title", ""), mark.findtext(f"{SVG}text")
+        short = SHORT[title.split(": ", 1)[1]]
+        if shown is not None:
+            assert shown == short or short.startswith(shown.removesuffix("…"))
+            seen.add(short)
+    assert len(seen) == len(SHORT)
 
 
 @pytest.mark.parametrize(("nodes", "layers"), [(8, 2), (60, 6), (600, 24)])
