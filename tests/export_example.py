@@ -88,7 +88,7 @@ def analysed_run(root: Path) -> RunDirectory:
         evaluation,
         collector.statistics,
         examples,
-        np.zeros((100, 4)),
+        np.zeros((128, 4)),
         1.0,
         MassiveSums.empty(128, F),
         None,

@@ -164,8 +164,9 @@ def test_markdown_and_html_show_the_same(files: Files, page: Page) -> None:
     assert titles == [t for level, t in page.headings if level == 2]
     assert titles == [
         "1. Executive summary", "2. Training configuration", "3. Evaluation", "4. Model weight analysis",
-        "5. Top features by activation", "6. Feature analysis", "7. Nested dictionary", "8. Probing", "9. Insights",
-        "10. Recommendations", "11. Files generated", "Provenance",
+        "5. Top features by activation", "6. Feature analysis", "7. Nested dictionary", "8. Probing", "9. Labels",
+        "10. Insights",
+        "11. Recommendations", "12. Files generated", "Provenance",
     ]  # fmt: skip
     levels = [level for level, _ in page.headings]
     assert levels[0] == 1
