@@ -63,7 +63,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise StorageError(f"{url}: {error}") from None
     except ValueError as error:
-        raise StorageError(f"{url}: {error}; a directory, s3://, gs:// or hf:// is wanted") from None
+        raise StorageError(f"{url}: {error}; a directory, s3:// or gs:// is wanted") from None
 
 
 def patiently(call: Callable[[], Any], patience: float = PATIENCE) -> Any:
