@@ -21,6 +21,7 @@ SHORT = {
     "' a' (87 %) in ' of a' (61 %)": "' a' in ' of a'",
     "no single token; near ' war', ' army'": "near ' war', ' army'",
     "'12', '3' (2 of 3); after ' b' (64 %)": "'12', '3'; after ' b'",
+    "no single token; most often ' to', '!' (31 %); near ' war'": "' to', '!'; near ' war'",
     "no single token": "no single token",
     "numbers (93 %)": "numbers",
 }

@@ -42,7 +42,8 @@ def spaced(text: str) -> str:
 def short_label(text: str) -> str:
     """A feature's label for where there is little room: visible, without its shares, and without saying that there is
     no single token where it says more."""
-    return re.sub(r" \((\d+ %|\d of \d)\)", "", visible(text)).removeprefix("no single token; ").strip()
+    without_shares = re.sub(r" \((\d+ %|\d of \d)\)", "", visible(text))
+    return re.sub(r"^no single token; (most often )?", "", without_shares).strip()
 
 
 def escape(text: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 from report_example import HOSTILE
 from serve_local import make_analysed_run, make_layers_run, make_run, served
 
-from mtc.report.format import spaced, visible
+from mtc.report.format import short_label, spaced, visible
 from serve.http import keys
 from tests import chromium
 
@@ -242,7 +242,7 @@ def test_features_are_filtered_and_read(tab: chromium.Page, url: str) -> None:
     family = f"Parent 1 {names[1]} 6 {names[6]} (this one) 7 {names[7]}"
     assert " ".join(texts(tab, ".tree > li")[0].split()) == family
     (near,) = [text for text in texts(tab, "article ul li") if text.startswith("Nearest features")]
-    assert f"7 {names[7]} (1)" in near
+    assert f"7 {short_label(names[7])} (1)" in near
     assert "feature 1 divides into 6 7" in texts(tab, "article")[0]
     tab.click(".tree a")
     tab.wait("location.pathname === '/ui/feature/1' && document.querySelector('article')")

@@ -22,6 +22,7 @@ from mtc.report.blocks import (
     Text,
     Token,
 )
+from mtc.report.format import short_label
 from mtc.report.sections.copies import copies
 from mtc.report.sections.labels import describe_label
 from mtc.report.sections.listing import listed, maybe_label
@@ -126,12 +127,16 @@ def feature_blocks(
     Args:
         edges: the histogram's borders.
         with_tree: whether parents were looked for.
-        names: labels of other features, to stand beside their indices.
+        names: labels of other features, to stand beside their indices in short.
         labels: what a language model made of the feature, if it was asked.
     """
 
     def named(feature: int) -> tuple[Piece, ...]:
-        return (FeatureLink(feature), " ", Label(names[feature])) if feature in names else (FeatureLink(feature),)
+        return (
+            (FeatureLink(feature), " ", Label(short_label(names[feature])))
+            if feature in names
+            else (FeatureLink(feature),)
+        )
 
     figures = Table(
         f"Figures of feature {f.feature}",

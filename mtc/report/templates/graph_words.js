@@ -8,7 +8,7 @@ const graphWords = (() => {
     const signs = { "\n": "⏎", "\r": "␍", "\t": "⇥" };
     return string.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => signs[c] ?? "U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0"));
   }
-  const shortLabel = (string) => visible(string).replace(/ \((\d+ %|\d of \d)\)/g, "").replace(/^no single token; /, "").trim();
+  const shortLabel = (string) => visible(string).replace(/ \((\d+ %|\d of \d)\)/g, "").replace(/^no single token; (most often )?/, "").trim();
   const spaced = (string) => (string ? visible(string).replaceAll(" ", "␣") : "⋯");
   function number(value) {
     if (value === null || value === undefined) return "not measured";
