@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mtc.results import AbsorbedFeature, Feature, FeatureLabel, SplitFeature
 from serve.contract.schemas import FeatureIndex, Layer, SchemaModel
+
+Figure = Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"]
+"""What features are sorted by, beside relevance."""
 
 
 class FeaturesQuery(BaseModel):
@@ -34,14 +37,23 @@ class FeaturesQuery(BaseModel):
     """Only features with this top token; case and space around it do not count."""
     text: str | None = Field(default=None, min_length=1, max_length=200)
     """Only features with this text in a stored context; case does not count."""
-    sort: Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"] = "feature"
-    """Figure that features are sorted by; equal ones by index."""
+    query: str | None = Field(default=None, min_length=1, max_length=200)
+    """Only features that have to do with one of these words or their stems, the most relevant first: by their label, by
+    the words on which they fire, by what stands around these, and by the tokens whose logits they raise."""
+    sort: Figure | Literal["relevance"] | None = None
+    """Figure that features are sorted by; equal ones by index. By default the index, with `query` the relevance."""
     order: Literal["ascending", "descending"] = "ascending"
-    """Direction in which features are sorted."""
+    """Direction in which features are sorted; by relevance, ascending has the most relevant first."""
     limit: int = Field(default=50, ge=1, le=500)
     """Most features of a page."""
     cursor: str | None = Field(default=None, min_length=1, max_length=200, pattern="^[A-Za-z0-9_-]+$")
     """Where the page begins: `cursor` of the page before."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sort == "relevance" and self.query is None:
+            raise ValueError("sort=relevance: relevant to what? query is wanted, too")
+        return self
 
 
 class FeatureRow(SchemaModel):

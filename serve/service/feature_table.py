@@ -21,6 +21,7 @@ from mtc.report.sections.features import feature_blocks
 from mtc.results import AbsorbedFeature, Analysis, Example, Feature, FeatureLabel, SplitFeature
 from mtc.storage import parse_analysis, parse_labels, with_labels
 from serve.contract import ServiceError
+from serve.service.search import SearchIndex, open_index
 
 RULES = "rules"
 """Who made a label that is no language model's."""
@@ -36,6 +37,7 @@ class Filters(NamedTuple):
     token: str | None = None
     text: str | None = None
     features: tuple[int, ...] | None = None
+    query: str | None = None
     sort: str = "feature"
     descending: bool = False
 
@@ -169,6 +171,12 @@ class FeatureTable:
             wanted &= np.isin(np.arange(len(self)), np.array(filters.features))
         if filters.text is not None:
             wanted &= self._with_text(filters.text)
+        relevant = None if filters.query is None else self._index.find(filters.query)
+        if relevant is not None and filters.sort == "relevance":
+            relevant = relevant[wanted[relevant]]
+            return relevant[::-1] if filters.descending else relevant
+        if relevant is not None:
+            wanted &= np.isin(np.arange(len(self)), relevant)
         found = np.flatnonzero(wanted)
         keys = self._column(filters.sort)[found]
         order = np.argsort(-keys if filters.descending else keys, kind="stable")  # equal ones by index
@@ -181,6 +189,10 @@ class FeatureTable:
         wanted = np.zeros(len(self), bool)
         wanted[features.filter(hits).to_numpy()] = True
         return wanted
+
+    @cached_property
+    def _index(self) -> SearchIndex:
+        return open_index(self._state, self.labels, self._table, self._reader())
 
     @cached_property
     def _contexts(self) -> tuple[pa.Array, pa.Array]:
