@@ -57,7 +57,6 @@ def make_examples(features: int, words: Sequence[str], seed: int = 0) -> pa.Tabl
     fields = [Examples.SCHEMA.field(name) for name in columns]
     arrays = [pa.array(column).cast(field.type) for column, field in zip(columns.values(), fields, strict=True)]
     return pa.table(arrays, pa.schema(fields))
-    )
 
 
 def make_features(features: int) -> pa.Table:
