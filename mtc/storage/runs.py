@@ -11,6 +11,8 @@
                    ledger.parquet          mtc.storage.ledger.SCHEMA: what was trained of each work unit
                    import.json             of imported weights: where they come from
                    events.jsonl            restarts, checkpoints that failed, spikes: one line each
+                   labels.parquet          labels by a language model, if one was asked: mtc.storage.labels
+                   labelling/...           what it answered, mtc.labels.journal
                    checkpoints/...         mtc.storage.checkpoints, until the run is deleted
                    writer.json             mtc.storage.lease, while a job writes the run
                    manifest.json           sizes and sha256 of all of the above, written last
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WRITER = "writer.json"
+WORKING = {"checkpoints", "labelling"}
+"""Directories of a run that belong to the jobs that write it, not to what they leave: no manifest names their files."""
 
 
 class RunError(MtcError):
@@ -193,7 +197,7 @@ class RunDirectory:
         files = {}
         for found in sorted(patiently(lambda: self.fs.find(self.path))):
             name = found.removeprefix(prefix)
-            if name in (MANIFEST, WRITER) or name.startswith("checkpoints/") or name.endswith(".tmp"):
+            if name in (MANIFEST, WRITER) or WORKING & set(name.split("/")) or name.endswith(".tmp"):
                 continue
             data = self.read(name)
             files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

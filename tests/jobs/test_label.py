@@ -125,6 +125,9 @@ def test_one_layer_of_several_is_labelled_and_the_whole_run_stays_whole(
     whole = make_layers_run(tmp_path / "runs" / "two")
     assert job.main(options(whole, server, "--layer", "2")) == 0
     open_run(whole.url)
+    assert not any("labelling" in name for name in open_run(whole.url).manifest().files), (
+        "what it worked with is left out"
+    )
     assert whole.exists("layer2/labels.parquet") and not whole.exists("layer0/labels.parquet")
     asked = len(server.asked)
     assert job.main(options(RunDirectory(whole.location("layer2")), server)) == 0

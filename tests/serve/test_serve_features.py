@@ -5,6 +5,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,12 @@ import pytest
 from report_example import HOSTILE, make_config
 from serve_local import make_analysed_run, make_run, served
 
-from mtc.storage import RunDirectory
+from mtc.client import Client
+from mtc.report.format import visible
+from mtc.results import FeatureLabel, Interval, LabelScore
+from mtc.storage import RunDirectory, labels_to_parquet
+from serve.service.feature_table import AnalysisFiles, FeatureTable, Filters
+from tests.labels.planted import write_planted
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,99 @@ FILTERS: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
     ({"massive": False, "group": 1}, lambda row: row["group"] == 1 and row["feature"] != 8),
     ({"feature": [7, 2, 2, 99]}, lambda row: row["feature"] in (2, 7)),
 ]  # fmt: skip
+
+
+def test_features_are_found_by_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list[RunDirectory]) -> None:
+    """By the words on which they fire before those around, by stems, by labels; never by the query's own syntax."""
+    run = write_planted(tmp_path / "run", [["apple"], ["banana"], ["cherry"], ["apple", "banana"], ["damson"]])
+    analysis = RunDirectory(runs[0].url).read("analysis.json")
+    monkeypatch.setenv("MTC_CACHE", str(tmp_path / "cache"))
+    named = [label_row(4, "running for office"), label_row(2, None)]
+
+    def table(labels: bytes | None) -> FeatureTable:
+        files = (run.read("features.parquet"), run.read("examples.parquet"), analysis)
+        return FeatureTable("one", f"state {labels is None}", AnalysisFiles(*files, labels))
+
+    plain, labelled = table(None), table(labels_to_parquet(named))
+
+    def find(query: str, own: FeatureTable = plain, **more: Any) -> list[int]:
+        rows, total, _ = own.page(Filters(query=query, sort="relevance", **more), 50, None)
+        assert total == len(rows)
+        return [row["feature"] for row in rows]
+
+    # All words stand around all peaks in such a text, so that only the peaks tell.
+    assert find("apple") == [0, 3] and find("APPLES") == [0, 3] and find("cherry") == [2]
+    assert sorted(find("apple cherry")) == [0, 2, 3]
+    assert find("apple", descending=True) == [3, 0] and find("apple", features=(3, 4)) == [3]
+    assert find("running") == [] and find("run", labelled) == find("offices", labelled) == [4]
+    for query in ('"', "apple OR banana*", "NEAR(apple banana)", "label:apple", "'; drop table features", "- -", "\0"):
+        assert set(find(query)) <= {0, 1, 3}
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == [0, 3] for found in pool.map(find, ["apple"] * 40))
+    assert len(list((tmp_path / "cache" / "search").glob("*.sqlite"))) == 2, "one for each state, made once"
+
+
+def test_a_query_over_http(client: httpx.Client) -> None:
+    found = client.get("/features", params={"query": "script alert", "limit": 2}).json()
+    everything = client.get("/features", params={"query": "script alert"}).json()
+    assert found["total"] == everything["total"] > 0
+    after = client.get("/features", params={"query": "script alert", "limit": 2, "cursor": found["cursor"] or ""})
+    assert found["total"] <= 2 or after.json()["features"] == everything["features"][2:4]
+    assert client.get("/features", params={"query": "nowhereatall"}).json()["total"] == 0
+    refused = client.get("/features", params={"sort": "relevance"})
+    assert refused.status_code == 422 and "query is wanted" in refused.text
+
+
+def test_a_language_models_labels_are_served_with_their_scores(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    run = make_analysed_run(tmp_path / "labelled")
+    label = "<b>what</b> it does"
+    run.write("labels.parquet", labels_to_parquet([label_row(1, label), label_row(3, None)]))
+    run.publish()
+    with served(run) as url, httpx.Client(base_url=url, timeout=60) as client:
+        by_feature = {row["feature"]: row for row in client.get("/features").json()["features"]}
+        told = {j: (row["label"], row["label_by"], row["detection"]) for j, row in by_feature.items()}
+        assert told[1] == (label, "a-model", 0.75) and told[3] == (rows[3]["label"], "rules", 0.5)
+        assert told[0] == (rows[0]["label"], "rules", None) and told[2] == (None, None, None)
+        one = client.get("/features/1").json()
+        assert one["feature"]["label"] == label and one["labels"]["scores"][0]["score"]["value"] == 0.5
+        assert client.get("/features/0").json()["labels"] is None
+        page = client.get("/ui/feature/1", headers={"Accept": "text/html"}).text
+        assert "&lt;b&gt;what&lt;/b&gt; it does" in page and label not in page and "detection 0.75" in page
+        assert rows[1]["label"] is None or visible(rows[1]["label"]) in unescape(page), "and what rules say"
+        listed = client.get("/ui/features", headers={"Accept": "text/html"}).text
+        assert "&lt;b&gt;what&lt;/b&gt;" in listed and ">Detection<" in listed
+        for form in ("topk", "csr"):
+            asked = {"inputs": ["Hello, you!", "x"], "include": ["label"], "top_k": 64, "return": form}
+            answer = client.post("/encode", json=asked).json()
+            for result in answer["results"]:
+                active = (
+                    result["csr"]["indices"] if form == "csr"
+                    else [each["feature_index"] for token in result["features"] for each in token]
+                )  # fmt: skip
+                assert active and result["labels"] == {str(j): told[j][0] for j in sorted(set(active))}
+        assert "labels" not in client.post("/encode", json={"inputs": "x"}).json()["results"][0]
+        with Client(url) as own:
+            found = own.encode("Hello, you!", include=["label"], top_k=64).inputs[0]
+            assert found.labels == {int(j): told[int(j)][0] for j in set(found.indices.tolist())}
+            assert own.encode("x").inputs[0].labels is None
+    bare = make_run(tmp_path / "bare", 5)
+    with served(bare) as url, httpx.Client(base_url=url, timeout=60) as client:
+        refused = client.post("/encode", json={"inputs": "x", "include": ["label"]})
+        assert refused.status_code == 404 and refused.json()["error_type"] == "not_analysed"
+
+
+def label_row(feature: int, label: str | None) -> FeatureLabel:
+    """A feature's label, with which detection is 0.75 for the model's and 0.5 for that of rules."""
+    scores = tuple(
+        LabelScore(
+            labels=kind, test="detection", score=Interval(value=value, low=0.2, high=0.9), said_yes=0.5, contexts=20
+        )
+        for kind, value in (("machine", 0.5), ("model", 0.75)) if kind == "machine" or label is not None
+    )  # fmt: skip
+    return FeatureLabel(
+        feature=feature, label=label, reason=None if label else "refused", machine_label="'x' (100 %)", first_label=None,
+        model="a-model", prompts="0", time=None, prompt_tokens=1, answer_tokens=1, scores=scores, not_scored=None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("filters", "passes"), FILTERS, ids=[str(filters)[:40] for filters, _ in FILTERS])
