@@ -161,8 +161,9 @@ def label_row(feature: int, label: str | None) -> FeatureLabel:
         for kind, value in (("machine", 0.5), ("model", 0.75)) if kind == "machine" or label is not None
     )  # fmt: skip
     return FeatureLabel(
-        feature=feature, label=label, reason=None if label else "refused", machine_label="'x' (100 %)", first_label=None,
-        model="a-model", prompts="0", time=None, prompt_tokens=1, answer_tokens=1, scores=scores, not_scored=None,
+        feature=feature, label=label, reason=None if label else "refused", machine_label="'x' (100 %)",
+        first_label=None, model="a-model", prompts="0", time=None, prompt_tokens=1, answer_tokens=1, scores=scores,
+        not_scored=None,
     )  # fmt: skip
 
 
