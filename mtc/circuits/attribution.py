@@ -60,13 +60,15 @@ def attribute(
     of the real model, one at a time, to see whether the graph foretells what happens. `tell(done, of)` hears of
     progress, and may end the work. `limits` are on what is held.
 
-    Raises CircuitError that names the argument, the limit and the value, and what `ReplacementModel.load` raises.
+    Raises CircuitError that names the argument, the limit and the value, what `ReplacementModel.load` raises, and
+    RunError for a run with an analysis of another version.
     """
     model = run if isinstance(run, ReplacementModel) else ReplacementModel.load(run)
     _check_share("node_share", node_share)
     _check_share("edge_share", edge_share)
     if faithfulness < 0:
         raise CircuitError(f"faithfulness={faithfulness}: a number of features is wanted, 0 for none")
+    model.read_features()
     whole = attribute_whole(model, prompt, targets, prefix, max_features, tell, limits.matrix_bytes)
 
     def pause() -> None:

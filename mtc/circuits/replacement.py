@@ -60,8 +60,8 @@ class ReplacementModel:
     def load(cls, run: str | RunDirectory, device: str | torch.device = "cpu") -> ReplacementModel:
         """The whole language model in float32, and all transcoders of a finished run, of one layer or of several.
 
-        Raises RunError like `open_run` and for an analysis of another version, ModelError and ConfigError like
-        `LanguageModel`, CircuitError for a sweep, which has several transcoders for a layer: name one of them.
+        Raises RunError like `open_run`, ModelError and ConfigError like `LanguageModel`, CircuitError for a sweep,
+        which has several transcoders for a layer: name one of them.
         """
         run = open_run(run) if isinstance(run, str) else run
         config = run.config()
@@ -72,9 +72,6 @@ class ReplacementModel:
         about: ModelConfig = config.model.model_copy(update={"dtype": "float32", "compile": False})
         layers = [member.config.model for member in config.members()]
         places = {own.layer: place for own, place in zip(layers, run.members().values(), strict=True)}
-        for place in places.values():
-            if place.exists("features.parquet"):
-                load_analysis(place)  # of another version, features would have no labels
         transcoders = {layer: load_transcoder(place, device) for layer, place in places.items()}
         sources = {own.layer: own.source for own in layers}
         model = language_model.LanguageModel(about, device, full=True)
@@ -138,6 +135,12 @@ class ReplacementModel:
         first = 1 if ids and ids[0] == bos else 0
         return [self.texts.token(i) for i in ids[:first]] + self.texts.sequence(ids[first:], starts_text=True)
 
+    def read_features(self) -> None:
+        """Read what the run's analysis knows of features, so that a wrong one is told before any work. Raises RunError
+        for an analysis of another version, whose features have no labels."""
+        for layer in self.transcoders:
+            self._analysed(layer)
+
     def about(self, layer: int, feature: int) -> dict[str, Any]:
         """What the run's analysis knows of a feature, as fields of a GraphNode: the group it is in, its ancestors and
         its label."""
@@ -172,6 +175,7 @@ class ReplacementModel:
 
 
 def _read_features(place: RunDirectory) -> dict[int, tuple[int | None, str | None]]:
+    load_analysis(place)  # raises RunError for another version
     columns = ["feature", "parent", "label"]
     table = read_features(place, columns)
     return {row["feature"]: (row["parent"] and row["parent"]["feature"], row["label"]) for row in table.to_pylist()}
