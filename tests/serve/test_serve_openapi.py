@@ -158,7 +158,7 @@ def test_document_says_nothing_of_one_run(api: Api, document: dict[str, Any], tm
 def test_nothing_but_the_reports_ratio_of_sums_is_called_fvu(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     assert not [name for name, parts in schemas.items() if "fvu" in parts.get("properties", {})]
-    assert schemas["EncodeRequest"]["properties"]["include"]["items"]["enum"] == ["l0", "relative_error"]
+    assert schemas["EncodeRequest"]["properties"]["include"]["items"]["enum"] == ["l0", "relative_error", "label"]
 
 
 def test_document_is_complete(document: dict[str, Any]) -> None:
