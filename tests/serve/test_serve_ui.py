@@ -401,5 +401,13 @@ def test_logging_in(tab: chromium.Page, tmp_path: Path) -> None:
         assert complaints(tab) == []
         tab.click("form[action='/ui/logout'] button")
         tab.wait("location.pathname === '/ui/login' && document.querySelector('input[name=key]')")
-        tab.open(f"{url}/ui", 1280, 900, "light")
+        tab.open(f"{url}/ui#text=one+two", 1280, 900, "light")
         assert tab.evaluate("location.pathname") == "/ui/login"
+        for typed in ("mtc_wrong", key):  # a shared link outlasts logging in
+            refused = json.dumps(typed == key)
+            tab.wait(f"document.querySelector('input[name=key]') && {refused} === !!document.querySelector('#problem')")
+            tab.click("input[name=key]")
+            tab.type(typed)
+            tab.press(*ENTER)
+        tab.wait(f"location.pathname === '/ui' && {DONE}")
+        assert tab.evaluate("document.querySelector('#text').value") == "one two"
