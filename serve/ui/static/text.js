@@ -62,8 +62,9 @@ function draw() {
   if (token >= answer.tokens.length) token = null;
   looked = token;
   drawChoice();
-  drawNested(view(), prefixes, answers, allRows);
 }
+
+const drawPrefixes = () => drawNested(view(), prefixes, answers, allRows);
 
 // What depends on the token and the feature that are chosen.
 function drawChoice() {
@@ -145,11 +146,14 @@ async function restore() {
   element("text").value = wanted.text;
   slider.value = prefixes.indexOf(wanted.prefix ?? prefixes.at(-1));
   sizeOf();
-  if (wanted.text !== text && !(await read(wanted.text))) return;
+  const other = wanted.text !== text;
+  if (other && !(await read(wanted.text))) return;
   const turned = wanted.feature !== feature, count = answers[0].tokens.length;
   ({ token, feature } = wanted);
   say(token >= count ? `Of this link, token must be below ${count}, the number of tokens, and is ${token}.` : wanted.problem);
   draw();
+  if (other) drawPrefixes();
+  else markToken(token);
   if (turned) readFeature();
 }
 
@@ -161,6 +165,7 @@ ask.addEventListener("submit", async (event) => {
   if (typed !== text) {
     if (!(await read(typed))) return;
     token = null;
+    drawPrefixes();
   }
   draw();
   remember();
@@ -211,7 +216,7 @@ element("all").addEventListener("click", () => {
 });
 element("nested-all").addEventListener("click", () => {
   allRows = true;
-  drawNested(view(), prefixes, answers, allRows);
+  drawPrefixes();
   element("nested-table").focus();
 });
 element("copy").addEventListener("click", async () => {
