@@ -14,7 +14,7 @@ const tell = (text) => { element("status").textContent = text; };
 let text = "";            // what the shown answers are about
 let answers = null;       // one for each nested dictionary
 let token = null, feature = null, looked = null;  // what is chosen, and the token whose features are shown
-let all = false, allRows = false;
+let all = false, pages = 1;  // of the list, and of the nested dictionaries' rows
 let asking = new AbortController(), reading = new AbortController();
 
 const view = () => ({ answer: answers[slider.value], facts, token, feature, link, withDense: element("dense").checked, all });
@@ -42,7 +42,7 @@ async function read(typed) {
     const found = await Promise.all(prefixes.map((prefix) => encode(prefix, typed, mine.signal)));
     await facts.learn([...new Set(found.flatMap((answer) => answer.csr.indices))], mine.signal, tell);
     if (mine !== asking) return false;
-    [text, answers, all, allRows] = [typed, found, false, false];
+    [text, answers, all, pages] = [typed, found, false, 1];
     return true;
   } catch (error) {
     if (mine === asking && error.name !== "AbortError") say(error.message);
@@ -64,7 +64,7 @@ function draw() {
   drawChoice();
 }
 
-const drawPrefixes = () => drawNested(view(), prefixes, answers, allRows);
+const drawPrefixes = () => drawNested(view(), prefixes, answers, pages);
 
 // What depends on the token and the feature that are chosen.
 function drawChoice() {
@@ -214,8 +214,8 @@ element("all").addEventListener("click", () => {
   drawList(view());
   element("list").focus();
 });
-element("nested-all").addEventListener("click", () => {
-  allRows = true;
+element("nested-more").addEventListener("click", () => {
+  pages++;
   drawPrefixes();
   element("nested-table").focus();
 });

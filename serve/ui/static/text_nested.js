@@ -7,13 +7,13 @@ import { element, make, many, number, mean, percent, spaced } from "./words.js";
 const ROWS = 60, SHOWN = 3;
 const rounded = (value) => (value === null ? "–" : value.toFixed(3));
 
-// `answers` are one for each of `prefixes`, which ascend; `rows` how many tokens are shown.
-export function drawNested(view, prefixes, answers, allRows) {
+// `answers` are one for each of `prefixes`, which ascend; `pages` how many times ROWS tokens are shown.
+export function drawNested(view, prefixes, answers, pages) {
   element("nested").hidden = prefixes.length === 1;
   if (prefixes.length === 1) return;
   element("nested-means").replaceChildren(...prefixes.map((prefix, i) => card(prefix, i, answers)));
   const tokens = [...answers[0].tokens.keys()].filter((t) => !answers[0].is_special[t]);
-  const shown = allRows ? tokens : tokens.slice(0, ROWS);
+  const shown = tokens.slice(0, ROWS * pages);
   const head = make("thead", make("tr", [make("th", "Token", { scope: "col" }), ...prefixes.map((prefix, i) =>
     make("th", [make("span", `First ${number(prefix)}`), make("small", i ? `error; features ${number(prefixes[i - 1])} to ${number(prefix - 1)}` : "error; its features")], { scope: "col" }))]));
   const body = make("tbody", shown.map((t) => make("tr", [
@@ -22,8 +22,8 @@ export function drawNested(view, prefixes, answers, allRows) {
   ], { "data-row": t })));
   element("nested-table").replaceChildren(make("table", [make("caption", make("span", "Relative error of each token by nested dictionary, and the features that each adds")), head, body]));
   markToken(view.token);
-  element("nested-all").hidden = shown.length === tokens.length;
-  element("nested-all").textContent = `Show all ${many(tokens.length, "token")}`;
+  element("nested-more").hidden = shown.length === tokens.length;
+  element("nested-more").textContent = `Show more than the first ${shown.length} of ${number(tokens.length)} tokens`;
 }
 
 // Which row is that of the chosen token.
