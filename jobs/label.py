@@ -86,8 +86,9 @@ def check_options(options: argparse.Namespace, members: Mapping[str, RunDirector
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: above 0 is wanted")
-    if options.thinking_tokens < 0:
-        raise ConfigError(f"--thinking-tokens {options.thinking_tokens}: 0 or more is wanted")
+    for name in ("thinking_tokens", "seed"):
+        if (value := getattr(options, name)) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: 0 or more is wanted")
     for run in members.values():
         prefixes = run.config().members()[0].config.transcoder.prefixes
         if options.prefix is not None and options.prefix not in prefixes:
@@ -113,7 +114,8 @@ def label(options: argparse.Namespace, whole: RunDirectory, members: Mapping[str
     budget, finished = Budget(options.max_tokens, options.thinking_tokens), True
     with Lease(whole) as lease:
         for name, run in members.items():
-            run.verify(("features.parquet", "examples.parquet", "contexts.parquet", "analysis.json"))
+            # Not analysis.json, which a job that was killed may have left newer than the manifest; it is written anew.
+            run.verify(("features.parquet", "examples.parquet", "contexts.parquet"))
             labelling = label_one(options, run, evidence.pop(name), settings, budget, lease.require)
             finished &= labelling.finished
             lease.require()

@@ -2,6 +2,7 @@
 
 from mtc.analysis.analyse import Findings
 from mtc.analysis.compare import compare_runs
+from mtc.analysis.contexts import contexts_to_parquet
 from mtc.analysis.copies import find_copies
 from mtc.analysis.evaluation import loss_recovered
 from mtc.analysis.feature_table import features_to_parquet, label_of, read_feature
@@ -16,7 +17,7 @@ from mtc.analysis.nesting import analyse_nesting
 
 __all__ = [
     "MAX_BLOCKS", "Analysed", "Findings", "HeldOutPass", "LogitEffects", "LossSums", "analyse_in_memory",
-    "analyse_nesting", "compare_runs", "count_tokens", "features_to_parquet", "find_copies", "findings", "interval",
-    "label_of", "logit_effects", "loss_recovered",
-    "number_documents", "read_feature", "recognise", "resample", "share",
+    "analyse_nesting", "compare_runs", "contexts_to_parquet", "count_tokens", "features_to_parquet", "find_copies",
+    "findings", "interval", "label_of", "logit_effects", "loss_recovered", "number_documents", "read_feature",
+    "recognise", "resample", "share",
 ]  # fmt: skip

@@ -9,8 +9,10 @@ from typing import Any
 from mtc.errors import MtcError
 from mtc.labels.prompts import cut
 
+THOUGHT = "</think>"
+"""What ends the thoughts of models that think before they answer."""
 LONGEST = 20_000
-"""Characters above which an answer is not looked at."""
+"""Characters above which an answer is not looked at, without the thoughts before it."""
 _REFUSAL = re.compile(
     r"\b(I('m| am) (sorry|unable|not able)|I (can ?not|can['’]t|won['’]t|will not)|as an AI)\b", re.IGNORECASE
 )
@@ -44,9 +46,9 @@ def read_numbers(text: str, count: int, most: int) -> list[int]:
 
 def _checked(text: str) -> str:
     """The answer without what a model thought before it."""
-    if len(text) > LONGEST:
+    answer = text.rpartition(THOUGHT)[2].strip()
+    if len(answer) > LONGEST:
         raise UnusableAnswer("too long")
-    answer = text.rpartition("</think>")[2].strip()
     if not answer:
         raise UnusableAnswer("empty")
     return answer

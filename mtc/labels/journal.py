@@ -16,6 +16,7 @@ import uuid
 from types import TracebackType
 from typing import Any, Self
 
+from mtc.labels.answers import THOUGHT
 from mtc.labels.endpoint import Answer
 from mtc.labels.prompts import Question
 from mtc.storage import RunDirectory, patiently, write_atomic
@@ -24,7 +25,7 @@ DIRECTORY = "labelling"
 PART_SECONDS = 5.0
 """Seconds between parts on object stores."""
 KEPT_CHARACTERS = 4000
-"""Of an answer."""
+"""Of an answer, the last ones: before them a model may have thought aloud."""
 
 
 class Journal:
@@ -62,11 +63,12 @@ class Journal:
         return self._known.get(self._digest(question))
 
     def add(self, question: Question, answer: Answer) -> None:
-        """Keep an answer; failures are not: what they are of is asked again."""
-        if answer.failure:
+        """Keep an answer. Failures are not kept, nor is an empty answer, which a model gives that had too few tokens to
+        think: what they are of is asked again."""
+        if answer.failure or not answer.text.rpartition(THOUGHT)[2].strip():
             return
         digest = self._digest(question)
-        answer = answer._replace(text=answer.text[:KEPT_CHARACTERS])
+        answer = answer._replace(text=answer.text.rpartition(THOUGHT)[2][-KEPT_CHARACTERS:])
         self._known[digest] = answer
         about = {"question": digest, "kind": question.kind, "feature": question.feature, **answer._asdict()}
         del about["failure"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -125,7 +126,7 @@ def marked(context: Marked) -> str:
     for i, token in enumerate(tokens):
         begins, ends = i in marks and i - 1 not in marks, i in marks and i + 1 not in marks
         parts += ["\0" * begins, token[:TOKEN_CHARACTERS].replace("\0", "").replace("\1", ""), "\1" * ends]
-    text = "".join(parts).replace("<<", "< <").replace(">>", "> >")
+    text = re.sub(r"([<>])(?=\1)", r"\1 ", "".join(parts))
     return text.replace("\0", "<<").replace("\1", ">>")
 
 

@@ -38,4 +38,6 @@ def draw_label_scores(axes: Axes, labelling: Labelling | None) -> None:
     axes.set_ylim(-0.03, 1.18)  # room for the legend
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.grid(axis="y")
-    axes.legend(fontsize=9, loc="upper left", ncols=2)
+    legend = axes.legend(fontsize=9, loc="upper left", ncols=2)
+    for text in legend.get_texts():  # a model's name is no formula
+        text.set_parse_math(False)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +79,7 @@ class SearchIndex:
     def _connection(self) -> sqlite3.Connection:
         """Of this thread."""
         if not hasattr(self._own, "connection"):
-            self._own.connection = sqlite3.connect(f"file:{self._path}?mode=ro&immutable=1", uri=True)
+            self._own.connection = sqlite3.connect(f"file:{quote(self._path)}?mode=ro&immutable=1", uri=True)
         connection: sqlite3.Connection = self._own.connection
         return connection
 

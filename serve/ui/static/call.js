@@ -7,7 +7,7 @@ export async function call(address, options, aborted, tell) {
   for (let tries = 1; ; tries++) {
     const response = await fetch(address, { ...options, signal: aborted });
     if (response.status === 401) {
-      location.assign("/ui/login?next=" + encodeURIComponent(location.pathname + location.search));
+      location.assign("/ui/login?next=" + encodeURIComponent(location.pathname + location.search) + location.hash);
       throw new Error("An API key is needed.");
     }
     if (response.ok) return response;
