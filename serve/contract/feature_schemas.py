@@ -34,6 +34,13 @@ class FeaturesQuery(BaseModel):
     """Only features with this top token; case and space around it do not count."""
     text: str | None = Field(default=None, min_length=1, max_length=200)
     """Only features with this text in a stored context; case does not count."""
+    copies: bool | None = None
+    """Only features that are copies of an earlier one (true), or only others (false)."""
+    single_token: bool | None = None
+    """Only features of a single token (true), on which nine tenths of their samples peak at least, or only others
+    (false)."""
+    max_detection: float | None = Field(default=None, ge=0, le=1)
+    """Only features whose label has this score in detection at most; labels without a score do not pass."""
     sort: Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"] = "feature"
     """Figure that features are sorted by; equal ones by index."""
     order: Literal["ascending", "descending"] = "ascending"
@@ -129,6 +136,8 @@ class ExampleRow(SchemaModel):
     """Share of the uniformly drawn activations that are weaker; null for the strongest."""
     document_id: str
     """Id of the document that the example was found in."""
+    position: int
+    """Place of the peak in its window, from 0; at 0 and 1 the language model saw next to nothing before it."""
     tokens: list[str]
     """Decoded tokens around the peak."""
     activations: list[float]

@@ -31,6 +31,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("POST", "/ui/logout"): "user",
     ("GET", "/ui"): "user",
     ("GET", "/ui/features"): "user",
+    ("GET", "/ui/feature"): "user",
     ("GET", "/ui/feature/{feature}"): "user",
     ("GET", "/ui/graph"): "user",
     ("GET", "/docs"): "user",

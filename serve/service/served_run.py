@@ -11,13 +11,13 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple, Self
 
 import fsspec
 
 from mtc.config import RunConfig
-from mtc.storage import LABELS, Manifest, RunDirectory, RunError
+from mtc.storage import CONTEXTS, LABELS, Manifest, RunDirectory, RunError
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
 from serve.service.tokenising import Tokeniser
@@ -92,7 +92,10 @@ class ServedRun:
         optional = [LABELS] if place + LABELS in self.manifest.files else []
         names = [place + name for name in (*ANALYSIS, *optional)]
         state = " ".join(self.manifest.files[name].sha256 for name in (place + WEIGHTS, *names))
-        return FeatureTable((self.key.run_id + f"/{place}").rstrip("/"), state, AnalysisFiles(*map(self.read, names)))
+        features, examples, analysis, *labels = map(self.read, names)
+        contexts = partial(self.read, place + CONTEXTS) if place + CONTEXTS in self.manifest.files else None
+        files = AnalysisFiles(features, examples, analysis, labels[0] if labels else None, contexts)
+        return FeatureTable((self.key.run_id + f"/{place}").rstrip("/"), state, files)
 
 
 class ServedLayer:
