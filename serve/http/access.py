@@ -33,6 +33,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("GET", "/ui/features"): "user",
     ("GET", "/ui/feature"): "user",
     ("GET", "/ui/feature/{feature}"): "user",
+    ("GET", "/ui/doubtful"): "user",
     ("GET", "/ui/graph"): "user",
     ("GET", "/docs"): "user",
     ("GET", "/openapi.json"): "user",

@@ -7,7 +7,19 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from mtc.report.blocks import Block, Branch, Branches, Contexts, FeatureLink, Items, Label, Piece, Table, with_badges
+from mtc.report.blocks import (
+    Block,
+    Branch,
+    Branches,
+    Contexts,
+    FeatureLink,
+    Items,
+    Label,
+    Paragraph,
+    Piece,
+    Table,
+    with_badges,
+)
 from mtc.report.html import BADGE, Renderer
 from mtc.report.markdown import place_in_window
 from mtc.results import Example, Feature, LogitEffect, number, percent
@@ -117,13 +129,13 @@ def _together(table: FeatureTable, feature: int) -> list[Block]:
     rows = together(table, feature)
     if not rows or table.contexts is None:
         return []
-    caption = (
-        f"By correlation over the {number(table.contexts.num_tokens)} tokens of {number(len(table.contexts))} random "
-        "contexts; lift is how many times more shared tokens there are than by chance"
+    told = (
+        f"By correlation, over the {number(table.contexts.num_tokens)} tokens of {number(len(table.contexts))} random "
+        "contexts. Lift is how many times more tokens they share than they would by chance."
     )
     headers = ("Feature", "Shared tokens", "Lift", "Correlation")
     figures = [(_name(table, r.feature), number(r.shared), number(r.lift), number(r.correlation)) for r in rows]
-    return [Table(caption, headers, tuple(figures))]
+    return [Paragraph(told), Table("Features that fire on the same tokens", headers, tuple(figures))]
 
 
 def _name(table: FeatureTable, index: int) -> tuple[Piece, ...]:

@@ -233,6 +233,11 @@ class FeatureTable:
         samples = self._column("samples")
         return (samples > 0) & (np.array(most) >= SINGLE_TOKEN * samples)
 
+    @property
+    def scored(self) -> bool:
+        """Whether any label has a score in detection."""
+        return bool(np.isfinite(self._detections).any())
+
     @cached_property
     def _detections(self) -> NDArray[np.float64]:
         return np.array([self._detection(i) for i in range(len(self))], np.float64)

@@ -132,13 +132,17 @@ class ServedLayer:
         return other
 
     @property
+    def has_analysis(self) -> bool:
+        """Whether there is anything to read of its features."""
+        return not self._missing
+
+    @property
     def analysed(self) -> FeatureTable:
         """The analysis of its features, read when it is first asked for.
 
         Raises ServiceError: 404 if there is none, 409 if it can't be read.
         """
-        missing = [name for name in ANALYSIS if self.place + name not in self.run.manifest.files]
-        if missing:
+        if missing := self._missing:
             message = f"{self._words} has no analysis of its features (no {', '.join(missing)})"
             raise ServiceError(404, "not_analysed", message)
         try:
@@ -146,6 +150,10 @@ class ServedLayer:
         except (RunError, ValueError) as error:
             message = f"the analysis of {self._words} can't be read: {error}"
             raise ServiceError(409, "run_unusable", message) from error
+
+    @property
+    def _missing(self) -> list[str]:
+        return [name for name in ANALYSIS if self.place + name not in self.run.manifest.files]
 
     @property
     def _words(self) -> str:

@@ -16,6 +16,7 @@ from mtc.report.html import BADGE
 from serve.contract import FeaturesQuery, ServiceError
 from serve.http.access import COOKIE, same_origin
 from serve.http.bodies import read_form
+from serve.http.doubtful_page import doubted, list_of
 from serve.http.errors import invalid
 from serve.http.feature_page import ALL, content
 from serve.http.pages import query, render, static_files
@@ -55,7 +56,7 @@ async def features(request: Request, service: TheService) -> Response:
         "features.html", **frame, wanted=wanted, rows=rows,
         total=total, groups=range(len(own.prefixes)), next_page=query(**asked, cursor=after) if after else None,
         first_page=query(**asked) if wanted.cursor else None, badge=BADGE,
-        analysed_tokens=table.analysis.summary.analysed_tokens, labelled=bool(table.named),
+        analysed_tokens=table.analysis.summary.analysed_tokens, labelled=bool(table.named), scored=table.scored,
     )  # fmt: skip
 
 
@@ -81,6 +82,19 @@ async def go_to_feature(
 ) -> Response:  # fmt: skip
     """To the page of the feature that a form names."""
     return RedirectResponse(f"/ui/feature/{feature}{query(model=model, layer=layer)}", 303)
+
+
+@router.get("/ui/doubtful")
+async def doubtful(request: Request, service: TheService, model: Model = None, layer: Layer = None) -> Response:
+    """Features of no, little or doubtful meaning, counted by kind."""
+    own, table = await analysed(service, model, layer)
+    groups = range(len(own.prefixes))
+    frame = await _frame(request, service, own, "doubtful", model, layer)
+    return render(
+        "doubtful.html", **frame, features=len(table), groups=groups, list_of=list_of,
+        doubted=await asyncio.to_thread(doubted, table, len(groups)),
+        analysed_tokens=table.analysis.summary.analysed_tokens,
+    )  # fmt: skip
 
 
 @router.get("/ui/graph")
@@ -156,7 +170,7 @@ async def _frame(
     kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What every page shows around its content; `kept` are parameters that hold for another layer, too."""
-    page = {"features": "/ui/features", "graph": "/ui/graph"}.get(here, "/ui")
+    page = {"features": "/ui/features", "graph": "/ui/graph", "doubtful": "/ui/doubtful"}.get(here, "/ui")
     return {
         "run": own.identity, "runs": await service.listed_runs(), "here": here, "model": model, "layer": layer,
         "served": own.run.key.run_id, "layers": list(own.run.layers), "page": page, "address": page,
