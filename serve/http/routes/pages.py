@@ -64,7 +64,7 @@ async def features(request: Request, service: TheService) -> Response:
 async def feature(
     request: Request, service: TheService, feature: Index, model: Model = None, layer: Layer = None,
     examples: Annotated[int | None, Query(ge=1, le=ALL)] = None,
-    context: Annotated[int | None, Query(ge=0, le=ALL), BeforeValidator(lambda given: given or None)] = None,
+    context: Annotated[int | None, Query(ge=1, le=ALL), BeforeValidator(lambda given: given or None)] = None,
 ) -> Response:  # fmt: skip
     """All that is known of one feature; `examples` of each part, with `context` tokens on each side of the peak."""
     own, table = await analysed(service, model, layer)
