@@ -28,7 +28,7 @@ STRENGTHS = 5
 """Shades of the marks on the tokens of a context."""
 BADGE = Markup(' <span class="badge" title="most of its activation falls on massive tokens">massive</span>')
 """What stands behind a feature of massive tokens."""
-BROWSER_SLOT = "<!--browser-->"
+BROWSER_SLOT = "<span data-browser></span>"
 """Where a browser of the run's features puts the link to itself."""
 FEATURE_SLOT = re.compile(r'<a data-feature="(\d+)">(\d*)</a>')
 """Where it links to a feature, whose number is what the link says, or nothing in the feature's card."""

@@ -27,7 +27,7 @@ class Doubted(NamedTuple):
     """How many features there is this reason to doubt."""
 
     doubt: Doubt
-    count: int | None
+    features: int | None
     """All of them; None if it was not measured."""
     share: float
     """Share of all features, from 0 to 1."""
