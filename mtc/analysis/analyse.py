@@ -263,6 +263,7 @@ def _contexts(rows: list[dict[str, Any]]) -> tuple[Example, ...]:
             tokens=tuple(row["context_tokens"]),
             activations=tuple(row["context_activations"]),
             peak=row["peak_index"],
+            position=row["position"],
         )
         for row in chosen
     )

@@ -20,11 +20,15 @@ class Budget:
         """Whether a question was left out because it did not fit."""
         self._reserved: dict[Question, int] = {}
 
+    def fits(self, question: Question) -> bool:
+        """Whether a question may be asked at all; once one may not, none is any more."""
+        self.exhausted = self.exhausted or (self.most is not None and self.spent + self._cost(question) > self.most)
+        return not self.exhausted
+
     def take(self, question: Question) -> bool:
-        """Whether a question may be asked; its room is kept until `settle`."""
-        cost = int(SURPLUS * tokens_of(question.text)) + question.answer_tokens + self.thinking_tokens
+        """Whether a question may be asked now, or only when others are settled; its room is kept until `settle`."""
+        cost = self._cost(question)
         if self.most is not None and self.spent + sum(self._reserved.values()) + cost > self.most:
-            self.exhausted = True
             return False
         self._reserved[question] = cost
         return True
@@ -33,3 +37,7 @@ class Budget:
         """Count what an answer cost."""
         self._reserved.pop(question, None)
         self.spent += answer.prompt_tokens + answer.answer_tokens
+
+    def _cost(self, question: Question) -> int:
+        """The most that it may cost, if nothing goes wrong."""
+        return int(SURPLUS * tokens_of(question.text)) + question.answer_tokens + self.thinking_tokens

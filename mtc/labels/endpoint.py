@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any, NamedTuple
 
 import httpx
@@ -29,7 +29,9 @@ LONGEST_PAUSE = 60.0
 TOP_LOGPROBS = 20
 GIVEN_UP = 20
 """Questions in a row without an answer after which the endpoint is given up: what is done is kept."""
-CHARACTERS_PER_TOKEN = 4.0
+OPTIONAL = ("temperature", "max_tokens", "logprobs", "top_logprobs")
+"""Fields of a question that are left out once an endpoint refuses them; it says which."""
+BYTES_PER_TOKEN = 4.0
 """Of English text, by and large; for estimates, and for endpoints that do not count."""
 
 
@@ -61,12 +63,30 @@ class Answer(NamedTuple):
     """When it came, ISO 8601, UTC."""
 
 
+class Known(NamedTuple):
+    """A question whose answer is there already."""
+
+    question: Question
+    """The question."""
+    answer: Answer
+    """Its answer."""
+
+
+Asking = Question | Known | None
+"""What is to be asked next: a question, one that needs no asking and is handed through, or None while nothing can be
+asked before another answer is there."""
+END = object()
+
+
 class _MayPass(Exception):
     """An attempt that may succeed when it is repeated."""
 
-    def __init__(self, failure: str, after: float = 0.0):
+    def __init__(self, failure: str, after: float = 0.0, sent: bool = False):
         super().__init__(failure)
-        self.failure, self.after = failure, after
+        self.after = after
+        """Seconds before which it is not to be repeated."""
+        self.sent = sent
+        """Whether the endpoint had the whole question, and may ask money for it."""
 
 
 class _Unusable(Exception):
@@ -83,11 +103,13 @@ class Endpoint:
         attempts: most attempts of one question.
         first_pause: seconds that the pause after the first attempt is at most.
         thinking_tokens: tokens that a model may spend before its answer, beside the answer's own.
+        keep: is called with every answer as soon as it is there, from any thread.
     """
 
     def __init__(
         self, url: str, model: str, key: str | None = None, concurrency: int = 16, seconds: float = 120.0,
         attempts: int = 6, first_pause: float = 1.0, thinking_tokens: int = 0,
+        keep: Callable[[Question, Answer], None] | None = None,
     ):  # fmt: skip
         self.thinking_tokens = thinking_tokens
         self.model, self.concurrency, self.seconds, self.attempts = model, concurrency, seconds, attempts
@@ -95,9 +117,12 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self._url = url.rstrip("/") + "/chat/completions"
+        self._shown = re.sub(r"//[^/@]*@", "//", self._url).partition("?")[0]
+        self._key, self._keep = key, keep
         self._client = httpx.Client(headers=headers, limits=limits, timeout=seconds)
         self._stop = threading.Event()
-        self._limit_name = "max_tokens"
+        self._left_out: set[str] = set()
+        self._answered, self._refusal = False, ""
 
     def __enter__(self) -> Endpoint:
         return self
@@ -106,32 +131,43 @@ class Endpoint:
         self._stop.set()
         self._client.close()
 
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
-        """The answers as they come, `concurrency` questions being asked at a time; questions are drawn as they are
-        needed. Raises EndpointError if the endpoint refuses for good, or gives no answer any more."""
+    def answers(self, questions: Iterable[Asking]) -> Iterator[tuple[Question, Answer]]:
+        """The answers as they come, `concurrency` questions being asked at a time; see `mtc.labels.labelling.Asked`.
+        Raises EndpointError if the endpoint refuses for good, or gives no answer any more."""
         waiting: dict[Future[Answer], Question] = {}
-        source, silent = iter(questions), 0
+        source, silent, ended = iter(questions), 0, False
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                while True:
-                    for question in islice(source, self.concurrency - len(waiting)):
-                        waiting[pool.submit(self._ask, question)] = question
+                while not ended or waiting:
+                    while not ended and len(waiting) < self.concurrency:
+                        item = next(source, END)
+                        if item is None:
+                            break
+                        if isinstance(item, Known):
+                            yield item
+                        elif isinstance(item, Question):
+                            waiting[pool.submit(self._ask, item)] = item
+                        else:
+                            ended = True
                     if not waiting:
-                        return
+                        continue
                     done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in done:
+                    for future in sorted(done, key=lambda each: each.exception() is not None):  # answers come first
                         question, answer = waiting.pop(future), future.result()
                         silent = silent + 1 if answer.failure else 0
                         yield question, answer
                         if silent >= GIVEN_UP:
-                            raise EndpointDown(
-                                f"{self._url}: {silent} questions in a row without an answer, the last: "
-                                f"{answer.failure}; the same command goes on where this one ends"
-                            )
+                            raise self._given_up(silent, answer)
             finally:
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 self._stop.clear()
+
+    def _given_up(self, silent: int, answer: Answer) -> EndpointError:
+        text = f"{self._shown}: {silent} questions in a row without an answer, the last: {answer.failure}"
+        if (answer.failure or "").startswith("status 4") and "429" not in str(answer.failure):
+            return EndpointError(f"{text}: {self._refusal}")
+        return EndpointDown(f"{text}; the same command goes on where this one ends")
 
     def _ask(self, question: Question) -> Answer:
         retrying = tenacity.Retrying(
@@ -143,10 +179,15 @@ class Endpoint:
             sleep=tenacity.sleep_using_event(self._stop),
             reraise=True,
         )
+        broken: list[int] = []
         try:
-            return retrying(self._attempt, question)
+            answer = retrying(self._attempt, question, broken)
         except (_MayPass, _Unusable) as error:
-            return Answer("", str(error), 0, 0)
+            return Answer("", str(error), sum(broken), 0)
+        answer = answer._replace(prompt_tokens=answer.prompt_tokens + sum(broken))
+        if self._keep is not None:
+            self._keep(question, answer)
+        return answer
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
         """Full jitter, and never before the endpoint's own word."""
@@ -154,27 +195,47 @@ class Endpoint:
         error = state.outcome.exception() if state.outcome else None
         return max(pause, error.after) if isinstance(error, _MayPass) else pause
 
-    def _attempt(self, question: Question) -> Answer:
+    def _attempt(self, question: Question, broken: list[int]) -> Answer:
+        """One attempt; what it costs although nothing comes of it is added to `broken`, in tokens."""
+        try:
+            return self._answer(question)
+        except _MayPass as error:
+            if error.sent:
+                broken.append(tokens_of(question.text))
+            raise
+
+    def _answer(self, question: Question) -> Answer:
         asked = self._body(question)
         status, headers, body = self._post(asked)
-        if status == 400 and "max_tokens" in asked and b"max_completion_tokens" in body:
-            self._limit_name = "max_completion_tokens"  # what newer models of OpenAI's call it
-            return self._attempt(question)
-        if status == 429 or status >= 500:
+        if status == 400 and (refused := [n for n in OPTIONAL if n in asked and n.encode() in body]):
+            self._left_out |= set(refused)  # newer models of OpenAI's take no temperature, and call the limit otherwise
+            return self._answer(question)
+        if status in (408, 425, 429) or status >= 500:
             raise _MayPass(f"status {status}", _retry_after(headers))
-        if status in (401, 403, 404, 405) or 300 <= status < 400:
-            raise EndpointError(f"{self._url} answers {status}: {_message(body)}{_advice(status)}")
+        said = self._message(body)
+        # A prompt that a filter does not like gets a 403 as well.
+        if status in (401, 404, 405) or 300 <= status < 400 or (status == 403 and not self._answered):
+            raise EndpointError(f"{self._shown} answers {status}: {said}{_advice(status)}")
         if status >= 400:  # such as a prompt that is too long for the model
-            logger.warning("feature %d, %s: status %d: %s", question.feature, question.kind, status, _message(body))
+            logger.warning("feature %d, %s: status %d: %s", question.feature, question.kind, status, said)
+            self._refusal = said
             raise _Unusable(f"status {status}")
-        return _read(question, body)
+        answer = _read(question, body)
+        self._answered = True
+        return answer
 
     def _body(self, question: Question) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.model, "messages": [{"role": "user", "content": question.text}], "temperature": 0,
-            self._limit_name: question.answer_tokens + self.thinking_tokens,
-        }  # fmt: skip
-        return body | ({"logprobs": True, "top_logprobs": TOP_LOGPROBS} if question.logprobs else {})
+        limit = question.answer_tokens + self.thinking_tokens
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": question.text}]}
+        body |= {"temperature": 0, "max_tokens": limit}
+        body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if question.logprobs else {}
+        body |= {"max_completion_tokens": limit} if "max_tokens" in self._left_out else {}
+        return {name: value for name, value in body.items() if name not in self._left_out}
+
+    def _message(self, body: bytes) -> str:
+        """What the endpoint says is wrong, in short, and without the key."""
+        text = _message(body)
+        return text.replace(self._key, "…") if self._key else text
 
     def _post(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and body; raises _MayPass for an answer that does not come, or not whole, in time."""
@@ -185,22 +246,22 @@ class Endpoint:
                     content += part
                     if len(content) > LARGEST:
                         raise _Unusable("too long")
-                    if time.monotonic() - begun > self.seconds or self._stop.is_set():
-                        raise _MayPass("too slow")
+                    if time.monotonic() - begun > self.seconds:
+                        raise _MayPass("too slow", sent=True)
                 return answer.status_code, answer.headers, bytes(content)
         except httpx.TimeoutException:
-            raise _MayPass("too slow") from None
+            raise _MayPass("too slow", sent=True) from None
         except httpx.UnsupportedProtocol as error:
-            raise EndpointError(f"{self._url}: {error}; http:// or https:// is wanted") from None
+            raise EndpointError(f"{self._shown}: {error}; http:// or https:// is wanted") from None
         except httpx.ConnectError:
             raise _MayPass("unreachable") from None
         except (httpx.HTTPError, httpx.StreamError):
-            raise _MayPass("cut off") from None
+            raise _MayPass("cut off", sent=True) from None
 
 
 def tokens_of(text: str) -> int:
     """About how many tokens a text has."""
-    return int(len(text) / CHARACTERS_PER_TOKEN) + 1
+    return int(len(text.encode()) / BYTES_PER_TOKEN) + 1
 
 
 def _read(question: Question, body: bytes) -> Answer:
@@ -216,7 +277,7 @@ def _read(question: Question, body: bytes) -> Answer:
         logprobs = logprobs and _slim(logprobs)
         failure = "refused" if choice.get("finish_reason") == "content_filter" else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _MayPass("unreadable") from None
+        raise _MayPass("unreadable", sent=True) from None
     prompt = prompt if isinstance(prompt, int) else tokens_of(question.text)
     answered = answered if isinstance(answered, int) else tokens_of(text)
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -224,16 +285,18 @@ def _read(question: Question, body: bytes) -> Answer:
 
 
 def _slim(logprobs: list[Any]) -> list[dict[str, Any]]:
-    """Without the bytes of tokens."""
+    """Of those tokens that are numbers, without all else."""
     return [
         {
             "token": str(each["token"]),
             "top_logprobs": [
                 {"token": str(other["token"]), "logprob": float(other["logprob"])}
                 for other in each.get("top_logprobs") or ()
+                if str(other["token"]).strip().isdigit()
             ],
         }
         for each in logprobs
+        if str(each["token"]).strip().isdigit()
     ]
 
 
@@ -245,7 +308,7 @@ def _retry_after(headers: httpx.Headers) -> float:
 
 
 def _message(body: bytes) -> str:
-    """What an endpoint says is wrong, in short."""
+    """What an endpoint says is wrong."""
     text = body[:2000].decode(errors="replace")
     try:
         found = json.loads(body)

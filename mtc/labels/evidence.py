@@ -7,7 +7,6 @@ contexts, of which everything that fires is known. Every choice depends on the s
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mtc.storage import RunDirectory, RunError
+from mtc.storage import CONTEXTS, RandomContexts, RunDirectory, RunError, own_tokens, relatives
 
 Array = NDArray[Any]
 FIFTHS = 5
@@ -31,8 +30,6 @@ FEWEST = 3
 """Fewest active contexts, and fewest silent ones, that a label is judged by."""
 CACHED_GROUPS = 4
 """Row groups of the examples that are kept: features are asked for in order, mostly."""
-TOKENS = 3
-"""Top tokens of the feature that make a silent context with one of them a near miss."""
 
 
 class Context(NamedTuple):
@@ -94,9 +91,9 @@ class RunEvidence:
 
     def __init__(self, run: RunDirectory, seed: int = 0):
         self.seed = seed
-        if not run.exists("contexts.parquet"):
+        if not run.exists(CONTEXTS):
             raise RunError(
-                f"{run.url} has no contexts.parquet, which labels are judged by: analyse the run again "
+                f"{run.url} has no {CONTEXTS}, which labels are judged by: analyse the run again "
                 f"(jobs/analyze.py --run {run.url})"
             )
         self._features = pq.read_table(io.BytesIO(run.read("features.parquet")))
@@ -105,7 +102,7 @@ class RunEvidence:
         self._group = lru_cache(CACHED_GROUPS)(self._read_group)
         statistics = [self._metadata.row_group(i).column(0).statistics for i in range(self._metadata.num_row_groups)]
         self._borders = [(s.min, s.max) for s in statistics]
-        self._contexts = _Contexts(pq.read_table(io.BytesIO(run.read("contexts.parquet"))))
+        self._contexts = RandomContexts(run.read(CONTEXTS))
         if not len(self._contexts):
             raise RunError(
                 f"{run.url} was analysed without random contexts, which labels are judged by: analyse it again with "
@@ -134,7 +131,7 @@ class RunEvidence:
         judged_near = near[few : few + KEPT_NEAR]
         rest = silent[~np.isin(silent, near[: few + KEPT_NEAR])]
         others = rest[: KEPT_RANDOM + KEPT_NEAR - len(judged_near)]
-        context = self._contexts.silent
+        context = self._silent_context
         return Evidence(
             feature=feature,
             strongest=row["max_activation"],
@@ -165,65 +162,13 @@ class RunEvidence:
     def _silent(self, feature: int, row: dict[str, Any], random: np.random.Generator) -> tuple[Array, Array]:
         """Contexts in which the feature is silent, in random order, and those of them that are near misses: a related
         feature fires there, or one of the feature's own tokens stands there."""
-        contexts = self._contexts
-        silent = random.permutation(np.setdiff1d(np.arange(len(contexts)), contexts.with_feature(feature)))
-        parent = row["parent"] and row["parent"]["feature"]
-        related = [n["feature"] for n in row["neighbours"] or () if n["cosine"] > 0] + list(row["children"] or ())
-        if parent is not None:
-            related += [parent, *(child for child in self.rows[parent].children if child != feature)]
-        by_feature = np.isin(silent, contexts.with_any(related))
-        tokens = [token["token_id"] for token in (row["top_tokens"] or ())[:TOKENS]]
-        by_token = np.isin(silent, contexts.with_tokens(tokens))
-        # In turn those with its token and those with a relative of it.
-        turns = [silent[by_token], silent[by_feature & ~by_token]]
-        near = [part[i] for i in range(max(map(len, turns), default=0)) for part in turns if i < len(part)]
-        return silent, np.array(near, np.int64)
+        silent = self._contexts.silent(feature, random)
+        siblings = self.rows[row["parent"]["feature"]].children if row["parent"] else ()
+        return silent, self._contexts.near_misses(silent, relatives(row, siblings), own_tokens(row))
 
-
-class _Contexts:
-    """contexts.parquet, by feature and by token."""
-
-    def __init__(self, table: pa.Table):
-        self._tokens = table["context_tokens"]
-        context, feature = _flat(table["feature"])
-        order = np.argsort(feature, kind="stable")
-        self._by_feature = feature[order], context[order]
-        context, token = _flat(table["context_ids"])
-        order = np.argsort(token, kind="stable")
-        self._by_token = token[order], context[order]
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def silent(self, index: int, part: str) -> Context:
-        """One in which the feature in question is silent."""
-        tokens = self._tokens[int(index)].as_py()
-        return Context(tuple(tokens), (0.0,) * len(tokens), part)
-
-    def with_feature(self, feature: int) -> Array:
-        """Numbers of the contexts in which a feature fires."""
-        return _found(*self._by_feature, [feature])
-
-    def with_any(self, features: Sequence[int]) -> Array:
-        """Numbers of the contexts in which any of some features fires."""
-        return _found(*self._by_feature, features)
-
-    def with_tokens(self, token_ids: Sequence[int]) -> Array:
-        """Numbers of the contexts with any of some tokens."""
-        return _found(*self._by_token, token_ids)
-
-
-def _flat(column: pa.ChunkedArray) -> tuple[Array, Array]:
-    """Of lists the row of each item, and the items."""
-    lists = column.combine_chunks()
-    lengths = pa.compute.list_value_length(lists).to_numpy()
-    return np.repeat(np.arange(len(lists)), lengths), lists.flatten().to_numpy()
-
-
-def _found(keys: Array, values: Array, wanted: Sequence[int]) -> Array:
-    """The values, each once, of the wanted keys; keys ascend."""
-    spans = [(np.searchsorted(keys, key, "left"), np.searchsorted(keys, key, "right")) for key in wanted]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *(values[a:b] for a, b in spans)]))
+    def _silent_context(self, index: int, part: str) -> Context:
+        tokens = self._contexts.tokens(index)
+        return Context(tokens, (0.0,) * len(tokens), part)
 
 
 def _split(rows: list[dict[str, Any]], random: np.random.Generator) -> tuple[tuple[Context, ...], tuple[Context, ...]]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import posixpath
+import threading
 import time
 import uuid
 from types import TracebackType
@@ -39,6 +40,7 @@ class Journal:
         self._local = "://" not in run.url or run.url.startswith("file://")
         self._place = posixpath.join(run.url, DIRECTORY)
         self._file: Any = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         for name in sorted(RunDirectory(self._place).names()):
@@ -68,6 +70,12 @@ class Journal:
         if answer.failure or not answer.text.rpartition(THOUGHT)[2].strip():
             return
         digest = self._digest(question)
+        with self._lock:
+            if digest in self._known:
+                return
+            self._add(digest, question, answer)
+
+    def _add(self, digest: str, question: Question, answer: Answer) -> None:
         answer = answer._replace(text=answer.text.rpartition(THOUGHT)[2][-KEPT_CHARACTERS:])
         self._known[digest] = answer
         about = {"question": digest, "kind": question.kind, "feature": question.feature, **answer._asdict()}

@@ -7,7 +7,7 @@ judge, on contexts that the explainer never saw. Each round's questions are aske
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from mtc.labels.answers import UnusableAnswer, read_label
 from mtc.labels.budget import Budget
-from mtc.labels.endpoint import Answer
+from mtc.labels.endpoint import Answer, Asking, Known
 from mtc.labels.evidence import RunEvidence
 from mtc.labels.journal import Journal
 from mtc.labels.prompts import Question, explain, prompts_version
@@ -30,8 +30,8 @@ class Asked(Protocol):
 
     model: str
 
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
-        """The answers as they come; questions are drawn as they are needed."""
+    def answers(self, questions: Iterable[Asking]) -> Iterator[tuple[Question, Answer]]:
+        """The answers as they come; questions are drawn as they are needed, and those that are known handed through."""
 
 
 class Progress(NamedTuple):
@@ -200,13 +200,15 @@ class Labeller:
 
         for done, (question, answer) in enumerate(self._ask(questions(), *self._judge), 1):
             self.tell(Progress(JUDGE, done, max(done, round(per_feature * len(features))), self.budget.spent))
-            text = None
-            for j, kind, sheet in open_sheets.pop(question):
-                try:
-                    text = self._count(question, answer) if text is None else text
-                    marks[j, kind].append(mark(sheet, answer._replace(text=text)))
-                except UnusableAnswer as error:
-                    self._failures[str(error)] += 1
+            targets = open_sheets.pop(question)
+            try:
+                text = self._count(question, answer)
+                found = [mark(sheet, answer._replace(text=text)) for _, _, sheet in targets]
+            except UnusableAnswer as error:
+                self._failures[str(error)] += 1
+                found = []
+            for place, (j, kind, _) in enumerate(targets):
+                marks[j, kind] += found[place : place + 1]
                 left[j, kind] -= 1
                 if not left[j, kind]:
                     self._close(j, kind, marks.pop((j, kind), []))
@@ -232,22 +234,22 @@ class Labeller:
 
     def _ask(self, questions: Iterable[Question], asked: Asked, journal: Journal) -> Iterator[tuple[Question, Answer]]:
         """The answers as they come, those that are known already among them; no more than the budget allows."""
-        known: deque[tuple[Question, Answer]] = deque()
 
-        def new() -> Iterator[Question]:
+        def new() -> Iterator[Asking]:
             for question in questions:
                 if (answer := journal.get(question)) is not None:
-                    known.append((question, answer))
-                elif self.budget.take(question):
-                    yield question
+                    yield Known(question, answer)
+                    continue
+                while self.budget.fits(question):
+                    if self.budget.take(question):
+                        yield question
+                        break
+                    yield None
 
         for question, answer in asked.answers(new()):
             journal.add(question, answer)
             self.budget.settle(question, answer)
             yield question, answer
-            while known:
-                yield known.popleft()
-        yield from known
 
     def _count(self, question: Question, answer: Answer) -> str:
         """The answer's text, its tokens counted. Raises UnusableAnswer where there is none."""

@@ -28,6 +28,10 @@ STRENGTHS = 5
 """Shades of the marks on the tokens of a context."""
 BADGE = Markup(' <span class="badge" title="most of its activation falls on massive tokens">massive</span>')
 """What stands behind a feature of massive tokens."""
+BROWSER_SLOT = "<span data-browser></span>"
+"""Where a browser of the run's features puts the link to itself."""
+FEATURE_SLOT = re.compile(r'<a data-feature="(\d+)">(\d*)</a>')
+"""Where it links to a feature, whose number is what the link says, or nothing in the feature's card."""
 _BAR_WIDTH, _BAR_HEIGHT = 14, 60
 
 
@@ -41,7 +45,7 @@ def render_html(document: blocks.Document, pictures: Mapping[str, str]) -> str:
     renderer = Renderer(lambda feature: f"#feature-{feature}" if feature in cards else None, pictures)
     return page.render(
         document=document, style=style, script=script, style_hash=content_hash(style), script_hash=content_hash(script),
-        render=renderer.block, text=renderer.text,
+        render=renderer.block, text=renderer.text, browser=Markup(BROWSER_SLOT),
     )  # fmt: skip
 
 
@@ -57,7 +61,7 @@ class Renderer:
         self._macros: Any = environment().get_template("blocks.html").make_module(
             {"text": self.text, "render": self.block, "plot": self._plot, "places": self._places,
              "marked": self._marked, "in_words": bars_in_words, "note": context_note, "numeric": _numeric,
-             "advice": _advice}
+             "advice": _advice, "slot": _slot}
         )  # fmt: skip
         self._pictures, self._link = pictures or {}, link
 
@@ -76,7 +80,11 @@ class Renderer:
             case blocks.FeatureLink():
                 address = self._link(text.feature)
                 name = escape(str(text.feature))
-                link = name if address is None else Markup('<a href="{}">{}</a>').format(address, name)
+                link = (
+                    _slot(text.feature, name)
+                    if address is None
+                    else Markup('<a href="{}">{}</a>').format(address, name)
+                )
                 return link + BADGE if text.massive else link
             case blocks.Code():
                 return Markup("<code>{}</code>").format(visible(text.text))
@@ -119,6 +127,10 @@ class Renderer:
             template = Markup('<{0} class="a{1}" title="activation {2}">{3}</{0}>')
             parts.append(template.format("b" if i == example.peak else "span", step, number(value), shown))
         return Markup("").join(parts)
+
+
+def _slot(feature: int, text: str = "") -> Markup:
+    return Markup('<a data-feature="{}">{}</a>').format(feature, text)
 
 
 def inline_svg(svg: str, name: str, alternative: str) -> str:

@@ -37,7 +37,13 @@ def bars_in_words(block: blocks.Bars) -> str:
 def context_note(example: blocks.Example) -> str:
     """What stands beside a context: its activation and where it is from."""
     kind = "" if example.quantile is None else f", quantile {number(example.quantile)}"
-    return f"{number(example.activation)}{kind}, document {example.document_id}"
+    place = "" if example.position is None else f", {place_in_window(example.position)}"
+    return f"{number(example.activation)}{kind}{place}, document {example.document_id}"
+
+
+def place_in_window(position: int) -> str:
+    """Where in its window a token stands, and whether the language model saw anything before it."""
+    return f"position {number(position)}" + (" (next to nothing before it)" if position <= 1 else "")
 
 
 def _text(text: blocks.Text) -> str:

@@ -179,6 +179,8 @@ class Example(Record):
     """Activation of the feature on each token of `tokens`, in scaled units."""
     peak: int
     """Index in `tokens` of the token where the activation is strongest."""
+    position: int | None = None
+    """Place of the peak in its window, from 0; None if it was not kept."""
 
 
 class ShownFeature(Record):

@@ -1,6 +1,7 @@
 """Where a run lives: its directory on any file system, checkpoints, the writer's lease, its status."""
 
 from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, CheckpointWriter, NotVisibleError
+from mtc.storage.contexts import CONTEXTS, RandomContexts, Together, own_tokens, relatives
 from mtc.storage.files import LFS_POINTER, StorageError, absolute, filesystem, patiently, write_atomic
 from mtc.storage.hub import is_hub_url, unreachable
 from mtc.storage.labels import LABELS, labels_to_parquet, parse_labels, read_features, read_labels, with_labels
@@ -27,6 +28,7 @@ from mtc.storage.status import describe, run_status
 from mtc.storage.wheels import wheel_files
 
 __all__ = [
+    "CONTEXTS",
     "JOB_COPY",
     "LABELS",
     "LFS_POINTER",
@@ -40,9 +42,11 @@ __all__ = [
     "Manifest",
     "NotVisibleError",
     "Progress",
+    "RandomContexts",
     "RunDirectory",
     "RunError",
     "StorageError",
+    "Together",
     "absolute",
     "cache_directory",
     "check_writable",
@@ -61,6 +65,7 @@ __all__ = [
     "open_layer_run",
     "open_run",
     "output_path",
+    "own_tokens",
     "parse_analysis",
     "parse_labels",
     "patiently",
@@ -70,6 +75,7 @@ __all__ = [
     "publish_whole",
     "read_features",
     "read_labels",
+    "relatives",
     "require_on_hub",
     "require_one_layer",
     "rows_left",

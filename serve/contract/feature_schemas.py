@@ -40,6 +40,13 @@ class FeaturesQuery(BaseModel):
     query: str | None = Field(default=None, min_length=1, max_length=200)
     """Only features that have to do with one of these words or their stems, the most relevant first: by their label, by
     the words on which they fire, by what stands around these, and by the tokens whose logits they raise."""
+    copies: bool | None = None
+    """Only features that are copies of an earlier one (true), or only others (false)."""
+    single_token: bool | None = None
+    """Only features of a single token (true), on which nine tenths of their samples peak at least, or only others
+    (false)."""
+    max_detection: float | None = Field(default=None, ge=0, le=1)
+    """Only features whose label has this score in detection at most; labels without a score do not pass."""
     sort: Figure | Literal["relevance"] | None = None
     """Figure that features are sorted by; equal ones by index. By default the index, with `query` the relevance."""
     order: Literal["ascending", "descending"] = "ascending"
@@ -141,6 +148,8 @@ class ExampleRow(SchemaModel):
     """Share of the uniformly drawn activations that are weaker; null for the strongest."""
     document_id: str
     """Id of the document that the example was found in."""
+    position: int
+    """Place of the peak in its window, from 0; at 0 and 1 the language model saw next to nothing before it."""
     tokens: list[str]
     """Decoded tokens around the peak."""
     activations: list[float]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from serve.service.batching import QueueFullError, TokenBatcher
 from serve.service.catalogue import Catalogue, Entry, SweepError
 from serve.service.circuits import Circuits
-from serve.service.feature_table import FeatureTable, Filters
+from serve.service.feature_table import DENSE, SINGLE_TOKEN, FeatureTable, Filters
 from serve.service.models import Models
 from serve.service.served_run import WEIGHTS, ServedLayer, ServedRun, identities_of
 from serve.service.service import Control, Interventions, Service
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from serve.service.run_encoder import RunEncoder
 
 __all__ = [
+    "DENSE",
+    "SINGLE_TOKEN",
     "WEIGHTS",
     "Catalogue",
     "Circuits",

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,11 +18,15 @@ from numpy.typing import NDArray
 
 from mtc.report.blocks import Block
 from mtc.report.sections.features import feature_blocks
-from mtc.results import AbsorbedFeature, Analysis, Example, Feature, FeatureLabel, SplitFeature
-from mtc.storage import parse_analysis, parse_labels, with_labels
+from mtc.results import AbsorbedFeature, Analysis, Feature, FeatureLabel, SplitFeature
+from mtc.storage import RandomContexts, RunError, parse_analysis, parse_labels, with_labels
 from serve.contract import ServiceError
 from serve.service.search import SearchIndex, open_index
 
+DENSE = 0.1
+"""Share of the tokens from which on a feature that fires on them is dense."""
+SINGLE_TOKEN = 0.9
+"""Share of a feature's samples that peak on one token from which on it is a feature of that token."""
 RULES = "rules"
 """Who made a label that is no language model's."""
 
@@ -36,6 +40,9 @@ class Filters(NamedTuple):
     max_density: float | None = None
     token: str | None = None
     text: str | None = None
+    copies: bool | None = None
+    single_token: bool | None = None
+    max_detection: float | None = None
     features: tuple[int, ...] | None = None
     query: str | None = None
     sort: str = "feature"
@@ -53,6 +60,8 @@ class AnalysisFiles(NamedTuple):
     """analysis.json."""
     labels: bytes | None = None
     """labels.parquet, if a language model was asked."""
+    contexts: Callable[[], bytes] | None = None
+    """Reads contexts.parquet, if there is one."""
 
 
 class FeatureTable:
@@ -70,6 +79,7 @@ class FeatureTable:
         self.named = {row.feature: row for row in parse_labels(files.labels)} if files.labels else {}
         """What a language model made of features, by index."""
         self._table = with_labels(pq.read_table(io.BytesIO(files.features)), list(self.named.values()))
+        self._run_id, self._read_contexts = run_id, files.contexts
         self._examples, self._metadata = files.examples, pq.read_metadata(io.BytesIO(files.examples))
         groups = range(self._metadata.num_row_groups)
         statistics = [self._metadata.row_group(i).column(0).statistics for i in groups]
@@ -92,7 +102,29 @@ class FeatureTable:
 
     def feature(self, index: int) -> Feature:
         """A feature's row. Raises ServiceError 404 if there is none."""
-        return Feature.model_validate(_plain(self._table.slice(self._check(index), 1).to_pylist()[0]))
+        return Feature.model_validate(_plain(self.row(index)))
+
+    def row(self, index: int) -> dict[str, Any]:
+        """A feature's row of features.parquet, with the label that it goes by. Raises ServiceError 404 if there is
+        none."""
+        row: dict[str, Any] = self._table.slice(self._check(index), 1).to_pylist()[0]
+        return row
+
+    @cached_property
+    def contexts(self) -> RandomContexts | None:
+        """Random contexts with all that fires in them, read when they are first asked for; None of runs without. Raises
+        ServiceError 409 if they can't be read."""
+        if self._read_contexts is None:
+            return None
+        try:
+            return RandomContexts(self._read_contexts())
+        except (RunError, ValueError) as error:
+            message = f"the random contexts of {self._run_id} can't be read: {error}"
+            raise ServiceError(409, "run_unusable", message) from error
+
+    def count(self, filters: Filters) -> int:
+        """How many features pass the filters."""
+        return len(self._found(filters))
 
     @cached_property
     def labels(self) -> list[str | None]:
@@ -115,14 +147,13 @@ class FeatureTable:
         tree = self.analysis.tree
         return [a for a in tree.absorptions if index in (a.parent, a.child)] if tree else []
 
-    def blocks(self, index: int, examples: Sequence[dict[str, Any]]) -> tuple[Block, ...]:
-        """As in the report, with these examples."""
+    def blocks(self, index: int) -> tuple[Block, ...]:
+        """Its figures as in the report, without examples and logit effects."""
         figures, analysis = self.feature(index), self.analysis
         near = [n.feature for n in figures.neighbours] + ([figures.parent.feature] if figures.parent else [])
         names = {i: label for i in (*near, *figures.children) if (label := self.labels[i]) is not None}
-        shown = tuple(Example.model_validate({n: e[n] for n in Example.model_fields}) for e in examples)
         with_tree, own = analysis.tree is not None, self.labels_of(index)
-        return feature_blocks(figures, shown, analysis.activation_edges, with_tree, names, own)
+        return feature_blocks(figures, (), analysis.activation_edges, with_tree, names, own, effects=False)
 
     def examples(self, index: int, kind: str | None, offset: int, limit: int) -> tuple[list[dict[str, Any]], int]:
         """Examples of one feature and how many there are; reads only the parts of the file that have it."""
@@ -130,7 +161,7 @@ class FeatureTable:
         groups = [i for i, (first, last) in enumerate(self._borders) if first <= index <= last]
         if not groups:
             return [], 0
-        columns = ["feature", "kind", "rank", "activation", "quantile", "document_id", "context_tokens"]
+        columns = ["feature", "kind", "rank", "activation", "quantile", "document_id", "position", "context_tokens"]
         table = self._reader().read_row_groups(
             groups, [*columns, "context_activations", "peak_index"], use_threads=False
         )
@@ -160,6 +191,12 @@ class FeatureTable:
             wanted &= self._column("group") == filters.group
         if filters.massive is not None:
             wanted &= np.isin(np.arange(len(self)), self.analysis.massive_indices) == filters.massive
+        if filters.copies is not None:
+            wanted &= np.array([of is not None for of in self._table["copy_of"].to_pylist()], bool) == filters.copies
+        if filters.single_token is not None:
+            wanted &= self._single_token == filters.single_token
+        if filters.max_detection is not None:
+            wanted &= self._detections <= filters.max_detection  # NaN, of those without a score, is not
         if filters.min_density is not None:
             wanted &= density >= filters.min_density
         if filters.max_density is not None:
@@ -201,6 +238,21 @@ class FeatureTable:
         return table["feature"].combine_chunks(), pa.array(
             [text.casefold() for text in joined.to_pylist()], pa.string()
         )
+
+    @cached_property
+    def _single_token(self) -> NDArray[np.bool_]:
+        most = [many[0]["count"] if many else 0 for many in self._table["top_tokens"].to_pylist()]
+        samples = self._column("samples")
+        return (samples > 0) & (np.array(most) >= SINGLE_TOKEN * samples)
+
+    @property
+    def scored(self) -> bool:
+        """Whether any label has a score in detection."""
+        return bool(np.isfinite(self._detections).any())
+
+    @cached_property
+    def _detections(self) -> NDArray[np.float64]:
+        return np.array([self._detection(i) for i in range(len(self))], np.float64)
 
     @cached_property
     def _tokens(self) -> list[list[str]]:

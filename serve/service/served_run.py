@@ -11,13 +11,13 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple, Self
 
 import fsspec
 
 from mtc.config import RunConfig
-from mtc.storage import LABELS, Manifest, RunDirectory, RunError
+from mtc.storage import CONTEXTS, LABELS, Manifest, RunDirectory, RunError
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
 from serve.service.tokenising import Tokeniser
@@ -92,7 +92,10 @@ class ServedRun:
         optional = [LABELS] if place + LABELS in self.manifest.files else []
         names = [place + name for name in (*ANALYSIS, *optional)]
         state = " ".join(self.manifest.files[name].sha256 for name in (place + WEIGHTS, *names))
-        return FeatureTable((self.key.run_id + f"/{place}").rstrip("/"), state, AnalysisFiles(*map(self.read, names)))
+        features, examples, analysis, *labels = map(self.read, names)
+        contexts = partial(self.read, place + CONTEXTS) if place + CONTEXTS in self.manifest.files else None
+        files = AnalysisFiles(features, examples, analysis, labels[0] if labels else None, contexts)
+        return FeatureTable((self.key.run_id + f"/{place}").rstrip("/"), state, files)
 
 
 class ServedLayer:
@@ -129,13 +132,17 @@ class ServedLayer:
         return other
 
     @property
+    def has_analysis(self) -> bool:
+        """Whether there is anything to read of its features."""
+        return not self._missing
+
+    @property
     def analysed(self) -> FeatureTable:
         """The analysis of its features, read when it is first asked for.
 
         Raises ServiceError: 404 if there is none, 409 if it can't be read.
         """
-        missing = [name for name in ANALYSIS if self.place + name not in self.run.manifest.files]
-        if missing:
+        if missing := self._missing:
             message = f"{self._words} has no analysis of its features (no {', '.join(missing)})"
             raise ServiceError(404, "not_analysed", message)
         try:
@@ -143,6 +150,10 @@ class ServedLayer:
         except (RunError, ValueError) as error:
             message = f"the analysis of {self._words} can't be read: {error}"
             raise ServiceError(409, "run_unusable", message) from error
+
+    @property
+    def _missing(self) -> list[str]:
+        return [name for name in ANALYSIS if self.place + name not in self.run.manifest.files]
 
     @property
     def _words(self) -> str:

@@ -277,7 +277,8 @@ def test_features_agree_with_json(page: Page, data: Any, files: Files) -> None:
         assert titles == [number(e["activation"]) for e in shown["examples"]]
         for e in shown["examples"]:
             quantile = "" if e["quantile"] is None else f", quantile {number(e['quantile'])}"
-            assert f"{number(e['activation'])}{quantile}, document {e['document_id']}" in card.text
+            place = f"position {e['position']} (next to nothing before it)"  # all are at 1
+            assert f"{number(e['activation'])}{quantile}, {place}, document {e['document_id']}" in card.text
 
 
 def edges(data: Any) -> tuple[list[float], list[float]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -271,8 +272,14 @@ def test_report_by_accept(client: httpx.Client, runs: list[RunDirectory]) -> Non
         ("text/*;q=0.5, application/json;q=0.4", "md", "text/markdown; charset=utf-8"),
     ]:  # fmt: skip
         answer = client.get("/report", headers={"Accept": accept})
-        assert answer.content == (directory / f"layer1_analysis_report.{name}").read_bytes(), accept
-        assert (answer.headers["content-type"], answer.headers["vary"]) == (kind, "Accept")
+        # httpx takes gzip, and unpacks it.
+        assert answer.headers["content-encoding"] == "gzip"
+        assert without_links(answer.content) == (directory / f"layer1_analysis_report.{name}").read_bytes(), accept
+        assert (answer.headers["content-type"], answer.headers["vary"]) == (kind, "Accept, Accept-Encoding")
+        for encoding in ("identity", "gzip;q=0", "br, gzip; q=0.0"):
+            plain = client.get("/report", headers={"Accept": accept, "Accept-Encoding": encoding})
+            assert "content-encoding" not in plain.headers
+            assert plain.content == answer.content
         again = client.get("/report", headers={"Accept": accept, "If-None-Match": answer.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
     assert client.get("/report", headers={"Accept": "image/png"}).status_code == 406
@@ -281,6 +288,26 @@ def test_report_by_accept(client: httpx.Client, runs: list[RunDirectory]) -> Non
             answer = client.get(f"/report/files/{file.relative_to(directory)}")
             assert answer.content == file.read_bytes()
     assert client.get("/report", params={"model": "bare"}).text == "# Report\n"
+
+
+def without_links(page: bytes) -> bytes:
+    """The report's page as the file has it: what the service puts into it starts with an address of its own."""
+    page = re.sub(rb'<p><a href="/ui/features[^<]*</a></p>', b"<span data-browser></span>", page)
+    page = re.sub(rb'(<a data-feature="\d+") href="[^"]*">Feature \d+ in the feature browser<', rb"\1><", page)
+    return re.sub(rb'(<a data-feature="\d+") href="[^"]*"', rb"\1", page)
+
+
+def test_the_report_leads_to_features_and_back(client: httpx.Client, rows: list[dict[str, Any]]) -> None:
+    page = client.get("/report", headers={"Accept": "text/html"}).text
+    assert page.count('<a href="/ui/features?model=one">Feature browser</a>') == 1
+    found = re.findall(r'<a data-feature="(\d+)" href="/ui/feature/(\d+)\?model=one">([^<]*)</a>', page)
+    shown = [int(feature) for feature in re.findall(r'<div id="feature-(\d+)" class="inside">', page)]
+    cards = [int(feature) for feature, _, text in found if text == f"Feature {feature} in the feature browser"]
+    assert cards == shown != []
+    # Of the others, which have no card in the report, every number that is said leads there.
+    assert "data-feature" not in re.sub(r'<a data-feature="\d+" href', "", page)
+    assert all(feature == target and text.endswith(("browser", feature)) for feature, target, text in found)
+    assert client.get("/ui/feature/3", params={"model": "one"}).status_code == 200
 
 
 def test_info_and_runs(client: httpx.Client, runs: list[RunDirectory]) -> None:

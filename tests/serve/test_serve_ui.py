@@ -202,7 +202,7 @@ def test_pages_fit_and_axe_finds_nothing_serious(tab: chromium.Page, url: str, w
     tab.wait("document.querySelector('#of-token table')")
     tab.click("#of-token tbody th a")
     tab.wait("document.querySelector('#feature article')")
-    pages = ["", "/ui/features", "/ui/feature/3", "/ui/feature/8?examples=500", "/ui/feature/10"]
+    pages = ["", "/ui/features", "/ui/doubtful", "/ui/feature/3", "/ui/feature/8?examples=500", "/ui/feature/10"]
     for path in pages:
         if path:
             tab.open(url + path, width, 900, scheme)
@@ -267,6 +267,19 @@ def test_features_are_filtered_and_read(tab: chromium.Page, url: str) -> None:
     assert "90 % of its activation and 19.8 % of its firings fall on them" in texts(tab, "article")[0]
 
 
+def test_a_text_is_tried_without_the_server_seeing_it(tab: chromium.Page, url: str) -> None:
+    tab.open(f"{url}/ui/feature/3", 1280, 900, "light")
+    tab.click("#try-text")
+    tab.type("a & b\u00e9=#1")
+    tab.press(*ENTER)
+    tab.wait("location.pathname === '/ui' && location.hash.length > 1")
+    sent = "Object.fromEntries(new URLSearchParams(location.hash.slice(1)))"
+    assert tab.evaluate("location.search") == "?model=one"
+    assert {"text": "a & b\u00e9=#1", "feature": "3"}.items() <= tab.evaluate(sent).items()
+    asked = [e["request"]["url"] for method, e in tab.events if method == "Network.requestWillBeSent"]
+    assert not any("b%C3%A9" in address.partition("#")[0] for address in asked)
+
+
 def test_hostile_labels_are_shown_as_text(tab: chromium.Page, tmp_path: Path) -> None:
     label = "'<img src=x onerror=alert(1)>|`' \u202e\n<script>alert(1)</script> & {{ 1 }}"
     run = make_analysed_run(tmp_path / "one")
@@ -301,7 +314,7 @@ def test_runs_are_picked(tab: chromium.Page, url: str) -> None:
     tab.wait(DONE)
     result = encoded(url, "We the people of the United States, in order to form a more perfect union", model="two")
     assert figures(tab) == pytest.approx(means(result), rel=1e-3)
-    assert tab.evaluate("document.querySelector('nav a:nth-child(4)').href") == f"{url}/report?model=two"
+    assert tab.evaluate("document.querySelector('nav a:nth-child(5)').href") == f"{url}/report?model=two"
 
 
 def test_layers_are_picked(tab: chromium.Page, tmp_path: Path) -> None:

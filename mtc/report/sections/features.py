@@ -121,6 +121,7 @@ def feature_cards(analysis: Analysis) -> Section:
 def feature_blocks(
     f: Feature, examples: tuple[Example, ...], edges: tuple[float, ...], with_tree: bool,
     names: Mapping[int, str] = MappingProxyType({}), labels: FeatureLabel | None = None,
+    effects: bool = True,
 ) -> tuple[Block, ...]:  # fmt: skip
     """All about one feature.
 
@@ -129,6 +130,7 @@ def feature_blocks(
         with_tree: whether parents were looked for.
         names: labels of other features, to stand beside their indices in short.
         labels: what a language model made of the feature, if it was asked.
+        effects: whether logit effects are told in words.
     """
 
     def named(feature: int) -> tuple[Piece, ...]:
@@ -160,8 +162,7 @@ def feature_blocks(
             (
                 *(describe_label(labels) if labels else [("Label: ", maybe_label(f.label))]),
                 ("Top tokens: ", *tokens),
-                ("Raises the logits of: ", *_effects(f.positive_logits)),
-                ("Lowers the logits of: ", *_effects(f.negative_logits)),
+                *(_logits(f) if effects else []),
                 ("Nearest features (decoder cosine): ", *near),
                 ("Parent: ", *(_parent(named(f.parent.feature), f.parent) if f.parent else (no_parent,))),
                 ("Children: ", *(listed([named(c) for c in f.children]) or ("none",))),
@@ -195,6 +196,13 @@ def _particulars(f: Feature) -> list[Text]:
     if f.copy_of is not None:
         found.append(("Copy of: ", FeatureLink(f.copy_of)))
     return found
+
+
+def _logits(f: Feature) -> list[Text]:
+    return [
+        ("Raises the logits of: ", *_effects(f.positive_logits)),
+        ("Lowers the logits of: ", *_effects(f.negative_logits)),
+    ]
 
 
 def _effects(effects: tuple[LogitEffect, ...] | None) -> tuple[Piece, ...]:

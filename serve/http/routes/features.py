@@ -61,6 +61,7 @@ async def examples(
 def filters(query: FeaturesQuery) -> Filters:
     return Filters(
         query.group, query.massive, query.min_density, query.max_density, query.token, query.text,
+        query.copies, query.single_token, query.max_detection,
         tuple(query.feature) if query.feature else None, query.query,
         query.sort or ("relevance" if query.query else "feature"), query.order == "descending",
     )  # fmt: skip

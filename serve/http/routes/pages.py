@@ -8,26 +8,24 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 from starlette.responses import RedirectResponse
 
-from mtc.report.blocks import Branch, Branches, FeatureLink, Heading, Items, Label, with_badges
 from mtc.report.graph_page import GRAPH_SCRIPTS
-from mtc.report.html import BADGE, Renderer
-from mtc.results import number, percent
+from mtc.report.html import BADGE
 from serve.contract import FeaturesQuery, ServiceError
 from serve.http.access import COOKIE, same_origin
 from serve.http.bodies import read_form
+from serve.http.doubtful_page import doubted, list_of
 from serve.http.errors import invalid
+from serve.http.feature_page import ALL, content
 from serve.http.pages import query, render, static_files
 from serve.http.routes.common import Layer, Model, TheService
 from serve.http.routes.features import Index, analysed, filters
-from serve.service import FeatureTable, ServedLayer, Service
+from serve.service import ServedLayer, Service
 
 router = APIRouter(include_in_schema=False)
 
-FEW_EXAMPLES = 12
-"""Of each kind, until all are asked for."""
 _HERE = re.compile(r"/(?![/\\])[!-\[\]-~]*")
 """An address on this server: no host, no character that browsers read as another."""
 
@@ -58,20 +56,45 @@ async def features(request: Request, service: TheService) -> Response:
         "features.html", **frame, wanted=wanted, rows=rows,
         total=total, groups=range(len(own.prefixes)), next_page=query(**asked, cursor=after) if after else None,
         first_page=query(**asked) if wanted.cursor else None, badge=BADGE,
-        analysed_tokens=table.analysis.summary.analysed_tokens, labelled=bool(table.named),
+        analysed_tokens=table.analysis.summary.analysed_tokens, labelled=bool(table.named), scored=table.scored,
     )  # fmt: skip
 
 
 @router.get("/ui/feature/{feature}")
 async def feature(
     request: Request, service: TheService, feature: Index, model: Model = None, layer: Layer = None,
-    examples: Annotated[int, Query(ge=0, le=500)] = FEW_EXAMPLES,
+    examples: Annotated[int | None, Query(ge=1, le=ALL)] = None,
+    context: Annotated[int | None, Query(ge=1, le=ALL), BeforeValidator(lambda given: given or None)] = None,
 ) -> Response:  # fmt: skip
-    """All that is known of one feature."""
+    """All that is known of one feature; `examples` of each part, with `context` tokens on each side of the peak."""
     own, table = await analysed(service, model, layer)
-    content = await asyncio.to_thread(_content, table, feature, examples, query(model=model, layer=layer))
+    link = query(model=model, layer=layer)
+    shown = await asyncio.to_thread(content, table, feature, examples, context, link)
     frame = await _frame(request, service, own, "feature", model, layer)
-    return render("feature.html", **frame | {"address": f"/ui/feature/{feature}"}, feature=feature, **content)
+    return render(
+        "feature.html", **frame | {"address": f"/ui/feature/{feature}"}, feature=feature, examples=examples, **shown
+    )
+
+
+@router.get("/ui/feature")
+async def go_to_feature(
+    feature: Annotated[int, Query(ge=0, lt=1 << 31)], model: Model = None, layer: Layer = None
+) -> Response:  # fmt: skip
+    """To the page of the feature that a form names."""
+    return RedirectResponse(f"/ui/feature/{feature}{query(model=model, layer=layer)}", 303)
+
+
+@router.get("/ui/doubtful")
+async def doubtful(request: Request, service: TheService, model: Model = None, layer: Layer = None) -> Response:
+    """Features of no, little or doubtful meaning, counted by kind."""
+    own, table = await analysed(service, model, layer)
+    groups = range(len(own.prefixes))
+    frame = await _frame(request, service, own, "doubtful", model, layer)
+    return render(
+        "doubtful.html", **frame, features=len(table), groups=groups, list_of=list_of,
+        doubted=await asyncio.to_thread(doubted, table, len(groups)),
+        analysed_tokens=table.analysis.summary.analysed_tokens,
+    )  # fmt: skip
 
 
 @router.get("/ui/graph")
@@ -147,67 +170,12 @@ async def _frame(
     kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What every page shows around its content; `kept` are parameters that hold for another layer, too."""
-    page = {"features": "/ui/features", "graph": "/ui/graph"}.get(here, "/ui")
+    page = {"features": "/ui/features", "graph": "/ui/graph", "doubtful": "/ui/doubtful"}.get(here, "/ui")
     return {
         "run": own.identity, "runs": await service.listed_runs(), "here": here, "model": model, "layer": layer,
         "served": own.run.key.run_id, "layers": list(own.run.layers), "page": page, "address": page,
         "kept": kept or {}, "with_keys": request.app.state.keys is not None,
     }  # fmt: skip
-
-
-def _content(table: FeatureTable, feature: int, limit: int, link: str) -> dict[str, Any]:
-    """One feature as in the report, and what is around it in the tree; `link` ends the addresses of others."""
-    examples, totals = [], {}
-    for kind in ("top", "sample"):
-        rows, totals[kind] = table.examples(feature, kind, 0, limit)
-        examples += rows
-    renderer = Renderer(lambda index: f"/ui/feature/{index}{link}")
-    blocks = list(table.blocks(feature, examples))
-    place = len(blocks) - (1 if examples else 0)  # before the contexts, of which there are many
-    blocks[place:place] = [*_tree(table, feature), *_candidates(table, feature), Heading("Contexts")]
-    figures = table.feature(feature)
-    return {
-        "figures": figures, "badge": BADGE if figures.massive else "",
-        "blocks": [renderer.block(with_badges(block, table.analysis.massive_indices)) for block in blocks],
-        "more": max(totals.values()) if max(totals.values()) > limit else None,
-    }  # fmt: skip
-
-
-def _tree(table: FeatureTable, feature: int) -> list[Branches | Heading]:
-    """Its parent with that one's children, and its own."""
-    figures = table.feature(feature)
-    family = table.feature(figures.parent.feature) if figures.parent else None
-
-    def name(index: int) -> tuple[Any, ...]:
-        label = table.labels[index]
-        return (FeatureLink(index), *((" ", Label(label)) if label is not None else ()))
-
-    def twigs(indices: tuple[int, ...]) -> tuple[Any, ...]:
-        shown = [(*name(i), " (this one)") if i == feature else name(i) for i in indices[:FEW_EXAMPLES]]
-        left = len(indices) - len(shown)
-        return (*shown, f"and {number(left)} more") if left else tuple(shown)
-
-    branches = []
-    if family:
-        others = tuple(i for i in family.children if i != feature)
-        branches.append(Branch(("Parent ", *name(family.feature)), twigs((feature, *others))))
-    if figures.children:
-        branches.append(Branch(("This one ", *name(feature)), twigs(figures.children)))
-    return [Heading("In the nested tree"), Branches(tuple(branches))] if branches else []
-
-
-def _candidates(table: FeatureTable, feature: int) -> list[Items | Heading]:
-    items: list[Any] = []
-    for split in table.splits(feature):
-        children = [piece for child in split.children for piece in (" ", FeatureLink(child))]
-        shares = f"; a child fires on {percent(split.coverage)} of its tokens, two or more on {percent(split.overlap)}"
-        head = ("Splitting candidate: feature ", FeatureLink(split.feature), " divides into")
-        items.append((*head, *children, f"{shares} of these."))
-    for pair in table.absorption(feature):
-        count = f" is silent on {number(pair.absorbed)} of {number(pair.expected)} tokens on which feature "
-        names = FeatureLink(pair.parent), FeatureLink(pair.child)
-        items.append(("Absorption candidate: feature ", names[0], count, names[1], " fires and it should, too."))
-    return [Heading("Splitting and absorption"), Items(tuple(items))] if items else []
 
 
 def _here(address: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from mtc.report.html import BROWSER_SLOT, FEATURE_SLOT
 from mtc.results import LAYERS_REPORT, report_names
 from serve.contract import ServiceError
 from serve.http.media_types import HTML, JSON, MARKDOWN, media_type_of
@@ -28,6 +31,8 @@ PAGE = (
 """For the report, which forbids all scripts but its own by their digest itself, and has no rights here."""
 PICTURE = "sandbox; default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 """For SVG files: their scripts do not run."""
+_GZIP = re.compile(r"(^|,)\s*(gzip|\*)\s*(;\s*q=(?!0(\.0*)?\s*(,|$))[\d.]+\s*)?(,|$)")
+"""In Accept-Encoding of those who take gzip."""
 _FORMS = {
     200: {
         "content": {
@@ -51,12 +56,17 @@ async def report(request: Request, service: TheService, model: Model = None, lay
     names = LAYERS_REPORT if isinstance(asked, ServedRun) else report_names(asked.number)
     forms = {MARKDOWN: names.markdown, HTML: names.html, JSON: names.json}
     media_type = wanted(request, tuple(forms))
-    headers = {"Vary": "Accept"} | ({"Content-Security-Policy": PAGE} if media_type == HTML else {})
+    headers = {"Vary": "Accept, Accept-Encoding"} | ({"Content-Security-Policy": PAGE} if media_type == HTML else {})
     answer = await _file(request, asked, forms[media_type], media_type, headers)
-    if media_type == HTML and isinstance(asked, ServedRun) and answer.status_code == 200:
-        body = _with_links(asked, bytes(answer.body))
-        return Response(body, media_type=media_type, headers=headers | {"ETag": answer.headers["ETag"]})
-    return answer
+    if answer.status_code != 200:
+        return answer
+    body, headers = bytes(answer.body), headers | {"ETag": answer.headers["ETag"]}
+    if media_type == HTML:
+        body = await asyncio.to_thread(_with_links, asked, body)
+    if _GZIP.search(request.headers.get("accept-encoding", "").lower()):
+        body = await asyncio.to_thread(gzip.compress, body, mtime=0)
+        headers |= {"Content-Encoding": "gzip", "ETag": f"W/{headers['ETag']}"}
+    return Response(body, media_type=media_type, headers=headers)
 
 
 @router.get(
@@ -91,10 +101,26 @@ async def _file(
     return Response(await asyncio.to_thread(run.read, name), media_type=media_type, headers=headers)
 
 
-def _with_links(run: ServedRun, page: bytes) -> bytes:
-    """The page, whose links to the layers' reports are of files in the run's directory, with this service's."""
-    for layer, own in run.layers.items():
-        file = f'href="../{own.place}report/{report_names(layer).html}"'
-        here = f'href="/report{query(model=run.key.run_id, layer=layer)}"'
-        page = page.replace(file.encode(), here.replace("&", "&amp;").encode())
+def _with_links(asked: ServedRun | ServedLayer, page: bytes) -> bytes:
+    """The page with links to the feature browser, and of all layers with this service's reports of each, where it has
+    files in the run's directory."""
+    run, own = (asked, asked.default) if isinstance(asked, ServedRun) else (asked.run, asked)
+    for layer, each in run.layers.items():
+        file = f'href="../{each.place}report/{report_names(layer).html}"'
+        page = page.replace(file.encode(), f'href="{_address("/report", run, layer)}"'.encode())
+    if own.has_analysis:
+        browser = f'<p><a href="{_address("/ui/features", run, own.number)}">Feature browser</a></p>'
+        page = page.replace(BROWSER_SLOT.encode(), browser.encode(), 1)
+        if own is asked:
+            page = FEATURE_SLOT.sub(lambda found: _link(run, own.number, *found.groups()), page.decode()).encode()
     return page
+
+
+def _link(run: ServedRun, layer: int, feature: str, text: str) -> str:
+    address = _address(f"/ui/feature/{feature}", run, layer)
+    return f'<a data-feature="{feature}" href="{address}">{text or f"Feature {feature} in the feature browser"}</a>'
+
+
+def _address(path: str, run: ServedRun, layer: int) -> str:
+    several = len(run.layers) > 1
+    return path + query(model=run.key.run_id, layer=layer if several else None).replace("&", "&amp;")

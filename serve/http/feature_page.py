@@ -1,0 +1,197 @@
+"""What the page of one feature shows: figures as in the report, its place in the tree, contexts and near misses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from mtc.report.blocks import (
+    Block,
+    Branch,
+    Branches,
+    Contexts,
+    FeatureLink,
+    Items,
+    Label,
+    Paragraph,
+    Piece,
+    Table,
+    with_badges,
+)
+from mtc.report.html import BADGE, Renderer
+from mtc.report.markdown import place_in_window
+from mtc.results import Example, Feature, LogitEffect, number, percent
+from serve.service import DENSE, FeatureTable
+from serve.service.surroundings import NearMiss, near_misses, together
+
+STRONGEST, OF_FIFTH = 12, 4
+"""Contexts that are shown until all are asked for: the strongest, and some of each fifth of the drawn ones."""
+ALL = 500
+"""More contexts than a feature has of a kind."""
+FIFTHS = 5
+_NAMES = ("strongest", "second", "middle", "fourth", "weakest")
+REACHES = (2, 5, 10, 20)
+"""Tokens on each side of a peak that one can choose, if more are stored."""
+FEW_RELATIVES = 12
+"""Children of a feature that are named in the tree."""
+
+
+class Section(NamedTuple):
+    """A part of the page."""
+
+    title: str | None
+    """Its heading; None of the first part."""
+    blocks: list[Markup]
+
+
+def content(table: FeatureTable, feature: int, examples: int | None, reach: int | None, link: str) -> dict[str, Any]:
+    """The values of the page's template.
+
+    Args:
+        examples: most contexts of each part; None for a few.
+        reach: most tokens on each side of a peak; None for all that are stored.
+        link: what ends the addresses of other features.
+    """
+    renderer = Renderer(lambda index: f"/ui/feature/{index}{link}")
+
+    def section(title: str | None, *blocks: Block) -> Section:
+        massive = table.analysis.massive_indices
+        return Section(title, [renderer.block(with_badges(block, massive)) for block in blocks])
+
+    figures = table.feature(feature)
+    top, sample = (table.examples(feature, kind, 0, ALL)[0] for kind in ("top", "sample"))
+    parts = [("The strongest", top, top[: examples or STRONGEST])] if top else []
+    for fifth, rows in enumerate(_fifths(sample)):
+        if rows:
+            parts.append((_title(fifth, rows), rows, _spread(rows, examples or OF_FIFTH)))
+    sizes = [max(e["peak"], len(e["tokens"]) - 1 - e["peak"]) for e in (*top, *sample)]
+    return {
+        "figures": figures, "massive": BADGE if figures.massive else "", "dense": figures.density >= DENSE,
+        "last": len(table) - 1, "effects": _effects(figures),
+        "sections": [
+            section(None, *table.blocks(feature)),
+            *(section(title, *blocks) for title, blocks in _around(table, feature) if blocks),
+        ],
+        "contexts": [
+            section(title, Contexts(tuple(_example(row, reach) for row in shown), figures.max_activation))
+            for title, _, shown in parts
+        ],
+        "near_misses": [_shown(table, renderer, each, reach) for each in near_misses(table, feature)],
+        "reach": reach, "reaches": [n for n in REACHES if n < max(sizes, default=0) and n != reach],
+        "more": ALL if any(len(shown) < len(rows) for _, rows, shown in parts) else None,
+    }  # fmt: skip
+
+
+def _around(table: FeatureTable, feature: int) -> list[tuple[str, list[Block]]]:
+    return [
+        ("In the nested tree", _tree(table, feature)),
+        ("Splitting and absorption", _candidates(table, feature)),
+        ("Fires together with", _together(table, feature)),
+    ]
+
+
+def _tree(table: FeatureTable, feature: int) -> list[Block]:
+    """Its parent with that one's children, and its own."""
+    figures = table.feature(feature)
+    family = table.feature(figures.parent.feature) if figures.parent else None
+
+    def twigs(indices: tuple[int, ...]) -> tuple[Any, ...]:
+        shown = [(*_name(table, i), " (this one)") if i == feature else _name(table, i) for i in indices]
+        left = len(indices) - FEW_RELATIVES
+        return (*shown[:FEW_RELATIVES], f"and {number(left)} more") if left > 0 else tuple(shown)
+
+    branches = []
+    if family:
+        others = tuple(i for i in family.children if i != feature)
+        branches.append(Branch(("Parent ", *_name(table, family.feature)), twigs((feature, *others))))
+    if figures.children:
+        branches.append(Branch(("This one ", *_name(table, feature)), twigs(figures.children)))
+    return [Branches(tuple(branches))] if branches else []
+
+
+def _candidates(table: FeatureTable, feature: int) -> list[Block]:
+    items: list[Any] = []
+    for split in table.splits(feature):
+        children = [piece for child in split.children for piece in (" ", FeatureLink(child))]
+        shares = f"; a child fires on {percent(split.coverage)} of its tokens, two or more on {percent(split.overlap)}"
+        head = ("Splitting candidate: feature ", FeatureLink(split.feature), " divides into")
+        items.append((*head, *children, f"{shares} of these."))
+    for pair in table.absorption(feature):
+        count = f" is silent on {number(pair.absorbed)} of {number(pair.expected)} tokens on which feature "
+        names = FeatureLink(pair.parent), FeatureLink(pair.child)
+        items.append(("Absorption candidate: feature ", names[0], count, names[1], " fires and it should, too."))
+    return [Items(tuple(items))] if items else []
+
+
+def _together(table: FeatureTable, feature: int) -> list[Block]:
+    rows = together(table, feature)
+    if not rows or table.contexts is None:
+        return []
+    told = (
+        f"By correlation, over the {number(table.contexts.num_tokens)} tokens of {number(len(table.contexts))} random "
+        "contexts. Lift is how many times more tokens they share than they would by chance."
+    )
+    headers = ("Feature", "Shared tokens", "Lift", "Correlation")
+    figures = [(_name(table, r.feature), number(r.shared), number(r.lift), number(r.correlation)) for r in rows]
+    return [Paragraph(told), Table("Features that fire on the same tokens", headers, tuple(figures))]
+
+
+def _name(table: FeatureTable, index: int) -> tuple[Piece, ...]:
+    label = table.labels[index]
+    return (FeatureLink(index), *((" ", Label(label)) if label is not None else ()))
+
+
+def _fifths(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Uniformly drawn examples by fifth of their activations, the strongest fifth first, the strongest of it first."""
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(FIFTHS)]
+    for row in sorted(rows, key=lambda row: -row["activation"]):
+        parts[FIFTHS - 1 - min(FIFTHS - 1, int(row["quantile"] * FIFTHS))].append(row)
+    return parts
+
+
+def _title(fifth: int, rows: Sequence[dict[str, Any]]) -> str:
+    weakest, strongest = number(rows[-1]["activation"]), number(rows[0]["activation"])
+    between = f"{weakest} to {strongest}" if weakest != strongest else strongest
+    return f"Drawn uniformly: the {_NAMES[fifth]} fifth, {between}"
+
+
+def _spread(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many of the rows, at even distances, the first among them."""
+    return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows
+
+
+def _example(row: dict[str, Any], reach: int | None) -> Example:
+    start, end = _cut(row["peak"], len(row["tokens"]), reach)
+    own = {name: row[name] for name in ("kind", "activation", "quantile", "document_id", "position")}
+    tokens, activations = (tuple(row[name][start:end]) for name in ("tokens", "activations"))
+    return Example(**own, tokens=tokens, activations=activations, peak=row["peak"] - start)
+
+
+def _cut(peak: int, length: int, reach: int | None) -> tuple[int, int]:
+    """First and end of the tokens around a peak that are shown."""
+    return (0, length) if reach is None else (max(0, peak - reach), min(length, peak + reach + 1))
+
+
+def _shown(table: FeatureTable, renderer: Renderer, near: NearMiss, reach: int | None) -> dict[str, Any]:
+    start, end = _cut(near.marked[0], len(near.tokens), reach)
+    why: tuple[Piece, ...] = ("a token of its own is marked",)
+    if near.relative is not None and near.activation is not None:
+        why = (*_name(table, near.relative), f" fires where it is marked, up to {number(near.activation)}")
+    why = (*why, f", {place_in_window(near.position)}, document {near.document_id}")
+    return {
+        "tokens": [(near.tokens[i], i in near.marked) for i in range(start, end)],
+        "why": renderer.text(with_badges(why, table.analysis.massive_indices)),
+    }
+
+
+def _effects(figures: Feature) -> list[tuple[str, list[tuple[LogitEffect, float]]]]:
+    """Both tables of logit effects, each effect with its bar's length in percent; nothing if they were not measured."""
+    tables = [("Raises the logits of", figures.positive_logits), ("Lowers the logits of", figures.negative_logits)]
+    most = max((abs(e.value) for _, effects in tables for e in effects or ()), default=0.0)
+    return [
+        (title, [(e, round(100 * abs(e.value) / most, 1) if most else 0.0) for e in effects])
+        for title, effects in tables
+        if effects
+    ]
