@@ -29,8 +29,17 @@ from jobs.command_line import add_options, failed
 from mtc.config import ConfigError
 from mtc.errors import MtcError
 from mtc.report import write_report
-from mtc.results import Analysis, Labelling, number
-from mtc.storage import LABELS, Lease, RunDirectory, labels_to_parquet, load_analysis, open_run, publish_whole
+from mtc.results import Analysis, FeatureLabel, Labelling, number
+from mtc.storage import (
+    LABELS,
+    Lease,
+    RunDirectory,
+    labels_to_parquet,
+    load_analysis,
+    open_run,
+    publish_whole,
+    read_labels,
+)
 from mtc.telemetry import configure, fail, say, set_run
 
 if TYPE_CHECKING:
@@ -105,18 +114,17 @@ def label(options: argparse.Namespace, whole: RunDirectory, members: Mapping[str
     settings = Settings(
         options.seed, options.prefix, None if options.scored == "all" else options.scored, options.simulation
     )
-    evidence: dict[str, RunEvidence] = {}
-    for name, run in members.items():
-        evidence[name] = RunEvidence(run, settings.seed)
-        tell_cost(estimate(evidence[name], settings, options.thinking_tokens), run, options.max_tokens)
+    for run in members.values():
+        cost = estimate(RunEvidence(run, settings.seed), settings, options.thinking_tokens)
+        tell_cost(cost, run, options.max_tokens)
     if options.dry_run:
         return
     budget, finished = Budget(options.max_tokens, options.thinking_tokens), True
     with Lease(whole) as lease:
-        for name, run in members.items():
+        for run in members.values():
             # Not analysis.json, which a job that was killed may have left newer than the manifest; it is written anew.
             run.verify(("features.parquet", "examples.parquet", "contexts.parquet"))
-            labelling = label_one(options, run, evidence.pop(name), settings, budget, lease.require)
+            labelling = label_one(options, run, RunEvidence(run, settings.seed), settings, budget, lease.require)
             finished &= labelling.finished
             lease.require()
             publish_whole(whole, latest=False)
@@ -139,11 +147,12 @@ def label_one(
     with ExitStack() as stack:
         asked = {}
         for name in dict.fromkeys((options.model, judge_model)):
+            journal = stack.enter_context(labels.Journal(run, name))
             endpoint = labels.Endpoint(
                 options.endpoint, name, key, options.concurrency, options.seconds, options.attempts,
-                thinking_tokens=options.thinking_tokens,
+                thinking_tokens=options.thinking_tokens, keep=journal.add,
             )  # fmt: skip
-            asked[name] = (stack.enter_context(endpoint), stack.enter_context(labels.Journal(run, name)))
+            asked[name] = (stack.enter_context(endpoint), journal)
         labeller = labels.Labeller(
             evidence, asked[options.model], asked[judge_model], settings, budget, _progress(still_ours)
         )
@@ -151,13 +160,19 @@ def label_one(
     analysis = load_analysis(run)
     shown = [each.figures.feature for each in analysis.features]
     labelling = labels.summarise(found, shown, (options.model, judge_model), settings, analysis.facts.analysed or "")
-    names = {row.feature: row.label or row.machine_label for row in found.rows}
-    content = {LABELS: labels_to_parquet(found.rows)}
+    new = {row.feature for row in found.rows}
+    rows = sorted([*found.rows, *(row for row in read_labels(run) if row.feature not in new)], key=by_feature)
+    names = {row.feature: row.label or row.machine_label for row in rows}
+    content = {LABELS: labels_to_parquet(rows)}
     content |= report_of(run, labels.relabel(analysis, names, labelling))
     still_ours()
     for name, data in content.items():
         run.write(name, data)
     return labelling
+
+
+def by_feature(row: FeatureLabel) -> int:
+    return row.feature
 
 
 def report_of(run: RunDirectory, analysis: Analysis) -> dict[str, bytes]:

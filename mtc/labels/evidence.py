@@ -125,8 +125,9 @@ class RunEvidence:
         """The evidence of one feature; none of an unused one."""
         row = self._features.slice(feature, 1).to_pylist()[0]
         random = np.random.default_rng([self.seed, feature])
-        shown, kept = _split(self._read(feature), random)
-        silent, near = self._silent(feature, row, random)
+        examples = self._read(feature)
+        shown, kept = _split(examples, random)
+        silent, near = self._silent(feature, row, random, {example["window_id"] for example in examples})
         few = min(SHOWN_NEAR, len(near) // 3)
         judged_near = near[few : few + KEPT_NEAR]
         rest = silent[~np.isin(silent, near[: few + KEPT_NEAR])]
@@ -159,10 +160,13 @@ class RunEvidence:
         columns = ["feature", "kind", "activation", "window_id", "position", "context_tokens", "context_activations"]
         return file.read_row_group(group, columns, use_threads=False)
 
-    def _silent(self, feature: int, row: dict[str, Any], random: np.random.Generator) -> tuple[Array, Array]:
-        """Contexts in which the feature is silent, in random order, and those of them that are near misses: a related
-        feature fires there, or one of the feature's own tokens stands there."""
+    def _silent(
+        self, feature: int, row: dict[str, Any], random: np.random.Generator, windows: set[int]
+    ) -> tuple[Array, Array]:
+        """Contexts in which the feature is silent, in random order, none of the `windows` of its examples, and those of
+        them that are near misses: a related feature fires there, or one of the feature's own tokens stands there."""
         silent = self._contexts.silent(feature, random)
+        silent = silent[~np.isin(self._contexts.window_ids[silent], list(windows))]
         siblings = self.rows[row["parent"]["feature"]].children if row["parent"] else ()
         return silent, self._contexts.near_misses(silent, relatives(row, siblings), own_tokens(row))
 
@@ -174,17 +178,19 @@ class RunEvidence:
 def _split(rows: list[dict[str, Any]], random: np.random.Generator) -> tuple[tuple[Context, ...], tuple[Context, ...]]:
     """Contexts for the explainer and for the judge, no window on both sides.
 
-    Windows go to either in turn, within each fifth of the drawn activations and within the strongest ones.
+    Of the windows of each fifth of the drawn activations half go to the judge, first those without a strongest example:
+    rules made their labels of all of these.
     """
     drawn = [row for row in rows if row["kind"] == "sample"]
     border = np.quantile([row["activation"] for row in drawn or rows], np.arange(1, FIFTHS) / FIFTHS) if rows else None
+    strongest = {row["window_id"] for row in rows if row["kind"] == "top"}
     stratum: dict[int, str] = {}
     for row in (*drawn, *rows):
         stratum.setdefault(row["window_id"], "top" if row["kind"] == "top" else _fifth(row, border))
     for_judge: set[int] = set()
     for name in sorted(set(stratum.values())):
-        own = random.permutation([window for window, part in stratum.items() if part == name])
-        for_judge |= set(own[1::2].tolist())
+        own = random.permutation([window for window, part in stratum.items() if part == name]).tolist()
+        for_judge |= set(sorted(own, key=strongest.__contains__)[: len(own) // 2])
     shown = [row for row in rows if row["window_id"] not in for_judge]
     kept = [row for row in rows if row["window_id"] in for_judge]
     explained = [row for row in shown if row["kind"] == "top"][:SHOWN_TOP]

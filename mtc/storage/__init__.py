@@ -4,7 +4,15 @@ from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, Ch
 from mtc.storage.contexts import CONTEXTS, RandomContexts, Together, own_tokens, relatives
 from mtc.storage.files import LFS_POINTER, StorageError, absolute, filesystem, patiently, write_atomic
 from mtc.storage.hub import is_hub_url, unreachable
-from mtc.storage.labels import LABELS, labels_to_parquet, parse_labels, read_features, read_labels, with_labels
+from mtc.storage.labels import (
+    LABELS,
+    LabelTable,
+    labels_to_parquet,
+    parse_labels,
+    read_features,
+    read_labels,
+    with_labels,
+)
 from mtc.storage.lease import Lease
 from mtc.storage.ledger import Ledger, Progress, merge_progress, progress_from_parquet, progress_to_parquet, rows_left
 from mtc.storage.locks import LockError, locked
@@ -36,6 +44,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Checkpoints",
+    "LabelTable",
     "Lease",
     "Ledger",
     "LockError",

@@ -46,6 +46,8 @@ class RandomContexts:
         self._by_feature = feature[order], context[order]
         self._places = place[order]
         """Of all that fires, ordered by feature, the token's number among those of all contexts."""
+        self.window_ids: Array = table["window_id"].to_numpy()
+        """[contexts] int64, the window that each is from."""
         self.num_tokens = int(lengths.sum())
         """Tokens of all contexts."""
         context, token = _flat(table["context_ids"])

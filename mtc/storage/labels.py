@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,16 +49,49 @@ def read_labels(run: RunDirectory) -> list[FeatureLabel]:
     return parse_labels(run.read(LABELS)) if run.exists(LABELS) else []
 
 
+class LabelTable:
+    """labels.parquet for questions about single features: of a large dictionary the rows as objects take seconds."""
+
+    def __init__(self, parquet: bytes):
+        self._table = pq.read_table(pa.BufferReader(parquet))
+        features = self._table["feature"].to_pylist()
+        self._place = {feature: place for place, feature in enumerate(features)}
+        labels = zip(features, self._table["label"].to_pylist(), strict=True)
+        self.labels: dict[int, str] = {feature: label for feature, label in labels if label is not None}
+        """The language model's labels by feature, where it gave one."""
+        models = zip(features, self._table["model"].to_pylist(), strict=True)
+        self.models: dict[int, str] = {feature: model for feature, model in models if feature in self.labels}
+        """Who gave them."""
+
+    def row(self, feature: int) -> FeatureLabel | None:
+        """All about a feature's label; None if it was not to be labelled."""
+        place = self._place.get(feature)
+        return None if place is None else FeatureLabel.model_validate(self._table.slice(place, 1).to_pylist()[0])
+
+    def detections(self) -> dict[int, float]:
+        """How well the label that a feature has does in detection, by feature, where that was measured."""
+        found = {}
+        for feature, label, scores in zip(
+            self._place, *(self._table[n].to_pylist() for n in ("label", "scores")), strict=True
+        ):
+            kind = "machine" if label is None else "model"
+            for score in scores or ():
+                if (score["labels"], score["test"]) == (kind, "detection"):
+                    found[feature] = score["score"]["value"]
+        return found
+
+
 def read_features(run: RunDirectory, columns: Sequence[str] | None = None) -> pa.Table:
     """features.parquet, or some columns of it, in whose `label` is a language model's where it gave one. Raises
     RunError if there is no such file."""
     table = pq.read_table(pa.BufferReader(run.read("features.parquet")), columns=columns and list(columns))
-    return with_labels(table, read_labels(run)) if "label" in table.column_names else table
+    if "label" not in table.column_names or not run.exists(LABELS):
+        return table
+    return with_labels(table, LabelTable(run.read(LABELS)).labels)
 
 
-def with_labels(table: pa.Table, rows: Sequence[FeatureLabel]) -> pa.Table:
-    """The table of all features with a language model's labels where it gave some."""
-    known = {row.feature: row.label for row in rows if row.label is not None}
+def with_labels(table: pa.Table, known: Mapping[int, str]) -> pa.Table:
+    """The table of all features with a language model's labels, by feature, where it gave some."""
     if not known:
         return table
     labels = [known.get(feature, label) for feature, label in enumerate(table["label"].to_pylist())]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mtc.report.blocks import Block
 from mtc.report.sections.features import feature_blocks
 from mtc.results import AbsorbedFeature, Analysis, Feature, FeatureLabel, SplitFeature
-from mtc.storage import RandomContexts, RunError, parse_analysis, parse_labels, with_labels
+from mtc.storage import LabelTable, RandomContexts, RunError, parse_analysis, with_labels
 from serve.contract import ServiceError
 from serve.service.search import SearchIndex, open_index
 
@@ -76,9 +76,9 @@ class FeatureTable:
     def __init__(self, run_id: str, state: str, files: AnalysisFiles):
         self._state = state
         self.analysis: Analysis = parse_analysis(files.analysis, run_id)
-        self.named = {row.feature: row for row in parse_labels(files.labels)} if files.labels else {}
+        self._named = None if files.labels is None else LabelTable(files.labels)
         """What a language model made of features, by index."""
-        self._table = with_labels(pq.read_table(io.BytesIO(files.features)), list(self.named.values()))
+        self._table = with_labels(pq.read_table(io.BytesIO(files.features)), self._named.labels if self._named else {})
         self._run_id, self._read_contexts = run_id, files.contexts
         self._examples, self._metadata = files.examples, pq.read_metadata(io.BytesIO(files.examples))
         groups = range(self._metadata.num_row_groups)
@@ -135,7 +135,12 @@ class FeatureTable:
 
     def labels_of(self, index: int) -> FeatureLabel | None:
         """What a language model made of a feature; None if it was not asked."""
-        return self.named.get(self._check(index))
+        return self._named.row(self._check(index)) if self._named else None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a language model was asked."""
+        return self._named is not None
 
     def splits(self, index: int) -> list[SplitFeature]:
         """Splitting candidates of the report of which it is a part."""
@@ -252,7 +257,11 @@ class FeatureTable:
 
     @cached_property
     def _detections(self) -> NDArray[np.float64]:
-        return np.array([self._detection(i) for i in range(len(self))], np.float64)
+        """[features], how well a judge does with each label; NaN where that was not measured."""
+        found = np.full(len(self), np.nan)
+        for feature, score in self._named.detections().items() if self._named else ():
+            found[feature] = score
+        return found
 
     @cached_property
     def _tokens(self) -> list[list[str]]:
@@ -279,20 +288,14 @@ class FeatureTable:
         row = self._table.select([*columns, "children"]).slice(index, 1).to_pylist()[0]
         parent = row.pop("parent")
         row |= {"top_tokens": self._tokens[index], "children": len(row["children"] or ())}
-        row |= {"label_by": self._label_by(index), "detection": self._detection(index)}
+        row |= {"label_by": self._label_by(index), "detection": float(self._detections[index])}
         return _plain(row | {"parent": parent["feature"] if parent else None})
 
     def _label_by(self, index: int) -> str | None:
         """Who made its label."""
-        own = self.named.get(index)
-        return own.model if own and own.label is not None else None if self.labels[index] is None else RULES
-
-    def _detection(self, index: int) -> float | None:
-        """How well a judge does with its label."""
-        own = self.named.get(index)
-        kind = "model" if own and own.label is not None else "machine"
-        scores = [s for s in own.scores if (s.labels, s.test) == (kind, "detection")] if own else []
-        return scores[0].score.value if scores else None
+        if self._named and index in self._named.labels:
+            return self._named.models[index]
+        return None if self.labels[index] is None else RULES
 
     def _signature(self, filters: Filters) -> str:
         return hashlib.sha256(repr((self._state, filters)).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ model that is asked says how it answers:
 - `malformed`, `refusal`, `empty`, `huge`, `thinking`: every answer is like that.
 - `unreadable`, `cut`, `slow`: what comes is no answer, breaks off, or drips.
 - `busy`: every question is answered only when it is asked a second time, with 429 before.
+- `particular`: takes neither a temperature nor `max_tokens`.
 - `unknown-model`, `forbidden`, `broken`: 404, 401 and 500.
 - `logprobs`: a simulation's numbers come with log-probabilities.
 """
@@ -47,7 +48,7 @@ class RulesEndpoint(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.seen: Counter[str] = Counter()
         self.at_once = self.most_at_once = 0
-        self.delay = 0.0
+        self.delay, self.forbidden, self.thought = 0.0, "", "<think>Is it [0]?</think>"
         self.lock = threading.Condition()
 
     @property
@@ -133,6 +134,11 @@ class _Handler(BaseHTTPRequestHandler):
         refusals = {"unknown-model": 404, "forbidden": 401, "broken": 500, "too-long": 400}
         if how in refusals:
             return self._send(refusals[how], json.dumps({"error": {"message": f"no <b>{how}</b>"}}).encode())
+        if self.server.forbidden and f"<< {self.server.forbidden}>>" in prompt:
+            return self._send(403, b'{"error": "flagged"}')
+        if how == "particular" and (wrong := [name for name in ("temperature", "max_tokens") if name in body]):
+            more = " use max_completion_tokens" if "max_tokens" in wrong else ""
+            return self._send(400, json.dumps({"error": {"message": f"{wrong[0]} is not supported;{more}"}}).encode())
         if how == "busy" and not again:
             return self._send(429, b"{}", {"Retry-After": "0"})
         if how == "unreadable":
@@ -174,11 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "explain":
             label = {"wrong": f"the word {NOWHERE}", "hostile": HOSTILE}.get(how) or label_of(rows)
             text = json.dumps({"label": label})
-            return (
-                (f"<think>Is it [0]? {text[:-2]}</think>\n```json\n{text}\n```", None)
-                if how == "thinking"
-                else (text, None)
-            )
+            return (f"{self.server.thought}\n```json\n{text}\n```", None) if how == "thinking" else (text, None)
         said = [int(how == "yes")] * (len(rows) - 1) if how in ("yes", "no") else judged(kind, rows)
         logprobs = [
             {"token": str(n), "bytes": [48], "top_logprobs": [

@@ -93,7 +93,7 @@ def test_right_labels_of_planted_features_score_high(run: RunDirectory, server: 
         assert score(labelling, kind, "simulation") > 0.7
     assert labelling.labelled == labelling.features == labelling.scored == WITH_EXAMPLES and labelling.finished
     shares = {(y.labels, y.part): y.share.value for y in labelling.yes}
-    assert shares["model", "random"] == shares["model", "near miss"] == 0 and shares["model", "1"] >= 0.9
+    assert shares["model", "random"] == shares["model", "near miss"] == 0 and shares["model", "1"] > 0.8
     assert parse_labels(labels_to_parquet(found.rows)) == found.rows
     assert labelling.prompt_tokens == sum(server.count(asked["messages"][0]["content"]) for asked in server.asked)
 
@@ -203,8 +203,11 @@ def test_an_endpoint_that_gives_no_answer_is_given_up_and_nothing_is_lost(
 ) -> None:
     label(run, server, prefix=3, scored=0)
     before = len(server.asked)
-    with pytest.raises(EndpointDown, match=f"{GIVEN_UP} questions in a row without an answer, the last: {reason}"):
+    with pytest.raises(
+        EndpointError, match=f"{GIVEN_UP} questions in a row without an answer, the last: {reason}"
+    ) as ended:
         label(run, server, judge=model, prefix=None, **more)
+    assert isinstance(ended.value, EndpointDown) == (model != "too-long"), "a prompt that is refused is refused again"
     _, labelling, _ = label(run, server)
     assert labelling.labelled == WITH_EXAMPLES
     explained = [a for a in server.asked if kind_of(a["messages"][0]["content"]) == "explain"]
@@ -259,6 +262,47 @@ def test_the_limit_is_kept_and_a_higher_one_goes_on(run: RunDirectory, server: R
     assert labelling.labelled == labelling.scored == WITH_EXAMPLES
 
 
+def test_answers_that_break_off_are_paid_for(run: RunDirectory, server: RulesEndpoint) -> None:
+    """They may be asked for money, so they count; and while they are on their way, others wait and are not dropped."""
+    found, labelling, budget = label(run, server, model="cut", max_tokens=12_000)
+    sent = sum(len(body["messages"][0]["content"]) for body in server.asked) / 4
+    assert budget.spent == pytest.approx(sent, rel=0.05) and budget.spent <= 12_000 + sent / len(server.asked)
+    assert not labelling.finished and labelling.labelled == 0 and all(row.label is None for row in found.rows)
+
+
+def test_what_an_endpoint_does_not_take_is_left_out(run: RunDirectory, server: RulesEndpoint) -> None:
+    _, labelling, _ = label(run, server, model="particular", prefix=4, scored=0)
+    assert labelling.labelled == 4
+    last = server.asked[-1]
+    assert "temperature" not in last and "max_tokens" not in last and last["max_completion_tokens"] == 120
+
+
+def test_a_prompt_that_a_filter_refuses_does_not_end_the_job(run: RunDirectory, server: RulesEndpoint) -> None:
+    label(run, server, prefix=None, scored=0)
+    server.forbidden = FIRES_ON[3][0]
+    with Endpoint(server.url.replace("//", "//user:secret@"), "other", "key-1", concurrency=1) as endpoint:
+        asked = [explain(RunEvidence(run).of(j)) for j in (0, 1, 3)]
+        answers = {question.feature: answer for question, answer in endpoint.answers(asked)}
+    assert answers[3].failure == "status 403" and not answers[0].failure
+    server.forbidden = ""
+    with Endpoint(server.url.replace("//", "//user:secret@"), "forbidden", "key-1") as endpoint:
+        with pytest.raises(EndpointError) as refused:
+            list(endpoint.answers(asked))
+        assert "secret" not in str(refused.value) and "key-1" not in str(refused.value)
+
+
+def test_a_model_that_thinks_too_long_is_asked_again_with_more_room(run: RunDirectory, server: RulesEndpoint) -> None:
+    _, labelling, _ = label(run, server, model="empty", prefix=4, scored=0)
+    assert labelling.failures == {"empty": 4}
+    before = len(server.asked)
+    label(run, server, model="empty", prefix=4, scored=0)
+    assert len(server.asked) == before + 4, "an empty answer is none"
+    server.thought = "<think>" + 'Is it {"label": "draft"}? ' * 1000 + "</think>"
+    for _ in range(2):
+        found, *_ = label(run, server, model="thinking", prefix=4, scored=0)
+        assert [row.label for row in found.rows] == [f"the word {words[0]}" for words in FIRES_ON[:4]]
+
+
 def test_the_estimate_is_what_it_takes(run: RunDirectory, server: RulesEndpoint) -> None:
     settings = Settings(scored=None)
     cost = estimate(RunEvidence(run), settings)
@@ -301,6 +345,8 @@ def test_hostile_texts_stay_data(tmp_path: Path, server: RulesEndpoint) -> None:
 def test_marks_are_those_of_the_active_tokens() -> None:
     context = Context((" a", "<<", "b", " c", "\n"), (0, 1.0, 0.2, 1.0, 0.9), "5")
     assert marked(Marked(context, frozenset({1, 3, 4}))) == " a<<< <>>b<< c\n>>"
+    prompt = Context((">>>", " x", "<<<<"), (0, 0, 0), "random")
+    assert "<<" not in marked(Marked(prompt, frozenset())) and ">>" not in marked(Marked(prompt, frozenset()))
 
 
 def test_balanced_accuracy_has_wilsons_intervals_of_its_halves() -> None:

@@ -56,7 +56,7 @@ async def features(request: Request, service: TheService) -> Response:
         "features.html", **frame, wanted=wanted, rows=rows,
         total=total, groups=range(len(own.prefixes)), next_page=query(**asked, cursor=after) if after else None,
         first_page=query(**asked) if wanted.cursor else None, badge=BADGE,
-        analysed_tokens=table.analysis.summary.analysed_tokens, labelled=bool(table.named), scored=table.scored,
+        analysed_tokens=table.analysis.summary.analysed_tokens, labelled=table.labelled, scored=table.scored,
     )  # fmt: skip
 
 
