@@ -78,10 +78,11 @@ async def feature(
 
 @router.get("/ui/feature")
 async def go_to_feature(
-    feature: Annotated[int, Query(ge=0, lt=1 << 31)], model: Model = None, layer: Layer = None
+    feature: Annotated[int | None, Query(ge=0, lt=1 << 31)] = None, model: Model = None, layer: Layer = None
 ) -> Response:  # fmt: skip
-    """To the page of the feature that a form names."""
-    return RedirectResponse(f"/ui/feature/{feature}{query(model=model, layer=layer)}", 303)
+    """To the page of the feature that a form names, or to all features if it names none."""
+    page = "/ui/features" if feature is None else f"/ui/feature/{feature}"
+    return RedirectResponse(f"{page}{query(model=model, layer=layer)}", 303)
 
 
 @router.get("/ui/doubtful")
