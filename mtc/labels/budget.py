@@ -34,9 +34,9 @@ class Budget:
         return True
 
     def settle(self, question: Question, answer: Answer) -> None:
-        """Count what an answer cost."""
-        self._reserved.pop(question, None)
-        self.spent += answer.prompt_tokens + answer.answer_tokens
+        """Count what an answer cost; one that was known already costs nothing."""
+        if self._reserved.pop(question, None) is not None:
+            self.spent += answer.prompt_tokens + answer.answer_tokens
 
     def _cost(self, question: Question) -> int:
         """The most that it may cost, if nothing goes wrong."""

@@ -251,7 +251,7 @@ def test_a_job_that_was_killed_goes_on_where_it_was(run: RunDirectory, server: R
 
 def test_the_limit_is_kept_and_a_higher_one_goes_on(run: RunDirectory, server: RulesEndpoint) -> None:
     spent = asked = 0
-    for limit in (6_000, 30_000, 10**7):
+    for limit in (6_000, 6_000, 9_000, 10**7):  # what is known costs nothing
         found, labelling, budget = label(run, server, max_tokens=limit)
         assert budget.spent <= limit and len(server.asked) > asked
         asked, spent = len(server.asked), spent + budget.spent
