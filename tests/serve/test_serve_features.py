@@ -15,6 +15,7 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 from report_example import HOSTILE, make_config
+from report_pages import without_links
 from serve_local import make_analysed_run, make_run, served
 
 from mtc.client import Client
@@ -288,13 +289,6 @@ def test_report_by_accept(client: httpx.Client, runs: list[RunDirectory]) -> Non
             answer = client.get(f"/report/files/{file.relative_to(directory)}")
             assert answer.content == file.read_bytes()
     assert client.get("/report", params={"model": "bare"}).text == "# Report\n"
-
-
-def without_links(page: bytes) -> bytes:
-    """The report's page as the file has it: what the service puts into it starts with an address of its own."""
-    page = re.sub(rb'<p><a href="/ui/features[^<]*</a></p>', b"<span data-browser></span>", page)
-    page = re.sub(rb'(<a data-feature="\d+") href="[^"]*">Feature \d+ in the feature browser<', rb"\1><", page)
-    return re.sub(rb'(<a data-feature="\d+") href="[^"]*"', rb"\1", page)
 
 
 def test_the_report_leads_to_features_and_back(client: httpx.Client, rows: list[dict[str, Any]]) -> None:
