@@ -1,7 +1,7 @@
 """Share a finished run: in another library's format, or on the Hugging Face hub; or make a run of others' weights.
 
     python jobs/export.py --run runs/latest --format saelens --output exported/saelens
-    python jobs/export.py --run runs/latest --push OWNER/NAME                    # the run itself, opened by hf://OWNER/NAME
+    python jobs/export.py --run runs/latest --push OWNER/NAME         # the run itself, opened by hf://OWNER/NAME
     python jobs/export.py --run runs/latest --push OWNER/NAME --format saelens   # what --format writes
     python jobs/export.py --import layer_5/width_16k/average_l0_59 --from gemma-scope-npz \\
         --preset gemma-2-2b-layer17 --output.root runs --output.run_id gemma-scope-5
