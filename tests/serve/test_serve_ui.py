@@ -351,7 +351,8 @@ def test_layers_are_picked(tab: chromium.Page, tmp_path: Path) -> None:
             )
             assert set(links) == {"?layer=2"} and len(links) > 2
             reports = [f"{url}/report?layer=2", f"{url}/report"]
-            assert tab.evaluate("[...document.querySelectorAll('nav a')].slice(3, 5).map((a) => a.href)") == reports
+            found = tab.evaluate("[...document.querySelectorAll('header nav a')].slice(4, 6).map((a) => a.href)")
+            assert found == reports
 
             tab.open(f"{url}/ui", width, 900, scheme)
             tab.wait("!document.querySelector('#go').disabled")
