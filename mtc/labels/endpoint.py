@@ -25,6 +25,8 @@ from mtc.labels.prompts import Question
 logger = logging.getLogger(__name__)
 LARGEST = 4_000_000
 """Bytes above which an answer is not read to its end."""
+PASSING = (408, 425, 429)
+"""Refusals that may be over later."""
 LONGEST_PAUSE = 60.0
 TOP_LOGPROBS = 20
 GIVEN_UP = 20
@@ -165,7 +167,8 @@ class Endpoint:
 
     def _given_up(self, silent: int, answer: Answer) -> EndpointError:
         text = f"{self._shown}: {silent} questions in a row without an answer, the last: {answer.failure}"
-        if (answer.failure or "").startswith("status 4") and "429" not in str(answer.failure):
+        passing = [f"status {status}" for status in PASSING]
+        if (answer.failure or "").startswith("status 4") and answer.failure not in passing:
             return EndpointError(f"{text}: {self._refusal}")
         return EndpointDown(f"{text}; the same command goes on where this one ends")
 
@@ -210,7 +213,7 @@ class Endpoint:
         if status == 400 and (refused := [n for n in OPTIONAL if n in asked and n.encode() in body]):
             self._left_out |= set(refused)  # newer models of OpenAI's take no temperature, and call the limit otherwise
             return self._answer(question)
-        if status in (408, 425, 429) or status >= 500:
+        if status in PASSING or status >= 500:
             raise _MayPass(f"status {status}", _retry_after(headers))
         said = self._message(body)
         # A prompt that a filter does not like gets a 403 as well.
