@@ -120,12 +120,14 @@ class PlacementWatch:
 
 @contextmanager
 def reserved(
-    each: dict[str, float], count: int, label_selector: dict[str, str] | None, limit: float
-) -> Iterator[PlacementGroupSchedulingStrategy]:
-    """A context with room for `count` tasks that need `each`; raises ClusterBusy if there is none within `limit`."""
+    each: dict[str, float], count: int, label_selector: dict[str, str] | None, limit: float,
+    what: str = "the optional measurements have no place",
+) -> Iterator[PlacementGroupSchedulingStrategy]:  # fmt: skip
+    """A context with room for `count` tasks that need `each`; raises ClusterBusy if there is none within `limit`, which
+    begins with `what`."""
     selectors = [label_selector] * count if label_selector else None
     group = placement_group([each] * count, bundle_label_selector=selectors)
-    wait = _Wait("the optional measurements have no place", limit, quiet=USUAL_SECONDS)
+    wait = _Wait(what, limit, quiet=USUAL_SECONDS)
     try:
         while not group.wait(LOOK_SECONDS):
             wait.go_on(f"{count} x {each} are wanted, {describe_free()}")

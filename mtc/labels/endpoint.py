@@ -277,7 +277,7 @@ def _read(question: Question, body: bytes) -> Answer:
         logprobs = (choice.get("logprobs") or {}).get("content")
         if not isinstance(text, str) or not isinstance(logprobs, list | None):
             raise TypeError("text is wanted")
-        logprobs = logprobs and _slim(logprobs)
+        logprobs = logprobs and slim(logprobs)
         failure = "refused" if choice.get("finish_reason") == "content_filter" else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _MayPass("unreadable", sent=True) from None
@@ -287,8 +287,8 @@ def _read(question: Question, body: bytes) -> Answer:
     return Answer("" if failure else text, failure, prompt, answered, logprobs, now)
 
 
-def _slim(logprobs: list[Any]) -> list[dict[str, Any]]:
-    """Of those tokens that are numbers, without all else."""
+def slim(logprobs: Iterable[Any]) -> list[dict[str, Any]]:
+    """Log-probabilities as an endpoint gives them, but only of those tokens that are numbers, without all else."""
     return [
         {
             "token": str(each["token"]),

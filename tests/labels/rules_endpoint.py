@@ -28,9 +28,6 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from mtc.language_model import load_tokenizer
-from mtc.storage import open_run
-
 WORD = re.compile(r"[^\W\d_]+|\d+")
 NOWHERE = "zyzzyva"
 HOSTILE = "<script>alert(1)</script>\n| `x` [y](javascript:z) ![](http://w) \u202e"
@@ -210,6 +207,9 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     server = RulesEndpoint(arguments.port)
     if arguments.tokens_of:
+        from mtc.language_model import load_tokenizer  # 5 s, which those who import the rules need not wait
+        from mtc.storage import open_run
+
         tokenizer = load_tokenizer(open_run(arguments.tokens_of).config().model)
         server.count = lambda text: len(tokenizer.encode(text))
     print(f"answers at {server.url}", flush=True)
