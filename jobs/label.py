@@ -102,8 +102,8 @@ def check_options(options: argparse.Namespace, members: Mapping[str, RunDirector
     defaults = _parser()
     for name in OF_ENDPOINT if options.engine else OF_ENGINE:
         if getattr(options, name) != defaults.get_default(name):
-            other = "--endpoint" if options.engine else "--engine"
-            raise ConfigError(f"{_option(name)} belongs to {other}")
+            other = "endpoint" if options.engine else "engine"
+            raise ConfigError(f"{_option(name)} belongs to --{other}")
     for name in ("concurrency", "seconds", "attempts", "max_tokens", "engines"):
         value = getattr(options, name)
         if value is not None and value <= 0:
