@@ -15,6 +15,7 @@ import ray
 import ray.exceptions
 
 from cluster.room import reserved
+from mtc.config import ConfigError
 from mtc.errors import one_line
 from mtc.labels.endpoint import END, GIVEN_UP, Answer, Asking, EndpointDown, EndpointError, Known
 from mtc.labels.offline import OfflineModel
@@ -73,10 +74,11 @@ class Engines:
 
     def actors(self, model: str) -> list[Any]:
         """The actors of a model; they are started if they are not there, and those of another ended before. Raises
-        ClusterBusy where others hold the GPUs."""
+        ConfigError for GPUs that the cluster has not, ClusterBusy where others hold them."""
         if model != self._model:
             self._end()
             own = self.settings
+            _check_gpus(own)
             say("engine", f"loading {model}: {own.copies} x {own.gpus} GPUs", model=model)
             each = {"CPU": 1.0} | ({"GPU": float(own.gpus)} if own.gpus else {})
             place = self._room.enter_context(
@@ -94,6 +96,14 @@ class Engines:
         if ends:
             ray.wait(ends, num_returns=len(ends), timeout=ENDING_SECONDS)
         self._room.close()
+
+
+def _check_gpus(settings: Settings) -> None:
+    """Raises ConfigError for what would not fit if all was free; an autoscaler is not asked for nodes."""
+    copies = [int(node["Resources"].get("GPU", 0) // settings.gpus) for node in ray.nodes() if settings.gpus]
+    if settings.gpus and sum(copies) < settings.copies:
+        wanted = f"--engines {settings.copies} with --engine-gpus {settings.gpus}"
+        raise ConfigError(f"{wanted}: the cluster's nodes have GPUs for {sum(copies)} of them")
 
 
 class Engine:

@@ -14,6 +14,7 @@ from cluster import label_engine
 from cluster.label_engine import Engines, Settings
 from cluster.room import ClusterBusy
 from jobs import label as job
+from mtc.config import ConfigError
 from mtc.labels.endpoint import Answer, EndpointDown, EndpointError, Known
 from mtc.labels.offline import OfflineModel
 from mtc.labels.prompts import Question
@@ -77,11 +78,23 @@ def test_what_goes_wrong_is_said(small_batches, model, kind, match):
     assert type(raised.value) is kind
 
 
-def test_gpus_that_are_not_there_are_waited_for_in_bounded_time(ray_cluster):
-    with (
-        pytest.raises(ClusterBusy, match=r"one has no place, .*2 x \{'CPU': 1\.0, 'GPU': 1\.0\} are wanted"),
-        Engines(Settings(copies=2, room_seconds=0.1), by_rules) as engines,
-    ):
+@pytest.mark.parametrize(
+    ("settings", "kind", "match"),
+    [
+        (
+            Settings(copies=2),
+            ConfigError,
+            "--engines 2 with --engine-gpus 1: the cluster's nodes have GPUs for 0 of them",
+        ),
+        (
+            Settings(copies=3, gpus=0, room_seconds=0.1),
+            ClusterBusy,
+            "one has no place, .*3 x .*CPU.* are wanted",
+        ),
+    ],
+)
+def test_room_that_is_not_there_is_said(ray_cluster, settings, kind, match):
+    with pytest.raises(kind, match=match), Engines(settings, by_rules) as engines:
         list(engines.of("one").answers(iter(questions(1))))
 
 
