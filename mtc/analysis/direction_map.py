@@ -100,8 +100,8 @@ def _principal_plane(unit: torch.Tensor) -> Array:
 
 
 def _nearest(of: torch.Tensor, among: torch.Tensor, k: int, themselves: bool) -> tuple[Array, Array]:
-    """Indices and cosines, both [rows, k], of each row's nearest ones, nearest first; `themselves` says that both are the
-    same rows, of which none is its own neighbour."""
+    """Indices and cosines, both [rows, k], of each row's nearest ones, nearest first; `themselves` says that both are
+    the same rows, of which none is its own neighbour."""
     step = max(1, CHUNK // len(among))
     near, cosines = np.empty((len(of), k), np.int32), np.empty((len(of), k), np.float32)
     for a in range(0, len(of), step):
