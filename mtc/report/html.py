@@ -14,6 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
@@ -128,7 +129,14 @@ class Renderer:
             {"x": 1 + (i - first) * _BAR_WIDTH, "label": number(block.edges[i])} for i in range(first, last + 1, 4)
         ]
         width = (last - first) * _BAR_WIDTH
-        return {"bars": bars, "ticks": ticks, "width": width, "tallest": number(tallest), "height": _BAR_HEIGHT}
+        mark = None
+        if block.mark is not None:
+            at = np.interp(np.log(block.mark), np.log(block.edges), np.arange(len(block.edges)))
+            mark = round(1 + (float(at) - first) * _BAR_WIDTH, 1)
+        return {
+            "bars": bars, "ticks": ticks, "width": width, "tallest": number(tallest), "height": _BAR_HEIGHT,
+            "mark": mark,
+        }  # fmt: skip
 
     def _marked(self, example: blocks.Example, strongest: float) -> Markup:
         """A context's text, marked where the feature fires: the stronger, the darker; the peak is bold."""

@@ -134,6 +134,13 @@ class FeatureTable:
         labels: list[str | None] = self._table["label"].to_pylist()
         return labels
 
+    def more_often_than(self, index: int) -> float | None:
+        """Share of the other features that fired which fire on fewer tokens; None of one that never fired, and without
+        others."""
+        count = self._column("count")
+        own, others = count[self._check(index)], int((count > 0).sum()) - 1
+        return float((count[count > 0] < own).sum() / others) if own and others else None
+
     def labels_of(self, index: int) -> FeatureLabel | None:
         """What a language model made of a feature; None if it was not asked."""
         return self._named.row(self._check(index)) if self._named else None
