@@ -82,7 +82,7 @@ def _laid_out(unit: torch.Tensor) -> Array:
     graph = sparse.csr_matrix((distance.ravel(), near.ravel(), np.arange(0, count * k + 1, k)), (count, count))
     start = (start / max(float(start[:, 0].std()), 1e-12) * SPREAD).astype(np.float32)
     with threadpool_limits(THREADS, "openmp"):
-        layout = TSNE(perplexity=PERPLEXITY, metric="precomputed", init=start, random_state=0).fit_transform(graph)
+        layout = TSNE(perplexity=PERPLEXITY, metric="precomputed", init=start).fit_transform(graph)
     points: Array = layout.astype(np.float64)
     return points
 
