@@ -109,7 +109,11 @@ async def feature_map(
     """All features by direction, and their nested tree, whose `first` families are left out."""
     own, table = await analysed(service, model, layer)
     frame = await _frame(request, service, own, "map", model, layer)
-    return render("map.html", **frame, **await asyncio.to_thread(map_page.content, table, first))
+
+    def page() -> Response:  # of a large dictionary that takes a second
+        return render("map.html", **frame, **map_page.content(table, first))
+
+    return await asyncio.to_thread(page)
 
 
 @router.get("/ui/map.json")
