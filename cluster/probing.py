@@ -19,7 +19,6 @@ from mtc.probing import (
     load_task,
     measure_spelling,
     probe,
-    require_sklearn,
     task_named,
     trained_documents,
 )
@@ -31,9 +30,7 @@ from mtc.transcoder import load_transcoder
 
 
 def check_optional(config: RunConfig) -> None:
-    """Raises ConfigError or DataError, in seconds, if what `analysis` asks for besides cannot be measured here."""
-    if config.analysis.probe_tasks or config.analysis.spelling:
-        require_sklearn()
+    """Raises DataError, in seconds, if what `analysis` asks for besides cannot be measured here."""
     for task in _tasks(config):
         load_task(task)
 

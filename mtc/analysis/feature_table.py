@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from mtc.analysis.copies import FoundCopies
+from mtc.analysis.direction_map import direction_map
 from mtc.analysis.examples import Examples, FeatureStatistics
 from mtc.analysis.logits import LogitEffects
 from mtc.analysis.massive import MassiveSums
@@ -54,6 +55,8 @@ SCHEMA = pa.schema({
         ("feature", pa.int32()), ("cosine", pa.float64()), ("coactivation", pa.float64()), ("base_rate", pa.float64()),
     ]),
     "children": pa.list_(pa.int32()),
+    "map_x": pa.float32(),
+    "map_y": pa.float32(),
 })  # fmt: skip
 
 
@@ -78,6 +81,7 @@ def features_table(
         raise ValueError(f"statistics of {len(statistics.count)} features, but the dictionary has {total}")
     count = statistics.count
     parents = nesting.parents if nesting else None
+    places = direction_map(transcoder.W_dec, count > 0)
     columns = {
         "feature": np.arange(total),
         "group": np.repeat(np.arange(len(transcoder.groups)), transcoder.shape.group_sizes),
@@ -104,6 +108,8 @@ def features_table(
             "base_rate": parents.base_rate,
         }, parents and parents.parent < 0),
         "children": _children(parents.parent if parents else np.full(total, -1)),
+        "map_x": pa.array(places[:, 0], from_pandas=True),
+        "map_y": pa.array(places[:, 1], from_pandas=True),
     }  # fmt: skip
     arrays = []
     for field in SCHEMA:

@@ -1,7 +1,4 @@
-"""Logistic probes and the area under their ROC curve. Arrays in, numbers out.
-
-The extra `probe` installs scikit-learn, which fits the probes.
-"""
+"""Logistic probes, fitted by scikit-learn, and the area under their ROC curve. Arrays in, numbers out."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from mtc.analysis.intervals import Array
-from mtc.config import ConfigError
 
 STRENGTHS = tuple(float(c) for c in np.logspace(-5, 2, 8))
 """Inverse strengths of the L2 penalty that cross-validation chooses from."""
@@ -29,14 +25,6 @@ class LinearProbe(NamedTuple):
     def scores(self, x: Array) -> Array:
         """[rows, dimensions] -> [rows] float64, log odds of the positive class."""
         return np.asarray(x, np.float64) @ self.weights + self.bias
-
-
-def require_sklearn() -> None:
-    """Raises ConfigError if scikit-learn is not installed."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise ConfigError("probing needs scikit-learn: pip install -e '.[probe]'") from None
 
 
 def grouped_folds(positive: Array, groups: Array, folds: int, seed: int = 0) -> list[tuple[Array, Array]]:

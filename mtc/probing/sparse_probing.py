@@ -18,7 +18,7 @@ import numpy as np
 from mtc.analysis import interval, resample
 from mtc.analysis.intervals import Array
 from mtc.language_model import pack_windows
-from mtc.probing.linear_probes import FOLDS, auc, fit_probe, grouped_folds, rank_dimensions, require_sklearn
+from mtc.probing.linear_probes import FOLDS, auc, fit_probe, grouped_folds, rank_dimensions
 from mtc.probing.tasks import Labelled, load_task
 from mtc.results import Pooling, ProbeResult, ProbeTask, Probing, TaskResult
 from mtc.text import document_id, make_windows, special_ids, token_batches
@@ -74,9 +74,8 @@ def probe(
     `trained` are ids (`mtc.text.document_id`) of texts to leave out, see `trained_documents`; `at` is the entry of the
     model's `config.sites` that the transcoder reads; `max_texts` of a task are used, half of each class where there are
     as many. Memory holds the pooled examples of a task and the activations of `unit_tokens` tokens. Raises DataError if
-    a task cannot be read, before any work, and ConfigError without scikit-learn.
+    a task cannot be read, before any work.
     """
-    require_sklearn()
     transcoder = transcoder.to(language_model.device)
     results = []
     for task, labelled in [(task, load_task(task)) for task in tasks]:

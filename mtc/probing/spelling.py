@@ -20,7 +20,6 @@ from mtc.analysis.intervals import Array
 from mtc.config import ModelConfig
 from mtc.language_model import PackedWindows, load_tokenizer, pack_windows
 from mtc.probing.absorption import MIN_LETTERS, MIN_WORDS, Readings, measure_absorption
-from mtc.probing.linear_probes import require_sklearn
 from mtc.results import MIN_ACCURACY, Spelling
 from mtc.text import encode_text, special_ids, token_batches
 from mtc.transcoder import MatryoshkaTranscoder
@@ -56,10 +55,9 @@ def measure_spelling(
     activations.
 
     `at` is the entry of `config.sites` that the transcoder belongs to. At most `words_per_letter` words of each letter
-    are used, half of them to fit probes, and the model is asked for `asked` test words. Raises ConfigError without
-    scikit-learn and the errors of LanguageModel.
+    are used, half of them to fit probes, and the model is asked for `asked` test words. Raises the errors of
+    LanguageModel.
     """
-    require_sklearn()
     tokenizer = load_tokenizer(config)
     layer = config.sites[at].layer
     words = vocabulary_words(tokenizer, words_per_letter, seed)

@@ -137,6 +137,8 @@ class Bars:
     caption: str
     edges: tuple[float, ...]
     counts: tuple[int, ...]
+    mark: float | None = None
+    """A value whose place among the others is shown."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
@@ -32,6 +33,10 @@ BROWSER_SLOT = "<span data-browser></span>"
 """Where a browser of the run's features puts the link to itself."""
 FEATURE_SLOT = re.compile(r'<a data-feature="(\d+)">(\d*)</a>')
 """Where it links to a feature, whose number is what the link says, or nothing in the feature's card."""
+_QUOTED = re.compile(r"""(?<![^\s(])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?![^\s,;:.)…])""")
+"""A token or phrase as labels quote it: a Python literal between spaces or brackets. No apostrophe begins one."""
+_MOST_UNBROKEN = 26
+"""Characters up to which a quoted token stays on one line: those of a token that a label does not cut."""
 _BAR_WIDTH, _BAR_HEIGHT = 14, 60
 
 
@@ -47,6 +52,17 @@ def render_html(document: blocks.Document, pictures: Mapping[str, str]) -> str:
         document=document, style=style, script=script, style_hash=content_hash(style), script_hash=content_hash(script),
         render=renderer.block, text=renderer.text, browser=Markup(BROWSER_SLOT),
     )  # fmt: skip
+
+
+def label(text: str) -> Markup:
+    """A feature's label, which does not break inside its quoted tokens at the end of a line."""
+    shown = visible(text)
+    parts, end = [], 0
+    for quoted in _QUOTED.finditer(shown):
+        if len(quoted[0]) <= _MOST_UNBROKEN and " " in quoted[0]:
+            parts += [escape(shown[end : quoted.start()]), Markup('<span class="quoted">{}</span>').format(quoted[0])]
+            end = quoted.end()
+    return Markup('<span class="label">{}</span>').format(Markup("").join([*parts, escape(shown[end:])]))
 
 
 class Renderer:
@@ -76,7 +92,7 @@ class Renderer:
             case blocks.Token():
                 return Markup('<span class="token">{}</span>').format(spaced(text.text))
             case blocks.Label():
-                return Markup('<span class="label">{}</span>').format(visible(text.text))
+                return label(text.text)
             case blocks.FeatureLink():
                 address = self._link(text.feature)
                 name = escape(str(text.feature))
@@ -113,7 +129,14 @@ class Renderer:
             {"x": 1 + (i - first) * _BAR_WIDTH, "label": number(block.edges[i])} for i in range(first, last + 1, 4)
         ]
         width = (last - first) * _BAR_WIDTH
-        return {"bars": bars, "ticks": ticks, "width": width, "tallest": number(tallest), "height": _BAR_HEIGHT}
+        mark = None
+        if block.mark is not None:
+            at = np.interp(np.log(block.mark), np.log(block.edges), np.arange(len(block.edges)))
+            mark = round(1 + (float(at) - first) * _BAR_WIDTH, 1)
+        return {
+            "bars": bars, "ticks": ticks, "width": width, "tallest": number(tallest), "height": _BAR_HEIGHT,
+            "mark": mark,
+        }  # fmt: skip
 
     def _marked(self, example: blocks.Example, strongest: float) -> Markup:
         """A context's text, marked where the feature fires: the stronger, the darker; the peak is bold."""

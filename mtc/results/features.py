@@ -159,6 +159,11 @@ class Feature(Record):
     """Earlier feature that a feature of a later group refines; None without one, or if it fired too rarely to tell."""
     children: tuple[int, ...]
     """Indices of the later features whose parent the feature is."""
+    map_x: float | None = None
+    """Place of the feature on the map of decoder directions (mtc.analysis.direction_map), from 0 on the left to 1; None
+    if it never fired, or if the run was analysed before there were maps."""
+    map_y: float | None = None
+    """Place of the feature on the map, from 0 at the top to 1; None as `map_x`."""
 
 
 class Example(Record):

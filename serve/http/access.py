@@ -34,6 +34,8 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("GET", "/ui/feature"): "user",
     ("GET", "/ui/feature/{feature}"): "user",
     ("GET", "/ui/doubtful"): "user",
+    ("GET", "/ui/map"): "user",
+    ("GET", "/ui/map.json"): "user",
     ("GET", "/ui/graph"): "user",
     ("GET", "/docs"): "user",
     ("GET", "/openapi.json"): "user",

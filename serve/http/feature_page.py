@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from mtc.report.blocks import (
+    Bars,
     Block,
     Branch,
     Branches,
@@ -71,7 +72,7 @@ def content(table: FeatureTable, feature: int, examples: int | None, reach: int 
         "figures": figures, "massive": BADGE if figures.massive else "", "dense": figures.density >= DENSE,
         "last": len(table) - 1, "effects": _effects(figures),
         "sections": [
-            section(None, *table.blocks(feature)),
+            section(None, *table.blocks(feature), _densities(table, figures)),
             *(section(title, *blocks) for title, blocks in _around(table, feature) if blocks),
         ],
         "contexts": [
@@ -82,6 +83,17 @@ def content(table: FeatureTable, feature: int, examples: int | None, reach: int 
         "reach": reach, "reaches": [n for n in REACHES if n < max(sizes, default=0) and n != reach],
         "more": ALL if any(len(shown) < len(rows) for _, rows, shown in parts) else None,
     }  # fmt: skip
+
+
+def _densities(table: FeatureTable, figures: Feature) -> Bars:
+    """How often all features fire, and this one among them."""
+    density, share = table.analysis.density, table.more_often_than(figures.feature)
+    told = "this one never fired"
+    if share is not None:
+        told = f"this one, at {number(figures.density)}, fires more often than {percent(share)} of the others"
+    edges = tuple(10.0**edge for edge in density.edges)
+    counts = tuple(sum(of_groups) for of_groups in zip(*density.counts, strict=True))
+    return Bars(f"All features that fired by density; {told}", edges, counts, figures.density or None)
 
 
 def _around(table: FeatureTable, feature: int) -> list[tuple[str, list[Block]]]:

@@ -19,6 +19,7 @@ from starlette.types import Scope
 
 from mtc.report.format import spaced, visible
 from mtc.report.graph_page import GRAPH_SCRIPTS, GRAPH_STYLES
+from mtc.report.html import label
 from mtc.results import number, percent
 from serve.http.media_types import media_type_of
 
@@ -106,6 +107,6 @@ def _environment() -> Environment:
         loader=PackageLoader("serve", "ui/templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"visible": visible, "spaced": spaced, "number": number, "percent": percent}
+    environment.filters |= {"visible": visible, "spaced": spaced, "label": label, "number": number, "percent": percent}
     environment.globals |= {"query": query}
     return environment

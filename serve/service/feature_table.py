@@ -21,6 +21,7 @@ from mtc.report.sections.features import feature_blocks
 from mtc.results import AbsorbedFeature, Analysis, Feature, FeatureLabel, SplitFeature
 from mtc.storage import LabelTable, RandomContexts, RunError, parse_analysis, with_labels
 from serve.contract import ServiceError
+from serve.service.feature_map import FeatureMap
 from serve.service.search import SearchIndex, open_index
 
 DENSE = 0.1
@@ -133,9 +134,21 @@ class FeatureTable:
         labels: list[str | None] = self._table["label"].to_pylist()
         return labels
 
+    def more_often_than(self, index: int) -> float | None:
+        """Share of the other features that fired which fire on fewer tokens; None of one that never fired, and without
+        others."""
+        count = self._column("count")
+        own, others = count[self._check(index)], int((count > 0).sum()) - 1
+        return float((count[count > 0] < own).sum() / others) if own and others else None
+
     def labels_of(self, index: int) -> FeatureLabel | None:
         """What a language model made of a feature; None if it was not asked."""
         return self._named.row(self._check(index)) if self._named else None
+
+    @cached_property
+    def plan(self) -> FeatureMap:
+        """Where the features are on the map, and their nested tree."""
+        return FeatureMap(self._table)
 
     @property
     def labelled(self) -> bool:

@@ -110,6 +110,10 @@ def test_features_are_counted_and_named(planted, found):
     assert [f.label for f in features[4:8]] == ["'t10' (100 %)", "'t11' (100 %)", "'t14' (100 %)", "'t16' (100 %)"]
     assert features[DEAD].label is None
     assert sum(map(sum, analysis.density.counts)) == 9
+    places = [(f.map_x, f.map_y) for f in features]
+    assert places[DEAD] == (None, None)
+    assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y in places[:DEAD] + places[DEAD + 1 :])
+    assert len(set(places)) == 10
 
 
 def test_reconstruction_leaves_exactly_the_planted_noise(planted, found):

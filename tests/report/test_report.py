@@ -1,5 +1,6 @@
 """The analysis against figures worked out by hand, and the report's three forms against the analysis."""
 
+import html
 import io
 import json
 import re
@@ -19,8 +20,10 @@ import pytest
 
 from mtc.analysis.copies import FoundCopies
 from mtc.report import write_report
-from mtc.report.format import context, escape, token
-from mtc.report.html import render_html
+from mtc.report.blocks import Label
+from mtc.report.format import context, escape, token, visible
+from mtc.report.html import Renderer, render_html
+from mtc.report.html import label as label_html
 from mtc.report.layers import write_layers_report
 from mtc.report.markdown import render_markdown
 from mtc.report.sections import document
@@ -675,3 +678,25 @@ def test_layers_side_by_side() -> None:
     assert "replaced at once was not measured" in without
     assert "graphs of held-out prompts were not measured" in without
     assert pixels(files["layers_overview.png"]) == (680, 1080)
+
+
+def test_labels_do_not_break_inside_their_quotes() -> None:
+    def pieces(text: str) -> tuple[list[str], str]:
+        shown = str(label_html(text))
+        unbroken = re.findall(r'<span class="quoted">(.*?)</span>', shown)
+        return [html.unescape(each) for each in unbroken], html.unescape(re.sub("<[^>]*>", "", shown))
+
+    labels = {
+        "' Congress' (87 %); in ' United States'": ["' Congress'", "' United States'"],
+        "\" don't\" (52 %), ' it\\'s'; near ' \"we\"'": ['" don\'t"', "' it\\'s'", "' \"we\"'"],
+        "' of', 'the' (2 of 3); after ' a'": ["' of'", "' a'"],  # nothing can break in 'the'
+        "the speaker's thanks to Congress' members and others' guests": [],  # apostrophes quote nothing
+        "in 'a phrase that is far too long for one line' (70 %)": [],
+        "' <b>' & ' \u202e'": ["' <b>'", "' U+202E'"],
+        "' a": [],
+        "": [],
+    }
+    for text, expected in labels.items():
+        assert pieces(text) == (expected, visible(text)), text
+    assert "<b>" not in str(label_html("' <b>'"))
+    assert label_html("' a' x") == Renderer(lambda _: None).text(Label("' a' x"))

@@ -163,6 +163,29 @@ def test_examples_by_interval(client: httpx.Client, run: RunDirectory) -> None:
     assert client.get("/ui/feature/3", params={"context": 0}).status_code == 422
 
 
+@pytest.mark.parametrize("feature", [0, 2, 4, 9])
+def test_its_density_among_all(client: httpx.Client, run: RunDirectory, feature: int) -> None:
+    counts = [row["count"] for row in rows_of(run, "features")]
+    own, fired = counts[feature], [count for count in counts if count]
+    page = client.get(f"/ui/feature/{feature}").text
+    drawn = re.search(r"<figcaption>All features that fired by density; ([^<]*)</figcaption>(.*?)</figure>", page, re.S)
+    assert drawn is not None
+    bars = {float(x): int(n) for x, n in re.findall(r'<rect x="([^"]*)"[^>]*><title>[^:]*: (\d+)', drawn[2])}
+    assert sum(bars.values()) == len(fired)
+    mark = re.search(r'class="mark" d="M([\d.]+) ', drawn[2])
+    if not own:
+        assert (drawn[1], mark) == ("this one never fired", None)
+        return
+    share = sum(count < own for count in fired) / (len(fired) - 1)
+    assert f"fires more often than {100 * share:.4g} % of the others" in drawn[1]
+    assert f"at {own / 1000:.4g}," in drawn[1]  # of the 1,000 tokens of report_example
+    assert f'aria-label="All features that fired by density; {drawn[1]}:' in drawn[2]
+    # The mark is over the bar of its half decade, which is 14 wide.
+    (over,) = [x for x in bars if x <= float(mark[1]) < x + 14]  # type: ignore[index]
+    halves = [int(np.floor(2 * np.log10(count / 1000))) for count in fired]
+    assert bars[over] == halves.count(int(np.floor(2 * np.log10(own / 1000))))
+
+
 def test_from_feature_to_feature(client: httpx.Client) -> None:
     page = client.get("/ui/feature/7").text
     assert '<a href="/ui/feature/6" rel="prev">' in page and '<a href="/ui/feature/8" rel="next">' in page

@@ -202,7 +202,15 @@ def test_pages_fit_and_axe_finds_nothing_serious(tab: chromium.Page, url: str, w
     tab.wait("document.querySelector('#of-token table')")
     tab.click("#of-token tbody th a")
     tab.wait("document.querySelector('#feature article')")
-    pages = ["", "/ui/features", "/ui/doubtful", "/ui/feature/3", "/ui/feature/8?examples=500", "/ui/feature/10"]
+    pages = [
+        "",
+        "/ui/features",
+        "/ui/map",
+        "/ui/doubtful",
+        "/ui/feature/3",
+        "/ui/feature/8?examples=500",
+        "/ui/feature/10",
+    ]
     for path in pages:
         if path:
             tab.open(url + path, width, 900, scheme)
@@ -314,7 +322,7 @@ def test_runs_are_picked(tab: chromium.Page, url: str) -> None:
     tab.wait(DONE)
     result = encoded(url, "We the people of the United States, in order to form a more perfect union", model="two")
     assert figures(tab) == pytest.approx(means(result), rel=1e-3)
-    assert tab.evaluate("document.querySelector('nav a:nth-child(5)').href") == f"{url}/report?model=two"
+    assert tab.evaluate("document.querySelector('nav a:nth-child(6)').href") == f"{url}/report?model=two"
 
 
 def test_layers_are_picked(tab: chromium.Page, tmp_path: Path) -> None:
@@ -351,7 +359,7 @@ def test_layers_are_picked(tab: chromium.Page, tmp_path: Path) -> None:
             )
             assert set(links) == {"?layer=2"} and len(links) > 2
             reports = [f"{url}/report?layer=2", f"{url}/report"]
-            found = tab.evaluate("[...document.querySelectorAll('header nav a')].slice(4, 6).map((a) => a.href)")
+            found = tab.evaluate("[...document.querySelectorAll('header nav a')].slice(5, 7).map((a) => a.href)")
             assert found == reports
 
             tab.open(f"{url}/ui", width, 900, scheme)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
+import re
 from collections import Counter
 from typing import Annotated, Any
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Query, Request, Response
 
 from serve.contract import ErrorResponse, ServiceError
 from serve.http.errors import repeated
@@ -14,6 +17,8 @@ from serve.service import Service
 
 _LISTS = {"feature"}
 """Parameters that may be given several times."""
+_GZIP = re.compile(r"(^|,)\s*(gzip|\*)\s*(;\s*q=(?!0(\.0*)?\s*(,|$))[\d.]+\s*)?(,|$)")
+"""In Accept-Encoding of those who take gzip."""
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -49,6 +54,14 @@ def wanted(request: Request, offered: tuple[str, ...]) -> str:
         message = f"this is answered as {', '.join(offered)}, not as {accept[:200]}"
         raise ServiceError(406, "not_acceptable", message, {"offered": list(offered)})
     return media_type
+
+
+async def packed(request: Request, body: bytes, media_type: str, headers: dict[str, str]) -> Response:
+    """An answer with an ETag, compressed for those who take that."""
+    if _GZIP.search(request.headers.get("accept-encoding", "").lower()):
+        body = await asyncio.to_thread(gzip.compress, body, 6, mtime=0)
+        headers = headers | {"Content-Encoding": "gzip", "ETag": f"W/{headers['ETag']}"}
+    return Response(body, media_type=media_type, headers=headers)
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

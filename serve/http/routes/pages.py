@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -14,13 +15,15 @@ from starlette.responses import RedirectResponse
 from mtc.report.graph_page import GRAPH_SCRIPTS
 from mtc.report.html import BADGE
 from serve.contract import FeaturesQuery, ServiceError
+from serve.http import map_page
 from serve.http.access import COOKIE, same_origin
 from serve.http.bodies import read_form
 from serve.http.doubtful_page import doubted, list_of
 from serve.http.errors import invalid
 from serve.http.feature_page import ALL, content
+from serve.http.media_types import JSON
 from serve.http.pages import query, render, static_files
-from serve.http.routes.common import Layer, Model, TheService
+from serve.http.routes.common import Layer, Model, TheService, packed
 from serve.http.routes.features import Index, analysed, filters
 from serve.service import ServedLayer, Service
 
@@ -98,6 +101,33 @@ async def doubtful(request: Request, service: TheService, model: Model = None, l
     )  # fmt: skip
 
 
+@router.get("/ui/map")
+async def feature_map(
+    request: Request, service: TheService, model: Model = None, layer: Layer = None,
+    first: Annotated[int, Query(ge=0, lt=1 << 31)] = 0,
+) -> Response:  # fmt: skip
+    """All features by direction, and their nested tree, whose `first` families are left out."""
+    own, table = await analysed(service, model, layer)
+    frame = await _frame(request, service, own, "map", model, layer)
+
+    def page() -> Response:  # of a large dictionary that takes a second
+        return render("map.html", **frame, **map_page.content(table, first))
+
+    return await asyncio.to_thread(page)
+
+
+@router.get("/ui/map.json")
+async def map_points(request: Request, service: TheService, model: Model = None, layer: Layer = None) -> Response:
+    """The points of the map, for its script."""
+    _, table = await analysed(service, model, layer)
+    body = await asyncio.to_thread(map_page.points, table)
+    tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return await packed(request, body, JSON, headers)
+
+
 @router.get("/ui/graph")
 async def graph(request: Request, service: TheService, model: Model = None, layer: Layer = None) -> Response:
     """A prompt's attribution graph: of all layers of a run, whatever layer the other pages are of."""
@@ -171,7 +201,7 @@ async def _frame(
     kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What every page shows around its content; `kept` are parameters that hold for another layer, too."""
-    page = {"features": "/ui/features", "graph": "/ui/graph", "doubtful": "/ui/doubtful"}.get(here, "/ui")
+    page = f"/ui/{here}" if here in ("features", "map", "doubtful", "graph") else "/ui"
     return {
         "run": own.identity, "runs": await service.listed_runs(), "here": here, "model": model, "layer": layer,
         "served": own.run.key.run_id, "layers": list(own.run.layers), "page": page, "address": page,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
-import re
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -14,7 +12,7 @@ from mtc.results import LAYERS_REPORT, report_names
 from serve.contract import ServiceError
 from serve.http.media_types import HTML, JSON, MARKDOWN, media_type_of
 from serve.http.pages import query
-from serve.http.routes.common import BINARY, Model, TheService, errors, wanted
+from serve.http.routes.common import BINARY, Model, TheService, errors, packed, wanted
 from serve.service import ServedLayer, ServedRun
 
 router = APIRouter(tags=["report"])
@@ -31,8 +29,6 @@ PAGE = (
 """For the report, which forbids all scripts but its own by their digest itself, and has no rights here."""
 PICTURE = "sandbox; default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 """For SVG files: their scripts do not run."""
-_GZIP = re.compile(r"(^|,)\s*(gzip|\*)\s*(;\s*q=(?!0(\.0*)?\s*(,|$))[\d.]+\s*)?(,|$)")
-"""In Accept-Encoding of those who take gzip."""
 _FORMS = {
     200: {
         "content": {
@@ -63,10 +59,7 @@ async def report(request: Request, service: TheService, model: Model = None, lay
     body, headers = bytes(answer.body), headers | {"ETag": answer.headers["ETag"]}
     if media_type == HTML:
         body = await asyncio.to_thread(_with_links, asked, body)
-    if _GZIP.search(request.headers.get("accept-encoding", "").lower()):
-        body = await asyncio.to_thread(gzip.compress, body, mtime=0)
-        headers |= {"Content-Encoding": "gzip", "ETag": f"W/{headers['ETag']}"}
-    return Response(body, media_type=media_type, headers=headers)
+    return await packed(request, body, media_type, headers)
 
 
 @router.get(

@@ -1,7 +1,7 @@
 // What the text page shows of an answer: the tokens, a token's features, the text's. `view` is what is shown: answer,
 // facts, token, feature, link (the end of the addresses of features' own pages), withDense and all (every row listed).
 import { DENSE, entries, fold, ranked } from "./text_features.js";
-import { element, make, many, number, percent, spaced, visible } from "./words.js";
+import { element, labelled, make, many, number, percent, spaced, visible } from "./words.js";
 
 const LISTED = 50, STRENGTHS = 5;
 
@@ -12,7 +12,7 @@ export function named(feature, view) {
   const label = view.facts.of(feature)?.label ?? null, found = [];
   if (view.facts.massive(feature)) found.push(make("span", "massive", { class: "badge", title: "most of its activation falls on massive tokens" }), " ");
   if (view.facts.dense(feature)) found.push(make("span", "dense", { class: "badge", title: `fires on more than ${percent(DENSE)} of all tokens` }), " ");
-  if (label !== null) found.push(make("span", visible(label), { class: "label" }));
+  if (label !== null) found.push(labelled(label));
   return found;
 }
 
