@@ -180,7 +180,8 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     ):
         yield Attack(f"?{query[:20]}", _get(f"/features?{query}"), (422,), "validation")
     for layer in ("-1", "a", "", "1.5", "99999999999999999999", "1e3", "%00", "1/../2"):
-        for path in ("/features", "/features/1", "/features/1/examples", "/report", "/report/files/plots/loss.png"):
+        one = ("/features/1", "/features/1/examples", "/features/1/surroundings")
+        for path in ("/features", *one, "/report", "/report/files/plots/loss.png"):
             yield Attack(f"{path} layer {layer}", _get(f"{path}?layer={layer}"), (422,), "validation")
     for layer in ("-1", '"1"', "true", "1.5", "[1]", "{}", "1e30", "9" * 4000):
         for path, rest in (
@@ -198,8 +199,10 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     for cursor in ("AAAA", "a" * 200, "Li4vLi4"):
         yield Attack(f"cursor {cursor[:8]}", _get(f"/features?cursor={cursor}"), (404,), "unknown_cursor")
     for index in ("-1", "99999999999999999999", "1.5", "x", "%00"):
-        yield Attack(f"feature {index}", _get(f"/features/{index}"), (422,), "validation")
-    yield Attack("another feature", _get("/features/10"), (404,), "unknown_feature")
+        for part in ("", "/surroundings"):
+            yield Attack(f"feature {index}{part}", _get(f"/features/{index}{part}"), (422,), "validation")
+    for part in ("", "/surroundings"):
+        yield Attack(f"another feature{part}", _get(f"/features/10{part}"), (404,), "unknown_feature")
 
     if limits.interventions:
         yield from _circuits(limits)

@@ -13,8 +13,10 @@ from mtc.client.asynchronous import AsyncClient
 from mtc.client.blocking import Client
 from mtc.client.calls import EncodeOptions, GraphOptions, SteerOptions
 from mtc.client.failures import Retry, ServiceError
+from mtc.client.feature_answers import NearMiss, Surroundings, Together
 
 __all__ = [
     "AsyncClient", "Client", "Decoding", "EncodeOptions", "EncodedInput", "Encoding", "GraphOptions", "Model",
-    "Retry", "ServiceError", "SteerOptions", "Tokenisation", "TokenisedInput", "Usage",
+    "NearMiss", "Retry", "ServiceError", "SteerOptions", "Surroundings", "Together", "Tokenisation", "TokenisedInput",
+    "Usage",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from mtc.client.answers import (
     read_tokenisation,
 )
 from mtc.client.failures import ServiceError
+from mtc.client.feature_answers import Surroundings, read_surroundings
 
 if TYPE_CHECKING:
     from mtc.results.circuits import Graph, Intervention, Steered
@@ -165,6 +166,13 @@ def decode(
 
 def get(path: str, **parameters: Any) -> Call[dict[str, Any]]:
     return Call("GET", path, JSON, lambda r: r.json(), None, parameters)
+
+
+def surroundings(feature: int, model: str | None, layer: int | None) -> Call[Surroundings]:
+    parameters = {"model": model, "layer": layer}
+    return Call(
+        "GET", f"/features/{feature}/surroundings", JSON, lambda r: read_surroundings(r.json()), None, parameters
+    )
 
 
 def load(model: str) -> Call[dict[str, Any]]:

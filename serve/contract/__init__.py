@@ -2,7 +2,15 @@
 
 from serve.contract.circuit_schemas import GraphJob, GraphRequest, InterventionRequest, SteerRequest, TargetFeature
 from serve.contract.errors import ServiceError
-from serve.contract.feature_schemas import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
+from serve.contract.feature_schemas import (
+    ExamplesResponse,
+    FeatureResponse,
+    FeaturesQuery,
+    FeaturesResponse,
+    NearMissRow,
+    SurroundingsResponse,
+    TogetherRow,
+)
 from serve.contract.messages import Encoded, Options, RunKey, State, Tokenised
 from serve.contract.metrics import CircuitMetrics, Family, ReplicaMetrics, Snapshot, render_metrics, take_snapshot
 from serve.contract.schemas import (
@@ -46,6 +54,7 @@ __all__ = [
     "LoadRequest",
     "LoadResponse",
     "ModelIdentity",
+    "NearMissRow",
     "Options",
     "ReplicaMetrics",
     "RunKey",
@@ -57,7 +66,9 @@ __all__ = [
     "State",
     "Status",
     "SteerRequest",
+    "SurroundingsResponse",
     "TargetFeature",
+    "TogetherRow",
     "Tokenised",
     "TokenizeRequest",
     "TokenizeResponse",

@@ -43,6 +43,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("GET", "/features"): "user",
     ("GET", "/features/{feature}"): "user",
     ("GET", "/features/{feature}/examples"): "user",
+    ("GET", "/features/{feature}/surroundings"): "user",
     ("GET", "/report"): "user",
     ("GET", "/report/files/{name:path}"): "user",
     ("POST", "/encode"): "user",

@@ -122,6 +122,17 @@ class FeatureTable:
             message = f"the random contexts of {self._run_id} can't be read: {error}"
             raise ServiceError(409, "run_unusable", message) from error
 
+    def require_contexts(self) -> RandomContexts:
+        """The random contexts. Raises ServiceError 404 for a run that has none, 409 if they can't be read."""
+        contexts = self.contexts
+        if contexts is None or not len(contexts):
+            message = (
+                f"{self._run_id} has no random contexts (contexts.parquet): analyse it again with "
+                "--analysis.random_contexts 2048"
+            )
+            raise ServiceError(404, "no_contexts", message)
+        return contexts
+
     def count(self, filters: Filters) -> int:
         """How many features pass the filters."""
         return len(self._found(filters))

@@ -56,7 +56,7 @@ def within_limits(api: Api, document: dict[str, Any]) -> dict[str, Any]:
                   for parameter in operation.get("parameters", []) if parameter["name"] == "layer"]  # fmt: skip
     of_layer = [parameter["schema"] for parameter in parameters]
     of_layer += [schemas[f"{name}Request"]["properties"]["layer"] for name in ("Encode", "Tokenize", "Decode")]
-    assert len(of_layer) == 8  # whatever answers for a layer takes it
+    assert len(of_layer) == 9  # whatever answers for a layer takes it
     for schema in of_layer:
         schema["anyOf"][0] = {"type": "integer", "enum": info["layers"]}
     for name in ("EncodeRequest", "DecodeRequest"):
@@ -137,7 +137,7 @@ def test_document_says_nothing_of_one_run(api: Api, document: dict[str, Any], tm
     """Another run takes over with another dictionary, and what generators and clients have read holds."""
     names = {operation["operationId"] for methods in document["paths"].values() for operation in methods.values()}
     assert names == {
-        "encode", "tokenize", "decode", "features", "feature", "examples", "report", "report_file", "healthz",
+        "encode", "tokenize", "decode", "features", "feature", "examples", "surroundings", "report", "report_file", "healthz",
         "readyz", "metrics", "runs", "load", "info", "graph", "graph_status", "graph_result", "graph_cancel", "steer",
     }  # fmt: skip
     with (

@@ -1,4 +1,4 @@
-"""What is known of the features: `GET /features`, one of them, and its examples."""
+"""What is known of the features: `GET /features`, one of them, its examples and its surroundings."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Response
 
-from serve.contract import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
+from serve.contract import (
+    ExamplesResponse,
+    FeatureResponse,
+    FeaturesQuery,
+    FeaturesResponse,
+    NearMissRow,
+    SurroundingsResponse,
+    TogetherRow,
+)
 from serve.http.routes.common import Layer, Model, TheService, errors
 from serve.service import FeatureTable, Filters, ServedLayer, Service
+from serve.service.surroundings import near_misses, together
 
 router = APIRouter(tags=["features"])
 
@@ -58,6 +67,35 @@ async def examples(
     return _json(answer)
 
 
+@router.get(
+    "/features/{feature}/surroundings", response_model=SurroundingsResponse, responses=errors(404, 409, 422, 503)
+)
+async def surroundings(service: TheService, feature: Index, model: Model = None, layer: Layer = None) -> Response:
+    """Near misses of a feature, and what fires together with it."""
+    own, table = await analysed(service, model, layer)
+    # A route of its own: it reads all random contexts, without which the rest of what is known can be had.
+    return _json(await asyncio.to_thread(_surroundings, own, table, feature))
+
+
+def _surroundings(own: ServedLayer, table: FeatureTable, feature: int) -> SurroundingsResponse:
+    table.row(feature)  # a feature that there is not is said first
+    contexts = table.require_contexts()
+    return SurroundingsResponse(
+        run_id=own.run_id, layer=own.number, feature=feature, contexts=len(contexts), tokens=contexts.num_tokens,
+        near_misses=[
+            NearMissRow(
+                tokens=list(near.tokens), marked=list(near.marked), relative=near.relative,
+                relative_label=None if near.relative is None else table.labels[near.relative],
+                activation=near.activation, position=near.position, document_id=near.document_id,
+            )
+            for near in near_misses(table, feature)
+        ],
+        together=[
+            TogetherRow(label=table.labels[each.feature], **each._asdict()) for each in together(table, feature)
+        ],
+    )  # fmt: skip
+
+
 def filters(query: FeaturesQuery) -> Filters:
     return Filters(
         query.group, query.massive, query.min_density, query.max_density, query.token, query.text,
@@ -73,5 +111,5 @@ async def analysed(service: Service, model: str | None, layer: int | None) -> tu
     return own, await asyncio.to_thread(lambda: own.analysed)
 
 
-def _json(answer: FeaturesResponse | FeatureResponse | ExamplesResponse) -> Response:
+def _json(answer: FeaturesResponse | FeatureResponse | ExamplesResponse | SurroundingsResponse) -> Response:
     return Response(answer.model_dump_json(warnings=False), media_type="application/json")
