@@ -188,6 +188,7 @@ def attacks(limits: Settings) -> Iterator[Attack]:
             ("/encode", '"inputs": "a"'),
             ("/tokenize", '"inputs": "a"'),
             ("/decode", '"features": [[]]'),
+            ("/features/by-text", '"texts": "a"'),
         ):
             body = f'{{{rest}, "layer": {layer}}}'.encode()
             yield Attack(f"{path} layer {layer[:9]}", _post(path, body), (422,), "validation")
@@ -204,6 +205,7 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     for part in ("", "/surroundings"):
         yield Attack(f"another feature{part}", _get(f"/features/10{part}"), (404,), "unknown_feature")
 
+    yield from _by_text(limits)
     if limits.interventions:
         yield from _circuits(limits)
     for method in ("TRACE", "DELETE", "PUT", "PATCH", "OPTIONS"):
@@ -218,6 +220,33 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     yield Attack("HTML", _post("/encode", _json(inputs="<script>alert(1)</script>")), (200,))
     yield Attack("NUL", _post("/encode", _json(inputs="a\0b")), (200,))
     yield Attack("overrides and bidi", _post("/encode", _json(inputs="\u202e\u2066\ufeff\U0001f600\U000e0001")), (200,))
+
+
+def _by_text(limits: Settings) -> Iterator[Attack]:
+    """Features that tell texts apart."""
+
+    def ask(name: str, answers: tuple[int, ...], kind: str | None, **fields: Any) -> Attack:
+        body = json.dumps({"texts": NAME} | fields).encode()
+        return Attack(f"by text {name}", _post("/features/by-text", body), answers, kind)
+
+    tokens, no = limits.max_input_tokens, "validation"
+    for name, value in (
+        ("texts", {}), ("texts", [1]), ("texts", [["a"]]), ("against", 1), ("against", [None]), ("top_k", 0),
+        ("top_k", 1e30), ("top_k", 1025), ("prefix", 5), ("prefix", "4"), ("truncate", 1), ("inputs", "a"),
+        ("min_activation", 0), ("__proto__", {}),
+    ):  # fmt: skip
+        yield ask(f"{name} {str(value)[:20]}", (422,), no, **{name: value})
+    for name in ("texts", "against"):
+        for empty in ("", [], [""], ["a", ""]):
+            yield ask(f"empty {name} {empty}", (400,), "empty_inputs", **{name: empty})
+    yield ask("model", (404,), "unknown_model", model="../one")
+    yield ask("too many", (413,), "too_many_inputs", texts=["a"], against=["a"] * limits.max_inputs)
+    yield ask("too long", (413,), "input_too_long", against="a" * tokens)
+    many = ["a" * (tokens - 1)] * (limits.max_request_tokens // tokens)
+    yield ask("too many in all", (413,), "too_many_tokens", texts=many, against="a")
+    yield ask("NUL", (200,), None, texts="a\0b", against="\u202e<script>")
+    yield Attack("by text as a form", _post("/features/by-text", b"texts=a", "text/plain"), (415,))
+    yield Attack("by text, asked for", _get("/features/by-text?texts=a"), (405,), "method_not_allowed")
 
 
 def _circuits(limits: Settings) -> Iterator[Attack]:

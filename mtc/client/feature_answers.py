@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
+
+from mtc.client.answers import Model, Usage, model_of
 
 
 class NearMiss(NamedTuple):
@@ -56,6 +58,95 @@ class Surroundings(NamedTuple):
     """A few contexts in which the feature might fire and is silent."""
     together: tuple[Together, ...]
     """Features that fire together with it, by correlation, the highest first."""
+
+
+class ByTextOptions(TypedDict, total=False):
+    """What `features_by_text` may be asked beside its texts; see `POST /features/by-text`."""
+
+    top_k: int
+    """Most features of the answer; by default 20."""
+    model: str
+    """Id of the run that answers."""
+    layer: int
+    """Layer of the run that answers; by default its lowest."""
+    prefix: int
+    """Size in features of the nested dictionary whose features are compared; by default the whole dictionary."""
+    truncate: bool
+    """Cut a text that is too long instead of refusing it."""
+
+
+class SideFigures(NamedTuple):
+    """How a feature fires on the tokens of one side."""
+
+    fires: int
+    """Tokens on which it fires."""
+    share: float
+    """Share of the tokens on which it fires."""
+    mean_activation: float
+    """Mean activation over all tokens, in scaled units."""
+
+
+class Contrast(NamedTuple):
+    """A feature that tells texts from what they are compared with."""
+
+    feature: int
+    """Index of the feature in the dictionary."""
+    label: str | None
+    """Label of the feature; None without samples."""
+    label_by: str | None
+    """Who made the label: `rules`, or the name of a language model."""
+    density: float
+    """Share of the analysed tokens on which the feature fired."""
+    max_activation: float
+    """Strongest activation of the feature on the analysed tokens, in scaled units."""
+    massive: bool
+    """Whether the feature is of massive tokens."""
+    copy_of: int | None
+    """Index of the feature that this one is a copy of, if it is one."""
+    texts: SideFigures
+    """How it fires on the texts."""
+    against: SideFigures
+    """How it fires on what they are compared with."""
+    log_odds_ratio: float
+    """Log odds ratio of firing on a token, above 0 if the feature does so more often in the texts."""
+    z: float
+    """`log_odds_ratio` over its standard error."""
+    difference: float
+    """Difference of the mean activations in shares of the feature's largest one."""
+    score: float
+    """What features are ranked by: `z` times `difference`."""
+
+
+class TextFeatures(NamedTuple):
+    """The answer to `features_by_text`."""
+
+    model: Model
+    prefix: int
+    """Size in features of the nested dictionary that was used."""
+    background: Literal["texts", "random_contexts"]
+    """What the texts are compared with: those of `against`, or the run's random contexts."""
+    tokens: int
+    """Tokens of the texts, special ones left out."""
+    against_tokens: int
+    """Tokens of what they are compared with."""
+    largest_z_by_chance: float
+    """What no feature's |z| exceeds in 95 of 100 pairs of sides that are alike, if tokens are independent."""
+    features: tuple[Contrast, ...]
+    """Features that tell the sides apart, the one that tells most first."""
+    usage: Usage
+    request_id: str
+
+
+def read_by_text(found: dict[str, Any]) -> TextFeatures:
+    """An answer to `POST /features/by-text`; see `read_surroundings`."""
+    rows = tuple(
+        Contrast(
+            **_known(Contrast, row) | {n: SideFigures(**_known(SideFigures, row[n])) for n in ("texts", "against")}
+        )
+        for row in found["features"]
+    )
+    known = _known(TextFeatures, found) | {"model": model_of(found["model"]), "usage": Usage(**found["usage"])}
+    return TextFeatures(**known | {"features": rows})
 
 
 def read_surroundings(found: dict[str, Any]) -> Surroundings:

@@ -1,6 +1,7 @@
 """What all parts of the service agree on: settings, what is sent and answered, errors and counts."""
 
 from serve.contract.circuit_schemas import GraphJob, GraphRequest, InterventionRequest, SteerRequest, TargetFeature
+from serve.contract.contrast_schemas import ByTextRequest, ByTextResponse, ContrastRow, SideFigures
 from serve.contract.errors import ServiceError
 from serve.contract.feature_schemas import (
     ExamplesResponse,
@@ -29,12 +30,16 @@ from serve.contract.schemas import (
     Status,
     TokenizeRequest,
     TokenizeResponse,
+    Usage,
 )
 from serve.contract.settings import ENVIRONMENT, Settings, free_ports, proxy_files
 
 __all__ = [
     "ENVIRONMENT",
+    "ByTextRequest",
+    "ByTextResponse",
     "CircuitMetrics",
+    "ContrastRow",
     "DecodeRequest",
     "DecodeResponse",
     "EncodeRequest",
@@ -62,6 +67,7 @@ __all__ = [
     "RunsResponse",
     "ServiceError",
     "Settings",
+    "SideFigures",
     "Snapshot",
     "State",
     "Status",
@@ -72,6 +78,7 @@ __all__ = [
     "Tokenised",
     "TokenizeRequest",
     "TokenizeResponse",
+    "Usage",
     "free_ports",
     "proxy_files",
     "render_metrics",

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -96,9 +96,13 @@ class FeatureTable:
         """
         found = self._found(filters)
         start = self._start(filters, cursor)
-        rows = [self._short(int(i)) for i in found[start : start + limit]]
+        rows = self.rows(found[start : start + limit])
         after = start + limit
         return rows, len(found), self._cursor(filters, after) if after < len(found) else None
+
+    def rows(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+        """Features in short, as `GET /features` lists them."""
+        return [self._short(int(index)) for index in indices]
 
     def feature(self, index: int) -> Feature:
         """A feature's row. Raises ServiceError 404 if there is none."""
@@ -122,13 +126,14 @@ class FeatureTable:
             message = f"the random contexts of {self._run_id} can't be read: {error}"
             raise ServiceError(409, "run_unusable", message) from error
 
-    def require_contexts(self) -> RandomContexts:
-        """The random contexts. Raises ServiceError 404 for a run that has none, 409 if they can't be read."""
+    def require_contexts(self, otherwise: str = "") -> RandomContexts:
+        """The random contexts. Raises ServiceError 404 for a run that has none, with what else one can do, 409 if they
+        can't be read."""
         contexts = self.contexts
         if contexts is None or not len(contexts):
             message = (
                 f"{self._run_id} has no random contexts (contexts.parquet): analyse it again with "
-                "--analysis.random_contexts 2048"
+                f"--analysis.random_contexts 2048{otherwise}"
             )
             raise ServiceError(404, "no_contexts", message)
         return contexts
@@ -143,6 +148,11 @@ class FeatureTable:
         samples."""
         labels: list[str | None] = self._table["label"].to_pylist()
         return labels
+
+    @property
+    def max_activations(self) -> NDArray[np.float64]:
+        """[features], the strongest activation of each on the analysed tokens, in scaled units."""
+        return self._column("max_activation").astype(np.float64)
 
     def labels_of(self, index: int) -> FeatureLabel | None:
         """What a language model made of a feature; None if it was not asked."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -205,12 +205,17 @@ class Service:
             self._listed = time.monotonic(), found
         return self._listed[1]
 
-    async def tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
-        """The request's inputs as the model reads them. Raises ServiceError: 413 beyond the limits, 422 unknown ids."""
+    async def tokenise(
+        self, run: ServedRun, request: EncodeRequest | TokenizeRequest, name: Callable[[int], str] = "inputs[{}]".format
+    ) -> list[Tokenised]:
+        """The request's inputs as the model reads them. Raises ServiceError: 413 beyond the limits, 422 unknown ids;
+        it calls an input by the `name` of its index."""
         with self.metrics.duration.labels("tokenise").time():
-            return await self._tokenise(run, request)
+            return await self._tokenise(run, request, name)
 
-    async def _tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
+    async def _tokenise(
+        self, run: ServedRun, request: EncodeRequest | TokenizeRequest, name: Callable[[int], str]
+    ) -> list[Tokenised]:
         settings, tokeniser = self.settings, run.tokeniser
         inputs: Sequence[object] = request.texts or request.windows or []
         if len(inputs) > settings.max_inputs:
@@ -230,10 +235,10 @@ class Service:
             tokenised = [tokeniser.ids(window, limit) for window in windows]
         for index, each in enumerate(tokenised):
             if not len(each.ids):
-                raise ServiceError(400, "empty_inputs", f"inputs[{index}] has no token", {"index": index})
+                raise ServiceError(400, "empty_inputs", f"{name(index)} has no token", {"index": index})
             if len(each.ids) > longest:
-                raise _too_many("input_too_long", "tokens", longest, len(each.ids), index)
-            _check_ids(run, f"inputs[{index}]", int(each.ids.max()), index)
+                raise _too_many("input_too_long", "tokens", longest, len(each.ids), index, name(index))
+            _check_ids(run, name(index), int(each.ids.max()), index)
         total = sum(len(each.ids) for each in tokenised)
         if total > settings.max_request_tokens:
             raise _too_many("too_many_tokens", "tokens", settings.max_request_tokens, total)
@@ -359,8 +364,9 @@ def _matrix(request: DecodeRequest) -> tuple[NDArray[np.int64], NDArray[np.int64
     return indptr, feature, value
 
 
-def _too_many(kind: str, what: str, limit: int, value: int, index: int | None = None) -> ServiceError:
-    where = "the request" if index is None else f"inputs[{index}]"
+def _too_many(
+    kind: str, what: str, limit: int, value: int, index: int | None = None, where: str = "the request"
+) -> ServiceError:
     detail = {"limit": limit, "value": value} | ({} if index is None else {"index": index})
     return ServiceError(413, kind, f"{where} has {value} {what}, the limit is {limit}", detail)
 

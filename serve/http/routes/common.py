@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, HTTPException, Query, Request
 
 from serve.contract import ErrorResponse, ServiceError
 from serve.http.errors import repeated
@@ -27,6 +27,14 @@ Model = Annotated[
     str | None, Query(min_length=1, max_length=200, description="Id of a run; by default the current one.")
 ]
 Layer = Annotated[int | None, Query(ge=0, lt=1 << 31, description="Layer of the run; by default its lowest.")]
+
+
+async def own_method(request: Request) -> None:
+    """Raises HTTPException 405 where a path of its own words, such as /features/by-text, has another method, and only
+    fits the template of this route."""
+    methods = request.app.state.allowed(request.url.path)
+    if methods and request.method not in methods:
+        raise HTTPException(405, headers={"Allow": ""})  # which the answer fills in
 
 
 async def single_parameters(request: Request) -> None:

@@ -1,13 +1,16 @@
-"""What is known of the features: `GET /features`, one of them, its examples and its surroundings."""
+"""What is known of the features: `GET /features`, one of them, its examples and surroundings, and those of texts."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import BaseModel
 
 from serve.contract import (
+    ByTextRequest,
+    ByTextResponse,
     ExamplesResponse,
     FeatureResponse,
     FeaturesQuery,
@@ -15,9 +18,14 @@ from serve.contract import (
     NearMissRow,
     SurroundingsResponse,
     TogetherRow,
+    Usage,
 )
-from serve.http.routes.common import Layer, Model, TheService, errors
+from serve.http.bodies import read_json
+from serve.http.formats import usage
+from serve.http.openapi import json_body
+from serve.http.routes.common import Layer, Model, TheService, errors, request_id_of
 from serve.service import FeatureTable, Filters, ServedLayer, Service
+from serve.service.by_text import by_text
 from serve.service.surroundings import near_misses, together
 
 router = APIRouter(tags=["features"])
@@ -33,6 +41,27 @@ async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]
     answer = FeaturesResponse.model_construct(
         run_id=own.run_id, layer=own.number, total=total, features=rows, cursor=after
     )
+    return _json(answer)
+
+
+@router.post(
+    "/features/by-text",
+    response_model=ByTextResponse,
+    openapi_extra=json_body(ByTextRequest),
+    responses=errors(400, 404, 408, 409, 413, 415, 422, 429, 503, 504),
+)
+async def features_by_text(request: Request, service: TheService) -> Response:
+    """Features that tell texts from others, or from the run's background."""
+    asked = await read_json(request, ByTextRequest, service.settings)
+    own, table = await analysed(service, asked.model, asked.layer)
+    request.state.run_id, request.state.layer = own.run_id, own.number
+    found = await by_text(service, own, table, asked)
+    answer = ByTextResponse(
+        model=own.identity, prefix=asked.prefix or own.num_features,
+        background="texts" if asked.against else "random_contexts", tokens=found.tokens,
+        against_tokens=found.against_tokens, largest_z_by_chance=found.largest_by_chance, features=found.rows,
+        usage=Usage(**usage(found.inputs)), request_id=request_id_of(request),
+    )  # fmt: skip
     return _json(answer)
 
 
@@ -111,5 +140,5 @@ async def analysed(service: Service, model: str | None, layer: int | None) -> tu
     return own, await asyncio.to_thread(lambda: own.analysed)
 
 
-def _json(answer: FeaturesResponse | FeatureResponse | ExamplesResponse | SurroundingsResponse) -> Response:
+def _json(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(warnings=False), media_type="application/json")
