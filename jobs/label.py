@@ -3,10 +3,12 @@
     python jobs/label.py --run runs/latest --endpoint http://127.0.0.1:8000/v1 --model NAME --dry-run
     python jobs/label.py --run runs/latest --endpoint http://127.0.0.1:8000/v1 --model NAME
     python jobs/label.py --run runs/ID --layer 9 --endpoint https://api.example.com/v1 --model NAME --max-tokens 5000000
+    python jobs/label.py --run runs/latest --embeddings http://127.0.0.1:8001/v1 --embedding-model NAME
 
-The endpoint is any that is compatible with OpenAI's, such as a vLLM server; its key comes from $OPENAI_API_KEY, or from
+An endpoint is any that is compatible with OpenAI's, such as a vLLM server; its key comes from $OPENAI_API_KEY, or from
 the variable that --key-variable names. Writes labels.parquet into the run, and the labels and their scores into its
-report. What was answered is kept at once and never asked again: the same command goes on where one ended.
+report; with --embeddings, alone or in the same command, a vector of each feature's label into embeddings.safetensors,
+for search by meaning. What was answered is kept and never asked again: the same command goes on where one ended.
 Needs no cluster. Exit codes: 0 done, 1 failed while running or stopped by --max-tokens, 2 unusable run, option or
 endpoint, or another job writes the run, 130 interrupted.
 """
@@ -25,7 +27,9 @@ from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
+from jobs import label_vectors as vectors
 from jobs.command_line import add_options, failed
+from jobs.label_vectors import PROGRESS_SECONDS
 from mtc.config import ConfigError
 from mtc.errors import MtcError
 from mtc.report import write_report
@@ -44,8 +48,6 @@ from mtc.telemetry import configure, fail, say, set_run
 
 if TYPE_CHECKING:
     from mtc.labels import Budget, Cost, Progress, RunEvidence, Settings
-
-PROGRESS_SECONDS = 5.0
 
 
 class Unfinished(MtcError):
@@ -91,6 +93,11 @@ def find_runs(url: str, layer: int | None) -> tuple[RunDirectory, Mapping[str, R
 
 def check_options(options: argparse.Namespace, members: Mapping[str, RunDirectory]) -> None:
     """Raises ConfigError for options that can't be, RunError for transcoders that were never analysed."""
+    for one, other in (("endpoint", "model"), ("embeddings", "embedding_model")):
+        if bool(getattr(options, one)) != bool(getattr(options, other)):
+            raise ConfigError(f"--{one} and --{other.replace('_', '-')} belong together: give both or neither")
+    if not options.endpoint and not options.embeddings:
+        raise ConfigError("nothing to do: --endpoint and --model ask for labels, --embeddings for their vectors")
     for name in ("concurrency", "seconds", "attempts", "max_tokens"):
         value = getattr(options, name)
         if value is not None and value <= 0:
@@ -106,8 +113,8 @@ def check_options(options: argparse.Namespace, members: Mapping[str, RunDirector
 
 
 def label(options: argparse.Namespace, whole: RunDirectory, members: Mapping[str, RunDirectory]) -> None:
-    """Label some of a run's transcoders, one after the other. Raises EndpointError where the endpoint refuses, and
-    Unfinished at the limit."""
+    """Label some of a run's transcoders, one after the other, or ask for vectors of their labels. Raises EndpointError
+    where the endpoint refuses, and Unfinished at the limit."""
     # With torch, through the analysis' intervals: 3 s, which a wrong option should not cost.
     from mtc.labels import Budget, RunEvidence, Settings, estimate
 
@@ -115,20 +122,31 @@ def label(options: argparse.Namespace, whole: RunDirectory, members: Mapping[str
         options.seed, options.prefix, None if options.scored == "all" else options.scored, options.simulation
     )
     for run in members.values():
-        cost = estimate(RunEvidence(run, settings.seed), settings, options.thinking_tokens)
-        tell_cost(cost, run, options.max_tokens)
+        if options.endpoint:
+            cost = estimate(RunEvidence(run, settings.seed), settings, options.thinking_tokens)
+            tell_cost(cost, run, options.max_tokens)
+        if options.embeddings:
+            vectors.tell_cost(options, run)
     if options.dry_run:
         return
     budget, finished = Budget(options.max_tokens, options.thinking_tokens), True
     with Lease(whole) as lease:
         for run in members.values():
-            # Not analysis.json, which a job that was killed may have left newer than the manifest; it is written anew.
-            run.verify(("features.parquet", "examples.parquet", "contexts.parquet"))
-            labelling = label_one(options, run, RunEvidence(run, settings.seed), settings, budget, lease.require)
-            finished &= labelling.finished
-            lease.require()
-            publish_whole(whole, latest=False)
-            tell(labelling, run)
+            if options.endpoint:
+                # Not analysis.json, which a job that was killed may have left newer than the manifest; it is written
+                # anew.
+                run.verify(("features.parquet", "examples.parquet", "contexts.parquet"))
+                labelling = label_one(options, run, RunEvidence(run, settings.seed), settings, budget, lease.require)
+                finished &= labelling.finished
+                lease.require()
+                publish_whole(whole, latest=False)
+                tell(labelling, run)
+            if options.embeddings:
+                found = vectors.embed_labels(options, run, budget, lease.require)
+                lease.require()
+                publish_whole(whole, latest=False)
+                vectors.require_all(found, run)
+                finished &= found.finished
     if not finished:
         raise Unfinished(
             f"--max-tokens {options.max_tokens} does not allow for more; a higher one goes on where this one ends"
@@ -246,9 +264,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
     parser.add_argument("--layer", type=int, metavar="N", help="of a run of several layers only this one")
-    parser.add_argument("--endpoint", required=True, metavar="URL", help="base URL, which ends in /v1 mostly")
-    parser.add_argument("--model", required=True, metavar="NAME", help="the model that names features")
+    parser.add_argument("--endpoint", metavar="URL", help="base URL, which ends in /v1 mostly, of the next two")
+    parser.add_argument("--model", metavar="NAME", help="the model that names features")
     parser.add_argument("--judge", metavar="NAME", help="the model that judges the labels (default: the same)")
+    parser.add_argument("--embeddings", metavar="URL", help="base URL of an endpoint that gives vectors of labels")
+    parser.add_argument("--embedding-model", metavar="NAME", help="the model that makes them")
     parser.add_argument(
         "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key"
     )

@@ -40,6 +40,9 @@ class FeaturesQuery(BaseModel):
     query: str | None = Field(default=None, min_length=1, max_length=200)
     """Only features that have to do with one of these words or their stems, the most relevant first: by their label, by
     the words on which they fire, by what stands around these, and by the tokens whose logits they raise."""
+    by: Literal["words", "meaning"] = "words"
+    """How `query` is looked for: by its words, or by the meaning of the features' labels, the nearest 1000 first, which
+    the run and the service must be set up for; the query's text then goes to the endpoint that the service names."""
     copies: bool | None = None
     """Only features that are copies of an earlier one (true), or only others (false)."""
     single_token: bool | None = None
@@ -98,6 +101,8 @@ class FeatureRow(SchemaModel):
     """Index of the earlier feature that this one refines, if one is known."""
     children: int
     """Number of features that refine this one."""
+    similarity: float | None
+    """Cosine of the label's and the query's vectors, from -1 to 1, with `by=meaning`; null otherwise."""
 
 
 class FeaturesResponse(SchemaModel):

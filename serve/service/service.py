@@ -31,7 +31,9 @@ from serve.contract import (
     Tokenised,
     TokenizeRequest,
 )
+from serve.service.feature_table import FeatureTable
 from serve.service.models import Models
+from serve.service.query_vectors import QueryVectors
 from serve.service.served_run import ServedLayer, ServedRun, unknown_layer
 
 T = TypeVar("T")
@@ -99,6 +101,7 @@ class Service:
     ):  # fmt: skip
         self.settings, self.models, self.control, self.state, self.metrics = settings, models, control, state, metrics
         self._interventions = interventions
+        self._query_vectors = QueryVectors(settings) if settings.embeddings else None
         self._used: set[RunKey] = set()
         self._ready: tuple[RunKey, float] | None = None
         self._listed: tuple[float, list[RunSummary]] | None = None
@@ -114,6 +117,21 @@ class Service:
             )
             raise ServiceError(409, "no_interventions", message)
         return self._interventions
+
+    async def query_vector(self, table: FeatureTable, query: str) -> NDArray[np.float32]:
+        """The vector of a query by the model that made those of the labels.
+
+        Raises ServiceError: 409 if there is no endpoint for it, and as `FeatureTable.require_vectors` and
+        `QueryVectors.vector`.
+        """
+        if self._query_vectors is None:
+            message = (
+                "search by meaning is not served: start the service with the setting `embeddings`, the base URL of an "
+                "endpoint that gives vectors"
+            )
+            raise ServiceError(409, "no_embeddings", message)
+        vectors = await asyncio.to_thread(table.require_vectors)
+        return await self._query_vectors.vector(vectors.model, query, vectors.dimensions)
 
     async def run(self, model: str | None) -> ServedRun:
         """The run that answers a request; the whole answer is to come from it. Raises ServiceError as Control.want."""

@@ -85,6 +85,7 @@ _MEANING = {
     422: "The body or a parameter is not as documented; the answer names the fields.",
     429: "Too much at once; Retry-After says when to ask again.",
     500: "The service failed; its log has the details under the request id.",
+    502: "The endpoint of vectors refuses, or its answer is of no use; the answer says why.",
     503: "Not now: the models are being loaded, or are lost; Retry-After says when to ask again.",
     504: "The models did not answer in time.",
 }

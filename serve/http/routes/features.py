@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel
@@ -33,11 +33,11 @@ router = APIRouter(tags=["features"])
 Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index of the feature in the dictionary.")]
 
 
-@router.get("/features", response_model=FeaturesResponse, responses=errors(404, 409, 422, 503))
+@router.get("/features", response_model=FeaturesResponse, responses=errors(404, 409, 422, 429, 502, 503))
 async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]) -> Response:
     """Features that pass all filters, page by page."""
     own, table = await analysed(service, query.model, query.layer)
-    rows, total, after = await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor)
+    rows, total, after = await page(service, table, query)
     answer = FeaturesResponse.model_construct(
         run_id=own.run_id, layer=own.number, total=total, features=rows, cursor=after
     )
@@ -125,11 +125,20 @@ def _surroundings(own: ServedLayer, table: FeatureTable, feature: int) -> Surrou
     )  # fmt: skip
 
 
+async def page(
+    service: Service, table: FeatureTable, query: FeaturesQuery
+) -> tuple[list[dict[str, Any]], int, str | None]:
+    """See FeatureTable.page; raises also as `Service.query_vector`."""
+    by_meaning = query.query is not None and query.by == "meaning"
+    vector = await service.query_vector(table, query.query) if query.query is not None and by_meaning else None
+    return await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor, vector)
+
+
 def filters(query: FeaturesQuery) -> Filters:
     return Filters(
         query.group, query.massive, query.min_density, query.max_density, query.token, query.text,
         query.copies, query.single_token, query.max_detection,
-        tuple(query.feature) if query.feature else None, query.query,
+        tuple(query.feature) if query.feature else None, query.query, query.by,
         query.sort or ("relevance" if query.query else "feature"), query.order == "descending",
     )  # fmt: skip
 
