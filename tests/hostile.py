@@ -175,10 +175,15 @@ def attacks(limits: Settings) -> Iterator[Attack]:
         "group=-1",
         "min_density=nan",
         "sort=__class__",
+        "query=a&by=sound",
+        "query=a&by=meaning&by=words",
+        "query=a&by=meaning&embeddings=http://169.254.169.254/",
         "x=1",
         "text=" + "a" * 201,
     ):
         yield Attack(f"?{query[:20]}", _get(f"/features?{query}"), (422,), "validation")
+    for path in ("/features", "/ui/features"):
+        yield Attack(f"{path} by meaning", _get(f"{path}?query=a&by=meaning"), (409,), "no_embeddings")
     for layer in ("-1", "a", "", "1.5", "99999999999999999999", "1e3", "%00", "1/../2"):
         one = ("/features/1", "/features/1/examples", "/features/1/surroundings")
         for path in ("/features", *one, "/report", "/report/files/plots/loss.png"):

@@ -22,15 +22,13 @@ from mtc.report.sections.features import feature_blocks
 from mtc.results import AbsorbedFeature, Analysis, Feature, FeatureLabel, SplitFeature
 from mtc.storage import LabelTable, RandomContexts, RunError, parse_analysis, with_labels
 from serve.contract import ServiceError
-from serve.service.label_vectors import LabelVectors
+from serve.service.label_vectors import LabelVectors, nearest
 from serve.service.search import SearchIndex, open_index
 
 DENSE = 0.1
 """Share of the tokens from which on a feature that fires on them is dense."""
 SINGLE_TOKEN = 0.9
 """Share of a feature's samples that peak on one token from which on it is a feature of that token."""
-NEAREST = 1000
-"""Features that a search by meaning finds, of those that pass the filters: every label is somehow near."""
 RULES = "rules"
 """Who made a label that is no language model's."""
 
@@ -278,8 +276,7 @@ class FeatureTable:
             wanted &= self._with_text(filters.text)
         relevant = None
         if near is not None:
-            there = np.flatnonzero(wanted & np.isfinite(near))
-            relevant = there[np.argsort(-near[there], kind="stable")][:NEAREST]
+            relevant = nearest(near, wanted)
         elif filters.query is not None:
             relevant = self._index.find(filters.query)
         if relevant is not None and filters.sort == "relevance":

@@ -16,6 +16,7 @@ from serve_local import LocalControl, make_analysed_run, make_layers_run, make_s
 from mtc.results import FeatureLabel
 from mtc.storage import Embeddings, RunDirectory, embeddings_to_bytes, label_digest, labels_to_parquet
 from serve.contract import ServiceError, Settings
+from serve.service.label_vectors import NEAREST, nearest
 from serve.service.query_vectors import AT_ONCE
 from tests.labels.rules_endpoint import RulesEndpoint, vector_of
 
@@ -168,6 +169,16 @@ def test_an_endpoint_that_fails_is_told(
         assert words in answer.json()["error"] and server.url not in answer.text and query not in answer.text
         assert ("retry-after" in answer.headers) == (status == 503)
         assert httpx.get(f"{url}/features", params={"query": query}, timeout=60).status_code == 200
+
+
+def test_of_many_features_the_nearest_are_found() -> None:
+    """In the order of a full sort, equal ones by index, at the border too; of the wanted ones alone."""
+    random = np.random.default_rng(0)
+    near = random.integers(0, 50, 5000).astype(np.float32) / 50
+    near[random.integers(0, 5000, 300)] = np.nan
+    for wanted in (np.ones(5000, bool), random.random(5000) < 0.5, np.arange(5000) < 40):
+        expected = sorted((j for j in range(5000) if wanted[j] and near[j] == near[j]), key=lambda j: (-near[j], j))
+        assert nearest(near, wanted).tolist() == expected[:NEAREST]
 
 
 def test_each_layer_has_its_own(tmp_path: Path, server: RulesEndpoint) -> None:
