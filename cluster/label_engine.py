@@ -17,9 +17,10 @@ import ray.exceptions
 from cluster.room import reserved
 from mtc.config import ConfigError
 from mtc.errors import one_line
-from mtc.labels.endpoint import END, GIVEN_UP, Answer, Asking, EndpointDown, EndpointError, Known
+from mtc.labels.endpoint import Answer, Asking
 from mtc.labels.offline import OfflineModel
 from mtc.labels.prompts import Question
+from mtc.labels.transport import END, GIVEN_UP, EndpointDown, EndpointError, Known
 from mtc.telemetry import say
 
 BATCH, AT_ONCE = 256, 2

@@ -4,11 +4,13 @@
     python jobs/label.py --run runs/latest --endpoint http://127.0.0.1:8000/v1 --model NAME
     python jobs/label.py --run runs/ID --layer 9 --endpoint https://api.example.com/v1 --model NAME --max-tokens 5000000
     ray job submit -- python jobs/label.py --run s3://bucket/runs/ID --engine --engines 4 --model NAME
+    python jobs/label.py --run runs/latest --embeddings http://127.0.0.1:8001/v1 --embedding-model NAME
 
-The endpoint is any that is compatible with OpenAI's, such as a vLLM server; its key comes from $OPENAI_API_KEY, or from
+An endpoint is any that is compatible with OpenAI's, such as a vLLM server; its key comes from $OPENAI_API_KEY, or from
 the variable that --key-variable names. With --engine vLLM runs the models on the cluster that this job is in, or on
-this machine. Writes labels.parquet into the run, and the labels and their scores into its report. What was answered is
-kept at once and never asked again: the same command goes on where one ended. With an endpoint no cluster is needed.
+this machine; otherwise no cluster is needed. Writes labels.parquet into the run, and the labels and their scores into
+its report; with --embeddings, alone or in the same command, a vector of each feature's label for search by meaning
+into embeddings.safetensors. What was answered is kept and never asked again: the same command goes on where one ended.
 Exit codes: 0 done, 1 failed while running or stopped by --max-tokens, 2 unusable run, option or endpoint, or another
 job writes the run, 130 interrupted.
 """
@@ -17,18 +19,19 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
-import yaml
 
+from jobs import label_models as models
+from jobs import label_vectors as vectors
 from jobs.command_line import add_options, failed
+from jobs.label_vectors import PROGRESS_SECONDS
 from mtc.config import ConfigError
 from mtc.errors import MtcError
 from mtc.report import write_report
@@ -40,20 +43,13 @@ from mtc.storage import (
     labels_to_parquet,
     load_analysis,
     open_run,
-    prepare_environment,
     publish_whole,
     read_labels,
 )
 from mtc.telemetry import configure, fail, say, set_run
 
 if TYPE_CHECKING:
-    from mtc.labels import Asked, Budget, Cost, Journal, Progress, RunEvidence, Settings
-
-    Answering = Callable[[str, Journal], AbstractContextManager[Asked]]
-
-PROGRESS_SECONDS = 5.0
-OF_ENDPOINT = ("concurrency", "seconds", "attempts", "key_variable")
-OF_ENGINE = ("engines", "engine_gpus", "engine_set")
+    from mtc.labels import Budget, Cost, Progress, RunEvidence, Settings
 
 
 class Unfinished(MtcError):
@@ -99,19 +95,14 @@ def find_runs(url: str, layer: int | None) -> tuple[RunDirectory, Mapping[str, R
 
 def check_options(options: argparse.Namespace, members: Mapping[str, RunDirectory]) -> None:
     """Raises ConfigError for options that can't be, RunError for transcoders that were never analysed."""
-    defaults = _parser()
-    for name in OF_ENDPOINT if options.engine else OF_ENGINE:
-        if getattr(options, name) != defaults.get_default(name):
-            other = "endpoint" if options.engine else "engine"
-            raise ConfigError(f"{_option(name)} belongs to --{other}")
+    models.check_options(options, _parser())
     for name in ("concurrency", "seconds", "attempts", "max_tokens", "engines"):
         value = getattr(options, name)
         if value is not None and value <= 0:
-            raise ConfigError(f"{_option(name)} {value}: above 0 is wanted")
+            raise ConfigError(f"{models.option(name)} {value}: above 0 is wanted")
     for name in ("thinking_tokens", "seed", "engine_gpus"):
         if (value := getattr(options, name)) < 0:
-            raise ConfigError(f"{_option(name)} {value}: 0 or more is wanted")
-    _engine_settings(options.engine_set)
+            raise ConfigError(f"{models.option(name)} {value}: 0 or more is wanted")
     for run in members.values():
         prefixes = run.config().members()[0].config.transcoder.prefixes
         if options.prefix is not None and options.prefix not in prefixes:
@@ -120,8 +111,8 @@ def check_options(options: argparse.Namespace, members: Mapping[str, RunDirector
 
 
 def label(options: argparse.Namespace, whole: RunDirectory, members: Mapping[str, RunDirectory]) -> None:
-    """Label some of a run's transcoders, one after the other. Raises EndpointError where the endpoint refuses, and
-    Unfinished at the limit."""
+    """Label some of a run's transcoders, one after the other, or ask for vectors of their labels. Raises EndpointError
+    where the endpoint refuses, and Unfinished at the limit."""
     # With torch, through the analysis' intervals: 3 s, which a wrong option should not cost.
     from mtc.labels import Budget, RunEvidence, Settings, estimate
 
@@ -129,21 +120,32 @@ def label(options: argparse.Namespace, whole: RunDirectory, members: Mapping[str
         options.seed, options.prefix, None if options.scored == "all" else options.scored, options.simulation
     )
     for run in members.values():
-        cost = estimate(RunEvidence(run, settings.seed), settings, options.thinking_tokens)
-        tell_cost(cost, run, options.max_tokens)
+        if options.model:
+            cost = estimate(RunEvidence(run, settings.seed), settings, options.thinking_tokens)
+            tell_cost(cost, run, options.max_tokens)
+        if options.embeddings:
+            vectors.tell_cost(options, run)
     if options.dry_run:
         return
     budget, finished = Budget(options.max_tokens, options.thinking_tokens), True
-    with Lease(whole) as lease, _answering(options, whole) as answering:
+    with Lease(whole) as lease, models.answering(options, whole.config().cluster.room_seconds) as answering:
         for run in members.values():
-            # Not analysis.json, which a job that was killed may have left newer than the manifest; it is written anew.
-            run.verify(("features.parquet", "examples.parquet", "contexts.parquet"))
-            evidence = RunEvidence(run, settings.seed)
-            labelling = label_one(options, run, evidence, settings, budget, answering, lease.require)
-            finished &= labelling.finished
-            lease.require()
-            publish_whole(whole, latest=False)
-            tell(labelling, run)
+            if options.model:
+                # Not analysis.json, which a job that was killed may have left newer than the manifest; it is written
+                # anew.
+                run.verify(("features.parquet", "examples.parquet", "contexts.parquet"))
+                evidence = RunEvidence(run, settings.seed)
+                labelling = label_one(options, run, evidence, settings, budget, answering, lease.require)
+                finished &= labelling.finished
+                lease.require()
+                publish_whole(whole, latest=False)
+                tell(labelling, run)
+            if options.embeddings:
+                found = vectors.embed_labels(options, run, budget, lease.require)
+                lease.require()
+                publish_whole(whole, latest=False)
+                vectors.require_all(found, run)
+                finished &= found.finished
     if not finished:
         raise Unfinished(
             f"--max-tokens {options.max_tokens} does not allow for more; a higher one goes on where this one ends"
@@ -152,7 +154,7 @@ def label(options: argparse.Namespace, whole: RunDirectory, members: Mapping[str
 
 def label_one(
     options: argparse.Namespace, run: RunDirectory, evidence: RunEvidence, settings: Settings, budget: Budget,
-    answering: Answering, still_ours: Callable[[], None],
+    answering: models.Answering, still_ours: Callable[[], None],
 ) -> Labelling:  # fmt: skip
     """Label one transcoder's features and write what comes of it; nothing is published."""
     from mtc import labels
@@ -179,52 +181,6 @@ def label_one(
     for name, data in content.items():
         run.write(name, data)
     return labelling
-
-
-@contextmanager
-def _answering(options: argparse.Namespace, whole: RunDirectory) -> Iterator[Answering]:
-    """Makes what answers as a model, and keeps the answers in a journal. Raises what joining a cluster does."""
-    if not options.engine:
-        yield lambda model, journal: _endpoint(options, model, journal)
-        return
-    prepare_environment()
-    from cluster import label_engine
-    from cluster.pipeline import connected
-
-    settings = label_engine.Settings(
-        options.engines, options.engine_gpus, options.thinking_tokens, _engine_settings(options.engine_set),
-        whole.config().cluster.room_seconds,
-    )  # fmt: skip
-    with connected(options.verbose), label_engine.Engines(settings) as engines:
-        signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own there
-        yield lambda model, journal: nullcontext(engines.of(model))
-
-
-def _endpoint(options: argparse.Namespace, model: str, journal: Journal) -> AbstractContextManager[Asked]:
-    from mtc.labels import Endpoint
-
-    return Endpoint(
-        options.endpoint, model, os.environ.get(options.key_variable), options.concurrency, options.seconds,
-        options.attempts, thinking_tokens=options.thinking_tokens, keep=journal.add,
-    )  # fmt: skip
-
-
-def _engine_settings(given: list[str]) -> dict[str, object]:
-    """What vLLM is given, by name. Raises ConfigError for what is not NAME=VALUE."""
-    found: dict[str, object] = {}
-    for each in given:
-        name, equals, value = each.partition("=")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--engine-set {each!r}: NAME=VALUE is wanted, such as max_model_len=8192")
-    return found
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def by_feature(row: FeatureLabel) -> int:
@@ -302,11 +258,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
     parser.add_argument("--layer", type=int, metavar="N", help="of a run of several layers only this one")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--endpoint", metavar="URL", help="base URL, which ends in /v1 mostly")
-    where.add_argument("--engine", action="store_true", help="run the models on GPUs of this cluster, by vLLM")
-    parser.add_argument("--model", required=True, metavar="NAME", help="the model that names features")
+    parser.add_argument("--endpoint", metavar="URL", help="base URL, which ends in /v1 mostly, of the next two")
+    parser.add_argument("--model", metavar="NAME", help="the model that names features")
     parser.add_argument("--judge", metavar="NAME", help="the model that judges the labels (default: the same)")
+    parser.add_argument("--embeddings", metavar="URL", help="base URL of an endpoint that gives vectors of labels")
+    parser.add_argument("--embedding-model", metavar="NAME", help="the model that makes them")
     parser.add_argument(
         "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key"
     )
@@ -324,11 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--concurrency", type=int, default=16, help="questions asked at a time (default: 16)")
     parser.add_argument("--seconds", type=float, default=120, help="deadline of one attempt (default: 120)")
     parser.add_argument("--attempts", type=int, default=6, help="most attempts of one question (default: 6)")
-    parser.add_argument("--engines", type=int, default=1, help="copies of the model that the engine runs (default: 1)")
-    parser.add_argument("--engine-gpus", type=int, default=1, metavar="N", help="GPUs of each copy (default: 1)")
-    parser.add_argument(
-        "--engine-set", action="append", default=[], metavar="NAME=VALUE", help="an argument of vllm.LLM; repeatable"
-    )
+    models.add_engine_options(parser)
     parser.add_argument(
         "--thinking-tokens", type=int, default=0, metavar="N", help="tokens that the model may spend before each answer"
     )

@@ -175,18 +175,25 @@ def attacks(limits: Settings) -> Iterator[Attack]:
         "group=-1",
         "min_density=nan",
         "sort=__class__",
+        "query=a&by=sound",
+        "query=a&by=meaning&by=words",
+        "query=a&by=meaning&embeddings=http://169.254.169.254/",
         "x=1",
         "text=" + "a" * 201,
     ):
         yield Attack(f"?{query[:20]}", _get(f"/features?{query}"), (422,), "validation")
+    for path in ("/features", "/ui/features"):
+        yield Attack(f"{path} by meaning", _get(f"{path}?query=a&by=meaning"), (409,), "no_embeddings")
     for layer in ("-1", "a", "", "1.5", "99999999999999999999", "1e3", "%00", "1/../2"):
-        for path in ("/features", "/features/1", "/features/1/examples", "/report", "/report/files/plots/loss.png"):
+        one = ("/features/1", "/features/1/examples", "/features/1/surroundings")
+        for path in ("/features", *one, "/report", "/report/files/plots/loss.png"):
             yield Attack(f"{path} layer {layer}", _get(f"{path}?layer={layer}"), (422,), "validation")
     for layer in ("-1", '"1"', "true", "1.5", "[1]", "{}", "1e30", "9" * 4000):
         for path, rest in (
             ("/encode", '"inputs": "a"'),
             ("/tokenize", '"inputs": "a"'),
             ("/decode", '"features": [[]]'),
+            ("/features/by-text", '"texts": "a"'),
         ):
             body = f'{{{rest}, "layer": {layer}}}'.encode()
             yield Attack(f"{path} layer {layer[:9]}", _post(path, body), (422,), "validation")
@@ -198,9 +205,12 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     for cursor in ("AAAA", "a" * 200, "Li4vLi4"):
         yield Attack(f"cursor {cursor[:8]}", _get(f"/features?cursor={cursor}"), (404,), "unknown_cursor")
     for index in ("-1", "99999999999999999999", "1.5", "x", "%00"):
-        yield Attack(f"feature {index}", _get(f"/features/{index}"), (422,), "validation")
-    yield Attack("another feature", _get("/features/10"), (404,), "unknown_feature")
+        for part in ("", "/surroundings"):
+            yield Attack(f"feature {index}{part}", _get(f"/features/{index}{part}"), (422,), "validation")
+    for part in ("", "/surroundings"):
+        yield Attack(f"another feature{part}", _get(f"/features/10{part}"), (404,), "unknown_feature")
 
+    yield from _by_text(limits)
     if limits.interventions:
         yield from _circuits(limits)
     for method in ("TRACE", "DELETE", "PUT", "PATCH", "OPTIONS"):
@@ -215,6 +225,33 @@ def attacks(limits: Settings) -> Iterator[Attack]:
     yield Attack("HTML", _post("/encode", _json(inputs="<script>alert(1)</script>")), (200,))
     yield Attack("NUL", _post("/encode", _json(inputs="a\0b")), (200,))
     yield Attack("overrides and bidi", _post("/encode", _json(inputs="\u202e\u2066\ufeff\U0001f600\U000e0001")), (200,))
+
+
+def _by_text(limits: Settings) -> Iterator[Attack]:
+    """Features that tell texts apart."""
+
+    def ask(name: str, answers: tuple[int, ...], kind: str | None, **fields: Any) -> Attack:
+        body = json.dumps({"texts": NAME} | fields).encode()
+        return Attack(f"by text {name}", _post("/features/by-text", body), answers, kind)
+
+    tokens, no = limits.max_input_tokens, "validation"
+    for name, value in (
+        ("texts", {}), ("texts", [1]), ("texts", [["a"]]), ("against", 1), ("against", [None]), ("top_k", 0),
+        ("top_k", 1e30), ("top_k", 1025), ("prefix", 5), ("prefix", "4"), ("truncate", 1), ("inputs", "a"),
+        ("min_activation", 0), ("__proto__", {}),
+    ):  # fmt: skip
+        yield ask(f"{name} {str(value)[:20]}", (422,), no, **{name: value})
+    for name in ("texts", "against"):
+        for empty in ("", [], [""], ["a", ""]):
+            yield ask(f"empty {name} {empty}", (400,), "empty_inputs", **{name: empty})
+    yield ask("model", (404,), "unknown_model", model="../one")
+    yield ask("too many", (413,), "too_many_inputs", texts=["a"], against=["a"] * limits.max_inputs)
+    yield ask("too long", (413,), "input_too_long", against="a" * tokens)
+    many = ["a" * (tokens - 1)] * (limits.max_request_tokens // tokens)
+    yield ask("too many in all", (413,), "too_many_tokens", texts=many, against="a")
+    yield ask("NUL", (200,), None, texts="a\0b", against="\u202e<script>")
+    yield Attack("by text as a form", _post("/features/by-text", b"texts=a", "text/plain"), (415,))
+    yield Attack("by text, asked for", _get("/features/by-text?texts=a"), (405,), "method_not_allowed")
 
 
 def _circuits(limits: Settings) -> Iterator[Attack]:

@@ -13,8 +13,18 @@ from mtc.client.asynchronous import AsyncClient
 from mtc.client.blocking import Client
 from mtc.client.calls import EncodeOptions, GraphOptions, SteerOptions
 from mtc.client.failures import Retry, ServiceError
+from mtc.client.feature_answers import (
+    ByTextOptions,
+    Contrast,
+    NearMiss,
+    SideFigures,
+    Surroundings,
+    TextFeatures,
+    Together,
+)
 
 __all__ = [
-    "AsyncClient", "Client", "Decoding", "EncodeOptions", "EncodedInput", "Encoding", "GraphOptions", "Model",
-    "Retry", "ServiceError", "SteerOptions", "Tokenisation", "TokenisedInput", "Usage",
+    "AsyncClient", "ByTextOptions", "Client", "Contrast", "Decoding", "EncodeOptions", "EncodedInput", "Encoding",
+    "GraphOptions", "Model", "NearMiss", "Retry", "ServiceError", "SideFigures", "SteerOptions", "Surroundings",
+    "TextFeatures", "Together", "Tokenisation", "TokenisedInput", "Usage",
 ]  # fmt: skip

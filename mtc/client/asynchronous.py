@@ -26,6 +26,7 @@ from mtc.client.calls import (
     SteerOptions,
 )
 from mtc.client.failures import DEFAULT_RETRY, Attempts, Retry, no_answer, refusal
+from mtc.client.feature_answers import ByTextOptions, Surroundings, TextFeatures
 
 if TYPE_CHECKING:
     from mtc.results.circuits import Graph, Intervention, Steered
@@ -111,6 +112,16 @@ class AsyncClient:
     async def examples(self, feature: int, **options: Any) -> dict[str, Any]:
         """See `Client.examples`."""
         return await self._do(calls.get(f"/features/{feature}/examples", **options))
+
+    async def surroundings(self, feature: int, model: str | None = None, layer: int | None = None) -> Surroundings:
+        """See `Client.surroundings`."""
+        return await self._do(calls.surroundings(feature, model, layer))
+
+    async def features_by_text(
+        self, texts: str | Sequence[str], against: Inputs = None, **options: Unpack[ByTextOptions]
+    ) -> TextFeatures:
+        """See `Client.features_by_text`."""
+        return await self._do(calls.features_by_text(texts, against, options))
 
     async def graph(
         self, prompt: str | None = None, *, timeout: float = calls.GRAPH_TIMEOUT_S, tell: Progress | None = None,

@@ -25,6 +25,7 @@ from mtc.client.calls import (
     SteerOptions,
 )
 from mtc.client.failures import DEFAULT_RETRY, Attempts, Retry, no_answer, refusal
+from mtc.client.feature_answers import ByTextOptions, Surroundings, TextFeatures
 
 if TYPE_CHECKING:
     from mtc.results.circuits import Graph, Intervention, Steered
@@ -118,6 +119,17 @@ class Client:
     def examples(self, feature: int, **options: Any) -> dict[str, Any]:
         """Contexts in which a feature fires; options as of `GET /features/{i}/examples`."""
         return self._do(calls.get(f"/features/{feature}/examples", **options))
+
+    def surroundings(self, feature: int, model: str | None = None, layer: int | None = None) -> Surroundings:
+        """What random contexts tell of a feature: where it might fire and is silent, and what fires together with
+        it."""
+        return self._do(calls.surroundings(feature, model, layer))
+
+    def features_by_text(
+        self, texts: str | Sequence[str], against: Inputs = None, **options: Unpack[ByTextOptions]
+    ) -> TextFeatures:
+        """Features that tell texts from others, or from the run's random contexts, the one that tells most first."""
+        return self._do(calls.features_by_text(texts, against, options))
 
     def graph(
         self, prompt: str | None = None, *, timeout: float = calls.GRAPH_TIMEOUT_S, tell: Progress | None = None,

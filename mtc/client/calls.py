@@ -25,6 +25,13 @@ from mtc.client.answers import (
     read_tokenisation,
 )
 from mtc.client.failures import ServiceError
+from mtc.client.feature_answers import (
+    ByTextOptions,
+    Surroundings,
+    TextFeatures,
+    read_by_text,
+    read_surroundings,
+)
 
 if TYPE_CHECKING:
     from mtc.results.circuits import Graph, Intervention, Steered
@@ -165,6 +172,18 @@ def decode(
 
 def get(path: str, **parameters: Any) -> Call[dict[str, Any]]:
     return Call("GET", path, JSON, lambda r: r.json(), None, parameters)
+
+
+def surroundings(feature: int, model: str | None, layer: int | None) -> Call[Surroundings]:
+    parameters = {"model": model, "layer": layer}
+    return Call(
+        "GET", f"/features/{feature}/surroundings", JSON, lambda r: read_surroundings(r.json()), None, parameters
+    )
+
+
+def features_by_text(texts: Inputs, against: Inputs, options: ByTextOptions) -> Call[TextFeatures]:
+    body = {"texts": texts, "against": against, **options}
+    return Call("POST", "/features/by-text", JSON, lambda r: read_by_text(r.json()), body)
 
 
 def load(model: str) -> Call[dict[str, Any]]:

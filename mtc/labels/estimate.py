@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtc.labels.endpoint import tokens_of
 from mtc.labels.evidence import RunEvidence
 from mtc.labels.labelling import Settings, to_label, to_score
 from mtc.labels.prompts import Question, explain
 from mtc.labels.scores import sheets
+from mtc.labels.transport import tokens_of
 
 LOOKED_AT = 100
 """Features of each kind whose prompts are made; the others' are taken to be like theirs."""

@@ -15,11 +15,12 @@ import numpy as np
 
 from mtc.labels.answers import UnusableAnswer, read_label
 from mtc.labels.budget import Budget
-from mtc.labels.endpoint import Answer, Asking, Known
+from mtc.labels.endpoint import Answer, Asking
 from mtc.labels.evidence import RunEvidence
 from mtc.labels.journal import Journal
 from mtc.labels.prompts import Question, explain, prompts_version
 from mtc.labels.scores import Marks, Sheet, mark, scores, sheets
+from mtc.labels.transport import Known
 from mtc.results import FeatureLabel, LabelKind, LabelScore
 
 EXPLAIN, REVISE, JUDGE = "labelling", "labelling parents again", "judging"

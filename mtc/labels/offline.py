@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from mtc.labels.endpoint import TOP_LOGPROBS, Answer, EndpointError, slim
+from mtc.labels.endpoint import TOP_LOGPROBS, Answer, slim
 from mtc.labels.prompts import Question
+from mtc.labels.transport import EndpointError
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,13 @@
 
 from mtc.storage.checkpoints import LISTING_SECONDS, Checkpoint, Checkpoints, CheckpointWriter, NotVisibleError
 from mtc.storage.contexts import CONTEXTS, RandomContexts, Together, own_tokens, relatives
+from mtc.storage.embeddings import (
+    EMBEDDINGS,
+    Embeddings,
+    embeddings_to_bytes,
+    label_digest,
+    parse_embeddings,
+)
 from mtc.storage.files import LFS_POINTER, StorageError, absolute, filesystem, patiently, write_atomic
 from mtc.storage.hub import is_hub_url, unreachable
 from mtc.storage.labels import (
@@ -37,6 +44,7 @@ from mtc.storage.wheels import wheel_files
 
 __all__ = [
     "CONTEXTS",
+    "EMBEDDINGS",
     "JOB_COPY",
     "LABELS",
     "LFS_POINTER",
@@ -44,6 +52,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Checkpoints",
+    "Embeddings",
     "LabelTable",
     "Lease",
     "Ledger",
@@ -60,11 +69,13 @@ __all__ = [
     "cache_directory",
     "check_writable",
     "describe",
+    "embeddings_to_bytes",
     "filesystem",
     "is_hub_id",
     "is_hub_url",
     "is_latest",
     "json_lines",
+    "label_digest",
     "labels_to_parquet",
     "load_analysis",
     "locked",
@@ -76,6 +87,7 @@ __all__ = [
     "output_path",
     "own_tokens",
     "parse_analysis",
+    "parse_embeddings",
     "parse_labels",
     "patiently",
     "prepare_environment",

@@ -83,6 +83,12 @@ class RandomContexts:
         near = [part[i] for i in range(max(map(len, turns))) for part in turns if i < len(part)]
         return np.array(near, np.int64)
 
+    def totals(self, features: int) -> tuple[Array, Array]:
+        """Of each of so many features the tokens on which it fires, [features] int64, and its summed activation,
+        [features] float64."""
+        feature, value = (_flat(self._table[name])[1] for name in ("feature", "activation"))
+        return np.bincount(feature, minlength=features), np.bincount(feature, value, minlength=features)
+
     def together(self, feature: int, least: int) -> list[Together]:
         """The features that fire on the same tokens as one, at least on `least` of them, by correlation."""
         features = self._by_feature[0]

@@ -12,6 +12,7 @@
                    import.json             of imported weights: where they come from
                    events.jsonl            restarts, checkpoints that failed, spikes: one line each
                    labels.parquet          labels by a language model, if one was asked: mtc.storage.labels
+                   embeddings.safetensors  vectors of labels, if they were asked for: mtc.storage.embeddings
                    labelling/...           what it answered, mtc.labels.journal
                    checkpoints/...         mtc.storage.checkpoints, until the run is deleted
                    writer.json             mtc.storage.lease, while a job writes the run

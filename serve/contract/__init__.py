@@ -1,8 +1,17 @@
 """What all parts of the service agree on: settings, what is sent and answered, errors and counts."""
 
 from serve.contract.circuit_schemas import GraphJob, GraphRequest, InterventionRequest, SteerRequest, TargetFeature
+from serve.contract.contrast_schemas import ByTextRequest, ByTextResponse, ContrastRow, SideFigures
 from serve.contract.errors import ServiceError
-from serve.contract.feature_schemas import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
+from serve.contract.feature_schemas import (
+    ExamplesResponse,
+    FeatureResponse,
+    FeaturesQuery,
+    FeaturesResponse,
+    NearMissRow,
+    SurroundingsResponse,
+    TogetherRow,
+)
 from serve.contract.messages import Encoded, Options, RunKey, State, Tokenised
 from serve.contract.metrics import CircuitMetrics, Family, ReplicaMetrics, Snapshot, render_metrics, take_snapshot
 from serve.contract.schemas import (
@@ -21,12 +30,16 @@ from serve.contract.schemas import (
     Status,
     TokenizeRequest,
     TokenizeResponse,
+    Usage,
 )
 from serve.contract.settings import ENVIRONMENT, Settings, free_ports, proxy_files
 
 __all__ = [
     "ENVIRONMENT",
+    "ByTextRequest",
+    "ByTextResponse",
     "CircuitMetrics",
+    "ContrastRow",
     "DecodeRequest",
     "DecodeResponse",
     "EncodeRequest",
@@ -46,6 +59,7 @@ __all__ = [
     "LoadRequest",
     "LoadResponse",
     "ModelIdentity",
+    "NearMissRow",
     "Options",
     "ReplicaMetrics",
     "RunKey",
@@ -53,14 +67,18 @@ __all__ = [
     "RunsResponse",
     "ServiceError",
     "Settings",
+    "SideFigures",
     "Snapshot",
     "State",
     "Status",
     "SteerRequest",
+    "SurroundingsResponse",
     "TargetFeature",
+    "TogetherRow",
     "Tokenised",
     "TokenizeRequest",
     "TokenizeResponse",
+    "Usage",
     "free_ports",
     "proxy_files",
     "render_metrics",

@@ -40,6 +40,9 @@ class FeaturesQuery(BaseModel):
     query: str | None = Field(default=None, min_length=1, max_length=200)
     """Only features that have to do with one of these words or their stems, the most relevant first: by their label, by
     the words on which they fire, by what stands around these, and by the tokens whose logits they raise."""
+    by: Literal["words", "meaning"] = "words"
+    """How `query` is looked for: by its words, or by the meaning of the features' labels, the nearest 1000 first, which
+    the run and the service must be set up for; the query's text then goes to the endpoint that the service names."""
     copies: bool | None = None
     """Only features that are copies of an earlier one (true), or only others (false)."""
     single_token: bool | None = None
@@ -98,6 +101,8 @@ class FeatureRow(SchemaModel):
     """Index of the earlier feature that this one refines, if one is known."""
     children: int
     """Number of features that refine this one."""
+    similarity: float | None
+    """Cosine of the label's and the query's vectors, from -1 to 1, with `by=meaning`; null otherwise."""
 
 
 class FeaturesResponse(SchemaModel):
@@ -133,6 +138,61 @@ class FeatureResponse(SchemaModel):
     """Splitting candidates of the report of which the feature is parent or child."""
     absorption: list[AbsorbedFeature]
     """Absorption candidates of the report of which the feature is parent or child."""
+
+
+class NearMissRow(SchemaModel):
+    """A random context in which a feature is silent though a token of its own stands there, or a relative fires."""
+
+    tokens: list[str]
+    """Decoded tokens of the context."""
+    marked: list[int]
+    """Indices of the tokens that are among the feature's three most frequent ones, or on which the relative fires, its
+    strongest first."""
+    relative: int | None
+    """Index of the related feature that fires: a neighbour, the parent, a child or a sibling; null where a token of
+    the feature's own stands."""
+    relative_label: str | None
+    """Label of that relative; null without one."""
+    activation: float | None
+    """Strongest activation of the relative in the context, in scaled units; null without one."""
+    position: int
+    """Place of the first of `marked` in its window, from 0."""
+    document_id: str
+    """Id of the document that the context is from."""
+
+
+class TogetherRow(SchemaModel):
+    """Another feature that fires on the same tokens of the random contexts."""
+
+    feature: int
+    """Index of the other feature."""
+    label: str | None
+    """Label of the other feature; null without samples."""
+    shared: int
+    """Number of tokens on which both fire."""
+    lift: float
+    """How many times more tokens these are than if the two had nothing to do with each other."""
+    correlation: float
+    """Correlation of whether the one and whether the other fires, over tokens, from -1 to 1."""
+
+
+class SurroundingsResponse(SchemaModel):
+    """What random contexts of held-out text tell of one feature; see docs/serving.md."""
+
+    run_id: str
+    """Id of the run that was asked."""
+    layer: int
+    """Layer of the run that the feature is of."""
+    feature: int
+    """Index of the feature in the dictionary."""
+    contexts: int
+    """Number of random contexts that were looked through."""
+    tokens: int
+    """Number of tokens of these contexts together."""
+    near_misses: list[NearMissRow]
+    """A few contexts in which the feature might fire and is silent, the same whenever they are asked for."""
+    together: list[TogetherRow]
+    """Features that fire on at least three of the same tokens, the ten with the highest correlation, highest first."""
 
 
 class ExampleRow(SchemaModel):

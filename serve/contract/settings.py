@@ -58,6 +58,8 @@ what HAProxy answers in their place has this service's shape.
 
 _ORIGIN = re.compile(r"(?!http:.*:80$|https:.*:443$)https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[1-9]\d{0,4})?")
 """As browsers send it: scheme, host in lower case, a port that is not the usual one, no path."""
+_ENDPOINT = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:[1-9]\d{0,4})?(/[A-Za-z0-9._~/-]*)?")
+"""Keys are no part of it: settings are shown."""
 _PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
@@ -155,6 +157,15 @@ class Settings(BaseModel):
     interventions_num_gpus: float = Field(default=0, ge=0, le=1000)
     """GPUs that Ray reserves for it; above 0, graphs and interventions are computed on the GPU."""
 
+    embeddings: str | None = None
+    """Base URL of an endpoint compatible with OpenAI's, such as `http://host:8000/v1`, that gives vectors of queries
+    for `GET /features?by=meaning`: the text of each such query goes there. Without it features are found by words
+    alone."""
+    embeddings_key_variable: str = Field(default="OPENAI_API_KEY", pattern="^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable of the replicas that holds the key of that endpoint; none is sent where it is not set."""
+    embeddings_timeout_s: float = Field(default=10, gt=0, le=86_400)
+    """Longest wait for the vector of a query, before 503."""
+
     num_replicas: int = Field(default=1, ge=1, le=10_000)
     """Processes that answer, each with the models; the least number where `max_replicas` is more."""
     max_replicas: int | None = Field(default=None, ge=1, le=10_000)
@@ -191,6 +202,15 @@ class Settings(BaseModel):
                 "the largest requests would always be refused"
             )
         return self
+
+    @field_validator("embeddings")
+    @classmethod
+    def _endpoint(cls, url: str | None) -> str | None:
+        if url is not None and not _ENDPOINT.fullmatch(url):
+            raise ValueError(
+                "embeddings: a base URL such as http://host:8000/v1 is wanted, without a user, a password or a query"
+            )
+        return url
 
     @field_validator("cors_origins", mode="before")
     @classmethod

@@ -12,7 +12,7 @@ from serve.http.middleware import Admission, Cors, Failures, Head, Headers
 from serve.http.observe import Observe
 from serve.http.openapi import document
 from serve.http.routes import circuits, encode, features, operations, pages, report
-from serve.http.routes.common import single_parameters
+from serve.http.routes.common import own_method, single_parameters
 from serve.service import Service
 
 
@@ -24,7 +24,8 @@ def create_app(service: Service, name_requests: bool = True) -> FastAPI:
     settings = service.settings
     app = FastAPI(
         docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
-        dependencies=[Depends(single_parameters)], generate_unique_id_function=lambda route: route.name,
+        dependencies=[Depends(own_method), Depends(single_parameters)],
+        generate_unique_id_function=lambda route: route.name,
     )  # fmt: skip
     app.state.service, app.state.allowed = service, allowed
     app.state.keys = Keys(settings.api_keys_file) if settings.api_keys_file else None

@@ -30,7 +30,7 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _STEP = np.zeros(256, np.int32)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _EMPTY = {"string_too_short", "too_short"}
-_INPUTS = {"inputs", "input_ids", "prompt", "messages"}
+_INPUTS = {"inputs", "input_ids", "prompt", "messages", "texts", "against"}
 MIXED = 64
 """Longest list in which texts or numbers may stand beside objects."""
 

@@ -25,7 +25,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """Of every answer, unless its route set another value."""
-WORK = re.compile(r"/(encode|tokenize|decode|graph(/[^/]+/result)?|steer)")
+WORK = re.compile(r"/(encode|tokenize|decode|features/by-text|graph(/[^/]+/result)?|steer)")
 """Paths of requests that take memory and computation."""
 
 

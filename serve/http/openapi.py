@@ -83,9 +83,9 @@ def _complete(operation: dict[str, Any], public: bool) -> None:
 def _complete_bodies(schemas: dict[str, Any], settings: Settings) -> None:
     """Limits of the settings, what excludes what, examples. What depends on a run is not here: another may answer
     before the document is read again."""
+    limits = f"At most {settings.max_input_tokens} tokens each, {settings.max_request_tokens} in all, BOS included."
     for name in ("EncodeRequest", "TokenizeRequest"):
         properties = schemas[name]["properties"]
-        limits = f"At most {settings.max_input_tokens} tokens each, {settings.max_request_tokens} in all, BOS included."
         properties["inputs"]["description"] += f" {limits}"
         for part in properties["inputs"]["anyOf"] + properties["input_ids"]["anyOf"]:
             if part.get("type") == "array" and part["items"].get("type") in ("string", "array"):
@@ -96,6 +96,11 @@ def _complete_bodies(schemas: dict[str, Any], settings: Settings) -> None:
                     settings.max_input_tokens
                 )
         schemas[name] |= _either("inputs", "input_ids")
+    sides = schemas["ByTextRequest"]["properties"]
+    sides["texts"]["description"] += f" {limits} Those of `against` count with them."
+    for part in sides["texts"]["anyOf"] + sides["against"]["anyOf"]:
+        if part.get("type") == "array":
+            part["maxItems"] = settings.max_inputs
     schemas["DecodeRequest"] |= _either("features", "csr")
     schemas["GraphRequest"] |= _either("prompt", "input_ids")
     schemas["GraphRequest"]["properties"]["prompt"]["description"] += f" At most {settings.max_graph_tokens} tokens."
@@ -114,6 +119,7 @@ _EXAMPLES = {
     "EncodeRequest": {"inputs": "We the people", "top_k": 4},
     "TokenizeRequest": {"inputs": "We the people"},
     "DecodeRequest": {"features": [[{"feature_index": 0, "activation_value": 1.5}]]},
+    "ByTextRequest": {"texts": "The dollar and the gold standard", "against": "We the people", "top_k": 4},
     "GraphRequest": {"prompt": "We the people", "max_features": 256},
     "SteerRequest": {"prompt": "We the people", "interventions": [{"layer": 1, "feature": 0, "value": 0.0}]},
 }

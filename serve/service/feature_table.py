@@ -6,7 +6,8 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from mtc.results import AbsorbedFeature, Analysis, Feature, FeatureLabel, SplitF
 from mtc.storage import LabelTable, RandomContexts, RunError, parse_analysis, with_labels
 from serve.contract import ServiceError
 from serve.service.feature_map import FeatureMap
+from serve.service.label_vectors import LabelVectors, nearest
 from serve.service.search import SearchIndex, open_index
 
 DENSE = 0.1
@@ -46,6 +48,7 @@ class Filters(NamedTuple):
     max_detection: float | None = None
     features: tuple[int, ...] | None = None
     query: str | None = None
+    by: str = "words"
     sort: str = "feature"
     descending: bool = False
 
@@ -63,6 +66,8 @@ class AnalysisFiles(NamedTuple):
     """labels.parquet, if a language model was asked."""
     contexts: Callable[[], bytes] | None = None
     """Reads contexts.parquet, if there is one."""
+    vectors: Callable[[], bytes] | None = None
+    """Reads embeddings.safetensors, if there is one."""
 
 
 class FeatureTable:
@@ -80,7 +85,8 @@ class FeatureTable:
         self._named = None if files.labels is None else LabelTable(files.labels)
         """What a language model made of features, by index."""
         self._table = with_labels(pq.read_table(io.BytesIO(files.features)), self._named.labels if self._named else {})
-        self._run_id, self._read_contexts = run_id, files.contexts
+        self._run_id, self._read_contexts, self._read_vectors = run_id, files.contexts, files.vectors
+        self._reading = threading.Lock()
         self._examples, self._metadata = files.examples, pq.read_metadata(io.BytesIO(files.examples))
         groups = range(self._metadata.num_row_groups)
         statistics = [self._metadata.row_group(i).column(0).statistics for i in groups]
@@ -90,16 +96,27 @@ class FeatureTable:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    def page(self, filters: Filters, limit: int, cursor: str | None) -> tuple[list[dict[str, Any]], int, str | None]:
-        """Rows of a page, how many features pass the filters, and the cursor of the next page.
+    def page(
+        self, filters: Filters, limit: int, cursor: str | None, vector: NDArray[np.float32] | None = None
+    ) -> tuple[list[dict[str, Any]], int, str | None]:
+        """Rows of a page, how many features pass the filters, and the cursor of the next page; by meaning, `vector` is
+        the query's.
 
-        Raises ServiceError 404 for a cursor of another run or other filters.
+        Raises ServiceError 404 for a cursor of another run or other filters, and without `vector` as
+        `require_vectors`.
         """
-        found = self._found(filters)
+        near = None if vector is None else self.require_vectors().similarities(vector)
+        found = self._found(filters, near)
         start = self._start(filters, cursor)
-        rows = [self._short(int(i)) for i in found[start : start + limit]]
+        rows = self.rows(found[start : start + limit])
+        if near is not None:
+            rows = [row | {"similarity": float(near[row["feature"]])} for row in rows]
         after = start + limit
         return rows, len(found), self._cursor(filters, after) if after < len(found) else None
+
+    def rows(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+        """Features in short, as `GET /features` lists them."""
+        return [self._short(int(index)) for index in indices]
 
     def feature(self, index: int) -> Feature:
         """A feature's row. Raises ServiceError 404 if there is none."""
@@ -123,6 +140,45 @@ class FeatureTable:
             message = f"the random contexts of {self._run_id} can't be read: {error}"
             raise ServiceError(409, "run_unusable", message) from error
 
+    def require_contexts(self, otherwise: str = "") -> RandomContexts:
+        """The random contexts. Raises ServiceError 404 for a run that has none, with what else one can do, 409 if they
+        can't be read."""
+        contexts = self.contexts
+        if contexts is None or not len(contexts):
+            message = (
+                f"{self._run_id} has no random contexts (contexts.parquet): analyse it again with "
+                f"--analysis.random_contexts 2048{otherwise}"
+            )
+            raise ServiceError(404, "no_contexts", message)
+        return contexts
+
+    @property
+    def with_vectors(self) -> bool:
+        """Whether there are vectors of labels."""
+        return self._read_vectors is not None
+
+    def require_vectors(self) -> LabelVectors:
+        """Vectors of the labels, read when they are first asked for. Raises ServiceError 404 for a run that has none,
+        409 if they can't be read."""
+        try:
+            with self._reading:  # one thread alone: of a large dictionary they take hundreds of megabytes
+                found = self._vectors
+        except (RunError, ValueError) as error:
+            message = f"the vectors of {self._run_id} can't be read: {error}"
+            raise ServiceError(409, "run_unusable", message) from error
+        if not found:
+            which = "its labels as they are now" if self.with_vectors else "its labels"
+            message = (
+                f"{self._run_id} has no vectors of {which} (embeddings.safetensors), which search by meaning goes by: "
+                "jobs/label.py --embeddings URL --embedding-model NAME makes them"
+            )
+            raise ServiceError(404, "no_vectors", message)
+        return found
+
+    @cached_property
+    def _vectors(self) -> LabelVectors | None:
+        return None if self._read_vectors is None else LabelVectors(self._read_vectors(), self.labels, self._run_id)
+
     def count(self, filters: Filters) -> int:
         """How many features pass the filters."""
         return len(self._found(filters))
@@ -140,6 +196,11 @@ class FeatureTable:
         count = self._column("count")
         own, others = count[self._check(index)], int((count > 0).sum()) - 1
         return float((count[count > 0] < own).sum() / others) if own and others else None
+
+    @property
+    def max_activations(self) -> NDArray[np.float64]:
+        """[features], the strongest activation of each on the analysed tokens, in scaled units."""
+        return self._column("max_activation").astype(np.float64)
 
     def labels_of(self, index: int) -> FeatureLabel | None:
         """What a language model made of a feature; None if it was not asked."""
@@ -202,7 +263,7 @@ class FeatureTable:
             raise ServiceError(404, "unknown_feature", message, detail)
         return index
 
-    def _found(self, filters: Filters) -> NDArray[np.int64]:
+    def _found(self, filters: Filters, near: NDArray[np.float32] | None = None) -> NDArray[np.int64]:
         wanted = np.ones(len(self), bool)
         density = self._column("density")
         if filters.group is not None:
@@ -226,7 +287,11 @@ class FeatureTable:
             wanted &= np.isin(np.arange(len(self)), np.array(filters.features))
         if filters.text is not None:
             wanted &= self._with_text(filters.text)
-        relevant = None if filters.query is None else self._index.find(filters.query)
+        relevant = None
+        if near is not None:
+            relevant = nearest(near, wanted)
+        elif filters.query is not None:
+            relevant = self._index.find(filters.query)
         if relevant is not None and filters.sort == "relevance":
             relevant = relevant[wanted[relevant]]
             return relevant[::-1] if filters.descending else relevant
@@ -301,7 +366,7 @@ class FeatureTable:
         row = self._table.select([*columns, "children"]).slice(index, 1).to_pylist()[0]
         parent = row.pop("parent")
         row |= {"top_tokens": self._tokens[index], "children": len(row["children"] or ())}
-        row |= {"label_by": self._label_by(index), "detection": float(self._detections[index])}
+        row |= {"label_by": self._label_by(index), "detection": float(self._detections[index]), "similarity": None}
         return _plain(row | {"parent": parent["feature"] if parent else None})
 
     def _label_by(self, index: int) -> str | None:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 import fsspec
 
 from mtc.config import RunConfig
-from mtc.storage import CONTEXTS, LABELS, Manifest, RunDirectory, RunError
+from mtc.storage import CONTEXTS, EMBEDDINGS, LABELS, Manifest, RunDirectory, RunError
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
 from serve.service.tokenising import Tokeniser
@@ -93,8 +93,11 @@ class ServedRun:
         names = [place + name for name in (*ANALYSIS, *optional)]
         state = " ".join(self.manifest.files[name].sha256 for name in (place + WEIGHTS, *names))
         features, examples, analysis, *labels = map(self.read, names)
-        contexts = partial(self.read, place + CONTEXTS) if place + CONTEXTS in self.manifest.files else None
-        files = AnalysisFiles(features, examples, analysis, labels[0] if labels else None, contexts)
+        contexts, vectors = (
+            partial(self.read, place + name) if place + name in self.manifest.files else None
+            for name in (CONTEXTS, EMBEDDINGS)
+        )
+        files = AnalysisFiles(features, examples, analysis, labels[0] if labels else None, contexts, vectors)
         return FeatureTable((self.key.run_id + f"/{place}").rstrip("/"), state, files)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -31,7 +31,9 @@ from serve.contract import (
     Tokenised,
     TokenizeRequest,
 )
+from serve.service.feature_table import FeatureTable
 from serve.service.models import Models
+from serve.service.query_vectors import QueryVectors
 from serve.service.served_run import ServedLayer, ServedRun, unknown_layer
 
 T = TypeVar("T")
@@ -99,6 +101,7 @@ class Service:
     ):  # fmt: skip
         self.settings, self.models, self.control, self.state, self.metrics = settings, models, control, state, metrics
         self._interventions = interventions
+        self._query_vectors = QueryVectors(settings) if settings.embeddings else None
         self._used: set[RunKey] = set()
         self._ready: tuple[RunKey, float] | None = None
         self._listed: tuple[float, list[RunSummary]] | None = None
@@ -114,6 +117,21 @@ class Service:
             )
             raise ServiceError(409, "no_interventions", message)
         return self._interventions
+
+    async def query_vector(self, table: FeatureTable, query: str) -> NDArray[np.float32]:
+        """The vector of a query by the model that made those of the labels.
+
+        Raises ServiceError: 409 if there is no endpoint for it, and as `FeatureTable.require_vectors` and
+        `QueryVectors.vector`.
+        """
+        if self._query_vectors is None:
+            message = (
+                "search by meaning is not served: start the service with the setting `embeddings`, the base URL of an "
+                "endpoint that gives vectors"
+            )
+            raise ServiceError(409, "no_embeddings", message)
+        vectors = await asyncio.to_thread(table.require_vectors)
+        return await self._query_vectors.vector(vectors.model, query, vectors.dimensions)
 
     async def run(self, model: str | None) -> ServedRun:
         """The run that answers a request; the whole answer is to come from it. Raises ServiceError as Control.want."""
@@ -205,12 +223,17 @@ class Service:
             self._listed = time.monotonic(), found
         return self._listed[1]
 
-    async def tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
-        """The request's inputs as the model reads them. Raises ServiceError: 413 beyond the limits, 422 unknown ids."""
+    async def tokenise(
+        self, run: ServedRun, request: EncodeRequest | TokenizeRequest, name: Callable[[int], str] = "inputs[{}]".format
+    ) -> list[Tokenised]:
+        """The request's inputs as the model reads them. Raises ServiceError: 413 beyond the limits, 422 unknown ids;
+        it calls an input by the `name` of its index."""
         with self.metrics.duration.labels("tokenise").time():
-            return await self._tokenise(run, request)
+            return await self._tokenise(run, request, name)
 
-    async def _tokenise(self, run: ServedRun, request: EncodeRequest | TokenizeRequest) -> list[Tokenised]:
+    async def _tokenise(
+        self, run: ServedRun, request: EncodeRequest | TokenizeRequest, name: Callable[[int], str]
+    ) -> list[Tokenised]:
         settings, tokeniser = self.settings, run.tokeniser
         inputs: Sequence[object] = request.texts or request.windows or []
         if len(inputs) > settings.max_inputs:
@@ -230,10 +253,10 @@ class Service:
             tokenised = [tokeniser.ids(window, limit) for window in windows]
         for index, each in enumerate(tokenised):
             if not len(each.ids):
-                raise ServiceError(400, "empty_inputs", f"inputs[{index}] has no token", {"index": index})
+                raise ServiceError(400, "empty_inputs", f"{name(index)} has no token", {"index": index})
             if len(each.ids) > longest:
-                raise _too_many("input_too_long", "tokens", longest, len(each.ids), index)
-            _check_ids(run, f"inputs[{index}]", int(each.ids.max()), index)
+                raise _too_many("input_too_long", "tokens", longest, len(each.ids), index, name(index))
+            _check_ids(run, name(index), int(each.ids.max()), index)
         total = sum(len(each.ids) for each in tokenised)
         if total > settings.max_request_tokens:
             raise _too_many("too_many_tokens", "tokens", settings.max_request_tokens, total)
@@ -359,8 +382,9 @@ def _matrix(request: DecodeRequest) -> tuple[NDArray[np.int64], NDArray[np.int64
     return indptr, feature, value
 
 
-def _too_many(kind: str, what: str, limit: int, value: int, index: int | None = None) -> ServiceError:
-    where = "the request" if index is None else f"inputs[{index}]"
+def _too_many(
+    kind: str, what: str, limit: int, value: int, index: int | None = None, where: str = "the request"
+) -> ServiceError:
     detail = {"limit": limit, "value": value} | ({} if index is None else {"index": index})
     return ServiceError(413, kind, f"{where} has {value} {what}, the limit is {limit}", detail)
 

@@ -154,6 +154,13 @@ def test_features_report_runs(url: str, kind: Any) -> None:
         assert client.examples(3, model="three")["total"] == 9
         examples = client.examples(3, model="three", kind="top", limit=1, offset=1)["examples"]
         assert [row["rank"] for row in examples] == [1]
+        near = client.surroundings(1, model="three")
+        assert (near.run_id, near.feature, near.contexts, near.tokens) == ("three", 1, 6, 18)
+        plain = client.feature(1, model="three")["feature"]
+        own = {token["token_id"] for token in plain["top_tokens"][:3]}
+        relatives = {*plain["children"], *(n["feature"] for n in plain["neighbours"])}
+        assert near.near_misses and all(miss.relative in {None, *relatives} for miss in near.near_misses)
+        assert any(miss.relative is None for miss in near.near_misses) == bool(own & {0, 1, 2, 3, 4, 5})
         assert client.report() == "# Report\n"
         assert json.loads(client.report("json")) == {"run_id": "one"}
         assert client.report("html") == "<!doctype html><title>é</title>"

@@ -15,9 +15,10 @@ from cluster.label_engine import Engines, Settings
 from cluster.room import ClusterBusy
 from jobs import label as job
 from mtc.config import ConfigError
-from mtc.labels.endpoint import Answer, EndpointDown, EndpointError, Known
+from mtc.labels.endpoint import Answer
 from mtc.labels.offline import OfflineModel
 from mtc.labels.prompts import Question
+from mtc.labels.transport import EndpointDown, EndpointError, Known
 from mtc.storage import load_analysis, read_labels
 from tests.labels.rules_engine import by_rules
 

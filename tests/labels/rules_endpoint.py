@@ -14,11 +14,16 @@ model that is asked says how it answers:
 - `particular`: takes neither a temperature nor `max_tokens`.
 - `unknown-model`, `forbidden`, `broken`: 404, 401 and 500.
 - `logprobs`: a simulation's numbers come with log-probabilities.
+
+`POST .../embeddings` answers, for every model but those that fail as above, with vectors by known rules: each word has
+a direction of its own, and the words of one of CONCEPTS share another, in which most of their length lies. Its own
+failures are `one-less`, `text`, `nan`, `endless`, `zero`, `ragged`, `twice` and `wider`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import threading
@@ -30,6 +35,8 @@ from typing import Any
 
 WORD = re.compile(r"[^\W\d_]+|\d+")
 NOWHERE = "zyzzyva"
+CONCEPTS = (("money", "dollar", "tax", "gold"), ("war", "army", "navy"), ("fruit", "apple", "banana", "cherry"))
+DIMENSIONS = 64
 HOSTILE = "<script>alert(1)</script>\n| `x` [y](javascript:z) ![](http://w) \u202e"
 
 
@@ -43,6 +50,8 @@ class RulesEndpoint(ThreadingHTTPServer):
         self.count = count
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.embedded: list[str] = []
+        """Texts whose vectors were asked for."""
         self.seen: Counter[str] = Counter()
         self.at_once = self.most_at_once = 0
         self.delay, self.forbidden, self.thought = 0.0, "", "<think>Is it [0]?</think>"
@@ -103,6 +112,35 @@ def judged(kind: str, rows: list[dict[str, Any]]) -> list[int]:
     return [int(bool(meant & set(look(row["context"])))) for row in rows[1:]]
 
 
+def vector_of(text: str) -> list[float]:
+    """The sum of the directions of its words."""
+    found = [0.0] * DIMENSIONS
+    for word in words(text):
+        own = int.from_bytes(hashlib.sha256(word.encode()).digest()[:2], "big") % (DIMENSIONS - len(CONCEPTS))
+        found[len(CONCEPTS) + own] += 1.0
+        for concept, meant in enumerate(CONCEPTS):
+            found[concept] += 3.0 * (word in meant)
+    return found if any(found) else [1.0] * DIMENSIONS
+
+
+def vectors_of(how: str, texts: list[str]) -> list[dict[str, Any]]:
+    """The `data` of an answer, as the model does it, in any order."""
+    vectors: list[Any] = [vector_of(text) for text in texts]
+    wrong = {"nan": float("nan"), "endless": 1e400, "text": "1.0"}
+    if how in wrong:
+        vectors[-1][3] = wrong[how]
+    elif how == "zero":
+        vectors[-1] = [0.0] * DIMENSIONS
+    elif how == "ragged":
+        vectors[-1].append(1.0)
+    elif how == "wider":
+        vectors = [[*vector, 0.0] for vector in vectors]
+    rows = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+    if how == "twice":
+        rows[-1]["index"] = 0
+    return rows[:0:-1] if how == "one-less" else rows[::-1]
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: RulesEndpoint
@@ -115,7 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.headers.append(dict(self.headers))
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
-            prompt = body["messages"][0]["content"]
+            prompt = body["messages"][0]["content"] if "messages" in body else json.dumps(body["input"])
+            server.embedded += body.get("input", [])
             server.seen[prompt] += 1
             again = server.seen[prompt] > 1
             server.lock.notify_all()
@@ -140,6 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(429, b"{}", {"Retry-After": "0"})
         if how == "unreadable":
             return self._send(200, b"<html>gateway</html>")
+        if self.path.endswith("/embeddings"):
+            usage = {"prompt_tokens": sum(map(self.server.count, body["input"]))}
+            return self._whole(how, {"data": vectors_of(how, body["input"]), "usage": usage})
         text, logprobs = self._text(how, prompt)
         answer: dict[str, Any] = {
             "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
@@ -147,6 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if logprobs and body.get("logprobs"):
             answer["choices"][0]["logprobs"] = {"content": logprobs}
+        self._whole(how, answer)
+
+    def _whole(self, how: str, answer: dict[str, Any]) -> None:
         content = json.dumps(answer).encode()
         if how == "cut":
             self.send_response(200)

@@ -25,10 +25,10 @@ from mtc.labels import (
     estimate,
     summarise,
 )
-from mtc.labels.endpoint import GIVEN_UP
 from mtc.labels.evidence import KEPT_ACTIVE, Context
 from mtc.labels.prompts import Marked, explain, marked
 from mtc.labels.scores import balanced, correlation, sheets
+from mtc.labels.transport import GIVEN_UP
 from mtc.storage import RunDirectory, RunError, labels_to_parquet, parse_labels
 from tests.labels.planted import WORDS, write_planted
 from tests.labels.rules_endpoint import RulesEndpoint, data_of, kind_of

@@ -84,6 +84,11 @@ def label_of(feature: int, score: float) -> FeatureLabel:
     )  # fmt: skip
 
 
+def label_in(client: httpx.Client, feature: int) -> str | None:
+    label: str | None = client.get(f"/features/{feature}").json()["feature"]["label"]
+    return label
+
+
 def part(page: str, title: str) -> str:
     """What stands under a heading, up to the next one; nothing without it."""
     found = re.search(rf"<h[23][^>]*>{re.escape(title)}.*?</h[23]>(.*?)(<h[23]|</article>)", page, re.DOTALL)
@@ -109,6 +114,11 @@ def test_what_fires_together(client: httpx.Client, run: RunDirectory, feature: i
     for row, (correlation, _, both, lift) in zip(rows, expected, strict=True):
         assert [float(value) for value in row[1:]] == pytest.approx([both, lift, correlation], rel=1e-3)
     assert feature not in (1, 6) or expected
+    answer = client.get(f"/features/{feature}/surroundings").json()
+    assert (answer["feature"], answer["contexts"], answer["tokens"]) == (feature, 60, 480)
+    for found, (correlation, other, both, lift) in zip(answer["together"], expected, strict=True):
+        assert (found["feature"], found["shared"], found["label"]) == (other, both, label_in(client, other))
+        assert (found["lift"], found["correlation"]) == pytest.approx((lift, correlation))
 
 
 @pytest.mark.parametrize("feature", range(10))
@@ -119,15 +129,25 @@ def test_near_misses(client: httpx.Client, run: RunDirectory, feature: int) -> N
     if own["parent"]:
         related |= {own["parent"]["feature"], *features[own["parent"]["feature"]]["children"]} - {feature}
     tokens = {t["token_id"] for t in own["top_tokens"][:3]}
-    missed = {}
+    missed, strongest = {}, {}
     for i, row in enumerate(contexts):
         at = {j for j, token in enumerate(row["context_ids"]) if token in tokens}
         fired = [f for f in zip(row["activation"], row["feature"], row["token"], strict=True) if f[1] in related]
         if feature not in row["feature"] and (at or fired):
             relative = None if at else max(fired)[1]
             missed[i] = (at or {token for _, each, token in fired if each == relative}, relative)
+            strongest[i] = None if at else max(fired)[0]
     shown = re.findall(r"<li>(.*?)</li>", part(client.get(f"/ui/feature/{feature}").text, "Near misses"))
     assert len(shown) == min(8, len(missed))
+    left = dict(missed)
+    for near in client.get(f"/features/{feature}/surroundings").json()["near_misses"]:
+        i = int(near["document_id"].removeprefix("document"))
+        assert (set(near["marked"]), near["relative"]) == left.pop(i) and near["activation"] == strongest[i]
+        assert near["tokens"] == contexts[i]["context_tokens"]
+        assert near["position"] == contexts[i]["position"] + near["marked"][0]
+        relative = near["relative"]
+        assert near["relative_label"] == (None if relative is None else label_in(client, relative))
+    assert len(left) == len(missed) - len(shown)
     for item in shown:
         context = int(re.search(r"document document(\d+)", item)[1])  # type: ignore[index]
         marked, relative = missed.pop(context)
@@ -237,3 +257,8 @@ def test_runs_without_or_with_damaged_contexts(tmp_path: Path, run: RunDirectory
         assert (answer.status_code, answer.json()["error_type"]) == (409, "run_unusable")
         assert "contexts.parquet is not what the manifest says" in answer.json()["error"]
         assert httpx.get(f"{url}/features/3", params={"model": "damaged"}).status_code == 200
+        answer = httpx.get(f"{url}/features/3/surroundings", params={"model": "damaged"})
+        assert (answer.status_code, answer.json()["error_type"]) == (409, "run_unusable")
+        answer = httpx.get(f"{url}/features/3/surroundings")
+        assert (answer.status_code, answer.json()["error_type"]) == (404, "no_contexts")
+        assert "without has no random contexts" in answer.json()["error"]

@@ -116,7 +116,8 @@ def test_one_forward_pass_for_all_layers_that_are_asked_for(run: RunDirectory) -
 
 
 def test_what_has_no_such_layer_names_those_that_there_are(client: httpx.Client) -> None:
-    paths = ["/features", "/features/1", "/features/1/examples", "/report", "/report/files/plots/loss.png"]
+    paths = ["/features", "/features/1", "/features/1/examples", "/features/1/surroundings", "/report"]
+    paths += ["/report/files/plots/loss.png"]
     asked = [lambda p, path=path: client.get(path, params=p) for path in paths]
     asked += [lambda p: client.post("/encode", json={"inputs": "a"} | p)]
     asked += [lambda p: client.post("/tokenize", json={"inputs": "a"} | p)]
@@ -146,7 +147,7 @@ def test_what_is_known_of_features_is_each_layers_own(client: httpx.Client) -> N
     assert [row["feature"] for row in second["features"]] == [3, 4, 5]
     assert client.get("/features", params=same | {"model": "deep/layer1"}).json()["features"] == second["features"]
     assert client.get("/features", params=same | {"layer": 2}).json()["error_type"] == "unknown_cursor"
-    for path in ("/features/3", "/features/3/examples"):
+    for path in ("/features/3", "/features/3/examples", "/features/3/surroundings"):
         answer = client.get(path, params={"layer": 2}).json()
         assert (answer["run_id"], answer["layer"]) == ("deep", 2)
         assert client.get(path, params={"model": "deep/layer2"}).json() == answer | {"run_id": "deep/layer2"}
@@ -197,6 +198,7 @@ def test_the_client_names_layers(client: httpx.Client) -> None:
             assert ours.tokenize("a", layer=layer).model.layer == layer
             assert [row["feature"] for row in ours.features(layer=layer, limit=4)] == list(range(10))
             assert ours.feature(3, layer=layer)["layer"] == ours.examples(3, layer=layer)["layer"] == layer
+            assert ours.surroundings(3, layer=layer).layer == layer
             assert json.loads(ours.report("json", layer=layer))["config"]["model"]["layer"] == layer
         assert [entry["layer"] for entry in json.loads(ours.report("json"))["layers"]] == [0, 1, 2]
         streamed = dict(ours.encode_stream(TEXTS, layer=2))

@@ -55,11 +55,13 @@ def within_limits(api: Api, document: dict[str, Any]) -> dict[str, Any]:
     parameters = [parameter for methods in found["paths"].values() for operation in methods.values()
                   for parameter in operation.get("parameters", []) if parameter["name"] == "layer"]  # fmt: skip
     of_layer = [parameter["schema"] for parameter in parameters]
-    of_layer += [schemas[f"{name}Request"]["properties"]["layer"] for name in ("Encode", "Tokenize", "Decode")]
-    assert len(of_layer) == 8  # whatever answers for a layer takes it
+    of_layer += [
+        schemas[f"{name}Request"]["properties"]["layer"] for name in ("Encode", "Tokenize", "Decode", "ByText")
+    ]
+    assert len(of_layer) == 10  # whatever answers for a layer takes it
     for schema in of_layer:
         schema["anyOf"][0] = {"type": "integer", "enum": info["layers"]}
-    for name in ("EncodeRequest", "DecodeRequest"):
+    for name in ("EncodeRequest", "DecodeRequest", "ByTextRequest"):
         schemas[name]["properties"]["prefix"]["anyOf"][0] = {"type": "integer", "enum": model["prefixes"]}
     for name in ("EncodeRequest", "TokenizeRequest"):
         for part in schemas[name]["properties"]["input_ids"]["anyOf"][:2]:
@@ -137,7 +139,8 @@ def test_document_says_nothing_of_one_run(api: Api, document: dict[str, Any], tm
     """Another run takes over with another dictionary, and what generators and clients have read holds."""
     names = {operation["operationId"] for methods in document["paths"].values() for operation in methods.values()}
     assert names == {
-        "encode", "tokenize", "decode", "features", "feature", "examples", "report", "report_file", "healthz",
+        "encode", "tokenize", "decode", "features", "features_by_text", "feature", "examples", "surroundings", "report",
+        "report_file", "healthz",
         "readyz", "metrics", "runs", "load", "info", "graph", "graph_status", "graph_result", "graph_cancel", "steer",
     }  # fmt: skip
     with (

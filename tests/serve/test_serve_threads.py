@@ -79,7 +79,8 @@ def addresses(run: RunDirectory) -> list[str]:
     found += [f"/{prefix}?{query}" for prefix in ("features", "ui/features") for query in (
         "sort=count", "text=the", "token=the", "limit=2", "group=1")]  # fmt: skip
     for feature in range(5):
-        found += [f"/features/{feature}", f"/features/{feature}/examples", f"/ui/feature/{feature}"]
+        found += [f"/features/{feature}{part}" for part in ("", "/examples", "/surroundings")]
+        found += [f"/ui/feature/{feature}"]
     found += [f"/report/files/{name.removeprefix('report/')}" for name in run.manifest().files if "report/" in name]
     return [*found, "/ui/static/report.css"]
 

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from typing import Annotated, Any
 
-from fastapi import Depends, Query, Request, Response
+from fastapi import Depends, HTTPException, Query, Request, Response
 
 from serve.contract import ErrorResponse, ServiceError
 from serve.http.errors import repeated
@@ -32,6 +32,14 @@ Model = Annotated[
     str | None, Query(min_length=1, max_length=200, description="Id of a run; by default the current one.")
 ]
 Layer = Annotated[int | None, Query(ge=0, lt=1 << 31, description="Layer of the run; by default its lowest.")]
+
+
+async def own_method(request: Request) -> None:
+    """Raises HTTPException 405 where a path of its own words, such as /features/by-text, has another method, and only
+    fits the template of this route."""
+    methods = request.app.state.allowed(request.url.path)
+    if methods and request.method not in methods:
+        raise HTTPException(405, headers={"Allow": ""})  # which the answer fills in
 
 
 async def single_parameters(request: Request) -> None:
@@ -90,6 +98,7 @@ _MEANING = {
     422: "The body or a parameter is not as documented; the answer names the fields.",
     429: "Too much at once; Retry-After says when to ask again.",
     500: "The service failed; its log has the details under the request id.",
+    502: "The endpoint of vectors refuses, or its answer is of no use; the answer says why.",
     503: "Not now: the models are being loaded, or are lost; Retry-After says when to ask again.",
     504: "The models did not answer in time.",
 }

@@ -1,29 +1,67 @@
-"""What is known of the features: `GET /features`, one of them, and its examples."""
+"""What is known of the features: `GET /features`, one of them, its examples and surroundings, and those of texts."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import BaseModel
 
-from serve.contract import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
-from serve.http.routes.common import Layer, Model, TheService, errors
+from serve.contract import (
+    ByTextRequest,
+    ByTextResponse,
+    ExamplesResponse,
+    FeatureResponse,
+    FeaturesQuery,
+    FeaturesResponse,
+    NearMissRow,
+    SurroundingsResponse,
+    TogetherRow,
+    Usage,
+)
+from serve.http.bodies import read_json
+from serve.http.formats import usage
+from serve.http.openapi import json_body
+from serve.http.routes.common import Layer, Model, TheService, errors, request_id_of
 from serve.service import FeatureTable, Filters, ServedLayer, Service
+from serve.service.by_text import by_text
+from serve.service.surroundings import near_misses, together
 
 router = APIRouter(tags=["features"])
 
 Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index of the feature in the dictionary.")]
 
 
-@router.get("/features", response_model=FeaturesResponse, responses=errors(404, 409, 422, 503))
+@router.get("/features", response_model=FeaturesResponse, responses=errors(404, 409, 422, 429, 502, 503))
 async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]) -> Response:
     """Features that pass all filters, page by page."""
     own, table = await analysed(service, query.model, query.layer)
-    rows, total, after = await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor)
+    rows, total, after = await page(service, table, query)
     answer = FeaturesResponse.model_construct(
         run_id=own.run_id, layer=own.number, total=total, features=rows, cursor=after
     )
+    return _json(answer)
+
+
+@router.post(
+    "/features/by-text",
+    response_model=ByTextResponse,
+    openapi_extra=json_body(ByTextRequest),
+    responses=errors(400, 404, 408, 409, 413, 415, 422, 429, 503, 504),
+)
+async def features_by_text(request: Request, service: TheService) -> Response:
+    """Features that tell texts from others, or from the run's background."""
+    asked = await read_json(request, ByTextRequest, service.settings)
+    own, table = await analysed(service, asked.model, asked.layer)
+    request.state.run_id, request.state.layer = own.run_id, own.number
+    found = await by_text(service, own, table, asked)
+    answer = ByTextResponse(
+        model=own.identity, prefix=asked.prefix or own.num_features,
+        background="texts" if asked.against else "random_contexts", tokens=found.tokens,
+        against_tokens=found.against_tokens, largest_z_by_chance=found.largest_by_chance, features=found.rows,
+        usage=Usage(**usage(found.inputs)), request_id=request_id_of(request),
+    )  # fmt: skip
     return _json(answer)
 
 
@@ -58,11 +96,49 @@ async def examples(
     return _json(answer)
 
 
+@router.get(
+    "/features/{feature}/surroundings", response_model=SurroundingsResponse, responses=errors(404, 409, 422, 503)
+)
+async def surroundings(service: TheService, feature: Index, model: Model = None, layer: Layer = None) -> Response:
+    """Near misses of a feature, and what fires together with it."""
+    own, table = await analysed(service, model, layer)
+    # A route of its own: it reads all random contexts, without which the rest of what is known can be had.
+    return _json(await asyncio.to_thread(_surroundings, own, table, feature))
+
+
+def _surroundings(own: ServedLayer, table: FeatureTable, feature: int) -> SurroundingsResponse:
+    table.row(feature)  # a feature that there is not is said first
+    contexts = table.require_contexts()
+    return SurroundingsResponse(
+        run_id=own.run_id, layer=own.number, feature=feature, contexts=len(contexts), tokens=contexts.num_tokens,
+        near_misses=[
+            NearMissRow(
+                tokens=list(near.tokens), marked=list(near.marked), relative=near.relative,
+                relative_label=None if near.relative is None else table.labels[near.relative],
+                activation=near.activation, position=near.position, document_id=near.document_id,
+            )
+            for near in near_misses(table, feature)
+        ],
+        together=[
+            TogetherRow(label=table.labels[each.feature], **each._asdict()) for each in together(table, feature)
+        ],
+    )  # fmt: skip
+
+
+async def page(
+    service: Service, table: FeatureTable, query: FeaturesQuery
+) -> tuple[list[dict[str, Any]], int, str | None]:
+    """See FeatureTable.page; raises also as `Service.query_vector`."""
+    by_meaning = query.query is not None and query.by == "meaning"
+    vector = await service.query_vector(table, query.query) if query.query is not None and by_meaning else None
+    return await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor, vector)
+
+
 def filters(query: FeaturesQuery) -> Filters:
     return Filters(
         query.group, query.massive, query.min_density, query.max_density, query.token, query.text,
         query.copies, query.single_token, query.max_detection,
-        tuple(query.feature) if query.feature else None, query.query,
+        tuple(query.feature) if query.feature else None, query.query, query.by,
         query.sort or ("relevance" if query.query else "feature"), query.order == "descending",
     )  # fmt: skip
 
@@ -73,5 +149,5 @@ async def analysed(service: Service, model: str | None, layer: int | None) -> tu
     return own, await asyncio.to_thread(lambda: own.analysed)
 
 
-def _json(answer: FeaturesResponse | FeatureResponse | ExamplesResponse) -> Response:
+def _json(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(warnings=False), media_type="application/json")

@@ -24,7 +24,7 @@ from serve.http.feature_page import ALL, content
 from serve.http.media_types import JSON
 from serve.http.pages import query, render, static_files
 from serve.http.routes.common import Layer, Model, TheService, packed
-from serve.http.routes.features import Index, analysed, filters
+from serve.http.routes.features import Index, analysed, page
 from serve.service import ServedLayer, Service
 
 router = APIRouter(include_in_schema=False)
@@ -51,7 +51,7 @@ async def features(request: Request, service: TheService) -> Response:
     except ValidationError as error:
         raise invalid(error) from None
     own, table = await analysed(service, wanted.model, wanted.layer)
-    rows, total, after = await asyncio.to_thread(table.page, filters(wanted), wanted.limit, wanted.cursor)
+    rows, total, after = await page(service, table, wanted)
     asked = wanted.model_dump(exclude_defaults=True, exclude={"cursor"})
     kept = {name: value for name, value in asked.items() if name not in ("model", "layer", "feature")}
     frame = await _frame(request, service, own, "features", wanted.model, wanted.layer, kept)
@@ -60,6 +60,7 @@ async def features(request: Request, service: TheService) -> Response:
         total=total, groups=range(len(own.prefixes)), next_page=query(**asked, cursor=after) if after else None,
         first_page=query(**asked) if wanted.cursor else None, badge=BADGE,
         analysed_tokens=table.analysis.summary.analysed_tokens, labelled=table.labelled, scored=table.scored,
+        by_meaning=table.with_vectors and service.settings.embeddings is not None,
     )  # fmt: skip
 
 
