@@ -4,6 +4,7 @@ from mtc.results.analysis import FORMAT_VERSION, Analysis, Finding, Headline, Su
 from mtc.results.circuits import (
     GRAPH_VERSION,
     MOST_VALUE,
+    Ablated,
     Continuation,
     Explained,
     Faithfulness,
@@ -71,7 +72,7 @@ from mtc.results.run import PARTS, RUN_FILES, File, RunFacts, StreamTiming, Trai
 
 __all__ = [
     "FORMAT_VERSION", "GRAPH_VERSION", "LABEL_PLOT", "LABEL_PLOTS", "LAYERS_REPORT", "MIN_ACCURACY", "MIN_DOCUMENTS",
-    "MOST_CHARACTERS", "MOST_VALUE", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS", "RUN_FILES", "SHOWN",
+    "MOST_CHARACTERS", "MOST_VALUE", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS", "RUN_FILES", "SHOWN", "Ablated",
     "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "Continuation", "CopiedFeature", "Copies",
     "Difference", "Distribution", "Evaluation", "Example", "Explained", "Faithfulness", "Family", "Feature",
     "FeatureLabel", "FeatureNote", "File", "Finding", "Folded", "Graph", "GraphNode", "GraphScores", "Group",
