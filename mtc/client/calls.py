@@ -27,7 +27,7 @@ from mtc.client.answers import (
 from mtc.client.failures import ServiceError
 
 if TYPE_CHECKING:
-    from mtc.results.circuits import Graph, Intervention, Steered
+    from mtc.results.circuits import Ablated, Graph, Intervention, Steered
 
 T = TypeVar("T")
 Format = Literal["safetensors", "msgpack", "json"]
@@ -167,6 +167,14 @@ def get(path: str, **parameters: Any) -> Call[dict[str, Any]]:
     return Call("GET", path, JSON, lambda r: r.json(), None, parameters)
 
 
+def note(
+    feature: int, note: str | None, star: bool | None, seen: str | None, model: str | None, layer: int | None
+) -> Call[dict[str, Any]]:
+    body = {"note": note, "star": star, "seen": seen}
+    place = {"model": model, "layer": layer}
+    return Call("PUT", f"/features/{feature}/note", JSON, lambda r: r.json(), body, place)
+
+
 def load(model: str) -> Call[dict[str, Any]]:
     return Call("POST", "/admin/load", JSON, lambda r: r.json(), {"model": model})
 
@@ -185,6 +193,17 @@ def steer(
     changes = [dict(each) for each in interventions]  # a record's fields, or a dict as it is
     kept = [{name: value for name, value in each.items() if value is not None} for each in changes]
     return Call("POST", "/steer", NDJSON, lambda r: None, {"prompt": prompt, "interventions": kept, **options})
+
+
+def ablate(prompt: str | None, layer: int, features: Sequence[int], input_ids: Any, model: str | None) -> Call[Ablated]:
+    body = {"prompt": prompt, "input_ids": input_ids, "model": model, "layer": layer, "features": features}
+    return Call("POST", "/ablate", JSON, _read_ablated, body)
+
+
+def _read_ablated(response: httpx.Response) -> Ablated:
+    from mtc.results.circuits import Ablated  # as below
+
+    return Ablated.model_validate_json(response.content)
 
 
 def _read_graph(response: httpx.Response) -> Graph:

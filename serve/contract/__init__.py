@@ -1,8 +1,22 @@
 """What all parts of the service agree on: settings, what is sent and answered, errors and counts."""
 
-from serve.contract.circuit_schemas import GraphJob, GraphRequest, InterventionRequest, SteerRequest, TargetFeature
+from serve.contract.circuit_schemas import (
+    AblateRequest,
+    GraphJob,
+    GraphRequest,
+    InterventionRequest,
+    SteerRequest,
+    TargetFeature,
+)
 from serve.contract.errors import ServiceError
-from serve.contract.feature_schemas import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
+from serve.contract.feature_schemas import (
+    ExamplesResponse,
+    FeatureResponse,
+    FeaturesQuery,
+    FeaturesResponse,
+    NoteRequest,
+    NoteResponse,
+)
 from serve.contract.messages import Encoded, Options, RunKey, State, Tokenised
 from serve.contract.metrics import CircuitMetrics, Family, ReplicaMetrics, Snapshot, render_metrics, take_snapshot
 from serve.contract.schemas import (
@@ -26,6 +40,7 @@ from serve.contract.settings import ENVIRONMENT, Settings, free_ports, proxy_fil
 
 __all__ = [
     "ENVIRONMENT",
+    "AblateRequest",
     "CircuitMetrics",
     "DecodeRequest",
     "DecodeResponse",
@@ -46,6 +61,8 @@ __all__ = [
     "LoadRequest",
     "LoadResponse",
     "ModelIdentity",
+    "NoteRequest",
+    "NoteResponse",
     "Options",
     "ReplicaMetrics",
     "RunKey",

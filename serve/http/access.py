@@ -43,6 +43,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("GET", "/features"): "user",
     ("GET", "/features/{feature}"): "user",
     ("GET", "/features/{feature}/examples"): "user",
+    ("PUT", "/features/{feature}/note"): "user",
     ("GET", "/report"): "user",
     ("GET", "/report/files/{name:path}"): "user",
     ("POST", "/encode"): "user",
@@ -53,6 +54,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("GET", "/graph/{job}/result"): "user",
     ("DELETE", "/graph/{job}"): "user",
     ("POST", "/steer"): "user",
+    ("POST", "/ablate"): "user",
     ("POST", "/admin/load"): "admin",
 }
 """Method and path template of every route, and the key that it asks for."""

@@ -97,8 +97,9 @@ def _complete_bodies(schemas: dict[str, Any], settings: Settings) -> None:
                 )
         schemas[name] |= _either("inputs", "input_ids")
     schemas["DecodeRequest"] |= _either("features", "csr")
-    schemas["GraphRequest"] |= _either("prompt", "input_ids")
-    schemas["GraphRequest"]["properties"]["prompt"]["description"] += f" At most {settings.max_graph_tokens} tokens."
+    for name in ("GraphRequest", "AblateRequest"):
+        schemas[name] |= _either("prompt", "input_ids")
+        schemas[name]["properties"]["prompt"]["description"] += f" At most {settings.max_graph_tokens} tokens."
     schemas["GraphRequest"]["properties"]["max_features"]["description"] += f" At most {settings.max_graph_features}."
     for name, example in _EXAMPLES.items():
         schemas[name]["example"] = example
@@ -115,5 +116,7 @@ _EXAMPLES = {
     "TokenizeRequest": {"inputs": "We the people"},
     "DecodeRequest": {"features": [[{"feature_index": 0, "activation_value": 1.5}]]},
     "GraphRequest": {"prompt": "We the people", "max_features": 256},
+    "AblateRequest": {"prompt": "We the people", "layer": 1, "features": [0]},
+    "NoteRequest": {"note": "oaths and offices", "star": True},
     "SteerRequest": {"prompt": "We the people", "interventions": [{"layer": 1, "feature": 0, "value": 0.0}]},
 }

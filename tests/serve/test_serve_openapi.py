@@ -32,7 +32,8 @@ class Api(NamedTuple):
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     root = tmp_path_factory.mktemp("runs")
     key = keys.add_key(root / "keys.json", "tests", admin=True, expires=None)
-    settings = {"max_input_tokens": 64, "api_keys_file": str(root / "keys.json"), "interventions": True}
+    settings = {"max_input_tokens": 64, "api_keys_file": str(root / "keys.json"), "interventions": True,
+                "notes": True}  # fmt: skip
     with served(make_analysed_run(root / "one"), **settings) as url:
         with httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"}) as client:
             wait_for_interventions(client)
@@ -56,7 +57,7 @@ def within_limits(api: Api, document: dict[str, Any]) -> dict[str, Any]:
                   for parameter in operation.get("parameters", []) if parameter["name"] == "layer"]  # fmt: skip
     of_layer = [parameter["schema"] for parameter in parameters]
     of_layer += [schemas[f"{name}Request"]["properties"]["layer"] for name in ("Encode", "Tokenize", "Decode")]
-    assert len(of_layer) == 8  # whatever answers for a layer takes it
+    assert len(of_layer) == 9  # whatever answers for a layer takes it
     for schema in of_layer:
         schema["anyOf"][0] = {"type": "integer", "enum": info["layers"]}
     for name in ("EncodeRequest", "DecodeRequest"):
@@ -139,6 +140,7 @@ def test_document_says_nothing_of_one_run(api: Api, document: dict[str, Any], tm
     assert names == {
         "encode", "tokenize", "decode", "features", "feature", "examples", "report", "report_file", "healthz",
         "readyz", "metrics", "runs", "load", "info", "graph", "graph_status", "graph_result", "graph_cancel", "steer",
+        "ablate", "note",
     }  # fmt: skip
     with (
         served(make_analysed_run(tmp_path / "one"), make_run(tmp_path / "other")) as url,

@@ -1,15 +1,26 @@
-"""What is known of the features: `GET /features`, one of them, and its examples."""
+"""What is known of the features: `GET /features`, one of them, and its examples; notes that people write."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
-from serve.contract import ExamplesResponse, FeatureResponse, FeaturesQuery, FeaturesResponse
+from mtc.results import FeatureNote
+from serve.contract import (
+    ExamplesResponse,
+    FeatureResponse,
+    FeaturesQuery,
+    FeaturesResponse,
+    NoteRequest,
+    NoteResponse,
+    ServiceError,
+)
+from serve.http.bodies import read_json
+from serve.http.openapi import json_body
 from serve.http.routes.common import Layer, Model, TheService, errors
-from serve.service import FeatureTable, Filters, ServedLayer, Service
+from serve.service import FeatureTable, Filters, ServedLayer, Service, write_note
 
 router = APIRouter(tags=["features"])
 
@@ -20,7 +31,8 @@ Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index of the feature 
 async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]) -> Response:
     """Features that pass all filters, page by page."""
     own, table = await analysed(service, query.model, query.layer)
-    rows, total, after = await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor)
+    notes = await asyncio.to_thread(own.notes.read)
+    rows, total, after = await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor, notes)
     answer = FeaturesResponse.model_construct(
         run_id=own.run_id, layer=own.number, total=total, features=rows, cursor=after
     )
@@ -29,12 +41,14 @@ async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]
 
 @router.get("/features/{feature}", response_model=FeatureResponse, responses=errors(404, 409, 422, 503))
 async def feature(service: TheService, feature: Index, model: Model = None, layer: Layer = None) -> Response:
-    """All that the analysis says of one feature."""
+    """All that the analysis says of one feature, and what someone noted of it."""
     own, table = await analysed(service, model, layer)
+    noted = (await asyncio.to_thread(own.notes.read)).get(feature, FeatureNote())
     answer = FeatureResponse(
         run_id=own.run_id, layer=own.number, feature=table.feature(feature),
         labels=table.labels_of(feature), histogram_edges=list(table.analysis.activation_edges),
         splits=table.splits(feature), absorption=table.absorption(feature),
+        note=noted.note, star=noted.star, note_changed=noted.changed or None,
     )  # fmt: skip
     return _json(answer)
 
@@ -58,11 +72,33 @@ async def examples(
     return _json(answer)
 
 
+@router.put(
+    "/features/{feature}/note",
+    response_model=NoteResponse,
+    openapi_extra=json_body(NoteRequest),
+    responses=errors(400, 404, 408, 409, 412, 413, 415, 422, 503),
+)
+async def note(
+    request: Request, service: TheService, feature: Index, model: Model = None, layer: Layer = None
+) -> Response:
+    """Keep one's own words for a feature, a star, or both, beside the run's files."""
+    if not service.settings.notes:
+        message = "notes are not written here: start the service with --notes (the setting `notes`)"
+        raise ServiceError(409, "no_notes", message)
+    asked = await read_json(request, NoteRequest, service.settings)
+    own = await service.layer(model, layer)
+    kept = await asyncio.to_thread(write_note, own, feature, asked)
+    answer = NoteResponse(
+        run_id=own.run_id, layer=own.number, feature=feature, note=kept.note, star=kept.star, note_changed=kept.changed
+    )
+    return _json(answer)
+
+
 def filters(query: FeaturesQuery) -> Filters:
     return Filters(
         query.group, query.massive, query.min_density, query.max_density, query.token, query.text,
         query.copies, query.single_token, query.max_detection,
-        tuple(query.feature) if query.feature else None, query.query,
+        tuple(query.feature) if query.feature else None, query.query, query.starred, query.note,
         query.sort or ("relevance" if query.query else "feature"), query.order == "descending",
     )  # fmt: skip
 
@@ -73,5 +109,5 @@ async def analysed(service: Service, model: str | None, layer: int | None) -> tu
     return own, await asyncio.to_thread(lambda: own.analysed)
 
 
-def _json(answer: FeaturesResponse | FeatureResponse | ExamplesResponse) -> Response:
+def _json(answer: FeaturesResponse | FeatureResponse | ExamplesResponse | NoteResponse) -> Response:
     return Response(answer.model_dump_json(warnings=False), media_type="application/json")
