@@ -67,15 +67,18 @@ def export_run(options: argparse.Namespace) -> None:
     if not options.push:
         return
     with tempfile.TemporaryDirectory(prefix="mtc-push-") as temporary:
-        directory = Path(options.output or temporary)
+        directory, noted = Path(options.output or temporary), 0
         if not options.format:
-            export.stage_run(run, options.push, directory, options.license, options.contact)
+            noted = export.stage_run(
+                run, options.push, directory, options.license, options.contact, not options.no_notes
+            )
         elif not options.output:
             _write(run, directory, options)
         pushed = export.push_directory(directory, options.push, options.public)
     what = f"{options.format} of {run.url}" if options.format else f"{run.url}, to open as hf://{options.push},"
     seen = "private" if pushed.private else "public"
-    print(f"pushed {what} to {pushed.url} ({seen}): {pushed.files} files in one commit, {pushed.commit}")
+    also = f", with people's notes and stars on {noted} feature{'s' * (noted != 1)}" if noted else ""
+    print(f"pushed {what} to {pushed.url} ({seen}){also}: {pushed.files} files in one commit, {pushed.commit}")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -88,8 +91,9 @@ def _check(options: argparse.Namespace) -> None:
         given = ("output", "prefix", "model_type", "neuronpedia_model", "neuronpedia_set")
         if wrong := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name)]:
             raise ConfigError(f"{', '.join(wrong)}: without --format the run is pushed as it is")
-    if options.public and not options.push:
-        raise ConfigError("--public belongs to --push")
+    for name in ("public", "no_notes"):
+        if getattr(options, name) and not options.push:
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --push")
     if options.push:
         from mtc import export  # as in export_run
 
@@ -148,6 +152,7 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="DIR", help="local directory that is made")
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hugging Face hub, made if need be")
     parser.add_argument("--public", action="store_true", help="everybody sees the repository; by default it is private")
+    parser.add_argument("--no-notes", action="store_true", help="leave people's notes and stars out of a pushed run")
     parser.add_argument(
         "--prefix", type=int, metavar="M", help="one of the nested dictionaries; by default all features"
     )

@@ -267,7 +267,8 @@ def serve_run(head: dict[str, Any], run: str) -> str:
         raise QuickstartError("the Ray head of this checkout is gone; the same command starts another one")
     if "serves" not in head:  # until now anybody could take the port
         _remember(head := head | {"http_port": _free_ports(1, first=head["http_port"])[0], "serves": True})
-    command = [sys.executable, "-m", "serve.app", "--run", absolute(run)]
+    # On this machine alone: whoever reaches it may write beside the run.
+    command = [sys.executable, "-m", "serve.app", "--run", absolute(run), "--notes"]
     command += ["--address", head["address"], "--port", str(head["http_port"])]
     if code := subprocess.run(command, cwd=ROOT, env=_environment(), check=False).returncode:
         raise QuickstartError("the service could not be deployed; its output is above", code)

@@ -10,7 +10,7 @@ from mtc.lazy import lazily
 
 if TYPE_CHECKING:
     from mtc.analysis import analyse_in_memory
-    from mtc.circuits import Intervention, ReplacementModel, attribute, coarsen, steer
+    from mtc.circuits import Intervention, ReplacementModel, ablate, attribute, coarsen, steer
     from mtc.config import RunConfig, load_preset
     from mtc.language_model import LanguageModel
     from mtc.storage import RunDirectory, load_analysis, open_run
@@ -26,6 +26,7 @@ __all__ = [
     "RunConfig",
     "RunDirectory",
     "Trainer",
+    "ablate",
     "analyse_in_memory",
     "attribute",
     "coarsen",
@@ -44,6 +45,7 @@ __getattr__, __dir__ = lazily(
         "analyse_in_memory": "analysis",
         "Intervention": "circuits",
         "ReplacementModel": "circuits",
+        "ablate": "circuits",
         "attribute": "circuits",
         "coarsen": "circuits",
         "steer": "circuits",

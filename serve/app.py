@@ -82,8 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--interventions", action="store_true",
-        help="also answer POST /graph and POST /steer, by a process that holds the whole language model in float32",
+        help="also answer POST /graph, /steer and /ablate, by a process that holds the whole language model in float32",
     )  # fmt: skip
+    parser.add_argument(
+        "--notes", action="store_true", help="let all who may ask write notes and stars beside the run's files"
+    )
     parser.add_argument("--verbose", action="store_true", help="also show what Ray and the replicas say")
     parser.add_argument("--block", action="store_true", help="stay until interrupted, then stop the service")
     options = parser.parse_args(argv)
@@ -96,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 < options.port < 1 << 16:
             raise ValueError(f"--port {options.port}: 1 to 65535 is wanted")
         given = {"run": options.run, "api_keys_file": keys} | _settings(options.set)
-        settings = Settings.model_validate(given | ({"interventions": True} if options.interventions else {}))
+        switches = {name: True for name in ("interventions", "notes") if getattr(options, name)}
+        settings = Settings.model_validate(given | switches)
         application = build(settings)
         level = logging.INFO if options.verbose else logging.ERROR
         logging.getLogger("ray.serve").setLevel(level)  # what replicas and proxies say is in Ray's log files

@@ -211,6 +211,8 @@ def attacks(limits: Settings) -> Iterator[Attack]:
         yield Attack(f"another feature{part}", _get(f"/features/10{part}"), (404,), "unknown_feature")
 
     yield from _by_text(limits)
+    if limits.notes:
+        yield from _notes()
     if limits.interventions:
         yield from _circuits(limits)
     for method in ("TRACE", "DELETE", "PUT", "PATCH", "OPTIONS"):
@@ -254,6 +256,33 @@ def _by_text(limits: Settings) -> Iterator[Attack]:
     yield Attack("by text, asked for", _get("/features/by-text?texts=a"), (405,), "method_not_allowed")
 
 
+def _notes() -> Iterator[Attack]:
+    """Notes, of a service that keeps them; those that are taken are of a feature of their own."""
+
+    def note(
+        name: str, body: bytes, answers: tuple[int, ...], error_type: str | None, place: str = "8", **more: Any
+    ) -> Attack:
+        sent = _post(f"/features/{place}/note{more.pop('query', '')}", body, **more).replace(b"POST", b"PUT", 1)
+        return Attack(f"note {name}", sent, answers, error_type)
+
+    refused, no = (422,), "validation"
+    for body in ({"note": NAME * 50}, {"note": [NAME]}, {"note": {}}, {"star": 1}, {"star": "true"}, {}, {"seen": NAME},
+                 {"star": True, "seen": 1}, {"note": NAME, "__proto__": 1}):  # fmt: skip
+        yield note(str(body)[:40], json.dumps(body).encode(), refused, no)
+    yield note("with a key twice", b'{"note": "a", "note": "b"}', refused, no)
+    yield note("lone surrogate", b'{"note": "\\ud800"}', (400,), "malformed_json")
+    yield note("of no feature", b'{"note": "a"}', (404,), "unknown_feature", "10")
+    for place in ("-1", "99999999999999999999", "..", "%2e%2e", "8%2f..", "8%00"):
+        yield note(f"of {place}", b'{"note": "a"}', (404, 405, 422), None, place)
+    yield note("of another layer", b'{"note": "a"}', refused, "unknown_layer", "8", query="?layer=0")
+    yield note("of no run", b'{"note": "a"}', (404,), "unknown_model", "8", query="?model=..%2fone")
+    yield note("as a form", b"note=a", (415,), "unsupported_media_type", kind="application/x-www-form-urlencoded")
+    yield note("as text", b'{"note": "a"}', (415,), "unsupported_media_type", kind="text/plain")
+    yield Attack("a note to read", _get("/features/8/note"), (405,), "method_not_allowed")
+    for words in ("<script>alert(1)</script>", "a\0b", "\u202e\u2066\ufeff\U000e0001", "../../x", "\r\nX: y"):
+        yield note(f"taken {words[:9]!r}", json.dumps({"note": words}).encode(), (200,), None)
+
+
 def _circuits(limits: Settings) -> Iterator[Attack]:
     """Graphs and interventions, of a service that has them, with limits of 32 tokens and 64 features."""
     change = {"layer": 1, "feature": 1, "value": 1}
@@ -264,6 +293,10 @@ def _circuits(limits: Settings) -> Iterator[Attack]:
     def steer(name: str, answers: tuple[int, ...], kind: str | None, **fields: Any) -> Attack:
         body = {"prompt": NAME, "interventions": [change], "max_tokens": 1} | fields
         return Attack(f"steer {name}", _post("/steer", json.dumps(body).encode()), answers, kind)
+
+    def ablate(name: str, answers: tuple[int, ...], kind: str | None, **fields: Any) -> Attack:
+        body = {"prompt": NAME, "layer": 1, "features": [1]} | fields
+        return Attack(f"ablate {name}", _post("/ablate", json.dumps(body).encode()), answers, kind)
 
     refused, no = (422,), "validation"
     for job in ("x", "..", "%2e%2e", "%00", "a" * 101, "..%2f..%2fetc", "'--", "AAAAAAAAAAAAAAAAAAAAAA"):
@@ -310,6 +343,19 @@ def _circuits(limits: Settings) -> Iterator[Attack]:
     yield Attack(
         "steer NUL", _post("/steer", json.dumps({"prompt": "a\0b", "interventions": [change]}).encode()), (200,)
     )
+    for features in ([], {}, [None], [-1], [64], [2**31], [1.5], ["1"], [True], [[1]], [1] * 65, 1):
+        yield ablate(f"features {str(features)[:30]}", refused, no, features=features)
+    for name, value in (("layer", 0), ("layer", "1"), ("layer", None), ("input_ids", [1]), ("prefix", 4), ("n", 1)):
+        yield ablate(f"{name} {value}", refused, no, **{name: value})
+    yield ablate("too much", (413,), "input_too_long", prompt="a" * limits.max_graph_tokens)
+    yield ablate("nothing", (400,), "empty_inputs", prompt="")
+    yield ablate("an unknown token", refused, no, prompt=None, input_ids=[9999])
+    yield ablate("of no run", (404,), "unknown_model", model="../one")
+    yield ablate("NUL and overrides", (200,), None, prompt="a\0b\u202e")
+    yield Attack(
+        "ablate twice", _post("/ablate", b'{"prompt": "a", "layer": 1, "layer": 1, "features": [1]}'), refused, no
+    )
+    yield Attack("ablate by address", _get("/ablate?prompt=a"), (405,), "method_not_allowed")
     chat = {"messages": [{"role": "{{x}}", "content": "{% raw %}"}], "interventions": [change]}
     yield Attack("steer a template", _post("/steer", json.dumps(chat).encode()), refused, no)
 

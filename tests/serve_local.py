@@ -170,7 +170,8 @@ class LocalInterventions:
 
     def __getattr__(self, name: str) -> Any:
         graphs, steerings = self.circuits.graphs, self.circuits.steerings
-        steers = {"steer": steerings.begin, "step": steerings.step, "end": steerings.end}
+        steers = {"steer": steerings.begin, "step": steerings.step, "end": steerings.end,
+                  "ablate": self.circuits.ablations.ablate}  # fmt: skip
         method = steers.get(name) or getattr(graphs, name)
 
         async def call(*arguments: Any) -> Any:

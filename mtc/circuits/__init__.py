@@ -1,5 +1,6 @@
 """Circuits: what made a language model's next token, in features, and what happens if features are changed."""
 
+from mtc.circuits.ablation import ablate
 from mtc.circuits.attribution import attribute
 from mtc.circuits.coarse import coarsen
 from mtc.circuits.graph import FeatureTarget
@@ -7,4 +8,13 @@ from mtc.circuits.interventions import steer
 from mtc.circuits.replacement import CircuitError, ReplacementModel
 from mtc.results import Intervention
 
-__all__ = ["CircuitError", "FeatureTarget", "Intervention", "ReplacementModel", "attribute", "coarsen", "steer"]
+__all__ = [
+    "CircuitError",
+    "FeatureTarget",
+    "Intervention",
+    "ReplacementModel",
+    "ablate",
+    "attribute",
+    "coarsen",
+    "steer",
+]

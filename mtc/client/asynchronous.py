@@ -29,7 +29,7 @@ from mtc.client.failures import DEFAULT_RETRY, Attempts, Retry, no_answer, refus
 from mtc.client.feature_answers import ByTextOptions, Surroundings, TextFeatures
 
 if TYPE_CHECKING:
-    from mtc.results.circuits import Graph, Intervention, Steered
+    from mtc.results.circuits import Ablated, Graph, Intervention, Steered
 
 T = TypeVar("T")
 
@@ -109,6 +109,13 @@ class AsyncClient:
         """See `Client.feature`."""
         return await self._do(calls.get(f"/features/{feature}", model=model, layer=layer))
 
+    async def note(
+        self, feature: int, note: str | None = None, *, star: bool | None = None, seen: str | None = None,
+        model: str | None = None, layer: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """See `Client.note`."""
+        return await self._do(calls.note(feature, note, star, seen, model, layer))
+
     async def examples(self, feature: int, **options: Any) -> dict[str, Any]:
         """See `Client.examples`."""
         return await self._do(calls.get(f"/features/{feature}/examples", **options))
@@ -163,6 +170,13 @@ class AsyncClient:
         finally:
             await response.aclose()
         return lines.end()
+
+    async def ablate(
+        self, prompt: str | None = None, *, layer: int, features: Sequence[int], input_ids: Any = None,
+        model: str | None = None,
+    ) -> Ablated:  # fmt: skip
+        """See `Client.ablate`."""
+        return await self._do(calls.ablate(prompt, layer, features, input_ids, model))
 
     async def report(
         self, format: Literal["markdown", "html", "json"] = "markdown", model: str | None = None,

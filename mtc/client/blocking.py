@@ -28,7 +28,7 @@ from mtc.client.failures import DEFAULT_RETRY, Attempts, Retry, no_answer, refus
 from mtc.client.feature_answers import ByTextOptions, Surroundings, TextFeatures
 
 if TYPE_CHECKING:
-    from mtc.results.circuits import Graph, Intervention, Steered
+    from mtc.results.circuits import Ablated, Graph, Intervention, Steered
 
 T = TypeVar("T")
 
@@ -116,6 +116,15 @@ class Client:
         """All that the analysis says of a feature."""
         return self._do(calls.get(f"/features/{feature}", model=model, layer=layer))
 
+    def note(
+        self, feature: int, note: str | None = None, *, star: bool | None = None, seen: str | None = None,
+        model: str | None = None, layer: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Keep a note on a feature, a star, or both, where the service keeps any; what is not given stays, and "" takes
+        a note away. With `seen`, the `note_changed` of the feature as it was read, a note that was changed since is
+        not replaced: ServiceError of status 412, whose `detail` has it. Returns what is kept now."""
+        return self._do(calls.note(feature, note, star, seen, model, layer))
+
     def examples(self, feature: int, **options: Any) -> dict[str, Any]:
         """Contexts in which a feature fires; options as of `GET /features/{i}/examples`."""
         return self._do(calls.get(f"/features/{feature}/examples", **options))
@@ -174,6 +183,14 @@ class Client:
         finally:
             response.close()
         return lines.end()
+
+    def ablate(
+        self, prompt: str | None = None, *, layer: int, features: Sequence[int], input_ids: Any = None,
+        model: str | None = None,
+    ) -> Ablated:  # fmt: skip
+        """What the language model's predictions lose if these features of a layer are taken out of a text, which is a
+        prompt or token ids."""
+        return self._do(calls.ablate(prompt, layer, features, input_ids, model))
 
     def report(
         self, format: Literal["markdown", "html", "json"] = "markdown", model: str | None = None,

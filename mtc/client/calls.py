@@ -34,7 +34,7 @@ from mtc.client.feature_answers import (
 )
 
 if TYPE_CHECKING:
-    from mtc.results.circuits import Graph, Intervention, Steered
+    from mtc.results.circuits import Ablated, Graph, Intervention, Steered
 
 T = TypeVar("T")
 Format = Literal["safetensors", "msgpack", "json"]
@@ -186,6 +186,14 @@ def features_by_text(texts: Inputs, against: Inputs, options: ByTextOptions) -> 
     return Call("POST", "/features/by-text", JSON, lambda r: read_by_text(r.json()), body)
 
 
+def note(
+    feature: int, note: str | None, star: bool | None, seen: str | None, model: str | None, layer: int | None
+) -> Call[dict[str, Any]]:
+    body = {"note": note, "star": star, "seen": seen}
+    place = {"model": model, "layer": layer}
+    return Call("PUT", f"/features/{feature}/note", JSON, lambda r: r.json(), body, place)
+
+
 def load(model: str) -> Call[dict[str, Any]]:
     return Call("POST", "/admin/load", JSON, lambda r: r.json(), {"model": model})
 
@@ -204,6 +212,17 @@ def steer(
     changes = [dict(each) for each in interventions]  # a record's fields, or a dict as it is
     kept = [{name: value for name, value in each.items() if value is not None} for each in changes]
     return Call("POST", "/steer", NDJSON, lambda r: None, {"prompt": prompt, "interventions": kept, **options})
+
+
+def ablate(prompt: str | None, layer: int, features: Sequence[int], input_ids: Any, model: str | None) -> Call[Ablated]:
+    body = {"prompt": prompt, "input_ids": input_ids, "model": model, "layer": layer, "features": features}
+    return Call("POST", "/ablate", JSON, _read_ablated, body)
+
+
+def _read_ablated(response: httpx.Response) -> Ablated:
+    from mtc.results.circuits import Ablated  # as below
+
+    return Ablated.model_validate_json(response.content)
 
 
 def _read_graph(response: httpx.Response) -> Graph:

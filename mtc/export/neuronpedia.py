@@ -6,8 +6,9 @@ listed in `skipped_indexes.json`, as there. Lists that we have no measurement fo
 These batches have no place for labels. Neuronpedia imports explanations from files of their own beside what is made of
 the batches, `explanations/batch-<N>.jsonl.gz`, whose lines are rows of its table Explanation (read in
 github.com/hijohnnylin/neuronpedia by apps/webapp/app/api/admin/import/route.ts into the tables of prisma/schema.prisma,
-written there by batch-autointerp.py and export-data.py of utils/neuronpedia-utils). Labels are written so, and as
-`config/explanation_type.jsonl` the row of the table ExplanationType that they name, which the importer's config needs.
+written there by batch-autointerp.py and export-data.py of utils/neuronpedia-utils). Labels and people's notes are
+written so, and as `config/explanation_type.jsonl` the rows of the table ExplanationType that they name, which the
+importer's config needs.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from mtc.export.card import model_card
 from mtc.export.examples import examples_of
 from mtc.export.subject import ExportError, Subject, describe_norm
 from mtc.results import Analysis, Feature
-from mtc.storage import RunDirectory, read_labels
+from mtc.storage import RunDirectory, read_labels, read_notes
 
 BATCH = 128
 """Features in one batch file."""
 DECIMALS = 4
-LABEL_TYPE, MODEL_TYPE = "mtc-machine-label", "mtc-model-label"
-"""Types of the explanations that are labels: made by rules, and by a language model."""
+LABEL_TYPE, MODEL_TYPE, NOTE_TYPE = "mtc-machine-label", "mtc-model-label", "mtc-note"
+"""Types of the explanations: labels made by rules, those by a language model, and people's notes."""
 IMPORTER = "clkht01d40000jv08hvalcvly"
 """The user to whom Neuronpedia's tools ascribe what is imported, unless they are told another one: rows need one."""
 
@@ -40,8 +41,8 @@ IMPORTER = "clkht01d40000jv08hvalcvly"
 def write_neuronpedia(
     subject: Subject, run: RunDirectory, directory: Path, model_id: str | None = None, set_name: str | None = None
 ) -> None:
-    """Write batches of all features of the prefix that fired, and their labels, from the run's analysis and its
-    examples.parquet.
+    """Write batches of all features of the prefix that fired, and their labels and notes, from the run's analysis, its
+    examples.parquet and what people noted of it.
 
     `model_id` and `set_name` are Neuronpedia's; by default the model's last name and `mtc-<run id>`. Raises ExportError
     if the run was never analysed.
@@ -52,6 +53,7 @@ def write_neuronpedia(
     examples, table = run.read("examples.parquet"), pq.read_table(io.BytesIO(run.read("features.parquet")))
     labels = read_labels(run)
     known = {row.feature: row.label for row in labels}
+    notes = {feature: each.note for feature, each in read_notes(run).items() if each.note}
     model_id = model_id or subject.config.model.name.split("/")[-1].split(":")[-1].lower()
     set_name = set_name or f"mtc-{subject.run_id.replace('/', '-')}".lower()
     counts = table["count"].to_pylist()[: subject.prefix]
@@ -70,11 +72,14 @@ def write_neuronpedia(
         source = f"{subject.layer}-{set_name}"
         rows = [_explanation(model_id, source, j, label_of(table, j), LABEL_TYPE) for j in some]
         rows += [_explanation(model_id, source, j, known.get(j), MODEL_TYPE) for j in some]
+        rows += [_explanation(model_id, source, j, notes.get(j), NOTE_TYPE) for j in some]
         _write_lines(directory / "explanations" / f"batch-{number}.jsonl.gz", [row for row in rows if row])
     types = [_type_row(LABEL_TYPE, "Machine label", "What the strongest examples have in common, by rules")]
     if labels:
         said = f"What the language model {labels[0].model} says of the feature's examples"
         types.append(_type_row(MODEL_TYPE, "Label by a language model", said))
+    if notes:
+        types.append(_type_row(NOTE_TYPE, "Note", "What somebody who looked at the feature says of it"))
     _write_lines(directory / "config" / "explanation_type.jsonl", types)
     skipped = {
         "model_id": model_id,
@@ -100,8 +105,8 @@ feature = batch["features"][0]  # feature_index, frac_nonzero, activations, ...
 
 
 def _explanation(model_id: str, source: str, feature: int, label: str | None, kind: str) -> dict[str, Any] | None:
-    """A feature's label as a row of Neuronpedia's table Explanation; None of a feature without. Its id is the same
-    whenever the same is written, because the importer leaves out what it has."""
+    """A feature's label or note as a row of Neuronpedia's table Explanation; None of a feature without. Its id is the
+    same whenever the same is written, because the importer leaves out what it has."""
     if label is None:
         return None
     row = {"modelId": model_id, "layer": source, "index": str(feature), "description": label, "typeName": kind}

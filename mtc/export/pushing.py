@@ -20,7 +20,7 @@ from mtc.errors import MtcError, one_line
 from mtc.export.card import read_ours
 from mtc.export.run_card import run_card
 from mtc.export.subject import ExportError
-from mtc.storage import RunDirectory, filesystem, unreachable
+from mtc.storage import NOTES_FILE, RunDirectory, filesystem, notes_to_json, read_notes, unreachable
 
 CARD, MANIFEST = "README.md", "manifest.json"
 TOKEN = "set HF_TOKEN to a token that may write, or log in with `hf auth login`"
@@ -66,9 +66,11 @@ def check_push(repo: str) -> None:
 
 
 def stage_run(
-    run: RunDirectory, repo: str, directory: Path, license: str | None = None, contact: str | None = None
-) -> None:
-    """Copy all files of a finished run's manifest, each checked against it, and a model card for `repo`.
+    run: RunDirectory, repo: str, directory: Path, license: str | None = None, contact: str | None = None,
+    notes: bool = True,
+) -> int:  # fmt: skip
+    """Copy all files of a finished run's manifest, each checked against it, with a model card for `repo`; and, with
+    `notes`, what people noted of its features, as `notes.json`. Returns on how many features that is.
 
     Checkpoints and `writer.json` are in no manifest and stay behind. Raises RunError for a damaged file.
     """
@@ -80,6 +82,12 @@ def stage_run(
         path.write_bytes(run.read_verified(name, manifest))
     (directory / MANIFEST).write_bytes(run.read(MANIFEST))
     (directory / CARD).write_text(run_card(run, repo, manifest.created, license, contact))
+    members = run.members()
+    found = {name: read_notes(own) for name, own in members.items()} if notes else {}
+    for name, each in found.items():
+        if each:
+            (directory / (name if len(members) > 1 else "") / NOTES_FILE).write_bytes(notes_to_json(each))
+    return sum(map(len, found.values()))
 
 
 def push_directory(directory: Path, repo: str, public: bool = False) -> Pushed:

@@ -23,17 +23,25 @@ class Continuing:
         self.tokens = 0
         """Tokens of each row that were run."""
 
-    @torch.no_grad()
     def step(self, input_ids: Tensor) -> Tensor:
         """Run the rows' next tokens, [rows, new] int64; returns the logits behind the last, [rows, vocabulary]."""
+        return self._run(input_ids, 1)[:, -1]
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """The same; returns the logits behind each of them, [rows, new, vocabulary]."""
+        return self._run(input_ids, 0)
+
+    @torch.no_grad()
+    def _run(self, input_ids: Tensor, kept: int) -> Tensor:
+        """Logits behind the last `kept` tokens, behind all for 0."""
         about: dict[str, Any] = {
             "position_ids": torch.arange(self.tokens, self.tokens + input_ids.shape[1], device=input_ids.device)[None],
             "past_key_values": self._cache,
             "use_cache": True,
             "windows": Rows(self._leading),
-            "logits_to_keep": 1,
+            "logits_to_keep": kept,
         }
         with self._mlps.visited(self._visits):
-            logits: Tensor = self._model(input_ids=input_ids, **about).logits[:, -1]
+            logits: Tensor = self._model(input_ids=input_ids, **about).logits
         self.tokens += input_ids.shape[1]
         return logits

@@ -4,6 +4,7 @@ from mtc.results.analysis import FORMAT_VERSION, Analysis, Finding, Headline, Su
 from mtc.results.circuits import (
     GRAPH_VERSION,
     MOST_VALUE,
+    Ablated,
     Continuation,
     Explained,
     Faithfulness,
@@ -54,6 +55,7 @@ from mtc.results.labels import (
 )
 from mtc.results.layers import GraphScores, LayerFigures, LayersReport, ReplacedLayers, ScoredPrompt
 from mtc.results.nesting import AbsorbedFeature, Child, Family, PrefixStep, SplitFeature, TokenGain, Tree
+from mtc.results.notes import MOST_CHARACTERS, FeatureNote
 from mtc.results.numbers import NOT_MEASURED, interval, number, percent, percent_interval, whole_range
 from mtc.results.probing import (
     MIN_ACCURACY,
@@ -70,15 +72,15 @@ from mtc.results.run import PARTS, RUN_FILES, File, RunFacts, StreamTiming, Trai
 
 __all__ = [
     "FORMAT_VERSION", "GRAPH_VERSION", "LABEL_PLOT", "LABEL_PLOTS", "LAYERS_REPORT", "MIN_ACCURACY", "MIN_DOCUMENTS",
-    "MOST_VALUE", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS", "RUN_FILES", "SHOWN", "AbsorbedFeature", "AllTokens",
-    "Analysis", "Child", "Comparison", "Continuation", "CopiedFeature", "Copies", "Difference", "Distribution",
-    "Evaluation", "Example", "Explained", "Faithfulness", "Family", "Feature", "FeatureLabel", "File", "Finding",
-    "Folded", "Graph", "GraphNode", "GraphScores", "Group", "Headline", "Histogram", "Interval", "Intervals",
-    "Intervention", "LabelKind", "LabelScore", "LabelTest", "Labelling", "LayerFigures", "LayersReport",
-    "LetterAbsorption", "LogitEffect", "LossRecovered", "Massive", "Match", "Matching", "NextToken", "Parent",
-    "Pooling", "PrefixAbsorption", "PrefixScores", "PrefixStep", "ProbeResult", "ProbeTask", "Probing",
-    "ReplacedLayers", "RunFacts", "ScoreSummary", "ScoredPrompt", "ShownFeature", "Side", "Slice", "Spelling",
-    "SplitFeature", "Steered", "StraightLine", "StreamTiming", "Summary", "TaskResult", "TokenCount", "TokenGain",
-    "TopFeature", "Training", "TrainingFit", "Tree", "Trend", "Weights", "YesShare", "interval", "number", "percent",
-    "percent_interval", "plot_path", "report_files", "report_names", "whole_range",
+    "MOST_CHARACTERS", "MOST_VALUE", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS", "RUN_FILES", "SHOWN", "Ablated",
+    "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "Continuation", "CopiedFeature", "Copies",
+    "Difference", "Distribution", "Evaluation", "Example", "Explained", "Faithfulness", "Family", "Feature",
+    "FeatureLabel", "FeatureNote", "File", "Finding", "Folded", "Graph", "GraphNode", "GraphScores", "Group",
+    "Headline", "Histogram", "Interval", "Intervals", "Intervention", "LabelKind", "LabelScore", "LabelTest",
+    "Labelling", "LayerFigures", "LayersReport", "LetterAbsorption", "LogitEffect", "LossRecovered", "Massive", "Match",
+    "Matching", "NextToken", "Parent", "Pooling", "PrefixAbsorption", "PrefixScores", "PrefixStep", "ProbeResult",
+    "ProbeTask", "Probing", "ReplacedLayers", "RunFacts", "ScoreSummary", "ScoredPrompt", "ShownFeature", "Side",
+    "Slice", "Spelling", "SplitFeature", "Steered", "StraightLine", "StreamTiming", "Summary", "TaskResult",
+    "TokenCount", "TokenGain", "TopFeature", "Training", "TrainingFit", "Tree", "Trend", "Weights", "YesShare",
+    "interval", "number", "percent", "percent_interval", "plot_path", "report_files", "report_names", "whole_range",
 ]  # fmt: skip

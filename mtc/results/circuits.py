@@ -217,3 +217,38 @@ class Steered(Record):
     """Continuations without the interventions."""
     steered: tuple[Continuation, ...]
     """Continuations with them, of the same random numbers."""
+
+
+class Ablated(Record):
+    """What a language model's predictions lose with some features of one layer taken out of a text; what the layer's
+    MLP writes beside these features stays as it is, also what its transcoder misses."""
+
+    run_id: str | None
+    """Run whose transcoder was used."""
+    base_model: str
+    """The language model."""
+    token_ids: tuple[int, ...]
+    """The text's token ids."""
+    tokens: tuple[str, ...]
+    """The text's tokens."""
+    layer: int
+    """Layer of the features, from 0."""
+    features: tuple[int, ...]
+    """Indices of the features that were taken out, all at once."""
+    activations: tuple[tuple[float, ...], ...]
+    """Activation of each of the features at each token, in scaled units; 0 at special tokens, which are left alone."""
+    first: int | None
+    """First token at which one of the features is active; None if none is anywhere, so that nothing changes."""
+    kl: tuple[float, ...]
+    """At each token the divergence KL(before || after) of the next token's probabilities, in nats; 0 before `first`."""
+    loss_before: tuple[float, ...]
+    """At each token but the last, minus the natural logarithm of the probability of the token that follows."""
+    loss_after: tuple[float, ...]
+    """The same without the features."""
+    position: int | None
+    """Token at which `kl` is greatest; None if nothing changes."""
+    up: tuple[NextToken, ...]
+    """Next tokens at `position` whose probability rises most without the features, the most first; `steered` is
+    without."""
+    down: tuple[NextToken, ...]
+    """Next tokens at `position` whose probability falls most."""

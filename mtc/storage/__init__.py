@@ -24,8 +24,10 @@ from mtc.storage.lease import Lease
 from mtc.storage.ledger import Ledger, Progress, merge_progress, progress_from_parquet, progress_to_parquet, rows_left
 from mtc.storage.locks import LockError, locked
 from mtc.storage.names import JOB_COPY, is_hub_id, missing, output_path, require_on_hub, with_absolute_paths
+from mtc.storage.notes import Notes, NotesReadOnly, notes_to_json, read_notes
 from mtc.storage.places import cache_directory, check_writable, prepare_environment
 from mtc.storage.runs import (
+    NOTES_FILE,
     Manifest,
     RunDirectory,
     RunError,
@@ -49,6 +51,7 @@ __all__ = [
     "LABELS",
     "LFS_POINTER",
     "LISTING_SECONDS",
+    "NOTES_FILE",
     "Checkpoint",
     "CheckpointWriter",
     "Checkpoints",
@@ -59,6 +62,8 @@ __all__ = [
     "LockError",
     "Manifest",
     "NotVisibleError",
+    "Notes",
+    "NotesReadOnly",
     "Progress",
     "RandomContexts",
     "RunDirectory",
@@ -82,6 +87,7 @@ __all__ = [
     "merge_progress",
     "missing",
     "named_run",
+    "notes_to_json",
     "open_layer_run",
     "open_run",
     "output_path",
@@ -96,6 +102,7 @@ __all__ = [
     "publish_whole",
     "read_features",
     "read_labels",
+    "read_notes",
     "relatives",
     "require_on_hub",
     "require_one_layer",

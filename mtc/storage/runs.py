@@ -14,9 +14,10 @@
                    labels.parquet          labels by a language model, if one was asked: mtc.storage.labels
                    embeddings.safetensors  vectors of labels, if they were asked for: mtc.storage.embeddings
                    labelling/...           what it answered, mtc.labels.journal
+                   notes/..., notes.json   what people say of features, mtc.storage.notes
                    checkpoints/...         mtc.storage.checkpoints, until the run is deleted
                    writer.json             mtc.storage.lease, while a job writes the run
-                   manifest.json           sizes and sha256 of all of the above, written last
+                   manifest.json           sizes and sha256 of the above but labelling/ to writer.json, written last
     <root>/latest                          the id of the newest finished run
 
 A run of several transcoders (`model.layers`, `sweep`) has one such directory for each, `<root>/<run id>/layer<N>` or
@@ -48,8 +49,9 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WRITER = "writer.json"
-WORKING = {"checkpoints", "labelling"}
-"""Directories of a run that belong to the jobs that write it, not to what they leave: no manifest names their files."""
+NOTES, NOTES_FILE = "notes", "notes.json"
+WORKING = {"checkpoints", "labelling", NOTES, NOTES_FILE}
+"""What of a run no manifest names: directories of the jobs that write it, and what people say of it afterwards."""
 
 
 class RunError(MtcError):

@@ -1,6 +1,13 @@
 """What all parts of the service agree on: settings, what is sent and answered, errors and counts."""
 
-from serve.contract.circuit_schemas import GraphJob, GraphRequest, InterventionRequest, SteerRequest, TargetFeature
+from serve.contract.circuit_schemas import (
+    AblateRequest,
+    GraphJob,
+    GraphRequest,
+    InterventionRequest,
+    SteerRequest,
+    TargetFeature,
+)
 from serve.contract.contrast_schemas import ByTextRequest, ByTextResponse, ContrastRow, SideFigures
 from serve.contract.errors import ServiceError
 from serve.contract.feature_schemas import (
@@ -9,6 +16,8 @@ from serve.contract.feature_schemas import (
     FeaturesQuery,
     FeaturesResponse,
     NearMissRow,
+    NoteRequest,
+    NoteResponse,
     SurroundingsResponse,
     TogetherRow,
 )
@@ -36,6 +45,7 @@ from serve.contract.settings import ENVIRONMENT, Settings, free_ports, proxy_fil
 
 __all__ = [
     "ENVIRONMENT",
+    "AblateRequest",
     "ByTextRequest",
     "ByTextResponse",
     "CircuitMetrics",
@@ -60,6 +70,8 @@ __all__ = [
     "LoadResponse",
     "ModelIdentity",
     "NearMissRow",
+    "NoteRequest",
+    "NoteResponse",
     "Options",
     "ReplicaMetrics",
     "RunKey",

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from mtc.results import MOST_VALUE
 from serve.contract.schemas import FIRST, WHOLE, FeatureIndex, Layer, Prefix, SchemaModel, Text, TokenIds
 
-MOST_TARGETS, MOST_INTERVENTIONS, MOST_ROWS = 10, 64, 16
+MOST_TARGETS, MOST_INTERVENTIONS, MOST_ROWS, MOST_ABLATED = 10, 64, 16, 64
 """As mtc.circuits has them, whose import takes PyTorch along."""
 _Token = Annotated[int, Field(ge=0, lt=1 << 31), WHOLE]
 _Text = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -150,4 +150,25 @@ class SteerRequest(SchemaModel):
             raise ValueError("give one of `prompt`, `messages` and `input_ids`")
         if self.n > 1 and self.temperature == 0:
             raise ValueError("`n` above 1 takes a `temperature` above 0: without, all are the same")
+        return self
+
+
+class AblateRequest(SchemaModel):
+    """A text that features of one layer are taken out of; exactly one of `prompt` and `input_ids`."""
+
+    prompt: Text | None = None
+    """The text; BOS is added where the tokenizer has one."""
+    input_ids: TokenIds | None = None
+    """Token ids in the place of `prompt`, read as they are: BOS is not added."""
+    model: _Model = None
+    """Id of the run whose transcoders are used, one of `GET /runs`; by default the current one."""
+    layer: Layer
+    """Layer whose transcoder has the features, from 0."""
+    features: Annotated[list[FeatureIndex], Field(min_length=1, max_length=MOST_ABLATED), FIRST]
+    """Indices of the features that are taken out, all at once."""
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> AblateRequest:
+        if (self.prompt is None) == (self.input_ids is None):
+            raise ValueError("give either `prompt` or `input_ids`")
         return self

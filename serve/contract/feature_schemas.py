@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mtc.results import AbsorbedFeature, Feature, FeatureLabel, SplitFeature
+from mtc.results import MOST_CHARACTERS, AbsorbedFeature, Feature, FeatureLabel, SplitFeature
 from serve.contract.schemas import FeatureIndex, Layer, SchemaModel
 
 Figure = Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"]
@@ -43,6 +43,10 @@ class FeaturesQuery(BaseModel):
     by: Literal["words", "meaning"] = "words"
     """How `query` is looked for: by its words, or by the meaning of the features' labels, the nearest 1000 first, which
     the run and the service must be set up for; the query's text then goes to the endpoint that the service names."""
+    starred: bool | None = None
+    """Only features to which someone gave a star (true), or only others (false)."""
+    note: str | None = Field(default=None, min_length=1, max_length=200)
+    """Only features with this text in someone's note; case does not count. `query` does not search notes."""
     copies: bool | None = None
     """Only features that are copies of an earlier one (true), or only others (false)."""
     single_token: bool | None = None
@@ -103,6 +107,10 @@ class FeatureRow(SchemaModel):
     """Number of features that refine this one."""
     similarity: float | None
     """Cosine of the label's and the query's vectors, from -1 to 1, with `by=meaning`; null otherwise."""
+    note: str | None
+    """What someone noted of the feature; null without a note."""
+    star: bool
+    """Whether someone gave the feature a star."""
 
 
 class FeaturesResponse(SchemaModel):
@@ -138,6 +146,47 @@ class FeatureResponse(SchemaModel):
     """Splitting candidates of the report of which the feature is parent or child."""
     absorption: list[AbsorbedFeature]
     """Absorption candidates of the report of which the feature is parent or child."""
+    note: str | None
+    """What someone noted of the feature; null without a note."""
+    star: bool
+    """Whether someone gave the feature a star."""
+    note_changed: str | None
+    """When note or star were last changed, ISO 8601, UTC; null if they never were."""
+
+
+class NoteRequest(SchemaModel):
+    """A note, a star, or both; what is left out stays as it is."""
+
+    note: str | None = Field(default=None, max_length=MOST_CHARACTERS)
+    """What the feature is about, in one's own words; null or no words take the note away."""
+    star: bool = False
+    """Whether the feature gets a star, or loses it."""
+    seen: str | None = Field(default=None, max_length=100)
+    """`note_changed` as it was read, null if it was: a note that was changed since is not replaced, 412. Without
+    `seen`, whatever there is is replaced."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not {"note", "star"} & self.model_fields_set:
+            raise ValueError("give `note`, `star` or both")
+        return self
+
+
+class NoteResponse(SchemaModel):
+    """What is kept of a feature now."""
+
+    run_id: str
+    """Id of the run that was asked."""
+    layer: int
+    """Layer of the run that the feature is of."""
+    feature: int
+    """Index of the feature in the dictionary."""
+    note: str | None
+    """What someone noted of the feature; null without a note."""
+    star: bool
+    """Whether someone gave the feature a star."""
+    note_changed: str | None
+    """When this was written, ISO 8601, UTC."""
 
 
 class NearMissRow(SchemaModel):
@@ -210,6 +259,8 @@ class ExampleRow(SchemaModel):
     """Id of the document that the example was found in."""
     position: int
     """Place of the peak in its window, from 0; at 0 and 1 the language model saw next to nothing before it."""
+    token_ids: list[int]
+    """Token ids around the peak, as `POST /ablate` takes them; BOS stands in front of none."""
     tokens: list[str]
     """Decoded tokens around the peak."""
     activations: list[float]

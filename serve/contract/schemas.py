@@ -320,7 +320,7 @@ class Limits(SchemaModel):
     max_json_depth: int
     """Deepest nesting of lists and objects in a body."""
     max_graph_tokens: int
-    """Most tokens of the prompt of an attribution graph, BOS included."""
+    """Most tokens of the prompt of an attribution graph, and of a text that features are taken out of, BOS included."""
     max_graph_features: int
     """Most features of a graph that get edges of their own."""
 
@@ -342,8 +342,10 @@ class InfoResponse(SchemaModel):
     """How that transcoder scales what it reads."""
     limits: Limits
     """What a request may ask for."""
+    notes: bool
+    """Whether notes and stars are written, by `PUT /features/{feature}/note`."""
     interventions: bool
-    """Whether `POST /graph` and `POST /steer` are answered."""
+    """Whether `POST /graph`, `POST /steer` and `POST /ablate` are answered."""
     versions: dict[str, str]
     """Versions of Python and of the packages that change numbers."""
 

@@ -135,11 +135,16 @@ class Settings(BaseModel):
     max_concurrent_requests: int = Field(default=128, ge=1, le=_MOST)
     """Most encode and decode requests that one replica works on; more are refused with 429, unread."""
 
+    notes: bool = False
+    """Whether `PUT /features/{feature}/note` is answered: everyone who may ask then writes notes and stars beside the
+    run's files. Without it they are shown, and those that a browser's pages make stay in that browser."""
+
     interventions: bool = False
-    """Whether `POST /graph` and `POST /steer` are answered, by a process of their own that holds the whole language
-    model in float32; the replicas hold no more than without."""
+    """Whether `POST /graph`, `POST /steer` and `POST /ablate` are answered, by a process of their own that holds the
+    whole language model in float32; the replicas hold no more than without."""
     max_graph_tokens: int = Field(default=128, ge=2, le=_MOST)
-    """Longest prompt of an attribution graph in tokens, BOS included."""
+    """Longest prompt of an attribution graph, and longest text that features are taken out of, in tokens, BOS
+    included."""
     max_graph_features: int = Field(default=8192, ge=1, le=_MOST)
     """Most features of a graph that get edges of their own."""
     max_graph_matrix_bytes: int = Field(default=2 << 30, ge=1 << 20, le=1 << 50)
@@ -151,7 +156,8 @@ class Settings(BaseModel):
     max_graph_jobs: int = Field(default=8, ge=1, le=1000)
     """Most graphs that wait or are computed, one of them at a time; more are refused with 429."""
     max_steerings: int = Field(default=4, ge=1, le=1000)
-    """Most prompts that are steered at once; more are refused with 429."""
+    """Most prompts that are steered at once, and as many texts that features are taken out of; more are refused with
+    429."""
     interventions_num_cpus: float = Field(default=0.6, gt=0, le=10_000)
     """CPUs that Ray reserves for the process of graphs and interventions."""
     interventions_num_gpus: float = Field(default=0, ge=0, le=1000)

@@ -15,7 +15,9 @@ from typing import Any
 
 from ray import serve as ray_serve
 
+from mtc.results import Ablated
 from serve.contract import (
+    AblateRequest,
     CircuitMetrics,
     GraphJob,
     GraphRequest,
@@ -46,6 +48,8 @@ class Circuits:
         self._circuits = CircuitService(settings, self._metrics)
         # Of their own: those who wait for their turn on the model must not keep others from asking how far a job is.
         self._passes = ThreadPoolExecutor(settings.max_steerings, thread_name_prefix="steering")
+        # One more than may wait, who is told so.
+        self._ablating = ThreadPoolExecutor(settings.max_steerings + 1, thread_name_prefix="ablation")
         self.replica_id = ray_serve.get_replica_context().replica_id.unique_id
         entry = await asyncio.to_thread(Catalogue(settings.run).served)
         await asyncio.to_thread(self._circuits.open, entry.key)
@@ -72,6 +76,9 @@ class Circuits:
 
     async def end(self, deployment: str, steered_id: str) -> ServiceError | None:
         return await self._answer(deployment, None, self._circuits.steerings.end, steered_id)
+
+    async def ablate(self, deployment: str, key: RunKey, asked: AblateRequest) -> Ablated | ServiceError:
+        return await self._answer(deployment, self._ablating, self._circuits.ablations.ablate, key, asked)
 
     def __del__(self) -> None:
         """Called by Serve when it stops the replica."""

@@ -16,7 +16,9 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from mtc.results import Ablated
 from serve.contract import (
+    AblateRequest,
     GraphJob,
     GraphRequest,
     LoadResponse,
@@ -93,6 +95,9 @@ class RemoteInterventions:
 
     async def end(self, steered_id: str) -> None:
         await self._ask("end", CONTROL_TIMEOUT_S, steered_id)
+
+    async def ablate(self, key: RunKey, asked: AblateRequest) -> Ablated:
+        return await self._ask("ablate", STEP_TIMEOUT_S, key, asked)
 
     async def _ask(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         asked = getattr(self._circuits, method).remote(self._deployment, *arguments)

@@ -47,6 +47,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("GET", "/features/{feature}"): "user",
     ("GET", "/features/{feature}/examples"): "user",
     ("GET", "/features/{feature}/surroundings"): "user",
+    ("PUT", "/features/{feature}/note"): "user",
     ("GET", "/report"): "user",
     ("GET", "/report/files/{name:path}"): "user",
     ("POST", "/encode"): "user",
@@ -57,6 +58,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("GET", "/graph/{job}/result"): "user",
     ("DELETE", "/graph/{job}"): "user",
     ("POST", "/steer"): "user",
+    ("POST", "/ablate"): "user",
     ("POST", "/admin/load"): "admin",
 }
 """Method and path template of every route, and the key that it asks for."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -23,7 +24,7 @@ from mtc.report.blocks import (
 )
 from mtc.report.html import BADGE, Renderer
 from mtc.report.markdown import place_in_window
-from mtc.results import Example, Feature, LogitEffect, number, percent
+from mtc.results import Example, Feature, FeatureNote, LogitEffect, number, percent
 from serve.service import DENSE, FeatureTable
 from serve.service.surroundings import NearMiss, near_misses, together
 
@@ -39,21 +40,32 @@ FEW_RELATIVES = 12
 """Children of a feature that are named in the tree."""
 
 
+Names = Sequence[str | None]
+"""What each feature goes by."""
+
+
 class Section(NamedTuple):
     """A part of the page."""
 
     title: str | None
     """Its heading; None of the first part."""
     blocks: list[Markup]
+    texts: str | None = None
+    """Of contexts that the feature can be taken out of, JSON of what is asked for each and told beside it."""
 
 
-def content(table: FeatureTable, feature: int, examples: int | None, reach: int | None, link: str) -> dict[str, Any]:
+def content(
+    table: FeatureTable, feature: int, examples: int | None, reach: int | None, link: str,
+    notes: Mapping[int, FeatureNote], bos: Sequence[int] | None,
+) -> dict[str, Any]:  # fmt: skip
     """The values of the page's template.
 
     Args:
         examples: most contexts of each part; None for a few.
         reach: most tokens on each side of a peak; None for all that are stored.
         link: what ends the addresses of other features.
+        notes: what people say of features, who go by that before any label.
+        bos: what stands in front of a context that features are taken out of; None where none are.
     """
     renderer = Renderer(lambda index: f"/ui/feature/{index}{link}")
 
@@ -61,7 +73,7 @@ def content(table: FeatureTable, feature: int, examples: int | None, reach: int 
         massive = table.analysis.massive_indices
         return Section(title, [renderer.block(with_badges(block, massive)) for block in blocks])
 
-    figures = table.feature(feature)
+    figures, names = table.feature(feature), table.names(notes)
     top, sample = (table.examples(feature, kind, 0, ALL)[0] for kind in ("top", "sample"))
     parts = [("The strongest", top, top[: examples or STRONGEST])] if top else []
     for fifth, rows in enumerate(_fifths(sample)):
@@ -70,16 +82,19 @@ def content(table: FeatureTable, feature: int, examples: int | None, reach: int 
     sizes = [max(e["peak"], len(e["tokens"]) - 1 - e["peak"]) for e in (*top, *sample)]
     return {
         "figures": figures, "massive": BADGE if figures.massive else "", "dense": figures.density >= DENSE,
+        "noted": notes.get(feature, FeatureNote()),
         "last": len(table) - 1, "effects": _effects(figures),
         "sections": [
-            section(None, *table.blocks(feature), _densities(table, figures)),
-            *(section(title, *blocks) for title, blocks in _around(table, feature) if blocks),
+            section(None, *table.blocks(feature, names), _densities(table, figures)),
+            *(section(title, *blocks) for title, blocks in _around(table, feature, names) if blocks),
         ],
         "contexts": [
-            section(title, Contexts(tuple(_example(row, reach) for row in shown), figures.max_activation))
+            section(title, Contexts(tuple(_example(row, reach) for row in shown), figures.max_activation))._replace(
+                texts=None if bos is None else json.dumps([_text(row, bos) for row in shown])
+            )
             for title, _, shown in parts
         ],
-        "near_misses": [_shown(table, renderer, each, reach) for each in near_misses(table, feature)],
+        "near_misses": [_shown(table, names, renderer, each, reach) for each in near_misses(table, feature)],
         "reach": reach, "reaches": [n for n in REACHES if n < max(sizes, default=0) and n != reach],
         "more": ALL if any(len(shown) < len(rows) for _, rows, shown in parts) else None,
     }  # fmt: skip
@@ -96,30 +111,30 @@ def _densities(table: FeatureTable, figures: Feature) -> Bars:
     return Bars(f"All features that fired by density; {told}", edges, counts, figures.density or None)
 
 
-def _around(table: FeatureTable, feature: int) -> list[tuple[str, list[Block]]]:
+def _around(table: FeatureTable, feature: int, names: Names) -> list[tuple[str, list[Block]]]:
     return [
-        ("In the nested tree", _tree(table, feature)),
+        ("In the nested tree", _tree(table, feature, names)),
         ("Splitting and absorption", _candidates(table, feature)),
-        ("Fires together with", _together(table, feature)),
+        ("Fires together with", _together(table, feature, names)),
     ]
 
 
-def _tree(table: FeatureTable, feature: int) -> list[Block]:
+def _tree(table: FeatureTable, feature: int, names: Names) -> list[Block]:
     """Its parent with that one's children, and its own."""
     figures = table.feature(feature)
     family = table.feature(figures.parent.feature) if figures.parent else None
 
     def twigs(indices: tuple[int, ...]) -> tuple[Any, ...]:
-        shown = [(*_name(table, i), " (this one)") if i == feature else _name(table, i) for i in indices]
+        shown = [(*_name(names, i), " (this one)") if i == feature else _name(names, i) for i in indices]
         left = len(indices) - FEW_RELATIVES
         return (*shown[:FEW_RELATIVES], f"and {number(left)} more") if left > 0 else tuple(shown)
 
     branches = []
     if family:
         others = tuple(i for i in family.children if i != feature)
-        branches.append(Branch(("Parent ", *_name(table, family.feature)), twigs((feature, *others))))
+        branches.append(Branch(("Parent ", *_name(names, family.feature)), twigs((feature, *others))))
     if figures.children:
-        branches.append(Branch(("This one ", *_name(table, feature)), twigs(figures.children)))
+        branches.append(Branch(("This one ", *_name(names, feature)), twigs(figures.children)))
     return [Branches(tuple(branches))] if branches else []
 
 
@@ -137,7 +152,7 @@ def _candidates(table: FeatureTable, feature: int) -> list[Block]:
     return [Items(tuple(items))] if items else []
 
 
-def _together(table: FeatureTable, feature: int) -> list[Block]:
+def _together(table: FeatureTable, feature: int, names: Names) -> list[Block]:
     rows = together(table, feature)
     if not rows or table.contexts is None:
         return []
@@ -146,12 +161,12 @@ def _together(table: FeatureTable, feature: int) -> list[Block]:
         "contexts. Lift is how many times more tokens they share than they would by chance."
     )
     headers = ("Feature", "Shared tokens", "Lift", "Correlation")
-    figures = [(_name(table, r.feature), number(r.shared), number(r.lift), number(r.correlation)) for r in rows]
+    figures = [(_name(names, r.feature), number(r.shared), number(r.lift), number(r.correlation)) for r in rows]
     return [Paragraph(told), Table("Features that fire on the same tokens", headers, tuple(figures))]
 
 
-def _name(table: FeatureTable, index: int) -> tuple[Piece, ...]:
-    label = table.labels[index]
+def _name(names: Names, index: int) -> tuple[Piece, ...]:
+    label = names[index]
     return (FeatureLink(index), *((" ", Label(label)) if label is not None else ()))
 
 
@@ -181,16 +196,27 @@ def _example(row: dict[str, Any], reach: int | None) -> Example:
     return Example(**own, tokens=tokens, activations=activations, peak=row["peak"] - start)
 
 
+def _text(row: dict[str, Any], bos: Sequence[int]) -> dict[str, Any]:
+    """A whole stored context as a window of its own, the activation at its peak, and whether the window began earlier
+    in the analysed text."""
+    ids, start = row["token_ids"], row["position"] - row["peak"]
+    front = [] if ids[: len(bos)] == list(bos) else list(bos)
+    return {
+        "ids": [*front, *ids], "peak": len(front) + row["peak"], "activation": row["activation"],
+        "cut": start > len(front),
+    }  # fmt: skip
+
+
 def _cut(peak: int, length: int, reach: int | None) -> tuple[int, int]:
     """First and end of the tokens around a peak that are shown."""
     return (0, length) if reach is None else (max(0, peak - reach), min(length, peak + reach + 1))
 
 
-def _shown(table: FeatureTable, renderer: Renderer, near: NearMiss, reach: int | None) -> dict[str, Any]:
+def _shown(table: FeatureTable, names: Names, renderer: Renderer, near: NearMiss, reach: int | None) -> dict[str, Any]:
     start, end = _cut(near.marked[0], len(near.tokens), reach)
     why: tuple[Piece, ...] = ("a token of its own is marked",)
     if near.relative is not None and near.activation is not None:
-        why = (*_name(table, near.relative), f" fires where it is marked, up to {number(near.activation)}")
+        why = (*_name(names, near.relative), f" fires where it is marked, up to {number(near.activation)}")
     why = (*why, f", {place_in_window(near.position)}, document {near.document_id}")
     return {
         "tokens": [(near.tokens[i], i in near.marked) for i in range(start, end)],

@@ -25,7 +25,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """Of every answer, unless its route set another value."""
-WORK = re.compile(r"/(encode|tokenize|decode|features/by-text|graph(/[^/]+/result)?|steer)")
+WORK = re.compile(r"/(encode|tokenize|decode|features/by-text|graph(/[^/]+/result)?|steer|ablate)")
 """Paths of requests that take memory and computation."""
 
 
@@ -104,7 +104,7 @@ class Cors(CORSMiddleware):
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]):
         super().__init__(
-            app, allow_origins=origins, allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            app, allow_origins=origins, allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
             allow_headers=("Authorization", "X-Request-ID"),
             expose_headers=("X-Request-ID", "Retry-After", "ETag", "Location"),
         )  # fmt: skip

@@ -102,8 +102,9 @@ def _complete_bodies(schemas: dict[str, Any], settings: Settings) -> None:
         if part.get("type") == "array":
             part["maxItems"] = settings.max_inputs
     schemas["DecodeRequest"] |= _either("features", "csr")
-    schemas["GraphRequest"] |= _either("prompt", "input_ids")
-    schemas["GraphRequest"]["properties"]["prompt"]["description"] += f" At most {settings.max_graph_tokens} tokens."
+    for name in ("GraphRequest", "AblateRequest"):
+        schemas[name] |= _either("prompt", "input_ids")
+        schemas[name]["properties"]["prompt"]["description"] += f" At most {settings.max_graph_tokens} tokens."
     schemas["GraphRequest"]["properties"]["max_features"]["description"] += f" At most {settings.max_graph_features}."
     for name, example in _EXAMPLES.items():
         schemas[name]["example"] = example
@@ -121,5 +122,7 @@ _EXAMPLES = {
     "DecodeRequest": {"features": [[{"feature_index": 0, "activation_value": 1.5}]]},
     "ByTextRequest": {"texts": "The dollar and the gold standard", "against": "We the people", "top_k": 4},
     "GraphRequest": {"prompt": "We the people", "max_features": 256},
+    "AblateRequest": {"prompt": "We the people", "layer": 1, "features": [0]},
+    "NoteRequest": {"note": "oaths and offices", "star": True},
     "SteerRequest": {"prompt": "We the people", "interventions": [{"layer": 1, "feature": 0, "value": 0.0}]},
 }

@@ -7,8 +7,9 @@ import hashlib
 import io
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from mtc.report.blocks import Block
 from mtc.report.sections.features import feature_blocks
-from mtc.results import AbsorbedFeature, Analysis, Feature, FeatureLabel, SplitFeature
+from mtc.results import AbsorbedFeature, Analysis, Feature, FeatureLabel, FeatureNote, SplitFeature
 from mtc.storage import LabelTable, RandomContexts, RunError, parse_analysis, with_labels
 from serve.contract import ServiceError
 from serve.service.feature_map import FeatureMap
@@ -32,6 +33,7 @@ SINGLE_TOKEN = 0.9
 """Share of a feature's samples that peak on one token from which on it is a feature of that token."""
 RULES = "rules"
 """Who made a label that is no language model's."""
+NO_NOTES: Mapping[int, FeatureNote] = MappingProxyType({})
 
 
 class Filters(NamedTuple):
@@ -49,6 +51,8 @@ class Filters(NamedTuple):
     features: tuple[int, ...] | None = None
     query: str | None = None
     by: str = "words"
+    starred: bool | None = None
+    note: str | None = None
     sort: str = "feature"
     descending: bool = False
 
@@ -97,26 +101,27 @@ class FeatureTable:
         return int(self._table.num_rows)
 
     def page(
-        self, filters: Filters, limit: int, cursor: str | None, vector: NDArray[np.float32] | None = None
-    ) -> tuple[list[dict[str, Any]], int, str | None]:
-        """Rows of a page, how many features pass the filters, and the cursor of the next page; by meaning, `vector` is
-        the query's.
+        self, filters: Filters, limit: int, cursor: str | None, notes: Mapping[int, FeatureNote] = NO_NOTES,
+        vector: NDArray[np.float32] | None = None,
+    ) -> tuple[list[dict[str, Any]], int, str | None]:  # fmt: skip
+        """Rows of a page, how many features pass the filters, and the cursor of the next page; `notes` are those of
+        now, and by meaning `vector` is the query's.
 
         Raises ServiceError 404 for a cursor of another run or other filters, and without `vector` as
         `require_vectors`.
         """
         near = None if vector is None else self.require_vectors().similarities(vector)
-        found = self._found(filters, near)
+        found = self._found(filters, notes, near)
         start = self._start(filters, cursor)
-        rows = self.rows(found[start : start + limit])
+        rows = self.rows(found[start : start + limit], notes)
         if near is not None:
             rows = [row | {"similarity": float(near[row["feature"]])} for row in rows]
         after = start + limit
         return rows, len(found), self._cursor(filters, after) if after < len(found) else None
 
-    def rows(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+    def rows(self, indices: Iterable[int], notes: Mapping[int, FeatureNote] = NO_NOTES) -> list[dict[str, Any]]:
         """Features in short, as `GET /features` lists them."""
-        return [self._short(int(index)) for index in indices]
+        return [self._short(index, notes.get(index, FeatureNote())) for index in map(int, indices)]
 
     def feature(self, index: int) -> Feature:
         """A feature's row. Raises ServiceError 404 if there is none."""
@@ -125,7 +130,7 @@ class FeatureTable:
     def row(self, index: int) -> dict[str, Any]:
         """A feature's row of features.parquet, with the label that it goes by. Raises ServiceError 404 if there is
         none."""
-        row: dict[str, Any] = self._table.slice(self._check(index), 1).to_pylist()[0]
+        row: dict[str, Any] = self._table.slice(self.check(index), 1).to_pylist()[0]
         return row
 
     @cached_property
@@ -194,7 +199,7 @@ class FeatureTable:
         """Share of the other features that fired which fire on fewer tokens; None of one that never fired, and without
         others."""
         count = self._column("count")
-        own, others = count[self._check(index)], int((count > 0).sum()) - 1
+        own, others = count[self.check(index)], int((count > 0).sum()) - 1
         return float((count[count > 0] < own).sum() / others) if own and others else None
 
     @property
@@ -202,9 +207,13 @@ class FeatureTable:
         """[features], the strongest activation of each on the analysed tokens, in scaled units."""
         return self._column("max_activation").astype(np.float64)
 
+    def names(self, notes: Mapping[int, FeatureNote]) -> list[str | None]:
+        """What each feature goes by: someone's note if there is one, otherwise its label."""
+        return [notes[i].note or label if i in notes else label for i, label in enumerate(self.labels)]
+
     def labels_of(self, index: int) -> FeatureLabel | None:
         """What a language model made of a feature; None if it was not asked."""
-        return self._named.row(self._check(index)) if self._named else None
+        return self._named.row(self.check(index)) if self._named else None
 
     @cached_property
     def plan(self) -> FeatureMap:
@@ -226,29 +235,30 @@ class FeatureTable:
         tree = self.analysis.tree
         return [a for a in tree.absorptions if index in (a.parent, a.child)] if tree else []
 
-    def blocks(self, index: int) -> tuple[Block, ...]:
-        """Its figures as in the report, without examples and logit effects."""
+    def blocks(self, index: int, names: Sequence[str | None]) -> tuple[Block, ...]:
+        """Its figures as in the report, without examples and logit effects; others go by `names`, one for each."""
         figures, analysis = self.feature(index), self.analysis
         near = [n.feature for n in figures.neighbours] + ([figures.parent.feature] if figures.parent else [])
-        names = {i: label for i in (*near, *figures.children) if (label := self.labels[i]) is not None}
+        known = {i: name for i in (*near, *figures.children) if (name := names[i]) is not None}
         with_tree, own = analysis.tree is not None, self.labels_of(index)
-        return feature_blocks(figures, (), analysis.activation_edges, with_tree, names, own, effects=False)
+        return feature_blocks(figures, (), analysis.activation_edges, with_tree, known, own, effects=False)
 
     def examples(self, index: int, kind: str | None, offset: int, limit: int) -> tuple[list[dict[str, Any]], int]:
         """Examples of one feature and how many there are; reads only the parts of the file that have it."""
-        self._check(index)
+        self.check(index)
         groups = [i for i, (first, last) in enumerate(self._borders) if first <= index <= last]
         if not groups:
             return [], 0
         columns = ["feature", "kind", "rank", "activation", "quantile", "document_id", "position", "context_tokens"]
         table = self._reader().read_row_groups(
-            groups, [*columns, "context_activations", "peak_index"], use_threads=False
+            groups, [*columns, "context_ids", "context_activations", "peak_index"], use_threads=False
         )
         table = table.filter(pc.equal(table["feature"], index))
         if kind is not None:
             table = table.filter(pc.equal(table["kind"], kind))
         table = table.sort_by([("kind", "descending"), ("rank", "ascending")])  # top before sample
-        renamed = {"context_tokens": "tokens", "context_activations": "activations", "peak_index": "peak"}
+        renamed = {"context_ids": "token_ids", "context_tokens": "tokens", "context_activations": "activations",
+                   "peak_index": "peak"}  # fmt: skip
         rows = table.drop_columns(["feature"]).slice(offset, limit).to_pylist()
         return [_plain({renamed.get(name, name): value for name, value in row.items()}) for row in rows], table.num_rows
 
@@ -256,15 +266,25 @@ class FeatureTable:
         """Of the examples, for one call: two threads that read through one reader end the process."""
         return pq.ParquetFile(pa.BufferReader(self._examples), metadata=self._metadata)
 
-    def _check(self, index: int) -> int:
+    def check(self, index: int) -> int:
+        """The index. Raises ServiceError 404 if there is no such feature."""
         if not 0 <= index < len(self):
             detail = {"limit": len(self) - 1, "value": index}
             message = f"there is no feature {index}, the last one is {len(self) - 1}"
             raise ServiceError(404, "unknown_feature", message, detail)
         return index
 
-    def _found(self, filters: Filters, near: NDArray[np.float32] | None = None) -> NDArray[np.int64]:
+    def _found(
+        self, filters: Filters, notes: Mapping[int, FeatureNote] = NO_NOTES, near: NDArray[np.float32] | None = None
+    ) -> NDArray[np.int64]:
         wanted = np.ones(len(self), bool)
+        if filters.starred is not None:
+            stars = [feature for feature, each in notes.items() if each.star]
+            wanted &= np.isin(np.arange(len(self)), stars) == filters.starred
+        if filters.note is not None:
+            text = filters.note.casefold()
+            with_text = [feature for feature, each in notes.items() if text in (each.note or "").casefold()]
+            wanted &= np.isin(np.arange(len(self)), with_text)
         density = self._column("density")
         if filters.group is not None:
             wanted &= self._column("group") == filters.group
@@ -349,7 +369,7 @@ class FeatureTable:
         column: NDArray[Any] = self._table[name].to_numpy()
         return column
 
-    def _short(self, index: int) -> dict[str, Any]:
+    def _short(self, index: int, note: FeatureNote) -> dict[str, Any]:
         columns = [
             "feature",
             "group",
@@ -367,6 +387,7 @@ class FeatureTable:
         parent = row.pop("parent")
         row |= {"top_tokens": self._tokens[index], "children": len(row["children"] or ())}
         row |= {"label_by": self._label_by(index), "detection": float(self._detections[index]), "similarity": None}
+        row |= {"note": note.note, "star": note.star}
         return _plain(row | {"parent": parent["feature"] if parent else None})
 
     def _label_by(self, index: int) -> str | None:

@@ -11,8 +11,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mtc.results import Ablated
 from mtc.text import token_batches
 from serve.contract import (
+    AblateRequest,
     DecodeRequest,
     Encoded,
     EncodeRequest,
@@ -65,7 +67,7 @@ class Control(Protocol):
 
 
 class Interventions(Protocol):
-    """Graphs and steering, which one process does for all replicas: `serve.service.Circuits`, awaited.
+    """Graphs, steering and ablation, which one process does for all replicas: `serve.service.Circuits`, awaited.
 
     All raise ServiceError with what the client is to be told.
     """
@@ -91,6 +93,9 @@ class Interventions(Protocol):
     async def end(self, steered_id: str) -> None:
         """Forget a prompt that is steered."""
 
+    async def ablate(self, key: RunKey, asked: AblateRequest) -> Ablated:
+        """A text with features and without."""
+
 
 class Service:
     """One replica's view of the service."""
@@ -109,7 +114,7 @@ class Service:
 
     @property
     def interventions(self) -> Interventions:
-        """Who does graphs and steering. Raises ServiceError 409 if nobody does."""
+        """Who does graphs, steering and ablation. Raises ServiceError 409 if nobody does."""
         if self._interventions is None:
             message = (
                 "graphs and interventions are not served: start the service with --interventions (the setting "

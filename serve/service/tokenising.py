@@ -40,6 +40,12 @@ class Tokeniser:
         ids = np.array(token_ids[:limit], np.int32)
         return Tokenised(ids, None, self._special[ids], len(token_ids) > len(ids))
 
+    @property
+    def bos(self) -> list[int]:
+        """What comes first in every window; nothing where the tokenizer has no BOS."""
+        found: list[int] = self._bos.tolist()
+        return found
+
     def strings(self, tokenised: Tokenised) -> list[str]:
         """The tokens' texts as TokenTexts.sequence gives them; ids may stand anywhere in a text, which is why a space
         in front of them is shown."""

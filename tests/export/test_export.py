@@ -20,7 +20,7 @@ from jobs.export import main
 from mtc.analysis.examples import EDGES
 from mtc.export.circuit_graph import feature_number
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows, prepare_model
-from mtc.storage import RunDirectory
+from mtc.storage import Notes, RunDirectory
 from mtc.transcoder import MatryoshkaTranscoder
 from tests.export_example import GROUPS, D, F, analysed_run, make_run
 from tests.report_example import make_evaluation
@@ -278,6 +278,18 @@ def test_neuronpedia_batches_are_saedashboards(analysed: RunDirectory, tmp_path:
         assert feature["pos_values"] == list(range(60, 70))
         heights = np.histogram(values[values > 0].clip(EDGES[0], EDGES[-1]), EDGES)[0]
         assert feature["freq_hist_data_bar_heights"] == heights[heights > 0].tolist()
+
+
+def test_notes_are_explanations_of_their_own(analysed: RunDirectory, tmp_path: Path) -> None:
+    for feature, note in ((3, "mine"), (7, "of a silent one"), (4, None)):
+        Notes(analysed).update(feature, lambda old, note=note: old.model_copy(update={"note": note, "star": True}))
+    directory = export(analysed, "neuronpedia", "--neuronpedia-set", "mine")
+    packed = (directory / "explanations" / "batch-0.jsonl.gz").read_bytes()
+    rows = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
+    found = [(row["index"], row["description"]) for row in rows if row["typeName"] == "mtc-note"]
+    assert found == [("3", "mine")]  # features that never fired are left out, stars are no words
+    kinds = (directory / "config" / "explanation_type.jsonl").read_text().splitlines()
+    assert [json.loads(kind)["name"] for kind in kinds] == ["mtc-machine-label", "mtc-note"]
 
 
 def test_feature_files_are_what_circuit_tracer_reads(analysed: RunDirectory, tmp_path: Path) -> None:

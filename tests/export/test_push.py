@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, constants
 from jobs.export import main
 from mtc.results import Analysis
 from mtc.storage import (
+    Notes,
     RunDirectory,
     RunError,
     StorageError,
@@ -22,6 +23,7 @@ from mtc.storage import (
     load_analysis,
     open_layer_run,
     open_run,
+    read_notes,
     run_status,
     write_atomic,
 )
@@ -141,6 +143,18 @@ def test_a_run_of_several_layers_is_pushed_whole(hub: Hub, push: Main, tmp_path:
     with pytest.raises(RunError, match="holds the run 'one' and no 'two'"):
         served.find("two")
     assert not [path for _, path in hub.requests if "latest" in path]
+
+
+def test_notes_go_along_unless_they_are_left_out(hub: Hub, push: Main, tmp_path: Path) -> None:
+    run = make_run(tmp_path, model={"layers": [0, 1]})
+    for name, own in run.members().items():
+        Notes(own).update(3, lambda old, name=name: old.model_copy(update={"note": f"of {name}", "star": True}))
+    assert "notes and stars on 2 features" in push(run)
+    assert not [name for name in hub.repositories[REPO].files if name.startswith("notes") or "/notes/" in name]
+    there = Notes(open_run(f"hf://{REPO}/layer1"))
+    assert there.read()[3].note == "of layer1" and there.read()[3].star and not there.writable
+    assert "notes and stars" not in push(run, "--no-notes")
+    assert read_notes(open_run(f"hf://{REPO}/layer1")) == {}
 
 
 def test_an_earlier_push_is_replaced_and_kept_as_a_revision(hub: Hub, push: Main, tmp_path: Path) -> None:

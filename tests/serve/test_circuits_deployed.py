@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_deployed import replicas, wait_until
 from serve_local import make_analysed_run
 
-from mtc.circuits import Intervention, attribute, steer
+from mtc.circuits import Intervention, ablate, attribute, steer
 from mtc.client import Client, Retry, ServiceError
 from mtc.storage import RunDirectory
 from mtc.telemetry.metrics import CIRCUITS
@@ -69,6 +69,8 @@ def test_whichever_replica_answers(url: str, run: RunDirectory) -> None:
             ]
         steered = client.steer(PROMPT, [CHANGE], max_tokens=5)
         assert steered.steered[0].token_ids == steer(run, PROMPT, [CHANGE], max_tokens=5).steered[0].token_ids
+        lost, here = client.ablate(PROMPT, layer=1, features=[3, 5]), ablate(run, PROMPT, 1, [3, 5])
+        assert lost.first == here.first and lost.kl == pytest.approx(here.kl, rel=1e-3, abs=1e-7)
         with pytest.raises(ServiceError) as refused:
             client.graph(PROMPT, prefix=5)
         assert (refused.value.status, refused.value.error_type) == (422, "validation")

@@ -214,7 +214,12 @@ def test_cursor_of_other_filters_is_refused(client: httpx.Client) -> None:
 
 def test_examples_are_those_of_the_file(client: httpx.Client, runs: list[RunDirectory]) -> None:
     examples = pq.read_table(Path(runs[0].url, "examples.parquet")).to_pylist()
-    names = {"tokens": "context_tokens", "activations": "context_activations", "peak": "peak_index"}
+    names = {
+        "token_ids": "context_ids",
+        "tokens": "context_tokens",
+        "activations": "context_activations",
+        "peak": "peak_index",
+    }
     for feature in range(10):
         own = [e for e in examples if e["feature"] == feature]
         own.sort(key=lambda e: (e["kind"] != "top", e["rank"]))

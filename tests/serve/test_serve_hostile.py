@@ -21,7 +21,7 @@ from serve.contract import ErrorResponse, Settings
 
 LIMITS: dict[str, Any] = {
     "max_input_tokens": 64, "max_inputs": 8, "max_request_tokens": 256,
-    "body_timeout_s": 0.5, "interventions": True, "max_graph_tokens": 32, "max_graph_features": 64,
+    "body_timeout_s": 0.5, "interventions": True, "notes": True, "max_graph_tokens": 32, "max_graph_features": 64,
 }  # fmt: skip
 GOOD = {"inputs": "Hello", "include": ["l0", "relative_error"]}
 

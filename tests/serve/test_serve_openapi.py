@@ -32,7 +32,8 @@ class Api(NamedTuple):
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     root = tmp_path_factory.mktemp("runs")
     key = keys.add_key(root / "keys.json", "tests", admin=True, expires=None)
-    settings = {"max_input_tokens": 64, "api_keys_file": str(root / "keys.json"), "interventions": True}
+    settings = {"max_input_tokens": 64, "api_keys_file": str(root / "keys.json"), "interventions": True,
+                "notes": True}  # fmt: skip
     with served(make_analysed_run(root / "one"), **settings) as url:
         with httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"}) as client:
             wait_for_interventions(client)
@@ -58,7 +59,7 @@ def within_limits(api: Api, document: dict[str, Any]) -> dict[str, Any]:
     of_layer += [
         schemas[f"{name}Request"]["properties"]["layer"] for name in ("Encode", "Tokenize", "Decode", "ByText")
     ]
-    assert len(of_layer) == 10  # whatever answers for a layer takes it
+    assert len(of_layer) == 11  # whatever answers for a layer takes it
     for schema in of_layer:
         schema["anyOf"][0] = {"type": "integer", "enum": info["layers"]}
     for name in ("EncodeRequest", "DecodeRequest", "ByTextRequest"):
@@ -142,6 +143,7 @@ def test_document_says_nothing_of_one_run(api: Api, document: dict[str, Any], tm
         "encode", "tokenize", "decode", "features", "features_by_text", "feature", "examples", "surroundings", "report",
         "report_file", "healthz",
         "readyz", "metrics", "runs", "load", "info", "graph", "graph_status", "graph_result", "graph_cancel", "steer",
+        "ablate", "note",
     }  # fmt: skip
     with (
         served(make_analysed_run(tmp_path / "one"), make_run(tmp_path / "other")) as url,

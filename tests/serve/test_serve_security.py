@@ -63,7 +63,7 @@ def test_every_route_asks_for_its_key(client: httpx.Client, user: str, admin: st
     address = path.replace("{feature}", "3").replace("{name:path}", "text.js" if "static" in path else "plots/l0.png")
 
     def status(headers: dict[str, str]) -> int:
-        body = {"json": {}} if method == "POST" and "/ui" not in path else {}
+        body = {"json": {}} if method in ("POST", "PUT") and "/ui" not in path else {}
         return client.request(method, address, headers=headers, **body).status_code
 
     assert (status({}) == 401) is (level != "public")

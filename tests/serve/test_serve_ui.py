@@ -202,6 +202,7 @@ def test_pages_fit_and_axe_finds_nothing_serious(tab: chromium.Page, url: str, w
     tab.wait("document.querySelector('#of-token table')")
     tab.click("#of-token tbody th a")
     tab.wait("document.querySelector('#feature article')")
+    assert tab.evaluate("document.querySelector('#feature #note').offsetParent") is None  # it works on its own page
     pages = [
         "",
         "/ui/features",

@@ -1,4 +1,4 @@
-"""Attribution graphs as jobs, `POST /graph` and what follows, and interventions, `POST /steer`."""
+"""Attribution graphs as jobs, `POST /graph` and what follows, and interventions, `POST /steer` and `POST /ablate`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mtc.export.circuit_graph import MEDIA_TYPE as CIRCUIT_GRAPH
 from mtc.export.circuit_graph import circuit_graph
 from mtc.report.graph_page import graph_page
 from mtc.report.graph_svg import graph_svg
-from mtc.results import Graph, Steered
-from serve.contract import GraphJob, GraphRequest, ServiceError, SteerRequest
+from mtc.results import Ablated, Graph, Steered
+from serve.contract import AblateRequest, GraphJob, GraphRequest, ServiceError, SteerRequest
 from serve.http.bodies import read_json
 from serve.http.errors import error_line, unexpected
 from serve.http.formats import JSON, NDJSON
@@ -120,6 +120,18 @@ async def steer(request: Request, service: TheService) -> Response:
         return Response(body, media_type=media_type, headers={"Vary": "Accept"})
     answer = _lines(steps, request_id_of(request))
     return StreamingResponse(answer, media_type=NDJSON, headers={"Vary": "Accept"})
+
+
+@router.post("/ablate", response_model=Ablated, openapi_extra=json_body(AblateRequest), responses=errors(*BODY, 504))
+async def ablate(request: Request, service: TheService) -> Response:
+    """What the language model's predictions lose if features are taken out of a text: its layer's MLP writes what it
+    writes, without what these features add; all else reacts as it will."""
+    circuits = service.interventions
+    asked = await read_json(request, AblateRequest, service.settings)
+    key = (await service.run(asked.model)).key
+    request.state.run_id = key.run_id
+    found = await service.in_time(circuits.ablate(key, asked))
+    return Response(found.model_dump_json(), media_type=JSON)
 
 
 async def _kept(service: Service, asked: Awaitable[T], undo: Callable[[T], Awaitable[None]]) -> T:

@@ -93,6 +93,7 @@ _MEANING = {
     406: "None of the media types in Accept can be had.",
     408: "The body came too slowly.",
     409: "The run cannot be served, or a thing is not ready or not switched on; the answer says why.",
+    412: "It was changed since it was read; the answer has what it is now.",
     413: "More than the service takes; the answer has the limit and the value.",
     415: "The body is of another media type than application/json.",
     422: "The body or a parameter is not as documented; the answer names the fields.",

@@ -1,13 +1,16 @@
-"""What is known of the features: `GET /features`, one of them, its examples and surroundings, and those of texts."""
+"""What is known of the features: `GET /features`, one of them, its examples and surroundings, and those of texts; notes
+that people write."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel
 
+from mtc.results import FeatureNote
 from serve.contract import (
     ByTextRequest,
     ByTextResponse,
@@ -16,6 +19,9 @@ from serve.contract import (
     FeaturesQuery,
     FeaturesResponse,
     NearMissRow,
+    NoteRequest,
+    NoteResponse,
+    ServiceError,
     SurroundingsResponse,
     TogetherRow,
     Usage,
@@ -24,7 +30,7 @@ from serve.http.bodies import read_json
 from serve.http.formats import usage
 from serve.http.openapi import json_body
 from serve.http.routes.common import Layer, Model, TheService, errors, request_id_of
-from serve.service import FeatureTable, Filters, ServedLayer, Service
+from serve.service import FeatureTable, Filters, ServedLayer, Service, write_note
 from serve.service.by_text import by_text
 from serve.service.surroundings import near_misses, together
 
@@ -37,7 +43,7 @@ Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index of the feature 
 async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]) -> Response:
     """Features that pass all filters, page by page."""
     own, table = await analysed(service, query.model, query.layer)
-    rows, total, after = await page(service, table, query)
+    rows, total, after, _ = await page(service, own, table, query)
     answer = FeaturesResponse.model_construct(
         run_id=own.run_id, layer=own.number, total=total, features=rows, cursor=after
     )
@@ -67,12 +73,14 @@ async def features_by_text(request: Request, service: TheService) -> Response:
 
 @router.get("/features/{feature}", response_model=FeatureResponse, responses=errors(404, 409, 422, 503))
 async def feature(service: TheService, feature: Index, model: Model = None, layer: Layer = None) -> Response:
-    """All that the analysis says of one feature."""
+    """All that the analysis says of one feature, and what someone noted of it."""
     own, table = await analysed(service, model, layer)
+    noted = (await asyncio.to_thread(own.notes.read)).get(feature, FeatureNote())
     answer = FeatureResponse(
         run_id=own.run_id, layer=own.number, feature=table.feature(feature),
         labels=table.labels_of(feature), histogram_edges=list(table.analysis.activation_edges),
         splits=table.splits(feature), absorption=table.absorption(feature),
+        note=noted.note, star=noted.star, note_changed=noted.changed or None,
     )  # fmt: skip
     return _json(answer)
 
@@ -125,20 +133,43 @@ def _surroundings(own: ServedLayer, table: FeatureTable, feature: int) -> Surrou
     )  # fmt: skip
 
 
+@router.put(
+    "/features/{feature}/note",
+    response_model=NoteResponse,
+    openapi_extra=json_body(NoteRequest),
+    responses=errors(400, 404, 408, 409, 412, 413, 415, 422, 503),
+)
+async def note(
+    request: Request, service: TheService, feature: Index, model: Model = None, layer: Layer = None
+) -> Response:
+    """Keep one's own words for a feature, a star, or both, beside the run's files."""
+    if not service.settings.notes:
+        message = "notes are not written here: start the service with --notes (the setting `notes`)"
+        raise ServiceError(409, "no_notes", message)
+    asked = await read_json(request, NoteRequest, service.settings)
+    own = await service.layer(model, layer)
+    kept = await asyncio.to_thread(write_note, own, feature, asked)
+    answer = NoteResponse(
+        run_id=own.run_id, layer=own.number, feature=feature, note=kept.note, star=kept.star, note_changed=kept.changed
+    )
+    return _json(answer)
+
+
 async def page(
-    service: Service, table: FeatureTable, query: FeaturesQuery
-) -> tuple[list[dict[str, Any]], int, str | None]:
-    """See FeatureTable.page; raises also as `Service.query_vector`."""
+    service: Service, own: ServedLayer, table: FeatureTable, query: FeaturesQuery
+) -> tuple[list[dict[str, Any]], int, str | None, Mapping[int, FeatureNote]]:
+    """See FeatureTable.page, and the notes of now; raises also as `Service.query_vector`."""
     by_meaning = query.query is not None and query.by == "meaning"
     vector = await service.query_vector(table, query.query) if query.query is not None and by_meaning else None
-    return await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor, vector)
+    notes = await asyncio.to_thread(own.notes.read)
+    return *await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor, notes, vector), notes
 
 
 def filters(query: FeaturesQuery) -> Filters:
     return Filters(
         query.group, query.massive, query.min_density, query.max_density, query.token, query.text,
         query.copies, query.single_token, query.max_detection,
-        tuple(query.feature) if query.feature else None, query.query, query.by,
+        tuple(query.feature) if query.feature else None, query.query, query.by, query.starred, query.note,
         query.sort or ("relevance" if query.query else "feature"), query.order == "descending",
     )  # fmt: skip
 

@@ -69,6 +69,7 @@ async def info(service: TheService) -> InfoResponse:
         data=run.config.data.name,
         input_norm=run.default.config.input_norm,
         limits=service.limits(run),
+        notes=service.settings.notes,
         interventions=service.settings.interventions,
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("mtc", "ray", "torch", "transformers")},

@@ -51,7 +51,7 @@ async def features(request: Request, service: TheService) -> Response:
     except ValidationError as error:
         raise invalid(error) from None
     own, table = await analysed(service, wanted.model, wanted.layer)
-    rows, total, after = await page(service, table, wanted)
+    rows, total, after, notes = await page(service, own, table, wanted)
     asked = wanted.model_dump(exclude_defaults=True, exclude={"cursor"})
     kept = {name: value for name, value in asked.items() if name not in ("model", "layer", "feature")}
     frame = await _frame(request, service, own, "features", wanted.model, wanted.layer, kept)
@@ -61,6 +61,7 @@ async def features(request: Request, service: TheService) -> Response:
         first_page=query(**asked) if wanted.cursor else None, badge=BADGE,
         analysed_tokens=table.analysis.summary.analysed_tokens, labelled=table.labelled, scored=table.scored,
         by_meaning=table.with_vectors and service.settings.embeddings is not None,
+        keeps_notes=_keeps_notes(service, own), noted=bool(notes),
     )  # fmt: skip
 
 
@@ -73,10 +74,17 @@ async def feature(
     """All that is known of one feature; `examples` of each part, with `context` tokens on each side of the peak."""
     own, table = await analysed(service, model, layer)
     link = query(model=model, layer=layer)
-    shown = await asyncio.to_thread(content, table, feature, examples, context, link)
+    notes = await asyncio.to_thread(own.notes.read)
+    bos = own.run.tokeniser.bos if service.settings.interventions else None
+    shown = await asyncio.to_thread(content, table, feature, examples, context, link, notes, bos)
     frame = await _frame(request, service, own, "feature", model, layer)
     return render(
-        "feature.html", **frame | {"address": f"/ui/feature/{feature}"}, feature=feature, examples=examples, **shown
+        "feature.html",
+        **frame | {"address": f"/ui/feature/{feature}"},
+        feature=feature,
+        examples=examples,
+        keeps_notes=_keeps_notes(service, own),
+        **shown,
     )
 
 
@@ -208,6 +216,11 @@ async def _frame(
         "served": own.run.key.run_id, "layers": list(own.run.layers), "page": page, "address": page,
         "kept": kept or {}, "with_keys": request.app.state.keys is not None,
     }  # fmt: skip
+
+
+def _keeps_notes(service: Service, own: ServedLayer) -> bool:
+    """Whether a page's notes go to the service, or stay in its browser."""
+    return service.settings.notes and own.notes.writable
 
 
 def _here(address: str) -> str:

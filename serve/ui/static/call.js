@@ -13,10 +13,10 @@ export async function call(address, options, aborted, tell) {
     if (response.ok) return response;
     const type = response.headers.get("content-type") ?? "";
     const body = type.startsWith("application/json") ? await response.json() : { error: `the service answered ${response.status}` };
-    if (body.error_type !== "loading" || tries === TRIES) throw Object.assign(new Error(body.error), { kind: body.error_type });
+    if (body.error_type !== "loading" || tries === TRIES) throw Object.assign(new Error(body.error), { kind: body.error_type, detail: body.detail });
     tell(body.error + " …");
     await new Promise((done) => setTimeout(done, 1000));
   }
 }
 
-export const json = (body) => ({ method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
+export const json = (body, method = "POST") => ({ method, body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });

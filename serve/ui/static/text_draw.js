@@ -9,7 +9,7 @@ const LISTED = 50, STRENGTHS = 5;
 export const featureLink = (feature, view) => make("a", String(feature), { href: `/ui/feature/${feature}${view.link}`, "data-feature": feature });
 
 export function named(feature, view) {
-  const label = view.facts.of(feature)?.label ?? null, found = [];
+  const row = view.facts.of(feature), label = row?.note ?? row?.label ?? null, found = [];
   if (view.facts.massive(feature)) found.push(make("span", "massive", { class: "badge", title: "most of its activation falls on massive tokens" }), " ");
   if (view.facts.dense(feature)) found.push(make("span", "dense", { class: "badge", title: `fires on more than ${percent(DENSE)} of all tokens` }), " ");
   if (label !== null) found.push(labelled(label));
