@@ -154,7 +154,7 @@ def test_listed_origins_may_ask_with_a_key(run: RunDirectory, tmp_path: Path) ->
         for refused in (
             client.options("/encode", headers=preflight("https://evil.example")),
             client.options("/encode", headers=preflight("null")),
-            client.options("/encode", headers=preflight(ORIGIN, Access_Control_Request_Method="PUT")),
+            client.options("/encode", headers=preflight(ORIGIN, Access_Control_Request_Method="PATCH")),
             client.options("/encode", headers=preflight(ORIGIN, Access_Control_Request_Headers="cookie")),
         ):
             assert (refused.status_code, refused.json()["error_type"]) == (400, "cors")
