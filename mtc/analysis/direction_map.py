@@ -73,7 +73,7 @@ def _laid_out(unit: torch.Tensor) -> Array:
     count = len(unit)
     if count < FEWEST:
         return start
-    # 0.9 s, which only an analysis should take.
+    # 1.6 s of processor time, which only an analysis should take.
     from sklearn.manifold import TSNE
 
     k = 3 * PERPLEXITY + 2  # as many as TSNE asks for, and one that it takes for the point itself
