@@ -280,7 +280,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--concurrency", type=int, default=16, help="questions asked at a time (default: 16)")
     parser.add_argument("--seconds", type=float, default=120, help="deadline of one attempt (default: 120)")
     parser.add_argument("--attempts", type=int, default=6, help="most attempts of one question (default: 6)")
-    models.add_engine_options(parser)
+    parser.add_argument("--engine", action="store_true", help="run the models on GPUs of this cluster, by vLLM")
+    parser.add_argument("--engines", type=int, default=1, metavar="N", help="copies of a model (default: 1)")
+    parser.add_argument("--engine-gpus", type=int, default=1, metavar="N", help="GPUs of each copy (default: 1)")
+    parser.add_argument(
+        "--engine-set", action="append", default=[], metavar="NAME=VALUE", help="an argument of vllm.LLM; repeatable"
+    )
     parser.add_argument(
         "--thinking-tokens", type=int, default=0, metavar="N", help="tokens that the model may spend before each answer"
     )

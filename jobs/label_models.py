@@ -24,15 +24,6 @@ OF_ENDPOINTS = ("concurrency", "seconds", "attempts", "key_variable")
 OF_ENGINE = ("engines", "engine_gpus", "engine_set")
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", action="store_true", help="run the models on GPUs of this cluster, by vLLM")
-    parser.add_argument("--engines", type=int, default=1, metavar="N", help="copies of a model (default: 1)")
-    parser.add_argument("--engine-gpus", type=int, default=1, metavar="N", help="GPUs of each copy (default: 1)")
-    parser.add_argument(
-        "--engine-set", action="append", default=[], metavar="NAME=VALUE", help="an argument of vllm.LLM; repeatable"
-    )
-
-
 def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raises ConfigError for options that don't go together, or have no meaning."""
     if options.engine and options.endpoint:
