@@ -76,10 +76,13 @@ def _laid_out(unit: torch.Tensor) -> Array:
     # 1.6 s of processor time, which only an analysis should take.
     from sklearn.manifold import TSNE
 
-    k = 3 * PERPLEXITY + 2  # as many as TSNE asks for, and one that it takes for the point itself
+    k = 3 * PERPLEXITY + 1  # as many as TSNE asks for
     near, cosine = _nearest(unit, unit, k, themselves=True)
-    distance = np.maximum(1 - cosine, 0)
-    graph = sparse.csr_matrix((distance.ravel(), near.ravel(), np.arange(0, count * k + 1, k)), (count, count))
+    # Each point is the first of its row: TSNE drops it from there, and where it is not, the nearest one instead.
+    near = np.concatenate([np.arange(count, dtype=near.dtype)[:, None], near], 1)
+    distance = np.concatenate([np.zeros((count, 1), np.float32), np.maximum(1 - cosine, 0)], 1)
+    ends = np.arange(0, near.size + 1, k + 1)
+    graph = sparse.csr_matrix((distance.ravel(), near.ravel(), ends), (count, count))
     start = (start / max(float(start[:, 0].std()), 1e-12) * SPREAD).astype(np.float32)
     with threadpool_limits(THREADS, "openmp"):
         layout = TSNE(perplexity=PERPLEXITY, metric="precomputed", init=start).fit_transform(graph)

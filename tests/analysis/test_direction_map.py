@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial import cKDTree
 
 from mtc.analysis import direction_map as module
 from mtc.analysis.direction_map import direction_map
@@ -88,3 +89,13 @@ def test_opposite_directions_are_far_apart() -> None:
     to_opposite = np.linalg.norm(found[:half] - found[half:], axis=1)
     to_cluster = [np.linalg.norm(found[i] - found[(i + CLUSTERS) % half]) for i in range(half)]
     assert np.median(to_opposite) > 5 * np.median(to_cluster)
+
+
+def test_twins_stand_beside_each_other():
+    """Pairs of directions that are each other's nearest, and no nearer to others than chance has it."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(300, 64, generator=generator)
+    rows = torch.cat([rows, rows + 0.5 * torch.randn(300, 64, generator=generator)])
+    points = direction_map(rows, np.ones(600, bool))
+    _, near = cKDTree(points).query(points, 2)
+    assert (near[:, 1] == (np.arange(600) + 300) % 600).mean() > 0.95
