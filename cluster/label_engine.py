@@ -92,7 +92,7 @@ class Engines:
         return self._actors
 
     def _end(self) -> None:
-        ends = [actor.__ray_terminate__.remote() for actor in self._actors]
+        ends = [actor.__ray_terminate__.options(max_task_retries=0).remote() for actor in self._actors]
         self._model, self._actors = None, []
         if ends:
             ray.wait(ends, num_returns=len(ends), timeout=ENDING_SECONDS)
@@ -101,10 +101,12 @@ class Engines:
 
 def _check_gpus(settings: Settings) -> None:
     """Raises ConfigError for what would not fit if all was free; an autoscaler is not asked for nodes."""
-    copies = [int(node["Resources"].get("GPU", 0) // settings.gpus) for node in ray.nodes() if settings.gpus]
+    gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    copies = [own // settings.gpus for own in gpus if settings.gpus]
     if settings.gpus and sum(copies) < settings.copies:
         wanted = f"--engines {settings.copies} with --engine-gpus {settings.gpus}"
-        raise ConfigError(f"{wanted}: the cluster's nodes have GPUs for {sum(copies)} of them")
+        have = f"the cluster's nodes have {', '.join(map(str, gpus))} GPUs, for {sum(copies)} of them"
+        raise ConfigError(f"{wanted}: {have}")
 
 
 class Engine:
@@ -116,14 +118,24 @@ class Engine:
     def answers(self, questions: Iterable[Asking]) -> Iterator[tuple[Question, Answer]]:
         """The answers, batch by batch. Raises EndpointError where the model can't be run or answers nothing, and
         EndpointDown where it ended."""
-        source, ended, silent = iter(questions), False, 0
         waiting: dict[ray.ObjectRef, tuple[Any, list[Question]]] = {}
+        try:
+            yield from self._answers(questions, waiting)
+        finally:
+            for ref in waiting:  # what has not begun need not
+                ray.cancel(ref)
+
+    def _answers(
+        self, questions: Iterable[Asking], waiting: dict[ray.ObjectRef, tuple[Any, list[Question]]]
+    ) -> Iterator[tuple[Question, Answer]]:
+        source, ended, unanswered, answered = iter(questions), False, 0, False
         batch: list[Question] = []
         while not ended or waiting:
             item: object = None
             while not ended and len(waiting) < AT_ONCE * self._engines.settings.copies:
                 item = next(source, END)
                 if isinstance(item, Known):
+                    answered = True
                     yield item
                     continue
                 if isinstance(item, Question):
@@ -142,12 +154,12 @@ class Engine:
                 raise EndpointDown(f"{self.model}: no answer for {BATCH_SECONDS:g} s; {GO_ON}")
             _, asked = waiting.pop(done[0])
             for question, answer in zip(asked, self._read(done[0]), strict=True):
-                silent = silent + 1 if answer.failure else 0
+                answered, unanswered = answered or answer.failure is None, unanswered + (answer.failure is not None)
                 yield question, answer
-                if silent >= GIVEN_UP:
-                    raise EndpointError(
-                        f"{self.model}: {silent} questions without an answer, the last: {answer.failure}"
-                    )
+            if unanswered >= GIVEN_UP and not answered:
+                raise EndpointError(
+                    f"{self.model}: {unanswered} questions without an answer, the last: {answer.failure}"
+                )
 
     def _idlest(self, waiting: Mapping[ray.ObjectRef, tuple[Any, list[Question]]]) -> Any:
         """The actor that is asked least."""
@@ -160,10 +172,13 @@ class Engine:
             answers: list[Answer] = ray.get(done, timeout=BATCH_SECONDS)
         except ray.exceptions.RayActorError as error:
             if error.actor_init_failed:
-                raise EndpointError(f"{self.model} can't be run: {one_line(error).partition(': ')[2]}") from None
+                why = one_line(error).partition(": ")[2].removeprefix("mtc.labels.transport.EndpointError: ")
+                raise EndpointError(f"{self.model} can't be run: {why}") from None
             raise EndpointDown(f"{self.model} has ended: {one_line(error)}; {GO_ON}") from None
         except ray.exceptions.RayTaskError as error:
             raise EndpointError(f"{self.model}: {one_line(error)}") from None
+        except ray.exceptions.RayError as error:  # of a node that died with the answers
+            raise EndpointDown(f"{self.model} has ended: {one_line(error)}; {GO_ON}") from None
         return answers
 
 

@@ -32,7 +32,9 @@ def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) 
         if bool(getattr(options, one)) != bool(getattr(options, other)):
             raise ConfigError(f"--{one} and {option(other)} belong together: give both or neither")
     if not options.model and not options.embeddings:
-        raise ConfigError("nothing to do: --endpoint and --model ask for labels, --embeddings for their vectors")
+        raise ConfigError(
+            "nothing to do: --endpoint (or --engine) and --model ask for labels, --embeddings for their vectors"
+        )
     meaningless: tuple[str, ...] = OF_ENGINE
     if options.engine:
         meaningless = () if options.embeddings else OF_ENDPOINTS

@@ -35,7 +35,9 @@ class OfflineModel:
                 f"--engine: no vLLM where the model is to run ({error}); install mtc[engine] there"
             ) from None
         self._params, self._thinking_tokens = vllm.SamplingParams, thinking_tokens
-        self._llm = vllm.LLM(**{"model": model, "tensor_parallel_size": max(1, gpus), **settings})
+        # Where a placement group is about it, vLLM would spread itself by Ray, one GPU a bundle; this has all of its.
+        spread = {"distributed_executor_backend": "mp"} if gpus > 1 else {}
+        self._llm = vllm.LLM(**{"model": model, "tensor_parallel_size": max(1, gpus), **spread, **settings})
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         """An answer to each of the questions."""

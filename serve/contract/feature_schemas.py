@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mtc.results import MOST_CHARACTERS, AbsorbedFeature, Feature, FeatureLabel, SplitFeature
 from serve.contract.schemas import FeatureIndex, Layer, SchemaModel
 
-Figure = Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm"]
-"""What features are sorted by, beside relevance."""
+Sort = Literal["feature", "density", "count", "max_activation", "mean_activation", "decoder_norm", "relevance"]
 
 
 class FeaturesQuery(BaseModel):
@@ -37,7 +36,7 @@ class FeaturesQuery(BaseModel):
     """Only features with this top token; case and space around it do not count."""
     text: str | None = Field(default=None, min_length=1, max_length=200)
     """Only features with this text in a stored context; case does not count."""
-    query: str | None = Field(default=None, min_length=1, max_length=200)
+    query: str | None = Field(default=None, min_length=1, max_length=200, pattern=r"\S")
     """Only features that have to do with one of these words or their stems, the most relevant first: by their label, by
     the words on which they fire, by what stands around these, and by the tokens whose logits they raise."""
     by: Literal["words", "meaning"] = "words"
@@ -54,7 +53,7 @@ class FeaturesQuery(BaseModel):
     (false)."""
     max_detection: float | None = Field(default=None, ge=0, le=1)
     """Only features whose label has this score in detection at most; labels without a score do not pass."""
-    sort: Figure | Literal["relevance"] | None = None
+    sort: Sort | None = None
     """Figure that features are sorted by; equal ones by index. By default the index, with `query` the relevance."""
     order: Literal["ascending", "descending"] = "ascending"
     """Direction in which features are sorted; by relevance, ascending has the most relevant first."""

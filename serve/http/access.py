@@ -29,6 +29,7 @@ ROUTES: dict[tuple[str, str], Level] = {
     ("POST", "/ui/login"): "public",
     ("GET", "/ui/static/{name:path}"): "public",
     ("POST", "/ui/logout"): "user",
+    ("GET", "/"): "user",
     ("GET", "/ui"): "user",
     ("GET", "/ui/features"): "user",
     ("GET", "/ui/feature"): "user",

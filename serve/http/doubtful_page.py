@@ -29,8 +29,10 @@ class Doubted(NamedTuple):
     doubt: Doubt
     features: int | None
     """All of them; None if it was not measured."""
+    of: int
+    """Features of which it was measured."""
     share: float
-    """Share of all features, from 0 to 1."""
+    """Share of these, from 0 to 1."""
     groups: list[int]
     """Those of each group of the nested dictionary."""
 
@@ -69,7 +71,8 @@ def doubted(table: FeatureTable, groups: int) -> list[Doubted]:
     for doubt in DOUBTS:
         own = Filters(**{name: value for name, value in doubt.filters.items() if name not in ("sort", "order")})
         many = [table.count(own._replace(group=group)) for group in range(groups)]
-        found.append(Doubted(doubt, sum(many) if _measured(table, own) else None, sum(many) / len(table), many))
+        of = len(table) if own.max_detection is None else table.scored
+        found.append(Doubted(doubt, sum(many) if _measured(table, own) else None, of, sum(many) / max(1, of), many))
     return found
 
 
@@ -81,4 +84,4 @@ def list_of(doubt: Doubt, **more: Any) -> str:
 def _measured(table: FeatureTable, filters: Filters) -> bool:
     if filters.copies is not None:
         return table.analysis.copies is not None
-    return filters.max_detection is None or table.scored
+    return filters.max_detection is None or table.scored > 0

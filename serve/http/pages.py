@@ -34,7 +34,7 @@ HEADERS = {
 """Of every page here; the report has its own, see serve/http/routes/report.py."""
 _PAGES = re.compile(r"/(ui(/(?!static/).*)?|docs|report|graph/[^/]+/result)", re.DOTALL)
 _TITLES = {
-    401: "An API key is needed", 403: "Not allowed", 404: "Not found", 409: "This run cannot be shown",
+    401: "An API key is needed", 403: "Not allowed", 404: "Not found", 409: "This cannot be shown",
     422: "That does not fit", 429: "Too much at once", 502: "Not now", 503: "Not now",
 }  # fmt: skip
 _KINDS = {"not_done": "Not done yet", "no_interventions": "Not served here"}

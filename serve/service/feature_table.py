@@ -349,9 +349,9 @@ class FeatureTable:
         return (samples > 0) & (np.array(most) >= SINGLE_TOKEN * samples)
 
     @property
-    def scored(self) -> bool:
-        """Whether any label has a score in detection."""
-        return bool(np.isfinite(self._detections).any())
+    def scored(self) -> int:
+        """How many labels have a score in detection."""
+        return int(np.isfinite(self._detections).sum())
 
     @cached_property
     def _detections(self) -> NDArray[np.float64]:

@@ -79,13 +79,22 @@ def test_what_goes_wrong_is_said(small_batches, model, kind, match):
     assert type(raised.value) is kind
 
 
+def test_questions_that_stay_without_an_answer_do_not_end_a_job_that_has_others(small_batches):
+    """Such as prompts that are too long: when the job goes on they are all that is asked."""
+    asked = questions(30)
+    known = [Known(question, Answer("old", None, 1, 1)) for question in asked[:1]]
+    with Engines(Settings(gpus=0), by_rules) as engines:
+        found = list(engines.of("refuses").answers(iter([*known, *asked[1:]])))
+    assert len(found) == 30 and sum(answer.failure is not None for _, answer in found) == 29
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "match"),
     [
         (
             Settings(copies=2),
             ConfigError,
-            "--engines 2 with --engine-gpus 1: the cluster's nodes have GPUs for 0 of them",
+            "--engines 2 with --engine-gpus 1: the cluster's nodes have 0 GPUs, for 0 of them",
         ),
         (
             Settings(copies=3, gpus=0, room_seconds=0.1),
@@ -150,8 +159,8 @@ class Params(types.SimpleNamespace):
 class LLM:
     """As vllm.LLM: what it is given, and outputs of its form."""
 
-    def __init__(self, model, *, tensor_parallel_size=1, max_model_len=None):
-        self.given = model, tensor_parallel_size, max_model_len
+    def __init__(self, model, *, tensor_parallel_size=1, max_model_len=None, distributed_executor_backend=None):
+        self.given = model, tensor_parallel_size, max_model_len, distributed_executor_backend
 
     def chat(self, messages, sampling_params, use_tqdm=True, chat_template_kwargs=None):
         texts = [one["content"] for (one,) in messages]
@@ -170,7 +179,7 @@ class LLM:
 def test_an_offline_model_is_asked_as_vllm_wants_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=Params))
     model = OfflineModel("m", 2, 0, {"max_model_len": 8192})
-    assert model._llm.given == ("m", 2, 8192)
+    assert model._llm.given == ("m", 2, 8192, "mp")
     short, long = Question("detect", 1, "short", 5, "a"), Question("detect", 2, "too long", 5, "b")
     number = Question("simulate", 3, "number", 5, "c", logprobs=True)
     found = model([short, long, number])

@@ -137,7 +137,10 @@ def test_what_was_there_when_an_endpoint_failed_is_kept(
     [
         (["--embedding-model", ""], "--embeddings and --embedding-model belong together: give both or neither"),
         (["--endpoint", "http://x/v1"], "--endpoint and --model belong together: give both or neither"),
-        (["--embeddings", "", "--embedding-model", ""], "nothing to do: --endpoint and --model ask for labels"),
+        (
+            ["--embeddings", "", "--embedding-model", ""],
+            "nothing to do: --endpoint (or --engine) and --model ask for labels",
+        ),
         (["--embeddings", "localhost:80"], "http:// or https:// is wanted"),
         (["--embedding-model", "unknown-model"], "/embeddings answers 404: no <b>unknown-model</b>"),
         (["--max-tokens", "1"], "--max-tokens 1 does not allow for more"),

@@ -77,7 +77,7 @@ def test_every_route_asks_for_its_key(client: httpx.Client, user: str, admin: st
 
 
 def test_what_is_not_listed_is_refused_too(client: httpx.Client, user: str) -> None:
-    for path in ("/", "/nothing", "/admin", "/admin/load/", "/ENCODE", "//encode", "/ui/../admin/load", "/metrics/"):
+    for path in ("/nothing", "/admin", "/admin/load/", "/ENCODE", "/%2fencode", "/ui/../admin/load", "/metrics/"):
         assert client.get(path).status_code == 401, path  # whoever has no key does not learn what there is
         assert client.get(path, headers=bearer(user), follow_redirects=False).status_code in (404, 405), path
     answer = client.get("/encode")

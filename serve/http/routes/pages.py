@@ -33,6 +33,12 @@ _HERE = re.compile(r"/(?![/\\])[!-\[\]-~]*")
 """An address on this server: no host, no character that browsers read as another."""
 
 
+@router.get("/")
+async def start() -> Response:
+    """For those who know no more than the service's address."""
+    return RedirectResponse("/ui")
+
+
 @router.get("/ui")
 async def text(request: Request, service: TheService, model: Model = None, layer: Layer = None) -> Response:
     """A text's tokens and their features."""
