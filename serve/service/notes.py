@@ -62,7 +62,7 @@ class LayerNotes:
         self._due, self._was_read = time.monotonic() + pause, True
 
     async def write(self, run_id: str, feature: int, asked: NoteRequest) -> FeatureNote:
-        """Keep a note, a star or both of a feature that there is; what is kept of it now, which `read` tells from now on.
+        """Keep a note, a star or both of a feature that there is; what is kept of it now; `read` tells it at once.
 
         Raises ServiceError: 409 where the run can't be written to, 412 where the note is another one than was seen, 503
         while the storage fails or hangs.

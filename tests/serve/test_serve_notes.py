@@ -225,6 +225,28 @@ def told(tab: chromium.Page, words: str) -> None:
     tab.wait(f"document.querySelector('#note-told').textContent.includes({json.dumps(words)})")
 
 
+def starred_meanwhile(tab: chromium.Page, base: str, run: RunDirectory) -> None:
+    """A star does not make the page believe that the note which somebody else wrote meanwhile was seen."""
+    field = "document.querySelector('#note-text').value"
+    Notes(run).update(3, lambda old: old.model_copy(update={"note": "second"}))
+    tab.click("#star")
+    told(tab, "changed the note to “second”")
+    assert tab.evaluate(field) == "second"  # nothing was written in it
+    tab.evaluate("document.querySelector('#note-text').value = 'begun'")
+    Notes(run).update(3, lambda old: old.model_copy(update={"note": "third"}))
+    for _ in range(2):
+        tab.evaluate("document.querySelector('#note-told').textContent = ''")
+        tab.click("#star")
+        told(tab, "changed the note to “third”")
+    assert tab.evaluate(field) == "begun"
+    tab.click("#note button:not(#star)")
+    told(tab, "Save again to replace that")
+    assert read_notes(run)[3].note == "third" and tab.evaluate(field) == "begun"
+    tab.click("#note button:not(#star)")
+    told(tab, "Kept beside the run")
+    assert read_notes(run)[3].note == "begun"
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_a_page_keeps_notes_beside_the_run(
     tab: chromium.Page,
@@ -259,6 +281,7 @@ def test_a_page_keeps_notes_beside_the_run(
     tab.press(*ENTER)
     told(tab, "Kept beside the run")
     assert read_notes(run)[3].note == "mine"
+    starred_meanwhile(tab, base, run)
     httpx.put(f"{base}/features/1/note", json={"note": "its parent"}, timeout=60)
     child = httpx.get(f"{base}/ui/feature/7", timeout=60).text
     assert '1</a> <span class="label">its parent</span>' in child  # 1 goes by that where another page names it

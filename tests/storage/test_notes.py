@@ -147,7 +147,7 @@ def test_notes_that_cannot_be_read_are_not_taken_for_none(run, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("mtc.storage.notes.patiently", fail)
-    with pytest.raises(StorageUnreachable, match="the notes of .*one can't be read: OSError: .*Input/output"):
+    with pytest.raises(StorageUnreachable, match=r"the notes of .*one can't be read: OSError: .*Input/output"):
         read_notes(run)
     for work in (reader.read, lambda: reader.update(3, lambda before: before)):
         with pytest.raises(OSError, match="Input/output"):
