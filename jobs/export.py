@@ -161,7 +161,9 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hugging Face hub, made if need be")
     parser.add_argument("--public", action="store_true", help="everybody sees the repository; by default it is private")
     parser.add_argument(
-        "--notes", action=argparse.BooleanOptionalAction, help="people's notes and stars go along; not where --public is"
+        "--notes",
+        action=argparse.BooleanOptionalAction,
+        help="people's notes and stars go along; not where --public is",
     )
     parser.add_argument(
         "--prefix", type=int, metavar="M", help="one of the nested dictionaries; by default all features"

@@ -160,7 +160,9 @@ def test_notes_go_along_unless_they_are_left_out(hub: Hub, push: Main, tmp_path:
     assert not [name for name in hub.repositories[public].files if "notes" in name]
     assert "(public), with people's notes and stars on 2 features" in push(run, "--public", "--notes", repo=public)
     assert read_notes(open_run(f"hf://{public}/layer1"))[3].note == "of layer1"
-    assert "--notes and --no-notes: saelens has no place for notes" in push(run, "--notes", "--format", "saelens", code=2)
+    assert "--notes and --no-notes: saelens has no place for notes" in push(
+        run, "--notes", "--format", "saelens", code=2
+    )
 
 
 def test_notes_that_can_not_be_read_stay_in_the_repository(
