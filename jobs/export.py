@@ -69,15 +69,16 @@ def export_run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="mtc-push-") as temporary:
         directory, noted = Path(options.output or temporary), 0
         if not options.format:
-            noted = export.stage_run(
-                run, options.push, directory, options.license, options.contact, not options.no_notes
-            )
+            notes = _with_notes(options)
+            noted = export.stage_run(run, options.push, directory, options.license, options.contact, notes)
         elif not options.output:
             _write(run, directory, options)
         pushed = export.push_directory(directory, options.push, options.public)
     what = f"{options.format} of {run.url}" if options.format else f"{run.url}, to open as hf://{options.push},"
     seen = "private" if pushed.private else "public"
     also = f", with people's notes and stars on {noted} feature{'s' * (noted != 1)}" if noted else ""
+    if options.format in (None, "neuronpedia") and not pushed.private and options.notes is None:
+        also = ", without people's notes and stars, which --notes makes public"
     print(f"pushed {what} to {pushed.url} ({seen}){also}: {pushed.files} files in one commit, {pushed.commit}")
 
 
@@ -91,13 +92,19 @@ def _check(options: argparse.Namespace) -> None:
         given = ("output", "prefix", "model_type", "neuronpedia_model", "neuronpedia_set")
         if wrong := [f"--{name.replace('_', '-')}" for name in given if getattr(options, name)]:
             raise ConfigError(f"{', '.join(wrong)}: without --format the run is pushed as it is")
-    for name in ("public", "no_notes"):
-        if getattr(options, name) and not options.push:
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to --push")
+    if options.public and not options.push:
+        raise ConfigError("--public belongs to --push")
+    if options.notes is not None and options.format not in (None, "neuronpedia"):
+        raise ConfigError(f"--notes and --no-notes: {options.format} has no place for notes")
     if options.push:
         from mtc import export  # as in export_run
 
         export.check_push(options.push)
+
+
+def _with_notes(options: argparse.Namespace) -> bool:
+    """Whether people's notes go along: where everybody sees them only if that is asked for."""
+    return not options.public if options.notes is None else bool(options.notes)
 
 
 def _write(run: RunDirectory, directory: Path, options: argparse.Namespace) -> None:
@@ -116,7 +123,8 @@ def _write(run: RunDirectory, directory: Path, options: argparse.Namespace) -> N
     elif options.format == "gemma-scope-npz":
         export.write_gemma_scope(subject(run), directory)
     else:
-        export.write_neuronpedia(subject(run), run, directory, options.neuronpedia_model, options.neuronpedia_set)
+        names = options.neuronpedia_model, options.neuronpedia_set
+        export.write_neuronpedia(subject(run), run, directory, *names, _with_notes(options))
 
 
 def import_run(arguments: list[str]) -> RunDirectory | None:
@@ -152,7 +160,11 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="DIR", help="local directory that is made")
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hugging Face hub, made if need be")
     parser.add_argument("--public", action="store_true", help="everybody sees the repository; by default it is private")
-    parser.add_argument("--no-notes", action="store_true", help="leave people's notes and stars out of a pushed run")
+    parser.add_argument(
+        "--notes",
+        action=argparse.BooleanOptionalAction,
+        help="people's notes and stars go along; not where --public is",
+    )
     parser.add_argument(
         "--prefix", type=int, metavar="M", help="one of the nested dictionaries; by default all features"
     )

@@ -65,8 +65,8 @@ def _observed(
     seen: list[Tensor] = []
 
     def look(sources: Sources, mlp_out: Tensor) -> None:
-        codes = model.transcoders[layer].encode(model.source(layer, sources)[0])
-        seen.append(codes[:, chosen] * trained[:, None])
+        activations = model.transcoders[layer].encode_some(model.source(layer, sources)[0], chosen)
+        seen.append(activations * trained[:, None])
 
     logits = model.model.continuing({layer: look}).logits(ids)[0]
     return logits, seen[0]

@@ -90,7 +90,7 @@ class ReplacementModel:
         Raises CircuitError for an empty prompt, unknown ids, more tokens than the model has positions, and messages
         that the model has no template for.
         """
-        ids = np.asarray(self._ids(prompt), np.int64).reshape(-1)
+        ids = np.asarray(self.token_ids(prompt), np.int64).reshape(-1)
         limit = self.model.vocab_size
         if len(ids) and not (ids.min() >= 0 and ids.max() < limit):
             wrong = ids.min() if ids.min() < 0 else ids.max()
@@ -103,7 +103,8 @@ class ReplacementModel:
             raise CircuitError(f"prompt has {len(ids)} tokens, the model has {most} positions")
         return window
 
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
+    def token_ids(self, prompt: Prompt) -> Sequence[int]:
+        """The ids of `window`, however many. Raises CircuitError for messages that the model has no template for."""
         if isinstance(prompt, str):
             bos = self.tokenizer.bos_token_id
             return [*([] if bos is None else [bos]), *encode_text(prompt, self.tokenizer).ids.tolist()]

@@ -39,13 +39,14 @@ IMPORTER = "clkht01d40000jv08hvalcvly"
 
 
 def write_neuronpedia(
-    subject: Subject, run: RunDirectory, directory: Path, model_id: str | None = None, set_name: str | None = None
-) -> None:
-    """Write batches of all features of the prefix that fired, and their labels and notes, from the run's analysis, its
-    examples.parquet and what people noted of it.
+    subject: Subject, run: RunDirectory, directory: Path, model_id: str | None = None, set_name: str | None = None,
+    notes: bool = True,
+) -> None:  # fmt: skip
+    """Write batches of all features of the prefix that fired, and their labels, from the run's analysis and its
+    examples.parquet; and, with `notes`, what people noted of it.
 
     `model_id` and `set_name` are Neuronpedia's; by default the model's last name and `mtc-<run id>`. Raises ExportError
-    if the run was never analysed.
+    if the run was never analysed, StorageError if notes can't be read.
     """
     analysis = subject.analysis
     if analysis is None:
@@ -53,7 +54,7 @@ def write_neuronpedia(
     examples, table = run.read("examples.parquet"), pq.read_table(io.BytesIO(run.read("features.parquet")))
     labels = read_labels(run)
     known = {row.feature: row.label for row in labels}
-    notes = {feature: each.note for feature, each in read_notes(run).items() if each.note}
+    noted = {feature: each.note for feature, each in read_notes(run).items() if each.note} if notes else {}
     model_id = model_id or subject.config.model.name.split("/")[-1].split(":")[-1].lower()
     set_name = set_name or f"mtc-{subject.run_id.replace('/', '-')}".lower()
     counts = table["count"].to_pylist()[: subject.prefix]
@@ -72,13 +73,13 @@ def write_neuronpedia(
         source = f"{subject.layer}-{set_name}"
         rows = [_explanation(model_id, source, j, label_of(table, j), LABEL_TYPE) for j in some]
         rows += [_explanation(model_id, source, j, known.get(j), MODEL_TYPE) for j in some]
-        rows += [_explanation(model_id, source, j, notes.get(j), NOTE_TYPE) for j in some]
+        rows += [_explanation(model_id, source, j, noted.get(j), NOTE_TYPE) for j in some]
         _write_lines(directory / "explanations" / f"batch-{number}.jsonl.gz", [row for row in rows if row])
     types = [_type_row(LABEL_TYPE, "Machine label", "What the strongest examples have in common, by rules")]
     if labels:
         said = f"What the language model {labels[0].model} says of the feature's examples"
         types.append(_type_row(MODEL_TYPE, "Label by a language model", said))
-    if notes:
+    if noted:
         types.append(_type_row(NOTE_TYPE, "Note", "What somebody who looked at the feature says of it"))
     _write_lines(directory / "config" / "explanation_type.jsonl", types)
     skipped = {

@@ -72,7 +72,8 @@ def stage_run(
     """Copy all files of a finished run's manifest, each checked against it, with a model card for `repo`; and, with
     `notes`, what people noted of its features, as `notes.json`. Returns on how many features that is.
 
-    Checkpoints and `writer.json` are in no manifest and stay behind. Raises RunError for a damaged file.
+    Checkpoints and `writer.json` are in no manifest and stay behind. Raises RunError for a damaged file,
+    StorageError for notes that can't be read: a push without them would take them from the repository.
     """
     manifest = run.manifest()
     run.run_id = manifest.run_id

@@ -13,7 +13,7 @@ Callers always pass and get raw activations; the scaling of inputs and targets l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -39,6 +39,8 @@ FORMAT_VERSION = 2
 READABLE = ("1", "2")
 """Versions of weights files that are read; those of version 1 do not tell massive tokens."""
 RMS_EPS = 1e-6
+TOKENS_AT_ONCE = 64
+"""Whose activations of all features `encode_some` has in memory, where features compete."""
 
 
 class Codes(NamedTuple):
@@ -160,6 +162,18 @@ class MatryoshkaTranscoder(nn.Module):
             return z[:, :m] * torch.zeros_like(z).index_put((chosen.token, chosen.feature), chosen.value)[:, :m].gt(0)
         z = self.pre_activations(source, m)
         return z * (z > (self.threshold[:prefix] if self.threshold.dim() else self.threshold))
+
+    @torch.no_grad()
+    def encode_some(self, source: Tensor, features: Sequence[int]) -> Tensor:
+        """The columns of `encode(source)` for some features, [tokens, features], which cost no more than these, unless
+        all compete; raises ValueError as that does."""
+        self._check_calibrated()
+        if self.activation.thresholds == "none":
+            index = torch.tensor(features, device=source.device)
+            return torch.cat([self.encode(some)[:, index] for some in source.split(TOKENS_AT_ONCE)])
+        index = torch.tensor(features, device=self.W_enc.device)
+        z = torch.relu(torch.nn.functional.linear(self.normalise(source), self.W_enc[index], self.b_enc[index]).float())
+        return z * (z > (self.threshold[index] if self.threshold.dim() else self.threshold))
 
     def decode(self, activations: Tensor, source: Tensor | None = None) -> Tensor:
         """Raw reconstruction from activations of all features or of one prefix: [tokens, m] -> [tokens, d_target].

@@ -7,7 +7,6 @@ from serve.service.catalogue import Catalogue, Entry, SweepError
 from serve.service.circuits import Circuits
 from serve.service.feature_table import DENSE, SINGLE_TOKEN, FeatureTable, Filters
 from serve.service.models import Models
-from serve.service.notes import write_note
 from serve.service.served_run import WEIGHTS, ServedLayer, ServedRun, identities_of
 from serve.service.service import Control, Interventions, Service
 from serve.service.tokenising import Tokeniser
@@ -36,7 +35,6 @@ __all__ = [
     "TokenBatcher",
     "Tokeniser",
     "identities_of",
-    "write_note",
 ]
 
 

@@ -47,7 +47,7 @@ class Ablations:
         from mtc.circuits import ablate  # as in circuit_model; PyTorch is there by now
 
         prompt: Any = asked.prompt or asked.input_ids
-        ids = model.window(prompt).input_ids.tolist()
+        ids = model.token_ids(prompt)  # `ablate` refuses also what the model has no positions for
         limit = self._settings.max_graph_tokens
         if len(ids) > limit:
             raise too_many("input_too_long", f"the text has {len(ids)} tokens", limit, len(ids))

@@ -81,7 +81,9 @@ class CircuitModel:
                 return self._model
             since, message = self._failed.get(key, (0.0, ""))
             if message and time.monotonic() < since + FAILED_FOR_S:
-                raise ServiceError(409, "run_unusable", f"run {key.run_id} can't be steered: {message}")
+                raise ServiceError(
+                    409, "run_unusable", f"run {key.run_id} can't be loaded for interventions: {message}"
+                )
             if key not in self._loading:
                 self._loading.add(key)
                 self._worker.submit(self._bring_ahead, key)
@@ -130,7 +132,7 @@ class CircuitModel:
             with self._changed:
                 self._awaited_until = time.monotonic() + AWAITED_S
         except Exception as error:
-            logger.error("run %s can't be steered: %s", key.run_id, one_line(error))
+            logger.error("run %s can't be loaded for interventions: %s", key.run_id, one_line(error))
         finally:
             with self._changed:
                 self._loading.discard(key)

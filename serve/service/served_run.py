@@ -17,9 +17,10 @@ from typing import NamedTuple, Self
 import fsspec
 
 from mtc.config import RunConfig
-from mtc.storage import CONTEXTS, EMBEDDINGS, LABELS, Manifest, Notes, RunDirectory, RunError
+from mtc.storage import CONTEXTS, EMBEDDINGS, LABELS, Manifest, RunDirectory, RunError
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
+from serve.service.notes import LayerNotes
 from serve.service.tokenising import Tokeniser
 
 WEIGHTS = "transcoder.safetensors"
@@ -109,7 +110,7 @@ class ServedLayer:
         self.place, self.config = files
         self.number = identity.layer
         """The layer's number in the language model, from 0."""
-        self.notes = Notes(RunDirectory(run.directory.location(self.place).rstrip("/")))
+        self.notes = LayerNotes(RunDirectory(run.directory.location(self.place).rstrip("/")))
         """What people say of its features."""
 
     @property

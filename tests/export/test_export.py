@@ -290,6 +290,8 @@ def test_notes_are_explanations_of_their_own(analysed: RunDirectory, tmp_path: P
     assert found == [("3", "mine")]  # features that never fired are left out, stars are no words
     kinds = (directory / "config" / "explanation_type.jsonl").read_text().splitlines()
     assert [json.loads(kind)["name"] for kind in kinds] == ["mtc-machine-label", "mtc-note"]
+    without = export(analysed, "neuronpedia", "--no-notes")
+    assert b"mtc-note" not in gzip.decompress((without / "explanations" / "batch-0.jsonl.gz").read_bytes())
 
 
 def test_feature_files_are_what_circuit_tracer_reads(analysed: RunDirectory, tmp_path: Path) -> None:

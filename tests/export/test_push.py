@@ -155,6 +155,31 @@ def test_notes_go_along_unless_they_are_left_out(hub: Hub, push: Main, tmp_path:
     assert there.read()[3].note == "of layer1" and there.read()[3].star and not there.writable
     assert "notes and stars" not in push(run, "--no-notes")
     assert read_notes(open_run(f"hf://{REPO}/layer1")) == {}
+    public = "somebody/public"
+    assert "without people's notes and stars, which --notes makes public" in push(run, "--public", repo=public)
+    assert not [name for name in hub.repositories[public].files if "notes" in name]
+    assert "(public), with people's notes and stars on 2 features" in push(run, "--public", "--notes", repo=public)
+    assert read_notes(open_run(f"hf://{public}/layer1"))[3].note == "of layer1"
+    assert "--notes and --no-notes: saelens has no place for notes" in push(
+        run, "--notes", "--format", "saelens", code=2
+    )
+
+
+def test_notes_that_can_not_be_read_stay_in_the_repository(
+    hub: Hub, push: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    Notes(run).update(3, lambda old: old.model_copy(update={"note": "mine"}))
+    push(run)
+    before = hub.repositories[REPO].files["notes.json"]
+
+    def fail(*arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("mtc.storage.notes._local_files", fail)
+    monkeypatch.setattr("mtc.storage.notes.NOTES_PATIENCE", 0)
+    assert f"the notes of {run.url} can't be read: OSError" in push(run, code=1)
+    assert hub.repositories[REPO].files["notes.json"] == before and len(hub.repositories[REPO].commits) == 2
 
 
 def test_an_earlier_push_is_replaced_and_kept_as_a_revision(hub: Hub, push: Main, tmp_path: Path) -> None:

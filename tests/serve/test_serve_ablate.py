@@ -104,6 +104,7 @@ def test_only_where_interventions_are_on_and_within_their_limits(run: RunDirecto
     with httpx.Client(base_url=url, timeout=60) as client:
         for asked, status, told in (
             ({"prompt": "x" * 200}, 413, "the text has 201 tokens, the limit is 128"),
+            ({"prompt": "x" * 1200}, 413, "the text has 1201 tokens, the limit is 128"),  # nor has the model positions
             ({"layer": 0}, 422, "layer=0 has no transcoder"),
             ({"features": [64]}, 422, "features has 64: 0 to 9 are wanted"),
             ({"prompt": None}, 422, "give either `prompt` or `input_ids`"),

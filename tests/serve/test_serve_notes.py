@@ -5,19 +5,23 @@
 import asyncio
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from serve_local import make_analysed_run, make_layers_run, served
 from test_serve_ui import ENTER, complaints, faults, tab, texts  # noqa: F401  # tab is a fixture
 
 from mtc.client import AsyncClient, Client, ServiceError
 from mtc.storage import Notes, RunDirectory, open_run, read_notes
 from serve.http import keys
+from serve.service.notes import LayerNotes
 from tests import chromium
 
 WORDS = "<img src=x onerror=alert(1)> \u202eoaths"
@@ -114,6 +118,66 @@ def test_only_where_it_is_switched_on_and_only_as_json(run: RunDirectory, monkey
         assert read_notes(run)[3].note == "from elsewhere"
 
 
+def test_storage_that_hangs_holds_up_nothing_else(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs, release, startup = threading.Event(), threading.Event(), uvicorn.Server.startup
+
+    async def with_five_threads(*arguments: Any, **options: Any) -> None:  # as Ray Serve gives a replica
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(5))
+        await startup(*arguments, **options)
+
+    def hang(*arguments: object) -> dict[str, Any]:
+        hangs.set()
+        assert release.wait(timeout=120)
+        return {}
+
+    monkeypatch.setattr(uvicorn.Server, "startup", with_five_threads)
+    monkeypatch.setattr("serve.service.notes.FRESH_S", 0)
+    monkeypatch.setattr("serve.service.notes.WRITE_S", 0.2)
+    texts = {"inputs": ["a" * 100] * 20}  # which threads tokenise
+    with (
+        served(run, notes=True) as url,
+        httpx.Client(base_url=url, timeout=30) as client,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        assert client.post("/encode", json=texts).status_code == 200  # the models are loaded
+        assert client.get("/features").status_code == 200 and put(client, note="before").status_code == 200
+        try:
+            monkeypatch.setattr("mtc.storage.notes._local_files", hang)
+            answers = list(pool.map(lambda _: client.get("/features").json()["features"][3]["note"], range(12)))
+            assert hangs.is_set() and answers == ["before"] * 12
+            assert client.get("/features/3").json()["note"] == "before"
+            assert all(client.get(f"/ui/{page}").status_code == 200 for page in ("features", "feature/3"))
+            assert client.post("/encode", json=texts).status_code == 200
+            late = put(client, note="late")
+            assert (late.status_code, late.json()["error_type"]) == (503, "storage")
+            assert "has not answered for 0.2 s" in late.json()["error"]
+        finally:
+            release.set()
+
+
+def test_notes_that_were_never_read_are_waited_for_and_then_left_out(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Notes(run).update(3, lambda old: old.model_copy(update={"note": "there"}))
+    release = threading.Event()
+    own = LayerNotes(run)
+    ask = own._notes.read
+    monkeypatch.setattr(own._notes, "read", lambda: release.wait(timeout=120) and ask())
+
+    async def readings() -> list[Any]:
+        monkeypatch.setattr("serve.service.notes.FIRST_S", 0.1)
+        found = [await own.read()]
+        monkeypatch.setattr("serve.service.notes.FIRST_S", 1e9)  # counts from the first reading on
+        found.append(await own.read())
+        release.set()
+        assert own._reading
+        await asyncio.wrap_future(own._reading)
+        return [*found, await own.read()]
+
+    *without, found = asyncio.run(readings())
+    assert without == [{}, {}] and found[3].note == "there"
+
+
 def test_any_key_writes_from_this_services_pages_or_with_a_header(run: RunDirectory, tmp_path: Path) -> None:
     key = keys.add_key(tmp_path / "keys.json", "someone", admin=False, expires=None)
     with (
@@ -161,6 +225,28 @@ def told(tab: chromium.Page, words: str) -> None:
     tab.wait(f"document.querySelector('#note-told').textContent.includes({json.dumps(words)})")
 
 
+def starred_meanwhile(tab: chromium.Page, base: str, run: RunDirectory) -> None:
+    """A star does not make the page believe that the note which somebody else wrote meanwhile was seen."""
+    field = "document.querySelector('#note-text').value"
+    Notes(run).update(3, lambda old: old.model_copy(update={"note": "second"}))
+    tab.click("#star")
+    told(tab, "changed the note to “second”")
+    assert tab.evaluate(field) == "second"  # nothing was written in it
+    tab.evaluate("document.querySelector('#note-text').value = 'begun'")
+    Notes(run).update(3, lambda old: old.model_copy(update={"note": "third"}))
+    for _ in range(2):
+        tab.evaluate("document.querySelector('#note-told').textContent = ''")
+        tab.click("#star")
+        told(tab, "changed the note to “third”")
+    assert tab.evaluate(field) == "begun"
+    tab.click("#note button:not(#star)")
+    told(tab, "Save again to replace that")
+    assert read_notes(run)[3].note == "third" and tab.evaluate(field) == "begun"
+    tab.click("#note button:not(#star)")
+    told(tab, "Kept beside the run")
+    assert read_notes(run)[3].note == "begun"
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_a_page_keeps_notes_beside_the_run(
     tab: chromium.Page,
@@ -195,7 +281,8 @@ def test_a_page_keeps_notes_beside_the_run(
     tab.press(*ENTER)
     told(tab, "Kept beside the run")
     assert read_notes(run)[3].note == "mine"
-    Notes(run).update(1, lambda old: old.model_copy(update={"note": "its parent"}))
+    starred_meanwhile(tab, base, run)
+    httpx.put(f"{base}/features/1/note", json={"note": "its parent"}, timeout=60)
     child = httpx.get(f"{base}/ui/feature/7", timeout=60).text
     assert '1</a> <span class="label">its parent</span>' in child  # 1 goes by that where another page names it
 

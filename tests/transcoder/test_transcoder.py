@@ -262,6 +262,7 @@ def test_each_feature_may_have_a_threshold_of_its_own(tmp_path):
         expected = torch.stack([torch.where(z[:, j] > 0.1 + 1.4 * j / (F - 1), z[:, j], 0.0) for j in range(F)], dim=1)
         torch.testing.assert_close(again.encode(x), expected)
         torch.testing.assert_close(again.encode(x, 16), expected[:, :16])
+        torch.testing.assert_close(again.encode_some(x, [F - 1, 3]), expected[:, [F - 1, 3]])
         codes = again.encode_sparse(x)
         filled = torch.zeros_like(expected).index_put((codes.token, codes.feature), codes.value)
         torch.testing.assert_close(filled, expected)
@@ -279,7 +280,7 @@ def test_topk_has_the_k_largest_of_each_token_at_inference_too(tmp_path, rank):
         t.b_enc[:] -= 2  # fewer than k are positive on some tokens
     (tmp_path / "t").write_bytes(t.to_bytes())
     t = MatryoshkaTranscoder.load(str(tmp_path / "t"))
-    x, _ = data(tokens=50)
+    x, _ = data(tokens=150)
     with torch.no_grad():
         z = torch.relu(x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() @ t.W_enc.T + t.b_enc)
         expected = torch.zeros_like(z)
@@ -287,7 +288,8 @@ def test_topk_has_the_k_largest_of_each_token_at_inference_too(tmp_path, rank):
             order = row * t.W_dec.norm(dim=1) if rank == "contribution" else row
             for j in sorted(range(F), key=lambda j: -order[j].item())[:K]:
                 out[j] = row[j] if order[j] > 0 else 0
-        assert 0 < ((expected > 0).sum(1) < K).sum() < 50
+        assert 0 < ((expected > 0).sum(1) < K).sum() < 150
+        torch.testing.assert_close(t.encode_some(x, [9, 3]), expected[:, [9, 3]])
         for m in (F, *t.prefixes):
             torch.testing.assert_close(t.encode(x, m), expected[:, :m])
             for search in (False, True):

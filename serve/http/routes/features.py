@@ -30,7 +30,7 @@ from serve.http.bodies import read_json
 from serve.http.formats import usage
 from serve.http.openapi import json_body
 from serve.http.routes.common import Layer, Model, TheService, errors, request_id_of
-from serve.service import FeatureTable, Filters, ServedLayer, Service, write_note
+from serve.service import FeatureTable, Filters, ServedLayer, Service
 from serve.service.by_text import by_text
 from serve.service.surroundings import near_misses, together
 
@@ -75,7 +75,7 @@ async def features_by_text(request: Request, service: TheService) -> Response:
 async def feature(service: TheService, feature: Index, model: Model = None, layer: Layer = None) -> Response:
     """All that the analysis says of one feature, and what someone noted of it."""
     own, table = await analysed(service, model, layer)
-    noted = (await asyncio.to_thread(own.notes.read)).get(feature, FeatureNote())
+    noted = (await own.notes.read()).get(feature, FeatureNote())
     answer = FeatureResponse(
         run_id=own.run_id, layer=own.number, feature=table.feature(feature),
         labels=table.labels_of(feature), histogram_edges=list(table.analysis.activation_edges),
@@ -147,8 +147,9 @@ async def note(
         message = "notes are not written here: start the service with --notes (the setting `notes`)"
         raise ServiceError(409, "no_notes", message)
     asked = await read_json(request, NoteRequest, service.settings)
-    own = await service.layer(model, layer)
-    kept = await asyncio.to_thread(write_note, own, feature, asked)
+    own, table = await analysed(service, model, layer)
+    table.check(feature)
+    kept = await own.notes.write(own.run_id, feature, asked)
     answer = NoteResponse(
         run_id=own.run_id, layer=own.number, feature=feature, note=kept.note, star=kept.star, note_changed=kept.changed
     )
@@ -161,7 +162,7 @@ async def page(
     """See FeatureTable.page, and the notes of now; raises also as `Service.query_vector`."""
     by_meaning = query.query is not None and query.by == "meaning"
     vector = await service.query_vector(table, query.query) if query.query is not None and by_meaning else None
-    notes = await asyncio.to_thread(own.notes.read)
+    notes = await own.notes.read()
     return *await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor, notes, vector), notes
 
 

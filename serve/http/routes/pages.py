@@ -80,7 +80,7 @@ async def feature(
     """All that is known of one feature; `examples` of each part, with `context` tokens on each side of the peak."""
     own, table = await analysed(service, model, layer)
     link = query(model=model, layer=layer)
-    notes = await asyncio.to_thread(own.notes.read)
+    notes = await own.notes.read()
     bos = own.run.tokeniser.bos if service.settings.interventions else None
     shown = await asyncio.to_thread(content, table, feature, examples, context, link, notes, bos)
     frame = await _frame(request, service, own, "feature", model, layer)

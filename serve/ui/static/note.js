@@ -8,6 +8,21 @@ let kept = form.dataset.kept !== undefined;
 let now = { note: element("note-text").value || null, star: element("star").getAttribute("aria-pressed") === "true",
   note_changed: form.dataset.changed || null };
 
+// The note that the field's words come from: saving them is refused if it is another one by then.
+let seen = now;
+const written = () => element("note-text").value.trim() || null;
+
+// What the service keeps after a change. A star brings a note that somebody else wrote meanwhile: it is shown where that
+// costs no words, and not taken for seen where it does.
+function take(answer, part) {
+  const words = answer.note !== seen.note && !("note" in part)
+    ? ` Someone else changed the note to “${visible(answer.note ?? "")}”.` : "";
+  if (words && written() === seen.note) element("note-text").value = answer.note ?? "";
+  if (!words || written() === answer.note) seen = answer;
+  now = answer;
+  return words;
+}
+
 function draw() {
   element("star").setAttribute("aria-pressed", now.star);
   element("noted").replaceChildren(...shown(now, "span"));
@@ -20,12 +35,12 @@ async function change(part) {
   if (kept) {
     try {
       tell("Saving …");
-      now = await (await call(link, json(part, "PUT"), undefined, tell)).json();
-      tell("Kept beside the run.");
+      const words = take(await (await call(link, json(part, "PUT"), undefined, tell)).json(), part);
+      tell(`Kept beside the run.${words}`);
       return draw();
     } catch (error) {
       if (error.kind === "note_changed") {
-        now = error.detail;
+        now = seen = error.detail;
         draw();
         return tell(`Someone else changed it to “${visible(now.note ?? "")}”. Save again to replace that.`);
       }
@@ -54,5 +69,5 @@ form.hidden = false;
 element("star").addEventListener("click", () => change({ star: !now.star }));
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  change({ note: element("note-text").value.trim() || null, seen: now.note_changed });
+  change({ note: written(), seen: seen.note_changed });
 });
