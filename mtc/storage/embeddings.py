@@ -55,8 +55,8 @@ def parse_embeddings(data: bytes, name: str) -> Embeddings:
         size = int.from_bytes(data[:8], "little")
         header, content = json.loads(data[8 : 8 + size]), memoryview(data)[8 + size :]
         about = header["__metadata__"]
-        kinds = {"features": np.int32, "digests": np.uint8, "vectors": np.float16}
-        found = Embeddings(about["model"], *(_view(content, header[n], kind) for n, kind in kinds.items()))
+        kinds = {"features": ("I32", np.int32), "digests": ("U8", np.uint8), "vectors": ("F16", np.float16)}
+        found = Embeddings(about["model"], *(_view(content, header[n], *kind) for n, kind in kinds.items()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{name}/{EMBEDDINGS} holds no vectors of labels: {error!r}") from None
     rows = len(found.features)
@@ -66,9 +66,9 @@ def parse_embeddings(data: bytes, name: str) -> Embeddings:
     return found
 
 
-def _view(content: memoryview, entry: dict[str, Any], kind: type) -> NDArray[Any]:
+def _view(content: memoryview, entry: dict[str, Any], name: str, kind: type) -> NDArray[Any]:
     """A tensor of a safetensors file, read-only, without a copy; `safetensors.numpy.load` makes one."""
     start, end = entry["data_offsets"]
-    if entry["dtype"] != {np.int32: "I32", np.uint8: "U8", np.float16: "F16"}[kind] or not 0 <= start <= end:
+    if entry["dtype"] != name or not 0 <= start <= end:
         raise ValueError(f"{entry['dtype']} at {start} to {end}")
     return np.frombuffer(content[start:end], kind).reshape(entry["shape"])
