@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from mtc.labels.budget import Budget
 from mtc.labels.prompts import cut
-from mtc.labels.transport import EndpointError, MayPass, Transport, tokens_of
+from mtc.labels.transport import GIVEN_UP, EndpointError, MayPass, Transport, tokens_of
 from mtc.storage import Embeddings, RunDirectory, label_digest, read_features
 from mtc.vectors import LARGEST, PATH, UnusableVectors, question, read_vectors
 
 BATCH = 64
-"""Labels of one request."""
+"""Most labels of one request."""
 Vector = NDArray[np.float16]
 
 
@@ -44,14 +44,19 @@ class Texts(NamedTuple):
 class Vectors(NamedTuple):
     """What came of a request."""
 
-    vectors: NDArray[np.float32] | None
-    """[texts, dimensions] of length 1; None where there is a failure."""
-    failure: str | None
-    """Why there are none, in a few words."""
+    found: dict[str, NDArray[np.float32]]
+    """By label its vector, [dimensions] of length 1."""
+    failures: dict[str, int]
+    """Labels without one, by the reason in a few words."""
     prompt_tokens: int
     """Tokens of the labels, as the endpoint counted them; estimated if it did not."""
     answer_tokens: int = 0
     """Tokens of the answer, which costs none."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why there are none at all."""
+        return None if self.found else next(iter(self.failures), None)
 
 
 class VectorCost(NamedTuple):
@@ -91,6 +96,7 @@ class Embedder:
     ):  # fmt: skip
         self.model = model
         self._transport = Transport(url, PATH, key, concurrency, seconds, attempts, first_pause, LARGEST)
+        self._answered, self._refused = False, 0
 
     def __enter__(self) -> Embedder:
         return self
@@ -108,12 +114,28 @@ class Embedder:
         return self._transport.stream(batches, self._ask)
 
     def _ask(self, batch: Texts) -> Vectors:
-        cost = tokens_of(batch.text)
+        """The vectors of a request; of one that is refused those of its halves, until only what the endpoint does not
+        take has none."""
+        cost, size = tokens_of(batch.text), len(batch.texts)
         found = self._transport.patiently(lambda: self._attempt(batch), cost)
-        if found.answer is None:
-            return Vectors(None, found.failure, found.broken)
-        vectors, tokens = found.answer
-        return Vectors(vectors, None, (cost if tokens is None else tokens) + found.broken)
+        if found.answer is not None:
+            self._answered = True
+            vectors, tokens = found.answer
+            spent = (cost if tokens is None else tokens) + found.broken
+            return Vectors(dict(zip(batch.texts, vectors, strict=True)), {}, spent)
+        failure = found.failure or ""
+        if not found.refused or self._transport.ended:
+            return Vectors({}, {failure: size}, found.broken)
+        if size == 1:
+            self._refused += 1
+            if self._refused >= GIVEN_UP and not self._answered:  # it is not the labels
+                raise self._transport.given_up(self._refused, failure)
+            return Vectors({}, {failure: 1}, found.broken)
+        halves = batch.texts[: size // 2], batch.texts[size // 2 :]
+        one, other = (self._ask(Texts(half)) for half in halves)
+        failures = Counter(one.failures) + Counter(other.failures)
+        spent = one.prompt_tokens + other.prompt_tokens + found.broken
+        return Vectors(one.found | other.found, dict(failures), spent)
 
     def _attempt(self, batch: Texts) -> tuple[NDArray[np.float32], int | None]:
         content = self._transport.post(question(self.model, [cut(text) for text in batch.texts]))
@@ -160,17 +182,19 @@ def embed(
     for batch, answer in embedder.vectors(_within(batches, budget)):
         budget.settle(batch, answer)
         tokens += answer.prompt_tokens
-        if answer.vectors is None:
-            failures[answer.failure or ""] += len(batch.texts)
+        failures.update(answer.failures)
+        for text, vector in answer.found.items():
+            there = len(next(iter(found.values()), vector))
+            if len(vector) != there:
+                raise EndpointError(
+                    f"{embedder.shown} gives vectors of {len(vector)} dimensions, earlier ones of {embedder.model} "
+                    f"have {there}: another model goes by this name now; remove embeddings.safetensors and "
+                    "labelling/embeddings.safetensors, or name another"
+                )
+            found[label_digest(text)] = vector.astype(np.float16)
+        if answer.failure:
             continue
-        there, new = next((len(vector) for vector in found.values()), None), answer.vectors.shape[1]
-        if there not in (None, new):
-            raise EndpointError(
-                f"{embedder.shown} gives vectors of {new} dimensions, earlier ones of {embedder.model} have {there}: "
-                "another model goes by this name now; remove embeddings.safetensors, or name another"
-            )
-        asked += len(batch.texts)
-        found |= zip(map(label_digest, batch.texts), answer.vectors.astype(np.float16), strict=True)
+        asked += len(answer.found)
         tell(asked, of, so_far)
     return Embedded(so_far(), len(labels), asked, tokens, dict(failures.most_common()), not budget.exhausted)
 

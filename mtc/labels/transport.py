@@ -72,6 +72,8 @@ class Result(NamedTuple, Generic[T]):
     """Why there is none, in a word or two."""
     broken: int
     """Tokens of attempts that came to nothing although the endpoint had the whole question."""
+    refused: bool = False
+    """Whether the endpoint does not answer this question, however often it is asked."""
 
 
 END = object()
@@ -134,6 +136,11 @@ class Transport:
         self._stop.set()
         self._client.close()
 
+    @property
+    def ended(self) -> bool:
+        """Whether answers are no longer waited for."""
+        return self._stop.is_set()
+
     def stream(self, questions: Iterable[Q | Known[Q, A] | None], ask: Callable[[Q], A]) -> Iterator[tuple[Q, A]]:
         """The answers that `ask` gives in threads, as they come, `concurrency` questions being asked at a time; those
         that are known are handed through, and None is waited at for another answer. Raises EndpointError if the
@@ -148,6 +155,7 @@ class Transport:
                         if item is None:
                             break
                         if isinstance(item, Known):
+                            silent = 0
                             yield item
                         elif item is END:
                             ended = True
@@ -161,7 +169,7 @@ class Transport:
                         silent = silent + 1 if answer.failure else 0
                         yield question, answer
                         if silent >= GIVEN_UP:
-                            raise self._given_up(silent, answer.failure or "")
+                            raise self.given_up(silent, answer.failure or "")
             finally:
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -192,7 +200,7 @@ class Transport:
         try:
             answer = retrying(counted)
         except (MayPass, Unusable) as error:
-            return Result(None, str(error), broken)
+            return Result(None, str(error), broken, isinstance(error, Unusable))
         self._answered = True
         return Result(answer, None, broken)
 
@@ -210,7 +218,8 @@ class Transport:
         self._refusal = said
         raise Unusable(f"status {status}", status, content, said)  # such as a prompt that is too long for the model
 
-    def _given_up(self, silent: int, failure: str) -> EndpointError:
+    def given_up(self, silent: int, failure: str) -> EndpointError:
+        """What ends a job after so many questions in a row without an answer, the last for that reason."""
         text = f"{self.shown}: {silent} questions in a row without an answer, the last: {failure}"
         if failure.startswith("status 4") and failure not in [f"status {status}" for status in PASSING]:
             return EndpointError(f"{text}: {self._refusal}")

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from mtc.storage.runs import RunError
 
@@ -50,16 +49,26 @@ def embeddings_to_bytes(found: Embeddings) -> bytes:
 
 
 def parse_embeddings(data: bytes, name: str) -> Embeddings:
-    """The vectors of a file that the run `name` has. Raises RunError for what is none, or of another version."""
+    """The vectors of a file that the run `name` has, as views of it: it may have hundreds of megabytes. Raises RunError
+    for what is none, or of another version."""
     try:
         size = int.from_bytes(data[:8], "little")
-        about = json.loads(data[8 : 8 + size])["__metadata__"]
-        tensors = load(data)
-        found = Embeddings(about["model"], *(tensors[n] for n in ("features", "digests", "vectors")))
-    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        header, content = json.loads(data[8 : 8 + size]), memoryview(data)[8 + size :]
+        about = header["__metadata__"]
+        kinds = {"features": ("I32", np.int32), "digests": ("U8", np.uint8), "vectors": ("F16", np.float16)}
+        found = Embeddings(about["model"], *(_view(content, header[n], *kind) for n, kind in kinds.items()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{name}/{EMBEDDINGS} holds no vectors of labels: {error!r}") from None
     rows = len(found.features)
     fits = found.vectors.ndim == 2 and len(found.vectors) == rows and found.digests.shape == (rows, DIGEST_BYTES)
     if about.get("format_version") != VERSION or not fits:
         raise RunError(f"{name}/{EMBEDDINGS} is of an unknown format; this version reads format_version {VERSION}")
     return found
+
+
+def _view(content: memoryview, entry: dict[str, Any], name: str, kind: type) -> NDArray[Any]:
+    """A tensor of a safetensors file, read-only, without a copy; `safetensors.numpy.load` makes one."""
+    start, end = entry["data_offsets"]
+    if entry["dtype"] != name or not 0 <= start <= end:
+        raise ValueError(f"{entry['dtype']} at {start} to {end}")
+    return np.frombuffer(content[start:end], kind).reshape(entry["shape"])

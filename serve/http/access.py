@@ -195,6 +195,11 @@ def same_origin(scope: Scope) -> bool:
     return _header(scope, b"origin") in (f"http://{host}", f"https://{host}")
 
 
+def cross_site(scope: Scope) -> bool:
+    """Whether another site's page made the browser ask, such as by an image's address."""
+    return _header(scope, b"sec-fetch-site") == "cross-site"
+
+
 def _is_local(scope: Scope) -> bool:
     ends = [scope.get("server"), scope.get("client")]
     addresses = [end[0] for end in ends if end]

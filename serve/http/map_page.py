@@ -3,7 +3,13 @@ for the script that draws them anew at every zoom."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import gzip
+import hashlib
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import orjson
 
@@ -17,6 +23,33 @@ MOST_ROOTS, MOST_LINES = 200, 1500
 """Families of a page of the outline, and lines of one of them; the page ends with the family that makes them more."""
 MOST_CHILDREN = 40
 """Children of a feature that the outline names."""
+
+
+T = TypeVar("T")
+
+
+class Points(NamedTuple):
+    """The points of the map, for its script."""
+
+    packed: bytes
+    """Their JSON, by gzip."""
+    tag: str
+    """What tells them from others, in quotation marks."""
+
+
+def _once(make: Callable[[FeatureTable], T]) -> Callable[[FeatureTable], T]:
+    """What is made of a table, once for as long as the table lives, which never changes: notes stand elsewhere."""
+    made: WeakKeyDictionary[FeatureTable, T] = WeakKeyDictionary()
+    lock = threading.Lock()
+
+    @wraps(make)
+    def kept(table: FeatureTable) -> T:
+        with lock:
+            if table not in made:
+                made[table] = make(table)
+            return made[table]
+
+    return kept
 
 
 class Line(NamedTuple):
@@ -60,6 +93,7 @@ def outline(table: FeatureTable, first: int) -> Outline:
     return Outline(lines, first, end if end < len(plan.roots) else None, len(plan.roots))
 
 
+@_once
 def drawing(table: FeatureTable) -> list[tuple[int, int, str]]:
     """For each group its index, how many features of it are on the map, and a path with a dot for each of them."""
     plan = table.plan
@@ -71,17 +105,18 @@ def drawing(table: FeatureTable) -> list[tuple[int, int, str]]:
     return found
 
 
-def points(table: FeatureTable) -> bytes:
-    """JSON of all features on the map, in columns: feature, x, y (from 0 to `size`), group, parent (-1 without one),
-    label."""
+@_once
+def points(table: FeatureTable) -> Points:
+    """All features on the map, in columns: feature, x, y (from 0 to `size`), group, parent (-1 without one), label."""
     plan = table.plan
     placed, places = plan.placed, plan.places(SIZE)
     labels = table.labels
-    return orjson.dumps({
+    body = orjson.dumps({
         "size": SIZE, "feature": placed.tolist(), "x": places[:, 0].tolist(), "y": places[:, 1].tolist(),
         "group": plan.group[placed].tolist(), "parent": plan.parent[placed].tolist(),
         "label": [labels[i] for i in placed.tolist()],
     })  # fmt: skip
+    return Points(gzip.compress(body, 6, mtime=0), f'"{hashlib.sha256(body).hexdigest()[:32]}"')
 
 
 def content(table: FeatureTable, first: int) -> dict[str, Any]:

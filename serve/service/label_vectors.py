@@ -12,6 +12,12 @@ from mtc.storage import label_digest, parse_embeddings
 NEAREST = 1000
 """Features that a search by meaning finds, of those that pass the filters: every label is somehow near."""
 
+MOST_BYTES = 600_000_000
+"""Bytes of a file of vectors above which it is not read, since in memory they are twice as many: 65,536 of 4,096
+dimensions have 538 million."""
+ROWS = 1024
+"""Vectors that are converted at a time."""
+
 
 class LabelVectors:
     """The vectors of a transcoder's labels, for any number of threads: float32, [labels, dimensions].
@@ -27,11 +33,15 @@ class LabelVectors:
             j < len(labels) and (label := labels[j]) is not None and label_digest(label) == digest.tobytes()
             for j, digest in zip(found.features.tolist(), found.digests, strict=True)
         ]
-        kept = np.array(current, bool)
+        kept = np.flatnonzero(current)
         self._features = found.features[kept]
-        self._vectors = found.vectors[kept].astype(np.float32)  # numpy multiplies float16 a hundred times slower
-        # Stored as float16, they are a little longer or shorter than 1.
-        self._vectors /= np.maximum(np.linalg.norm(self._vectors, axis=1, keepdims=True), np.float32(1e-12))
+        # As float16 a search would take twice as long, in parts that are converted, or a hundred times.
+        self._vectors = np.empty((len(kept), found.vectors.shape[1]), np.float32)
+        for start in range(0, len(kept), ROWS):
+            part = found.vectors[kept[start : start + ROWS]].astype(np.float32)
+            # Stored as float16, they are a little longer or shorter than 1.
+            part /= np.maximum(np.linalg.norm(part, axis=1, keepdims=True), np.float32(1e-12))
+            self._vectors[start : start + ROWS] = part
         self._total = len(labels)
 
     def __len__(self) -> int:

@@ -37,15 +37,16 @@ class QueryVectors:
         self._seconds = settings.embeddings_timeout_s
         self._client: httpx.AsyncClient | None = None
         self._waiting = 0
-        self._kept: OrderedDict[tuple[str, str], NDArray[np.float32]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str, int], NDArray[np.float32]] = OrderedDict()
 
     async def vector(self, model: str, query: str, dimensions: int) -> NDArray[np.float32]:
         """A query's vector of length 1, [dimensions] float32.
 
         Raises ServiceError: 429 if too many wait, 503 if the endpoint does not answer, 502 if its answer is of no use.
         """
-        if (kept := self._kept.get((model, query))) is not None:
-            self._kept.move_to_end((model, query))
+        asked = (model, query, dimensions)  # of two runs, another model may go by the same name
+        if (kept := self._kept.get(asked)) is not None:
+            self._kept.move_to_end(asked)
             return kept
         if self._waiting >= AT_ONCE:
             message = f"{self._waiting} searches by meaning wait for their vectors, the limit is {AT_ONCE}"
@@ -73,7 +74,7 @@ class QueryVectors:
         vector = found[0]
         if len(vector) != dimensions:
             raise _useless(f"gave a vector of {len(vector)} dimensions, those of the labels have {dimensions}")
-        self._kept[model, query] = vector
+        self._kept[asked] = vector
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return vector

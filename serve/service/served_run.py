@@ -20,6 +20,7 @@ from mtc.config import RunConfig
 from mtc.storage import CONTEXTS, EMBEDDINGS, LABELS, Manifest, RunDirectory, RunError
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
+from serve.service.label_vectors import MOST_BYTES
 from serve.service.notes import LayerNotes
 from serve.service.tokenising import Tokeniser
 
@@ -88,6 +89,12 @@ class ServedRun:
             raise RunError(f"{self.key.run_id}: {name} is not what the manifest says")
         return data
 
+    def _read_vectors(self, name: str) -> bytes:
+        """The file of a layer's vectors; raises as `read`, and RunError for one that is too large."""
+        if (size := self.manifest.files[name].bytes) > MOST_BYTES:
+            raise RunError(f"{name} has {size} bytes, the limit is {MOST_BYTES}: make vectors of fewer dimensions")
+        return self.read(name)
+
     def _open_table(self, layer: int) -> FeatureTable:
         place = self.layers[layer].place
         optional = [LABELS] if place + LABELS in self.manifest.files else []
@@ -95,8 +102,8 @@ class ServedRun:
         state = " ".join(self.manifest.files[name].sha256 for name in (place + WEIGHTS, *names))
         features, examples, analysis, *labels = map(self.read, names)
         contexts, vectors = (
-            partial(self.read, place + name) if place + name in self.manifest.files else None
-            for name in (CONTEXTS, EMBEDDINGS)
+            partial(read, place + name) if place + name in self.manifest.files else None
+            for name, read in ((CONTEXTS, self.read), (EMBEDDINGS, self._read_vectors))
         )
         files = AnalysisFiles(features, examples, analysis, labels[0] if labels else None, contexts, vectors)
         return FeatureTable((self.key.run_id + f"/{place}").rstrip("/"), state, files)

@@ -52,6 +52,8 @@ class RulesEndpoint(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.embedded: list[str] = []
         """Texts whose vectors were asked for."""
+        self.most_texts = 1 << 30
+        """Texts of a request for vectors above which it is refused."""
         self.seen: Counter[str] = Counter()
         self.at_once = self.most_at_once = 0
         self.delay, self.forbidden, self.thought = 0.0, "", "<think>Is it [0]?</think>"
@@ -180,6 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
         if how == "unreadable":
             return self._send(200, b"<html>gateway</html>")
         if self.path.endswith("/embeddings"):
+            if len(body["input"]) > self.server.most_texts:
+                return self._send(413, b'{"error": "too many texts"}')
+            if self.server.forbidden in body["input"]:
+                return self._send(400, b'{"error": "a text is too long"}')
             usage = {"prompt_tokens": sum(map(self.server.count, body["input"]))}
             return self._whole(how, {"data": vectors_of(how, body["input"]), "usage": usage})
         text, logprobs = self._text(how, prompt)

@@ -77,6 +77,29 @@ def test_requests_are_batches_and_the_limit_holds(server: RulesEndpoint) -> None
     assert cost.tokens == pytest.approx(sum(map(server.count, labels.values())), rel=0.3)
 
 
+def test_a_request_that_is_refused_is_halved(server: RulesEndpoint) -> None:
+    """Until it is as small as the endpoint takes it, or only the label that it does not take is left."""
+    labels = {j: f"label {j} of many" for j in range(3 * BATCH)}
+    server.most_texts = BATCH // 2
+    found, budget = ask(server, labels, most=10**5)
+    assert found.embeddings is not None and found.failures == {}
+    assert found.embeddings.features.tolist() == list(labels)
+    assert [len(asked["input"]) for asked in server.asked].count(BATCH // 2) == 6 and len(server.asked) == 9
+    assert found.tokens == budget.spent == sum(map(server.count, labels.values())), "what is refused costs nothing"
+    server.most_texts, server.forbidden = BATCH, labels[70]
+    found, budget = ask(server, labels)
+    assert found.embeddings is not None and found.failures == {"status 400": 1} and found.asked == len(labels) - 1
+    assert found.embeddings.features.tolist() == [j for j in labels if j != 70]
+    for vector, label in zip(
+        found.embeddings.vectors.astype(float), (labels[j] for j in labels if j != 70), strict=True
+    ):
+        expected = np.array(vector_of(label))
+        np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-3)
+    server.asked.clear()
+    ask(server, labels, known=found.embeddings)
+    assert [asked["input"] for asked in server.asked] == [[labels[70]]]
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -94,6 +117,7 @@ def test_answers_of_no_use_are_counted(server: RulesEndpoint, model: str, reason
     with pytest.raises(EndpointError, match="20 questions in a row without an answer") as ended:
         ask(server, {j: f"label {j}" for j in range(20 * BATCH)}, model=model, attempts=1)
     assert isinstance(ended.value, EndpointDown) == (model != "too-long")
+    assert len(server.asked) < 300, "an endpoint that refuses everything is not asked for each label"
 
 
 def test_what_is_refused_for_good_ends_it(server: RulesEndpoint) -> None:
@@ -105,8 +129,9 @@ def test_what_is_refused_for_good_ends_it(server: RulesEndpoint) -> None:
     first = ask(server, model="wider")[0].embeddings
     assert first is not None
     narrow = first._replace(vectors=first.vectors[:, :-1])
-    with pytest.raises(EndpointError, match="gives vectors of 65 dimensions, earlier ones of wider have 64"):
+    with pytest.raises(EndpointError, match="gives vectors of 65 dimensions, earlier ones of wider have 64") as ended:
         ask(server, {9: "new"}, model="wider", known=narrow)
+    assert "remove embeddings.safetensors and labelling/embeddings.safetensors" in str(ended.value)
 
 
 def test_what_is_no_answer_is_none() -> None:

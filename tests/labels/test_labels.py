@@ -25,10 +25,11 @@ from mtc.labels import (
     estimate,
     summarise,
 )
+from mtc.labels.endpoint import Answer
 from mtc.labels.evidence import KEPT_ACTIVE, Context
 from mtc.labels.prompts import Marked, explain, marked
 from mtc.labels.scores import balanced, correlation, sheets
-from mtc.labels.transport import GIVEN_UP
+from mtc.labels.transport import GIVEN_UP, Known, Transport
 from mtc.storage import RunDirectory, RunError, labels_to_parquet, parse_labels
 from tests.labels.planted import WORDS, write_planted
 from tests.labels.rules_endpoint import RulesEndpoint, data_of, kind_of
@@ -212,6 +213,21 @@ def test_an_endpoint_that_gives_no_answer_is_given_up_and_nothing_is_lost(
     assert labelling.labelled == WITH_EXAMPLES
     explained = [a for a in server.asked if kind_of(a["messages"][0]["content"]) == "explain"]
     assert len(explained) == WITH_EXAMPLES + 1 and before == 3, "each once, and the parent twice"
+
+
+def test_what_is_refused_again_does_not_end_what_is_done() -> None:
+    """More questions than may go without an answer in a row, but others between them have theirs."""
+    refused = Answer("", "status 400", 0, 0)
+    answered = Answer("yes", None, 1, 1)
+
+    def ask(question: int) -> Answer:
+        return answered if question % 4 else refused
+
+    with Transport("http://127.0.0.1:1/v1", "/chat", concurrency=4) as transport:
+        first = dict(transport.stream(range(4 * GIVEN_UP + 20), ask))
+        known = (question if answer.failure else Known(question, answer) for question, answer in sorted(first.items()))
+        assert dict(transport.stream(known, ask)) == first
+    assert sum(answer is refused for answer in first.values()) == GIVEN_UP + 5
 
 
 @pytest.mark.parametrize(("model", "status"), [("unknown-model", 404), ("forbidden", 401)])

@@ -6,7 +6,9 @@ import html
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from serve_local import make_analysed_run, make_layers_run, served
 from mtc.report.format import visible
 from mtc.storage import RunDirectory
 from serve.http import map_page
+from serve.service.feature_map import FeatureMap
 from tests import chromium
 from tests.serve.test_serve_ui import complaints, faults, texts
 
@@ -115,6 +118,28 @@ def test_points_are_those_of_the_table(url: str, runs: list[RunDirectory]) -> No
         assert gzip.decompress(b"".join(packed.iter_raw())) == answer.content
     other = get(f"{url}/ui/map.json", params={"model": "deep"}, headers={"if-none-match": answer.headers["etag"]})
     assert other.status_code == 200
+
+
+def test_it_is_computed_once(runs: list[RunDirectory], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever asks first, and not for those that have it already."""
+    made, whole = list[int](), FeatureMap.places
+    monkeypatch.setattr(FeatureMap, "places", lambda *args: (made.append(1), whole(*args))[1])
+    monkeypatch.setattr(
+        map_page.gzip, "compress", lambda *args, **more: (made.append(2), zlib.compress(args[0], wbits=31))[1]
+    )
+    with served(*runs) as url, ThreadPoolExecutor(8) as pool:
+        get(f"{url}/features/0")  # which opens the table
+        answers = list(pool.map(get, [f"{url}/ui/map.json"] * 8))
+        assert made == [1, 2] and len({(a.content, a.headers["etag"]) for a in answers}) == 1
+        tag = answers[0].headers["etag"]
+        assert tag.startswith('W/"') and answers[0].headers["content-encoding"] == "gzip"
+        again = get(f"{url}/ui/map.json", headers={"if-none-match": tag})
+        plain = get(f"{url}/ui/map.json", headers={"accept-encoding": "identity"})
+        assert again.status_code == 304 and plain.headers["etag"] == tag.removeprefix("W/")
+        assert plain.content == answers[0].content and made == [1, 2]
+        pages = {re.sub(r"nonce-\S+", "", get(f"{url}/ui/map").text) for _ in range(3)}
+        assert len(pages) == 1 and made == [1, 2, 1]
+        assert get(f"{url}/ui/map.json", params={"model": "deep"}).headers["etag"] != tag
 
 
 def test_it_reads_without_a_script(url: str) -> None:

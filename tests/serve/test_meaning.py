@@ -14,9 +14,18 @@ from pydantic import ValidationError
 from serve_local import LocalControl, make_analysed_run, make_layers_run, make_service, served
 
 from mtc.results import FeatureLabel
-from mtc.storage import Embeddings, RunDirectory, embeddings_to_bytes, label_digest, labels_to_parquet
+from mtc.storage import (
+    Embeddings,
+    RunDirectory,
+    embeddings_to_bytes,
+    label_digest,
+    labels_to_parquet,
+    open_run,
+    parse_embeddings,
+)
 from serve.contract import ServiceError, Settings
-from serve.service.label_vectors import NEAREST, nearest
+from serve.service import label_vectors, served_run
+from serve.service.label_vectors import NEAREST, LabelVectors, nearest
 from serve.service.query_vectors import AT_ONCE
 from tests.labels.rules_endpoint import RulesEndpoint, vector_of
 
@@ -146,6 +155,44 @@ def test_what_is_missing_is_named(
         assert httpx.get(f"{url}/features", params={"query": "the", "model": "damaged"}, timeout=60).status_code == 200
 
 
+def test_pages_of_other_sites_spend_no_tokens(run: RunDirectory, server: RulesEndpoint) -> None:
+    """An image's address is asked for without an Origin; a listed page's script sends its own."""
+    asked, before = {"query": "an army of images", "by": "meaning"}, len(server.asked)
+    listed = "https://app.example.org"
+    with served(run, embeddings=server.url, cors_origins=(listed,)) as url:
+        with httpx.Client(base_url=url, timeout=60, headers={"Sec-Fetch-Site": "cross-site"}) as other:
+            for path, origin in (
+                ("/features", {}),
+                ("/ui/features", {}),
+                ("/features", {"Origin": "https://evil.example"}),
+            ):
+                answer = other.get(path, params=asked, headers=origin)
+                assert answer.status_code == 403 and "another site" in answer.text and len(server.asked) == before
+            assert other.get("/features", params=asked).json()["error_type"] == "forbidden"
+            assert other.get("/features", params=asked | {"by": "words"}).status_code == 200
+            assert other.get("/features", params=asked, headers={"Origin": listed}).status_code == 200
+        for site in ("same-origin", "none"):
+            assert httpx.get(f"{url}/features", params=asked, headers={"Sec-Fetch-Site": site}).status_code == 200
+
+
+def test_a_kept_vector_is_of_the_dimensions_that_are_wanted(
+    run: RunDirectory, server: RulesEndpoint, tmp_path: Path
+) -> None:
+    """Two runs name the same model, which has become another one in between."""
+    wide = make_analysed_run(tmp_path / "wide")
+    write_vectors(wide)
+    stored = parse_embeddings(wide.read("embeddings.safetensors"), "wide")
+    vectors = np.pad(stored.vectors, ((0, 0), (0, 1)))
+    wide.write("embeddings.safetensors", embeddings_to_bytes(stored._replace(vectors=vectors)))
+    wide.publish(latest=False)
+    asked = {"query": "money", "by": "meaning"}
+    with served(run, wide, embeddings=server.url) as url:
+        assert httpx.get(f"{url}/features", params=asked, timeout=60).status_code == 200
+        answer = httpx.get(f"{url}/features", params=asked | {"model": "wide"}, timeout=60)
+        assert (answer.status_code, answer.json()["error_type"]) == (502, "embeddings_unusable")
+        assert "64 dimensions, those of the labels have 65" in answer.json()["error"]
+
+
 @pytest.mark.parametrize(
     ("model", "status", "words"),
     [
@@ -179,6 +226,37 @@ def test_of_many_features_the_nearest_are_found() -> None:
     for wanted in (np.ones(5000, bool), random.random(5000) < 0.5, np.arange(5000) < 40):
         expected = sorted((j for j in range(5000) if wanted[j] and near[j] == near[j]), key=lambda j: (-near[j], j))
         assert nearest(near, wanted).tolist() == expected[:NEAREST]
+
+
+def test_a_file_that_is_too_large_is_not_read(
+    run: RunDirectory, server: RulesEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = open_run(run.url).manifest().files["embeddings.safetensors"].bytes
+    for limit, status in ((size - 1, 409), (size, 200)):
+        monkeypatch.setattr(served_run, "MOST_BYTES", limit)
+        with served(run, embeddings=server.url) as url:
+            answer = httpx.get(f"{url}/features", params={"query": "money", "by": "meaning"}, timeout=60)
+            assert answer.status_code == status
+            assert (f"has {size} bytes, the limit is {limit}" in answer.text) == (status == 409)
+
+
+def test_cosines_of_many_labels_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their length is as float16, part by part, without those whose label has changed."""
+    random = np.random.default_rng(0)
+    vectors = (random.normal(size=(50, 24)) * random.uniform(0.5, 2, (50, 1))).astype(np.float16)
+    labels = [f"label {j}" for j in range(60)]
+    digests = np.frombuffer(b"".join(label_digest(label) for label in labels[:50]), np.uint8).reshape(50, 16)
+    features = np.arange(50, dtype=np.int32)
+    monkeypatch.setattr(label_vectors, "ROWS", 7)
+    data = embeddings_to_bytes(Embeddings("m", features, digests, vectors))
+    found = LabelVectors(data, [*labels[:9], "another", *labels[10:]], "run")
+    query = random.normal(size=24)
+    query /= np.linalg.norm(query)
+    exact = vectors.astype(np.float64)
+    expected = np.append(exact @ query / np.linalg.norm(exact, axis=1), [np.nan] * 10)
+    expected[9] = np.nan
+    np.testing.assert_allclose(found.similarities(query.astype(np.float32)), expected, atol=1e-6)
+    assert len(found) == 49
 
 
 def test_each_layer_has_its_own(tmp_path: Path, server: RulesEndpoint) -> None:

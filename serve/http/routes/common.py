@@ -64,11 +64,21 @@ def wanted(request: Request, offered: tuple[str, ...]) -> str:
     return media_type
 
 
+def takes_gzip(request: Request) -> bool:
+    """Whether an answer may be compressed."""
+    return _GZIP.search(request.headers.get("accept-encoding", "").lower()) is not None
+
+
+def gzipped(tag: str) -> dict[str, str]:
+    """Headers of a compressed answer, whose ETag is `tag` if it is not."""
+    return {"Content-Encoding": "gzip", "ETag": f"W/{tag}"}
+
+
 async def packed(request: Request, body: bytes, media_type: str, headers: dict[str, str]) -> Response:
     """An answer with an ETag, compressed for those who take that."""
-    if _GZIP.search(request.headers.get("accept-encoding", "").lower()):
+    if takes_gzip(request):
         body = await asyncio.to_thread(gzip.compress, body, 6, mtime=0)
-        headers = headers | {"Content-Encoding": "gzip", "ETag": f"W/{headers['ETag']}"}
+        headers = headers | gzipped(headers["ETag"])
     return Response(body, media_type=media_type, headers=headers)
 
 

@@ -26,6 +26,7 @@ from serve.contract import (
     TogetherRow,
     Usage,
 )
+from serve.http.access import cross_site
 from serve.http.bodies import read_json
 from serve.http.formats import usage
 from serve.http.openapi import json_body
@@ -40,10 +41,10 @@ Index = Annotated[int, Path(ge=0, lt=1 << 31, description="Index of the feature 
 
 
 @router.get("/features", response_model=FeaturesResponse, responses=errors(404, 409, 422, 429, 502, 503))
-async def features(service: TheService, query: Annotated[FeaturesQuery, Query()]) -> Response:
+async def features(request: Request, service: TheService, query: Annotated[FeaturesQuery, Query()]) -> Response:
     """Features that pass all filters, page by page."""
     own, table = await analysed(service, query.model, query.layer)
-    rows, total, after, _ = await page(service, own, table, query)
+    rows, total, after, _ = await page(request, service, own, table, query)
     answer = FeaturesResponse.model_construct(
         run_id=own.run_id, layer=own.number, total=total, features=rows, cursor=after
     )
@@ -157,10 +158,14 @@ async def note(
 
 
 async def page(
-    service: Service, own: ServedLayer, table: FeatureTable, query: FeaturesQuery
+    request: Request, service: Service, own: ServedLayer, table: FeatureTable, query: FeaturesQuery
 ) -> tuple[list[dict[str, Any]], int, str | None, Mapping[int, FeatureNote]]:
-    """See FeatureTable.page, and the notes of now; raises also as `Service.query_vector`."""
+    """See FeatureTable.page, and the notes of now; raises also as `Service.query_vector`, and ServiceError 403 for a
+    search by meaning, which costs tokens, that another site's page asks for."""
     by_meaning = query.query is not None and query.by == "meaning"
+    origin = request.headers.get("origin")
+    if by_meaning and cross_site(request.scope) and origin not in service.settings.cors_origins:
+        raise ServiceError(403, "forbidden", "another site's page may not ask for a search by meaning")
     vector = await service.query_vector(table, query.query) if query.query is not None and by_meaning else None
     notes = await own.notes.read()
     return *await asyncio.to_thread(table.page, filters(query), query.limit, query.cursor, notes, vector), notes

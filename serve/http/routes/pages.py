@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import gzip
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ from serve.http.errors import invalid
 from serve.http.feature_page import ALL, content
 from serve.http.media_types import JSON
 from serve.http.pages import query, render, static_files
-from serve.http.routes.common import Layer, Model, TheService, packed
+from serve.http.routes.common import Layer, Model, TheService, gzipped, takes_gzip
 from serve.http.routes.features import Index, analysed, page
 from serve.service import ServedLayer, Service
 
@@ -57,7 +57,7 @@ async def features(request: Request, service: TheService) -> Response:
     except ValidationError as error:
         raise invalid(error) from None
     own, table = await analysed(service, wanted.model, wanted.layer)
-    rows, total, after, notes = await page(service, own, table, wanted)
+    rows, total, after, notes = await page(request, service, own, table, wanted)
     asked = wanted.model_dump(exclude_defaults=True, exclude={"cursor"})
     kept = {name: value for name, value in asked.items() if name not in ("model", "layer", "feature")}
     frame = await _frame(request, service, own, "features", wanted.model, wanted.layer, kept)
@@ -135,12 +135,13 @@ async def feature_map(
 async def map_points(request: Request, service: TheService, model: Model = None, layer: Layer = None) -> Response:
     """The points of the map, for its script."""
     _, table = await analysed(service, model, layer)
-    body = await asyncio.to_thread(map_page.points, table)
-    tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
-    if tag in request.headers.get("if-none-match", ""):
+    points = await asyncio.to_thread(map_page.points, table)
+    headers = {"ETag": points.tag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
+    if points.tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    return await packed(request, body, JSON, headers)
+    if takes_gzip(request):
+        return Response(points.packed, media_type=JSON, headers=headers | gzipped(points.tag))
+    return Response(await asyncio.to_thread(gzip.decompress, points.packed), media_type=JSON, headers=headers)
 
 
 @router.get("/ui/graph")
