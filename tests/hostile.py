@@ -279,7 +279,9 @@ def _notes() -> Iterator[Attack]:
     yield note("as a form", b"note=a", (415,), "unsupported_media_type", kind="application/x-www-form-urlencoded")
     yield note("as text", b'{"note": "a"}', (415,), "unsupported_media_type", kind="text/plain")
     yield Attack("a note to read", _get("/features/8/note"), (405,), "method_not_allowed")
-    for words in ("<script>alert(1)</script>", "a\0b", "\u202e\u2066\ufeff\U000e0001", "../../x", "\r\nX: y"):
+    for words in ("a\0b", "\r\nX: y", "a\x85b"):
+        yield note(f"refused {words!r}", json.dumps({"note": words}).encode(), refused, no)
+    for words in ("<script>alert(1)</script>", "\u202e\u2066\ufeff\U000e0001", "../../x"):
         yield note(f"taken {words[:9]!r}", json.dumps({"note": words}).encode(), (200,), None)
 
 

@@ -156,8 +156,9 @@ class FeatureResponse(SchemaModel):
 class NoteRequest(SchemaModel):
     """A note, a star, or both; what is left out stays as it is."""
 
-    note: str | None = Field(default=None, max_length=MOST_CHARACTERS)
-    """What the feature is about, in one's own words; null or no words take the note away."""
+    note: str | None = Field(default=None, max_length=MOST_CHARACTERS, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
+    """What the feature is about, in one's own words on one line, without control characters; null or no words take the
+    note away."""
     star: bool = False
     """Whether the feature gets a star, or loses it."""
     seen: str | None = Field(default=None, max_length=100)
