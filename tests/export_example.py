@@ -83,7 +83,8 @@ def analysed_run(root: Path) -> RunDirectory:
         run_id="one", steps=1, trained_tokens=100, data_name="texts", language_model_dtype="float32", devices=("cpu",),
         num_trainers=1, num_model_actors=1,
     )  # fmt: skip
-    effects = LogitEffects(*(np.tile(np.arange(60, 70, dtype=kind), (F, 1)) for kind in ("i8", "f4") * 2))
+    tops = (np.tile(np.arange(60, 70, dtype=kind), (F, 1)) for kind in ("i8", "f4") * 2)
+    effects = LogitEffects(*tops, np.tile(np.arange(24, dtype=np.int32), (F, 1)))
     found = Findings(
         evaluation,
         collector.statistics,

@@ -197,7 +197,8 @@ def make_nesting() -> Nesting:
 def make_effects() -> LogitEffects:
     ids = np.tile(np.arange(10), (10, 1))
     values = np.tile(np.linspace(0.5, 0.05, 10, dtype=np.float32), (10, 1))
-    return LogitEffects(ids, values, ids[:, ::-1], -values)
+    counts = np.tile(np.eye(1, 24, 11, dtype=np.int32) * 118 + np.eye(1, 24, dtype=np.int32) * 10, (10, 1))
+    return LogitEffects(ids, values, ids[:, ::-1], -values, counts)
 
 
 def make_findings(transcoder: MatryoshkaTranscoder, **parts: Any) -> Findings:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mtc.analysis.copies import FoundCopies
 from mtc.analysis.direction_map import direction_map
 from mtc.analysis.examples import Examples, FeatureStatistics
-from mtc.analysis.logits import LogitEffects
+from mtc.analysis.logits import LOGIT_BINS, LogitEffects
 from mtc.analysis.massive import MassiveSums
 from mtc.analysis.naming import machine_labels
 from mtc.analysis.nesting import Nesting
@@ -50,6 +50,7 @@ SCHEMA = pa.schema({
     "top_tokens": pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("count", pa.int32())])),
     "positive_logits": _EFFECTS,
     "negative_logits": _EFFECTS,
+    "logit_histogram": pa.list_(pa.int32()),
     "neighbours": pa.list_(pa.struct([("feature", pa.int32()), ("cosine", pa.float32())])),
     "parent": pa.struct([
         ("feature", pa.int32()), ("cosine", pa.float64()), ("coactivation", pa.float64()), ("base_rate", pa.float64()),
@@ -102,6 +103,7 @@ def features_table(
         "top_tokens": _top_tokens(examples, total),
         "positive_logits": _logits(examples, effects and (effects.positive_ids, effects.positive)),
         "negative_logits": _logits(examples, effects and (effects.negative_ids, effects.negative)),
+        "logit_histogram": effects and _lists(np.full(total, LOGIT_BINS), pa.array(effects.counts.ravel())),
         "neighbours": _neighbours(transcoder),
         "parent": _structs(parents and {
             "feature": parents.parent, "cosine": parents.cosine, "coactivation": parents.coactivation,

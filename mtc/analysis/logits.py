@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from mtc.language_model import LanguageModel
 
 Array = NDArray[Any]
-TOP_LOGITS = 10
+TOP_LOGITS, LOGIT_BINS = 10, 24
 
 
 class LogitEffects(NamedTuple):
-    """The most raised and the most lowered tokens of each feature, strongest first."""
+    """The most raised and the most lowered tokens of each feature, strongest first, and all of them by effect."""
 
     positive_ids: Array
     """[features, TOP_LOGITS] int64, ids of the tokens whose logits the feature raises most."""
@@ -38,6 +38,9 @@ class LogitEffects(NamedTuple):
     """[features, TOP_LOGITS] int64, ids of the tokens whose logits the feature lowers most."""
     negative: Array
     """[features, TOP_LOGITS] float32, changes of the lowered tokens' logits per unit of activation."""
+    counts: Array
+    """[features, LOGIT_BINS] int32, tokens of the vocabulary by effect, in bins of equal width from -m to m, where m is
+    the largest effect of either sign; its scale does not matter."""
 
     def scaled(self, factor: float) -> LogitEffects:
         """The effects times `factor`, the mean factor of the final norm."""
@@ -59,5 +62,14 @@ def logit_effects(model: LanguageModel, transcoder: MatryoshkaTranscoder, first:
         effect = model.direct_effect(rows)
         effect -= effect.mean(1, keepdim=True)
         up, down = effect.topk(k, dim=1), effect.topk(k, dim=1, largest=False)
-        parts.append([t.cpu().numpy() for t in (up.indices, up.values, down.indices, down.values)])
+        counts = torch.stack([_counts(row) for row in effect])
+        parts.append([t.cpu().numpy() for t in (up.indices, up.values, down.indices, down.values, counts)])
     return LogitEffects(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _counts(effect: torch.Tensor) -> torch.Tensor:
+    """[LOGIT_BINS] int32 of [vocabulary]."""
+    most = float(effect.abs().max())
+    if most == 0:  # no bins: all is in the middle
+        return torch.nn.functional.pad(effect.new_full((1,), len(effect)), (LOGIT_BINS // 2, LOGIT_BINS // 2 - 1)).int()
+    return torch.histc(effect.float(), LOGIT_BINS, -most, most).int()

@@ -158,9 +158,10 @@ def _feature(feature: Feature, examples: list[dict[str, Any]], analysis: Analysi
 
 def _logits_and_histogram(feature: Feature, edges: tuple[float, ...]) -> dict[str, Any]:
     """The tokens that the feature promotes and suppresses, strongest first, and how often its activations lie in each
-    bin that has some: bars stand at the geometric middle of their bin."""
+    bin that has some, bars at the geometric middle of their bin; the vocabulary by effect, bars in the middle."""
     down, up = feature.negative_logits or (), feature.positive_logits or ()
     filled = [i for i, count in enumerate(feature.histogram) if count]
+    most, tokens = max((abs(effect.value) for effect in (*up, *down)), default=0.0), feature.logit_histogram or ()
     return {
         "neg_str": [effect.token for effect in down],
         "neg_values": [round(effect.value, DECIMALS) for effect in down],
@@ -169,8 +170,10 @@ def _logits_and_histogram(feature: Feature, edges: tuple[float, ...]) -> dict[st
         "frac_nonzero": feature.density,
         "freq_hist_data_bar_values": [round((edges[i] * edges[i + 1]) ** 0.5, DECIMALS) for i in filled],
         "freq_hist_data_bar_heights": [feature.histogram[i] for i in filled],
-        "logits_hist_data_bar_heights": [],
-        "logits_hist_data_bar_values": [],
+        "logits_hist_data_bar_heights": list(tokens),
+        "logits_hist_data_bar_values": [
+            round(most * ((2 * i + 1) / len(tokens) - 1), DECIMALS) for i in range(len(tokens))
+        ],
     }
 
 

@@ -159,6 +159,9 @@ class Feature(Record):
     """Earlier feature that a feature of a later group refines; None without one, or if it fired too rarely to tell."""
     children: tuple[int, ...]
     """Indices of the later features whose parent the feature is."""
+    logit_histogram: tuple[int, ...] | None = None
+    """Tokens of the vocabulary by what the feature adds to their logits: counts in bins of equal width from -m to m,
+    where m is the largest effect of either sign; None if it was not measured."""
     map_x: float | None = None
     """Place of the feature on the map of decoder directions (mtc.analysis.direction_map), from 0 on the left to 1; None
     if it never fired, or if the run was analysed before there were maps."""

@@ -84,6 +84,7 @@ def content(
         "figures": figures, "massive": BADGE if figures.massive else "", "dense": figures.density >= DENSE,
         "noted": notes.get(feature, FeatureNote()),
         "last": len(table) - 1, "effects": _effects(figures),
+        "effects_of_all": [renderer.block(each) for each in _effects_of_all(figures)],
         "sections": [
             section(None, *table.blocks(feature, names), _densities(table, figures)),
             *(section(title, *blocks) for title, blocks in _around(table, feature, names) if blocks),
@@ -222,6 +223,16 @@ def _shown(table: FeatureTable, names: Names, renderer: Renderer, near: NearMiss
         "tokens": [(near.tokens[i], i in near.marked) for i in range(start, end)],
         "why": renderer.text(with_badges(why, table.analysis.massive_indices)),
     }
+
+
+def _effects_of_all(figures: Feature) -> list[Block]:
+    """All tokens by what the feature adds to their logits."""
+    counts, effects = figures.logit_histogram, (*(figures.positive_logits or ()), *(figures.negative_logits or ()))
+    most = max((abs(effect.value) for effect in effects), default=0.0)
+    if counts is None or not most:
+        return []
+    edges = tuple(most * (2 * i / len(counts) - 1) for i in range(len(counts) + 1))
+    return [Bars("All tokens of the vocabulary by effect", edges, counts)]
 
 
 def _effects(figures: Feature) -> list[tuple[str, list[tuple[LogitEffect, float]]]]:

@@ -53,6 +53,12 @@ def test_effects_are_the_derivative_of_the_logits(architecture):
     assert found.negative_ids[1].tolist() == top.indices.tolist()  # the opposite direction
     np.testing.assert_allclose(found.negative[1], -2 * found.positive[0], rtol=1e-4)
     assert not found.positive[2].any()
+    most = expected.abs().max().item()
+    for row, sign in ((0, 1), (1, -1)):
+        counts, _ = np.histogram(sign * expected.detach().numpy(), found.counts.shape[1], (-most, most))
+        assert np.abs(found.counts[row] - counts).sum() <= 4, "but for what lies on a border"
+        assert found.counts[row].sum() == len(expected)
+    assert found.counts[2].max() == found.counts[2].sum() == len(expected)
 
 
 def test_the_norms_factor_is_the_one_of_the_predicting_tokens():

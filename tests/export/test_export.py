@@ -276,6 +276,9 @@ def test_neuronpedia_batches_are_saedashboards(analysed: RunDirectory, tmp_path:
             assert shown["bin_max"] == pytest.approx(values.max(), abs=1e-4)
         assert feature["pos_str"] == feature["neg_str"] == [f"<{chr(t)}>" for t in range(60, 70)]
         assert feature["pos_values"] == list(range(60, 70))
+        assert feature["logits_hist_data_bar_heights"] == list(range(24))
+        middles = feature["logits_hist_data_bar_values"]
+        assert middles == pytest.approx([69 * (2 * i + 1 - 24) / 24 for i in range(24)], abs=1e-4)
         heights = np.histogram(values[values > 0].clip(EDGES[0], EDGES[-1]), EDGES)[0]
         assert feature["freq_hist_data_bar_heights"] == heights[heights > 0].tolist()
 
