@@ -319,7 +319,7 @@ def test_hostile_requests(client: httpx.Client, url: str, offline: Any, root: Pa
     from serve.contract import ErrorResponse, Settings
 
     wrong, refused_by_proxy = [], {0, 400, 408, 413, 414, 431, 501}
-    tried = [a for a in attacks(Settings(run="one", **SETTINGS)) if b" /features" not in a.sent]  # has no analysis
+    tried = [a for a in attacks(Settings(run="one", **SETTINGS)) if b"/features" not in a.sent]  # has no analysis
     shaped: dict[str, ErrorResponse] = {}
     for attack in tried:
         answer = send(url, attack)
