@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.linalg import eigh
-from threadpoolctl import threadpool_limits
 
 Array = NDArray[Any]
 LANDMARKS = 16_384
@@ -75,6 +74,7 @@ def _laid_out(unit: torch.Tensor) -> Array:
         return start
     # 1.6 s of processor time, which only an analysis should take.
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     k = 3 * PERPLEXITY + 1  # as many as TSNE asks for
     near, cosine = _nearest(unit, unit, k, themselves=True)

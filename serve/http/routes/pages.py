@@ -36,7 +36,7 @@ _HERE = re.compile(r"/(?![/\\])[!-\[\]-~]*")
 @router.get("/")
 async def start() -> Response:
     """For those who know no more than the service's address."""
-    return RedirectResponse("/ui")
+    return RedirectResponse("/ui", 303)
 
 
 @router.get("/ui")
