@@ -4,9 +4,11 @@ With `-n` (pytest-xdist), what uses the session's Ray stays in one process and e
 fixtures are made once; what takes longest starts first.
 """
 
+import logging
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -68,6 +70,20 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.mkdir(exist_ok=True)
     os.environ["MTC_CACHE"] = str(path)
     return path
+
+
+@pytest.fixture
+def logs_as_before() -> Iterator[None]:
+    """Programs that tests call in this process set up its logs and what SIGTERM does; both are put back."""
+    from mtc.telemetry.logs import EVENTS
+
+    before = [(logger, logger.handlers[:], logger.level) for logger in (EVENTS, logging.getLogger())]
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,7 @@
 """Language models on the cluster's own processes, asked for labels: what answers stands in for vLLM, Ray is real."""
 
-import logging
-import signal
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -106,19 +103,6 @@ def test_questions_that_stay_without_an_answer_do_not_end_a_job_that_has_others(
 def test_room_that_is_not_there_is_said(ray_cluster, settings, kind, match):
     with pytest.raises(kind, match=match), Engines(settings, by_rules) as engines:
         list(engines.of("one").answers(iter(questions(1))))
-
-
-@pytest.fixture
-def logs_as_before() -> Iterator[None]:
-    from mtc.telemetry.logs import EVENTS
-
-    before = [(logger, logger.handlers[:], logger.level) for logger in (EVENTS, logging.getLogger())]
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    for logger, handlers, level in before:
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
 
 
 def test_the_job_labels_a_run_by_an_engine(small_batches, logs_as_before, tmp_path: Path, monkeypatch, capsys):

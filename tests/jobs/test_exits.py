@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +50,6 @@ from mtc.storage import (
     open_run,
     run_status,
 )
-from mtc.telemetry.logs import EVENTS
 from mtc.text import DataError, TokenStore
 from mtc.text.token_store import StoreMissingError
 from serve.service.catalogue import Catalogue
@@ -60,15 +57,6 @@ from serve.service.catalogue import Catalogue
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = [{}, {"transcoder.k": 4, "transcoder.group_sizes": [8, 16]}, {"optimizer.max_skipped_steps": 11}]
 TINY = ("--preset", "tiny", "--cluster.num_model_actors", "1", "--cluster.num_trainers", "1")
-
-
-@pytest.fixture
-def logs_as_before() -> Iterator[None]:
-    before = [(logger, logger.handlers[:], logger.level) for logger in (EVENTS, logging.getLogger())]
-    yield
-    for logger, handlers, level in before:
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
 
 
 def wait_for_cpus(groups: dict[str, Any]) -> None:

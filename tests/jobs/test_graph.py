@@ -1,10 +1,8 @@
 """jobs/graph.py: a tiny run's graph from end to end, and how it ends when it can't be made."""
 
 import json
-import logging
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,10 @@ from mtc.report.graph_page import graph_page
 from mtc.report.graph_plot import resolutions
 from mtc.report.graph_svg import graph_svg
 from mtc.results import Graph
-from mtc.telemetry.logs import EVENTS
 
 PROMPT = "Hello, <you>!"
 
-
-@pytest.fixture(autouse=True)
-def logs_as_before() -> Iterator[None]:
-    before = [(logger, logger.handlers[:], logger.level) for logger in (EVENTS, logging.getLogger())]
-    yield
-    for logger, handlers, level in before:
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("logs_as_before")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """jobs/label.py: a run labelled from end to end, gone on with, and how it ends when it can't be."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -19,21 +18,10 @@ from mtc.labels import keep_labels
 from mtc.report import write_report
 from mtc.results import report_names
 from mtc.storage import RunDirectory, load_analysis, open_run, read_labels
-from mtc.telemetry.logs import EVENTS
 from tests.labels.rules_endpoint import RulesEndpoint, kind_of
 
 KEY = "sk-a-secret-that-nobody-may-see"
-
-
-@pytest.fixture(autouse=True)
-def logs_as_before() -> Iterator[None]:
-    before = [(logger, logger.handlers[:], logger.level) for logger in (EVENTS, logging.getLogger())]
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    for logger, handlers, level in before:
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("logs_as_before")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """jobs/label.py --embeddings: vectors of a run's labels, alone and after labelling, and how it ends when they fail."""
 
 import json
-import logging
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,21 +19,10 @@ from mtc.storage import (
     read_features,
     read_labels,
 )
-from mtc.telemetry.logs import EVENTS
 from tests.labels.rules_endpoint import RulesEndpoint
 
 FILE = "embeddings.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def logs_as_before() -> Iterator[None]:
-    before = [(logger, logger.handlers[:], logger.level) for logger in (EVENTS, logging.getLogger())]
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    for logger, handlers, level in before:
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("logs_as_before")
 
 
 @pytest.fixture
