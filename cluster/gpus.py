@@ -11,7 +11,6 @@ from functools import partial
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.memory import check_gpu_memory
 from cluster.mps import PROGRAM, shared_gpu
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
@@ -24,12 +23,12 @@ FREE_SECONDS = 60.0
 """Seconds that a free GPU on every node is waited for; a run waits longer, for Ray."""
 
 
-def check_devices(config: RunConfig, plan: Plan, d_model: int | None = None) -> None:
-    """Have a process on every node with GPUs look for one, before any work. A node whose GPUs are taken is passed over.
+def check_devices(config: RunConfig, plan: Plan) -> Plan:
+    """Have a process on every node with GPUs look for one, before any work; returns the plan with what memory they
+    have. A node whose GPUs are taken is passed over, and that of its GPUs stays as it is.
 
-    Raises ConfigError with what a node's torch says if it sees none, if the largest GPU is too small for
-    training on a language model of width `d_model`, where that is given, and if `cluster.mps` is on though no GPU is
-    shared here or MPS is not installed.
+    Raises ConfigError with what a node's torch says if it sees none, and if `cluster.mps` is on though no GPU is shared
+    here or MPS is not installed.
     """
     nodes = [node.node_id for node in plan.nodes if node.gpus]
     if config.cluster.mps and not (plan.shares_gpu and nodes == [ray.get_runtime_context().get_node_id()]):
@@ -41,23 +40,23 @@ def check_devices(config: RunConfig, plan: Plan, d_model: int | None = None) -> 
     if config.cluster.mps and shutil.which(PROGRAM) is None:
         raise ConfigError(f"cluster.mps is true, but {PROGRAM}, which comes with NVIDIA's driver, is not on PATH")
     if plan.device != "cuda":
-        return
+        return plan
     look = ray.remote(_look_at_device).options
     shared = {"num_cpus": 0, "num_gpus": plan.actor_gpus, "runtime_env": plan.runtime_env}
     on_node = partial(NodeAffinitySchedulingStrategy, soft=False)
     answers = {look(**shared, scheduling_strategy=on_node(node)).remote(): node for node in nodes}
     ready, busy = ray.wait(list(answers), num_returns=len(answers), timeout=FREE_SECONDS)
-    memory = []
+    memory: dict[str, int] = {}
     for answer in ready:
         found = ray.get(answer)
         if isinstance(found, str):
             raise ConfigError(f"node {answers[answer][:8]}: {found}")
-        memory.append(found)
-    if d_model is not None and memory and None not in memory:
-        check_gpu_memory(config, plan, d_model, max(memory))
+        memory[answers[answer]] = found or 0
     for answer in busy:
         ray.cancel(answer)
         logger.warning("node %s: no GPU came free within %.0f s; others have them", answers[answer][:8], FREE_SECONDS)
+    known = (node._replace(gpu_memory=memory.get(node.node_id, node.gpu_memory)) for node in plan.nodes)
+    return plan._replace(nodes=tuple(known))
 
 
 @contextmanager

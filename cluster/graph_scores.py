@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from ray.exceptions import RayError
 
-from cluster.memory import MAX_FEATURES, PROMPT_TOKENS, graph_bytes, graph_processes
+from cluster.memory_analysis import MAX_FEATURES, PROMPT_TOKENS, graph_bytes, graph_processes
 from cluster.resources import Plan
 from cluster.room import ClusterBusy, reserved
 from mtc.config import RunConfig

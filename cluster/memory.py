@@ -1,275 +1,283 @@
-"""Memory that training and analysis take, held against what there is before any work is done. Without torch.
+"""The plan in bytes: what each process takes of its node's and its GPU's memory, held against what there is before any
+work is done. Without torch and Ray, so that a plan can be checked where there is no cluster.
 
-Of a trainer a lower bound: transcoders with all that training them needs, and the shuffle buffer. The language model
-and the libraries come besides. Of the analysis an estimate that is rather too high: how many transcoders one pass over
-the held-out text is for goes by it.
+Counted is the fullest node. What is not known, of a node or of a GPU, refuses nothing.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from cluster.memory_analysis import (
+    analysis_bytes,
+    analysis_driver,
+    feature_actor,
+    most_at_once,
+    whole_actor,
+)
+from cluster.memory_terms import DRIVER, MODEL, RAY, Process, Term, gb
+from cluster.memory_training import model_actor, trainer, unit_bytes
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
     from mtc.language_model.architectures import ModelInfo
 
-FLOAT, BFLOAT16, ENTRY = 4, 2, 80
-"""Bytes of a float32, of a bfloat16, and of all that is noted of a chosen entry: token, feature, order, value and
-gradient."""
-DENSE_COPIES = 4
-"""Matrices of [tokens, features] float32 that the dense step holds at a time."""
+NAMED, OFFERED = 4, 3
+"""Most terms that a refusal names, and fields that it offers to change."""
 
 
-FLOAT64 = 8
-EXAMPLE = 24
-"""Bytes of a stored example beside its context's activations."""
-CONTEXT_ENTRY = 20
-"""Bytes of an activation in a random context."""
-STATISTICS = 40
-"""Numbers of 8 bytes that are counted of each feature."""
-LABELS = 2 * (1024 + 18 + 10)
-"""Rows of sums by document, by position and by frequency, of massive tokens and of others."""
-FOLDS = 5
-UNITS_PER_ROW, ROWS_WANTED = 8, 16
-"""Most work units of a row of held-out work, and rows of a short text (cluster.held_out)."""
-PROCESS = 600_000_000
-"""Bytes of a process with the libraries, before it does anything."""
-COPIES = 3
-"""Of one transcoder's sums: themselves, as arrays that travel, and as the bytes of these."""
+class Place(NamedTuple):
+    """Processes of one kind on the fullest node."""
+
+    process: Process
+    """What each takes."""
+    on_node: int
+    """How many there are on the node."""
+    on_gpu: int
+    """How many there are on one GPU; 0 on CPUs."""
 
 
-PROMPT_TOKENS, MAX_FEATURES, GRAPH_COPIES = 12, 4096, 4
-"""Of the graphs of held-out prompts (cluster.graph_scores): tokens of a prompt, most features with edges of their own,
-and how often the matrix of edges is there while shares and influence are computed."""
+class Counted(NamedTuple):
+    """A term of one kind of processes."""
 
-
-class TrainingBytes(NamedTuple):
-    """Bytes that one trainer takes."""
-
-    transcoders: int
-    """Weights, gradients, Adam's two moments and what a step works with, where the trainer computes."""
-    buffer: int
-    """The shuffle buffer when it is fullest, where the trainer computes."""
-    checkpoint: int
-    """The copy of weights and moments in main memory from which a checkpoint is written; rank 0 has it."""
+    owner: str
+    """Name of the process."""
+    term: Term
+    """Of one of them."""
+    count: int
+    """How many there are."""
 
     @property
-    def device(self) -> int:
-        """All that lies where the trainer computes."""
-        return self.transcoders + self.buffer
+    def bytes(self) -> int:
+        """Of all of them."""
+        return self.count * self.term.bytes
 
 
-def training_bytes(config: RunConfig, d_model: int, trainers: int, on_gpu: bool = False) -> TrainingBytes:
-    """What each of so many trainers takes."""
-    rows = -(-config.optimizer.batch_tokens // trainers)
-    parameters = dense = 0
-    held: list[int] = []
-    for _, member in config.members():
-        settings, features = member.transcoder, member.transcoder.num_features
-        parameters += 2 * d_model * features + features + d_model + (d_model**2 if settings.skip else 0)
-        held.append(FLOAT * rows * (features + (len(settings.group_sizes) + 1) * d_model) + ENTRY * rows * settings.k)
-        # `auto` tries it on a CPU; on a GPU it goes by what was recorded.
-        if member.optimizer.backend == "dense" or (member.optimizer.backend == "auto" and not on_gpu):
-            dense = max(dense, DENSE_COPIES * FLOAT * rows * features)
-    buffer = _buffer_bytes(config, d_model, trainers)
-    work = max(held) if on_gpu else sum(held)  # there transcoders step in turn, and none keeps its work
-    return TrainingBytes(4 * FLOAT * parameters + work + dense, buffer, 3 * FLOAT * parameters)
+class Stage(NamedTuple):
+    """What a job has in memory at the same time."""
+
+    name: str
+    """`training` or `analysis`."""
+    places: tuple[Place, ...]
+    """All processes of the fullest node, by kind."""
+    shares_gpu: bool
+    """Whether they are on one GPU."""
+
+    def main(self) -> list[Counted]:
+        """Terms of the node's main memory."""
+        return [Counted(p.process.name, term, p.on_node) for p in self.places for term in p.process.main]
+
+    def gpus(self) -> list[list[Counted]]:
+        """Terms of the memory of each GPU that differs: of one that is shared, or of one for each kind of process."""
+        kinds = [[Counted(p.process.name, term, p.on_gpu) for term in p.process.gpu] for p in self.places if p.on_gpu]
+        return [sum(kinds, [])] if self.shares_gpu else kinds
 
 
-def check_main_memory(config: RunConfig, plan: Plan, d_model: int) -> None:
-    """Raises ConfigError if no node has the main memory for its trainers; nodes of unknown memory do."""
-    known = [node.memory for node in plan.nodes if node.memory]
-    if len(known) < len(plan.nodes):
-        return
-    need = training_bytes(config, d_model, plan.num_trainers, plan.device == "cuda")
-    together = 1 if plan.spread else plan.num_trainers
-    wanted = need.checkpoint + (together * need.device if plan.device == "cpu" else 0)
-    if wanted > max(known):
-        beside = f" for {together} trainers" if together > 1 else ""
-        raise ConfigError(
-            f"{_asked(config, need)}: training takes at least {_gb(wanted)} of main memory{beside} "
-            f"({_parts(config, need)}), the largest node has {_gb(max(known))}; {_advice(config, need)}"
-        )
+class MemoryPlan(NamedTuple):
+    """What a run takes, and what it may take."""
+
+    stages: tuple[Stage, ...]
+    """Training and analysis, which follow each other."""
+    at_once: int
+    """Transcoders that one pass over the held-out text is for."""
+    main: float
+    """Bytes of main memory of the largest node; 0 if one's is not known."""
+    gpu: float
+    """Bytes of the largest GPU; 0 if one's is not known."""
+    unit: int
+    """Bytes of a work unit in the object store."""
+    store: float
+    """Bytes of the largest node's object store; 0 if one's is not known."""
+
+    def describe(self) -> str:
+        """A table for people."""
+        rows = [("", "", "processes", "main memory each", "GPU memory each", "most of it")]
+        for stage in self.stages:
+            for number, (process, on_node, on_gpu) in enumerate(stage.places):
+                terms = sorted(process.gpu or process.main, key=lambda term: -term.bytes)
+                most = ", ".join(f"{term.what} {gb(term.bytes)}" for term in terms[:2])
+                each = gb(process.gpu_bytes) if on_gpu else "-"
+                name = stage.name if not number else ""
+                rows.append((name, f"{process.name}{'s' * (on_node > 1)}", f"{on_node}", gb(process.main_bytes), each, most))
+            on_gpus = max((_sum(terms) for terms in stage.gpus()), default=0)
+            rows.append(("", "together", "", _of(_sum(stage.main()), self.main), _of(on_gpus, self.gpu) if on_gpus else "-", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        store = f" of {gb(self.store)}" if self.store else ""
+        head = f"memory of the fullest node, estimated; its object store{store} holds work units of {gb(self.unit)}"
+        return "\n".join([head, *(f"  {line}" for line in lines)])
 
 
-def check_gpu_memory(config: RunConfig, plan: Plan, d_model: int, memory: int) -> None:
-    """Raises ConfigError if a GPU of `memory` bytes is too small for a trainer, and a shared one for the language
-    model's layers beside it."""
-    need = training_bytes(config, d_model, plan.num_trainers, on_gpu=True)
-    wanted, shared = need.device, 0
-    if plan.shares_gpu:
-        wanted *= plan.num_trainers
-        shared = 2 * 12 * d_model**2 * (max(sites.layer for sites in config.model.sites) + 1) * plan.num_model_actors
-    if wanted + shared > memory:
-        beside = f" beside {_gb(shared)} of the language model" if shared else ""
-        raise ConfigError(
-            f"{_asked(config, need)}: training takes at least {_gb(wanted)} of a GPU's memory ({_parts(config, need)})"
-            f"{beside}, a GPU has {_gb(memory)}; {_advice(config, need)}"
-        )
+def check_memory(config: RunConfig, plan: Plan, info: ModelInfo, disk: float | None = None) -> MemoryPlan:
+    """What a run of this plan takes.
 
-
-class AnalysisBytes(NamedTuple):
-    """Bytes that the pass over held-out text takes."""
-
-    model: int
-    """The language model with all of its layers."""
-    weights: int
-    """The largest transcoder's weights."""
-    activations: int
-    """One work unit's activations of one layer."""
-    line: int
-    """The affine map's sums of a row of work."""
-    counts: int
-    """Other sums of the largest transcoder, which have the same size whatever is in them."""
-    found: int
-    """What else a row finds of it, such as candidate examples."""
-    kept: int
-    """What all rows together find of that."""
-    rows: int
-    """Rows of work."""
-    waiting: int
-    """Transcoders whose sums a model actor holds at a time, for each that a pass is for: 0 where every row is one work
-    unit, 1 otherwise."""
-
-    def actor(self, transcoders: int) -> int:
-        """Main memory of a model actor whose passes are for so many transcoders."""
-        sums = self.line + self.counts + self.found
-        each = self.weights + self.activations + self.waiting * sums
-        return PROCESS + self.model + transcoders * each + COPIES * sums
-
-    @property
-    def driver(self) -> int:
-        """The driver, whose memory has one transcoder at a time."""
-        return PROCESS + self.weights + 2 * (FOLDS * self.line + self.counts + self.kept)
-
-    def disk(self, transcoders: int) -> int:
-        """What waits on the driver's disk."""
-        return transcoders * (FOLDS * self.line + self.rows * self.found)
-
-
-def analysis_bytes(config: RunConfig, info: ModelInfo) -> AnalysisBytes:
-    """What the analysis of a run takes; of several transcoders the largest counts for all."""
-    settings, d, data = config.analysis, info.d_model, config.data
-    item = FLOAT if config.model.dtype == "float32" else BFLOAT16
-    largest = max((member.config.transcoder for member in config.members()), key=lambda t: t.num_features)
-    features, prefixes = largest.num_features, len(largest.group_sizes)
-    unit = max(data.unit_tokens, data.context_length)
-    units = max(1, -(-settings.num_tokens // unit))
-    per_row = max(1, min(UNITS_PER_ROW, units // ROWS_WANTED))
-    line = 2 * FLOAT64 * (d + 1) ** 2 * 2  # of massive tokens apart
-    labels = LABELS * (d + 4 * prefixes) * FLOAT64
-    vocabulary = info.num_ids * (1 + prefixes) * FLOAT64
-    statistics = (info.num_ids + features * STATISTICS) * FLOAT64
-    kept = features * (settings.max_per_feature + settings.samples_per_feature)
-    example, fired = EXAMPLE + FLOAT * settings.context_tokens, per_row * unit * largest.k
-    in_contexts = min(settings.random_contexts * (settings.context_tokens + 1), settings.num_tokens) * largest.k
-    return AnalysisBytes(
-        model=item * (12 * d**2 * info.num_layers + info.num_ids * d),
-        weights=FLOAT * (2 * d * features + features + d + (d**2 if largest.skip else 0)),
-        activations=2 * unit * d * item,
-        line=line,
-        counts=labels + vocabulary,
-        found=statistics + min(kept, fired) * example + min(in_contexts, fired) * CONTEXT_ENTRY,
-        kept=statistics + kept * example + in_contexts * CONTEXT_ENTRY,
-        rows=-(-units // per_row),
-        waiting=int(per_row > 1),
-    )
+    `disk` is what is free in the driver's temporary directory, by default in this machine's; math.inf asks for nothing
+    of it. Raises ConfigError with the largest terms, the fields to change and what would fit, if training or analysis do
+    not fit into the largest node or GPU, or the analysis not onto that disk.
+    """
+    return _plan(config, plan, info, True, disk)
 
 
 def transcoders_at_once(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
-    """For how many of the run's transcoders one pass over the held-out text can be: all, or as many as fit into the
-    memory of the plan's nodes.
-
-    Raises ConfigError if not even one fits, if the transcoders' weights do not, which the whole language model is run
-    with, or if the driver's disk has no room for what is found of all.
-    """
-    need, count = analysis_bytes(config, info), len(config.members())
-    if plan.device == "cuda":  # there these are, of which nothing is counted here
-        need = need._replace(model=0, weights=0, activations=0)
-    room = shutil.disk_usage(tempfile.gettempdir()).free
-    if need.disk(count) > room:
-        raise ConfigError(
-            f"analysis.num_tokens={config.analysis.num_tokens}: what is found of {count} transcoders waits on the "
-            f"driver's disk and takes up to {_gb(need.disk(count))} there, {tempfile.gettempdir()} has {_gb(room)}; "
-            "set TMPDIR to a larger one, or lower analysis.max_per_feature"
-        )
-    known = [node.memory for node in plan.nodes if node.memory]
-    if len(known) < len(plan.nodes):
-        return count
-    on_one = -(-plan.num_model_actors // len(plan.nodes))
-    free = (max(known) - need.driver) / on_one
-    fixed = need.actor(0)
-    each = need.actor(1) - fixed
-    whole = fixed + count * need.weights
-    at_once = int((free - fixed) / each) if each else count if fixed <= free else 0
-    if at_once < 1 or whole > free:
-        raise ConfigError(
-            f"the analysis takes at least {_gb(max(need.actor(1), whole))} of main memory for each of {on_one} model "
-            f"actors on a node (the language model {_gb(need.model)}, {count} transcoders' weights "
-            f"{_gb(count * need.weights)}, one's sums {_gb(need.line + need.counts + need.found)} and activations "
-            f"{_gb(need.activations)}) and {_gb(need.driver)} for the driver; the largest node has {_gb(max(known))}: "
-            "lower cluster.num_model_actors, data.unit_tokens or analysis.max_per_feature"
-        )
-    return min(count, at_once)
+    """For how many of a trained run's transcoders one pass over the held-out text can be. Raises ConfigError as
+    `check_memory` does for the analysis."""
+    return _plan(config, plan, info, False, None).at_once
 
 
-def graph_bytes(config: RunConfig, info: ModelInfo) -> int:
-    """Main memory of a process that scores attribution graphs: the language model in float32, all transcoders, and a
-    graph's edges with the copies that shares and influence take."""
-    transcoders = [member.config.transcoder for member in config.members()]
-    weights = sum(analysis_bytes(member.config, info).weights for member in config.members())
-    places = sum(min(t.k, t.num_features) for t in transcoders) + info.num_layers + 1
-    edges = min(MAX_FEATURES, PROMPT_TOKENS * places) * PROMPT_TOKENS * places
-    model = 12 * info.d_model**2 * info.num_layers + info.num_ids * info.d_model
-    return PROCESS + weights + FLOAT * (model + GRAPH_COPIES * edges)
-
-
-def graph_processes(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
-    """How many processes can score graphs at once: as many as there are model actors, as far as their memory fits; 0 if
-    not even one's does. One on a GPU, whose memory is not asked: there it takes seconds."""
-    if plan.device == "cuda":
-        return 1
-    known = [node.memory for node in plan.nodes if node.memory]
-    if len(known) < len(plan.nodes):
-        return plan.num_model_actors
-    return min(plan.num_model_actors, sum(int(memory / graph_bytes(config, info)) for memory in known))
-
-
-def _buffer_bytes(config: RunConfig, d_model: int, trainers: int) -> int:
-    """`data.replays` + 1 blocks, each up to a work unit larger than its share, and with repeats a unit that waits for
-    room."""
-    data = config.data
-    blocks, unit = data.replays + 1, max(data.unit_tokens, data.context_length)
-    rows = blocks * (data.shuffle_buffer_tokens // trainers // blocks + unit) + unit * (data.replays > 1)
-    sites = {key for part in config.model.sites for key in (part.source_key, part.target_key)}
-    return rows * len(sites) * d_model * BFLOAT16
-
-
-def _asked(config: RunConfig, need: TrainingBytes) -> str:
-    """The field that takes most."""
-    if need.buffer > need.transcoders:
-        return f"data.shuffle_buffer_tokens={config.data.shuffle_buffer_tokens} with data.replays={config.data.replays}"
-    count, fields = len(config.members()), "sweep" if config.sweep else "model.layers"
-    return f"{fields} asks for {count} transcoders" if count > 1 else "transcoder.group_sizes"
-
-
-def _parts(config: RunConfig, need: TrainingBytes) -> str:
-    return (
-        f"for each {_gb(need.transcoders)} of weights, gradients, Adam's moments and work, {_gb(need.buffer)} of "
-        f"shuffle buffer; {_gb(need.checkpoint)} for a checkpoint's copy"
+def _plan(config: RunConfig, plan: Plan, info: ModelInfo, training: bool, disk: float | None) -> MemoryPlan:
+    nodes, with_gpus = plan.nodes, [node for node in plan.nodes if node.gpus]
+    main = _largest(node.memory for node in nodes)
+    gpu = _largest(node.gpu_memory for node in with_gpus) if plan.device == "cuda" else 0.0
+    at_once = _at_once(config, plan, info, main, gpu)
+    found = [_training(config, plan, info)] if training else []
+    found.append(_analysis(config, plan, info, at_once))
+    _refuse(found, main, gpu)
+    _check_disk(config, info, shutil.disk_usage(tempfile.gettempdir()).free if disk is None else disk)
+    return MemoryPlan(
+        tuple(found), at_once, main, gpu, unit_bytes(config, info), _largest(node.object_store for node in nodes)
     )
 
 
-def _advice(config: RunConfig, need: TrainingBytes) -> str:
-    if need.buffer > need.transcoders:
-        return "lower data.shuffle_buffer_tokens"
-    fewer = "train fewer at a time, or smaller ones" if len(config.members()) > 1 else "lower transcoder.group_sizes"
-    return f"{fewer}, or lower optimizer.batch_tokens={config.optimizer.batch_tokens}"
+def _training(config: RunConfig, plan: Plan, info: ModelInfo) -> Stage:
+    on_gpu = plan.device == "cuda"
+    trainers = 1 if plan.spread else plan.num_trainers
+    actors = _actors_on_a_node(plan)
+    shared = plan.shares_gpu
+    step = trainer(config, info, plan.num_trainers, on_gpu, plan.trainer_threads)
+    capture = model_actor(config, info, on_gpu).times(actors, "cluster.num_model_actors", shared)
+    places = [
+        Place(step, 1, on_gpu and (trainers if shared else 1)),
+        Place(capture, actors, on_gpu and (actors if shared else 1)),
+    ]
+    if trainers > 1:  # only rank 0 writes checkpoints
+        others = step._replace(main=tuple(term for term in step.main if "checkpoint" not in term.what))
+        places[0] = Place(step, 1, on_gpu)
+        places.insert(1, Place(others._replace(name="other trainer"), trainers - 1, on_gpu and (trainers - 1) * shared))
+    driver = (Place(Process("driver", (Term("libraries and text", DRIVER),)), 1, 0),) if _has_driver(plan) else ()
+    helpers = (Place(Process("Ray's own", (Term("Ray's processes", RAY),)), 1, 0),) if _has_driver(plan) else ()
+    return Stage("training", (*places, *driver, *helpers), shared)
 
 
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.3g} GB"
+def _analysis(config: RunConfig, plan: Plan, info: ModelInfo, at_once: int) -> Stage:
+    """Its fuller part: the pass for features, or that of the whole model, which follows it."""
+    on_gpu, actors = plan.device == "cuda", _actors_on_a_node(plan)
+    passes = feature_actor(config, info, on_gpu, at_once), whole_actor(config, info, on_gpu)
+    fuller = max(passes, key=lambda process: (process.gpu_bytes, process.main_bytes))
+    main = max(passes, key=lambda process: process.main_bytes).main
+    actor = fuller._replace(main=main).times(actors, "cluster.num_model_actors", plan.shares_gpu)
+    places = [Place(actor, actors, on_gpu and (actors if plan.shares_gpu else 1))]
+    if _has_driver(plan):
+        places.append(Place(analysis_driver(config, info), 1, 0))
+    return Stage("analysis", tuple(places), plan.shares_gpu)
+
+
+def _at_once(config: RunConfig, plan: Plan, info: ModelInfo, main: float, gpu: float) -> int:
+    """At least 1, also where that does not fit."""
+    actors, driver = _actors_on_a_node(plan), analysis_driver(config, info).main_bytes * _has_driver(plan)
+    each_main = (main - driver) / actors if main else math.inf
+    each_gpu = gpu / (actors if plan.shares_gpu else 1) if gpu else math.inf
+    return max(1, most_at_once(config, info, plan.device == "cuda", each_main, each_gpu))
+
+
+def _actors_on_a_node(plan: Plan) -> int:
+    """Most model actors on one node: on CPUs they are on all alike, on GPUs near the trainer while there is room."""
+    if plan.device == "cpu" or plan.shares_gpu:
+        return -(-plan.num_model_actors // len(plan.nodes))
+    room = int(max(node.gpus for node in plan.nodes))
+    return max(1, min(plan.max_model_actors, room - (1 if plan.spread else plan.num_trainers)))
+
+
+def _has_driver(plan: Plan) -> bool:
+    """Whether the fullest node has the driver: the only one of a cluster, and not one without the head."""
+    return len(plan.nodes) == 1 and not plan.not_on
+
+
+def _refuse(stages: Sequence[Stage], main: float, gpu: float) -> None:
+    """Raises ConfigError for what fits least, if anything does not."""
+    kinds = [(stage, stage.main(), main, "main memory", "the largest node") for stage in stages]
+    kinds += [(stage, terms, gpu, "a GPU's memory", "a GPU") for stage in stages for terms in stage.gpus()]
+    known = [each for each in kinds if each[2]]
+    stage, terms, room, kind, owner = max(known, key=lambda each: _sum(each[1]) / each[2], default=kinds[0])
+    if room and (needed := _sum(terms)) > room:
+        raise ConfigError(
+            f"{_fields(terms)}: the {stage.name} takes {gb(needed)} of {kind} ({_largest_terms(terms)}), {owner} has "
+            f"{gb(room)}; {_advice(terms, needed - room)}"
+        )
+
+
+def _fields(terms: Sequence[Counted]) -> str:
+    """The fields that the largest term goes by."""
+    largest = max((each for each in terms if each.term.fields), key=lambda each: each.bytes)
+    return " and ".join(f"{name}{_amount(name, value)}" for name, value in largest.term.fields)
+
+
+def _largest_terms(terms: Sequence[Counted]) -> str:
+    largest = sorted(terms, key=lambda each: -each.bytes)[:NAMED]
+    return ", ".join(
+        f"{f'{each.count} x ' if each.count > 1 else ''}{gb(each.term.bytes)} {each.owner}: {each.term.what}"
+        for each in largest
+    )
+
+
+def _advice(terms: Sequence[Counted], excess: float) -> str:
+    """What of a field alone would fit, of those of which anything would; the others held as they are."""
+    by_field: dict[tuple[str, int], int] = {}
+    for each in terms:
+        for field in each.term.fields:
+            by_field[field] = by_field.get(field, 0) + each.bytes
+    fits = {
+        (name, value): most
+        for (name, value), size in by_field.items()
+        if size and (most := _rounded(value * (1 - excess / size))) >= 1
+    }
+    if not fits:
+        names = [name for name, _ in sorted(by_field, key=lambda field: -by_field[field])]
+        return f"no field alone makes it fit: change several of {', '.join(names)}"
+    best = sorted(fits, key=lambda field: fits[field] / field[1], reverse=True)[:OFFERED]
+    return "it would fit with " + ", or with ".join(f"{name}{_amount(name, fits[name, value])}" for name, value in best)
+
+
+def _amount(name: str, value: int) -> str:
+    """A field's value, or how many it asks for where it is a list; nothing of the language model's name."""
+    if name == MODEL[0][0]:
+        return ""
+    words = {"model.layers": "transcoders", "sweep": "transcoders", "transcoder.group_sizes": "features in all"}
+    return f" of {value:,} {words[name]}" if name in words else f"={value}"
+
+
+def _rounded(value: float) -> int:
+    """Two digits, downwards."""
+    if value < 100:
+        return int(value)
+    step = 10 ** (int(math.log10(value)) - 1)
+    return int(value // step * step)
+
+
+def _check_disk(config: RunConfig, info: ModelInfo, room: float) -> None:
+    count = len(config.members())
+    needed = analysis_bytes(config, info).disk(count)
+    if needed > room:
+        raise ConfigError(
+            f"analysis.num_tokens={config.analysis.num_tokens}: what is found of {count} transcoders waits on the "
+            f"driver's disk and takes up to {gb(needed)} there, {tempfile.gettempdir()} has {gb(room)}; "
+            "set TMPDIR to a larger one, or lower analysis.max_per_feature"
+        )
+
+
+def _sum(terms: Iterable[Counted]) -> int:
+    return sum(each.bytes for each in terms)
+
+
+def _of(needed: float, room: float) -> str:
+    return f"{gb(needed)} of {gb(room)}" if room else f"{gb(needed)} of ?"
+
+
+def _largest(sizes: Iterable[float]) -> float:
+    """The largest of what is known of all; 0 otherwise."""
+    known = list(sizes)
+    return max(known, default=0.0) if all(known) else 0.0

@@ -15,7 +15,7 @@ from cluster.activations import configure_data_context
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
 from cluster.local_ray import check_installation, session_directory, starting
-from cluster.memory import check_main_memory, transcoders_at_once
+from cluster.memory import MemoryPlan, check_memory
 from cluster.outcome import Trained, TrainResult
 from cluster.places import (
     check_same_run,
@@ -102,10 +102,8 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     configure_data_context()
     info = check_model(config.model, config.data.context_length)
     config, d_model = config.of_layers(info.num_layers), info.d_model
-    plan = plan_in_free_room(config, d_model)
-    check_main_memory(config, plan, info.d_model)
-    at_once = transcoders_at_once(config, plan, info)
-    check_devices(config, plan, d_model)
+    plan = check_devices(config, plan_in_free_room(config, d_model))
+    memory = check_memory(config, plan, info)
     run = run_directory(config)
     config = config.model_copy(update={"output": config.output.model_copy(update={"run_id": run.run_id})})
     set_run(run.run_id)
@@ -118,7 +116,7 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
             check_same_run(config, run)
             metrics = JobMetrics(config, run.run_id)
             with metrics.served():
-                _Job(config, plan, run, d_model, log, lease, metrics, at_once).run_stages()
+                _Job(config, plan, run, d_model, log, lease, metrics, memory).run_stages()
     finally:
         ray.kill(log)  # else the run could not be continued as long as anything, such as a traceback, holds the handle
     return run
@@ -137,15 +135,15 @@ class _Job:
     """Handle of the MetricsLog actor."""
     lease: Lease
     metrics: JobMetrics
-    at_once: int
-    """Transcoders that one held-out pass is for."""
+    memory: MemoryPlan
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of the stages that are over, by name."""
 
     def run_stages(self) -> None:
         run, plan = self.run, self.plan
         say("run", f"run {run.run_id} in {run.url}", url=run.url)
-        say("plan", plan.describe(), device=plan.device, trainers=plan.num_trainers, model_actors=plan.num_model_actors)
+        said = f"{plan.describe()}\n{self.memory.describe()}"
+        say("plan", said, device=plan.device, trainers=plan.num_trainers, model_actors=plan.num_model_actors)
         self.metrics.plan(plan.device, plan.num_trainers, plan.num_model_actors)
         self._prepare()
         store, work = self._tokenise()
@@ -209,7 +207,7 @@ class _Job:
         facts = [self._facts(store, trained, each, progress.events) for each in trained.members]
         rows = (progress.rows(each.member) for each in trained.members)
         written = analyse_and_write(
-            self.config, self.plan, self.run, store.url, facts, rows, self.lease.require, self.at_once
+            self.config, self.plan, self.run, store.url, facts, rows, self.lease.require, self.memory.at_once
         )
         self.lease.require()
         publish_whole(self.run, latest=True)

@@ -176,9 +176,8 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
     check_optional(config)
     info = check_model(config.model, config.data.context_length)
     configure_data_context()
-    plan = plan_in_free_room(config, info.d_model)
+    plan = check_devices(config, plan_in_free_room(config, info.d_model))
     at_once = transcoders_at_once(config, plan, info)
-    check_devices(config, plan)
     with Lease(run) as lease:
         members = list(run.members().values())
         for own in members:

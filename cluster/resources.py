@@ -60,6 +60,10 @@ class Node(NamedTuple):
     """GPUs of it that others hold."""
     memory: float = 0.0
     """Bytes of main memory that Ray counts for processes there; 0 if that is not known."""
+    gpu_memory: float = 0.0
+    """Bytes of each of its GPUs; 0 if that is not known."""
+    object_store: float = 0.0
+    """Bytes of main memory that Ray's object store may take there; 0 if that is not known."""
 
     def whole(self) -> Node:
         """The node as if nobody held anything."""

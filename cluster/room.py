@@ -53,7 +53,10 @@ def cluster_nodes() -> list[Node]:
                 round(has.get(k, 0.0) - mine, 4) for k, mine in zip(KINDS, (cpus, gpus), strict=True)
             )
             is_head, memory = "node:__internal_head__" in has, has.get("memory", 0.0)
-            found.append(Node(cpus, gpus, is_head, node["NodeID"], held_cpus, held_gpus, memory))
+            store = has.get("object_store_memory", 0.0)
+            found.append(
+                Node(cpus, gpus, is_head, node["NodeID"], held_cpus, held_gpus, memory, object_store=store)
+            )
     return found
 
 

@@ -38,6 +38,33 @@ class ModelInfo(NamedTuple):
     """Most tokens of a window that the model knows positions for; None if it does not say."""
     num_ids: int
     """Rows of the embedding: token ids from here on are none."""
+    mlp_width: int
+    """Width inside the MLP."""
+    heads: int
+    """Query heads."""
+    attention_width: int
+    """Query heads times the width of a head."""
+    key_width: int
+    """Key heads times the width of a head; values are as wide."""
+    tied: bool
+    """Whether the unembedding is the embedding."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP's nonlinearity is multiplied with another map."""
+        return MODULES[self.model_type].neurons_gated is not None
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of a layer's matrices; norms and biases, which are a thousandth of them, are left out."""
+        matrices = 3 if self.gated else 2
+        attention = 2 * self.d_model * (self.attention_width + self.key_width)
+        return attention + matrices * self.d_model * self.mlp_width
+
+    def weights(self, layers: int, head: bool = False) -> int:
+        """Weights of the embedding and the first `layers` layers, with `head` of the unembedding too."""
+        tables = 2 if head and not self.tied else 1
+        return layers * self.layer_weights + tables * self.num_ids * self.d_model
 
 
 class Modules(NamedTuple):
@@ -103,8 +130,20 @@ def modules_of(config: ModelConfig, model_type: str | None) -> Modules:
 
 def model_info(model_config: PretrainedConfig) -> ModelInfo:
     text = model_config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    return ModelInfo(model_config.model_type, text.num_hidden_layers, text.hidden_size, positions, text.vocab_size)
+    heads, d_model = text.num_attention_heads, text.hidden_size
+    width = getattr(text, "head_dim", None) or d_model // heads
+    return ModelInfo(
+        model_type=model_config.model_type,
+        num_layers=text.num_hidden_layers,
+        d_model=d_model,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        num_ids=text.vocab_size,
+        mlp_width=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * d_model,
+        heads=heads,
+        attention_width=heads * width,
+        key_width=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+    )
 
 
 def validate(config: ModelConfig, info: ModelInfo, context_length: int = 0) -> ModelInfo:

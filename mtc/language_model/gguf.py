@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import tempfile
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -118,7 +119,24 @@ def gguf_info(parts: list[Path]) -> ModelInfo:
     if not tokens or tokens > rows:
         raise ModelError(f"{path}: its tokenizer has {tokens} tokens, the embedding {rows} rows")
     check_gguf_fields(path, values, shapes)
-    return ModelInfo(_GGUF_NAMES.get(name, name), layers, width, values.get(f"{name}.context_length"), rows)
+    return ModelInfo(
+        model_type=_GGUF_NAMES.get(name, name),
+        num_layers=layers,
+        d_model=width,
+        max_positions=values.get(f"{name}.context_length"),
+        num_ids=rows,
+        mlp_width=_rows(shapes, "ffn_up", values.get(f"{name}.feed_forward_length")),
+        heads=int(values.get(f"{name}.attention.head_count") or 1),
+        attention_width=_rows(shapes, "attn_q", width),
+        key_width=_rows(shapes, "attn_k", width),
+        tied="output.weight" not in shapes,
+    )
+
+
+def _rows(shapes: Mapping[str, Sequence[int]], name: str, otherwise: Any) -> int:
+    """Outputs of a matrix of the first layer, or what else is known where it is none of its own (GPT-2's attn_qkv)."""
+    shape = shapes.get(f"blk.0.{name}.weight")
+    return int(shape[1] if shape else otherwise or 0)
 
 
 def convert_gguf(config: ModelConfig, parts: list[Path], directory: Path) -> None:

@@ -284,7 +284,7 @@ def test_mps_is_refused_where_no_gpu_is_shared(ray_cluster):
     config, here = load_preset("tiny", {"cluster": {"mps": True}}), ray.get_runtime_context().get_node_id()
     for nodes in ([Node(2, 0, node_id=here)], [Node(8, 4, node_id=here)], [Node(2, 1, node_id="other")]):
         with pytest.raises(ConfigError, match=r"cluster\.mps is true, but no two processes share a GPU of the node"):
-            check_devices(config, make_plan(config, nodes, 32), 32)
+            check_devices(config, make_plan(config, nodes, 32))
 
 
 def test_processes_get_what_mps_needs_and_only_while_it_runs(monkeypatch):
@@ -323,15 +323,15 @@ def test_a_cluster_whose_gpus_torch_does_not_see_is_refused_before_any_work(ray_
     tiny, here = load_preset("tiny"), ray.get_runtime_context().get_node_id()
     plan = make_plan(tiny, [Node(2, 1, node_id=here)], 32)
     with pytest.raises(ConfigError, match=r"node \w{8}: this process was given a GPU, but torch .* sees none"):
-        check_devices(tiny, plan._replace(actor_gpus=0), 32)  # this Ray has none to give
-    check_devices(tiny, make_plan(tiny, [Node(2, 0, node_id=here)], 32), 32)
+        check_devices(tiny, plan._replace(actor_gpus=0))  # this Ray has none to give
+    check_devices(tiny, make_plan(tiny, [Node(2, 0, node_id=here)], 32))
 
 
 def test_gpus_that_others_have_are_waited_for_by_ray(ray_cluster, monkeypatch, caplog):
     monkeypatch.setattr(gpus, "FREE_SECONDS", 0)
     tiny, here = load_preset("tiny"), ray.get_runtime_context().get_node_id()
     plan = make_plan(tiny, [Node(2, 1, node_id=here)], 32)
-    check_devices(tiny, plan._replace(actor_gpus=0), 32)  # no process answers at once
+    check_devices(tiny, plan._replace(actor_gpus=0))  # no process answers at once
     assert f"node {here[:8]}: no GPU came free within 0 s" in caplog.text
 
 

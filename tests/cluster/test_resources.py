@@ -1,24 +1,7 @@
-import shutil
-from collections import namedtuple
-
-import numpy as np
 import pytest
-import torch
 
-from cluster.memory import (
-    analysis_bytes,
-    check_main_memory,
-    graph_bytes,
-    graph_processes,
-    training_bytes,
-    transcoders_at_once,
-)
 from cluster.resources import Node, actor_rate, beside, make_plan, trainer_rate
-from mtc.analysis import HeldOutPass
 from mtc.config import ConfigError, load_preset
-from mtc.language_model import SitePair, pack_windows
-from mtc.language_model.architectures import ModelInfo
-from mtc.transcoder import MatryoshkaTranscoder, TranscoderShape
 
 GEMMA_2B, SMOLLM = 2304, 576  # d_model
 
@@ -66,121 +49,10 @@ def test_small_models_run_in_several_actors_of_one_thread(nodes, d_model, actors
     assert plan.num_trainers * plan.trainer_cpus + actors * plan.actor_cpus <= sum(n.cpus for n in nodes)
 
 
-@pytest.mark.parametrize(("replays", "rows"), [(1, 80_000 + 2 * 4096), (4, 5 * (80_000 // 5 + 4096) + 4096)])
-def test_a_shuffle_buffer_that_does_not_fit_is_refused(replays, rows):
-    data = {"replays": replays, "unit_tokens": 4096, "shuffle_buffer_tokens": 80_000}
-    config = load_preset("smollm2-135m", {"data": data})
-    need = training_bytes(config, SMOLLM, 1)
-    assert need.buffer == rows * 2 * SMOLLM * 2
-    plan = make_plan(config, [Node(2, 0, memory=sum(need) - 1), Node(1, 0, memory=1)], SMOLLM)
-    words = rf"data\.shuffle_buffer_tokens=80000 with data\.replays={replays}: .* {need.buffer / 1e9:.3g} GB of shuffle"
-    with pytest.raises(ConfigError, match=words):
-        check_main_memory(config, plan, SMOLLM)
-    check_main_memory(config, plan._replace(nodes=(Node(2, 0, memory=sum(need)),)), SMOLLM)
-    two = plan._replace(num_trainers=2, nodes=(Node(4, 0, memory=sum(need)),))  # each has a unit more than its share
-    with pytest.raises(ConfigError, match=r"lower data\.shuffle_buffer_tokens"):
-        check_main_memory(config, two, SMOLLM)
-
-
-def found_in_a_row(config, info):
-    """Bytes of the affine map's sums, and of all else, that are found in one work unit with massive tokens."""
-    rng, width = np.random.default_rng(0), info.d_model
-    length = config.data.context_length
-    ids = [rng.integers(0, info.num_ids, length) for _ in range(config.data.unit_tokens // length)]
-    windows = pack_windows([one.astype(np.int32) for one in ids], [])
-    transcoder = MatryoshkaTranscoder(TranscoderShape(width, width, config.transcoder.group_sizes, 8, "rms"), seed=0)
-    pair = SitePair(*torch.randn(2, len(windows.input_ids), width))
-    with torch.no_grad():
-        z = transcoder.pre_activations(pair.source).flatten()
-        transcoder.threshold.copy_(z.kthvalue(len(z) - config.transcoder.k * len(pair.source)).values)
-        transcoder.massive_norm.fill_(1.5 * width**0.5)
-    pair.target[::100] *= 10
-    held = HeldOutPass(config, transcoder, np.ones(info.num_ids, np.int64), 2000, context_windows=np.arange(len(ids)))
-    held.add(np.arange(len(ids)), windows, pair, np.arange(len(ids)), fold=0)
-    sizes = {name: array.nbytes for name, array in held.arrays().items() if not name.startswith("sample")}
-    line = sum(size for name, size in sizes.items() if name.startswith("line."))
-    dense = sum(held.blocks._asdict()[name].nbytes for name in held.blocks._fields) + held.token_errors.nbytes
-    return line, sum(sizes.values()) - line, dense
-
-
-def test_the_plan_counts_what_the_analysis_of_many_layers_holds():
-    """Against what a pass really holds; and how many layers go into one by what there is."""
-    settings = {
-        "model": {"layers": "0-29"}, "data": {"unit_tokens": 4096, "context_length": 64},
-        "transcoder": {"group_sizes": [400, 600], "k": 8},
-        "analysis": {"num_tokens": 65_536, "max_per_feature": 100, "samples_per_feature": 20, "context_tokens": 20},
-    }  # fmt: skip
-    config, info = load_preset("tiny", settings), ModelInfo("llama", 30, 192, None, 5000)
-    need = analysis_bytes(config, info)
-    line, found, dense = found_in_a_row(config, info)
-    assert line <= need.line < 1.02 * line
-    assert found <= need.found + need.counts < 2.5 * (found + dense)
-    assert dense <= need.counts < 1.3 * dense
-    assert need.rows == 16 and need.waiting == 0, "a unit each"
-    longer = analysis_bytes(load_preset("tiny", settings | {"analysis": {"num_tokens": 10**6}}), info)
-    assert longer.rows == -(-245 // 8) and longer.waiting == 1
-
-    def at_once(memory, overrides=None, actors=2):
-        config = load_preset("tiny", settings | (overrides or {}))
-        plan = make_plan(config, [Node(2, 0, memory=memory)], info.d_model)._replace(num_model_actors=actors)
-        return transcoders_at_once(config, plan, info)
-
-    long = {"analysis": settings["analysis"] | {"num_tokens": 10**6}}
-    need = analysis_bytes(load_preset("tiny", settings | long), info)
-    assert at_once(need.driver + 2 * need.actor(30) + 1e6, long) == 30
-    for layers in (12, 29):
-        assert at_once(need.driver + 2 * need.actor(layers) + 1e6, long) == layers
-    assert at_once(need.driver + need.actor(12) + 1e6, long, actors=1) == 12
-    assert at_once(0, long) == 30, "of a node whose memory is not known"
-    words = r"analysis takes at least .* 2 model actors .*30 transcoders' weights .* the driver; .* has 1\.5 GB"
-    with pytest.raises(ConfigError, match=words):
-        at_once(1.5e9, long)
-
-
-def test_graphs_are_scored_by_as_many_processes_as_fit():
-    config, info = load_preset("tiny", {"model": {"layers": "0-29"}}), ModelInfo("llama", 30, 512, None, 5000)
-    need = graph_bytes(config, info)
-    weights = 4 * (30 * 12 * 512**2 + 5000 * 512)
-    assert weights < need < 2e9 + weights
-
-    def processes(*memory):
-        nodes = [Node(2, 0, memory=each) for each in memory]
-        plan = make_plan(config, nodes, info.d_model)._replace(num_model_actors=4)
-        return graph_processes(config, plan, info)
-
-    assert [processes(need * n) for n in (0.9, 1.1, 3.5, 9)] == [0, 1, 3, 4]
-    assert processes(need * 1.9, need * 2.9) == 3, "what is left over of two nodes is no place"
-    assert processes(0) == 4, "of a node whose memory is not known"
-
-
-def test_a_disk_without_room_for_what_waits_there_is_told_before_any_work(monkeypatch):
-    config, info = load_preset("tiny", {"model": {"layers": "0-29"}}), ModelInfo("llama", 30, 4096, None, 5000)
-    wanted = analysis_bytes(config, info).disk(30)
-    assert wanted > 30 * 80 * 4096**2
-    plan = make_plan(config, [Node(2, 0)], info.d_model)
-    usage = namedtuple("usage", "total used free")
-    for free in (wanted + 1, wanted - 1):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
-        if free > wanted:
-            assert transcoders_at_once(config, plan, info) == 30
-        else:
-            with pytest.raises(
-                ConfigError, match=r"what is found of 30 transcoders waits on the driver's disk .* TMPDIR"
-            ):
-                transcoders_at_once(config, plan, info)
-
-
 def test_a_trainer_that_repeats_tokens_keeps_up_with_fewer_model_actors():
     nodes = [Node(64, 8)]
     plans = [make_plan(load_preset("gemma-2-2b-layer17", {"data": {"replays": r}}), nodes, GEMMA_2B) for r in (1, 8)]
     assert plans[0].num_model_actors > 1 and plans[1].num_model_actors == 1
-
-
-def test_what_auto_never_tries_on_a_gpu_is_not_counted():
-    wide = {"transcoder": {"group_sizes": [131_072]}, "optimizer": {"batch_tokens": 16_384}}
-    config = load_preset("gemma-2-2b-layer17", wide)
-    on_cpu, on_gpu = (training_bytes(config, GEMMA_2B, 1, gpu).transcoders for gpu in (False, True))
-    assert on_cpu - on_gpu == 4 * 4 * 16_384 * 131_072
 
 
 def test_one_gpu_is_shared_and_several_are_not():
