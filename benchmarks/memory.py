@@ -1,11 +1,11 @@
 """The plan in bytes beside what processes of real jobs take: predicted over measured memory.
 
-    python -m benchmarks.memory                  all cases, a table
+    python -m benchmarks.memory                  all cases, into docs/benchmarks/memory.json, and a table
     python -m benchmarks.memory --case tiny      one of them
-    python -m benchmarks.memory --json --save    docs/benchmarks/memory.json
+    python -m benchmarks.memory --check          the table again, by today's formulas
 
-Runs `jobs/train.py` on this machine's CPUs and looks twice a second at each process's own memory: its share of pages
-(Pss of /proc/PID/smaps_rollup) without the object store's. Of a kind of process the fullest counts. Peaks that last less
+Runs `jobs/train.py` on this machine's CPUs and looks twice a second at each process's own memory: its share of
+pages (Pss of /proc/PID/smaps_rollup) without the object store's. Of a kind of process the fullest counts. Peaks that last less
 than half a second may go unseen. Minutes; GPUs' memory is not measured.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from cluster.memory_terms import RAY
 from cluster.memory_training import model_actor, trainer
 from cluster.resources import Node, make_plan
 from mtc.config import RunConfig, load_preset
-from mtc.language_model import check_model
+from mtc.language_model.architectures import ModelInfo
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "memory.json"
 SECONDS = 0.5
@@ -42,22 +43,22 @@ KINDS = {
     "WholeModelActor": "model actor, whole model",
 }
 """What is in a process's title, and the name of its kind."""
-_SHORT = {"analysis": {"num_tokens": 16_384, "loss_tokens": 2048}}
+_SHORT = {"analysis": {"num_tokens": 8192, "loss_tokens": 1024}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("tiny", {}),
     "a wide dictionary": (
         "smollm2-135m",
         {
-            "transcoder": {"group_sizes": [4096, 8192]},
+            "transcoder": {"group_sizes": [2048, 6144]},
             "data": {"num_tokens": 16_384, "replays": 2, "shuffle_buffer_tokens": 131_072},
             "optimizer": {"batch_tokens": 1024, "warmup_steps": 5},
             **_SHORT,
         },
     ),
-    "eight layers": (
+    "four layers": (
         "smollm2-135m",
         {
-            "model": {"layers": list(range(0, 16, 2))},
+            "model": {"layers": [3, 6, 9, 12]},
             "transcoder": {"group_sizes": [512, 1024]},
             "data": {"num_tokens": 16_384, "replays": 1, "shuffle_buffer_tokens": 16_384},
             "optimizer": {"warmup_steps": 5},
@@ -86,11 +87,11 @@ class Ratio(NamedTuple):
         return self.predicted / self.measured
 
 
-def predictions(config: RunConfig) -> dict[str, float]:
-    """Bytes of each kind of process on this machine."""
-    info = check_model(config.model, config.data.context_length)
-    plan = make_plan(config, [Node(float(os.cpu_count() or 1), 0)], info.d_model)
-    memory = check_memory(config, plan, info)
+def predictions(case: str, info: ModelInfo, cpus: int) -> dict[str, float]:
+    """Bytes of each kind of process of a case on a machine with so many CPUs and memory enough."""
+    config = load_preset(*CASES[case])
+    plan = make_plan(config, [Node(cpus, 0)], info.d_model)
+    memory = check_memory(config, plan, info, disk=math.inf)
     processes = {
         "trainer": trainer(config, info, 1, False, plan.trainer_threads),
         "model actor, training": model_actor(config, info, False),
@@ -108,9 +109,9 @@ def measure(config: RunConfig) -> dict[str, float]:
         file = Path(root) / "config.json"
         config = config.model_copy(update={"output": config.output.model_copy(update={"root": f"{root}/runs"})})
         file.write_text(config.model_dump_json(exclude_unset=True))
-        job = subprocess.Popen(
-            [sys.executable, "jobs/train.py", "--config", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        command, said = [sys.executable, "jobs/train.py", "--config", str(file)], Path(root) / "said"
+        with said.open("w") as out:
+            job = subprocess.Popen(command, stdout=out, stderr=out)
         peaks, titles, node = dict[int, int](), dict[int, str](), 0
         while job.poll() is None:
             found = dict(_own_memory(psutil.Process(job.pid), titles))
@@ -118,7 +119,7 @@ def measure(config: RunConfig) -> dict[str, float]:
             node = max(node, sum(found.values()))
             time.sleep(SECONDS)
         if job.returncode:
-            raise RuntimeError(f"the job failed: {(job.stderr.read() if job.stderr else b'').decode()[-2000:]}")
+            raise RuntimeError(f"the job failed: {said.read_text()[-2000:]}")
     by_kind: dict[str, list[int]] = defaultdict(list)
     for pid, size in peaks.items():
         kind = next((kind for part, kind in KINDS.items() if part in titles[pid]), "Ray's own")
@@ -132,7 +133,7 @@ def _own_memory(job: psutil.Process, titles: dict[int, str]) -> list[tuple[int, 
     found = []
     try:
         processes = [job, *job.children(recursive=True)]
-    except psutil.Error:
+    except psutil.Error:  # the job has ended
         return []
     for process in processes:
         try:
@@ -149,33 +150,40 @@ def _own_memory(job: psutil.Process, titles: dict[int, str]) -> list[tuple[int, 
 
 def table(ratios: Sequence[Ratio]) -> str:
     """Markdown."""
-    lines = ["| job | process | predicted, GB | measured, GB | predicted / measured |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| job | process | predicted, GB | measured, GB | predicted / measured |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for each in ratios:
         sizes = f"{each.predicted / 1e9:.2f} | {each.measured / 1e9:.2f}"
         lines.append(f"| {each.case} | {each.kind} | {sizes} | {each.ratio:.2f} |")
     return "\n".join(lines)
 
 
-def saved(file: Path = RESULTS) -> list[Ratio]:
-    """What was measured last."""
-    return [Ratio(**row) for row in json.loads(file.read_text())["ratios"]]
+def ratios(file: Path = RESULTS) -> list[Ratio]:
+    """Today's formulas beside what was measured last."""
+    found = []
+    for case, record in json.loads(file.read_text())["cases"].items():
+        predicted = predictions(case, ModelInfo(**record["model"]), record["cpus"])
+        found += [Ratio(case, kind, predicted[kind], size) for kind, size in record["bytes"].items()]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
-    parser.add_argument("--save", action="store_true", help=f"write it to {RESULTS.name} of docs/benchmarks")
+    parser.add_argument("--file", type=Path, default=RESULTS, help="written after each case (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="measure nothing: the formulas beside the file")
     options = parser.parse_args(argv)
-    ratios = []
-    for case in options.case:
+    for case in () if options.check else options.case:
         config = load_preset(*CASES[case])
-        predicted = predictions(config)
-        ratios += [Ratio(case, kind, predicted[kind], size) for kind, size in sorted(measure(config).items())]
-    found = {"ratios": [each._asdict() for each in ratios], "cores": os.cpu_count(), "command": "benchmarks.memory"}
-    print(json.dumps(found, indent=1) if options.json else table(ratios))
-    if options.save:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        from mtc.language_model import check_model  # torch and transformers, 4 s, which the table does without
+
+        info = check_model(config.model, config.data.context_length)
+        sizes = {"model": info._asdict(), "cpus": os.cpu_count(), "bytes": dict(sorted(measure(config).items()))}
+        cases = json.loads(options.file.read_text())["cases"] if options.file.exists() else {}
+        options.file.write_text(json.dumps({"cases": cases | {case: sizes}}, indent=1) + "\n")
+    print(table(ratios(options.file)))
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def table(
                 [f"{count:,}", str(number), f"{found.tokens_per_second:,.0f}", found.limit,
                  f"{found.stream_gigabytes:.2f}", _short(found.hours(count)), _short(paid), cost]
             )  # fmt: skip
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def check_table(results: Path = RESULTS) -> str:
@@ -250,7 +250,7 @@ def check_table(results: Path = RESULTS) -> str:
         numbers = (f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in (check.predicted, check.measured))
         values = [f"{number} {check.unit}" for number in numbers]
         rows.append([check.name, *values, f"{check.ratio:.2f}", check.source])
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -284,7 +284,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
+    """The first row as the head of a table."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 

@@ -75,7 +75,7 @@ class Stage(NamedTuple):
     def gpus(self) -> list[list[Counted]]:
         """Terms of the memory of each GPU that differs: of one that is shared, or of one for each kind of process."""
         kinds = [[Counted(p.process.name, term, p.on_gpu) for term in p.process.gpu] for p in self.places if p.on_gpu]
-        return [sum(kinds, [])] if self.shares_gpu else kinds
+        return [[each for kind in kinds for each in kind]] if self.shares_gpu else kinds
 
 
 class MemoryPlan(NamedTuple):
@@ -103,9 +103,13 @@ class MemoryPlan(NamedTuple):
                 most = ", ".join(f"{term.what} {gb(term.bytes)}" for term in terms[:2])
                 each = gb(process.gpu_bytes) if on_gpu else "-"
                 name = stage.name if not number else ""
-                rows.append((name, f"{process.name}{'s' * (on_node > 1)}", f"{on_node}", gb(process.main_bytes), each, most))
+                rows.append(
+                    (name, f"{process.name}{'s' * (on_node > 1)}", f"{on_node}", gb(process.main_bytes), each, most)
+                )
             on_gpus = max((_sum(terms) for terms in stage.gpus()), default=0)
-            rows.append(("", "together", "", _of(_sum(stage.main()), self.main), _of(on_gpus, self.gpu) if on_gpus else "-", ""))
+            rows.append(
+                ("", "together", "", _of(_sum(stage.main()), self.main), _of(on_gpus, self.gpu) if on_gpus else "-", "")
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         store = f" of {gb(self.store)}" if self.store else ""
@@ -117,30 +121,38 @@ def check_memory(config: RunConfig, plan: Plan, info: ModelInfo, disk: float | N
     """What a run of this plan takes.
 
     `disk` is what is free in the driver's temporary directory, by default in this machine's; math.inf asks for nothing
-    of it. Raises ConfigError with the largest terms, the fields to change and what would fit, if training or analysis do
-    not fit into the largest node or GPU, or the analysis not onto that disk.
+    of it. Raises ConfigError with the largest terms, the fields to change and what would fit, if training or analysis
+    do not fit into the largest node or GPU, or the analysis not onto that disk.
     """
-    return _plan(config, plan, info, True, disk)
+    found = memory_plan(config, plan, info)
+    _refuse(found.stages, found.main, found.gpu)
+    _check_disk(config, info, disk)
+    return found
+
+
+def memory_plan(config: RunConfig, plan: Plan, info: ModelInfo) -> MemoryPlan:
+    """What a run of this plan takes, whether or not that fits."""
+    main, gpu = _rooms(plan)
+    at_once = _at_once(config, plan, info, main, gpu)
+    stages = _training(config, plan, info), _analysis(config, plan, info, at_once)
+    store = _largest(node.object_store for node in plan.nodes)
+    return MemoryPlan(stages, at_once, main, gpu, unit_bytes(config, info), store)
 
 
 def transcoders_at_once(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
     """For how many of a trained run's transcoders one pass over the held-out text can be. Raises ConfigError as
     `check_memory` does for the analysis."""
-    return _plan(config, plan, info, False, None).at_once
-
-
-def _plan(config: RunConfig, plan: Plan, info: ModelInfo, training: bool, disk: float | None) -> MemoryPlan:
-    nodes, with_gpus = plan.nodes, [node for node in plan.nodes if node.gpus]
-    main = _largest(node.memory for node in nodes)
-    gpu = _largest(node.gpu_memory for node in with_gpus) if plan.device == "cuda" else 0.0
+    main, gpu = _rooms(plan)
     at_once = _at_once(config, plan, info, main, gpu)
-    found = [_training(config, plan, info)] if training else []
-    found.append(_analysis(config, plan, info, at_once))
-    _refuse(found, main, gpu)
-    _check_disk(config, info, shutil.disk_usage(tempfile.gettempdir()).free if disk is None else disk)
-    return MemoryPlan(
-        tuple(found), at_once, main, gpu, unit_bytes(config, info), _largest(node.object_store for node in nodes)
-    )
+    _refuse([_analysis(config, plan, info, at_once)], main, gpu)
+    _check_disk(config, info, None)
+    return at_once
+
+
+def _rooms(plan: Plan) -> tuple[float, float]:
+    """Main memory of the largest node and memory of the largest GPU that is used; 0 where one's is not known."""
+    gpus = [node.gpu_memory for node in plan.nodes if node.gpus and plan.device == "cuda"]
+    return _largest(node.memory for node in plan.nodes), _largest(gpus)
 
 
 def _training(config: RunConfig, plan: Plan, info: ModelInfo) -> Stage:
@@ -204,9 +216,10 @@ def _refuse(stages: Sequence[Stage], main: float, gpu: float) -> None:
     known = [each for each in kinds if each[2]]
     stage, terms, room, kind, owner = max(known, key=lambda each: _sum(each[1]) / each[2], default=kinds[0])
     if room and (needed := _sum(terms)) > room:
+        short = [(each, size - has) for _, each, has, *_ in known if (size := _sum(each)) > has]
         raise ConfigError(
             f"{_fields(terms)}: the {stage.name} takes {gb(needed)} of {kind} ({_largest_terms(terms)}), {owner} has "
-            f"{gb(room)}; {_advice(terms, needed - room)}"
+            f"{gb(room)}; {_advice(short)}"
         )
 
 
@@ -224,19 +237,22 @@ def _largest_terms(terms: Sequence[Counted]) -> str:
     )
 
 
-def _advice(terms: Sequence[Counted], excess: float) -> str:
-    """What of a field alone would fit, of those of which anything would; the others held as they are."""
-    by_field: dict[tuple[str, int], int] = {}
-    for each in terms:
-        for field in each.term.fields:
-            by_field[field] = by_field.get(field, 0) + each.bytes
-    fits = {
-        (name, value): most
-        for (name, value), size in by_field.items()
-        if size and (most := _rounded(value * (1 - excess / size))) >= 1
-    }
+def _advice(short: Sequence[tuple[Sequence[Counted], float]]) -> str:
+    """What of a field alone would make all fit that does not, each given with the bytes that it lacks; other fields
+    held as they are."""
+    fits: dict[tuple[str, int], int] = {}
+    names: dict[str, None] = {}
+    for number, (terms, lacking) in enumerate(short):
+        by_field: dict[tuple[str, int], int] = {}
+        for each in terms:
+            for field in each.term.fields:
+                by_field[field] = by_field.get(field, 0) + each.bytes
+        most = {field: _rounded(field[1] * (1 - lacking / size)) for field, size in by_field.items() if size}
+        fits = {
+            f: min(value, fits.get(f, value)) for f, value in most.items() if value >= 1 and (f in fits or not number)
+        }
+        names |= dict.fromkeys(name for name, _ in sorted(by_field, key=lambda field: -by_field[field]))
     if not fits:
-        names = [name for name, _ in sorted(by_field, key=lambda field: -by_field[field])]
         return f"no field alone makes it fit: change several of {', '.join(names)}"
     best = sorted(fits, key=lambda field: fits[field] / field[1], reverse=True)[:OFFERED]
     return "it would fit with " + ", or with ".join(f"{name}{_amount(name, fits[name, value])}" for name, value in best)
@@ -246,7 +262,8 @@ def _amount(name: str, value: int) -> str:
     """A field's value, or how many it asks for where it is a list; nothing of the language model's name."""
     if name == MODEL[0][0]:
         return ""
-    words = {"model.layers": "transcoders", "sweep": "transcoders", "transcoder.group_sizes": "features in all"}
+    transcoders = "transcoders" if value > 1 else "transcoder"
+    words = {"model.layers": transcoders, "sweep": transcoders, "transcoder.group_sizes": "features in all"}
     return f" of {value:,} {words[name]}" if name in words else f"={value}"
 
 
@@ -258,8 +275,10 @@ def _rounded(value: float) -> int:
     return int(value // step * step)
 
 
-def _check_disk(config: RunConfig, info: ModelInfo, room: float) -> None:
+def _check_disk(config: RunConfig, info: ModelInfo, room: float | None) -> None:
     count = len(config.members())
+    if room is None:
+        room = shutil.disk_usage(tempfile.gettempdir()).free
     needed = analysis_bytes(config, info).disk(count)
     if needed > room:
         raise ConfigError(

@@ -9,7 +9,6 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.memory_terms import (
-    BFLOAT16,
     CUDA_CONTEXT,
     CUDA_MAIN,
     DRIVER,
@@ -40,6 +39,10 @@ STATISTICS = 40
 """Numbers of 8 bytes that are counted of each feature."""
 LABELS = 2 * (1024 + 18 + 10)
 """Rows of sums by document, by position and by frequency, of massive tokens and of others."""
+SAMPLED = 28
+"""Bytes of an activation of the sample for co-activations (mtc.analysis.coactivation.CoactivationSample)."""
+COSINES, COSINE = 1 << 25, 8
+"""Cosines between features that are held at a time (mtc.analysis.feature_table), and bytes of one and its copy."""
 FOLDS = 5
 UNITS_PER_ROW, ROWS_WANTED = 8, 16
 """Most work units of a row of held-out work, and rows of a short text (cluster.held_out)."""
@@ -48,8 +51,8 @@ COPIES = 3
 
 
 MAX_LOGITS = 1 << 26
-"""Logits that are held at a time (mtc.analysis.loss_sums): of the clean pass as log-probabilities in float32, of another
-in the model's dtype. A GPU takes more where its memory has room."""
+"""Logits that are held at a time (mtc.analysis.loss_sums): of the clean pass as log-probabilities in float32, of
+another in the model's dtype. A GPU takes more where its memory has room."""
 SPLICED_COPIES = 3
 """Matrices [tokens, features] float32 while a reconstruction is spliced in: pre-activations, which are active, and the
 activations (MatryoshkaTranscoder.encode)."""
@@ -82,9 +85,11 @@ class AnalysisBytes(NamedTuple):
     counts: int
     """Other sums of the largest transcoder, which have the same size whatever is in them."""
     found: int
-    """What else a row finds of it, such as candidate examples."""
+    """What else a row finds of it: candidate examples, contexts, the sample for co-activations."""
     kept: int
     """What all rows together find of that."""
+    cosines: int
+    """Cosines between features that the driver compares at a time."""
     rows: int
     """Rows of work."""
     waiting: int
@@ -99,7 +104,7 @@ class AnalysisBytes(NamedTuple):
     @property
     def driver(self) -> int:
         """The driver, whose memory has one transcoder at a time."""
-        return DRIVER + self.weights + 2 * (FOLDS * self.line + self.counts + self.kept)
+        return DRIVER + self.weights + self.cosines + 2 * (FOLDS * self.line + self.counts + self.kept)
 
     def disk(self, transcoders: int) -> int:
         """What waits on the driver's disk."""
@@ -123,6 +128,7 @@ def analysis_bytes(config: RunConfig, info: ModelInfo, on_gpu: bool = False) -> 
     kept = features * (settings.max_per_feature + settings.samples_per_feature)
     example, fired = EXAMPLE + FLOAT * settings.context_tokens, per_row * unit * largest.k
     in_contexts = min(settings.random_contexts * (settings.context_tokens + 1), settings.num_tokens) * largest.k
+    sampled = min(settings.coactivation_tokens, settings.num_tokens) * largest.k
     return AnalysisBytes(
         model=item * info.weights(info.num_layers, head=True),
         lower=item * info.weights(max(sites.layer for sites in config.model.sites) + 1),
@@ -132,8 +138,12 @@ def analysis_bytes(config: RunConfig, info: ModelInfo, on_gpu: bool = False) -> 
         logits=judged * (FLOAT * info.num_ids + max(item * info.num_ids, SPLICED_COPIES * FLOAT * features)),
         line=line,
         counts=labels + vocabulary,
-        found=statistics + min(kept, fired) * example + min(in_contexts, fired) * CONTEXT_ENTRY,
-        kept=statistics + kept * example + in_contexts * CONTEXT_ENTRY,
+        found=statistics
+        + min(kept, fired) * example
+        + min(in_contexts, fired) * CONTEXT_ENTRY
+        + min(sampled, fired) * SAMPLED,
+        kept=statistics + kept * example + in_contexts * CONTEXT_ENTRY + sampled * SAMPLED,
+        cosines=COSINE * min(features**2, COSINES),
         rows=-(-units // per_row),
         waiting=int(per_row > 1),
     )

@@ -76,7 +76,9 @@ def dictionary_fields(config: RunConfig) -> tuple[tuple[str, int], ...]:
     """The fields that decide about the transcoders: how many there are, and the features of the largest."""
     members = config.members()
     features = ("transcoder.group_sizes", max(member.config.transcoder.num_features for member in members))
-    return ((("sweep" if config.sweep else "model.layers"), len(members)), features) if len(members) > 1 else (features,)
+    return (
+        ((("sweep" if config.sweep else "model.layers"), len(members)), features) if len(members) > 1 else (features,)
+    )
 
 
 def unit_fields(config: RunConfig) -> tuple[tuple[str, int], ...]:
@@ -91,7 +93,7 @@ def layer_fields(config: RunConfig) -> tuple[tuple[str, int], ...]:
 
 
 def transcoder_words(config: RunConfig) -> str:
-    """"26 transcoders' ", or "the transcoder's "."""
+    """ "26 transcoders' ", or "the transcoder's "."""
     count = len(config.members())
     return f"{count} transcoders' " if count > 1 else "the transcoder's "
 
@@ -114,5 +116,5 @@ def site_count(config: RunConfig) -> int:
 
 
 def gb(count: float) -> str:
-    """"94.2 GB", three digits."""
+    """ "94.2 GB", three digits."""
     return f"{count / 1e9:.3g} GB"

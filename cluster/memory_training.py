@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mtc.language_model.architectures import ModelInfo
 
 ENTRY = 80
-"""Bytes of all that is noted of a chosen entry: token, feature, order, value and gradient (mtc.transcoder.sparse_loss)."""
+"""Bytes of all that is noted of a chosen entry: token, feature, order, value, gradient (mtc.transcoder.sparse_loss)."""
 DENSE_COPIES = 4
 """Matrices [B, F] float32 that the dense step holds at a time: pre-activations, activations, and the gradients of both
 (mtc.transcoder.dense_loss). On a CPU the sparse step's first one needs as much: with no border known yet it lists all

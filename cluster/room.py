@@ -54,9 +54,7 @@ def cluster_nodes() -> list[Node]:
             )
             is_head, memory = "node:__internal_head__" in has, has.get("memory", 0.0)
             store = has.get("object_store_memory", 0.0)
-            found.append(
-                Node(cpus, gpus, is_head, node["NodeID"], held_cpus, held_gpus, memory, object_store=store)
-            )
+            found.append(Node(cpus, gpus, is_head, node["NodeID"], held_cpus, held_gpus, memory, object_store=store))
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from links import ROOT
 
+from benchmarks import memory, plans
 from benchmarks import sizing as formulas
 from mtc.config import load_preset
 
@@ -168,6 +169,14 @@ def sizing() -> str:
 
 def sizing_checks() -> str:
     return formulas.check_table()
+
+
+def memory_plans() -> str:
+    return plans.table()
+
+
+def memory_checks() -> str:
+    return memory.table(memory.ratios())
 
 
 def _read(name: str) -> dict[str, Any]:

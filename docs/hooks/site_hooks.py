@@ -38,6 +38,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "http": http_reference.reference,
     "sizing": figures.sizing,
     "sizing checks": figures.sizing_checks,
+    "memory plans": figures.memory_plans,
+    "memory checks": figures.memory_checks,
     "train step": figures.train_step,
     "quality": figures.quality,
     "stream": figures.stream,

@@ -176,14 +176,16 @@ def test_the_field_that_asks_for_most_is_named_and_its_offer_fits(overrides, fie
     offer = re.search(rf"would fit with.*{re.escape(field)}(?:=| of )([\d,]+)", message)[1]
     part, _, name = field.partition(".")
     value = int(offer.replace(",", "").strip())
-    config = load_preset("gemma-2-2b-layer17", small | {part: small.get(part, {}) | {name: [value] if "sizes" in name else value}})
+    config = load_preset(
+        "gemma-2-2b-layer17", small | {part: small.get(part, {}) | {name: [value] if "sizes" in name else value}}
+    )
     check_memory(config, make_plan(config, nodes, 2304), GEMMA_2B, disk=float("inf"))
 
 
 def test_model_actors_that_share_a_node_are_counted_together():
     config = load_preset("gemma-2-2b-layer17", {"cluster": {"num_model_actors": 8}, "data": {"unit_tokens": 4096}})
     message = refusal(config, [Node(64, 0, memory=80 * GB)])
-    assert message.startswith("cluster.num_model_actors=8: ") and "8 x " in message
+    assert message.startswith("model.name and cluster.num_model_actors=8: ") and "8 x " in message
     fewer = int(re.search(r"cluster\.num_model_actors=(\d+)$", message)[1])
     assert 1 <= fewer < 8
     config = load_preset("gemma-2-2b-layer17", {"cluster": {"num_model_actors": fewer}, "data": {"unit_tokens": 4096}})
@@ -204,7 +206,10 @@ def test_presets_fit_the_machines_that_they_are_for(preset):
     if config.model.name.startswith("google/"):
         info, node = GEMMA_2B, Node(16, 1, memory=44 * GB, gpu_memory=24 * GB)
     elif "gemma" in preset:
-        info, node = ModelInfo("gemma3_text", 18, 640, 32_768, 262_144, 2048, 4, 1024, 256, True), Node(2, 0, memory=11 * GB)
+        info, node = (
+            ModelInfo("gemma3_text", 18, 640, 32_768, 262_144, 2048, 4, 1024, 256, True),
+            Node(2, 0, memory=11 * GB),
+        )
     else:
         info, node = check_model(config.model, config.data.context_length), Node(2, 0, memory=11 * GB)
     config = config.of_layers(info.num_layers)

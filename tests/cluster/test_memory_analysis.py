@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from cluster.memory import check_memory, transcoders_at_once
-from cluster.memory_analysis import analysis_bytes, analysis_driver, feature_actor, graph_bytes, graph_processes, most_at_once
+from cluster.memory_analysis import (
+    analysis_bytes,
+    analysis_driver,
+    feature_actor,
+    graph_bytes,
+    graph_processes,
+    most_at_once,
+)
 from cluster.resources import Node, make_plan
 from mtc.analysis import HeldOutPass
 from mtc.config import ConfigError, load_preset
@@ -77,7 +84,7 @@ def test_the_plan_counts_what_the_analysis_of_many_layers_holds():
         assert at_once(driver + 2 * actor(layers) + 1e6, long) == layers
     assert at_once(driver + actor(12) + 1e6, long, actors=1) == 12
     assert at_once(0, long) == 30, "of a node whose memory is not known"
-    words = r"the analysis takes .* of main memory \(.*2 x .* model actor: .*the largest node has 1\.5 GB; it would fit with"
+    words = r"the analysis takes .* of main memory \(.*2 x .* model actor: .*node has 1\.5 GB; it would fit with"
     with pytest.raises(ConfigError, match=words):
         at_once(1.5e9, long)
     on_gpu = [feature_actor(longer, info, True, layers).gpu_bytes for layers in (7, 8)]

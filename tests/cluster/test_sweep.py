@@ -167,6 +167,8 @@ def test_a_plan_counts_the_memory_of_all_and_refuses_what_does_not_fit():
     assert both[1].buffer == both[0].buffer, "which all share"
     many = {"transcoder.k": list(range(1, 65))}  # whose work would take 61 GB, were it not done in turn on a GPU
     large = load_preset("gemma-2-2b-layer17", {"sweep": many, "optimizer": {"batch_tokens": 16_384}})
-    check_memory(large, make_plan(large, [Node(8, 2, gpu_memory=40e9)], 2304), model(2304))
-    with pytest.raises(ConfigError, match=r"^sweep of 64 transcoders and .*: the training takes .* a GPU has 20 GB; .*sweep of 4"):
-        check_memory(large, make_plan(large, [Node(8, 2, gpu_memory=20e9)], 2304), model(2304))
+    check_memory(large, make_plan(large, [Node(8, 2, gpu_memory=40e9)], 2304), model(2304), disk=1e12)
+    with pytest.raises(
+        ConfigError, match=r"^sweep of 64 transcoders and .*: the training takes .* a GPU has 20 GB; .*sweep of 4"
+    ):
+        check_memory(large, make_plan(large, [Node(8, 2, gpu_memory=20e9)], 2304), model(2304), disk=1e12)
