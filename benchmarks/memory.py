@@ -5,8 +5,8 @@
     python -m benchmarks.memory --check          the table again, by today's formulas
 
 Runs `jobs/train.py` on this machine's CPUs and looks twice a second at each process's own memory: its share of
-pages (Pss of /proc/PID/smaps_rollup) without the object store's. Of a kind of process the fullest counts. Peaks that last less
-than half a second may go unseen. Minutes; GPUs' memory is not measured.
+pages (Pss of /proc/PID/smaps_rollup) without the object store's. Of a kind of process the fullest counts. Peaks that
+last less than half a second may go unseen. Minutes; GPUs' memory is not measured.
 """
 
 from __future__ import annotations
@@ -43,16 +43,15 @@ KINDS = {
     "WholeModelActor": "model actor, whole model",
 }
 """What is in a process's title, and the name of its kind."""
-_SHORT = {"analysis": {"num_tokens": 8192, "loss_tokens": 1024}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("tiny", {}),
     "a wide dictionary": (
         "smollm2-135m",
         {
-            "transcoder": {"group_sizes": [2048, 6144]},
+            "transcoder": {"group_sizes": [8192, 16_384]},
             "data": {"num_tokens": 16_384, "replays": 2, "shuffle_buffer_tokens": 131_072},
             "optimizer": {"batch_tokens": 1024, "warmup_steps": 5},
-            **_SHORT,
+            "analysis": {"num_tokens": 16_384},
         },
     ),
     "four layers": (
@@ -62,7 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "transcoder": {"group_sizes": [512, 1024]},
             "data": {"num_tokens": 16_384, "replays": 1, "shuffle_buffer_tokens": 16_384},
             "optimizer": {"warmup_steps": 5},
-            **_SHORT,
+            "analysis": {"num_tokens": 8192, "loss_tokens": 1024},
         },
     ),
 }

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from chromium import NAMES, browser, find
 
-from benchmarks import sizing, targets
+from benchmarks import memory, plans, sizing, targets
 from jobs.command_line import parse_command_line
 from mtc.config import LayerConfig, RunConfig, load_preset, preset_names
 from serve.contract import Settings
@@ -460,6 +460,24 @@ def test_predictions_against_measurements() -> None:
     assert set(found) == set(limits)
     for name, (least, most) in limits.items():
         assert least <= found[name].ratio <= most, found[name]
+
+
+def test_counted_memory_against_measurements() -> None:
+    """Of no process too little by more than a fifth, nor too much by more than a half."""
+    found = memory.ratios()
+    assert {each.kind for each in found} > {"trainer", "driver", "model actor, training", "node"}
+    assert [each for each in found if not 0.8 <= each.ratio <= 1.5] == []
+
+
+def test_plans_of_machines_say_what_is_refused() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in plans.table().splitlines()[2:]]
+    assert len(rows) == len(plans.MACHINES) * len(plans.RUNS)
+    verdicts = {run: [row[5] for row in rows if row[1] == run] for run in plans.RUNS}
+    assert verdicts["1 x 4,608 (the preset)"] == ["fits"] * len(plans.MACHINES)
+    assert all(verdict.startswith("refused: ") for verdict in verdicts["26 x 65,536"])
+    for _, _, _, gpu, main, verdict in rows:
+        sizes = [re.findall(r"[\d,.]+", cell) for cell in (gpu, main) if cell != "-"]
+        assert (verdict == "fits") == all(float(needed) <= float(has) for needed, has in sizes)
 
 
 def test_sizing_says_what_is_not_measured(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
