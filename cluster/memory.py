@@ -20,7 +20,7 @@ from cluster.memory_analysis import (
     whole_actor,
 )
 from cluster.memory_terms import DRIVER, MODEL, RAY, Process, Term, gb
-from cluster.memory_training import model_actor, trainer, unit_bytes
+from cluster.memory_training import model_actor, stream_bytes, trainer, unit_bytes
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
 
@@ -86,7 +86,7 @@ class MemoryPlan(NamedTuple):
     at_once: int
     """Transcoders that one pass over the held-out text is for."""
     main: float
-    """Bytes of main memory of the largest node; 0 if one's is not known."""
+    """Bytes of main memory for processes on the largest node; 0 if one's is not known."""
     gpu: float
     """Bytes of the largest GPU; 0 if one's is not known."""
     unit: int
@@ -132,7 +132,7 @@ def check_memory(config: RunConfig, plan: Plan, info: ModelInfo, disk: float | N
 
 def memory_plan(config: RunConfig, plan: Plan, info: ModelInfo) -> MemoryPlan:
     """What a run of this plan takes, whether or not that fits."""
-    main, gpu = _rooms(plan)
+    main, gpu = _rooms(config, plan, info)
     at_once = _at_once(config, plan, info, main, gpu)
     stages = _training(config, plan, info), _analysis(config, plan, info, at_once)
     store = _largest(node.object_store for node in plan.nodes)
@@ -142,17 +142,23 @@ def memory_plan(config: RunConfig, plan: Plan, info: ModelInfo) -> MemoryPlan:
 def transcoders_at_once(config: RunConfig, plan: Plan, info: ModelInfo) -> int:
     """For how many of a trained run's transcoders one pass over the held-out text can be. Raises ConfigError as
     `check_memory` does for the analysis."""
-    main, gpu = _rooms(plan)
+    main, gpu = _rooms(config, plan, info)
     at_once = _at_once(config, plan, info, main, gpu)
     _refuse([_analysis(config, plan, info, at_once)], main, gpu)
     _check_disk(config, info, None)
     return at_once
 
 
-def _rooms(plan: Plan) -> tuple[float, float]:
-    """Main memory of the largest node and memory of the largest GPU that is used; 0 where one's is not known."""
+def _rooms(config: RunConfig, plan: Plan, info: ModelInfo) -> tuple[float, float]:
+    """Main memory of the largest node and memory of the largest GPU that is used; 0 where one's is not known.
+
+    Of a node's main memory that is what Ray counts for processes and, of what it may take for its object store, what
+    the run's activations can't fill: the store takes memory as it is filled.
+    """
+    filled = stream_bytes(config, info)
+    sizes = [node.memory and node.memory + max(node.object_store - filled, 0.0) for node in plan.nodes]
     gpus = [node.gpu_memory for node in plan.nodes if node.gpus and plan.device == "cuda"]
-    return _largest(node.memory for node in plan.nodes), _largest(gpus)
+    return _largest(sizes), _largest(gpus)
 
 
 def _training(config: RunConfig, plan: Plan, info: ModelInfo) -> Stage:

@@ -199,6 +199,12 @@ def unit_bytes(config: RunConfig, info: ModelInfo) -> int:
     return unit_positions(config) * site_count(config) * info.d_model * BFLOAT16
 
 
+def stream_bytes(config: RunConfig, info: ModelInfo) -> int:
+    """All of a run's activations: what the object store holds at most, which the stream otherwise fills."""
+    tokens = config.data.num_tokens + config.fresh_tokens + unit_positions(config)
+    return tokens * site_count(config) * info.d_model * BFLOAT16
+
+
 def _pinned(count: int) -> int:
     """Bytes of pinned memory that torch takes for so many: the next power of two."""
     return 1 << (count - 1).bit_length()

@@ -199,6 +199,16 @@ def test_what_is_not_known_refuses_nothing():
         assert " of ?" in check_memory(config, plan, GEMMA_2B, disk=float("inf")).describe()
 
 
+def test_an_object_store_that_stays_empty_is_room_for_processes():
+    config, info = load_preset("tiny"), ModelInfo("gemma2", 3, 32, 1024, 259, 64, 4, 32, 16, True)
+    with pytest.raises(ConfigError, match=r"takes 3\.\d+ GB of main memory .* the largest node has 2\.5 GB"):
+        check_memory(config, make_plan(config, [Node(2, 0, memory=2.5e9)], 32), info, disk=float("inf"))
+    small = [Node(2, 0, memory=2.5e9, object_store=1.5e9)]
+    check_memory(config, make_plan(config, small, 32), info, disk=float("inf"))
+    long = load_preset("tiny", {"data": {"num_tokens": 20_000_000}})  # whose activations fill it
+    assert "has 2.5 GB" in refusal(long, small, info)
+
+
 @pytest.mark.parametrize("preset", preset_names())
 def test_presets_fit_the_machines_that_they_are_for(preset):
     """Two cores with 16 GB, of which Ray counts 0.7 for processes; the reference runs one GPU of 24 GB."""

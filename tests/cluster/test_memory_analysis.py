@@ -84,7 +84,7 @@ def test_the_plan_counts_what_the_analysis_of_many_layers_holds():
         assert at_once(driver + 2 * actor(layers) + 1e6, long) == layers
     assert at_once(driver + actor(12) + 1e6, long, actors=1) == 12
     assert at_once(0, long) == 30, "of a node whose memory is not known"
-    words = r"the analysis takes .* of main memory \(.*2 x .* model actor: .*node has 2\.2 GB; it would fit with cluster.num_model_actors=1"
+    words = r"the analysis takes .*main memory \(.*2 x .*node has 2\.2 GB; it would fit with cluster.num_model_actors=1"
     with pytest.raises(ConfigError, match=words):
         at_once(2.2e9, long)
     on_gpu = [feature_actor(longer, info, True, layers).gpu_bytes for layers in (7, 8)]
