@@ -49,13 +49,13 @@ class Counted(NamedTuple):
     """Name of the process."""
     term: Term
     """Of one of them."""
-    count: int
+    number: int
     """How many there are."""
 
     @property
     def bytes(self) -> int:
         """Of all of them."""
-        return self.count * self.term.bytes
+        return self.number * self.term.bytes
 
 
 class Stage(NamedTuple):
@@ -238,7 +238,7 @@ def _fields(terms: Sequence[Counted]) -> str:
 def _largest_terms(terms: Sequence[Counted]) -> str:
     largest = sorted(terms, key=lambda each: -each.bytes)[:NAMED]
     return ", ".join(
-        f"{f'{each.count} x ' if each.count > 1 else ''}{gb(each.term.bytes)} {each.owner}: {each.term.what}"
+        f"{f'{each.number} x ' if each.number > 1 else ''}{gb(each.term.bytes)} {each.owner}: {each.term.what}"
         for each in largest
     )
 

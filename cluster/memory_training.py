@@ -134,7 +134,7 @@ def trainer(config: RunConfig, info: ModelInfo, trainers: int, on_gpu: bool, thr
     """Rank 0; the others lack the copy for a checkpoint."""
     need = training_bytes(config, info, trainers, on_gpu, threads)
     whose, fields = transcoder_words(config), dictionary_fields(config)
-    terms = (
+    terms: tuple[Term, ...] = (
         Term(f"{whose}weights, gradients and moments", need.weights, fields),
         Term("a step's work", need.work, (("optimizer.batch_tokens", config.optimizer.batch_tokens),)),
         Term(
