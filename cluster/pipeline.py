@@ -34,6 +34,7 @@ from cluster.training import train
 from mtc.config import RunConfig, to_yaml
 from mtc.joining import joining
 from mtc.language_model import check_model, prepare_model
+from mtc.programs import runtime_env
 from mtc.results import RunFacts
 from mtc.storage import Lease, RunDirectory, check_writable, publish_whole, with_absolute_paths
 from mtc.telemetry import check_trackers, prints_left_out, say, set_run
@@ -79,7 +80,7 @@ def connected(verbose: bool = False) -> Iterator[None]:
         address = os.environ.get("RAY_ADDRESS")
         if address and address != "local":
             with joining(address, "RAY_ADDRESS"):
-                ray.init(address="auto", **how)
+                ray.init(address="auto", runtime_env=runtime_env() or None, **how)
         else:
             check_installation()
             os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
