@@ -34,17 +34,22 @@ logger = logging.getLogger(__name__)
 
 
 def parse_command_line(
-    argv: Sequence[str], description: str, known: dict[str, Any] | None = None
+    argv: Sequence[str],
+    description: str,
+    known: dict[str, Any] | None = None,
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> tuple[RunConfig, argparse.Namespace]:
     """Read `--preset`, `--config`, `--print-config` and one option per field.
 
-    `known` are nested values that the preset or the file cannot change but an option can. Returns the validated
-    configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
+    `known` are nested values that the preset or the file cannot change but an option can; `more` adds options of the
+    program's own. Returns the validated configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
     """
     parser = make_parser(description, "(--preset NAME | --config FILE) [--PART.FIELD VALUE ...]")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(preset_names())}")
     start.add_argument("--config", metavar="FILE", help="a YAML file with the same fields as a preset")
+    if more:
+        more(parser)
     parser.add_argument("--print-config", action="store_true", help="show the resulting configuration and exit")
     arguments, overrides = parse_overrides(parser, argv, tuple(RunConfig.model_fields))
     overrides = merge_settings(known or {}, overrides)
