@@ -36,7 +36,7 @@ from mtc.joining import joining
 from mtc.language_model import check_model, prepare_model
 from mtc.programs import runtime_env
 from mtc.results import RunFacts
-from mtc.storage import Lease, RunDirectory, publish_whole, with_absolute_paths
+from mtc.storage import Lease, RunDirectory, noting_the_end, publish_whole, with_absolute_paths
 from mtc.telemetry import prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
 from mtc.text import TokenStore, Work, heldout_units, work_units
@@ -100,11 +100,12 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     try:
         with Lease(run) as lease:  # nobody writes into a run that another job writes
             check_unfinished(run)
-            config = share_places(config, run)
-            check_same_run(config, run)
-            metrics = JobMetrics(config, run.run_id)
-            with metrics.served():
-                _Job(config, plan, run, d_model, log, lease, metrics, at_once).run_stages()
+            with noting_the_end(run, lease):
+                config = share_places(config, run)
+                check_same_run(config, run)
+                metrics = JobMetrics(config, run.run_id)
+                with metrics.served():
+                    _Job(config, plan, run, d_model, log, lease, metrics, at_once).run_stages()
     finally:
         ray.kill(log)  # else the run could not be continued as long as anything, such as a traceback, holds the handle
     return run
