@@ -88,6 +88,7 @@ def describe(found: Found) -> str:
     lines = [f"problem: {text}" for text in found.problems] + [f"not checked: {text}" for text in found.not_checked]
     count = len(found.problems)
     said = f"{count} problem{'s' * (count != 1)}" if count else "no problem found"
+    said += f", {len(found.not_checked)} not checked" if found.not_checked else ""
     return "\n".join([*lines, *([found.plan] if found.plan else []), said])
 
 

@@ -146,7 +146,7 @@ def test_programs_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert "no problem found" in mtc("check", "--preset", "tiny")
     exported = mtc("environment")
     assert f"export PYTHONPATH={installed / 'mtc/_programs'}{os.pathsep}{strangers}" in exported
-    assert [path.name for path in here.iterdir()] == ["runs"]  # which is looked at
+    assert not [path for path in here.iterdir() if path.name != ".cache"]
     code = "from mtc.programs import runtime_env; print(runtime_env())"
     env = "{'env_vars': {'PYTHONPATH': '" + str(installed / "mtc/_programs") + ":${PYTHONPATH}'}}"
     assert outside(installed, here, "-c", code).strip() == env
