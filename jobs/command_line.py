@@ -139,7 +139,7 @@ def failed(error: Exception) -> int:
     return 1
 
 
-def run_program(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
+def run_program(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
     """Run a program's `main` and end the process with its exit code, also where other threads still wait for Ray.
 
     Ray makes 1 of every exit code of a submitted job but 0: there its last line says which it was.
