@@ -71,12 +71,17 @@ RUN if [ "$VARIANT" = gpu ]; then \
         && rm -rf /var/lib/apt/lists/*; \
     fi
 COPY --from=build /opt/venv /opt/venv
+# `python jobs/train.py`, and the programs by their own names for every Ray process, such as Serve's `serve.app:build`;
+# the wheel has its own copy of them, for `mtc`.
 WORKDIR /opt/mtc
+COPY cluster cluster
 COPY jobs jobs
+COPY serve serve
 # Compiled kernels are kept at home, which the pods mount. Where device plugins put the driver without telling ldconfig,
 # torch and Triton find it by LD_LIBRARY_PATH.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    PYTHONPATH=/opt/mtc \
     MTC_NATIVE=/opt/venv/lib/mtc-kernels.so \
     TORCHINDUCTOR_CACHE_DIR=/home/mtc/.cache/torchinductor \
     TRITON_CACHE_DIR=/home/mtc/.cache/triton \

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from cluster.activations import configure_data_context
+from cluster.checks import check_config
 from cluster.gpus import check_devices, on_one_gpu
 from cluster.job_metrics import JobMetrics
 from cluster.local_ray import check_installation, session_directory, starting
@@ -24,19 +25,19 @@ from cluster.places import (
     share_places,
     warn_of_copies,
 )
-from cluster.probing import check_optional
 from cluster.progress import ProgressReader, balance, start_metrics_log
 from cluster.reporting import analyse_and_write, timed
 from cluster.resources import WORKER_ENVIRONMENT, Plan
 from cluster.room import plan_in_free_room
-from cluster.tokenise import build_token_store, check_data
+from cluster.tokenise import build_token_store
 from cluster.training import train
 from mtc.config import RunConfig, to_yaml
 from mtc.joining import joining
 from mtc.language_model import check_model, prepare_model
+from mtc.programs import runtime_env
 from mtc.results import RunFacts
-from mtc.storage import Lease, RunDirectory, check_writable, publish_whole, with_absolute_paths
-from mtc.telemetry import check_trackers, prints_left_out, say, set_run
+from mtc.storage import Lease, RunDirectory, noting_the_end, publish_whole, with_absolute_paths
+from mtc.telemetry import prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
 from mtc.text import TokenStore, Work, heldout_units, work_units
 
@@ -45,23 +46,8 @@ logger = logging.getLogger(__name__)
 
 def check(config: RunConfig) -> RunConfig:
     """Check everything that can be known to fail, before any cluster work, within seconds; returns the configuration
-    with the model's layers in the place of `model.layers: all`.
-
-    Raises ConfigError (FinishedError for a finished run), StorageError, ModelError or DataError.
-    """
-    given, config = config.output, with_absolute_paths(config)
-    check_writable(f"output.root={given.root}", config.output.root)
-    if config.output.token_store:
-        check_writable(f"output.token_store={given.token_store}", config.output.token_store)
-    if config.output.run_id:
-        check_unfinished(run_directory(config))
-    config = config.of_layers(check_model(config.model, config.data.context_length).num_layers)
-    if config.output.run_id:
-        check_same_run(config, run_directory(config))
-    check_data(config)
-    check_optional(config)
-    check_trackers(config)
-    return config.model_copy(update={"output": given})
+    with the model's layers in the place of `model.layers: all`. Raises what `check_config` does."""
+    return check_config(config).config
 
 
 @contextmanager
@@ -79,7 +65,7 @@ def connected(verbose: bool = False) -> Iterator[None]:
         address = os.environ.get("RAY_ADDRESS")
         if address and address != "local":
             with joining(address, "RAY_ADDRESS"):
-                ray.init(address="auto", **how)
+                ray.init(address="auto", runtime_env=runtime_env() or None, **how)
         else:
             check_installation()
             os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
@@ -112,11 +98,12 @@ def run_pipeline(config: RunConfig) -> RunDirectory:
     try:
         with Lease(run) as lease:  # nobody writes into a run that another job writes
             check_unfinished(run)
-            config = share_places(config, run)
-            check_same_run(config, run)
-            metrics = JobMetrics(config, run.run_id)
-            with metrics.served():
-                _Job(config, plan, run, d_model, log, lease, metrics, memory).run_stages()
+            with noting_the_end(run, lease):
+                config = share_places(config, run)
+                check_same_run(config, run)
+                metrics = JobMetrics(config, run.run_id)
+                with metrics.served():
+                    _Job(config, plan, run, d_model, log, lease, metrics, memory).run_stages()
     finally:
         ray.kill(log)  # else the run could not be continued as long as anything, such as a traceback, holds the handle
     return run

@@ -13,7 +13,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from jobs.command_line import failed, make_parser, parse_overrides
+from jobs.command_line import failed, make_parser, parse_overrides, run_program
 from mtc.config import ConfigError, changed_config
 from mtc.report import write_comparison
 from mtc.storage import check_writable, open_layer_run, open_run, prepare_environment
@@ -77,4 +77,4 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from pydantic import create_model
@@ -25,23 +27,29 @@ from mtc.config import (
     suggestion,
 )
 from mtc.errors import known_cause, one_line
+from mtc.programs import described
 from mtc.telemetry import FORMAT_VARIABLE, Format, configure, fail
 
 logger = logging.getLogger(__name__)
 
 
 def parse_command_line(
-    argv: Sequence[str], description: str, known: dict[str, Any] | None = None
+    argv: Sequence[str],
+    description: str,
+    known: dict[str, Any] | None = None,
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> tuple[RunConfig, argparse.Namespace]:
     """Read `--preset`, `--config`, `--print-config` and one option per field.
 
-    `known` are nested values that the preset or the file cannot change but an option can. Returns the validated
-    configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
+    `known` are nested values that the preset or the file cannot change but an option can; `more` adds options of the
+    program's own. Returns the validated configuration and the parsed arguments. Raises ConfigError; exits for `--help`.
     """
     parser = make_parser(description, "(--preset NAME | --config FILE) [--PART.FIELD VALUE ...]")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(preset_names())}")
     start.add_argument("--config", metavar="FILE", help="a YAML file with the same fields as a preset")
+    if more:
+        more(parser)
     parser.add_argument("--print-config", action="store_true", help="show the resulting configuration and exit")
     arguments, overrides = parse_overrides(parser, argv, tuple(RunConfig.model_fields))
     overrides = merge_settings(known or {}, overrides)
@@ -54,7 +62,7 @@ def parse_command_line(
 def make_parser(description: str, usage: str) -> argparse.ArgumentParser:
     """A parser with the options that all jobs have, for `parse_overrides`; its description is shown as it stands."""
     parser = argparse.ArgumentParser(
-        description=description,
+        description=described(description),
         usage=f"%(prog)s {usage}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -129,6 +137,23 @@ def failed(error: Exception) -> int:
     logger.error("a job ends", exc_info=error)
     fail("failed", f"failed: {one_line(error)}")
     return 1
+
+
+def run_program(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
+    """Run a program's `main` and end the process with its exit code, also where other threads still wait for Ray.
+
+    Ray makes 1 of every exit code of a submitted job but 0: there its last line says which it was.
+    """
+    try:
+        code = main(argv)
+    except SystemExit as end:  # argparse's
+        code = int(end.code or 0)
+    if code and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        fail("ended", f"ends with exit code {code}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # a thread may still wait for Ray Train, and would abort the process in the middle of its end
 
 
 def _overview(parts: Sequence[str]) -> str:

@@ -19,8 +19,9 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobs.command_line import failed, parse_command_line
+from jobs.command_line import failed, parse_command_line, run_program
 from mtc.config import ConfigError, to_yaml
+from mtc.programs import described
 from mtc.storage import (
     RunDirectory,
     check_writable,
@@ -154,7 +155,9 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
 
 
 def _export_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
     parser.add_argument("--format", choices=FORMATS, help="what to write; without it, --push takes the run itself")
     parser.add_argument("--output", metavar="DIR", help="local directory that is made")
@@ -181,4 +184,4 @@ def _export_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import posixpath
-import sys
 import time
 
-from jobs.command_line import add_options, failed
+from jobs.command_line import add_options, failed, run_program
 from mtc.config import ConfigError, RunConfig
+from mtc.programs import described
 from mtc.report.graph_page import graph_page
 from mtc.report.graph_svg import graph_svg
 from mtc.results import Graph, number, percent
@@ -168,7 +168,9 @@ def tell(graph: Graph, output: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text whose next token is explained")
     parser.add_argument(
@@ -204,4 +206,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

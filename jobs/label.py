@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import io
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -30,10 +29,11 @@ import pyarrow.parquet as pq
 
 from jobs import label_models as models
 from jobs import label_vectors as vectors
-from jobs.command_line import add_options, failed
+from jobs.command_line import add_options, failed, run_program
 from jobs.label_vectors import PROGRESS_SECONDS
 from mtc.config import ConfigError
 from mtc.errors import MtcError
+from mtc.programs import described
 from mtc.report import write_report
 from mtc.results import Analysis, FeatureLabel, Labelling, number
 from mtc.storage import (
@@ -255,7 +255,9 @@ def _scored(text: str) -> int | str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
     parser.add_argument("--layer", type=int, metavar="N", help="of a run of several layers only this one")
     parser.add_argument("--endpoint", metavar="URL", help="base URL, which ends in /v1 mostly, of the next two")
@@ -298,4 +300,4 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

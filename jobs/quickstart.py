@@ -29,8 +29,9 @@ import httpx
 import psutil
 
 from cluster.local_ray import check_installation, make_temporary_directory
-from jobs.command_line import parse_command_line
+from jobs.command_line import parse_command_line, run_program
 from mtc.errors import MtcError
+from mtc.programs import described
 from mtc.storage import (
     RunDirectory,
     absolute,
@@ -78,7 +79,9 @@ class QuickstartError(RuntimeError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, analyse, serve, ask")
     run.add_argument("--preset", default="smollm2-135m")
@@ -133,7 +136,7 @@ def quickstart(preset: str, root: str, run_id: str | None, overrides: list[str])
     print_answer(ask(base, SENTENCE), *about_features(answering.url))
     print_usage(base, served)
     if config.sweep:
-        serve = "make serve RUN=" if IN_TREE else "python -m jobs.quickstart serve --run "
+        serve = "make serve RUN=" if IN_TREE else "mtc quickstart serve --run "
         others = ", ".join(serve + own.url for own in list(members.values())[1:])
         print(f"sweep      {served} is served, the first of sweep; others: {others}")
         print(f"           {run.location('report/sweep_report.html')} compares them")
@@ -238,9 +241,7 @@ def submit_job(head: dict[str, Any], name: str, arguments: list[str]) -> None:
     """`ray job submit --working-dir . -- python jobs/train.py ...`, following its output."""
     command = [_tool("ray"), "job", "submit", "--address", head["dashboard"], "--submission-id", name]
     # Installed, every process of this machine has the code; a working directory would be copied for nothing.
-    command += (
-        ["--working-dir", ".", "--", "python", "jobs/train.py"] if IN_TREE else ["--", "python", "-m", "jobs.train"]
-    )
+    command += ["--working-dir", ".", "--", "python", "jobs/train.py"] if IN_TREE else ["--", "mtc", "train"]
     command += arguments
     print("$ " + " ".join(["ray", *command[1:]]), flush=True)
     verbose = "--verbose" in arguments
@@ -311,7 +312,7 @@ def print_answer(answer: dict[str, Any], labels: dict[int, str | None], massive:
 
 
 def print_usage(base: str, run: str) -> None:
-    stop = "make stop" if IN_TREE else "python -m jobs.quickstart stop"
+    stop = "make stop" if IN_TREE else "mtc quickstart stop"
     print(f"\nserved at  {base}   (stop with: {stop})")
     example = f'{base}/encode -H "Content-Type: application/json" -d \'{{"inputs": "We the people"}}\''
     print(f"browse     {base}/ui   (texts and features; report: {base}/report, API: {base}/docs)")
@@ -431,4 +432,4 @@ def _free_ports(count: int, first: int | None = None) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -10,9 +10,9 @@ is not finished and no job does.
 from __future__ import annotations
 
 import argparse
-import sys
 
-from jobs.command_line import failed
+from jobs.command_line import failed, run_program
+from mtc.programs import described
 from mtc.storage import describe, run_status
 from mtc.telemetry import configure
 
@@ -20,7 +20,9 @@ CODES = {"finished": 0, "running": 3, "stopped": 4}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", metavar="RUN", help="a run directory or URL, or ROOT/latest")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     arguments = parser.parse_args(argv)
@@ -34,4 +36,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

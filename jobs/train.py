@@ -9,11 +9,10 @@ Exit codes: 0 finished, 1 failed while running, 2 unusable configuration, model 
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 
-from jobs.command_line import failed, parse_command_line
+from jobs.command_line import failed, parse_command_line, run_program
 from mtc.config import to_yaml
 from mtc.storage import prepare_environment
 from mtc.telemetry import fail
@@ -50,8 +49,4 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        os._exit(code)  # a thread may still wait for Ray Train, and would abort the process in the middle of its end
+    run_program(main)

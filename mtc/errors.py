@@ -45,6 +45,12 @@ def known_cause(error: BaseException) -> MtcError | None:
     return None
 
 
+def exit_code(error: BaseException) -> int:
+    """Exit code of a job that an error ends, whatever has wrapped it."""
+    known = known_cause(error)
+    return known.exit_code if known else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
 def one_line(error: BaseException) -> str:
     """An error in one line, also one that Ray has wrapped in pages: its kind, and the line that says why."""
     text = re.sub(r"\nAt:\n(?:[ \t]+.*(?:\n|$))*", "\n", str(error))  # torch's: the places of what C++ called back

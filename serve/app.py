@@ -25,6 +25,7 @@ from ray import serve as ray_serve
 from mtc.config import describe_faults
 from mtc.errors import MtcError
 from mtc.joining import joining
+from mtc.programs import program_name, runtime_env
 from serve.contract import Settings
 from serve.deployments import Circuits, Control, DeployError, Server, check_room, listen, roll_out
 from serve.http import check_binding, read_keys
@@ -67,7 +68,9 @@ def build(args: Settings) -> ray_serve.Application:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Deploy to a running Ray cluster, in the place of what was served there; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m serve.app", description="Serve finished runs over HTTP.")
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m serve.app"), description="Serve finished runs over HTTP."
+    )
     parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this need --keys")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
@@ -106,7 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("ray.serve").setLevel(level)  # what replicas and proxies say is in Ray's log files
         named = os.environ.get("RAY_ADDRESS") if options.address == "auto" else None
         with joining(named or options.address, "RAY_ADDRESS" if named else "--address"):
-            ray.init(address=options.address, log_to_driver=options.verbose, logging_level=level)
+            ray.init(
+                address=options.address,
+                runtime_env=runtime_env() or None,
+                log_to_driver=options.verbose,
+                logging_level=level,
+            )
     except ValidationError as error:
         _say(describe_faults(error, Settings))
         return 2
@@ -131,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"serve.app: {message}", file=sys.stderr, flush=True)
+    print(f"{program_name('serve.app')}: {message}", file=sys.stderr, flush=True)
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:

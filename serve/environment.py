@@ -2,6 +2,8 @@
 
     eval "$(python -m serve.environment /tmp/mine)" && ray start --head --temp-dir=/tmp/mine
 
+Of the wheel's programs PYTHONPATH is among it, so that `serve run serve.app:build` finds them.
+
 With a directory of one's own, several users, or several Rays, of one machine can serve: HAProxy's files go there, and
 its ports are free ones.
 """
@@ -15,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from mtc.errors import MtcError
+from mtc.programs import described, exported, program_name
 from mtc.storage import check_writable
 from serve.contract import ENVIRONMENT, free_ports, proxy_files
 
@@ -24,11 +27,13 @@ LONGEST = 27
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m serve.environment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("python -m serve.environment"),
+        description=described(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", nargs="?", help="for HAProxy's files; by default Ray's fixed one and fixed ports")
     directory = parser.parse_args(argv).directory
-    environment = dict(ENVIRONMENT)
+    environment = ENVIRONMENT | exported()
     if directory:
         directory = os.path.abspath(directory)
         try:
@@ -38,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             check_writable(directory, directory)
         except MtcError as error:
-            print(f"serve.environment: {error}", file=sys.stderr)
+            print(f"{program_name('serve.environment')}: {error}", file=sys.stderr)
             return 2
         environment |= free_ports() | proxy_files(directory)
     for name, value in environment.items():

@@ -15,12 +15,15 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
+from mtc.programs import described, program_name
 from serve.http import KeyFileError, add_key, read_keys, remove_keys
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m serve.keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("python -m serve.keys"),
+        description=described(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=["add", "remove", "list"])
     parser.add_argument("name", nargs="?")
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 until = f" until {entry.expires}" if entry.expires else ""
                 print(f"{entry.name} {entry.sha256[:12]}{' admin' if entry.admin else ''}{until}")
     except KeyFileError as error:
-        print(f"serve.keys: {error}", file=sys.stderr)
+        print(f"{program_name('serve.keys')}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -21,6 +21,7 @@ from chromium import NAMES, browser, find
 
 from benchmarks import memory, plans, sizing, targets
 from jobs.command_line import parse_command_line
+from mtc.command import COMMANDS
 from mtc.config import LayerConfig, RunConfig, load_preset, preset_names
 from serve.contract import Settings
 from serve.http import ROUTES
@@ -208,6 +209,24 @@ def test_options_of_programs_exist(page: Path) -> None:
         for option in re.findall(r"(?<!\S)--([a-z][\w-]*)(?![\w.-])", arguments):
             known = f'"--{option}"' in source or (script == "jobs/train" and option in RunConfig.model_fields)
             assert known, f"{module or script} --{option}"
+
+
+BY_NAME = re.compile(r"(?:^(?:\$ )?(?:[A-Z_]+=\S+ )*|-- |\$\()mtc ([a-z]+)((?: [^`|>;&#\n]*)?)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_options_of_the_command_exist(page: Path) -> None:
+    for name, arguments in BY_NAME.findall(code_of(page)):
+        assert name in COMMANDS, f"mtc {name}"
+        module = COMMANDS[name][0]
+        source = read(ROOT / f"{module.replace('.', '/')}.py") + SHARED
+        for option in re.findall(r"(?<!\S)--([a-z][\w-]*)(?![\w.-])", arguments):
+            known = f'"--{option}"' in source or (name in ("train", "check") and option in RunConfig.model_fields)
+            assert known, f"mtc {name} --{option}"
+
+
+def test_commands_of_mtc_are_found() -> None:
+    assert sum(len(BY_NAME.findall(code_of(page))) for page in PAGES) > 15
 
 
 OTHER_PROGRAMS = ("config", "storage", "web")

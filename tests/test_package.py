@@ -37,7 +37,7 @@ class Built(NamedTuple):
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """`python -m build` of the files that git knows or would, so that nothing else gets in by chance.
 
-    Without isolation: setuptools is here, and would be downloaded once more.
+    Without isolation: hatchling is here, and would be downloaded once more.
     """
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -74,7 +74,7 @@ def outside(installed: Path, tmp_path: Path, *command: str) -> str:
 
 
 def sources() -> set[str]:
-    """Files of the packages that users need."""
+    """Files of the packages that users need, in the source tree."""
     kinds = {".py", ".yaml", ".json", ".c", ".typed", ".html", ".css", ".js", ".jinja", ".j2", ".md", ".svg", ".txt"}
     return {
         path.relative_to(ROOT).as_posix()
@@ -84,19 +84,26 @@ def sources() -> set[str]:
     }
 
 
+def in_the_wheel(source: str) -> str:
+    """Where the wheel has a file of the source tree: what others may call their packages is none of its own."""
+    return source if source.startswith("mtc/") else f"mtc/_programs/{source}"
+
+
 def test_wheel_has_all_of_the_packages_and_nothing_else(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("/METADATA"))).decode()
         licences = [name for name in wheel.namelist() if name.endswith("/LICENSE")]
-    assert names == sources()
+        commands = wheel.read(next(n for n in wheel.namelist() if n.endswith("/entry_points.txt"))).decode()
+    assert names == {in_the_wheel(source) for source in sources()}
+    assert commands.split() == ["[console_scripts]", "mtc", "=", "mtc.command:main"]
     wanted = {"mtc/transcoder/kernels.c", "mtc/training/gpu_steps.json", "mtc/py.typed"}
-    wanted |= {"serve/ui/templates/base.html", "serve/ui/static/ui.css"}
+    wanted |= {"mtc/_programs/serve/ui/templates/base.html", "mtc/_programs/serve/ui/static/ui.css"}
     wanted |= {f"mtc/config/presets/{name}.yaml" for name in preset_names()}
     assert wanted <= names
     assert any(name.startswith("mtc/report/templates/") for name in names)
     assert not [name for name in names if "test" in PurePosixPath(name).name and name.endswith(".py")]
-    assert {name.split("/")[0] for name in names} == set(PACKAGES)
+    assert {name.split("/")[0] for name in names} == {"mtc"}
     assert licences
     assert f"Version: {PROJECT['project']['version']}" in metadata
     assert "License-Expression: Apache-2.0" in metadata
@@ -118,26 +125,39 @@ def test_sdist_has_what_a_build_needs(built: Built, tmp_path: Path) -> None:
         assert set(ours.namelist()) == set(theirs.namelist())
 
 
-def test_jobs_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    code = """
-import runpy, sys
-for job in ("train", "analyze", "export", "graph", "status", "quickstart"):
-    sys.argv = [job, "--help"]
-    try:
-        runpy.run_module(f"jobs.{job}", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        assert not end.code, job
-"""
-    assert outside(installed, tmp_path, "-c", code).count("usage: ") == 6
-    printed = outside(installed, tmp_path, "-m", "jobs.train", "--preset", "tiny", "--print-config")
+def test_programs_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """Where other people's packages of the same names are found first by everybody else."""
+    strangers = tmp_path / "strangers"
+    for name in ("cluster", "jobs", "serve"):
+        (strangers / name).mkdir(parents=True)
+        (strangers / name / "__init__.py").write_text("raise ImportError('a stranger')")
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def mtc(*arguments: str) -> str:
+        path = f"{strangers}{os.pathsep}{installed}"
+        code = "import sys; from mtc.command import main; sys.exit(main())"
+        return run(sys.executable, "-c", code, *arguments, cwd=here, PYTHONPATH=path)
+
+    for command in ("train", "analyze", "export", "graph", "status", "quickstart", "serve", "keys"):
+        assert mtc(command, "--help").startswith(f"usage: mtc {command}")
+    printed = mtc("train", "--preset", "tiny", "--print-config")
     assert yaml.safe_load(printed)["model"]["name"] == "random:gemma2"
-    assert not [path for path in tmp_path.iterdir() if path.name != ".cache"]
+    assert "no problem found" in mtc("check", "--preset", "tiny")
+    exported = mtc("environment")
+    assert f"export PYTHONPATH={installed / 'mtc/_programs'}{os.pathsep}{strangers}" in exported
+    assert not [path for path in here.iterdir() if path.name != ".cache"]
+    code = "from mtc.programs import runtime_env; print(runtime_env())"
+    env = "{'env_vars': {'PYTHONPATH': '" + str(installed / "mtc/_programs") + ":${PYTHONPATH}'}}"
+    assert outside(installed, here, "-c", code).strip() == env
 
 
 def test_modules_templates_loops_and_service_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     """And what is read as a file beside the code: presets, pages, the report's templates, the C loops."""
     code = """
 import importlib, pathlib
+from mtc import programs
+programs.put_first()
 import mtc
 from mtc.transcoder import native
 from mtc.config import load_preset, preset_names

@@ -9,6 +9,7 @@ from mtc.storage.embeddings import (
     label_digest,
     parse_embeddings,
 )
+from mtc.storage.ending import noting_the_end
 from mtc.storage.files import LFS_POINTER, StorageError, absolute, filesystem, patiently, write_atomic
 from mtc.storage.hub import is_hub_url, unreachable
 from mtc.storage.labels import (
@@ -88,6 +89,7 @@ __all__ = [
     "missing",
     "named_run",
     "notes_to_json",
+    "noting_the_end",
     "open_layer_run",
     "open_run",
     "output_path",

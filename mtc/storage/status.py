@@ -12,6 +12,7 @@ from typing import Literal
 
 from mtc.record import Record
 from mtc.storage.checkpoints import Checkpoints
+from mtc.storage.ending import read_ending
 from mtc.storage.lease import STALE_SECONDS
 from mtc.storage.runs import WRITER, RunDirectory, RunError, named_run
 
@@ -28,6 +29,10 @@ class RunStatus(Record):
     """Path or URL of the run's directory."""
     state: State
     """Whether anything more is to be expected of the run."""
+    exit_code: int | None
+    """Exit code of the last job on the run, 0 if that is finished; None while one works on it or if it was killed."""
+    ended: str | None
+    """Why that job ended, if the run is not finished; None where nobody knows."""
     stage: str
     """Stage that is done now or next: prepare, train, analyse, finished."""
     step: int
@@ -74,6 +79,7 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
     row = history[-1] if history else {}
     finished = run.is_finished()
     state: State = "finished" if finished else "running" if _has_job(run, watch_seconds) else "stopped"
+    ending = read_ending(run) if state == "stopped" else None
     fvu, l0, massive = row.get("fvu"), row.get("l0"), 0
     if finished and first.exists("analysis.json"):
         evaluation = json.loads(first.read("analysis.json"))["evaluation"]
@@ -87,6 +93,8 @@ def run_status(url: str, watch_seconds: float = 6.0) -> RunStatus:
         run_id=run.run_id,
         url=run.url,
         state=state,
+        exit_code=0 if finished else ending.exit_code if ending else None,
+        ended=ending.message if ending else None,
         stage="finished" if finished else "analyse" if trained else "train" if history else "prepare",
         step=row.get("step", 0),
         total_steps=config.total_steps,
@@ -109,6 +117,10 @@ def describe(status: RunStatus) -> str:
     share = status.step / status.total_steps
     lines = [f"{status.run_id}: {status.state}" + (f" ({status.stage})" if status.state != "finished" else "")]
     lines.append(f"  {status.url}")
+    if status.state == "stopped" and status.ended:
+        lines.append(f"  the last job ended with exit code {status.exit_code}: {status.ended}")
+    elif status.state == "stopped":
+        lines.append("  nothing tells how the last job ended: it was killed, or its machine died")
     lines.append(f"  step {status.step:,} of {status.total_steps:,} ({share:.0%}), {status.tokens:,} tokens")
     if status.state == "running" and status.tokens_per_second:
         lines[-1] += f", {status.tokens_per_second:,.0f} tok/s"

@@ -8,7 +8,8 @@ from serve_local import make_run
 
 from jobs.status import main
 from mtc.config import load_preset, to_yaml
-from mtc.storage import Lease, RunDirectory
+from mtc.language_model import ModelError
+from mtc.storage import Lease, RunDirectory, RunError, noting_the_end
 
 ROW = {
     "step": 8,
@@ -61,12 +62,47 @@ def test_a_run_that_nobody_works_on(
     assert status(unfinished.url, capsys)["stage"] == "analyse"
 
 
+def test_how_the_last_job_ended(
+    unfinished: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the next job begins; and not where another job has taken the run from the one that ends."""
+    monkeypatch.setattr("mtc.storage.status.STALE_SECONDS", 0.2)
+
+    def work(error: BaseException | None) -> None:
+        with Lease(unfinished, beat=0.1) as lease, noting_the_end(unfinished, lease):
+            assert status(unfinished.url, capsys)["exit_code"] is None
+            if error:
+                raise error
+            unfinished.write("writer.json", json.dumps({"id": "x", "host": "elsewhere", "pid": 7}))
+            lease._thread.join()  # which notices it
+            lease.require()
+
+    for error, code, said in (
+        (ModelError("m holds no weights"), 2, "m holds no weights"),
+        (OSError(28, "No space left"), 1, "OSError: [Errno 28] No space left"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        with pytest.raises(type(error)):
+            work(error)
+        found = status(unfinished.url, capsys)
+        assert (found["code"], found["exit_code"], found["ended"]) == (4, code, said)
+    main([unfinished.url])
+    assert "  the last job ended with exit code 130: interrupted\n" in capsys.readouterr().out
+    with pytest.raises(RunError, match="another job"):
+        work(None)
+    unfinished.remove("writer.json")
+    assert status(unfinished.url, capsys)["exit_code"] is None
+    main([unfinished.url])
+    assert "  nothing tells how the last job ended" in capsys.readouterr().out
+
+
 def test_a_finished_run_by_name_and_as_latest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "runs" / "done")
     run.write("analysis.json", json.dumps({"evaluation": {"fvu": [0.5, 0.4, 0.3], "l0": [4.0, 6.0, 8.0]}}))
     for url in (run.url, f"{tmp_path}/runs/latest"):
         found = status(url, capsys)
         assert (found["code"], found["state"], found["run_id"]) == (0, "finished", "done")
+        assert (found["exit_code"], found["ended"]) == (0, None)
         assert (found["fvu"], found["l0"]) == ([0.5, 0.4, 0.3], 8.0)
 
 

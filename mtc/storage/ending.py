@@ -1,0 +1,46 @@
+"""How the last job on a run ended, noted in the run: where Ray runs the job, all of its exit codes but 0 become 1.
+
+<run>/ended.json   {"exit_code", "message"}, there until the next job begins; a job that was killed leaves none
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from mtc.errors import MtcError, exit_code, known_cause, one_line
+from mtc.record import Record
+from mtc.storage.lease import Lease
+from mtc.storage.runs import RunDirectory
+
+ENDED = "ended.json"
+
+
+class Ending(Record):
+    """How a job ended that did not finish the run."""
+
+    exit_code: int
+    """Exit code of the job."""
+    message: str
+    """Why it ended, in one line."""
+
+
+@contextmanager
+def noting_the_end(run: RunDirectory, lease: Lease) -> Iterator[None]:
+    """A context for a job's work on a run that it holds: what ends it is noted, unless another job took the run."""
+    if run.exists(ENDED):
+        run.remove(ENDED)
+    try:
+        yield
+    except BaseException as error:
+        said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(known_cause(error) or one_line(error))
+        ending = Ending(exit_code=exit_code(error), message=said)
+        with suppress(MtcError):  # what ended the job is more than that this could not be written
+            lease.require()
+            run.write(ENDED, ending.model_dump_json())
+        raise
+
+
+def read_ending(run: RunDirectory) -> Ending | None:
+    """How the last job ended that did not finish the run; None if it was killed, or has not ended."""
+    return Ending.model_validate_json(run.read(ENDED)) if run.exists(ENDED) else None
