@@ -10,9 +10,12 @@ import ray
 
 import cluster.checks
 import cluster.pipeline
-from cluster.memory import training_bytes
+from cluster.memory import memory_plan
+from cluster.memory_training import stream_bytes
+from cluster.resources import Node, make_plan
 from jobs import check
 from mtc.config import load_preset
+from mtc.language_model import check_model
 from mtc.text.sources import DataUnreachableError
 
 pytestmark = pytest.mark.usefixtures("logs_as_before")
@@ -40,7 +43,8 @@ def nodes(tmp_path: Path, *entries: str) -> tuple[str, str]:
 def test_a_run_without_a_fault(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert check.main(["--preset", "tiny"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("plan for 1 node with ") and out.splitlines()[-1] == "no problem found"
+    assert out.startswith("plan for 1 node with ") and "memory of the fullest node" in out
+    assert out.splitlines()[-1] == "no problem found"
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
 
 
@@ -70,18 +74,21 @@ def test_the_plan_is_that_of_the_listed_nodes(capsys: pytest.CaptureFixture[str]
 
 
 def test_memory_is_held_against_the_nodes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Just enough and just too little, by what training takes."""
+    """Just enough and just too little, by what the plan counts."""
     wide = ("--transcoder.group_sizes", "[100000, 100000]", "--cluster.num_trainers", "1")
     overrides = {"transcoder": {"group_sizes": [100000, 100000]}, "cluster": {"num_trainers": 1}}
-    need = training_bytes(load_preset("tiny", overrides), 32, 1)
-    main = (need.checkpoint + need.device) / 0.7  # of which Ray counts 70 % for processes
-    few = found(capsys, *wide, *nodes(tmp_path, f"cpus: 4, memory: {int(0.99 * main)}"))["problems"]
-    assert any("training takes at least" in text for text in few)
-    more = found(capsys, *wide, *nodes(tmp_path, f"cpus: 4, memory: {int(1.01 * main)}"))["problems"]
-    assert not any("training takes at least" in text for text in more)
-    gpu = found(capsys, *wide, *nodes(tmp_path, "cpus: 4, memory: 1 TB, gpus: 2, gpu_memory: 100 MB"))["problems"]
-    assert len(gpu) == 1 and gpu[0].endswith("lower optimizer.batch_tokens=256") and "a GPU has 0.1 GB" in gpu[0]
-    assert found(capsys, *wide, *nodes(tmp_path, "cpus: 4, memory: 1 TB, gpus: 2, gpu_memory: 80 GB"))["problems"] == []
+    config = load_preset("tiny", overrides)
+    plan = make_plan(config, [Node(4, 0, memory=1e15)])
+    info = check_model(config.model, config.data.context_length)
+    stages = memory_plan(config, plan, info).stages
+    main = max(sum(each.bytes for each in stage.main()) for stage in stages) + stream_bytes(config, info)
+    (few,) = found(capsys, *wide, *nodes(tmp_path, f"cpus: 4, memory: {int(0.99 * main)}"))["problems"]
+    assert "of main memory" in few and "transcoder.group_sizes" in few
+    assert found(capsys, *wide, *nodes(tmp_path, f"cpus: 4, memory: {int(1.01 * main)}"))["problems"] == []
+    (gpu,) = found(capsys, *wide, *nodes(tmp_path, "cpus: 4, memory: 1 TB, gpus: 2, gpu_memory: 100 MB"))["problems"]
+    assert "a GPU has 0.1 GB" in gpu
+    fits = found(capsys, *wide, *nodes(tmp_path, "cpus: 4, memory: 1 TB, gpus: 2, gpu_memory: 80 GB"))
+    assert fits["problems"] == [] and "trainer" in fits["memory"]
 
 
 @pytest.mark.parametrize(
