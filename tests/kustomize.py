@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import yaml
 
 ROOT = Path(__file__).parent.parent
-OVERLAYS = {"base": ROOT / "k8s" / "base"} | {n: ROOT / "k8s" / "overlays" / n for n in ("local", "gpu", "prod")}
+K8S = ROOT / "k8s"
+OVERLAYS = {"base": K8S / "base"} | {name: K8S / "overlays" / name / "all" for name in ("local", "gpu", "prod")}
+PARTS = {"check": "Job", "train": "RayJob", "serve": "RayService", "cluster": "RayCluster"}
+"""What is applied of an overlay, one at a time, and the one kind that each leaves of these."""
 CLUSTERS = {"RayCluster": [], "RayJob": ["rayClusterSpec"], "RayService": ["rayClusterConfig"]}
 KUBECTL = Path(sys.executable).parent / "kubectl"
 Document = dict[str, Any]
@@ -26,7 +29,8 @@ def kustomize(directory: Path) -> list[Document]:
 
 @cache
 def rendered(overlay: str) -> list[Document]:
-    return kustomize(OVERLAYS[overlay])
+    """Of a name in OVERLAYS, or of a directory under k8s/."""
+    return kustomize(OVERLAYS.get(overlay, K8S / overlay))
 
 
 def find(overlay: str, kind: str, name: str | None = None) -> Document:

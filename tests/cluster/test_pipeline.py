@@ -88,7 +88,7 @@ def interrupted(settings, tmp_path_factory):
     config = load_preset("tiny", settings | {"model": model, "output": {"run_id": RUN_ID}})
     mounted.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
     entrypoint = find("local", "RayJob")["spec"]["entrypoint"].replace("/etc/mtc/run.yaml", shlex.quote(str(mounted)))
-    command = ["sh", "-c", f"exec {entrypoint}"]  # so that Ctrl-C reaches the job and not only its shell
+    command = ["sh", "-c", entrypoint]
     pod = next(pods("local", "RayJob")).container
     environment = os.environ | {v["name"]: v["value"] for v in pod["env"] if "value" in v} | {"MTC_STORAGE": str(root)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -104,7 +104,8 @@ def interrupted(settings, tmp_path_factory):
 
     wait_for_another_start(root / RUN_ID, alive)
     dashboard = addresses_of_the_dashboard(process.pid)
-    process.send_signal(signal.SIGINT)
+    (job,) = psutil.Process(process.pid).children()
+    job.send_signal(signal.SIGINT)
     said = process.communicate(timeout=300)[0]
     deadline = time.monotonic() + 120
     while (left := processes_of_session(process.pid)) and time.monotonic() < deadline:

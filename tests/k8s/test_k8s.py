@@ -1,21 +1,26 @@
 """The Kubernetes manifests: every overlay rendered, checked against closed schemas, and against the code they start."""
 
 import copy
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import pytest
 import yaml
-from kustomize import CLUSTERS, OVERLAYS, Document, cluster_of, find, kustomize, pods, rendered
+from kustomize import CLUSTERS, K8S, OVERLAYS, PARTS, Document, Pods, cluster_of, find, kustomize, pods, rendered
 from ray_kinds import validate
 
 from cluster.resources import Node, make_plan
+from jobs.command_line import parse_command_line
 from mtc.config import RunConfig, load_preset
 from serve.contract import ENVIRONMENT, Settings
 
@@ -36,8 +41,13 @@ def requested(container: Document, resource: str) -> float:
     return amount(container["resources"]["requests"].get(resource, 0))
 
 
+@cache
 def run_config(overlay: str) -> RunConfig:
-    return RunConfig.model_validate(yaml.safe_load(find(overlay, "ConfigMap", "mtc-run")["data"]["run.yaml"]))
+    """As the job reads its file, which refuses what YAML alone lets pass: a key that stands there twice."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(find(overlay, "ConfigMap", "mtc-run")["data"]["run.yaml"])
+        file.flush()
+        return parse_command_line(["--config", file.name], "")[0]
 
 
 def settings(overlay: str) -> Settings:
@@ -56,6 +66,18 @@ def test_documents_are_valid(overlay: str) -> None:
     for document in rendered(overlay):
         validate(document)
         assert document["kind"] == "Namespace" or document["metadata"]["namespace"] == "mtc"
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("overlay", ["local", "gpu", "prod"])
+def test_one_is_applied_at_a_time(overlay: str, part: str) -> None:
+    """What starts something is there once; all else is what the whole overlay has, which every part shares."""
+    whole, found = rendered(overlay), rendered(f"overlays/{overlay}/{part}")
+    starts = set(PARTS.values())
+    assert [document["kind"] for document in found if document["kind"] in starts] == [PARTS[part]]
+    assert [d for d in found if d["kind"] not in starts] == [d for d in whole if d["kind"] not in starts]
+    assert found == [document for document in whole if document in found]
+    assert not (K8S / "overlays" / overlay / "kustomization.yaml").exists(), "apply -k of it would start all at once"
 
 
 @pytest.mark.parametrize("overlay", ["local", "gpu", "prod"])
@@ -77,7 +99,9 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     ("RayJob", "spec.entryPoint", "python x.py", "entryPoint\n  Extra inputs are not permitted"),
     ("RayJob", "spec.backoffLimit", "2", "backoffLimit\n  Input should be a valid integer"),
     ("RayJob", "spec.submissionMode", "HttpMode", "submissionMode\n  Input should be 'K8sJobMode', 'HTTPMode'"),
-    ("RayJob", "spec.shutdownAfterJobFinishes", True, "shutdownAfterJobFinishes\n  Extra inputs"),
+    ("RayJob", "spec.shutdownAfterJobFinishes", True, "exclude each other"),
+    ("RayJob", "spec.deletionStrategy", None, "exclude each other, and one is wanted"),
+    ("RayJob", "spec.ttlSecondsAfterFinished", 60, "needs shutdownAfterJobFinishes"),
     ("RayJob", "spec.deletionStrategy.deletionRules.0.condition.jobDeploymentStatus", "Failed", "exactly one of"),
     ("RayJob", "spec.deletionStrategy.deletionRules.0.policy", "DeleteWorkers", "policy\n  Input should be"),
     ("RayJob", "spec.rayClusterSpec.rayVersion", "2.59.0", "rayVersion 2.59.0 is not that of constraints.txt"),
@@ -139,8 +163,8 @@ def test_pods_may_do_little(overlay: str) -> None:
         assert pod.spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod.spec["automountServiceAccountToken"] is False
         assert ("ServiceAccount", pod.spec["serviceAccountName"]) in names(overlay)
-        assert len(pod.spec["containers"]) == 1
-        containers = [pod.container]
+        containers = list(pod.spec["containers"])
+        assert [container["name"] for container in containers[1:]] == (["driver-logs"] if logs_are_shown(pod) else [])
         if pod.is_head and "autoscalerOptions" in pod.cluster:
             containers.append(pod.cluster["autoscalerOptions"])
         for container in containers:
@@ -151,7 +175,15 @@ def test_pods_may_do_little(overlay: str) -> None:
             assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
             assert "cpu" not in container["resources"]["limits"], "a limit stops threads that could have gone on"
             written = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
-            assert {"/tmp", "/tmp/ray", "/home/mtc"} <= written, "what a read-only root leaves to write to"
+            if container.get("name") != "driver-logs":
+                assert {"/tmp", "/tmp/ray", "/home/mtc"} <= written, "what a read-only root leaves to write to"
+            else:
+                assert not written
+
+
+def logs_are_shown(pod: Pods) -> bool:
+    """Whether a container of the pod prints what drivers write: on heads of jobs, in the overlays with GPUs."""
+    return pod.is_head and pod.kind != "RayService" and any(v["name"] == "kubernetes" for v in pod.spec["volumes"])
 
 
 @every_overlay
@@ -252,7 +284,8 @@ def test_gpus_are_tolerated_where_they_are_asked_for(overlay: str) -> None:
         gpus = requested(pod.container, "nvidia.com/gpu")
         assert amount(pod.container["resources"]["limits"].get("nvidia.com/gpu", 0)) == gpus
         assert pod.spec.get("tolerations", []) == ([toleration] if gpus else [])
-        assert pod.container["image"] == ("mtc:0.1.0-gpu" if overlay in ("gpu", "prod") else "mtc:0.1.0")
+        images = [container["image"] for container in pod.spec["containers"]]
+        assert images == ["mtc-gpu:0.1.0" if gpus else "mtc:0.1.0"] * len(images), "CUDA is gigabytes"
         asked += gpus > 0
     assert asked == (3 if overlay in ("gpu", "prod") else 0)  # of cluster, job and service
 
@@ -304,7 +337,13 @@ def test_selectors_find_pods(overlay: str) -> None:
     for document in rendered(overlay):
         if document["kind"] in ("NetworkPolicy", "PodMonitor"):
             selector = document["spec"].get("podSelector") or document["spec"]["selector"]
-            assert any(matches(selector, pod.labels) for pod in every)
+            others = [check_labels()] if document["kind"] == "NetworkPolicy" else []
+            assert any(matches(selector, labels) for labels in [*others, *(pod.labels for pod in every)])
+
+
+def check_labels() -> dict[str, str]:
+    labels: dict[str, str] = find("prod", "Job")["spec"]["template"]["metadata"]["labels"]
+    return labels
 
 
 def matches(selector: Document, labels: dict[str, str]) -> bool:
@@ -342,9 +381,16 @@ def label(component: str, node: str) -> dict[str, str]:
     return {"app.kubernetes.io/name": "mtc", "app.kubernetes.io/component": component, "ray.io/node-type": node}
 
 
-def allowed(side: str, pod: dict[str, str], other: tuple[dict[str, str], dict[str, str]], port: int, tcp: str) -> bool:
+def allowed(
+    side: str,
+    pod: dict[str, str],
+    other: tuple[dict[str, str], dict[str, str]],
+    port: int,
+    tcp: str,
+    documents: list[Document] | None = None,
+) -> bool:
     """Whether a policy lets a pod's traffic pass: `side` is ingress or egress, `other` labels of namespace and pod."""
-    policies = [d["spec"] for d in rendered("prod") if d["kind"] == "NetworkPolicy"]
+    policies = [d["spec"] for d in documents or rendered("prod") if d["kind"] == "NetworkPolicy"]
     policies = [p for p in policies if side.capitalize() in p["policyTypes"] and matches(p["podSelector"], pod)]
     assert policies, "without any policy everything passes"
     for rule in (rule for policy in policies for rule in policy[side]):
@@ -357,6 +403,8 @@ def allowed(side: str, pod: dict[str, str], other: tuple[dict[str, str], dict[st
 
 
 def _is(peer: Document, namespace: dict[str, str], labels: dict[str, str]) -> bool:
+    if "ipBlock" in peer:
+        return peer["ipBlock"] == {"cidr": f"{labels.get('address')}/32"}
     inside = matches(peer["namespaceSelector"], namespace) if "namespaceSelector" in peer else namespace == SAME
     return inside and ("podSelector" not in peer or matches(peer["podSelector"], labels))
 
@@ -368,6 +416,11 @@ def space(name: str) -> dict[str, str]:
 OPERATOR = (space("kuberay-system"), {"app.kubernetes.io/name": "kuberay-operator"})
 DNS = (space("kube-system"), {"k8s-app": "kube-dns"})
 ANY = (space("elsewhere"), {})
+
+
+def at(address: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Something that is no pod."""
+    return {}, {"address": address}
 
 
 @pytest.mark.parametrize(
@@ -409,7 +462,8 @@ def test_network(side: str, pod: dict[str, str], other: Any, port: int, passes: 
 def test_names_are_looked_up_over_udp_and_tcp() -> None:
     for component in COMPONENTS.values():
         for protocol in ("UDP", "TCP"):
-            assert allowed("egress", label(component, "worker"), DNS, 53, protocol)
+            for place in (DNS, at("169.254.20.10"), at("169.254.25.10")):
+                assert allowed("egress", label(component, "worker"), place, 53, protocol)
             assert not allowed("egress", label(component, "worker"), ANY, 53, protocol)
 
 
@@ -477,7 +531,8 @@ def test_pods_stay_until_serve_has_drained(overlay: str) -> None:
 @every_overlay
 def test_job_and_service_share_the_storage(overlay: str) -> None:
     storage = find(overlay, "ConfigMap", "mtc-storage")["data"]["MTC_STORAGE"]
-    assert Template(settings(overlay).run).substitute(MTC_STORAGE=storage) == f"{storage}/latest"
+    newest = "production" if overlay == "prod" else "latest"
+    assert settings(overlay).run == f"{storage}/{newest}"
     places = {m["name"]: Path(m["mountPath"]) for m in next(pods(overlay, "RayService")).container["volumeMounts"]}
     keys = settings(overlay).api_keys_file
     assert keys is not None and Path(keys).parent == places["keys"]  # without, it would not listen to others
@@ -488,9 +543,175 @@ def test_job_and_service_share_the_storage(overlay: str) -> None:
     assert config.output.token_store is None and "root" not in config.output.model_fields_set
 
 
+OPTIONS = ["--config", "/etc/mtc/run.yaml", "--output.root", "$MTC_STORAGE"]
+
+
 @every_overlay
-def test_the_entrypoint_reads_the_mounted_run(overlay: str) -> None:
-    arguments = shlex.split(find(overlay, "RayJob")["spec"]["entrypoint"])
-    assert arguments == ["python", "jobs/train.py", "--config", "/etc/mtc/run.yaml", "--output.root", "$MTC_STORAGE"]
-    (mount,) = [m for m in next(pods(overlay, "RayJob")).container["volumeMounts"] if m["name"] == "run"]
-    assert mount["mountPath"] == "/etc/mtc" and list(find(overlay, "ConfigMap", "mtc-run")["data"]) == ["run.yaml"]
+def test_job_and_check_read_the_mounted_run(overlay: str) -> None:
+    job = shlex.split(find(overlay, "RayJob")["spec"]["entrypoint"])
+    assert job[: 2 + len(OPTIONS)] == ["python", "jobs/train.py", *OPTIONS]
+    check = find(overlay, "Job")["spec"]["template"]["spec"]
+    (container,) = check["containers"]
+    assert shlex.split(container["args"][0]) == ["exec", "python", "jobs/check.py", *OPTIONS]
+    for pod in (next(pods(overlay, "RayJob")).container, container):
+        (mount,) = [m for m in pod["volumeMounts"] if m["name"] == "run"]
+        assert mount["mountPath"] == "/etc/mtc" and list(find(overlay, "ConfigMap", "mtc-run")["data"]) == ["run.yaml"]
+
+
+@every_overlay
+def test_the_check_is_the_jobs_pod_without_ray(overlay: str) -> None:
+    """What it finds on one CPU holds where the job runs: the same environment, places and rights."""
+    head = next(pods(overlay, "RayJob"))
+    check = copy.deepcopy(find(overlay, "Job")["spec"]["template"]["spec"])
+    (container,) = check["containers"]
+    assert container["image"] == head.container["image"] and "gpu" not in str(container["resources"])
+    assert container["envFrom"] == head.container["envFrom"]
+    assert container["env"] == [v for v in head.container["env"] if v["name"] == "HF_TOKEN"]
+    assert container["securityContext"] == head.container["securityContext"]
+    for field in ("securityContext", "automountServiceAccountToken", "enableServiceLinks"):
+        assert check[field] == head.spec[field]
+    volumes = {volume["name"]: volume for volume in head.spec["volumes"]}
+    assert all(volume == volumes[volume["name"]] for volume in check["volumes"])
+    mounts = {mount["name"]: mount for mount in head.container["volumeMounts"]}
+    assert container["volumeMounts"] == [mounts[volume["name"]] for volume in check["volumes"]]
+
+
+@pytest.mark.parametrize(("code", "job"), [(0, 0), (1, 1), (2, 2), (3, 0), (130, 130)])
+def test_a_run_that_was_finished_before_is_no_failure(code: int, job: int, tmp_path: Path) -> None:
+    """The entrypoint, by the shell that Ray gives it to, with a `python` that ends with a code of jobs/train.py."""
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@"\nexit {code}\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MTC_STORAGE": "s3://a b/runs"}
+    entrypoint = find("prod", "RayJob")["spec"]["entrypoint"]
+    done = subprocess.run(["/bin/sh", "-c", entrypoint], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (job, "")
+    assert done.stdout == "jobs/train.py --config /etc/mtc/run.yaml --output.root s3://a b/runs\n"
+
+
+@every_overlay
+def test_however_a_job_ends_its_cluster_goes(overlay: str) -> None:
+    """Statuses with which KubeRay 1.7 ends a RayJob: rayjob_controller.go and apis/ray/v1/rayjob_types.go."""
+    rules = [rule["condition"] for rule in find(overlay, "RayJob")["spec"]["deletionStrategy"]["deletionRules"]]
+    ends = [
+        ("SUCCEEDED", "Complete"),
+        ("STOPPED", "Complete"),  # ray job stop
+        ("FAILED", "Failed"),
+        ("RUNNING", "Failed"),  # a deadline, or a head that did not answer
+        ("", "Failed"),  # no nodes
+    ]
+    for job, deployment in ends:
+        assert [r for r in rules if r.get("jobStatus") == job or r.get("jobDeploymentStatus") == deployment], (job,)
+
+
+def test_what_drivers_write_is_printed(tmp_path: Path) -> None:
+    """The container's script on files such as Ray writes: one job's, another's that comes later, no other file."""
+    head = next(pods("gpu", "RayCluster"))
+    (logs,) = head.spec["containers"][1:]
+    assert {"name": "ray-logs", "mountPath": "/tmp/ray", "readOnly": True} in logs["volumeMounts"]
+    assert [m["mountPath"] for m in head.container["volumeMounts"] if m["name"] == "ray-logs"] == ["/tmp/ray"]
+    directory = tmp_path / "session_2026-01-02_03-04-05_6_7" / "logs"
+    directory.mkdir(parents=True)
+    (directory / "raylet.out").write_text("not this\n")
+    with (directory / "job-driver-a-1.log").open("w", buffering=1) as first:
+        first.write('{"event": "run"}\n')
+        script = logs["args"][0].replace("/tmp/ray", str(tmp_path))
+        process = subprocess.Popen(
+            [*logs["command"], script], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert process.stdout
+        try:
+            assert process.stdout.readline() == '{"event": "run"}\n'
+            first.write('{"event": "plan"}\n')
+            assert process.stdout.readline() == '{"event": "plan"}\n'
+            (directory / "job-driver-b-2.log").write_text("another\n")
+            assert process.stdout.readline() == "another\n"
+        finally:
+            process.terminate()
+            code = process.wait(timeout=30)
+            os.killpg(process.pid, signal.SIGKILL)  # its tails, which a container's end takes along
+    assert code == 0, "it ends when its pod is asked to"
+
+
+# Components -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def with_components(overlay: str, *names: str) -> list[Document]:
+    """An overlay of somebody's own, beside ours."""
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(K8S, Path(directory) / "k8s")
+        own = Path(directory) / "k8s" / "overlays" / "own"
+        own.mkdir()
+        parts = {"resources": [f"../{overlay}"], "components": [f"../../components/{name}" for name in names]}
+        (own / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": "mtc"} | parts))
+        found = kustomize(own)
+    for document in found:
+        validate(document)
+    return found
+
+
+def test_a_job_in_kueues_queue() -> None:
+    """By KubeRay's validation, which `validate` follows, and Kueue's webhooks for RayJobs and their clusters."""
+    (job,) = [d for d in with_components("prod/train", "kueue") if d["kind"] == "RayJob"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "mtc"
+    assert "suspend" not in job["spec"], "the webhook's: applied again, it would stop a job that runs"
+    assert job["spec"]["shutdownAfterJobFinishes"] is True and "clusterSelector" not in job["spec"]
+    cluster = cluster_of(job)
+    assert cluster["enableInTreeAutoscaling"] is False
+    groups = cluster["workerGroupSpecs"]
+    assert len(groups) <= 7 and "head" not in {group["groupName"] for group in groups}
+    assert all(group["minReplicas"] == group["maxReplicas"] >= 1 for group in groups), "nobody adds nodes"
+    head = cluster["headGroupSpec"]["template"]["spec"]
+    assert head["serviceAccountName"] == "mtc" and not [v for v in head["volumes"] if "projected" in v]
+
+
+def test_the_services_pods_come_before_trainings() -> None:
+    found = with_components("prod/all", "priority")
+    classes = {d["metadata"]["name"]: d for d in found if d["kind"] == "PriorityClass"}
+    assert classes["mtc-serving"]["value"] > classes["mtc-training"]["value"] > 0
+    assert classes["mtc-training"]["preemptionPolicy"] == "Never"
+    for kind, wanted in (("RayJob", "mtc-training"), ("RayService", "mtc-serving")):
+        (document,) = [d for d in found if d["kind"] == kind]
+        cluster = cluster_of(document)
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            assert group["template"]["spec"]["priorityClassName"] == wanted
+
+
+def test_every_account_may_pull() -> None:
+    accounts = [d for d in with_components("prod/all", "pull-secret") if d["kind"] == "ServiceAccount"]
+    used = {pod.spec["serviceAccountName"] for pod in pods("prod")}
+    assert {a["metadata"]["name"] for a in accounts} == used
+    assert all(account["imagePullSecrets"] == [{"name": "mtc-registry"}] for account in accounts)
+
+
+@pytest.mark.parametrize(
+    ("component", "other", "port"),
+    [
+        ("cloud-metadata", at("169.254.169.254"), 80),
+        ("cloud-metadata", at("169.254.169.252"), 988),
+        ("cloud-metadata", at("169.254.170.23"), 80),
+        ("minio", (space("minio"), {}), 9000),
+        ("mlflow", (space("mlflow"), {}), 5000),
+    ],
+)
+def test_what_else_may_be_reached_is_a_choice(component: str, other: Any, port: int) -> None:
+    found = with_components("prod/all", f"egress/{component}")
+    named = {line.strip(" #-") for line in (OVERLAYS["prod"] / "kustomization.yaml").read_text().splitlines()}
+    assert f"../../../components/egress/{component}" in named
+    for pod in (label("train", "worker"), label("train", "head"), label("serve", "worker"), check_labels()):
+        assert not allowed("egress", pod, other, port, "TCP")
+        assert allowed("egress", pod, other, port, "TCP", found)
+        assert not allowed("egress", pod, other, port + 1, "TCP", found)
+
+
+def test_a_check_reaches_the_bucket_and_nobody_reaches_it() -> None:
+    assert allowed("egress", check_labels(), ANY, 443, "TCP") and allowed("egress", check_labels(), DNS, 53, "UDP")
+    assert not allowed("egress", check_labels(), ANY, 6443, "TCP")
+    assert not allowed("ingress", check_labels(), (SAME, label("train", "head")), 80, "TCP")
+
+
+@pytest.mark.parametrize("name", sorted(str(p.parent.relative_to(K8S)) for p in K8S.rglob("kustomization.yaml")))
+def test_the_guide_names_every_directory(name: str) -> None:
+    guide = (K8S / "README.md").read_text()
+    place = re.sub(r"^overlays/(local|gpu|prod)/(all|check|train|serve|cluster)$", r"overlays/\1", name)
+    assert f"`{place}`" in guide or place.startswith("only/"), place
