@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from ray_kinds import validate
 
 ROOT = Path(__file__).parent.parent
 K8S = ROOT / "k8s"
@@ -69,3 +72,32 @@ def pods(overlay: str, kind: str | None = None) -> Iterator[Pods]:
                 spec = group["template"]["spec"]
                 labels = {"ray.io/node-type": "head" if is_head else "worker"} | group["template"]["metadata"]["labels"]
                 yield Pods(document["kind"], cluster, group, spec, spec["containers"][0], is_head, labels)
+
+
+@cache
+def with_components(overlay: str, *names: str) -> list[Document]:
+    """An overlay of somebody's own, beside ours."""
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(K8S, Path(directory) / "k8s")
+        own = Path(directory) / "k8s" / "overlays" / "own"
+        own.mkdir()
+        parts = {"resources": [f"../{overlay}"], "components": [f"../../components/{name}" for name in names]}
+        (own / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": "mtc"} | parts))
+        found = kustomize(own)
+    for document in found:
+        validate(document)
+    return found
+
+
+def matches(selector: Document, labels: dict[str, str]) -> bool:
+    assert set(selector) <= {"matchLabels", "matchExpressions"}
+    for expression in selector.get("matchExpressions", []):
+        assert expression["operator"] == "In"
+        if labels.get(expression["key"]) not in expression["values"]:
+            return False
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def check_labels() -> dict[str, str]:
+    labels: dict[str, str] = find("prod", "Job")["spec"]["template"]["metadata"]["labels"]
+    return labels

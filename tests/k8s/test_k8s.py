@@ -1,12 +1,8 @@
 """The Kubernetes manifests: every overlay rendered, checked against closed schemas, and against the code they start."""
 
 import copy
-import os
 import re
-import shlex
 import shutil
-import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -17,7 +13,21 @@ from typing import Any
 
 import pytest
 import yaml
-from kustomize import CLUSTERS, K8S, OVERLAYS, PARTS, Document, Pods, cluster_of, find, kustomize, pods, rendered
+from kustomize import (
+    CLUSTERS,
+    K8S,
+    OVERLAYS,
+    PARTS,
+    Document,
+    Pods,
+    check_labels,
+    cluster_of,
+    find,
+    kustomize,
+    matches,
+    pods,
+    rendered,
+)
 from ray_kinds import validate
 
 from cluster.memory import analysis_bytes
@@ -365,20 +375,6 @@ def test_selectors_find_pods(overlay: str) -> None:
             assert any(matches(selector, labels) for labels in [*others, *(pod.labels for pod in every)])
 
 
-def check_labels() -> dict[str, str]:
-    labels: dict[str, str] = find("prod", "Job")["spec"]["template"]["metadata"]["labels"]
-    return labels
-
-
-def matches(selector: Document, labels: dict[str, str]) -> bool:
-    assert set(selector) <= {"matchLabels", "matchExpressions"}
-    for expression in selector.get("matchExpressions", []):
-        assert expression["operator"] == "In"
-        if labels.get(expression["key"]) not in expression["values"]:
-            return False
-    return selector.get("matchLabels", {}).items() <= labels.items()
-
-
 def test_ports_are_what_is_scraped_and_served() -> None:
     ports = {p["name"]: p["containerPort"] for pod in pods("prod") for p in pod.container["ports"]}
     assert ports["metrics"] == 8080 and ports["serve"] == 8000  # the operator's and Serve's own
@@ -394,101 +390,6 @@ def test_ports_are_what_is_scraped_and_served() -> None:
             assert {"metrics"} <= named
             assert ("mtc-metrics" in named) is (pod.is_head and pod.kind != "RayService")
             assert ("serve" in named) is (pod.kind == "RayService")
-
-
-# Network --------------------------------------------------------------------------------------------------------------
-
-SAME = {"kubernetes.io/metadata.name": "mtc"}
-
-
-def label(component: str, node: str) -> dict[str, str]:
-    return {"app.kubernetes.io/name": "mtc", "app.kubernetes.io/component": component, "ray.io/node-type": node}
-
-
-def allowed(
-    side: str,
-    pod: dict[str, str],
-    other: tuple[dict[str, str], dict[str, str]],
-    port: int,
-    tcp: str,
-    documents: list[Document] | None = None,
-) -> bool:
-    """Whether a policy lets a pod's traffic pass: `side` is ingress or egress, `other` labels of namespace and pod."""
-    policies = [d["spec"] for d in documents or rendered("prod") if d["kind"] == "NetworkPolicy"]
-    policies = [p for p in policies if side.capitalize() in p["policyTypes"] and matches(p["podSelector"], pod)]
-    assert policies, "without any policy everything passes"
-    for rule in (rule for policy in policies for rule in policy[side]):
-        peers = rule.get("from" if side == "ingress" else "to")
-        if (not peers or any(_is(peer, *other) for peer in peers)) and (
-            "ports" not in rule or {"protocol": tcp, "port": port} in rule["ports"]
-        ):
-            return True
-    return False
-
-
-def _is(peer: Document, namespace: dict[str, str], labels: dict[str, str]) -> bool:
-    if "ipBlock" in peer:
-        return peer["ipBlock"] == {"cidr": f"{labels.get('address')}/32"}
-    inside = matches(peer["namespaceSelector"], namespace) if "namespaceSelector" in peer else namespace == SAME
-    return inside and ("podSelector" not in peer or matches(peer["podSelector"], labels))
-
-
-def space(name: str) -> dict[str, str]:
-    return {"kubernetes.io/metadata.name": name}
-
-
-OPERATOR = (space("kuberay-system"), {"app.kubernetes.io/name": "kuberay-operator"})
-DNS = (space("kube-system"), {"k8s-app": "kube-dns"})
-ANY = (space("elsewhere"), {})
-
-
-def at(address: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Something that is no pod."""
-    return {}, {"address": address}
-
-
-@pytest.mark.parametrize(
-    ("side", "pod", "other", "port", "passes"),
-    [
-        ("ingress", label("train", "head"), (SAME, label("train", "worker")), 6379, True),
-        ("ingress", label("train", "worker"), (SAME, label("train", "worker")), 33333, True),
-        ("ingress", label("train", "head"), (SAME, label("serve", "worker")), 6379, False),
-        ("ingress", label("train", "head"), (SAME, {}), 8265, False),
-        ("ingress", label("train", "head"), (space("other"), label("train", "worker")), 8265, False),
-        ("ingress", label("train", "head"), OPERATOR, 8265, True),
-        ("ingress", label("serve", "head"), OPERATOR, 8000, True),
-        ("ingress", label("train", "head"), OPERATOR, 6379, False),
-        ("ingress", label("train", "head"), (space("kuberay-system"), {}), 8265, False),
-        ("ingress", label("train", "head"), (space("monitoring"), {}), 9464, True),
-        ("ingress", label("serve", "worker"), (space("monitoring"), {}), 8080, True),
-        ("ingress", label("serve", "worker"), (space("monitoring"), {}), 8000, True),
-        ("ingress", label("train", "head"), (space("monitoring"), {}), 8265, False),
-        ("ingress", label("serve", "worker"), (space("ingress-nginx"), {}), 8000, True),
-        ("ingress", label("serve", "worker"), (space("ingress-nginx"), {}), 8404, False),
-        ("ingress", label("serve", "head"), (space("ingress-nginx"), {}), 8265, False),
-        ("ingress", label("cluster", "head"), (space("ingress-nginx"), {}), 8000, False),
-        ("ingress", label("serve", "worker"), ANY, 8000, False),
-        ("egress", label("train", "worker"), (SAME, label("train", "head")), 6379, True),
-        ("egress", label("train", "worker"), (SAME, label("serve", "worker")), 9101, False),
-        ("egress", label("train", "worker"), ANY, 443, True),
-        ("egress", label("train", "worker"), ANY, 80, False),
-        ("egress", label("serve", "worker"), ANY, 6443, False),
-        ("egress", label("serve", "head"), ANY, 6443, True),
-        ("egress", label("serve", "head"), (space("redis"), {}), 6379, True),
-        ("egress", label("serve", "redis-cleanup"), (space("redis"), {}), 6379, True),
-        ("egress", label("serve", "worker"), (space("redis"), {}), 6379, False),
-    ],
-)
-def test_network(side: str, pod: dict[str, str], other: Any, port: int, passes: bool) -> None:
-    assert allowed(side, pod, other, port, "TCP") is passes
-
-
-def test_names_are_looked_up_over_udp_and_tcp() -> None:
-    for component in COMPONENTS.values():
-        for protocol in ("UDP", "TCP"):
-            for place in (DNS, at("169.254.20.10"), at("169.254.25.10")):
-                assert allowed("egress", label(component, "worker"), place, 53, protocol)
-            assert not allowed("egress", label(component, "worker"), ANY, 53, protocol)
 
 
 # The code that they start ---------------------------------------------------------------------------------------------
@@ -565,173 +466,6 @@ def test_job_and_service_share_the_storage(overlay: str) -> None:
     config = run_config(overlay)
     assert config.output.run_id, "a retry must continue the same run"
     assert config.output.token_store is None and "root" not in config.output.model_fields_set
-
-
-OPTIONS = ["--config", "/etc/mtc/run.yaml", "--output.root", "$MTC_STORAGE"]
-
-
-@every_overlay
-def test_job_and_check_read_the_mounted_run(overlay: str) -> None:
-    job = shlex.split(find(overlay, "RayJob")["spec"]["entrypoint"])
-    assert job[: 2 + len(OPTIONS)] == ["python", "jobs/train.py", *OPTIONS]
-    check = find(overlay, "Job")["spec"]["template"]["spec"]
-    (container,) = check["containers"]
-    assert shlex.split(container["args"][0]) == ["exec", "python", "jobs/check.py", *OPTIONS]
-    for pod in (next(pods(overlay, "RayJob")).container, container):
-        (mount,) = [m for m in pod["volumeMounts"] if m["name"] == "run"]
-        assert mount["mountPath"] == "/etc/mtc" and list(find(overlay, "ConfigMap", "mtc-run")["data"]) == ["run.yaml"]
-
-
-@every_overlay
-def test_the_check_is_the_jobs_pod_without_ray(overlay: str) -> None:
-    """What it finds on one CPU holds where the job runs: the same environment, places and rights."""
-    head = next(pods(overlay, "RayJob"))
-    check = copy.deepcopy(find(overlay, "Job")["spec"]["template"]["spec"])
-    (container,) = check["containers"]
-    assert container["image"] == head.container["image"] and "gpu" not in str(container["resources"])
-    assert container["envFrom"] == head.container["envFrom"]
-    assert container["env"] == [v for v in head.container["env"] if v["name"] == "HF_TOKEN"]
-    assert container["securityContext"] == head.container["securityContext"]
-    for field in ("securityContext", "automountServiceAccountToken", "enableServiceLinks"):
-        assert check[field] == head.spec[field]
-    volumes = {volume["name"]: volume for volume in head.spec["volumes"]}
-    assert all(volume == volumes[volume["name"]] for volume in check["volumes"])
-    mounts = {mount["name"]: mount for mount in head.container["volumeMounts"]}
-    assert container["volumeMounts"] == [mounts[volume["name"]] for volume in check["volumes"]]
-
-
-@pytest.mark.parametrize(("code", "job"), [(0, 0), (1, 1), (2, 2), (3, 0), (130, 130)])
-def test_a_run_that_was_finished_before_is_no_failure(code: int, job: int, tmp_path: Path) -> None:
-    """The entrypoint, by the shell that Ray gives it to, with a `python` that ends with a code of jobs/train.py."""
-    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@"\nexit {code}\n')
-    (tmp_path / "python").chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MTC_STORAGE": "s3://a b/runs"}
-    entrypoint = find("prod", "RayJob")["spec"]["entrypoint"]
-    done = subprocess.run(["/bin/sh", "-c", entrypoint], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (job, "")
-    assert done.stdout == "jobs/train.py --config /etc/mtc/run.yaml --output.root s3://a b/runs\n"
-
-
-@every_overlay
-def test_however_a_job_ends_its_cluster_goes(overlay: str) -> None:
-    """Statuses with which KubeRay 1.7 ends a RayJob: rayjob_controller.go and apis/ray/v1/rayjob_types.go."""
-    rules = [rule["condition"] for rule in find(overlay, "RayJob")["spec"]["deletionStrategy"]["deletionRules"]]
-    ends = [
-        ("SUCCEEDED", "Complete"),
-        ("STOPPED", "Complete"),  # ray job stop
-        ("FAILED", "Failed"),
-        ("RUNNING", "Failed"),  # a deadline, or a head that did not answer
-        ("", "Failed"),  # no nodes
-    ]
-    for job, deployment in ends:
-        assert [r for r in rules if r.get("jobStatus") == job or r.get("jobDeploymentStatus") == deployment], (job,)
-
-
-def test_what_drivers_write_is_printed(tmp_path: Path) -> None:
-    """The container's script on files such as Ray writes: one job's, another's that comes later, no other file."""
-    head = next(pods("gpu", "RayCluster"))
-    (logs,) = head.spec["containers"][1:]
-    assert {"name": "ray-logs", "mountPath": "/tmp/ray", "readOnly": True} in logs["volumeMounts"]
-    assert [m["mountPath"] for m in head.container["volumeMounts"] if m["name"] == "ray-logs"] == ["/tmp/ray"]
-    directory = tmp_path / "session_2026-01-02_03-04-05_6_7" / "logs"
-    directory.mkdir(parents=True)
-    (directory / "raylet.out").write_text("not this\n")
-    with (directory / "job-driver-a-1.log").open("w", buffering=1) as first:
-        first.write('{"event": "run"}\n')
-        script = logs["args"][0].replace("/tmp/ray", str(tmp_path))
-        process = subprocess.Popen(
-            [*logs["command"], script], stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        assert process.stdout
-        try:
-            assert process.stdout.readline() == '{"event": "run"}\n'
-            first.write('{"event": "plan"}\n')
-            assert process.stdout.readline() == '{"event": "plan"}\n'
-            (directory / "job-driver-b-2.log").write_text("another\n")
-            assert process.stdout.readline() == "another\n"
-        finally:
-            process.terminate()
-            code = process.wait(timeout=30)
-            os.killpg(process.pid, signal.SIGKILL)  # its tails, which a container's end takes along
-    assert code == 0, "it ends when its pod is asked to"
-
-
-# Components -----------------------------------------------------------------------------------------------------------
-
-
-@cache
-def with_components(overlay: str, *names: str) -> list[Document]:
-    """An overlay of somebody's own, beside ours."""
-    with tempfile.TemporaryDirectory() as directory:
-        shutil.copytree(K8S, Path(directory) / "k8s")
-        own = Path(directory) / "k8s" / "overlays" / "own"
-        own.mkdir()
-        parts = {"resources": [f"../{overlay}"], "components": [f"../../components/{name}" for name in names]}
-        (own / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": "mtc"} | parts))
-        found = kustomize(own)
-    for document in found:
-        validate(document)
-    return found
-
-
-def test_a_job_in_kueues_queue() -> None:
-    """By KubeRay's validation, which `validate` follows, and Kueue's webhooks for RayJobs and their clusters."""
-    (job,) = [d for d in with_components("prod/train", "kueue") if d["kind"] == "RayJob"]
-    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "mtc"
-    assert "suspend" not in job["spec"], "the webhook's: applied again, it would stop a job that runs"
-    assert job["spec"]["shutdownAfterJobFinishes"] is True and "clusterSelector" not in job["spec"]
-    cluster = cluster_of(job)
-    assert cluster["enableInTreeAutoscaling"] is False
-    groups = cluster["workerGroupSpecs"]
-    assert len(groups) <= 7 and "head" not in {group["groupName"] for group in groups}
-    assert all(group["minReplicas"] == group["maxReplicas"] >= 1 for group in groups), "nobody adds nodes"
-    head = cluster["headGroupSpec"]["template"]["spec"]
-    assert head["serviceAccountName"] == "mtc" and not [v for v in head["volumes"] if "projected" in v]
-
-
-def test_the_services_pods_come_before_trainings() -> None:
-    found = with_components("prod/all", "priority")
-    classes = {d["metadata"]["name"]: d for d in found if d["kind"] == "PriorityClass"}
-    assert classes["mtc-serving"]["value"] > classes["mtc-training"]["value"] > 0
-    assert classes["mtc-training"]["preemptionPolicy"] == "Never"
-    for kind, wanted in (("RayJob", "mtc-training"), ("RayService", "mtc-serving")):
-        (document,) = [d for d in found if d["kind"] == kind]
-        cluster = cluster_of(document)
-        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
-            assert group["template"]["spec"]["priorityClassName"] == wanted
-
-
-def test_every_account_may_pull() -> None:
-    accounts = [d for d in with_components("prod/all", "pull-secret") if d["kind"] == "ServiceAccount"]
-    used = {pod.spec["serviceAccountName"] for pod in pods("prod")}
-    assert {a["metadata"]["name"] for a in accounts} == used
-    assert all(account["imagePullSecrets"] == [{"name": "mtc-registry"}] for account in accounts)
-
-
-@pytest.mark.parametrize(
-    ("component", "other", "port"),
-    [
-        ("cloud-metadata", at("169.254.169.254"), 80),
-        ("cloud-metadata", at("169.254.169.252"), 988),
-        ("cloud-metadata", at("169.254.170.23"), 80),
-        ("minio", (space("minio"), {}), 9000),
-        ("mlflow", (space("mlflow"), {}), 5000),
-    ],
-)
-def test_what_else_may_be_reached_is_a_choice(component: str, other: Any, port: int) -> None:
-    found = with_components("prod/all", f"egress/{component}")
-    named = {line.strip(" #-") for line in (OVERLAYS["prod"] / "kustomization.yaml").read_text().splitlines()}
-    assert f"../../../components/egress/{component}" in named
-    for pod in (label("train", "worker"), label("train", "head"), label("serve", "worker"), check_labels()):
-        assert not allowed("egress", pod, other, port, "TCP")
-        assert allowed("egress", pod, other, port, "TCP", found)
-        assert not allowed("egress", pod, other, port + 1, "TCP", found)
-
-
-def test_a_check_reaches_the_bucket_and_nobody_reaches_it() -> None:
-    assert allowed("egress", check_labels(), ANY, 443, "TCP") and allowed("egress", check_labels(), DNS, 53, "UDP")
-    assert not allowed("egress", check_labels(), ANY, 6443, "TCP")
-    assert not allowed("ingress", check_labels(), (SAME, label("train", "head")), 80, "TCP")
 
 
 @pytest.mark.parametrize("name", sorted(str(p.parent.relative_to(K8S)) for p in K8S.rglob("kustomization.yaml")))
