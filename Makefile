@@ -78,8 +78,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Not compiled: Python does that with the part that is imported, the first time. The last two packages read our exports;
 # they pin an old transformers, and what the tests need of them runs without.
-$(TEST_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[test]"
+$(TEST_INSTALLED): $(INSTALLED) constraints-test.txt
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -c constraints-test.txt -e ".[test]"
 	$(BIN)/python -m pip install -q --no-compile --no-deps circuit-tracer==0.5.0 sae-dashboard==0.8.0
 	touch $@
 

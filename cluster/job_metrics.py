@@ -7,7 +7,8 @@ new driver begins at 0, which Prometheus takes for the restart that it is. A pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -17,6 +18,7 @@ from ray.util import metrics
 
 from mtc.config import ConfigError, RunConfig
 from mtc.telemetry import CATALOGUE, JOB, make, say
+from mtc.text import tokens_wanted
 
 
 class JobMetrics:
@@ -35,6 +37,8 @@ class JobMetrics:
             if instrument.kind == "counter" and instrument.labels == ("run_id",):
                 self._of(instrument.name)
         self._of("mtc_train_target_steps").set(config.total_steps)
+        for split, tokens in tokens_wanted(config).items():
+            self._of("mtc_tokenise_target_tokens", split=split).set(tokens)
         layers = ",".join(str(sites.layer) for sites in config.model.sites)
         self._about = {"model": config.model.name, "layers": layers}
 
@@ -46,10 +50,21 @@ class JobMetrics:
 
     def stage(self, name: str) -> None:
         """Show which stage the job does from now on."""
+        self.progress()
         if self._stage:
             self._of("mtc_job_stage", stage=self._stage).set(0.0)
         self._of("mtc_job_stage", stage=name).set(1.0)
         self._stage = name
+
+    def progress(self) -> None:
+        """Show that the present stage gets on."""
+        self._of("mtc_last_progress_timestamp_seconds").set(time.time())
+
+    def tokenised(self, tokens: Mapping[str, int]) -> None:
+        """Show how many tokens of each split the token store has."""
+        self.progress()
+        for split, count in tokens.items():
+            self._of("mtc_tokenised_tokens", split=split).set(count)
 
     def row(self, row: dict[str, Any]) -> None:
         transcoder = self._members[row["member"]]

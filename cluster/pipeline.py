@@ -157,8 +157,9 @@ class _Job:
         """Have the text as windows of token ids. Raises DataError if there is too little of it."""
         self.metrics.stage("tokenise")
         with timed(self.seconds, "tokenise"):
-            store = TokenStore.open(build_token_store(self.config, self.plan))
+            store = TokenStore.open(build_token_store(self.config, self.plan, self.metrics.tokenised))
         info = store.info
+        self.metrics.tokenised(info.tokens)
         counts = {"windows": info.windows, "tokens": info.tokens, "documents": info.documents}
         about = ", ".join(f"{sum(each.values()):,} {name}" for name, each in counts.items())
         extent = "all of the text" if info.exhausted else "as much of the text as the run needs"
@@ -194,8 +195,9 @@ class _Job:
         facts = [self._facts(store, trained, each, progress.events) for each in trained.members]
         rows = (progress.rows(each.member) for each in trained.members)
         written = analyse_and_write(
-            self.config, self.plan, self.run, store.url, facts, rows, self.lease.require, self.memory.at_once
-        )
+            self.config, self.plan, self.run, store.url, facts, rows, self.lease.require, self.memory.at_once,
+            self.metrics.progress,
+        )  # fmt: skip
         self.lease.require()
         publish_whole(self.run, latest=True)
         seconds = self.seconds | written.seconds

@@ -61,16 +61,18 @@ def analyse_and_write(
     histories: Iterable[list[dict[str, Any]]],
     still_ours: Callable[[], None],
     at_once: int | None = None,
+    got_on: Callable[[], None] = lambda: None,
 ) -> Written:
     """Run the held-out pass and write every transcoder's examples, features, analysis and report; nothing is published.
 
     `facts` and `histories` are of each of the run's transcoders; facts of the analysis itself are filled in here.
     `still_ours` raises if another job has taken the run meanwhile; it is asked before every write. `at_once` is that of
-    `analyse_heldout`. Of many transcoders no more than one's findings are in memory at a time.
+    `analyse_heldout`. `got_on` is called for each part of the results that arrives. Of many transcoders no more than
+    one's findings are in memory at a time.
     """
     seconds: dict[str, float] = {}
     members, places = config.members(), run.members()
-    with Spool() as spool:
+    with Spool(got_on) as spool:
         staged = Staged(spool)
         reports = _Reports(staged, len(members) > 1)
 

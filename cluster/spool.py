@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -25,9 +25,13 @@ MAPPED_BYTES = 1 << 20
 
 
 class Spool:
-    """A directory that is removed at the end, with rows of results by kind and transcoder, in the order of the work."""
+    """A directory that is removed at the end, with rows of results by kind and transcoder, in the order of the work.
 
-    def __init__(self) -> None:
+    `kept` is called for each of them.
+    """
+
+    def __init__(self, kept: Callable[[], None] = lambda: None) -> None:
+        self._kept = kept
         self._directory = tempfile.TemporaryDirectory(prefix="mtc-analysis-")
         self.path = Path(self._directory.name)
 
@@ -43,6 +47,7 @@ class Spool:
         number = sum(1 for _ in place.iterdir()) if place.exists() else 0
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{number:08d}").write_bytes(data)
+        self._kept()
 
     def rows(self, kind: str, transcoder: int, prefix: str = "") -> Iterator[dict[str, Array]]:
         """The arrays of each row, in order; only those whose names begin with `prefix` are read."""
@@ -65,6 +70,7 @@ class Spool:
                 total = np.lib.format.open_memmap(path, "r+")
                 total += values
                 del total
+        self._kept()
 
     def sums(self, kind: str, transcoder: int) -> dict[str, Array]:
         """What `sum` added up, by name."""

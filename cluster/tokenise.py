@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -67,14 +67,17 @@ EXAMPLES = 5
 """Most documents that could not be used which are named; the others are only counted."""
 
 
-def build_token_store(config: RunConfig, plan: Plan | None = None) -> str:
+def build_token_store(
+    config: RunConfig, plan: Plan | None = None, tell: Callable[[Mapping[str, int]], None] = lambda tokens: None
+) -> str:
     """URL of a token store that fits this configuration; it is built if there is none.
 
     A store of the same text, tokenizer and window settings is reused if it holds the wanted tokens of each split or
     all of the text. Files are read in an order shuffled by `data.seed`: collections are often sorted (by year, by
     size), and a run that needs only the beginning should see all kinds. Local files and wheels must be present on
     every node. Documents that cannot be used are skipped and counted in the store's info. Tasks run where those of
-    `plan` may and take no more than what it found free on a node; without one, anywhere.
+    `plan` may and take no more than what it found free on a node; without one, anywhere. `tell` gets the tokens of each
+    split that are written, whenever there are more.
 
     Needs an initialised Ray. Raises DataError for a source that cannot be read, or of which a larger share than
     data.max_skipped_share cannot be used.
@@ -104,6 +107,7 @@ def build_token_store(config: RunConfig, plan: Plan | None = None) -> str:
             for document in documents:
                 tally.add(document)
             writer.write(windows)
+            tell(writer.tokens)
             if enough:
                 break
             left = {split: want - writer.tokens[split] for split, want in tokens_wanted(config).items()}

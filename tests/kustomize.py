@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from ray_kinds import validate
 
 ROOT = Path(__file__).parent.parent
-OVERLAYS = {"base": ROOT / "k8s" / "base"} | {n: ROOT / "k8s" / "overlays" / n for n in ("local", "gpu", "prod")}
+K8S = ROOT / "k8s"
+OVERLAYS = {"base": K8S / "base"} | {name: K8S / "overlays" / name / "all" for name in ("local", "gpu", "prod")}
+PARTS = {"check": "Job", "train": "RayJob", "serve": "RayService", "cluster": "RayCluster"}
+"""What is applied of an overlay, one at a time, and the one kind that each leaves of these."""
 CLUSTERS = {"RayCluster": [], "RayJob": ["rayClusterSpec"], "RayService": ["rayClusterConfig"]}
 KUBECTL = Path(sys.executable).parent / "kubectl"
 Document = dict[str, Any]
@@ -26,7 +32,8 @@ def kustomize(directory: Path) -> list[Document]:
 
 @cache
 def rendered(overlay: str) -> list[Document]:
-    return kustomize(OVERLAYS[overlay])
+    """Of a name in OVERLAYS, or of a directory under k8s/."""
+    return kustomize(OVERLAYS.get(overlay, K8S / overlay))
 
 
 def find(overlay: str, kind: str, name: str | None = None) -> Document:
@@ -65,3 +72,32 @@ def pods(overlay: str, kind: str | None = None) -> Iterator[Pods]:
                 spec = group["template"]["spec"]
                 labels = {"ray.io/node-type": "head" if is_head else "worker"} | group["template"]["metadata"]["labels"]
                 yield Pods(document["kind"], cluster, group, spec, spec["containers"][0], is_head, labels)
+
+
+@cache
+def with_components(overlay: str, *names: str) -> list[Document]:
+    """An overlay of somebody's own, beside ours."""
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(K8S, Path(directory) / "k8s")
+        own = Path(directory) / "k8s" / "overlays" / "own"
+        own.mkdir()
+        parts = {"resources": [f"../{overlay}"], "components": [f"../../components/{name}" for name in names]}
+        (own / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": "mtc"} | parts))
+        found = kustomize(own)
+    for document in found:
+        validate(document)
+    return found
+
+
+def matches(selector: Document, labels: dict[str, str]) -> bool:
+    assert set(selector) <= {"matchLabels", "matchExpressions"}
+    for expression in selector.get("matchExpressions", []):
+        assert expression["operator"] == "In"
+        if labels.get(expression["key"]) not in expression["values"]:
+            return False
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def check_labels() -> dict[str, str]:
+    labels: dict[str, str] = find("prod", "Job")["spec"]["template"]["metadata"]["labels"]
+    return labels

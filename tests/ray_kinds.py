@@ -123,7 +123,7 @@ class Cluster(Closed):
 
 
 class Condition(Closed):
-    jobStatus: Literal["SUCCEEDED", "FAILED"] | None = None
+    jobStatus: Literal["SUCCEEDED", "FAILED", "STOPPED"] | None = None
     jobDeploymentStatus: Literal["Failed"] | None = None
     ttlSeconds: int = Field(ge=0)
 
@@ -149,8 +149,19 @@ class JobSpec(Closed):
     backoffLimit: int = Field(ge=0)
     activeDeadlineSeconds: int = Field(gt=0)
     preRunningDeadlineSeconds: int = Field(gt=0)
-    deletionStrategy: DeletionStrategy
+    deletionStrategy: DeletionStrategy | None = None
+    shutdownAfterJobFinishes: bool = False
+    ttlSecondsAfterFinished: int = Field(0, ge=0)
     rayClusterSpec: Cluster
+
+    @model_validator(mode="after")
+    def _cluster_goes(self) -> JobSpec:
+        """As the operator's validateDeletionConfiguration; and a cluster that nothing deletes would stay for ever."""
+        if self.shutdownAfterJobFinishes is (self.deletionStrategy is not None):
+            raise ValueError("shutdownAfterJobFinishes and deletionRules exclude each other, and one is wanted")
+        if self.ttlSecondsAfterFinished and not self.shutdownAfterJobFinishes:
+            raise ValueError("ttlSecondsAfterFinished needs shutdownAfterJobFinishes")
+        return self
 
 
 class UpgradeStrategy(Closed):
@@ -201,7 +212,8 @@ class MonitoringKind(Closed):
 
 class Relabeling(Closed):
     targetLabel: str
-    replacement: str
+    replacement: str | None = None
+    sourceLabels: list[str] = []
 
 
 class Authorization(Closed):

@@ -116,7 +116,10 @@ def test_sdist_has_what_a_build_needs(built: Built, tmp_path: Path) -> None:
         sdist.extractall(tmp_path, filter="data")
     (tree,) = tmp_path.iterdir()
     names = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
-    assert sources() | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"} <= names
+    assert (
+        sources() | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "THIRD_PARTY.md"}
+        <= names
+    )
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/", "runs/", ".venv"))]
     out = tmp_path / "again"
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree), cwd=tmp_path)
@@ -218,12 +221,12 @@ def test_types_are_seen_from_outside(installed: Path, tmp_path: Path) -> None:
 
 
 def test_versions_of_extras_are_pinned() -> None:
-    """Every requirement of the project has an exact version in constraints.txt that its range allows."""
+    """Every requirement of the project has an exact version, in one of the constraints, that its range allows."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     pins = {}
-    for line in (ROOT / "constraints.txt").read_text().split():
+    for line in [line for file in ROOT.glob("constraints*.txt") for line in file.read_text().split()]:
         name, _, version = line.partition("==")
         assert canonicalize_name(name) not in pins, line
         pins[canonicalize_name(name)] = version

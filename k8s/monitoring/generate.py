@@ -1,8 +1,8 @@
 """Makes Grafana's dashboards and Prometheus's rules from code: `python k8s/monitoring/generate.py` writes them here.
 
-Every metric comes from `mtc.telemetry.metrics`, or from Ray's own list RAY below; a test checks that, and that the
-files are those that this would write. The service's totals are the same at every replica that is scraped, so they are
-never summed over replicas: `whole` takes one.
+Every metric comes from `mtc.telemetry.metrics`, or from the list OTHERS below; a test checks that, and that the files
+are those that this would write. The service's totals are the same at every pod that is scraped, so they are never
+summed over pods: RECORDED has one figure for each, which dashboards and alerts read.
 """
 
 from __future__ import annotations
@@ -13,13 +13,48 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from mtc.telemetry.metrics import CATALOGUE, SERVICE
+
 HERE = Path(__file__).resolve().parent
-RAY = ("ray_node_cpu_utilization", "ray_node_mem_used", "ray_node_mem_total", "ray_object_store_memory")
-"""What Ray's agents say of their nodes; on nodes with GPUs also ray_node_gpus_utilization."""
+RUNBOOKS = "https://mtc.example.org/runbooks/"
+"""Where docs/runbooks.md is to be read: yours (`make docs` builds the site)."""
+OTHERS = {
+    # Of Prometheus.
+    "up": ("job",),
+    # Of Ray's agents, about their nodes. On nodes with GPUs:
+    "ray_node_gpus_utilization": ("GpuIndex",),
+    "ray_node_gram_used": ("GpuIndex",),
+    "ray_node_gram_available": ("GpuIndex",),
+    "ray_node_cpu_utilization": (),
+    "ray_node_mem_used": (),
+    "ray_node_mem_total": (),
+    "ray_object_store_memory": (),
+    # Of the head's agent, about the cluster, from what the autoscaler reports:
+    "ray_cluster_active_nodes": ("node_type",),
+    "ray_cluster_pending_nodes": ("node_type",),
+    "ray_cluster_failed_nodes": ("node_type",),
+    # Of KubeRay's operator 1.7 (controllers/ray/metrics), each 1 for what is so.
+    "kuberay_job_deployment_status": ("name", "deployment_status"),
+    "kuberay_service_condition_ready": ("name", "condition"),
+    # Of NVIDIA's dcgm-exporter (etc/default-counters.csv).
+    "DCGM_FI_DEV_GPU_UTIL": ("Hostname", "gpu"),
+    "DCGM_FI_DEV_FB_USED": ("Hostname", "gpu"),
+    "DCGM_FI_DEV_FB_FREE": ("Hostname", "gpu"),
+    "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": ("Hostname", "gpu"),
+    "DCGM_FI_DEV_NVLINK_BANDWIDTH_TOTAL": ("Hostname", "gpu"),
+}
+"""Metrics that are not ours, and the labels of each that are used here."""
 RUN = '{run_id=~"$run_id"}'
 WINDOW = "$__rate_interval"
 SCRAPED_EACH = ("instance", "pod", "container", "endpoint", "namespace")
 """Labels that tell scrapes of one service apart."""
+
+
+class Recording(NamedTuple):
+    """A series that Prometheus computes and keeps."""
+
+    name: str
+    expression: str
 
 
 class Query(NamedTuple):
@@ -67,10 +102,27 @@ def whole(expression: str) -> str:
     return f"max without ({', '.join(SCRAPED_EACH)}) ({expression})"
 
 
+def recorded(metric: str, selector: str = "") -> str:
+    """The series of RECORDED for a metric of the service: a counter's rate over five minutes, a histogram's buckets',
+    or a gauge."""
+    name = {"counter": "{}:rate5m", "gauge": "{}:sum", "histogram": "{}_bucket:rate5m"}[CATALOGUE[metric].kind]
+    return f"service:{name.format(metric.removesuffix('_total'))}{selector}"
+
+
+def recording(metric: str) -> Recording:
+    """One cluster's pods all give its totals, so the largest of them is taken; two clusters, such as an old one and the
+    one that takes its place, answer different requests, so theirs are added up."""
+    kind = CATALOGUE[metric].kind
+    series = f"{metric}_bucket" if kind == "histogram" else metric
+    expression = series if kind == "gauge" else f"rate({series}[5m])"
+    each = ", ".join(label for label in SCRAPED_EACH if label != "namespace")
+    return Recording(recorded(metric), f"sum without (ray_cluster, namespace) (max without ({each}) ({expression}))")
+
+
 def quantiles(metric: str, by: str, service: bool = False, selector: str = RUN) -> tuple[Query, ...]:
     labels = ", ".join(name for name in ("le", by) if name)
-    increase = f"rate({metric}_bucket{'' if service else selector}[{WINDOW}])"
-    buckets = f"sum by ({labels}) ({whole(increase) if service else increase})"
+    increase = recorded(metric) if service else f"rate({metric}_bucket{selector}[{WINDOW}])"
+    buckets = f"sum by ({labels}) ({increase})"
     legend = f"{{{{{by}}}}} " if by else ""
     return tuple(Query(f"histogram_quantile({q}, {buckets})", f"{legend}p{round(100 * q)}") for q in (0.5, 0.95, 0.99))
 
@@ -84,6 +136,15 @@ TRAINING = Dashboard("training", "Transcoder training", True, (
     Panel("Progress", (Query(f"mtc_train_step{RUN} / on (run_id) mtc_train_target_steps{RUN}", "{{run_id}}"),),
           "percentunit", "Optimizer steps done of those that the run will have; falls when a restart goes back."),
     Panel("Stage", (Query(f"mtc_job_stage{RUN} == 1", "{{run_id}} {{stage}}"),), description="What the job does."),
+    Panel("Tokenised", (Query(f"mtc_tokenised_tokens{RUN} / mtc_tokenise_target_tokens{RUN}",
+                              "{{run_id}} {{split}}"),), "percentunit",
+          "Tokens in the token store of those that the run wants; a short text ends below 1."),
+    Panel("Training time left", (
+        Query(f"(mtc_train_target_steps{RUN} - mtc_train_step{RUN}) / (deriv(mtc_train_step{RUN}[15m]) > 0)",
+              "{{run_id}}"),
+    ), "s", "At the speed of the last quarter of an hour; the analysis comes after it."),
+    Panel("Since the job last got on", (Query(f"time() - mtc_last_progress_timestamp_seconds{RUN}", "{{run_id}}"),),
+          "s", "In any stage."),
     Panel("Tokens per second", (Query(rate("mtc_train_tokens_total", "run_id"), "{{run_id}}"),), "short",
           "Trained on, over all trainers; tokens that are done again after a restart count again."),
     Panel("FVU by prefix", (Query(f"mtc_fvu_ratio{RUN}", "layer {{layer}} {{member}}, {{prefix}}"),), "none",
@@ -141,51 +202,89 @@ STREAM = Dashboard("stream", "Activation stream", True, (
 ))  # fmt: skip
 SERVING = Dashboard("serving", "Transcoder service", False, (
     Panel("Requests to encode per second",
-          (Query(f"sum by (code) ({whole(f'rate(mtc_encode_requests_total[{WINDOW}])')})", "{{code}}"),), "reqps"),
+          (Query(f"sum by (code) ({recorded('mtc_encode_requests_total')})", "{{code}}"),), "reqps"),
     Panel("Time to encode", quantiles("mtc_encode_duration_seconds", "stage", service=True), "s",
           "By stage; models is the queue and the forward pass."),
-    Panel("Tokens per second", (Query(whole(f"rate(mtc_encode_tokens_total[{WINDOW}])"), "tokens"),)),
+    Panel("Tokens per second", (Query(recorded("mtc_encode_tokens_total"), "tokens"),)),
     Panel("All requests per second",
-          (Query(f"sum by (route, code) ({whole(f'rate(mtc_http_requests_total[{WINDOW}])')})",
-                 "{{route}} {{code}}"),), "reqps"),
+          (Query(f"sum by (route, code) ({recorded('mtc_http_requests_total')})", "{{route}} {{code}}"),), "reqps"),
     Panel("Refused per second",
-          (Query(f"sum by (reason) ({whole(f'rate(mtc_encode_rejected_total[{WINDOW}])')})", "{{reason}}"),), "reqps"),
+          (Query(f"sum by (reason) ({recorded('mtc_encode_rejected_total')})", "{{reason}}"),), "reqps"),
     Panel("Work in hand", (
-        Query(whole("mtc_http_requests_in_flight"), "requests"),
-        Query(whole("mtc_encode_queue_tokens"), "tokens that wait"),
+        Query(recorded("mtc_http_requests_in_flight"), "requests"),
+        Query(recorded("mtc_encode_queue_tokens"), "tokens that wait"),
     )),
     Panel("Time of a forward pass", quantiles("mtc_encode_forward_seconds", "", service=True), "s"),
     Panel("Tokens of a forward pass", quantiles("mtc_encode_batch_tokens", "", service=True), "none",
           "How well requests are put together."),
     Panel("Runs", (
-        Query(whole("mtc_runs_loaded"), "in memory, over all replicas"),
-        Query(f"sum by (outcome) ({whole(f'increase(mtc_run_loads_total[{WINDOW}])')})", "{{outcome}}"),
+        Query(recorded("mtc_runs_loaded"), "in memory, over all replicas"),
+        Query(f"300 * sum by (outcome) ({recorded('mtc_run_loads_total')})", "{{outcome}} in five minutes"),
     ), "none"),
     Panel("Graphs", (
-        Query(whole("mtc_graph_jobs_pending"), "wait or are computed"),
-        Query(f"sum by (outcome) ({whole(f'increase(mtc_graph_jobs_total[{WINDOW}])')})", "{{outcome}}"),
+        Query(recorded("mtc_graph_jobs_pending"), "wait or are computed"),
+        Query(f"300 * sum by (outcome) ({recorded('mtc_graph_jobs_total')})", "{{outcome}} in five minutes"),
     ), "none"),
     Panel("Time of a graph", quantiles("mtc_graph_seconds", "", service=True), "s", "Without the wait for its turn."),
     Panel("Steering", (
-        Query(whole("mtc_steerings_in_flight"), "prompts"),
-        Query(whole(f"rate(mtc_steered_tokens_total[{WINDOW}])"), "steps a second"),
+        Query(recorded("mtc_steerings_in_flight"), "prompts"),
+        Query(recorded("mtc_steered_tokens_total"), "steps a second"),
     ), "none"),
-    Panel("Current run", (Query(whole("mtc_model_info"), "{{run_id}}"),), "none"),
+    Panel("Current run", (Query(recorded("mtc_model_info"), "{{run_id}}"),), "none"),
 ))  # fmt: skip
-DASHBOARDS = (TRAINING, STREAM, SERVING)
+GRAM = "(ray_node_gram_used + ray_node_gram_available)"
+CLUSTER = Dashboard("cluster", "Jobs, nodes and GPUs", False, (
+    Panel("Jobs", (Query('kuberay_job_deployment_status{name=~"mtc.*"}', "{{name}} {{deployment_status}}"),), "none",
+          "What KubeRay says of each RayJob; Suspended is waiting in Kueue."),
+    Panel("Services that are ready",
+          (Query('kuberay_service_condition_ready{name=~"mtc.*", condition="true"}', "{{name}}"),), "none"),
+    Panel("Nodes", (
+        Query("sum by (node_type) (ray_cluster_active_nodes)", "{{node_type}}"),
+        Query("sum by (node_type) (ray_cluster_pending_nodes)", "{{node_type}}, asked for"),
+        Query("sum by (node_type) (ray_cluster_failed_nodes)", "{{node_type}}, failed"),
+    ), "none", "Of all Ray clusters, as their autoscalers report; node_type is the worker group."),
+    Panel("GPUs, by Ray", (Query("avg by (instance, GpuIndex) (ray_node_gpus_utilization)",
+                                 "{{instance}} {{GpuIndex}}"),), "percent"),
+    Panel("Memory of the GPUs, by Ray", (Query(f"max by (instance, GpuIndex) (ray_node_gram_used / {GRAM})",
+                                               "{{instance}} {{GpuIndex}}"),), "percentunit"),
+    Panel("GPUs, by DCGM", (Query("avg by (Hostname, gpu) (DCGM_FI_DEV_GPU_UTIL)", "{{Hostname}} {{gpu}}"),),
+          "percent", "Share of the time in which any kernel ran."),
+    Panel("Tensor cores, by DCGM", (Query("avg by (Hostname, gpu) (DCGM_FI_PROF_PIPE_TENSOR_ACTIVE)",
+                                          "{{Hostname}} {{gpu}}"),), "percentunit"),
+    Panel("Memory of the GPUs, by DCGM", (
+        Query("max by (Hostname, gpu) (DCGM_FI_DEV_FB_USED / (DCGM_FI_DEV_FB_USED + DCGM_FI_DEV_FB_FREE))",
+              "{{Hostname}} {{gpu}}"),
+    ), "percentunit"),
+    Panel("NVLink, by DCGM", (Query("max by (Hostname, gpu) (DCGM_FI_DEV_NVLINK_BANDWIDTH_TOTAL)",
+                                    "{{Hostname}} {{gpu}}"),), "none",
+          "As DCGM counts it, all lanes: what NCCL and copies between GPUs of a node send."),
+    Panel("Trainers in NCCL's all-reduce", (
+        Query('sum by (run_id) (rate(mtc_train_seconds_total{part="all_reduce"}[5m])) / '
+              "sum by (run_id) (rate(mtc_train_seconds_total[5m]))", "{{run_id}}"),
+    ), "percentunit", "Share of their time; on CPUs it is Gloo's."),
+))  # fmt: skip
+DASHBOARDS = (TRAINING, STREAM, SERVING, CLUSTER)
+RECORDED = tuple(recording(instrument.name) for instrument in SERVICE)
 
 TRAINS = '(mtc_job_stage{stage="train"} == 1)'
-ANSWERS = whole("rate(mtc_encode_requests_total[5m])")
-FAILURES = whole('rate(mtc_encode_requests_total{code=~"5.."}[5m])')
-REFUSALS = whole('rate(mtc_encode_requests_total{code="429"}[5m])')
-TOTAL_BUCKETS = whole('rate(mtc_encode_duration_seconds_bucket{stage="total"}[5m])')
+BEFORE_OR_AFTER = '(mtc_job_stage{stage=~"prepare|tokenise|analyse"} == 1)'
+ANSWERS = recorded("mtc_encode_requests_total")
+FAILURES = recorded("mtc_encode_requests_total", '{code=~"5.."}')
+REFUSALS = recorded("mtc_encode_requests_total", '{code="429"}')
+TOTAL_BUCKETS = recorded("mtc_encode_duration_seconds", '{stage="total"}')
 UNUSABLE = whole('increase(mtc_run_loads_total{outcome="failed"}[15m])')
 ALERTS = {
     "mtc-training": (
         Alert("MtcTrainingStalled", f"(time() - mtc_last_progress_timestamp_seconds > 900) and on (run_id) {TRAINS}", 5,
               "critical", "Run {{ $labels.run_id }} has made no step for a quarter of an hour."),
+        Alert("MtcStageStalled",
+              f"(time() - mtc_last_progress_timestamp_seconds > 3600) and on (run_id) {BEFORE_OR_AFTER}", 5, "warning",
+              "Run {{ $labels.run_id }} has not got on for an hour: preparing, tokenising or analysis."),
         Alert("MtcCheckpointsOld", f"(time() - mtc_last_checkpoint_timestamp_seconds > 1800) and on (run_id) {TRAINS}",
               5, "warning", "Run {{ $labels.run_id }} has had no complete checkpoint for half an hour."),
+        Alert("MtcCheckpointsMissing", f'{TRAINS} and on (run_id) (mtc_job_stage{{stage="train"}} offset 30m == 1) '
+              "unless on (run_id) mtc_last_checkpoint_timestamp_seconds", 0, "warning",
+              "Run {{ $labels.run_id }} has trained for half an hour without any complete checkpoint."),
         Alert("MtcTrainersRestart", 'sum by (run_id) (increase(mtc_events_total{kind=~"failure|restart"}[1h])) > 3', 0,
               "warning", "Trainers of run {{ $labels.run_id }} died more than three times within an hour."),
         Alert("MtcStepsSkipped", "sum by (run_id) (increase(mtc_train_skipped_steps_total[15m])) > 10", 0, "warning",
@@ -207,12 +306,31 @@ ALERTS = {
               "More than 5 % of the requests to encode are refused with 429."),
         Alert("MtcRunUnusable", f"{UNUSABLE} > 0", 0, "warning",
               "A run could not be loaded; the one before still answers. GET /runs says why."),
+        Alert("MtcServiceUnseen", 'up{job="mtc-service"} == 0', 5, "critical",
+              "A pod of the service gives no metrics: it does not answer, or refuses Prometheus's key."),
+        Alert("MtcServiceNotReady", 'kuberay_service_condition_ready{name=~"mtc.*", condition="false"} == 1', 15,
+              "critical", "RayService {{ $labels.name }} has had no pod that answers for a quarter of an hour."),
+    ),
+    "mtc-cluster": (
+        Alert("MtcJobFailed",
+              'kuberay_job_deployment_status{name=~"mtc.*", deployment_status=~"Failed|ValidationFailed"} == 1', 0,
+              "critical", "RayJob {{ $labels.name }} has failed, and is not tried again."),
+        Alert("MtcJobPending",
+              'kuberay_job_deployment_status{name=~"mtc.*", deployment_status=~"Initializing|Waiting"} == 1', 15,
+              "warning", "RayJob {{ $labels.name }} has waited a quarter of an hour for its pods."),
+        Alert("MtcJobQueued", 'kuberay_job_deployment_status{name=~"mtc.*", deployment_status="Suspended"} == 1', 240,
+              "info", "RayJob {{ $labels.name }} has waited four hours in its queue."),
+        Alert("MtcJobUnseen", 'kuberay_job_deployment_status{name=~"mtc.*", deployment_status="Running"} '
+              "unless on (namespace) mtc_job_stage", 15, "warning",
+              "RayJob {{ $labels.name }} runs, and nothing is heard of its driver."),
+        Alert("MtcNodeUnseen", 'up{job="ray"} == 0', 5, "warning",
+              "The Ray node of pod {{ $labels.pod }} gives no metrics."),
     ),
 }  # fmt: skip
 
 
 def expressions() -> list[str]:
-    """Every expression of a dashboard or a rule."""
+    """Every expression of a dashboard or an alert."""
     panels = [panel for dashboard in DASHBOARDS for panel in dashboard.panels]
     queries = [query.expression for panel in panels for query in panel.queries]
     return queries + [alert.expression for alerts in ALERTS.values() for alert in alerts]
@@ -223,19 +341,28 @@ def rules() -> dict[str, Any]:
     return {
         "groups": [
             {
-                "name": name,
-                "rules": [
-                    {
-                        "alert": alert.name,
-                        "expr": alert.expression,
-                        "for": f"{alert.minutes}m",
-                        "labels": {"severity": alert.severity},
-                        "annotations": {"summary": alert.summary},
-                    }
-                    for alert in alerts
-                ],
-            }
-            for name, alerts in ALERTS.items()
+                "name": "mtc-recorded",
+                "rules": [{"record": made.name, "expr": made.expression} for made in RECORDED],
+            },
+            *(
+                {
+                    "name": name,
+                    "rules": [
+                        {
+                            "alert": alert.name,
+                            "expr": alert.expression,
+                            "for": f"{alert.minutes}m",
+                            "labels": {"severity": alert.severity},
+                            "annotations": {
+                                "summary": alert.summary,
+                                "runbook_url": f"{RUNBOOKS}#{alert.name.lower()}",
+                            },
+                        }
+                        for alert in alerts
+                    ],
+                }
+                for name, alerts in ALERTS.items()
+            ),
         ]
     }
 

@@ -50,6 +50,9 @@ OF_MEMBER = (RUN, "layer", "member")  # `member` is empty without a sweep
 JOB = (
     _gauge("mtc_job_info", "1; what the run reads.", RUN, "model", "layers", "device"),
     _gauge("mtc_job_stage", "1 for what the job does now, 0 for what it did.", RUN, "stage"),
+    _gauge("mtc_tokenised_tokens", "Tokens of the token store so far, by split.", RUN, "split"),
+    _gauge("mtc_tokenise_target_tokens", "Tokens that the run wants of each split; a short text has fewer.", RUN,
+           "split"),
     _gauge("mtc_job_trainers", "Trainers that the plan has.", RUN),
     _gauge("mtc_job_model_actors", "Model actors that the plan has.", RUN),
     _gauge("mtc_train_step", "Optimizer steps done; falls when a restart goes back to a checkpoint.", RUN),
@@ -77,7 +80,8 @@ JOB = (
     _counter("mtc_events_total", "Lines of events.jsonl by kind: failures, restarts, loss spikes.", RUN, "kind"),
     _counter("mtc_checkpoints_total", "Checkpoints that were completed.", RUN),
     _gauge("mtc_last_checkpoint_timestamp_seconds", "When the newest checkpoint was completed, in Unix time.", RUN),
-    _gauge("mtc_last_progress_timestamp_seconds", "When a trainer last sent figures, in Unix time.", RUN),
+    _gauge("mtc_last_progress_timestamp_seconds", "When the job last got on, in Unix time: a stage began, text became "
+           "tokens, a trainer sent figures, a part of the analysis arrived.", RUN),
 )  # fmt: skip
 PROCESS = (
     _counter("mtc_trainer_tokens_total", "Tokens trained on by this trainer's rank.", RUN, "rank"),

