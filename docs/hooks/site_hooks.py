@@ -39,6 +39,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "sizing": figures.sizing,
     "sizing checks": figures.sizing_checks,
     "train step": figures.train_step,
+    "sharded": figures.sharded,
+    "sharded, on paper": figures.sharded_on_paper,
     "quality": figures.quality,
     "stream": figures.stream,
     "analysis": figures.analysis,

@@ -106,7 +106,7 @@ def copy_from_first(tensor: Tensor) -> None:
 def sum_over_ranks(part: Tensor) -> Tensor:
     """The sum of all ranks' tensors, where every rank goes on to compute the same loss from it; each rank's part gets
     the gradient of the sum."""
-    return _Sum.apply(part) if distributed() else part  # type: ignore[no-untyped-call]
+    return _Sum.apply(part) if distributed() else part
 
 
 class _Sum(Function):

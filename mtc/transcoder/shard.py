@@ -57,7 +57,7 @@ class Shard(NamedTuple):
         return [sum(self.sizes[:group]) for group in range(len(self.sizes) + 1)]
 
     @property
-    def index(self) -> Tensor:
+    def places(self) -> Tensor:
         """[this rank's features] int64, increasing: the places of this rank's features in the whole dictionary."""
         begins = [sum(self.group_sizes[:group]) for group in range(len(self.group_sizes))]
         return torch.cat([torch.arange(b + first, b + end) for b, (first, end) in zip(begins, self.spans, strict=True)])

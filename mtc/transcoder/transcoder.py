@@ -115,7 +115,7 @@ class MatryoshkaTranscoder(nn.Module):
         features = sum(self.shape.group_sizes)
         generator = torch.Generator().manual_seed(seed)
         f32 = torch.float32  # not the default, which transformers changes while another thread loads a model
-        encoder = normal_rows(total, shape.d_source, generator, None if shard is None else shard.index)
+        encoder = normal_rows(total, shape.d_source, generator, None if shard is None else shard.places)
         self.W_enc = nn.Parameter(encoder / encoder.norm(dim=1, keepdim=True))
         self.b_enc = nn.Parameter(torch.zeros(features, dtype=f32))
         # A decoder that starts at zero lets each feature take its direction from the first residuals it sees.
@@ -340,7 +340,7 @@ class MatryoshkaTranscoder(nn.Module):
         rows = x.new_empty(0, x.shape[1])
         features, keep = self.num_features, None
         if self.shard is not None:
-            features, keep = sum(self.shard.group_sizes), self.shard.index
+            features, keep = sum(self.shard.group_sizes), self.shard.places
         if directions is not None:
             rows = unit(directions[directions.norm(dim=1) > 0].to(x))
             rows = rows[distinct(rows, features)]
