@@ -53,11 +53,11 @@ def sharded_on_paper() -> str:
     found = _read("sharded")["on_paper"]
     rows = [("GPUs", "weights, gradients and moments of one, GB", "over NVLink in a step, MB", "that takes, ms",
              "encoder's product, ms", "Adam's passes, ms")]  # fmt: skip
-    for row in found["ranks"]:
-        rows.append(
-            (str(row["ranks"]), f"{row['state_gigabytes']:.1f}", f"{row['wire_bytes'] / 1e6:.0f}",
-             f"{row['collectives_ms']:.2f}", f"{row['product_ms']:.1f}", f"{row['adam_ms']:.1f}")
-        )  # fmt: skip
+    rows += [
+        (str(row["ranks"]), f"{row['state_gigabytes']:.1f}", f"{row['wire_bytes'] / 1e6:.0f}",
+         f"{row['collectives_ms']:.2f}", f"{row['product_ms']:.1f}", f"{row['adam_ms']:.1f}")
+        for row in found["ranks"]
+    ]  # fmt: skip
     size = found["size"]
     return (
         f"{_table(rows)}\n\n{size['features']:,} features, d {size['width']:,}, batches of {size['batch']:,}, k "
