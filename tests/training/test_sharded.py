@@ -6,6 +6,7 @@ import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from mtc import devices
 from mtc.config import ConfigError, load_preset
 from mtc.storage import RunDirectory
 from mtc.training import Calibrator, Trainer, assemble, read_shards, shard_bytes
@@ -65,7 +66,8 @@ def whole(directory, state, shard):
     )
 
 
-def trained(directory, transcoder, optimizer, rank, world):
+def trained(directory, transcoder, optimizer, pretending, rank, world):
+    devices.PRETENDING = pretending  # to be a GPU, in a process of its own
     trainer = Trainer(config_of(transcoder, **optimizer), D, D, split="features")
     metrics = train(trainer, batches(STEPS))
     local = trainer.transcoder.state_dict()
@@ -81,21 +83,21 @@ def check_equal(one, many, rtol=1e-3, atol=1e-4):
         )
 
 
-@pytest.mark.parametrize(("worlds", "transcoder", "optimizer"), [
-    ((2, 4), {"skip": True, "massive_tokens": "cap"}, {}),
-    ((3,), {"rank": "contribution", "prefix_weights": [1, 2, 3]}, {}),
-    ((3,), {"activation": "topk", "rank": "contribution"}, {}),
-    ((2,), {"activation": "jumprelu", "massive_tokens": "cap"}, {}),
+@pytest.mark.parametrize(("worlds", "transcoder", "optimizer", "pretending"), [
+    ((2, 4), {"skip": True, "massive_tokens": "cap"}, {}, False),
+    ((3,), {"rank": "contribution", "prefix_weights": [1, 2, 3]}, {}, True),
+    ((3,), {"activation": "topk", "rank": "contribution"}, {}, False),
+    ((2,), {"activation": "jumprelu", "massive_tokens": "cap"}, {}, False),
     # More ranks propose more entries by the rounded product: the choice is that of float32, of AuxK not always.
-    ((2,), {"activation": "topk", "aux_coefficient": 0}, {"precision": "bfloat16"}),
-    ((2,), {"aux_coefficient": 0}, {"precision": "bfloat16"}),
+    ((2,), {"activation": "topk", "aux_coefficient": 0}, {"precision": "bfloat16"}, False),
+    ((2,), {"aux_coefficient": 0}, {"precision": "bfloat16"}, False),
 ])  # fmt: skip
-def test_features_over_ranks_equal_one_rank(tmp_path, worlds, transcoder, optimizer):
+def test_features_over_ranks_equal_one_rank(tmp_path, worlds, transcoder, optimizer, pretending):
     trainer = Trainer(config_of(transcoder, backend="sparse"), D, D)
     metrics, state = train(trainer, batches(STEPS)), trainer.state_dict()
     assert len(trainer.dead_index) > 2, "AuxK must choose for this test to say anything"
     for world in worlds:
-        results = run_ranks(trained, world, tmp_path / str(world), tmp_path, transcoder, optimizer)
+        results = run_ranks(trained, world, tmp_path / str(world), tmp_path, transcoder, optimizer, pretending)
         for history, found, common in results:
             for one, many in zip(metrics, history, strict=True):
                 for name, value in one._asdict().items():
@@ -147,7 +149,7 @@ def test_files_of_shares_are_those_of_torchs_checkpoints(tmp_path):
 
 def test_the_weights_file_is_assembled_and_read_by_prefix(tmp_path):
     config = config_of({"rank": "contribution", "skip": True})
-    run_ranks(trained, 3, tmp_path / "ranks", tmp_path, {"rank": "contribution", "skip": True}, {})
+    run_ranks(trained, 3, tmp_path / "ranks", tmp_path, {"rank": "contribution", "skip": True}, {}, False)
     paths = [f"{tmp_path}/3-{rank}" for rank in range(3)]
     state = read_shards(paths, Shard(0, 1, (5, 22, 37)))
     alone = Trainer(config, D, D)
