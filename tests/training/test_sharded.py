@@ -129,6 +129,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
             check_equal(straight, found, *([0, 0] if world == 4 else []))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_files_of_shares_are_those_of_torchs_checkpoints(tmp_path):
     run_ranks(saved_at_half, 3, tmp_path / "ranks", tmp_path)
     directory = tmp_path / "dcp"
