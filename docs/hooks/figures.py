@@ -28,6 +28,44 @@ def train_step() -> str:
     return _table(rows) + f"\n\n{machine['cores']} cores of an {machine['cpu']}, torch {machine['torch']}."
 
 
+def sharded() -> str:
+    found = _read("sharded")
+    rows = [("ranks", "memory of a rank, MB", "over one rank's", "step, s", "bytes told in a step", "by the formula",
+             "weights differ by", "losses differ by")]  # fmt: skip
+    for row in found["ranks"]:
+        cells = (str(row["ranks"]), f"{row['peak_bytes'] / 1e6:.0f}")
+        if row["ranks"] == 1:
+            rows.append((*cells, "1", f"{row['step_seconds']:.2f}", "0", "0", "", ""))
+            continue
+        told, predicted = (sum(row[name].values()) for name in ("sent_bytes", "predicted_bytes"))
+        rows.append(
+            (*cells, f"{row['memory_ratio']:.2f}", f"{row['step_seconds']:.2f}", f"{told:,}", f"{predicted:,}",
+             f"{max(row['difference'].values()):.0e}", f"{row['loss_difference']:.0e}")
+        )  # fmt: skip
+    size = found["size"]
+    return (
+        f"{_table(rows)}\n\n{size['features']:,} features, d {size['width']}, batches of {size['batch']}, k "
+        f"{size['k']}; {found['cores']} cores, one thread a rank, torch {found['torch']}, at a load of "
+        f"{found['load']:.0f} by other work, so that times say little."
+    )
+
+
+def sharded_on_paper() -> str:
+    found = _read("sharded")["on_paper"]
+    rows = [("GPUs", "weights, gradients and moments of one, GB", "over NVLink in a step, MB", "that takes, ms",
+             "encoder's product, ms", "Adam's passes, ms")]  # fmt: skip
+    rows += [
+        (str(row["ranks"]), f"{row['state_gigabytes']:.1f}", f"{row['wire_bytes'] / 1e6:.0f}",
+         f"{row['collectives_ms']:.2f}", f"{row['product_ms']:.1f}", f"{row['adam_ms']:.1f}")
+        for row in found["ranks"]
+    ]  # fmt: skip
+    size = found["size"]
+    return (
+        f"{_table(rows)}\n\n{size['features']:,} features, d {size['width']:,}, batches of {size['batch']:,}, k "
+        f"{size['k']}, three prefixes and AuxK."
+    )
+
+
 def quality() -> str:
     rows = [("", "", "FVU per prefix", "L0", "dead", "train, s")]
     tasks = {

@@ -41,6 +41,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "memory plans": figures.memory_plans,
     "memory checks": figures.memory_checks,
     "train step": figures.train_step,
+    "sharded": figures.sharded,
+    "sharded, on paper": figures.sharded_on_paper,
     "quality": figures.quality,
     "stream": figures.stream,
     "analysis": figures.analysis,

@@ -17,7 +17,8 @@ CALIBRATION_ROWS = 4096
 
 
 class Calibrator:
-    """Finds the inference threshold: the activation that k entries per token exceed, on fresh tokens of all ranks.
+    """Finds the inference threshold: the activation that k entries per token exceed, on fresh tokens of all ranks; of
+    a Shard's transcoder on all tokens, which every rank takes in.
 
     It keeps the strongest pre-activations of each batch, so memory is a small multiple of k per token; exact as long as
     no batch needs more than `headroom` times its share.
@@ -48,7 +49,8 @@ class Calibrator:
         """Set the threshold, or one for each feature, and return what z, or z times the norm of the decoder row, must
         exceed; call on every rank."""
         device = self.transcoder.W_enc.device
-        (total,) = agree(self.tokens)
+        shared = self.transcoder.shard is None  # otherwise every rank has had all tokens, for its own features
+        (total,) = agree(self.tokens) if shared else [self.tokens]
         values = torch.cat([*self.strongest, torch.zeros(0, device=device)])
         # Entries strictly above the threshold are active, so it is the first value that is not among the k per token.
         border = float(kth_largest(values, self.transcoder.shape.k * int(total) + 1))

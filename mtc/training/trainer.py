@@ -1,14 +1,14 @@
 """The Trainer: the transcoder, its optimizer and its schedule, whose step is the whole algorithm.
 
-No Ray and no I/O. When torch.distributed is set up, every rank makes the same calls with its share of each batch, and
-the result is that of one process with the whole batch.
+No Ray and no I/O. When torch.distributed is set up, every rank makes the same calls with its share of each batch, or
+with all of it and its share of the features, and the result is that of one process with the whole batch.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,15 +20,18 @@ from mtc.training.backends import Backend, choose_backend
 from mtc.training.calibration import CALIBRATION_ROWS, Calibrator
 from mtc.training.neuron_start import strongest_directions
 from mtc.transcoder import (
+    BY_FEATURE,
     Averaging,
     Compute,
     MatryoshkaTranscoder,
     Objective,
+    Shard,
     TrainOutput,
     Workspace,
     above,
     agree,
     all_reduce,
+    copy_from_first,
     massive_norm,
     native,
     transcoder_shape,
@@ -85,13 +88,13 @@ class StepResult(NamedTuple):
     lr: float
     """Learning rate of the step."""
     ranks: int
-    """Processes that trained together."""
+    """Processes that trained together, each with a part of the loss."""
     gradient_norm: Tensor
     """Scalar, global gradient norm before clipping."""
     dead: Tensor
     """[groups], features of each group that have not fired for `dead_after_tokens`."""
     totals: TrainOutput
-    """The step's TrainOutput, summed over all ranks."""
+    """The step's TrainOutput, summed over all ranks; `fired` is of the features that this rank has."""
     skipped: Tensor
     """[2]: steps without a finite gradient, in all and in a row."""
 
@@ -115,13 +118,29 @@ class StepResult(NamedTuple):
 class Trainer:
     """Owns the transcoder, its optimizer and its schedule; `state_dict` holds all that must survive a restart."""
 
-    def __init__(self, config: RunConfig, d_source: int, d_target: int, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        config: RunConfig,
+        d_source: int,
+        d_target: int,
+        device: str | torch.device = "cpu",
+        split: Literal["tokens", "features"] = "tokens",
+    ):
+        """`split` says what the ranks of torch.distributed share: each batch's tokens, and all have the same weights;
+        or the features of one dictionary, of which each holds its Shard, and all see all tokens. Raises ConfigError for
+        features with the dense backend, or with a group of fewer features than ranks."""
+        if split == "features" and config.optimizer.backend == "dense":
+            raise ConfigError("optimizer.backend='dense' has no features over several trainers; take sparse or auto")
+        self.shard = Shard.of_this_rank(config.transcoder.group_sizes) if split == "features" else None
+        """This rank's features of the dictionary; None where every rank has all."""
+        self.replicas = world_size() if self.shard is None else 1
+        """Ranks that have the same weights and share each batch's tokens."""
         self.config = config
         self.device = torch.device(device)
         settings, optimizer = config.transcoder, config.optimizer
         shape = transcoder_shape(config, d_source, d_target)
-        self.transcoder = MatryoshkaTranscoder(shape, settings.seed).to(self.device)
-        self.averaging = Averaging(self.transcoder, self.device)
+        self.transcoder = MatryoshkaTranscoder(shape, settings.seed, self.shard).to(self.device)
+        self.averaging = Averaging(self.transcoder, self.device, self.shard is None)
         named = dict(self.transcoder.named_parameters())
         thresholds = [named.pop("threshold")] if "threshold" in named else []
         groups = [{"params": list(named.values()), "rate": 1.0}, {"params": thresholds, "rate": THRESHOLD_RATE}]
@@ -139,6 +158,8 @@ class Trainer:
         """[features] bool: the dead features that AuxK works on; looked up every DEAD_REFRESH steps, since that waits
         for the device."""
         self.dead_index = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.dead_elsewhere = 0
+        """Features that AuxK works on at ranks that hold other features."""
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
         """[2], steps without a finite gradient, in all and in a row; on the device, so that looking for them waits for
         nothing."""
@@ -148,7 +169,8 @@ class Trainer:
     def initialise(self, source: Tensor, target: Tensor, neurons: Neurons | None = None) -> None:
         """Set the transcoder's scalars, encoder and biases from the first raw activations [tokens, d], the encoder as
         far as there are any from the MLP's strongest `neurons`, and thresholds that are trained so that k features per
-        token are active. Raises ValueError for `transcoder.init: mlp` without neurons."""
+        token are active. Every rank has its share of these tokens, or all where ranks share features. Raises
+        ValueError for `transcoder.init: mlp` without neurons."""
         if neurons is None and self.config.transcoder.init == "mlp":
             raise ValueError(
                 "transcoder.init='mlp' starts from the MLP's neurons: give those of mtc.language_model.read_neurons, "
@@ -156,12 +178,17 @@ class Trainer:
             )
         source, target, seed = source.to(self.device), target.to(self.device), self.config.transcoder.seed
         keep = self.config.transcoder.massive_tokens == "keep"
-        usual = source[~above(target, massive_norm(target)) | keep]
+        everything = source, target
+        if self.shard is not None:  # each looks at a part of what all have
+            source, target = self.shard.share(source), self.shard.share(target)
+        norm = massive_norm(target)
+        usual = source[~above(target, norm) | keep]
         directions = None if neurons is None else strongest_directions(neurons, usual)
         self.transcoder.initialise(source, target, seed, directions, keep)
         if self.transcoder.activation.thresholds == "trained":
             first = Calibrator(self.transcoder)
-            for rows in usual.split(CALIBRATION_ROWS):
+            source, target = everything
+            for rows in source[~above(target, norm) | keep].split(CALIBRATION_ROWS):
                 first.add(rows)
             first.finish()
 
@@ -172,12 +199,13 @@ class Trainer:
         return source if keep else source[~self.transcoder.massive(target.to(self.device)).to(source.device)]
 
     def step(self, source: Tensor, target: Tensor, global_tokens: int | None = None) -> StepResult:
-        """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations.
+        """One step on this rank's share [tokens, d_source], [tokens, d_target] of the global batch, raw activations; on
+        all of it where ranks share features.
 
         `global_tokens` is the size of all ranks' shares together; it must be given where they are not equal.
         """
         source, target = source.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
-        tokens = global_tokens or len(source) * world_size()
+        tokens = global_tokens or len(source) * self.replicas
         if self.step_number % DEAD_REFRESH == 0:
             self._find_dead(self.transcoder.tokens_since_fired >= self.config.transcoder.dead_after_tokens)
         objective = self._objective(tokens)
@@ -187,7 +215,7 @@ class Trainer:
         output = self.averaging.module(source, target, objective, self.compute, self.workspace)
         self.averaging.backward(output.loss)
 
-        norm = nn.utils.get_total_norm([p.grad for p in self.transcoder.parameters() if p.grad is not None])
+        norm = self._gradient_norm()
         # Fused Adam divides gradients by this on the way, so that clipping costs no pass of its own.
         self.optimizer.grad_scale = (norm / self.config.optimizer.gradient_clip).clamp(min=1)
         bad = ~norm.isfinite()  # then Adam changes nothing
@@ -202,11 +230,16 @@ class Trainer:
         self.tokens += tokens
         sums = [part.detach().double().reshape(-1) for part in output]
         total = torch.cat(sums)
-        all_reduce(total)
+        if self.shard is None:
+            all_reduce(total)
         totals = TrainOutput(*total.split([len(part) for part in sums]))
         self.skipped = torch.stack((self.skipped[0] + bad, (self.skipped[1] + 1) * bad))
         dead = self._count_silence((totals.fired > 0) & ~bad, tokens)
-        return StepResult(self.step_number, self.tokens, tokens, lr, world_size(), norm, dead, totals, self.skipped)
+        if self.shard is not None:  # all else is the same on every rank, or of its own features
+            counts = torch.cat([totals.num_active, dead])
+            all_reduce(counts)
+            totals, dead = totals._replace(num_active=counts[:1]), counts[1:].long()
+        return StepResult(self.step_number, self.tokens, tokens, lr, self.replicas, norm, dead, totals, self.skipped)
 
     def healthy(self) -> bool:
         """Whether the newest step changed the weights; waits for the device."""
@@ -222,6 +255,8 @@ class Trainer:
         elif self.compute.backend == "sparse":
             how = f", {native.status()}"
         timings = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in self.compute_timings.items())
+        if self.shard is not None:
+            how += f", features over {self.shard.ranks} trainers"
         why = timings or self.compute_reason
         return f"{self.compute.backend}{how}" + (f" (auto: {why})" if why else "")
 
@@ -238,7 +273,7 @@ class Trainer:
     def _objective(self, tokens: int) -> Objective:
         """The Objective of a global batch of `tokens` tokens."""
         settings, ends = self.config.transcoder, self.transcoder.prefixes
-        per_token = world_size() / (tokens * self.transcoder.shape.d_target)  # DDP averages over ranks
+        per_token = self.replicas / (tokens * self.transcoder.shape.d_target)  # DDP averages over ranks
         weights = settings.prefix_weights or (1.0,) * len(ends)
         return Objective(
             ends=ends,
@@ -250,9 +285,11 @@ class Trainer:
             activation=settings.activation,
             k=settings.k,
             by_contribution=settings.rank == "contribution" and self.step_number >= self.config.optimizer.warmup_steps,
-            l0_weight=settings.l0_coefficient * world_size() / tokens,
+            l0_weight=settings.l0_coefficient * self.replicas / tokens,
             bandwidth=settings.bandwidth,
             cap_massive=settings.massive_tokens == "cap",
+            sharded=self.shard is not None,
+            dead_elsewhere=self.dead_elsewhere if settings.aux_coefficient else 0,
         )
 
     def _choose_compute(self, source: Tensor, target: Tensor, objective: Objective) -> None:
@@ -262,6 +299,9 @@ class Trainer:
         bfloat16 = bool(everywhere)
         if settings.backend != "auto":
             self.compute = Compute(settings.backend, bfloat16)
+            return
+        if self.shard is not None:
+            self.compute, self.compute_reason = Compute("sparse", bfloat16), "ranks share features"
             return
         if is_gpu(self.device):
             tokens, features = settings.batch_tokens // world_size(), self.transcoder.num_features
@@ -289,6 +329,19 @@ class Trainer:
         (slowest,) = agree(statistics.median(seconds[1:]), op=dist.ReduceOp.MAX)  # the first one warms up
         return slowest
 
+    def _gradient_norm(self) -> Tensor:
+        """Scalar, norm of the whole dictionary's gradient. Where ranks share features, what all of them have gets rank
+        0's gradient, so that rounding never tells their weights apart."""
+        gradients = {n: p.grad for n, p in self.transcoder.named_parameters() if p.grad is not None}
+        if self.shard is None:
+            return nn.utils.get_total_norm(list(gradients.values()))
+        common = [gradient for name, gradient in gradients.items() if name not in BY_FEATURE]
+        for gradient in common:
+            copy_from_first(gradient)
+        square = nn.utils.get_total_norm([g for name, g in gradients.items() if name in BY_FEATURE]).square()
+        all_reduce(square)
+        return (square + nn.utils.get_total_norm(common).square()).sqrt()
+
     def _recycle_gradients(self) -> None:
         """Drop the last step's gradients; the sparse backward writes the large ones into the same memory again."""
         for name, parameter in self.transcoder.named_parameters():
@@ -300,13 +353,17 @@ class Trainer:
     def _find_dead(self, dead: Tensor) -> None:
         self.dead = dead
         self.dead_index = dead.nonzero().squeeze(1)
+        if self.shard is not None:
+            (everywhere,) = agree(len(self.dead_index))
+            self.dead_elsewhere = int(everywhere) - len(self.dead_index)
 
     def _count_silence(self, fired: Tensor, tokens: int) -> Tensor:
-        """Advance the dead-feature counter by the global batch; returns how many features are dead, [groups]."""
+        """Advance the dead-feature counter by the global batch; returns how many features are dead, [groups], of those
+        that this rank has."""
         since = self.transcoder.tokens_since_fired
         since.add_(tokens).masked_fill_(fired, 0)
         dead = since >= self.config.transcoder.dead_after_tokens
-        return torch.stack([group.sum() for group in dead.split(list(self.config.transcoder.group_sizes))])
+        return torch.stack([group.sum() for group in dead.split(list(self.transcoder.shape.group_sizes))])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the trainer that must survive a restart, as flat named tensors: a snapshot, which later steps

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 
 from mtc import devices
@@ -96,14 +97,39 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.stack(gathered)
 
 
-class Averaging:
-    """A module whose gradients are averaged over ranks; `backward` runs a loss backwards and counts the waiting."""
+def copy_from_first(tensor: Tensor) -> None:
+    """Make a tensor on every rank, in place, what it is on rank 0."""
+    if distributed():
+        dist.broadcast(tensor, 0)
 
-    def __init__(self, module: nn.Module, device: torch.device):
+
+def sum_over_ranks(part: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, where every rank goes on to compute the same loss from it; each rank's part gets
+    the gradient of the sum."""
+    return _Sum.apply(part) if distributed() else part
+
+
+class _Sum(Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        total = part.clone()
+        all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Averaging:
+    """A module whose gradients are averaged over ranks, unless each has weights of its own (`average=False`);
+    `backward` runs a loss backwards and counts the waiting."""
+
+    def __init__(self, module: nn.Module, device: torch.device, average: bool = True):
         self.module = module
         self._device = device
         self._last_ready: Any = None
-        if distributed():
+        if average and distributed():
             # Buffers are reduced by meaning elsewhere; broadcasting rank 0's would lose the other ranks' counts. They
             # are once, here, where a new module's are the same on all ranks.
             wrapped = DistributedDataParallel(module, forward_sync_buffers=False)

@@ -33,7 +33,7 @@ class Objective(NamedTuple):
     num_entries: int
     """Entries to choose, over all ranks: k * tokens."""
     dead: Tensor
-    """[dead features] int64, sorted: the features that AuxK may use."""
+    """[dead features] int64, sorted: the features that AuxK may use; with `sharded` those of this rank."""
     aux_k: int
     """Dead features per token that reconstruct the residual in AuxK."""
     aux_weight: float
@@ -50,6 +50,16 @@ class Objective(NamedTuple):
     """Width of the window around JumpReLU's thresholds inside which their gradients are estimated."""
     cap_massive: bool = False
     """Whether a massive token's residuals are scaled down as if its target were no longer than the limit."""
+    sharded: bool = False
+    """Whether each rank has a share of the features and all tokens, instead of a share of the tokens and all features.
+    Then `ends` count this rank's features, and every rank's loss is that of the whole batch."""
+    dead_elsewhere: int = 0
+    """Features that AuxK may use on other ranks, with `sharded`."""
+
+    @property
+    def num_dead(self) -> int:
+        """Features that AuxK may use, of the whole dictionary."""
+        return len(self.dead) + self.dead_elsewhere
 
     def rank_scale(self, W_dec: Tensor) -> Tensor | None:
         """[features], what z is multiplied with to rank entries, without gradients; None for 1."""

@@ -46,20 +46,35 @@ def largest_entries(z: Tensor, count: int, border: float = 0.0, scale: Tensor | 
     return (_largest_gpu(z, count, scale), 0.0) if is_gpu(z.device) else _largest_cpu(z, count, border, scale)
 
 
-def largest_of_each(z: Tensor, k: int, scale: Tensor | None = None) -> Chosen:
+def largest_of_each(z: Tensor, k: int, scale: Tensor | None = None, sharded: bool = False) -> Chosen:
     """The `k` largest positive entries of each row of z [tokens, features], fewer where fewer are positive.
 
-    With `scale`, of z's shape or [features], z * scale is what is compared and must be positive; values stay z's. On a
-    GPU nothing waits for the host: rows always have `k` entries, some of value 0.
+    With `sharded` every rank has other columns of the same rows, and this is its part of the largest of all. With
+    `scale`, of z's shape or [features], z * scale is what is compared and must be positive; values stay z's. On a GPU
+    nothing waits for the host: rows always have `k` entries, some of value 0.
     """
     ranked = z if scale is None else z * scale
     rank, feature = ranked.topk(min(k, z.shape[1]), dim=1, sorted=False)
     feature, order = feature.sort(dim=1)
-    is_chosen = rank.gather(1, order) > 0
+    rank = rank.gather(1, order)
+    is_chosen = rank > 0
+    if sharded:
+        is_chosen &= among_ranks(torch.where(is_chosen, rank, -torch.inf), k)
     value = torch.where(is_chosen, z.gather(1, feature), 0.0)
     token = torch.arange(len(z), device=z.device).repeat_interleave(feature.shape[1])
     chosen = Chosen(token, feature.flatten(), value.flatten())
     return chosen if is_gpu(z.device) else Chosen(*(part[is_chosen.flatten()] for part in chosen))
+
+
+def among_ranks(own: Tensor, k: int) -> Tensor:
+    """[rows, n] bool: which of a rank's candidates `own` [rows, n], at most k in a row, are among the k largest of the
+    same row on all ranks. Those of -inf are not; ties go by rank, then position."""
+    gathered = all_gather(torch.nn.functional.pad(own, (0, k - own.shape[1]), value=-torch.inf))  # [ranks, rows, k]
+    border = gathered.transpose(0, 1).flatten(1).topk(k, dim=1).values[:, -1:]  # [rows, 1]
+    above, tied = (gathered > border).sum(2), (gathered == border).sum(2)  # [ranks, rows]
+    free = _free(k, above, tied).unsqueeze(1)
+    is_tied = (own == border) & (border > -torch.inf)
+    return (own > border) | (is_tied & (is_tied.cumsum(1) <= free))
 
 
 def entries_above(z: Tensor, floor: Tensor | float) -> Chosen:
@@ -143,9 +158,10 @@ def _largest_gpu(z: Tensor, count: int, scale: Tensor | None = None) -> Chosen:
 
 
 def _free(count: int, above: Tensor, tied: Tensor) -> Tensor:
-    """How many entries at the border this rank may choose; `above` and `tied` [ranks] count those above and at it."""
+    """How many entries at the border this rank may choose; `above` and `tied` [ranks, ...] count those above and at
+    it."""
     rank = dist.get_rank() if distributed() else 0
-    return count - above.sum() - tied[:rank].sum()
+    return count - above.sum(0) - tied[:rank].sum(0)
 
 
 def _largest_values(values: Tensor, count: int) -> Tensor:

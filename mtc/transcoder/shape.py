@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 from mtc.config import RunConfig
@@ -21,6 +22,15 @@ class TranscoderShape(NamedTuple):
     """Name of the activation function in `mtc.transcoder.activations.ACTIVATIONS`."""
     rank: str = "activation"
     """What entries compete with: `activation`, or `contribution`, times the norm of the feature's decoder row."""
+
+    def cut(self, prefix: int) -> TranscoderShape:
+        """The shape of the nested dictionary of the first `prefix` features; raises ValueError if there is none."""
+        prefixes = list(accumulate(self.group_sizes))
+        if prefix not in prefixes:
+            raise ValueError(f"prefix={prefix} is not one of the nested dictionaries {prefixes}")
+        if self.activation == "topk" and prefix != prefixes[-1]:
+            raise ValueError(f"prefix={prefix}: features of a TopK transcoder compete with all others; read it whole")
+        return self._replace(group_sizes=self.group_sizes[: prefixes.index(prefix) + 1])
 
 
 def transcoder_shape(config: RunConfig, d_source: int, d_target: int) -> TranscoderShape:

@@ -24,10 +24,11 @@ from torch.autograd.function import once_differentiable
 
 from mtc.transcoder import native
 from mtc.transcoder.activations import ACTIVATIONS, Activated, Activation
+from mtc.transcoder.distributed import all_reduce
 from mtc.transcoder.objective import LossOutput, Objective, PerToken, Weights, scaled_targets
 from mtc.transcoder.pre_activations import pre_activations
 from mtc.transcoder.products import Bags, Workspace, bag_sums, entry_dots, make_bags
-from mtc.transcoder.selection import Chosen
+from mtc.transcoder.selection import Chosen, among_ranks
 
 
 class Entries(NamedTuple):
@@ -61,7 +62,7 @@ def sparse_loss(
     `bfloat16_product` finds the entries by a bfloat16 product and computes their values again in x's dtype. Raises
     ValueError for another number of weights than of prefixes.
     """
-    aux = len(objective.dead) > 0
+    aux = objective.num_dead > 0
     slots = len(objective.ends) + aux
     if len(objective.weights) != len(objective.ends):
         raise ValueError(f"{len(objective.weights)} weights for {len(objective.ends)} prefixes")
@@ -93,7 +94,9 @@ def sparse_loss(
     if per_token is not None:
         value, y = value * per_token.scale[token], scaled_targets(y, weights.b_dec, per_token.scale)
     slot_weights = (*objective.weights, objective.aux_weight) if aux else objective.weights
-    loss, errors = _NestedLoss.apply(value, weights.W_dec, weights.b_dec, y, entries, slot_weights, aux, workspace)
+    loss, errors = _NestedLoss.apply(
+        value, weights.W_dec, weights.b_dec, y, entries, slot_weights, aux, workspace, objective.sharded
+    )
     if penalty is not None:
         loss = loss + (penalty if per_token is None else penalty * per_token.scale).sum()
     aux_error = errors[:, -1].sum() if aux else errors.new_zeros(())
@@ -105,19 +108,25 @@ def sparse_loss(
 
 def nested_residuals(
     value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, entries: Entries, weights: tuple[float, ...], aux: bool,
-    workspace: Workspace,
+    workspace: Workspace, sharded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """H [tokens, slots, d_target], dL/d value [entries] and each token's squared error of each slot [tokens, slots]."""
+    """H [tokens, slots, d_target], dL/d value [entries] and each token's squared error of each slot [tokens, slots].
+
+    With `sharded` the entries are this rank's part of those of the same tokens; H and the errors are of all, and equal
+    on every rank.
+    """
     tokens, slots = len(y), len(weights)
     prefixes = slots - aux
-    if native.runs(W_dec):
+    if native.runs(W_dec) and not sharded:
         doubled = torch.tensor([2 * w for w in weights])
-        H = workspace.take("H", (tokens, slots, W_dec.shape[1]), y)
+        H = workspace.take("H", (tokens * slots, W_dec.shape[1]), y).view(tokens, slots, W_dec.shape[1])
         d_value, errors = value.new_empty(len(value)), y.new_empty(tokens, slots)
         tables = (value, entries.feature, entries.slots.offsets, W_dec, b_dec, y.contiguous(), doubled)
         native.call("nested_pass", *tables, int(aux), H, d_value, errors, tokens, slots, W_dec.shape[1])
         return H, d_value, errors
-    H = bag_sums(W_dec, entries.feature, value, entries.slots).view(tokens, slots, W_dec.shape[1])
+    H = bag_sums(W_dec, entries.feature, value, entries.slots, workspace, "H").view(tokens, slots, W_dec.shape[1])
+    if sharded:
+        all_reduce(H)
     H[:, 0] += b_dec - y
     for slot in range(1, slots):
         H[:, slot] += H[:, slot - 1]  # residuals R of each prefix, and of AuxK behind the last
@@ -144,11 +153,17 @@ def _activate(
 
 
 def _choose_dead(z: Tensor, objective: Objective) -> Chosen:
-    """Entries of each token's strongest dead features; values may be negative."""
+    """Entries of each token's strongest dead features, with `sharded` this rank's part of them; values may be
+    negative."""
     strongest = z[:, objective.dead].topk(min(objective.aux_k, len(objective.dead)), dim=1)
     column, order = strongest.indices.sort(dim=1)
     token = torch.arange(len(z), device=z.device).repeat_interleave(column.shape[1])
-    return Chosen(token, objective.dead[column.flatten()], strongest.values.gather(1, order).flatten())
+    value = strongest.values.gather(1, order)
+    chosen = Chosen(token, objective.dead[column.flatten()], value.flatten())
+    if not objective.sharded:
+        return chosen
+    keep = among_ranks(value, min(objective.aux_k, objective.num_dead)).flatten()
+    return Chosen(*(part[keep] for part in chosen))
 
 
 def _arrange(token: Tensor, feature: Tensor, slot: Tensor, slots: int, tokens: int, features: int) -> Entries:
@@ -204,9 +219,9 @@ class _NestedLoss(Function):
     @staticmethod
     def forward(
         ctx: Any, value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, entries: Entries, weights: tuple[float, ...],
-        aux: bool, workspace: Workspace,
+        aux: bool, workspace: Workspace, sharded: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        H, d_value, errors = nested_residuals(value, W_dec, b_dec, y, entries, weights, aux, workspace)
+        H, d_value, errors = nested_residuals(value, W_dec, b_dec, y, entries, weights, aux, workspace, sharded)
         ctx.save_for_backward(value, H, d_value)
         ctx.entries, ctx.workspace = entries, workspace
         ctx.mark_non_differentiable(errors)
@@ -225,5 +240,5 @@ class _NestedLoss(Function):
         d_W = bag_sums(H.flatten(0, 1), *bags, workspace, "W_dec")
         d_b = None if d_y is None else -d_y.sum(0)
         if native.runs(H):
-            workspace.give("H", H)
-        return gradient * d_value, d_W, d_b, d_y if ctx.needs_input_grad[3] else None, None, None, None, None
+            workspace.give("H", H.flatten(0, 1))
+        return gradient * d_value, d_W, d_b, d_y if ctx.needs_input_grad[3] else None, None, None, None, None, None

@@ -32,8 +32,9 @@ from mtc.transcoder.objective import Objective, PerToken, Weights
 from mtc.transcoder.products import Workspace, bag_sums, entry_dots, make_bags
 from mtc.transcoder.selection import largest_of_each
 from mtc.transcoder.shape import TranscoderShape
+from mtc.transcoder.shard import BY_FEATURE, Shard
 from mtc.transcoder.sparse_loss import sparse_loss
-from mtc.transcoder.starts import distinct, draw_distinct, unit
+from mtc.transcoder.starts import distinct, draw_distinct, normal_rows, unit
 
 FORMAT_VERSION = 2
 READABLE = ("1", "2")
@@ -104,13 +105,17 @@ class MatryoshkaTranscoder(nn.Module):
     massive_norm: Tensor
     tokens_since_fired: Tensor
 
-    def __init__(self, shape: TranscoderShape, seed: int = 0):
+    def __init__(self, shape: TranscoderShape, seed: int = 0, shard: Shard | None = None):
+        """With `shard`, that rank's features of the transcoder of this shape: a transcoder of them in all but its file,
+        whose `shape`, groups and prefixes count them alone."""
         super().__init__()
-        self.shape = shape
-        features = sum(shape.group_sizes)
+        total = sum(shape.group_sizes)
+        self.shape = shape if shard is None else shape._replace(group_sizes=shard.sizes)
+        self.shard = shard
+        features = sum(self.shape.group_sizes)
         generator = torch.Generator().manual_seed(seed)
         f32 = torch.float32  # not the default, which transformers changes while another thread loads a model
-        encoder = torch.randn(features, shape.d_source, generator=generator, dtype=f32)
+        encoder = normal_rows(total, shape.d_source, generator, None if shard is None else shard.places)
         self.W_enc = nn.Parameter(encoder / encoder.norm(dim=1, keepdim=True))
         self.b_enc = nn.Parameter(torch.zeros(features, dtype=f32))
         # A decoder that starts at zero lets each feature take its direction from the first residuals it sees.
@@ -315,7 +320,7 @@ class MatryoshkaTranscoder(nn.Module):
         directions: Tensor | None = None,
         with_massive: bool = False,
     ) -> None:
-        """Set scalars, encoder and biases from the first raw activations of all ranks.
+        """Set scalars, encoder and biases from the first raw activations of all ranks, each with a share of them.
 
         Targets get a mean squared norm of d_target and b_dec is their mean; their norms tell `massive_norm`, and tokens
         above it are in none of the other figures, unless `with_massive`. W_enc's rows have norm 1 and none is a copy of
@@ -333,12 +338,13 @@ class MatryoshkaTranscoder(nn.Module):
         x = self.normalise(source[usual])
         mean = _mean_over_ranks(x.double()).float()
         rows = x.new_empty(0, x.shape[1])
+        features, keep = self.num_features, None
+        if self.shard is not None:
+            features, keep = sum(self.shard.group_sizes), self.shard.places
         if directions is not None:
             rows = unit(directions[directions.norm(dim=1) > 0].to(x))
-            rows = rows[distinct(rows, self.num_features)]
-        if len(rows) < self.num_features:
-            rows = draw_distinct(x - mean, self.num_features, seed, rows)
-        self.W_enc.copy_(rows)
+            rows = rows[distinct(rows, features)]
+        self.W_enc.copy_(draw_distinct(x - mean, features, seed, rows, keep))
         self.b_enc.copy_(-(self.W_enc @ mean))
 
     def _check_calibrated(self) -> None:
@@ -365,13 +371,21 @@ class MatryoshkaTranscoder(nn.Module):
 
     def to_bytes(self) -> bytes:
         """The weights as a safetensors file, with the shape in its metadata."""
+        if self.shard is not None:
+            raise ValueError(
+                f"rank {self.shard.rank} has a share of the transcoder: mtc.training.assemble makes its file of all"
+            )
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        metadata = {"format": "mtc-transcoder", "format_version": str(FORMAT_VERSION)}
-        return save_safetensors(tensors, metadata | {"shape": json.dumps(self.shape._asdict())})
+        return save_safetensors(tensors, file_metadata(self.shape))
 
     @classmethod
-    def load(cls, path: str, device: str | torch.device = "cpu") -> MatryoshkaTranscoder:
-        """Read a local weights file; raises ValueError for a file that is no transcoder or of an unknown version."""
+    def load(cls, path: str, device: str | torch.device = "cpu", prefix: int | None = None) -> MatryoshkaTranscoder:
+        """Read a local weights file; with `prefix`, only the nested dictionary of the first so many features, which is
+        a transcoder by itself, and no other features' rows are read.
+
+        Raises ValueError for a file that is no transcoder or of an unknown version, for a prefix that it lacks, and for
+        a prefix of a TopK transcoder, whose features compete with all others.
+        """
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -381,13 +395,27 @@ class MatryoshkaTranscoder(nn.Module):
                         f"{path}: format {metadata.get('format')!r} version {version!r} is not readable here; "
                         f"expected 'mtc-transcoder' version {' or '.join(READABLE)}"
                     )
-                shape = json.loads(metadata["shape"])
-                transcoder = cls(TranscoderShape(**shape | {"group_sizes": tuple(shape["group_sizes"])}))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                transcoder.load_state_dict(tensors)
+                saved = json.loads(metadata["shape"])
+                shape = TranscoderShape(**saved | {"group_sizes": tuple(saved["group_sizes"])})
+                if prefix is not None:
+                    shape = shape.cut(prefix)
+                transcoder = cls(shape)
+                transcoder.load_state_dict({name: _read(file, name, prefix) for name in file.keys()})  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
         return transcoder.to(device)
+
+
+def file_metadata(shape: TranscoderShape) -> dict[str, str]:
+    """What a weights file says of a transcoder beside its tensors."""
+    metadata = {"format": "mtc-transcoder", "format_version": str(FORMAT_VERSION)}
+    return metadata | {"shape": json.dumps(shape._asdict())}
+
+
+def _read(file: Any, name: str, prefix: int | None) -> Tensor:
+    """A tensor of a weights file; where its rows are features, those of the prefix."""
+    is_cut = prefix is not None and name in BY_FEATURE and file.get_slice(name).get_shape()
+    return file.get_slice(name)[:prefix] if is_cut else file.get_tensor(name)
 
 
 def _mean_over_ranks(values: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mtc.transcoder.activations.activation import Activated, Activation
+from mtc.transcoder.distributed import sum_over_ranks
 from mtc.transcoder.objective import Objective, Weights
 from mtc.transcoder.pre_activations import PreActivations
 from mtc.transcoder.products import Workspace
@@ -51,7 +52,8 @@ class JumpReLU(Activation):
         # Indexing with [] would add up its gradient in an order that varies with many entries and threads.
         threshold = _thresholds(weights).index_select(0, feature)
         activation, step = _Jump.apply(value, threshold, objective.bandwidth)
-        return Activated(activation, _penalty(step.new_zeros(tokens).index_add(0, token, step), objective))
+        l0 = step.new_zeros(tokens).index_add(0, token, step)
+        return Activated(activation, _penalty(sum_over_ranks(l0) if objective.sharded else l0, objective))
 
 
 def _thresholds(weights: Weights) -> Tensor:

@@ -29,10 +29,10 @@ class TopK(Activation):
     def choose(self, before: PreActivations, objective: Objective, workspace: Workspace) -> Chosen:
         k, scale = objective.k, objective.rank_scale(before.weights.W_dec)
         if not before.rounded:
-            return largest_of_each(before.z, k, scale)
+            return largest_of_each(before.z, k, scale, objective.sharded)
         z = before.z if scale is None else before.z * scale
         feature = z.topk(min(round(k * REFINE) + 1, z.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
         token = torch.arange(len(z), device=z.device).repeat_interleave(feature.shape[1])
         exact = before.exact(token, feature.flatten()).view_as(feature)
-        chosen = largest_of_each(exact, k, None if scale is None else scale[feature])
+        chosen = largest_of_each(exact, k, None if scale is None else scale[feature], objective.sharded)
         return chosen._replace(feature=feature[chosen.token, chosen.feature])
