@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from cluster.placement import placed_members, split_of
 from cluster.resources import Plan
 from mtc.config import ConfigError, RunConfig
 
@@ -48,14 +50,15 @@ and how often the matrix of edges is there while shares and influence are comput
 
 
 class TrainingBytes(NamedTuple):
-    """Bytes that one trainer takes."""
+    """Bytes that one trainer takes, the largest where they divide the transcoders."""
 
     transcoders: int
     """Weights, gradients, Adam's two moments and what a step works with, where the trainer computes."""
     buffer: int
     """The shuffle buffer when it is fullest, where the trainer computes."""
     checkpoint: int
-    """The copy of weights and moments in main memory from which a checkpoint is written; rank 0 has it."""
+    """The copy of weights and moments in main memory from which a checkpoint is written: rank 0 has it, where trainers
+    divide the transcoders each of its own."""
 
     @property
     def device(self) -> int:
@@ -65,19 +68,27 @@ class TrainingBytes(NamedTuple):
 
 def training_bytes(config: RunConfig, d_model: int, trainers: int, on_gpu: bool = False) -> TrainingBytes:
     """What each of so many trainers takes."""
-    rows = -(-config.optimizer.batch_tokens // trainers)
+    whole, configs = split_of(config, trainers) == "transcoders", dict(config.members())
+    rows = config.optimizer.batch_tokens if whole else -(-config.optimizer.batch_tokens // trainers)
+    shares = [[configs[name] for name in mine] for mine in placed_members(config, trainers)]
+    found = [_transcoder_bytes(share, d_model, rows, on_gpu) for share in shares]
+    buffer = _buffer_bytes(config, d_model, trainers)
+    return TrainingBytes(max(need for need, _ in found), buffer, max(checkpoint for _, checkpoint in found))
+
+
+def _transcoder_bytes(configs: Sequence[RunConfig], d_model: int, rows: int, on_gpu: bool) -> tuple[int, int]:
+    """What one trainer's transcoders take on steps of so many rows, and a checkpoint's copy of them."""
     parameters = dense = 0
     held: list[int] = []
-    for _, member in config.members():
+    for member in configs:
         settings, features = member.transcoder, member.transcoder.num_features
         parameters += 2 * d_model * features + features + d_model + (d_model**2 if settings.skip else 0)
         held.append(FLOAT * rows * (features + (len(settings.group_sizes) + 1) * d_model) + ENTRY * rows * settings.k)
         # `auto` tries it on a CPU; on a GPU it goes by what was recorded.
         if member.optimizer.backend == "dense" or (member.optimizer.backend == "auto" and not on_gpu):
             dense = max(dense, DENSE_COPIES * FLOAT * rows * features)
-    buffer = _buffer_bytes(config, d_model, trainers)
     work = max(held) if on_gpu else sum(held)  # there transcoders step in turn, and none keeps its work
-    return TrainingBytes(4 * FLOAT * parameters + work + dense, buffer, 3 * FLOAT * parameters)
+    return 4 * FLOAT * parameters + work + dense, 3 * FLOAT * parameters
 
 
 def check_main_memory(config: RunConfig, plan: Plan, d_model: int) -> None:
@@ -87,7 +98,8 @@ def check_main_memory(config: RunConfig, plan: Plan, d_model: int) -> None:
         return
     need = training_bytes(config, d_model, plan.num_trainers, plan.device == "cuda")
     together = 1 if plan.spread else plan.num_trainers
-    wanted = need.checkpoint + (together * need.device if plan.device == "cpu" else 0)
+    copies = together if plan.transcoders else 1
+    wanted = copies * need.checkpoint + (together * need.device if plan.device == "cpu" else 0)
     if wanted > max(known):
         beside = f" for {together} trainers" if together > 1 else ""
         raise ConfigError(
@@ -108,7 +120,7 @@ def check_gpu_memory(config: RunConfig, plan: Plan, d_model: int, memory: int) -
         beside = f" beside {_gb(shared)} of the language model" if shared else ""
         raise ConfigError(
             f"{_asked(config, need)}: training takes at least {_gb(wanted)} of a GPU's memory ({_parts(config, need)})"
-            f"{beside}, a GPU has {_gb(memory)}; {_advice(config, need)}"
+            f"{beside}, a GPU has {_gb(memory)}; {_more_trainers(config, plan, need)}{_advice(config, need)}"
         )
 
 
@@ -269,6 +281,12 @@ def _advice(config: RunConfig, need: TrainingBytes) -> str:
         return "lower data.shuffle_buffer_tokens"
     fewer = "train fewer at a time, or smaller ones" if len(config.members()) > 1 else "lower transcoder.group_sizes"
     return f"{fewer}, or lower optimizer.batch_tokens={config.optimizer.batch_tokens}"
+
+
+def _more_trainers(config: RunConfig, plan: Plan, need: TrainingBytes) -> str:
+    """Advice where more trainers would each have fewer transcoders."""
+    divided = config.cluster.split != "tokens" and plan.num_trainers < len(config.members()) and not plan.shares_gpu
+    return "raise cluster.num_trainers, which divide them, " if divided and need.transcoders > need.buffer else ""
 
 
 def _gb(count: float) -> str:

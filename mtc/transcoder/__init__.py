@@ -1,6 +1,17 @@
 """The Matryoshka transcoder: weights, activation functions, the nested loss dense and sparse."""
 
-from mtc.transcoder.distributed import Averaging, agree, all_gather, all_reduce, backend, broadcast, waits, world_size
+from mtc.transcoder.distributed import (
+    Averaging,
+    agree,
+    all_gather,
+    all_reduce,
+    alone,
+    backend,
+    broadcast,
+    gather,
+    waits,
+    world_size,
+)
 from mtc.transcoder.massive import MASSIVE_RATIO, above, massive_norm
 from mtc.transcoder.objective import Objective
 from mtc.transcoder.products import Workspace, entry_dots
@@ -11,6 +22,6 @@ from mtc.transcoder.transcoder import RMS_EPS, Codes, Compute, MatryoshkaTransco
 
 __all__ = [
     "MASSIVE_RATIO", "RMS_EPS", "Averaging", "Codes", "Compute", "MatryoshkaTranscoder", "Objective", "TrainOutput",
-    "TranscoderShape", "Workspace", "above", "agree", "all_gather", "all_reduce", "backend", "broadcast", "entry_dots",
-    "kth_largest", "load_transcoder", "massive_norm", "transcoder_shape", "waits", "world_size",
+    "TranscoderShape", "Workspace", "above", "agree", "all_gather", "all_reduce", "alone", "backend", "broadcast",
+    "entry_dots", "gather", "kth_largest", "load_transcoder", "massive_norm", "transcoder_shape", "waits", "world_size",
 ]  # fmt: skip
