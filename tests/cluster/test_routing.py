@@ -216,7 +216,7 @@ def test_no_checkpoint_is_begun_while_any_ranks_step_changed_nothing(tmp_path):
 def test_the_dearest_go_first_to_where_least_is():
     assert place([3, 5, 2, 4, 1], 2) == [[1, 2, 4], [0, 3]]  # 8 and 7
     assert place([1] * 26, 8) == [[rank + 8 * turn for turn in range(4 if rank < 2 else 3)] for rank in range(8)]
-    assert place([0.0, 0.0, 9.0], 3) == [[2], [0], [1]]
+    assert place([0.1, 0.1, 9.0], 3) == [[2], [0], [1]]
 
 
 def test_trainers_divide_the_transcoders_where_each_gets_one():
