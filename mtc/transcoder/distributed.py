@@ -50,8 +50,8 @@ class Waits:
 
 
 waits = Waits()
-"""What this process waited for other ranks: in `all_reduce`, and in `Averaging.backward` after this rank's own
-gradients were ready."""
+"""What this process waited for other ranks: in `all_reduce`, in `Averaging.backward` after this rank's own gradients
+were ready, and where rows are exchanged."""
 
 
 _is_alone = False
