@@ -6,8 +6,8 @@ Imported by trainers only: the processes that coordinate them do without torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from cluster.batches import Batches
 from cluster.blocks import ActorCosts
 from cluster.job_metrics import ray_metric
+from cluster.routing import Routing
+from mtc.config import RunConfig
 from mtc.results import PARTS, StreamTiming
 from mtc.training import Clock, Health
 from mtc.transcoder import agree, world_size
@@ -77,16 +79,29 @@ class Account:
         return account
 
 
-class Journal:
-    """Rank 0's account of training to the driver."""
+class Figures(NamedTuple):
+    """What is written down of one transcoder."""
 
-    def __init__(self, log: Any, trainers: Mapping[str, Trainer], clock: Clock):
-        self.log, self.clock = log, clock
-        self.members = [(name, trainer.config.model.layer) for name, trainer in trainers.items()]
+    metrics: StepMetrics
+    """Figures of the newest step."""
+    loss: float
+    """Highest loss since the last row."""
+    l0: float
+    """Lowest L0 since the last row."""
+
+
+class Journal:
+    """The transcoders' figures: every rank notes those of its own, rank 0 tells the driver of all."""
+
+    def __init__(self, log: Any, config: RunConfig, routing: Routing, trainers: Mapping[str, Trainer], clock: Clock):
+        self.log, self.routing, self.clock = log, routing, clock
+        self.members = config.members()
         self.tokens = next(iter(trainers.values())).tokens
-        self.health = [Health(t.config.transcoder.k, int(t.skipped[0])) for t in trainers.values()]
+        skipped = routing.gather([int(trainer.skipped[0]) for trainer in trainers.values()])
+        self.health = [Health(m.config.transcoder.k, n) for m, n in zip(self.members, skipped, strict=True)]
         self.extremes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """For each transcoder the highest [loss, l0] and the lowest since the last row, on the device."""
+        """For each of this rank's transcoders the highest [loss, l0] and the lowest since the last row, on the
+        device."""
 
     def look(self, done: list[StepResult]) -> None:
         """Take note of a step, whether it is written down or not; waits for nothing."""
@@ -97,23 +112,28 @@ class Journal:
             for (high, low), values in zip(before, seen, strict=True)
         ]
 
-    def read(self, done: list[StepResult]) -> list[StepMetrics]:
-        """The figures of a step; waits for the device."""
+    def read(self, done: list[StepResult]) -> list[Figures]:
+        """All transcoders' figures since the last time; waits for the device, and is called on all ranks at once."""
         with self.clock.part("step"):
-            return [result.metrics() for result in done]
-
-    def write(self, metrics: list[StepMetrics], account: dict[str, Any]) -> None:
-        """Send a row for each transcoder, with this rank's account since the last one."""
-        extremes = [(float(high[0]), float(low[1])) for high, low in self.extremes]
+            own = [
+                Figures(result.metrics(), float(high[0]), float(low[1]))
+                for result, (high, low) in zip(done, self.extremes, strict=True)
+            ]
         self.extremes = []
+        with self.clock.part("all_reduce"):
+            return self.routing.gather(own)
+
+    def write(self, figures: Sequence[Figures], account: dict[str, Any]) -> None:
+        """Send a row for each transcoder, with this rank's account since the last one."""
         wall = max(sum(account["seconds"].values()), 1e-9)
-        speed = (metrics[0].tokens - self.tokens) / wall
-        self.tokens = metrics[0].tokens
+        tokens = figures[0].metrics.tokens
+        speed, self.tokens = (tokens - self.tokens) / wall, tokens
         shared = {"tokens_per_second": speed, **{name: account[name] for name in ("seconds", "model_seconds", "time")}}
-        for (name, layer), row, health, (loss, l0) in zip(self.members, metrics, self.health, extremes, strict=True):
-            self.log.append.remote(row._asdict() | {"member": name, "layer": layer} | shared)
+        for member, health, (row, loss, l0) in zip(self.members, self.health, figures, strict=True):
+            about = {"member": member.name, "layer": member.config.model.layer}
+            self.log.append.remote(row._asdict() | about | shared)
             for kind, message in health.look(row, loss, l0):
-                where = f"{name}: " if len(self.members) > 1 else ""
+                where = f"{member.name}: " if len(self.members) > 1 else ""
                 self.log.event.remote(kind, where + message, row.step)
 
 

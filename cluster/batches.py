@@ -31,6 +31,8 @@ class Share(NamedTuple):
     """Rows of this rank's share of the global batch."""
     tokens: int
     """Rows of the global batch, over all ranks."""
+    of_ranks: tuple[int, ...]
+    """Rows of every rank's share."""
     save: bool
     """Whether rank 0 wants a checkpoint before the step."""
 
@@ -93,7 +95,7 @@ class Batches:
         if not total:
             return None
         shares = rows if total == sum(rows) else _shares(equal, rows)
-        return Share(shares[rank], total, bool(states[0][2]))
+        return Share(shares[rank], total, tuple(shares), bool(states[0][2]))
 
     def take(self, share: Share) -> Mapping[SiteKey, torch.Tensor]:
         """This rank's rows of the step by layer and site, [rows, d]; empty if no unit ever came."""

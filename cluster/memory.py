@@ -21,7 +21,8 @@ from cluster.memory_analysis import (
 )
 from cluster.memory_terms import DRIVER, MODEL, RAY, Process, Term, gb
 from cluster.memory_training import model_actor, stream_bytes, trainer, unit_bytes
-from cluster.resources import Plan
+from cluster.placement import split_of
+from cluster.resources import Plan, make_plan
 from mtc.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def check_memory(config: RunConfig, plan: Plan, info: ModelInfo, disk: float | N
     do not fit into the largest node or GPU, or the analysis not onto that disk.
     """
     found = memory_plan(config, plan, info)
-    _refuse(found.stages, found.main, found.gpu)
+    if _short(found.stages, found.main, found.gpu):
+        _refuse(found.stages, found.main, found.gpu, _more_trainers(config, plan, info))
     _check_disk(config, info, disk)
     return found
 
@@ -172,7 +174,9 @@ def _training(config: RunConfig, plan: Plan, info: ModelInfo) -> Stage:
         Place(step, 1, on_gpu and (trainers if shared else 1)),
         Place(capture, actors, on_gpu and (actors if shared else 1)),
     ]
-    if trainers > 1:  # only rank 0 writes checkpoints
+    if trainers > 1 and plan.transcoders:  # each writes its own ones' checkpoints
+        places[0] = Place(step, trainers, on_gpu and (trainers if shared else 1))
+    elif trainers > 1:  # only rank 0 writes checkpoints
         others = step._replace(main=tuple(term for term in step.main if "checkpoint" not in term.what))
         places[0] = Place(step, 1, on_gpu)
         places.insert(1, Place(others._replace(name="other trainer"), trainers - 1, on_gpu and (trainers - 1) * shared))
@@ -215,18 +219,48 @@ def _has_driver(plan: Plan) -> bool:
     return len(plan.nodes) == 1 and not plan.not_on
 
 
-def _refuse(stages: Sequence[Stage], main: float, gpu: float) -> None:
-    """Raises ConfigError for what fits least, if anything does not."""
-    kinds = [(stage, stage.main(), main, "main memory", "the largest node") for stage in stages]
-    kinds += [(stage, terms, gpu, "a GPU's memory", "a GPU") for stage in stages for terms in stage.gpus()]
-    known = [each for each in kinds if each[2]]
-    stage, terms, room, kind, owner = max(known, key=lambda each: _sum(each[1]) / each[2], default=kinds[0])
-    if room and (needed := _sum(terms)) > room:
-        short = [(each, size - has) for _, each, has, *_ in known if (size := _sum(each)) > has]
-        raise ConfigError(
-            f"{_fields(terms)}: the {stage.name} takes {gb(needed)} of {kind} ({_largest_terms(terms)}), {owner} has "
-            f"{gb(room)}; {_advice(short)}"
-        )
+class _Short(NamedTuple):
+    """What does not fit."""
+
+    stage: Stage
+    terms: list[Counted]
+    """All that is in the same memory."""
+    room: float
+    """Bytes of that memory."""
+    kind: str
+    owner: str
+
+
+def _short(stages: Sequence[Stage], main: float, gpu: float) -> list[_Short]:
+    """All that does not fit, where it is known what there is."""
+    kinds = [_Short(stage, stage.main(), main, "main memory", "the largest node") for stage in stages]
+    kinds += [_Short(stage, terms, gpu, "a GPU's memory", "a GPU") for stage in stages for terms in stage.gpus()]
+    return [each for each in kinds if each.room and _sum(each.terms) > each.room]
+
+
+def _refuse(stages: Sequence[Stage], main: float, gpu: float, more: str = "") -> None:
+    """Raises ConfigError for what fits least, if anything does not; `more` is advice besides."""
+    if not (short := _short(stages, main, gpu)):
+        return
+    stage, terms, room, kind, owner = max(short, key=lambda each: _sum(each.terms) / each.room)
+    raise ConfigError(
+        f"{_fields(terms)}: the {stage.name} takes {gb(_sum(terms))} of {kind} ({_largest_terms(terms)}), {owner} has "
+        f"{gb(room)}; {_advice([(each.terms, _sum(each.terms) - each.room) for each in short])}{more}"
+    )
+
+
+def _more_trainers(config: RunConfig, plan: Plan, info: ModelInfo) -> str:
+    """The fewest trainers that would divide the transcoders so that all fits, as advice; empty if there are none."""
+    for number in range(plan.num_trainers + 1, min(len(config.members()), 1 + sum(int(n.gpus) for n in plan.nodes))):
+        settings = config.cluster.model_copy(update={"num_trainers": number})
+        more = config.model_copy(update={"cluster": settings})
+        try:
+            found = memory_plan(more, make_plan(more, plan.nodes, info.d_model), info)
+        except ConfigError:
+            break  # there are not so many GPUs
+        if split_of(more, number) == "transcoders" and not _short(found.stages, found.main, found.gpu):
+            return f"; or with cluster.num_trainers={number}, which divide the transcoders"
+    return ""
 
 
 def _fields(terms: Sequence[Counted]) -> str:

@@ -6,6 +6,7 @@ model, T positions of a work unit, S matrices [T, d] that are read of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.memory_terms import (
@@ -25,6 +26,7 @@ from cluster.memory_terms import (
     unit_fields,
     unit_positions,
 )
+from cluster.placement import placed_members, split_of
 from mtc.config import RunConfig
 
 if TYPE_CHECKING:
@@ -56,11 +58,12 @@ it is used (mtc.language_model.attention.pattern)."""
 
 
 class TrainingBytes(NamedTuple):
-    """Bytes that one trainer takes, where it computes but for `checkpoint`."""
+    """Bytes that one trainer takes, the largest where they divide the transcoders; where it computes, but for
+    `checkpoint`."""
 
     weights: int
-    """Weights, gradients, Adam's two moments, counts of silence; with several trainers the buckets that gradients are
-    averaged in."""
+    """Weights, gradients, Adam's two moments, counts of silence; where several trainers have them all, the buckets that
+    gradients are averaged in."""
     work: int
     """What a step works with, or the first rows if that is more than gradients, moments and a step's work."""
     buffer: int
@@ -70,8 +73,8 @@ class TrainingBytes(NamedTuple):
     (mtc.training.shuffle_buffer); on a GPU besides one that waits, one that is copied and one that is taken in
     (mtc.training.upload), which on a CPU are views of the object store."""
     checkpoint: int
-    """Main memory of rank 0: the copy of weights and moments from which a checkpoint is written, and the bytes that
-    are made of one transcoder at a time."""
+    """Main memory of rank 0, or of each trainer with transcoders of its own: the copy of weights and moments from which
+    a checkpoint is written, and the bytes that are made of one transcoder at a time."""
 
     @property
     def device(self) -> int:
@@ -91,10 +94,22 @@ def training_bytes(
     config: RunConfig, info: ModelInfo, trainers: int, on_gpu: bool = False, threads: int = 1
 ) -> TrainingBytes:
     """What each of so many trainers takes, which steps with so many threads."""
-    d, rows = info.d_model, -(-config.optimizer.batch_tokens // trainers)
+    configs, divided = dict(config.members()), split_of(config, trainers) == "transcoders"
+    placed = placed_members(config, trainers) if divided else [list(configs)]
+    shares = [[configs[name] for name in mine] for mine in placed]
+    found = [_share_bytes(config, info, share, trainers, divided, on_gpu, threads) for share in shares]
+    return TrainingBytes(*(max(parts) for parts in zip(*found, strict=True)))
+
+
+def _share_bytes(
+    config: RunConfig, info: ModelInfo, members: Sequence[RunConfig], trainers: int, divided: bool, on_gpu: bool,
+    threads: int,
+) -> TrainingBytes:  # fmt: skip
+    """What a trainer of these transcoders takes: on its share of each batch, or on the whole where they are divided."""
+    d, rows = info.d_model, config.optimizer.batch_tokens if divided else -(-config.optimizer.batch_tokens // trainers)
     share, unit = config.data.shuffle_buffer_tokens // trainers // (config.data.replays + 1), unit_positions(config)
     kept, transient, started, counts, sizes = 0, [0], 0, 0, []
-    for _, member in config.members():
+    for member in members:
         settings, features = member.transcoder, member.transcoder.num_features
         aux = int(settings.aux_coefficient > 0)
         slots, entries = len(settings.group_sizes) + aux, rows * (settings.k + aux * settings.aux_k)
@@ -117,7 +132,7 @@ def training_bytes(
         counts += 9 * features  # how long each is silent, int64, and which are dead
     steps_at_once = 1 if on_gpu else max(1, min(threads, len(sizes)))
     work = kept + sum(sorted(transient, reverse=True)[:steps_at_once])
-    moments = (FLOAT * 4 if trainers > 1 else FLOAT * 3) * sum(sizes)
+    moments = (FLOAT * 4 if trainers > 1 and not divided else FLOAT * 3) * sum(sizes)
     copy = 2 * FLOAT * sum(sizes) + FLOAT * sum(sizes) + counts
     saves = SAVES_OF_SEVERAL if len(sizes) > 1 else SAVES
     token, blocks = site_count(config) * d * BFLOAT16, config.data.replays + 1
@@ -131,7 +146,7 @@ def training_bytes(
 
 
 def trainer(config: RunConfig, info: ModelInfo, trainers: int, on_gpu: bool, threads: int = 1) -> Process:
-    """Rank 0; the others lack the copy for a checkpoint."""
+    """Rank 0; the others lack the copy for a checkpoint, unless each has transcoders of its own."""
     need = training_bytes(config, info, trainers, on_gpu, threads)
     whose, fields = transcoder_words(config), dictionary_fields(config)
     terms: tuple[Term, ...] = (

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cluster.placement import placed_members, split_of, step_seconds
 from mtc.config import ConfigError, RunConfig
 
 # Several torch processes share cores: threads that spin while they wait would steal them from the others.
@@ -28,19 +29,9 @@ SMALL_MODEL_BYTES = 1e9
 ACTOR_SHARE_OF_ONE_GPU = 0.6
 ROOM_TO_GROW = 2  # times the model actors that a trainer is thought to keep up with
 
-# What one GPU does in a second. Estimates for an H100, of which ratios matter here; docs/gpu.md derives them.
 FORWARD_FLOPS = 360e12
-"""Operations per second of the language model's pass: 45 % of a large bfloat16 product."""
-PRODUCT_FLOPS = 400e12
-"""Operations per second of the one product of a training step."""
-STEP_BYTES = 2e12
-"""Bytes per second that a training step moves for its chosen entries and for Adam."""
-STEP_SECONDS = 2.5e-3
-"""Least seconds of a training step: the host starts some hundreds of kernels."""
-ENTRY_PASSES = 8
-"""Rows of d_model float32 that a step reads or writes for each chosen entry."""
-ADAM_PASSES = 7
-"""Times that Adam reads or writes a parameter, float32."""
+"""Operations per second of the language model's pass on one GPU: 45 % of a large bfloat16 product, an estimate for an
+H100, of which ratios matter here; docs/gpu.md derives it, and those of a training step in cluster.placement."""
 
 
 class Node(NamedTuple):
@@ -78,7 +69,7 @@ class Plan(NamedTuple):
     device: str
     """`cuda` or `cpu`, for trainers and model actors."""
     num_trainers: int
-    """Data-parallel trainer processes."""
+    """Trainer processes."""
     trainer_cpus: float
     """CPUs that Ray reserves for each trainer."""
     trainer_gpus: float
@@ -104,6 +95,8 @@ class Plan(NamedTuple):
     near: str = ""
     """Ray's id of the node where model actors go as long as it has room, that of the only trainer; empty if there is
     none."""
+    transcoders: tuple[int, ...] = ()
+    """Transcoders of each trainer, where these divide them; empty where each trains all on its share of the tokens."""
 
     @property
     def spread(self) -> bool:
@@ -165,6 +158,9 @@ class Plan(NamedTuple):
         free_cpus, free_gpus = cpus - self.cpus(), gpus - self.gpus()
         nodes = f"{len(self.nodes)} node{'s' if len(self.nodes) > 1 else ''}"
         head = f"plan for {nodes} with {cpus:g} CPUs and {gpus:g} GPUs{_held(self.nodes)}, on {self.device}"
+        if self.transcoders:
+            each = " + ".join(str(count) for count in self.transcoders)
+            lines.append(f"{each} transcoders, each with one trainer that gets its rows of the whole batch")
         return "\n".join(
             [head, *(f"  {line}" for line in lines), f"  left over: {free_cpus:g} CPUs, {free_gpus:g} GPUs"]
         )
@@ -217,6 +213,8 @@ def make_plan(
         raise ConfigError(f"cluster.use_gpu is true, but the cluster has 0 GPUs{_held(nodes)}")
     plan = _gpu_plan(config, tuple(nodes), d_model) if use_gpu else _cpu_plan(config, tuple(nodes), d_model)
     plan = plan._replace(not_on=not_on)
+    if split_of(config, plan.num_trainers) == "transcoders":
+        plan = plan._replace(transcoders=tuple(len(mine) for mine in placed_members(config, plan.num_trainers)))
     if not_on and (settings.min_trainers or plan.num_trainers) < plan.num_trainers:
         raise ConfigError(
             f"cluster.min_trainers={settings.min_trainers}: Ray Train would count on the head's CPUs; "
@@ -268,25 +266,22 @@ def actor_rate(config: RunConfig, d_model: int) -> float:
     return FORWARD_FLOPS / (24 * d_model**2 * layers)
 
 
-def trainer_rate(config: RunConfig, d_model: int) -> float:
-    """Tokens per second that one trainer on a GPU takes, estimated for the sparse step.
+def trainer_rate(config: RunConfig, d_model: int, trainers: int = 1) -> float:
+    """Tokens per second that each of so many trainers on a GPU takes, estimated for the sparse step.
 
-    A step makes one product of d_model x features, moves the rows of its chosen entries, and Adam's weights; it takes
-    at least the time in which the host can start it. Every transcoder of the run has a step of its own.
+    Every transcoder of the run has a step of its own. Of trainers that divide the transcoders each takes its share of
+    what the one with the longest steps takes.
     """
-    batch, seconds = config.optimizer.batch_tokens, 0.0
-    for _, member in config.members():
-        features = member.transcoder.num_features
-        product = 2 * batch * d_model * features / PRODUCT_FLOPS
-        entries = batch * member.transcoder.k * d_model * 4 * ENTRY_PASSES / STEP_BYTES
-        adam = 2 * d_model * features * 4 * ADAM_PASSES / STEP_BYTES
-        seconds += max(STEP_SECONDS, product + entries + adam)
-    return batch / seconds
+    batch, configs = config.optimizer.batch_tokens, dict(config.members())
+    seconds = [sum(step_seconds(configs[name], d_model) for name in mine) for mine in placed_members(config, trainers)]
+    together = 1 if split_of(config, trainers) == "tokens" else trainers
+    return batch / max(seconds) / together
 
 
-def actors_per_trainer(config: RunConfig, d_model: int) -> float:
-    """Model actors that one trainer keeps up with, on equal GPUs: it takes each captured token `data.replays` times."""
-    return trainer_rate(config, d_model) / config.data.replays / actor_rate(config, d_model)
+def actors_per_trainer(config: RunConfig, d_model: int, trainers: int = 1) -> float:
+    """Model actors that each of so many trainers keeps up with, on equal GPUs: it takes each captured token
+    `data.replays` times."""
+    return trainer_rate(config, d_model, trainers) / config.data.replays / actor_rate(config, d_model)
 
 
 def _cpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -> Plan:
@@ -343,7 +338,7 @@ def _gpu_plan(config: RunConfig, nodes: tuple[Node, ...], d_model: int | None) -
     else:
         trainers = settings.num_trainers or 1
         room = max(1, int(gpus) - trainers)
-        needed = room if d_model is None else math.ceil(trainers * actors_per_trainer(config, d_model))
+        needed = room if d_model is None else math.ceil(trainers * actors_per_trainer(config, d_model, trainers))
         actors = settings.num_model_actors or max(1, min(room, needed))
         most = settings.num_model_actors or min(room, ROOM_TO_GROW * actors)
         trainer_gpus = actor_gpus = 1.0

@@ -1,7 +1,8 @@
 """One trainer process of Ray Train: the loop from activations to a finished transcoder.
 
 A checkpoint holds each Trainer's state and where the data is (cluster.data_state). Every rank makes the same collective
-calls in the same order: it may have fewer rows than the others, never another way through the loop.
+calls in the same order: it may have fewer rows than the others, never another way through the loop. Where trainers
+divide the transcoders (cluster.routing), a rank has Trainers of its own, which know of no other rank.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,22 +18,24 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from safetensors.torch import load, save
 
-from cluster.accounts import Account, Journal, stream_timing
+from cluster.accounts import Account, Figures, Journal, stream_timing
 from cluster.batches import Batches, Share
 from cluster.blocks import iterate_units
 from cluster.data_state import data_state, position_files
 from cluster.outcome import ANSWER_SECONDS, TrainingStopped, TrainResult, post_event, weights_file
 from cluster.progress import RESUMED
 from cluster.resources import Plan
-from mtc.config import RunConfig, SiteKey
+from cluster.routing import Routing
+from mtc.config import Member, RunConfig, SiteKey
 from mtc.devices import open_device
 from mtc.storage import Checkpoint, Checkpoints, CheckpointWriter
 from mtc.telemetry import configure, set_run
 from mtc.text import TokenStore, work_units
 from mtc.training import CALIBRATION_ROWS, INITIAL_ROWS, Calibrator, Clock, SideBySide, StepResult, Trainer, on_device
-from mtc.transcoder import agree, broadcast
+from mtc.transcoder import agree, broadcast, gather
 
 DROPPED_OF = 100_000  # tokens, before a share of them says something
 
@@ -49,8 +52,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     start = _agree_on_start(checkpoints, rank, log)
     if start.checkpoint is not None and start.checkpoint.is_result:
         return  # another trainer died after the last checkpoint was complete
-    trainers = _open_trainers(config, settings["d_model"], device, start.checkpoint)
-    together = SideBySide(list(trainers.values()))
+    routing = Routing(config, rank, world, device)
+    with routing.alone():
+        trainers = _open_trainers(routing.members, settings["d_model"], device, start.checkpoint)
+        together = SideBySide(list(trainers.values()))
     lead, total = next(iter(trainers.values())), config.total_steps
     data = data_state(config, start.checkpoint, rank, world, device)
     if rank == 0 and start.checkpoint is not None:
@@ -64,40 +69,38 @@ def train_worker(settings: dict[str, Any]) -> None:
         batch, clock = config.optimizer.batch_tokens, Clock()
         batches = Batches(units, data.buffer, batch, data.ledger, clock, len(work.training), data.filters)
         account = Account(log, settings["run_id"], rank, batches)
-        journal = Journal(log, trainers, clock) if rank == 0 else None
+        journal = Journal(log, config, routing, trainers, clock)
         while True:
             save = rank == 0 and due.now(lead.step_number) and not writer.busy
-            save = save and all(trainer.healthy() for trainer in trainers.values())
             share = batches.agree(lead.step_number >= total - 1, save)
             if share is None:
                 break  # after `total` steps, fewer where tokens were dropped, a few more where units hold more
-            if share.save:
+            if share.save and _all_may_save(trainers, writer, clock):
                 with clock.part("checkpoint"):
-                    writer.save(lead.step_number, files_of(trainers, batches, data.generation, rank))
+                    kept = trainers if routing.writes else {}
+                    writer.save(lead.step_number, files_of(kept, batches, data.generation, rank))
                     due.saved(lead.step_number)
             if lead.step_number == 0:
-                _initialise(trainers, batches)
-            done = _step(together, batches, share)
+                _initialise(trainers, batches, routing)
+            done = _step(together, batches, share, routing)
             account.step()
-            if journal:
-                journal.look(done)
+            journal.look(done)
             if lead.step_number % config.cluster.log_every_steps == 0 or lead.step_number in (1, total):
-                _write_down(account, journal, batches, done)
-                _check_health(trainers)
+                _check_health(config, _write_down(account, journal, batches, done, rank))
                 _check_dropped(config, batches, DROPPED_OF)
         _check_dropped(config, batches, 0)
-        calibrated = _calibrate(trainers, batches)
-    _finish(trainers, batches, writer, data.generation, rank, calibrated)
+        calibrated = _calibrate(trainers, batches, routing)
+    _finish(trainers, batches, writer, data.generation, rank, calibrated, routing)
 
 
 def files_of(
     trainers: Mapping[str, Trainer], batches: Batches, generation: int, rank: int
 ) -> dict[str, Callable[[], bytes]]:
-    """This rank's part of a checkpoint: a snapshot of now, turned into bytes when it is written."""
+    """This rank's part of a checkpoint, with these trainers: a snapshot of now, turned into bytes when it is
+    written."""
     files = position_files(batches, generation, rank)
-    if rank == 0:
-        for name, trainer in trainers.items():
-            files[weights_file("trainer", name)] = partial(_to_safetensors, trainer.state_dict())
+    for name, trainer in trainers.items():
+        files[weights_file("trainer", name)] = partial(_to_safetensors, trainer.state_dict())
     return files
 
 
@@ -121,10 +124,10 @@ def _take_place(plan: Plan) -> tuple[int, int, torch.device]:
 
 
 def _open_trainers(
-    config: RunConfig, d_model: int, device: torch.device, checkpoint: Checkpoint | None
+    members: Sequence[Member], d_model: int, device: torch.device, checkpoint: Checkpoint | None
 ) -> dict[str, Trainer]:
-    """A Trainer for each of the run's transcoders by name, as the checkpoint left it or new."""
-    trainers = {member.name: Trainer(member.config, d_model, d_model, device) for member in config.members()}
+    """A Trainer for each of these transcoders by name, as the checkpoint left it or new."""
+    trainers = {member.name: Trainer(member.config, d_model, d_model, device) for member in members}
     if checkpoint is not None:
         for name, trainer in trainers.items():
             trainer.load_state_dict(load(checkpoint.read(weights_file("trainer", name))))
@@ -156,35 +159,50 @@ def _rows_of(trainer: Trainer, activations: Mapping[SiteKey, torch.Tensor]) -> t
     return activations[sites.source_key], activations[sites.target_key]
 
 
-def _initialise(trainers: Mapping[str, Trainer], batches: Batches) -> None:
+def _initialise(trainers: Mapping[str, Trainer], batches: Batches, routing: Routing) -> None:
     """Set scales, encoders and biases by the first rows; called on all ranks at once."""
     with batches.clock.part("step"):
-        first = batches.buffer.peek(INITIAL_ROWS)
-        for trainer in trainers.values():
-            source, target = _rows_of(trainer, first)
-            neurons = None
-            if trainer.config.transcoder.init == "mlp":
-                from mtc.language_model import read_neurons  # 4 s of CPU, which no other trainer needs
+        first = routing.route(batches.buffer.peek(INITIAL_ROWS))
+        with routing.alone():
+            for trainer in trainers.values():
+                source, target = _rows_of(trainer, first)
+                neurons = None
+                if trainer.config.transcoder.init == "mlp":
+                    from mtc.language_model import read_neurons  # 4 s of CPU, which no other trainer needs
 
-                (sites,) = trainer.config.model.sites
-                neurons = read_neurons(trainer.config.model, sites.layer, sites.source)
-            trainer.initialise(source, target, neurons)
+                    (sites,) = trainer.config.model.sites
+                    neurons = read_neurons(trainer.config.model, sites.layer, sites.source)
+                trainer.initialise(source, target, neurons)
 
 
-def _step(together: SideBySide, batches: Batches, share: Share) -> list[StepResult]:
+def _step(together: SideBySide, batches: Batches, share: Share, routing: Routing) -> list[StepResult]:
     """One step of every trainer on its sites' rows of the same batch; called on all ranks at once."""
     taken = batches.take(share)
     with batches.clock.part("step"):
-        return together.step([_rows_of(trainer, taken) for trainer in together.trainers], share.tokens)
+        rows = routing.route(taken, share.of_ranks)
+        with routing.alone():
+            return together.step([_rows_of(trainer, rows) for trainer in together.trainers], share.tokens)
 
 
-def _write_down(account: Account, journal: Journal | None, batches: Batches, done: list[StepResult]) -> None:
-    """Metrics and the account of time, told to the driver; called on all ranks at once."""
+def _write_down(
+    account: Account, journal: Journal, batches: Batches, done: list[StepResult], rank: int
+) -> list[Figures]:
+    """Metrics and the account of time, told to the driver; returns every transcoder's. Called on all ranks at once."""
     batches.settle_waits()  # on every rank, so that spans on a GPU don't pile up
-    metrics = journal.read(done) if journal else []
+    figures = journal.read(done)
     spent = account.write()
-    if journal:
-        journal.write(metrics, spent)
+    if rank == 0:
+        journal.write(figures, spent)
+    return figures
+
+
+def _all_may_save(trainers: Mapping[str, Trainer], writer: CheckpointWriter, clock: Clock) -> bool:
+    """Whether on every rank the newest step changed the weights and the last checkpoint is written; called on all at
+    once."""
+    may = all(trainer.healthy() for trainer in trainers.values()) and not writer.busy
+    with clock.part("all_reduce"):
+        (all_may,) = agree(may, op=dist.ReduceOp.MIN)
+    return bool(all_may)
 
 
 def _agree_on_start(checkpoints: Checkpoints, rank: int, log: Any) -> _Start:
@@ -217,14 +235,14 @@ class _Due:
         self.step, self.at = step, time.monotonic()
 
 
-def _check_health(trainers: Mapping[str, Trainer]) -> None:
+def _check_health(config: RunConfig, figures: Sequence[Figures]) -> None:
     """Go back to the last checkpoint after too many steps in a row that could not be made; the same on all ranks."""
-    for name, trainer in trainers.items():
-        in_a_row, limit = int(trainer.skipped[1]), trainer.config.optimizer.max_skipped_steps
+    for member, (row, _, _) in zip(config.members(), figures, strict=True):
+        in_a_row, limit = row.skipped_in_a_row, member.config.optimizer.max_skipped_steps
         if in_a_row >= limit:
-            where = f"{name}: " if len(trainers) > 1 else ""
+            where = f"{member.name}: " if len(figures) > 1 else ""
             raise FloatingPointError(
-                f"{where}{in_a_row} steps in a row up to step {trainer.step_number} had no finite gradient "
+                f"{where}{in_a_row} steps in a row up to step {row.step} had no finite gradient "
                 f"(optimizer.max_skipped_steps={limit}): "
                 "back to the last checkpoint; if it happens again, lower optimizer.lr"
             )
@@ -245,26 +263,26 @@ def _check_dropped(config: RunConfig, batches: Batches, least: int) -> None:
         raise TrainingStopped(reason)
 
 
-def _calibrate(trainers: Mapping[str, Trainer], batches: Batches) -> int:
+def _calibrate(trainers: Mapping[str, Trainer], batches: Batches, routing: Routing) -> int:
     """Set the threshold of every transcoder whose threshold is calibrated on what follows in the stream; returns how
     many tokens that was."""
     wanted = [t for t in trainers.values() if t.transcoder.activation.thresholds == "calibrated"]
-    if not wanted:
+    if not any(gather(bool(wanted))):
         return 0  # nor is there anything in the stream
     calibrators = [(Calibrator(trainer.transcoder), trainer) for trainer in wanted]
-    for unit in batches.calibration():
-        with batches.clock.part("step"):
+    for rows in routing.rounds(batches.calibration()):
+        with batches.clock.part("step"), routing.alone():
             for calibrator, trainer in calibrators:
-                (sites,) = trainer.config.model.sites
-                parts = (unit.activations[key].split(CALIBRATION_ROWS) for key in (sites.source_key, sites.target_key))
+                parts = (part.split(CALIBRATION_ROWS) for part in _rows_of(trainer, rows))
                 for source, target in zip(*parts, strict=True):
                     calibrator.add(trainer.calibrated_on(source, target))
     with batches.clock.part("step"):
         (calibrated,) = agree(batches.calibrated)
         if not calibrated:
             raise RuntimeError("the activation stream ended before the units for calibrating the threshold")
-        for calibrator, _ in calibrators:
-            calibrator.finish()
+        with routing.alone():
+            for calibrator, _ in calibrators:
+                calibrator.finish()
     return int(calibrated)
 
 
@@ -275,10 +293,11 @@ def _finish(
     generation: int,
     rank: int,
     calibrated: int,
+    routing: Routing,
 ) -> None:
     """Write the last checkpoint, with the result; called on all ranks."""
     timing = stream_timing(batches)
-    results = [
+    own = [
         TrainResult(
             name,
             trainer.config.model.layer,
@@ -292,10 +311,11 @@ def _finish(
         )
         for name, trainer in trainers.items()
     ]
-    files = files_of(trainers, batches, generation, rank)
+    results, kept = routing.gather(own), trainers if routing.writes else {}
+    files = files_of(kept, batches, generation, rank)
+    for name, trainer in kept.items():
+        files[weights_file("transcoder", name)] = trainer.transcoder.to_bytes
     if rank == 0:
-        for name, trainer in trainers.items():
-            files[weights_file("transcoder", name)] = trainer.transcoder.to_bytes
         result = {"members": [each._asdict() for each in results], "timing": timing.model_dump()}
         files["result.json"] = lambda: json.dumps(result).encode()
     writer.save(results[0].steps, files, result=True).result()

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from mtc.config.faults import describe_faults
 from mtc.config.learning import OptimizerConfig, TranscoderConfig
 from mtc.config.part import MOST, MOST_FEATURES, YEAR, Name, Part
-from mtc.config.reading import DataConfig, ModelConfig
+from mtc.config.reading import ALL, DataConfig, ModelConfig
 from mtc.config.sweep import MOST_MEMBERS, Entry, entry_names, overridden, read_sweep
 from mtc.errors import MtcError
 from mtc.record import Record
@@ -67,7 +67,11 @@ class ClusterConfig(Part):
     """How the work is laid out on the cluster; `None` is chosen from the cluster's resources."""
 
     num_trainers: int | None = Field(default=None, ge=1, le=100_000)
-    """Data-parallel trainer processes; by default as many as the cluster's resources suggest."""
+    """Trainer processes; by default as many as the cluster's resources suggest."""
+    split: Literal["tokens", "transcoders"] | None = None
+    """What several trainers divide among them: the tokens of every batch, of which each trains all transcoders on its
+    share and exchanges gradients, or the transcoders, of which each trains its own on whole batches, whose rows the
+    others send it. By default transcoders if there are as many as trainers. The results are the same up to rounding."""
     num_model_actors: int | None = Field(default=None, ge=1, le=100_000)
     """Processes that hold the language model; by default as many as the cluster's resources suggest."""
     use_gpu: bool | None = None
@@ -214,6 +218,7 @@ class RunConfig(Record):
         self._check_limits()
         if self.sweep:
             self._check_members()
+        self._check_split()
         return self
 
     def _check_limits(self) -> None:
@@ -241,6 +246,17 @@ class RunConfig(Record):
             raise ValueError(
                 "transcoder.rank=contribution with optimizer.warmup_steps=0: at least 1 is wanted, since decoder rows "
                 "start at 0"
+            )
+
+    def _check_split(self) -> None:
+        if self.cluster.split != "transcoders" or self.model.layers == ALL:  # how many these are is not known yet
+            return
+        trainers, count = self.cluster.num_trainers or 1, len(self.model.sites) * len(self.sweep or ({},))
+        if trainers > count:
+            raise ValueError(
+                f"cluster.split=transcoders with cluster.num_trainers={trainers}: the run has {count} "
+                f"transcoder{'s' * (count > 1)}, and each trainer needs one; lower cluster.num_trainers, or set "
+                "cluster.split=tokens"
             )
 
     def _check_members(self) -> None:

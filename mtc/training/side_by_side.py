@@ -19,7 +19,7 @@ class SideBySide:
 
     On a CPU they step at the same time, each with its share of the threads: a transcoder's step is too short to keep
     many busy. What it computes does not depend on the number of threads, but for the rounding of matrix products whose
-    result is small: the gradient of W_skip, and those of the dense backend. Where other ranks train too, trainers step
+    result is small: the gradient of W_skip, and those of the dense backend. Where other ranks train them too, they step
     in turn, since all ranks must meet in the same order; so they do on a GPU, which the host runs ahead of.
     """
 

@@ -5,9 +5,11 @@ from mtc.transcoder.distributed import (
     agree,
     all_gather,
     all_reduce,
+    alone,
     backend,
     broadcast,
     copy_from_first,
+    gather,
     waits,
     world_size,
 )
@@ -22,7 +24,7 @@ from mtc.transcoder.transcoder import RMS_EPS, Codes, Compute, MatryoshkaTransco
 
 __all__ = [
     "BY_FEATURE", "MASSIVE_RATIO", "RMS_EPS", "Averaging", "Codes", "Compute", "MatryoshkaTranscoder", "Objective",
-    "Shard", "TrainOutput", "TranscoderShape", "Workspace", "above", "agree", "all_gather", "all_reduce", "backend",
-    "broadcast", "copy_from_first", "entry_dots", "file_metadata", "kth_largest", "load_transcoder", "massive_norm",
-    "transcoder_shape", "waits", "world_size",
+    "Shard", "TrainOutput", "TranscoderShape", "Workspace", "above", "agree", "all_gather", "all_reduce", "alone",
+    "backend", "broadcast", "copy_from_first", "entry_dots", "file_metadata", "gather", "kth_largest",
+    "load_transcoder", "massive_norm", "transcoder_shape", "waits", "world_size",
 ]  # fmt: skip

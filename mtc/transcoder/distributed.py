@@ -1,11 +1,14 @@
 """torch.distributed as this package uses it, and how long the ranks waited for each other.
 
-In a single process every function does nothing, so the same code runs with and without other ranks. Tensors travel
-between the devices that they are on; what hosts agree on stays on hosts, where no one waits for a GPU.
+In a single process every function does nothing, so the same code runs with and without other ranks; `alone` makes one
+rank of several such a process for a while. Tensors travel between the devices that they are on; what hosts agree on
+stays on hosts, where no one waits for a GPU.
 """
 
 # Without `annotations` from __future__: DDP compares those of a hook with its types.
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,12 +51,27 @@ class Waits:
 
 
 waits = Waits()
-"""What this process waited for other ranks: in `all_reduce`, and in `Averaging.backward` after this rank's own
-gradients were ready."""
+"""What this process waited for other ranks: in `all_reduce`, in `Averaging.backward` after this rank's own gradients
+were ready, and where rows are exchanged."""
+
+
+_is_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What this process does here is no other rank's business: there is one rank, in all of the process's threads. For
+    a transcoder that a single rank trains on whole batches."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
 
 
 def distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _is_alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
@@ -81,6 +99,14 @@ def broadcast(*objects: Any) -> list[Any]:
     if distributed():
         dist.broadcast_object_list(shared, 0, device=torch.device("cpu"))
     return shared
+
+
+def gather(own: Any) -> list[Any]:
+    """Every rank's object on all ranks, [ranks], from host to host: small ones, as pickles."""
+    found = [own] * world_size()
+    if distributed():
+        dist.all_gather_object(found, own)
+    return found
 
 
 def backend(device: str) -> str:

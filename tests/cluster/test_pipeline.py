@@ -9,6 +9,7 @@ can tell is in benchmarks/gpu.py.
 
 import json
 import os
+import posixpath
 import re
 import shlex
 import shutil
@@ -41,7 +42,7 @@ from mtc.analysis import recompute
 from mtc.config import ConfigError, load_preset, make_config
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
 from mtc.results import PARTS, Analysis
-from mtc.storage import Progress, RunDirectory, RunError, open_layer_run, open_run
+from mtc.storage import Checkpoints, Progress, RunDirectory, RunError, open_layer_run, open_run
 from mtc.telemetry.metrics import CIRCUITS
 from mtc.text import TokenStore, heldout_units, work_units
 from mtc.transcoder import load_transcoder
@@ -287,6 +288,11 @@ def test_it_ran_on_a_ray_that_believes_in_gpus(served):
     facts = json.loads(served.run.read("analysis.json"))["facts"]
     assert facts["devices"] == ["cuda"]
     assert facts["num_trainers"] == 2
+    assert "1 + 1 transcoders, each with one trainer" in served.said
+    checkpoint = Checkpoints(posixpath.dirname(served.run.url)).latest()
+    for rank, layer in enumerate((1, 0)):  # as they are listed
+        written = {name for name in json.loads(checkpoint.read(f"rank-{rank}.json")) if name.startswith("tra")}
+        assert written == {f"{kind}-layer{layer}.safetensors" for kind in ("trainer", "transcoder")}
     chosen = r"(sparse|dense) on cpu \(auto: \w+ [\d.]+ ms, \w+ [\d.]+ ms\)"
     assert re.match(chosen, facts["compute"]), "not chosen again"
     assert facts["language_model_compute"] == ["eager (model.compile=false)"]

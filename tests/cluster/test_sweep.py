@@ -13,6 +13,7 @@ from cluster.memory import check_memory
 from cluster.memory_training import training_bytes
 from cluster.resources import Node, make_plan
 from cluster.resume import unneeded_units
+from cluster.routing import Routing
 from cluster.train_worker import _calibrate, _initialise, _open_trainers, _step, files_of
 from mtc.config import ConfigError, load_preset
 from mtc.language_model.architectures import ModelInfo
@@ -53,7 +54,8 @@ def train(config, place, stop=None):
     """What train_worker does, on units of this process: to the end, or for `stop` steps and a checkpoint."""
     checkpoints = Checkpoints(str(place))
     checkpoint = checkpoints.latest()
-    trainers = _open_trainers(config, D, torch.device("cpu"), checkpoint)
+    routing = Routing(config, 0, 1)
+    trainers = _open_trainers(routing.members, D, torch.device("cpu"), checkpoint)
     together, lead = SideBySide(list(trainers.values())), next(iter(trainers.values()))
     state = data_state(config, checkpoint, 0, 1, "cpu")
     unneeded = unneeded_units(checkpoint, 1) if checkpoint else set()
@@ -61,13 +63,13 @@ def train(config, place, stop=None):
     batches = Batches(units, state.buffer, 64, state.ledger, Clock(), UNITS, state.filters)
     while lead.step_number != stop and (share := batches.agree(lead.step_number == config.total_steps - 1)):
         if lead.step_number == 0:
-            _initialise(trainers, batches)
-        _step(together, batches, share)
+            _initialise(trainers, batches, routing)
+        _step(together, batches, share, routing)
     if stop is not None:
         writer = CheckpointWriter(checkpoints, 1, 0, 1, 2, lambda *news: None)
         writer.save(stop, files_of(trainers, batches, 0, 0)).result()
         return {}
-    _calibrate(trainers, batches)
+    _calibrate(trainers, batches, routing)
     return {name: safetensors.torch.load(trainer.transcoder.to_bytes()) for name, trainer in trainers.items()}
 
 
@@ -142,7 +144,7 @@ def model(d_model):
 
 def bytes_held(config):
     """What trainers hold that have made steps, counted tensor by tensor: weights, gradients, moments, workspace."""
-    trainers = _open_trainers(config, D, torch.device("cpu"), None)
+    trainers = _open_trainers(config.members(), D, torch.device("cpu"), None)
     generator, tensors = torch.Generator().manual_seed(0), []
     for trainer in trainers.values():
         for _ in range(2):
