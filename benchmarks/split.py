@@ -128,8 +128,11 @@ def sent(options: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="only the last line")
-    for name, default in {"transcoders": 4, "features": 1152, "d-model": 576, "batch": 1024, "rounds": 9}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--transcoders", type=int, default=4)
+    parser.add_argument("--features", type=int, default=1152, help="of each transcoder")
+    parser.add_argument("--d-model", type=int, default=576)
+    parser.add_argument("--batch", type=int, default=1024, help="tokens of a step, over all ranks")
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(measure, (directory, options), nprocs=RANKS)
