@@ -13,7 +13,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -56,8 +56,14 @@ class Block(NamedTuple):
     def slice(self, first: int, end: int) -> Block:
         """Windows `first` to `end` - 1, as many as there are."""
         starts = self.starts[first : end + 1]
-        columns = (column[first:end] for column in (self.documents, self.lengths, self.trainable))
-        return Block(*columns, self.ids[starts[0] : starts[-1]], self.heldout[first:end], starts - starts[0])
+        return Block(
+            self.documents[first:end],
+            self.lengths[first:end],
+            self.trainable[first:end],
+            self.ids[starts[0] : starts[-1]],
+            self.heldout[first:end],
+            starts - starts[0],
+        )
 
 
 def block_sums(
@@ -68,7 +74,7 @@ def block_sums(
     rows = first_row + np.arange(len(lengths))
     blocks, places = rows // size - first_row // size, rows % size
     sums = np.zeros((blocks[-1] + 1 if len(rows) else 0, len(SPLITS), len(SUMS)), np.int64)
-    columns = (1, lengths, trainable, (places + 1) * (lengths.astype(np.int64) + trainable))
+    columns = (np.ones_like(lengths), lengths, trainable, (places + 1) * (lengths.astype(np.int64) + trainable))
     for i, column in enumerate(columns):
         np.add.at(sums[:, :, i], (blocks, heldout.astype(np.int64)), column)
     return sums
@@ -113,11 +119,13 @@ def open_block(path: Path) -> Block | None:
     ends = np.cumsum([16, 16 * windows, 4 * windows, 4 * windows, 4 * tokens, windows]).tolist()
     if len(raw) != ends[-1]:
         return None  # a machine that lost power may leave such
-    documents, lengths, trainable, ids, heldout = (raw[a:b] for a, b in pairwise(ends))
+    parts: list[NDArray[Any]] = [raw[a:b] for a, b in pairwise(ends)]
+    documents, lengths, trainable, ids, heldout = parts
     lengths = lengths.view(np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    columns = (documents.view("S16"), lengths, trainable.view(np.int32), ids.view(np.int32), heldout.view(bool))
-    return Block(*columns, starts)
+    return Block(
+        documents.view("S16"), lengths, trainable.view(np.int32), ids.view(np.int32), heldout.view(np.bool_), starts
+    )
 
 
 def evict(directory: Path, most: int) -> None:

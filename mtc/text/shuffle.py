@@ -59,7 +59,8 @@ class Windows(NamedTuple):
 
     def part(self, start: int, stop: int) -> Windows:
         """Windows `start` to `stop` - 1."""
-        return Windows(*(column[start:stop] for column in self))
+        chosen = slice(start, stop)
+        return Windows(self.rows[chosen], self.lengths[chosen], self.trainable[chosen], self.starts[chosen])
 
 
 class Pool:

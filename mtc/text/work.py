@@ -184,7 +184,7 @@ def work_units(store: TokenStore, config: RunConfig) -> Work:
         left -= part.tokens
         epoch += 1
     end = _Border(len(whole.sums), 0, total)
-    return Work(Units(segments), Units(_segments(whole, border, end, config)))
+    return Work(Units(segments), Units(list(_segments(whole, border, end, config))))
 
 
 def heldout_units(store: TokenStore, config: RunConfig, num_tokens: int) -> list[NDArray[np.int64]]:
