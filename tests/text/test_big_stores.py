@@ -13,9 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFile
 
-from mtc.text import TokenStore, blocks, heldout_units, rows_wanted, shuffle, token_store, tokens_wanted, work_units
+from mtc.text import (
+    TokenStore,
+    TokenStoreWriter,
+    Window,
+    blocks,
+    heldout_units,
+    rows_wanted,
+    shuffle,
+    token_store,
+    tokens_wanted,
+    windows_table,
+    work_units,
+)
 from mtc.text.token_store import SUMS_FILE
-from tests.text.test_tokens import CONTEXT, make_config, make_texts, write_store
+from tests.text.test_tokens import CONTEXT, byte_tokenizer, make_config, make_texts, write_store
 
 GROUP = 3
 WINDOWS = 8
@@ -129,16 +141,28 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_unit_reads_the_blocks_of_its_group_and_no_more(
     monkeypatch: pytest.MonkeyPatch, bytes_read: list[int]
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_POSITIONS", 128 * CONTEXT)  # so that ids outweigh what Parquet says of them
-    store = write_store(f"memory://{uuid.uuid4().hex}/store", make_texts(3000), make_config(), shard=10**6)
-    (shard,) = store.info.shards
-    work = work_units(store, make_config(data={"num_tokens": 80_000}))
+    monkeypatch.setattr(blocks, "BLOCK_POSITIONS", 2048 * CONTEXT)  # larger than what Parquet says of them
+    dice, url = np.random.default_rng(0), f"memory://{uuid.uuid4().hex}/store"
+    windows = [
+        Window(f"{n // 8:016x}", "train" if n // 8 % 10 else "heldout", [1, *ids])
+        for n, ids in enumerate(dice.integers(3, 50_000, (40_000, CONTEXT - 1)).tolist())
+    ]
+    with TokenStoreWriter(url, "f", {}, byte_tokenizer(), CONTEXT) as writer:
+        writer.write(windows_table(windows, [1]))
+        info = writer.finish(exhausted=True)
+    store = TokenStore.open(url)
+    work = work_units(store, make_config(data={"num_tokens": 500_000}))
+    assert len(store.sums) == 20
+    store = TokenStore.open(url)
+    before = len(list(store._cache.glob("*.block")))
     bytes_read.clear()
-    store.input_ids(work.training[len(work.training) // 2])
-    footer, block = 65_536, shard.bytes / len(store.sums)  # pyarrow reads that much to find a footer
-    assert 0 < sum(bytes_read) < GROUP * (footer + 2 * block) < 0.7 * shard.bytes
+    store.input_ids(work.training[len(work.training) // 3])
+    footer, block = 65_536, sum(shard.bytes for shard in info.shards) / 20  # pyarrow looks for a footer in so much
+    assert before < 20 - GROUP
+    assert 0 < sum(bytes_read) < GROUP * (footer + 1.1 * block) < 8 * block
     before = sum(bytes_read)
-    for unit in work.training[len(work.training) // 2 :][:4]:
+    at = len(work.training) // 3
+    for unit in work.training[at : at + 4]:
         TokenStore.open(store.url).input_ids(unit)  # as another process of the node does
     assert sum(bytes_read) == before
 
