@@ -415,7 +415,6 @@ def _alone(config: RunConfig, facts: RunFacts) -> tuple[float, float]:
     assert timing is not None
     store = TokenStore.open(facts.token_store)
     work = work_units(store, config)
-    units = [*work.training, *work.calibration][1:]
     actor = UnitCapture(config, store.url, "cpu", 2)
     trainer = Trainer(config, actor.model.d_model, actor.model.d_model)
     neurons = read_neurons(config.model, LAYER) if config.transcoder.init == "mlp" else None
@@ -423,11 +422,11 @@ def _alone(config: RunConfig, facts: RunFacts) -> tuple[float, float]:
     batch = config.optimizer.batch_tokens
     forward = step = 0.0
     positions = trained = 0
-    for number, ids in enumerate(units):
+    for number in range(1, len(work.training) + len(work.calibration)):
         if positions >= timing.captured_tokens:
             break
         start = time.perf_counter()
-        (table,) = actor(pa.table({"unit": [number], "windows": pa.array([ids.tolist()])}))
+        (table,) = actor(pa.table({"unit": [number]}))
         forward += time.perf_counter() - start
         positions += table["positions"][0].as_py()
         unit = next(iterate_units(_One(table)))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
+from numpy.typing import NDArray
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
@@ -73,21 +74,17 @@ class CaptureActor(ModelActor):
 
 
 def activation_dataset(
-    config: RunConfig, plan: Plan, store_url: str, units: Iterable[tuple[int, np.ndarray]], start: str = ""
+    config: RunConfig, plan: Plan, store_url: str, units: NDArray[np.int64], start: str = ""
 ) -> ray.data.Dataset:
-    """A lazy Dataset with one row and block for each (unit number, window ids), in the given order.
+    """A lazy Dataset with one row and block for each number of a unit of `mtc.text.work_units`, in the given order;
+    negative ones hold a place. Model actors find the windows themselves.
 
-    `start` names the checkpoint that the list of units was made from; it travels with each.
+    `start` names the checkpoint that the numbers were made from; it travels with each.
     """
-    units = list(units)
     least = GPU_UNITS_PER_TASK if plan.device == "cuda" else 1  # fewer where actors would have nothing to do
     least = max(1, min(least, len(units) // (IN_FLIGHT * plan.num_model_actors)))
     together = min(max(least, -(-len(units) // TASKS_WANTED)), MOST_UNITS_PER_TASK)
-    rows = []
-    for at in range(0, len(units), together):
-        part = units[at : at + together]
-        windows = pa.array([ids.tolist() for _, ids in part], UNIT_TYPE)
-        rows.append(pa.table({"unit": [number for number, _ in part], "windows": windows}))
+    rows = [pa.table({"unit": units[at : at + together]}) for at in range(0, len(units), together)]
     return map_on_model_actors(rows, CaptureActor, plan, config=config, store_url=store_url, start=start)
 
 

@@ -17,7 +17,7 @@ from mtc import language_model
 from mtc.config import RunConfig
 from mtc.devices import measure_device, open_device
 from mtc.language_model import Capture, Pending, pack_windows
-from mtc.text import TokenStore
+from mtc.text import TokenStore, work_units
 
 
 class UnitCapture:
@@ -31,6 +31,7 @@ class UnitCapture:
         self._seconds = ray_metric("mtc_model_actor_seconds_total", run_id=run_id)
         self.start = start
         self.store = TokenStore.open(store_url)
+        self.work = work_units(self.store, config)
         self.model = language_model.LanguageModel(config.model, open_device(device))
         self.capture = Capture(self.model)
         self.device_flops = measure_device(self.model.device, self.model.dtype)
@@ -42,16 +43,16 @@ class UnitCapture:
         start = time.perf_counter()
         self.idle += start - self.done_at
         pending: deque[tuple[int, Pending]] = deque()
-        for number, windows in zip(batch["unit"].to_pylist(), batch["windows"].to_pylist(), strict=True):
-            pending.append((number, self._start(windows)))
+        for number in batch["unit"].to_pylist():
+            pending.append((number, self._start(number)))
             if len(pending) > self.capture.ahead:
                 yield from self._send(*pending.popleft())
         while pending:
             yield from self._send(*pending.popleft())
         self.done_at = time.perf_counter()
 
-    def _start(self, window_ids: list[int]) -> Pending:
-        ids = np.asarray(window_ids, np.int64)
+    def _start(self, number: int) -> Pending:
+        ids = self.work.unit(number) if number >= 0 else np.empty(0, np.int64)
         # Windows of one length next to each other are attended to without being gathered first.
         ids = ids[np.argsort(-self.store.positions(ids), kind="stable")]
         return self.capture.start(pack_windows(self.store.input_ids(ids), self.store.info.special_ids))

@@ -53,8 +53,9 @@ def data_state(config: RunConfig, checkpoint: Checkpoint | None, rank: int, worl
         else:
             generation += 1
             left = [{unit: np.array(rows, np.int32) for unit, rows in p.left.items()} for p in positions]
-            finished = set(progress.finished().tolist())
-            filters = {unit: rows for unit, rows in rows_left(filters, left).items() if unit not in finished}
+            still = rows_left(filters, left)
+            begun = np.setdiff1d(np.array(list(still), np.int64), progress.finished())
+            filters = {unit: still[unit] for unit in begun.tolist()}
     seed = (config.data.seed, generation, world, rank)
     buffer = ShuffleBuffer(config.data.shuffle_buffer_tokens // world, seed, device, replays)
     if position is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from mtc.errors import MtcError, known_cause
 from mtc.storage import RunError
 
@@ -68,7 +70,7 @@ def check_ledger(progress: Progress, units: int) -> None:
     """Raises TrainingStopped unless every token of the training units 0 to `units` - 1 was trained exactly as often as
     the ledger says that it should be."""
     wrong = progress.wrong_units().tolist()
-    missing = sorted(set(range(units)) - set(progress.finished().tolist()))
+    missing = np.setdiff1d(np.arange(units), progress.finished(), assume_unique=True).tolist()
     if wrong or missing:
         raise TrainingStopped(
             f"the ledger of trained tokens is wrong, and so may be the transcoder: of {units} work units "

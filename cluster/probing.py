@@ -80,12 +80,13 @@ def _probe(config: RunConfig, run_url: str, at: int, store_url: str, device: str
     torch.set_num_threads(threads)
     on = open_device(device)
     imported = RunDirectory(run_url).exists("import.json")  # nobody knows what it was trained on
+    tasks = _tasks(config)
     return probe(
         language_model.LanguageModel(config.model, on),
         load_transcoder(RunDirectory(run_url), on),
-        _tasks(config),
+        tasks,
         load_tokenizer(config.model),
-        trained=() if imported else trained_documents(TokenStore.open(store_url)),
+        trained=() if imported else trained_documents(TokenStore.open(store_url), tasks),
         at=at,
         context_length=config.data.context_length,
         unit_tokens=config.data.unit_tokens,

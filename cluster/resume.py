@@ -10,6 +10,9 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mtc.storage import Checkpoint, Progress, merge_progress, progress_from_parquet
 
 
@@ -42,15 +45,16 @@ def read_progress(checkpoint: Checkpoint) -> Progress:
     return merge_progress(tables)
 
 
-def unneeded_units(checkpoint: Checkpoint, world: int) -> set[int]:
-    """Units that need not be streamed again to `world` trainers: finished, and in no block that a trainer still needs.
+def unneeded_units(checkpoint: Checkpoint, world: int) -> NDArray[np.int64]:
+    """Numbers of the units that need not be streamed again to `world` trainers: finished, and in no block that a
+    trainer still needs.
 
     A chunk goes on in the order that it began in, for which all units of its blocks must be there.
     """
-    finished = set(read_progress(checkpoint).finished().tolist())
+    finished = read_progress(checkpoint).finished()
     if world == checkpoint.manifest.world_size:
         for rank in range(world):
-            finished -= set(read_position(checkpoint, rank).units)
+            finished = np.setdiff1d(finished, read_position(checkpoint, rank).units)
     return finished
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import ray.data
 import ray.train
+from numpy.typing import NDArray
 from ray.train import DataConfig
 
 from cluster.activations import activation_dataset, configure_data_context
@@ -29,7 +29,7 @@ from mtc.text import TokenStore, work_units
 logger = logging.getLogger(__name__)
 
 NO_UNIT = -1
-Row = tuple[int, np.ndarray]
+"""Holds the place of a trainer that gets no more units."""
 
 
 class StreamConfig(DataConfig):
@@ -87,25 +87,29 @@ def _usable(plan: Plan, trainers: Sequence[str]) -> list[Node]:
     return [planned.get(node.node_id) or with_trainers(node) for node in cluster_nodes()]
 
 
-def remaining_units(config: RunConfig, run_url: str, store_url: str, trainers: int, start: str) -> list[Row]:
-    """The units of which something is left after the checkpoint named `start`, in the order in which trainers are dealt
-    them.
+def remaining_units(config: RunConfig, run_url: str, store_url: str, trainers: int, start: str) -> NDArray[np.int64]:
+    """Numbers of the units of which something is left after the checkpoint named `start`, in the order in which
+    trainers are dealt them.
 
-    Unit u is for trainer u modulo `trainers`, now and after every restart; where one's list is shorter, units without
-    windows hold its places.
+    Unit u is for trainer u modulo `trainers`, now and after every restart; where one's list is shorter, NO_UNIT holds
+    its places.
     """
-    unneeded = unneeded_units(Checkpoints(run_url).wait_for(start), trainers) if start else set()
     work = work_units(TokenStore.open(store_url), config)
-    left = [(number, unit) for number, unit in enumerate([*work.training, *work.calibration]) if number not in unneeded]
-    logger.info("stream of %d work units, %d trained before", len(left), len(unneeded))
+    left = np.arange(len(work.training) + len(work.calibration))
+    if start:
+        left = np.setdiff1d(left, unneeded_units(Checkpoints(run_url).wait_for(start), trainers), assume_unique=True)
+    before = len(work.training) + len(work.calibration) - len(left)
+    logger.info("stream of %d work units, %d trained before", len(left), before)
     return deal(left, trainers)
 
 
-def deal(units: Sequence[Row], trainers: int) -> list[Row]:
-    """Units in an order that gives each trainer its own ones when it is dealt to them in turn."""
-    mine = [[row for row in units if row[0] % trainers == rank] for rank in range(trainers)]
-    nothing = (NO_UNIT, np.empty(0, np.int64))
-    return [row for turn in zip_longest(*mine, fillvalue=nothing) for row in turn]
+def deal(units: NDArray[np.int64], trainers: int) -> NDArray[np.int64]:
+    """Numbers of units in an order that gives each trainer its own ones when it is dealt to them in turn."""
+    mine = [units[units % trainers == rank] for rank in range(trainers)]
+    turns = np.full((max(map(len, mine)), trainers), NO_UNIT, np.int64)
+    for rank, own in enumerate(mine):
+        turns[: len(own), rank] = own
+    return turns.ravel()
 
 
 class TellFailures(ray.train.UserCallback):

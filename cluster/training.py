@@ -85,7 +85,8 @@ def train(
     if last is not None and last.manifest.work != digest:
         raise RunError(
             f"output.run_id={run.run_id}: its checkpoint was trained on other text than "
-            f"data.name={config.data.name} gives now ({store_url}); give another output.run_id, or the old text"
+            f"data.name={config.data.name} gives now ({store_url}), or in the order of an earlier version; give "
+            "another output.run_id, or the old text and version"
         )
     groups = set(own_placement_groups())
     watch = PlacementWatch(plan, config.cluster.room_seconds)

@@ -49,9 +49,10 @@ class Pooled(NamedTuple):
     """[examples, features] float32, pooled feature activations."""
 
 
-def trained_documents(store: TokenStore) -> frozenset[str]:
-    """Ids of the documents whose text a run with this token store may have trained on."""
-    return frozenset(store.document_ids(store.window_ids("train")))
+def trained_documents(store: TokenStore, tasks: Sequence[ProbeTask]) -> frozenset[str]:
+    """Ids of those texts of these tasks that a run with this token store may have trained on."""
+    names = {document_id(text) for task in tasks for text in load_task(task).texts}
+    return store.known_documents("train", names)
 
 
 def probe(

@@ -104,11 +104,10 @@ class Ledger:
     def __init__(self, earlier: Progress | None = None, replays: int = 1):
         self.replays = replays
         self._settled = earlier.table if earlier else SCHEMA.empty_table()
-        carried = self._settled.to_pydict()
         self._open: dict[int, list[int]] = {}
-        self.received_tokens = sum(carried["tokens"])
+        self.received_tokens = int(pc.sum(self._settled["tokens"]).as_py() or 0)
         """Tokens of the units that this rank received, and of those that it carries from earlier starts."""
-        self.dropped_tokens = sum(carried["dropped"])
+        self.dropped_tokens = int(pc.sum(self._settled["dropped"]).as_py() or 0)
         """Received tokens whose activations are not finite."""
 
     def receive(self, unit: int, tokens: int, dropped: NDArray[np.int32]) -> None:
@@ -133,7 +132,7 @@ class Ledger:
         names = SCHEMA.names[1:]
         rows = [{"unit": unit, **dict(zip(names, row, strict=True))} for unit, row in self._open.items()]
         together = merge_progress([self._settled, pa.Table.from_pylist(rows, schema=SCHEMA)])
-        finished = set(together.finished().tolist()) & set(self._open)
+        finished = set(np.intersect1d(together.finished(), np.array(list(self._open), np.int64)).tolist())
         if finished:  # so that a long run does not make Python objects of all its units at each checkpoint
             done = [row for row in rows if row["unit"] in finished]
             self._settled = merge_progress([self._settled, pa.Table.from_pylist(done, schema=SCHEMA)]).table

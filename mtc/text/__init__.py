@@ -5,10 +5,10 @@ from mtc.text.documents import Piece, check_hub, read_piece, source_pieces
 from mtc.text.files import Document, unusable
 from mtc.text.in_memory import read_windows
 from mtc.text.sources import DataError, Unread, is_hub_dataset, source_listing
+from mtc.text.store_writer import TokenStoreWriter
 from mtc.text.token_store import (
     StoreInfo,
     TokenStore,
-    TokenStoreWriter,
     find_store,
     new_store_url,
     still_serves,

@@ -41,11 +41,11 @@ def start(url, config, units, world, dice):
     checkpoints = Checkpoints(url)
     checkpoint = checkpoints.latest()
     unneeded = unneeded_units(checkpoint, world) if checkpoint else set()
-    left = deal([(unit.number, None) for unit in units if unit.number not in unneeded], world)
+    left = deal(np.array([unit.number for unit in units if unit.number not in unneeded], np.int64), world)
     kept, files = [], []
     for rank in range(world):
         state = data_state(config, checkpoint, rank, world, "cpu")
-        mine = (units[number] for number, _ in left[rank::world] if number >= 0)
+        mine = (units[number] for number in left[rank::world] if number >= 0)
         batches = Batches(mine, state.buffer, BATCH, state.ledger, Clock(), len(units), state.filters)
         rows, steps = [], dice.randrange(40) if dice else -1
         while len(rows) != steps and (share := batches.agree(last=False)) is not None:

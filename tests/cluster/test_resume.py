@@ -54,8 +54,8 @@ def train_some(url, steps, lost, replays, rank, world):
     checkpoint = checkpoints.latest()
     state = data_state(config, checkpoint, rank, world, "cpu")
     unneeded = unneeded_units(checkpoint, world) if checkpoint else set()
-    left = [(number, None) for number in range(TRAINING + CALIBRATION) if number not in unneeded]
-    units = (make_unit(number) for number, _ in deal(left, world)[rank::world] if number >= 0)
+    left = np.array([number for number in range(TRAINING + CALIBRATION) if number not in unneeded], np.int64)
+    units = (make_unit(int(number)) for number in deal(left, world)[rank::world] if number >= 0)
     batches = Batches(units, state.buffer, BATCH, state.ledger, Clock(), TRAINING, state.filters)
     done, shares = [], []
     while steps is None or len(done) < steps + lost:
