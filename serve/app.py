@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Deploy to a running Ray cluster, in the place of what was served there; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m serve.app", description="Serve finished runs over HTTP.")
     parser.add_argument(
-        "--run",
-        required=True,
-        help="directory or URL of a finished run, ROOT/latest or an alias such as ROOT/production",
+        "--run", required=True, help="directory or URL of a finished run, ROOT/latest or ROOT/production"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this need --keys")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")

@@ -170,7 +170,10 @@ SERVING = Dashboard("serving", "Transcoder service", False, (
         Query(whole("mtc_steerings_in_flight"), "prompts"),
         Query(whole(f"rate(mtc_steered_tokens_total[{WINDOW}])"), "steps a second"),
     ), "none"),
-    Panel("Current run", (Query(whole("mtc_model_info"), "{{run_id}}"),), "none"),
+    Panel("Current run", (
+        Query(whole("mtc_model_info"), "{{run_id}}"),
+        Query(whole("mtc_served_name_usable"), "{{served}} can be served"),
+    ), "none", "Where what is to be served can't be, another run answers in its place."),
 ))  # fmt: skip
 DASHBOARDS = (TRAINING, STREAM, SERVING)
 
@@ -179,7 +182,7 @@ ANSWERS = whole("rate(mtc_encode_requests_total[5m])")
 FAILURES = whole('rate(mtc_encode_requests_total{code=~"5.."}[5m])')
 REFUSALS = whole('rate(mtc_encode_requests_total{code="429"}[5m])')
 TOTAL_BUCKETS = whole('rate(mtc_encode_duration_seconds_bucket{stage="total"}[5m])')
-UNUSABLE = whole('increase(mtc_run_loads_total{outcome="failed"}[15m])')
+UNUSABLE = whole("mtc_served_name_usable")
 ALERTS = {
     "mtc-training": (
         Alert("MtcTrainingStalled", f"(time() - mtc_last_progress_timestamp_seconds > 900) and on (run_id) {TRAINS}", 5,
@@ -205,8 +208,8 @@ ALERTS = {
               "One request to encode in a hundred takes more than five seconds."),
         Alert("MtcServiceOverloaded", f"sum ({REFUSALS}) / sum ({ANSWERS}) > 0.05", 10, "warning",
               "More than 5 % of the requests to encode are refused with 429."),
-        Alert("MtcRunUnusable", f"{UNUSABLE} > 0", 0, "warning",
-              "A run could not be loaded; the one before still answers. GET /runs says why."),
+        Alert("MtcRunUnusable", f"{UNUSABLE} == 0", 0, "warning",
+              "{{ $labels.served }} can't be served and another run answers in its place. GET /readyz says why."),
     ),
 }  # fmt: skip
 

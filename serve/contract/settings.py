@@ -98,9 +98,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     run: str = Field(min_length=1)
-    """Directory or URL of a finished run of one layer or several, `<root>/latest`, an alias such as `<root>/production`,
-    or one transcoder of these (`<root>/latest/layer9`; of a sweep it must be one, `<root>/latest/k16`). With `latest`,
-    runs that are published later replace it; with an alias, those that are promoted later."""
+    """Directory or URL of a finished run of one layer or several, `<root>/latest`, an alias such as
+    `<root>/production`, or one transcoder of these (`<root>/latest/layer9`; of a sweep it must be one,
+    `<root>/latest/k16`). With `latest`, runs that are published later replace it; with an alias, those that are
+    promoted later."""
     api_keys_file: str | None = None
     """JSON file of API keys, see `python -m serve.keys`. Without it only this machine is answered, and anyone on it."""
     watch_seconds: float = Field(default=10, gt=0, le=86_400)

@@ -210,7 +210,8 @@ class Control:
     async def _bring(self, entry: Entry, current: bool, named: bool = False) -> str | None:
         """Load a run in all replicas, then let it answer; the reason if that can't be, and nothing changes.
 
-        `named`: it is what `Settings.run` names. One at a time, so that replicas need room for one run more than they keep.
+        `named`: it is what `Settings.run` names. One at a time, so that replicas need room for one run more than they
+        keep.
         """
         key = entry.key
         async with self._switching:
@@ -296,10 +297,11 @@ class Control:
             return
         if entry.key == self._state.seen:
             await self._tell(None)
-        elif self._retry is None or self._retry[0] != entry.key or time.monotonic() > self._retry[1]:
-            if problem := await self._bring(entry, current=True, named=True):
-                self._try_later(entry.key)
-                await self._tell(self._catalogue.words(problem))
+        elif self._retry and self._retry[0] == entry.key and time.monotonic() < self._retry[1]:
+            return
+        elif problem := await self._bring(entry, current=True, named=True):
+            self._try_later(entry.key)
+            await self._tell(self._catalogue.words(problem))
 
     async def _tell(self, problem: str | None) -> None:
         """Let everybody know why what is named can't be served, or that it can."""

@@ -207,7 +207,7 @@ async def _give_up(control: DeploymentHandle, deployment: str, key: RunKey, reas
     """What the control decides of a run that can't be loaded here; None if it does not answer."""
     try:
         async with asyncio.timeout(LOAD_TIMEOUT_S):  # it verifies what may take the run's place
-            return await control.give_up.remote(deployment, key, reason)  # type: ignore[no-any-return]
+            return await control.give_up.remote(deployment, key, reason)
     except (TimeoutError, RayActorError, DeploymentUnavailableError):
         return None
 

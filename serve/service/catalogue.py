@@ -46,8 +46,8 @@ class Entry(NamedTuple):
 
 
 class Catalogue:
-    """Args: `run` as `Settings.run`: a run, `<root>/latest`, an alias, or one transcoder of these. One of the Hugging Face
-    hub stands alone: other repositories hold other things."""
+    """Args: `run` as `Settings.run`: a run, `<root>/latest`, an alias, or one transcoder of these. One of the Hugging
+    Face hub stands alone: other repositories hold other things."""
 
     def __init__(self, run: str):
         self._run = RunDirectory(run).url.rstrip("/")  # an address that is none is said as it was given
@@ -69,8 +69,8 @@ class Catalogue:
     def usable(
         self, verify: bool = True, failed: Mapping[RunKey, str] = MappingProxyType({})
     ) -> tuple[Entry, str | None]:
-        """What answers at a start: what the service was started with, or else, with the reason, the last run of that name
-        that can be served.
+        """What answers at a start: what the service was started with, or else, with the reason, the last run of that
+        name that can be served.
 
         Of an alias that is the one that had the name before, and so on; what was taken back comes last. Of `latest` it
         is the newest finished run. A run by its own name has none in its place. `failed` are runs that could not be
@@ -122,7 +122,7 @@ class Catalogue:
         return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)
 
     def _others(self) -> list[str]:
-        """Ids of the runs that can take the place of what is served, the first one first; of what can't be read none."""
+        """Ids of the runs that can take the place of what is served, the best one first; none of what can't be read."""
         name, _, member = self.name.partition("/")
         whole = posixpath.join(self.root, name)
         try:

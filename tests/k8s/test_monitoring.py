@@ -119,7 +119,7 @@ MtcServiceOverloaded:
   mtc_encode_requests_total{code="429"}: 0+6x60
   mtc_encode_requests_total{code="200"}: 0+60x60
 MtcRunUnusable:
-  mtc_run_loads_total{outcome="failed"}: 0+0x50 1+0x10
+  mtc_served_name_usable{served="production"}: 1+0x10 0+0x50
 """)
 """For each alert, series of one value a minute that raise it within an hour."""
 
@@ -134,7 +134,7 @@ def test_alerts_are_raised_by_what_they_describe_and_by_nothing_else(tmp_path: P
         if raised == "MtcFeaturesDead":
             labels |= {"layer": "9", "member": "k16"}
         if raised == "MtcRunUnusable":
-            labels["outcome"] = "failed"
+            labels["served"] = "production"
         expected = {"exp_labels": labels | {"severity": alerts[raised].severity}}
         summary = alerts[raised].summary
         for name, value in labels.items():
