@@ -35,7 +35,14 @@ from mtc.config import RunConfig, to_yaml
 from mtc.joining import joining
 from mtc.language_model import check_model, prepare_model
 from mtc.results import RunFacts
-from mtc.storage import Lease, RunDirectory, check_writable, publish_whole, with_absolute_paths
+from mtc.storage import (
+    Lease,
+    RunDirectory,
+    check_writable,
+    publish_whole,
+    require_run_name,
+    with_absolute_paths,
+)
 from mtc.telemetry import check_trackers, prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
 from mtc.text import TokenStore, Work, heldout_units, work_units
@@ -54,6 +61,7 @@ def check(config: RunConfig) -> RunConfig:
     if config.output.token_store:
         check_writable(f"output.token_store={given.token_store}", config.output.token_store)
     if config.output.run_id:
+        require_run_name(run_directory(config))
         check_unfinished(run_directory(config))
     config = config.of_layers(check_model(config.model, config.data.context_length).num_layers)
     if config.output.run_id:

@@ -31,12 +31,6 @@ class Limits(Record):
     max_decrease: float | None = Field(default=None, ge=0)
     """How much smaller than that of what is promoted now the figure may be."""
 
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min {self.min:g} is more than max {self.max:g}: no figure is within")
-        return self
-
     @property
     def relative(self) -> bool:
         """Whether what is promoted now is asked for."""
@@ -56,7 +50,10 @@ class Gate(Record):
     """How far L0 is from the k that was asked for: |mean L0 - k| / k."""
 
     @model_validator(mode="after")
-    def _asks_something(self) -> Self:
+    def _can_hold(self) -> Self:
+        for name, limits in self.limits.items():
+            if limits.min is not None and limits.max is not None and limits.min > limits.max:
+                raise ValueError(f"{name}: min {limits.min:g} is more than max {limits.max:g}, nothing is within")
         if all(limits == Limits() for limits in self.limits.values()):
             raise ValueError(
                 "a gate needs one limit at least, such as `fvu: {max: 0.3}`; figures are "

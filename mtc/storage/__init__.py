@@ -39,6 +39,7 @@ from mtc.storage.names import JOB_COPY, is_hub_id, missing, output_path, require
 from mtc.storage.notes import Notes, NotesReadOnly, notes_to_json, read_notes
 from mtc.storage.one_model import WEIGHTS, LayerFiles, OneModel, SweepError, as_one_model, digest_of, layers_of
 from mtc.storage.places import cache_directory, check_writable, prepare_environment
+from mtc.storage.promotion import GateError, Promotion, Rollback, promote, roll_back
 from mtc.storage.runs import (
     NOTES_FILE,
     Manifest,
@@ -68,6 +69,7 @@ __all__ = [
     "CheckpointWriter",
     "Checkpoints",
     "Embeddings",
+    "GateError",
     "LabelTable",
     "LayerFiles",
     "Lease",
@@ -80,7 +82,9 @@ __all__ = [
     "NotesReadOnly",
     "OneModel",
     "Progress",
+    "Promotion",
     "RandomContexts",
+    "Rollback",
     "RunDirectory",
     "RunError",
     "StorageError",
@@ -121,6 +125,7 @@ __all__ = [
     "prepare_environment",
     "progress_from_parquet",
     "progress_to_parquet",
+    "promote",
     "publish_whole",
     "read_alias",
     "read_aliases",
@@ -132,6 +137,7 @@ __all__ = [
     "require_on_hub",
     "require_one_layer",
     "require_run_name",
+    "roll_back",
     "rows_left",
     "run_status",
     "unreachable",
