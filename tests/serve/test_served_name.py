@@ -91,23 +91,26 @@ def test_what_can_not_be_served_leaves_what_answers_until_it_can(
     make_promoted(tmp_path, "a")
     make_run(tmp_path / "b", 7)
     record = tmp_path / "aliases" / "production.json"
-    words = {"record": "production.json is no alias", "gone": "no run at b", "damaged": "transcoder.safetensors is damaged",
-             "replicas": "no memory"}  # fmt: skip
+    words = {
+        "record": "production.json is no alias", "gone": "no run at b", "replicas": "no memory",
+        "damaged": "transcoder.safetensors is damaged",
+    }  # fmt: skip
 
     async def scenario() -> None:
         replicas = Replicas()
         control = await start(tmp_path / "production", replicas)
-        promote(open_run(str(tmp_path / "b")), "production")
+        b = open_run(str(tmp_path / "b"))
         if what == "record":
-            whole = record.read_bytes()
             record.write_text('{"run_id": ')
-            repair: Callable[[], Any] = lambda: record.write_bytes(whole)  # noqa: E731
-        elif what == "gone":
+            repair: Callable[[], Any] = lambda: promote(b, "production")  # noqa: E731
+        else:
+            promote(b, "production")
+        if what == "gone":
             (tmp_path / "b").rename(tmp_path / "elsewhere")
             repair = lambda: (tmp_path / "elsewhere").rename(tmp_path / "b")  # noqa: E731
         elif what == "damaged":
             repair = damage(tmp_path, "b")
-        else:
+        elif what == "replicas":
             replicas.broken["b"] = "MemoryError: no memory"
             repair = replicas.broken.clear
         state = await until(control, answers("a", problem=True))
@@ -121,7 +124,6 @@ def test_what_can_not_be_served_leaves_what_answers_until_it_can(
         state = await until(control, answers("b"))
         assert state.seen == state.current
 
-    # Whichever of promotion and damage is seen first, `b` must not answer before it is repaired.
     asyncio.run(scenario())
     said = [record.message for record in caplog.records if "in its place" in record.message]
     assert len(said) >= 1 and "production can be served again" in caplog.text
@@ -239,6 +241,7 @@ def test_readyz_says_it(tmp_path: Path) -> None:
     control = LocalControl(run)
     service = make_service(control)
     with serving(service) as url, httpx.Client(base_url=url, timeout=60) as client:
+        client.post("/encode", json={"inputs": "a"}).raise_for_status()  # the models are loaded
         assert client.get("/readyz").json() == {"status": "ready"}
         service.use(control.state._replace(version=2, problem="production can't be served: no run at b"))
         answer = client.get("/readyz")
