@@ -98,8 +98,8 @@ def show(options: argparse.Namespace) -> None:
             print(f"gate {alias.gate.model_dump_json(exclude_defaults=True)}")
         return
     found = read_aliases(root)
-    rows = [(name, each.run_id, each.history[-1].when if each.history else "") for name, each in found.items()]
-    print(_columns([("alias", "run", "since"), *rows]) if rows else f"no alias in {root}")
+    names = [(name, each.run_id, each.history[-1].when if each.history else "") for name, each in found.items()]
+    print(_columns([("alias", "run", "since"), *names]) if names else f"no alias in {root}")
 
 
 def read_gate(path: str) -> Gate:
