@@ -48,6 +48,7 @@ ASK_TIMEOUT_S = 2.0
 LONGEST_RETRY_S = 600.0
 """Longest pause before what is named, and could not be loaded, is tried again: pauses begin at `watch_seconds` and
 double, for each try reads all files."""
+NO_REPLICA = "no replica is there"
 MOST_GIVEN_UP = 3
 """Runs that no replica could load at a start, after which what is wrong is not the run."""
 
@@ -219,7 +220,8 @@ class Control:
                 problem = await self._prepare(key)
                 if problem:
                     logger.error("run %s can't be served: %s", key.run_id, problem)
-                    self._failed[key] = problem
+                    if problem != NO_REPLICA:  # which says nothing of the run
+                        self._failed[key] = problem
                     return problem
             self._failed.pop(key, None)
             self._retry = None if self._retry and self._retry[0] == key else self._retry
@@ -247,7 +249,7 @@ class Control:
         # A replica that died meanwhile is replaced by one that loads what is needed.
         problems = [str(each) for each in answers if each is not None and not isinstance(each, RayActorError)]
         if not problems and not answers:
-            problems = ["no replica is there"]
+            problems = [NO_REPLICA]
         if problems:
             await self._broadcast("unload", self._state.deployment, key)
         return problems[0] if problems else None
@@ -301,7 +303,8 @@ class Control:
             return
         elif problem := await self._bring(entry, current=True, named=True):
             self._try_later(entry.key)
-            await self._tell(self._catalogue.words(problem))
+            if problem != NO_REPLICA:  # they start, and what keeps the run from them is known
+                await self._tell(self._catalogue.words(problem))
 
     async def _tell(self, problem: str | None) -> None:
         """Let everybody know why what is named can't be served, or that it can."""

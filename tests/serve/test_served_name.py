@@ -24,12 +24,12 @@ class Replicas:
     """Takes the place of the replicas: which runs they can't load, and what they are told."""
 
     def __init__(self, *states: State):
-        self.states, self.broken = states, dict[str, str]()
+        self.states, self.broken, self.absent = states, dict[str, str](), False
 
     async def __call__(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
         if method in ("state", "totals"):
             return list(self.states) if method == "state" else []
-        return [self.broken.get(arguments[1].run_id) if method == "load" else None]
+        return [] if self.absent else [self.broken.get(arguments[1].run_id) if method == "load" else None]
 
 
 async def start(run: Path, replicas: Replicas | None = None) -> Any:
@@ -178,13 +178,16 @@ def test_a_run_that_no_replica_can_load_at_a_start_is_given_up(tmp_path: Path) -
 
     async def scenario() -> None:
         replicas = Replicas()
-        replicas.broken["b"] = "no memory"
+        replicas.broken["b"], replicas.absent = "no memory", True  # those that start are not there yet
         control = await start(tmp_path / "production", replicas)
         state = await control.give_up("this", b, "MemoryError: no memory")
         assert (state.current, state.loaded, state.seen) == (a, (a,), a)
         assert state.problem == "production can't be served: MemoryError: no memory"
         assert await control.give_up("before", a, "") == state, "another deployment's"
         assert (await control.give_up("this", a, "no memory either")).current == a, "there is no other"
+        await asyncio.sleep(0.1)  # it looks some ten times, and learns nothing of the run
+        assert await control.state() == state
+        replicas.absent = False
         replicas.broken.clear()
         await until(control, answers("b"))
         # A replica that comes later may lack what the others have: they go on.
