@@ -54,11 +54,11 @@ from numpy.typing import NDArray
 from benchmarks.load import Connection, Plan, Record, request, run
 from cluster.local_ray import make_temporary_directory
 from mtc.config import load_preset, to_yaml
-from mtc.storage import RunDirectory
+from mtc.storage import WEIGHTS, RunDirectory
 from mtc.text import token_batches
 from serve.contract import Encoded, Options, RunKey, Tokenised
 from serve.http import formats
-from serve.service import WEIGHTS, ServedRun
+from serve.service import ServedRun
 
 # What brings PyTorch along is imported in functions: it reads the environment that `main` sets.
 if TYPE_CHECKING:

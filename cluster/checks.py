@@ -13,7 +13,7 @@ from cluster.places import check_same_run, check_unfinished, run_directory
 from cluster.tokenise import check_data
 from mtc.config import RunConfig
 from mtc.language_model import check_model
-from mtc.storage import check_writable, with_absolute_paths
+from mtc.storage import check_writable, require_run_name, with_absolute_paths
 from mtc.telemetry import check_trackers
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def check_config(config: RunConfig, guard: Callable[[], AbstractContextManager[A
             check_writable(f"output.token_store={given.token_store}", config.output.token_store)
     if config.output.run_id:
         with guard():
+            require_run_name(run_directory(config))
             check_unfinished(run_directory(config))
     with guard():
         info = check_model(config.model, config.data.context_length)

@@ -28,6 +28,7 @@ from mtc.storage import (
     open_run,
     prepare_environment,
     require_one_layer,
+    require_run_name,
     with_absolute_paths,
 )
 from mtc.telemetry import configure
@@ -150,6 +151,7 @@ def import_run(arguments: list[str]) -> RunDirectory | None:
     name = config.model.name.rstrip("/").split("/")[-1].split(":")[-1]
     run_id = config.output.run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-layer{config.model.layer}-imported"
     run = RunDirectory(posixpath.join(config.output.root, run_id))
+    require_run_name(run)
     export.write_run(imported, config, info, run)
     return run
 

@@ -36,12 +36,15 @@ QUIET = {"enable_access_log": False}
 
 
 def build(args: Settings) -> ray_serve.Application:
-    """The application, for `import_path: serve.app:build`. Raises RunError if the run can't be served.
+    """The application, for `import_path: serve.app:build`. Raises RunError if neither the run can be served nor another
+    one in its place.
 
     Each call is a deployment of its own: it answers by its settings, whatever the one before had come to. Processes
     that are started again within it have its name, and take over what it had decided.
     """
-    Catalogue(args.run).served()
+    entry, problem = Catalogue(args.run).usable(verify=False)
+    if problem:
+        _say(f"{problem}; run {entry.key.run_id} answers in its place")
     name = uuid.uuid4().hex
     control = _deployment(Control).options(ray_actor_options={"num_cpus": 0}, logging_config=QUIET).bind(args, name)
     replicas: dict[str, Any] = {"num_replicas": args.num_replicas}
@@ -71,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program_name("python -m serve.app"), description="Serve finished runs over HTTP."
     )
-    parser.add_argument("--run", required=True, help="directory or URL of a finished run, or ROOT/latest")
+    parser.add_argument(
+        "--run", required=True, help="directory or URL of a finished run, ROOT/latest or ROOT/production"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this need --keys")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     parser.add_argument("--address", default="auto", help="the Ray cluster (%(default)s)")

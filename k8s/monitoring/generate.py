@@ -230,7 +230,10 @@ SERVING = Dashboard("serving", "Transcoder service", False, (
         Query(recorded("mtc_steerings_in_flight"), "prompts"),
         Query(recorded("mtc_steered_tokens_total"), "steps a second"),
     ), "none"),
-    Panel("Current run", (Query(recorded("mtc_model_info"), "{{run_id}}"),), "none"),
+    Panel("Current run", (
+        Query(recorded("mtc_model_info"), "{{run_id}}"),
+        Query(whole("mtc_served_name_usable"), "{{served}} can be served"),
+    ), "none", "Where what is to be served can't be, another run answers in its place."),
 ))  # fmt: skip
 GRAM = "(ray_node_gram_used + ray_node_gram_available)"
 CLUSTER = Dashboard("cluster", "Jobs, nodes and GPUs", False, (
@@ -272,7 +275,7 @@ ANSWERS = recorded("mtc_encode_requests_total")
 FAILURES = recorded("mtc_encode_requests_total", '{code=~"5.."}')
 REFUSALS = recorded("mtc_encode_requests_total", '{code="429"}')
 TOTAL_BUCKETS = recorded("mtc_encode_duration_seconds", '{stage="total"}')
-UNUSABLE = whole('increase(mtc_run_loads_total{outcome="failed"}[15m])')
+UNUSABLE = whole("mtc_served_name_usable")
 ALERTS = {
     "mtc-training": (
         Alert("MtcTrainingStalled", f"(time() - mtc_last_progress_timestamp_seconds > 900) and on (run_id) {TRAINS}", 5,
@@ -304,8 +307,8 @@ ALERTS = {
               "One request to encode in a hundred takes more than five seconds."),
         Alert("MtcServiceOverloaded", f"sum ({REFUSALS}) / sum ({ANSWERS}) > 0.05", 10, "warning",
               "More than 5 % of the requests to encode are refused with 429."),
-        Alert("MtcRunUnusable", f"{UNUSABLE} > 0", 0, "warning",
-              "A run could not be loaded; the one before still answers. GET /runs says why."),
+        Alert("MtcRunUnusable", f"{UNUSABLE} == 0", 0, "warning",
+              "{{ $labels.served }} can't be served and another run answers in its place. GET /readyz says why."),
         Alert("MtcServiceUnseen", 'up{job="mtc-service"} == 0', 5, "critical",
               "A pod of the service gives no metrics: it does not answer, or refuses Prometheus's key."),
         Alert("MtcServiceNotReady", 'kuberay_service_condition_ready{name=~"mtc.*", condition="false"} == 1', 15,

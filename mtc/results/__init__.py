@@ -42,6 +42,7 @@ from mtc.results.files import (
     report_files,
     report_names,
 )
+from mtc.results.gates import Check, Figures, Gate, Limits, figures_of, hold
 from mtc.results.intervals import MIN_DOCUMENTS, Interval, Intervals
 from mtc.results.labels import (
     Difference,
@@ -71,16 +72,17 @@ from mtc.results.probing import (
 from mtc.results.run import PARTS, RUN_FILES, File, RunFacts, StreamTiming, Training, TrainingFit, Trend
 
 __all__ = [
-    "FORMAT_VERSION", "GRAPH_VERSION", "LABEL_PLOT", "LABEL_PLOTS", "LAYERS_REPORT", "MIN_ACCURACY", "MIN_DOCUMENTS",
-    "MOST_CHARACTERS", "MOST_VALUE", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS", "RUN_FILES", "SHOWN", "Ablated",
-    "AbsorbedFeature", "AllTokens", "Analysis", "Child", "Comparison", "Continuation", "CopiedFeature", "Copies",
-    "Difference", "Distribution", "Evaluation", "Example", "Explained", "Faithfulness", "Family", "Feature",
-    "FeatureLabel", "FeatureNote", "File", "Finding", "Folded", "Graph", "GraphNode", "GraphScores", "Group",
-    "Headline", "Histogram", "Interval", "Intervals", "Intervention", "LabelKind", "LabelScore", "LabelTest",
-    "Labelling", "LayerFigures", "LayersReport", "LetterAbsorption", "LogitEffect", "LossRecovered", "Massive", "Match",
-    "Matching", "NextToken", "Parent", "Pooling", "PrefixAbsorption", "PrefixScores", "PrefixStep", "ProbeResult",
-    "ProbeTask", "Probing", "ReplacedLayers", "RunFacts", "ScoreSummary", "ScoredPrompt", "ShownFeature", "Side",
-    "Slice", "Spelling", "SplitFeature", "Steered", "StraightLine", "StreamTiming", "Summary", "TaskResult",
-    "TokenCount", "TokenGain", "TopFeature", "Training", "TrainingFit", "Tree", "Trend", "Weights", "YesShare",
-    "interval", "number", "percent", "percent_interval", "plot_path", "report_files", "report_names", "whole_range",
+    "FORMAT_VERSION", "GRAPH_VERSION", "LABEL_PLOT", "LABEL_PLOTS", "LAYERS_REPORT", "MIN_ACCURACY",
+    "MIN_DOCUMENTS", "MOST_CHARACTERS", "MOST_VALUE", "NOT_MEASURED", "OVERVIEW", "PARTS", "PLOTS", "RUN_FILES",
+    "SHOWN", "Ablated", "AbsorbedFeature", "AllTokens", "Analysis", "Check", "Child", "Comparison", "Continuation",
+    "CopiedFeature", "Copies", "Difference", "Distribution", "Evaluation", "Example", "Explained", "Faithfulness",
+    "Family", "Feature", "FeatureLabel", "FeatureNote", "Figures", "File", "Finding", "Folded", "Gate", "Graph",
+    "GraphNode", "GraphScores", "Group", "Headline", "Histogram", "Interval", "Intervals", "Intervention",
+    "LabelKind", "LabelScore", "LabelTest", "Labelling", "LayerFigures", "LayersReport", "LetterAbsorption",
+    "Limits", "LogitEffect", "LossRecovered", "Massive", "Match", "Matching", "NextToken", "Parent", "Pooling",
+    "PrefixAbsorption", "PrefixScores", "PrefixStep", "ProbeResult", "ProbeTask", "Probing", "ReplacedLayers",
+    "RunFacts", "ScoreSummary", "ScoredPrompt", "ShownFeature", "Side", "Slice", "Spelling", "SplitFeature",
+    "Steered", "StraightLine", "StreamTiming", "Summary", "TaskResult", "TokenCount", "TokenGain", "TopFeature",
+    "Training", "TrainingFit", "Tree", "Trend", "Weights", "YesShare", "figures_of", "hold", "interval", "number",
+    "percent", "percent_interval", "plot_path", "report_files", "report_names", "whole_range",
 ]  # fmt: skip

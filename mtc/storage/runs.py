@@ -19,6 +19,7 @@
                    writer.json             mtc.storage.lease, while a job writes the run
                    manifest.json           sizes and sha256 of the above but labelling/ to writer.json, written last
     <root>/latest                          the id of the newest finished run
+    <root>/aliases/<name>.json             mtc.storage.aliases: names that a promotion moves, such as `production`
 
 A run of several transcoders (`model.layers`, `sweep`) has one such directory for each, `<root>/<run id>/layer<N>` or
 `<root>/<run id>/<what the sweep sets>`, a run of its own for every reader; beside them lie its config.yaml, a report
@@ -160,12 +161,14 @@ class RunDirectory:
 
     def manifest(self) -> Manifest:
         """The run's manifest; raises RunError for a run that is not there, not finished, or of an unknown format."""
-        if not self.exists():
+        self.fs.invalidate_cache()  # others write here too
+        try:
+            raw: dict[str, Any] = json.loads(self.read(MANIFEST))
+        except (RunError, NotADirectoryError):
+            if self.exists():
+                raise RunError(f"{self.url} has no {MANIFEST}: the run is not finished, or it failed") from None
             hidden = f": the hub has no such repository, revision or folder, or hides it from all without {TOKEN}"
-            raise RunError(f"no run at {self.url}{hidden * is_hub_url(self.url)}")
-        if not self.is_finished():
-            raise RunError(f"{self.url} has no {MANIFEST}: the run is not finished, or it failed")
-        raw: dict[str, Any] = json.loads(self.read(MANIFEST))
+            raise RunError(f"no run at {self.url}{hidden * is_hub_url(self.url)}") from None
         if raw.get("format_version") != FORMAT_VERSION:
             raise RunError(
                 f"{self.url}/{MANIFEST}: format_version {raw.get('format_version')!r} is unknown; "
@@ -225,37 +228,6 @@ def publish_whole(run: RunDirectory, latest: bool) -> None:
     run.publish(latest)
 
 
-def open_run(url: str, verify: bool = True) -> RunDirectory:
-    """A finished run by its directory, or `<root>/latest`, or one transcoder of either (`<root>/latest/layer9`); also
-    `hf://OWNER/NAME[@REVISION]`, a repository of the Hugging Face hub, and `hf://OWNER/NAME/layer9`.
-
-    Raises RunError if it is missing, unfinished or damaged.
-    """
-    run = named_run(url)
-    run.run_id = (run.verify() if verify else run.manifest()).run_id
-    return run
-
-
-def named_run(url: str) -> RunDirectory:
-    """The directory that `open_run` opens, unread: there may be no run. Raises RunError if `latest` names none."""
-    url = absolute(url).rstrip("/")
-    above, name = posixpath.split(url)
-    if is_hub_url(url):
-        return RunDirectory(url)  # a repository holds one run: nothing in it names the newest
-    if name == "latest":
-        url = _latest(url)
-    elif is_latest(above):
-        url = posixpath.join(_latest(above), name)
-    return RunDirectory(url)
-
-
-def open_layer_run(url: str, verify: bool = True) -> RunDirectory:
-    """Like `open_run`, for readers of one transcoder: also raises RunError if the run holds several."""
-    run = open_run(url, verify)
-    require_one_layer(run)
-    return run
-
-
 def require_one_layer(run: RunDirectory) -> None:
     """Raises RunError if the run holds several transcoders, saying where each of them lies."""
     members = run.members()
@@ -284,24 +256,3 @@ def parse_analysis(data: bytes, name: str) -> Analysis:
             f"{ANALYSIS_VERSION}: analyse the run again (jobs/analyze.py --run {name})"
         )
     return Analysis.model_validate(raw)
-
-
-def is_latest(url: str) -> bool:
-    """Whether `url` is `<root>/latest`, which names a run; a directory of runs may have that name, too."""
-    if posixpath.basename(url) != "latest" or is_hub_url(url):
-        return False
-    fs, path = filesystem(url)
-    fs.invalidate_cache()
-    try:
-        return bool(patiently(lambda: fs.info(path))["type"] != "directory")
-    except FileNotFoundError:
-        return True
-
-
-def _latest(url: str) -> str:
-    fs, path = filesystem(url)
-    try:
-        name = bytes(patiently(lambda: fs.cat_file(path))).decode().strip()
-    except FileNotFoundError:
-        raise RunError(f"no finished run in {posixpath.dirname(url)}") from None
-    return posixpath.join(posixpath.dirname(url), name)

@@ -11,10 +11,11 @@ from datetime import datetime
 from typing import Literal
 
 from mtc.record import Record
+from mtc.storage.addresses import named_run
 from mtc.storage.checkpoints import Checkpoints
 from mtc.storage.ending import read_ending
 from mtc.storage.lease import STALE_SECONDS
-from mtc.storage.runs import WRITER, RunDirectory, RunError, named_run
+from mtc.storage.runs import WRITER, RunDirectory, RunError
 
 State = Literal["finished", "running", "stopped"]
 """Whether a run is published, some job works on it, or no job does, so that the same command continues it."""

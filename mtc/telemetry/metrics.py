@@ -116,7 +116,11 @@ CIRCUITS = (
     _gauge("mtc_steerings_in_flight", "Prompts that are steered."),
     _counter("mtc_steered_tokens_total", "Steps of steered prompts: one token of each continuation."),
 )  # fmt: skip
-CONTROL = (_gauge("mtc_model_info", "1; the current run.", RUN, "sha256"),)
+CONTROL = (
+    _gauge("mtc_model_info", "1; the current run.", RUN, "sha256"),
+    _gauge("mtc_served_name_usable", "1 while the run that the service was told to serve can be, 0 while another one "
+           "answers in its place.", "served"),
+)  # fmt: skip
 SERVICE = REPLICA + CIRCUITS + CONTROL
 CATALOGUE = {instrument.name: instrument for instrument in (*JOB, *PROCESS, *SERVICE)}
 

@@ -33,7 +33,9 @@ class State(NamedTuple):
     loaded: tuple[RunKey, ...]
     """In memory, the current one among them, the last that was loaded first."""
     seen: RunKey
-    """What `Settings.run` named when it was last looked at: once it names another run, that one takes over."""
+    """What `Settings.run` named when that last could be served: once it names another run, that one takes over."""
+    problem: str | None = None
+    """Why what `Settings.run` names can't be served, so that another run answers in its place; None if it can."""
 
 
 class Options(NamedTuple):

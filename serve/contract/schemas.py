@@ -355,6 +355,8 @@ class Status(SchemaModel):
 
     status: Literal["ok", "ready"]
     """`ok`: the process lives; `ready`: a token was encoded."""
+    detail: str | None = None
+    """Of a service that is ready, why another run answers than the one that it was told to serve; absent otherwise."""
 
 
 class ErrorResponse(SchemaModel):

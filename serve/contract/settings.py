@@ -98,13 +98,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     run: str = Field(min_length=1)
-    """Directory or URL of a finished run of one layer or several, or `<root>/latest`, or one transcoder of either
-    (`<root>/latest/layer9`; of a sweep it must be one, `<root>/latest/k16`). With `latest`, runs that are published
-    later replace it."""
+    """Directory or URL of a finished run of one layer or several, `<root>/latest`, an alias such as
+    `<root>/production`, or one transcoder of these (`<root>/latest/layer9`; of a sweep it must be one,
+    `<root>/latest/k16`). With `latest`, runs that are published later replace it; with an alias, those that are
+    promoted later."""
     api_keys_file: str | None = None
     """JSON file of API keys, see `python -m serve.keys`. Without it only this machine is answered, and anyone on it."""
     watch_seconds: float = Field(default=10, gt=0, le=86_400)
-    """How often `latest` is looked at."""
+    """How often it is looked at what `run` names."""
     max_loaded_runs: int = Field(default=3, ge=2, le=1000)
     """Runs that each replica keeps in memory: the current one, its predecessor, and others that were asked
     for; the one that was not used for longest makes room."""

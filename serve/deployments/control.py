@@ -6,6 +6,10 @@ replicas, each second.
 Serve replaces it at once when another deployment begins, while the replicas of before go on until those of the new one
 answer, for good if they never do. These tell it nothing but their counts, and are told nothing: what they have decided
 holds, and whoever wants it changed through them is answered that another deployment is taking over.
+
+What `Settings.run` names may become unusable: an alias that can't be read, a run that is gone, damaged, or can't be
+loaded. Then what answers goes on, or at a start the last usable run of that name answers, `State.problem` says why, and
+the name is tried again until it can be served.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from mtc.storage import RunDirectory, RunError
+from mtc.storage import RunDirectory, RunError, SweepError
 from mtc.telemetry import CATALOGUE
 from serve.contract import (
     Family,
@@ -33,7 +37,7 @@ from serve.contract import (
     State,
     render_metrics,
 )
-from serve.service import Catalogue, Entry, SweepError, identities_of
+from serve.service import UNUSABLE, Catalogue, Entry, identities_of
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,6 +45,12 @@ LOAD_TIMEOUT_S = 600.0
 BROADCAST_TIMEOUT_S = 10.0
 ASK_TIMEOUT_S = 2.0
 """In which replicas that outlived a control are to say what it had decided; at the first start there are none."""
+LONGEST_RETRY_S = 600.0
+"""Longest pause before what is named, and could not be loaded, is tried again: pauses begin at `watch_seconds` and
+double, for each try reads all files."""
+NO_REPLICA = "no replica is there"
+MOST_GIVEN_UP = 3
+"""Runs that no replica could load at a start, after which what is wrong is not the run."""
 
 
 @ray_serve.deployment(max_ongoing_requests=1024, health_check_timeout_s=60)
@@ -53,16 +63,22 @@ class Control:
     async def __init__(self, settings: Settings, deployment: str):  # type: ignore[misc]
         self._settings = settings
         self._catalogue = Catalogue(settings.run)
-        entry = await asyncio.to_thread(self._catalogue.served)
-        self._state = State(deployment, 1, entry.key, (entry.key,), entry.key)
         self._used: dict[RunKey, float] = {}
         self._failed: dict[RunKey, str] = {}
+        self._given_up: set[RunKey] = set()
+        self._retry: tuple[RunKey, float, float] | None = None  # the run, the time before which not, the pause
         self._loading: dict[RunKey, asyncio.Task[str | None]] = {}
         self._totals: dict[str, Snapshot] = {}
         self._switching = asyncio.Lock()
-        for state in await self._broadcast("state", timeout_s=ASK_TIMEOUT_S):
-            if isinstance(state, State):
-                self._take_over(state)
+        states = await self._broadcast("state", timeout_s=ASK_TIMEOUT_S)
+        told = [state for state in states if isinstance(state, State) and state.deployment == deployment]
+        if told:
+            self._state = max(told, key=lambda state: state.version)
+        else:
+            entry, problem = await asyncio.to_thread(self._catalogue.usable)
+            self._state = State(deployment, 1, entry.key, (entry.key,), entry.key, problem)
+            if problem:
+                logger.error("%s; run %s answers in its place", problem, entry.key.run_id)
         self._watcher = asyncio.create_task(self._watch())
 
     async def state(self) -> State:
@@ -74,6 +90,35 @@ class Control:
         self._totals[replica_id] = totals
         self._used.update(dict.fromkeys(used, time.monotonic()))
         self._take_over(state)
+        return self._state
+
+    async def give_up(self, deployment: str, key: RunKey, reason: str) -> State:
+        """A replica that starts could not load a run. Where no replica answers with it, another one takes its place,
+        MOST_GIVEN_UP times at most; returns what holds then."""
+        async with self._switching:
+            if deployment != self._state.deployment or key not in self._state.loaded:
+                return self._state
+            states = await self._broadcast("state", timeout_s=ASK_TIMEOUT_S)
+            if any(isinstance(state, State) and state[0] == deployment and key in state.loaded for state in states):
+                return self._state
+            if key != self._state.current:
+                kept = tuple(other for other in self._state.loaded if other != key)
+                changed = self._state._replace(version=self._state.version + 1, loaded=kept)
+            elif len(self._given_up) < MOST_GIVEN_UP:
+                self._given_up.add(key)
+                try:
+                    failed = self._failed | {key: reason}
+                    entry, problem = await asyncio.to_thread(self._catalogue.usable, failed=failed)
+                except UNUSABLE:
+                    return self._state
+                version, now = self._state.version + 1, entry.key
+                changed = State(deployment, version, now, (now,), now, problem)
+                self._try_later(key)
+                logger.error("%s; run %s answers in its place", problem, now.run_id)
+            else:
+                return self._state
+            self._failed[key] = reason
+            await self._change(changed)
         return self._state
 
     async def want(self, deployment: str, run_id: str) -> RunKey | ServiceError:
@@ -103,7 +148,7 @@ class Control:
         if isinstance(entry, ServiceError):
             return entry
         previous, start = self._state.current.run_id, time.monotonic()
-        problem = await self._bring(entry, current=True)
+        problem = await self._bring(entry, current=True, named=self._is_name(run_id))
         if problem:
             message = f"run {run_id} can't be served, {previous} still answers: {problem}"
             return ServiceError(409, "run_unusable", message)
@@ -128,7 +173,7 @@ class Control:
         live = {answer[0]: answer[1] for answer in answers if not isinstance(answer, Exception)}
         self._totals.update(live)
         gone = [totals for replica, totals in self._totals.items() if replica not in live]
-        return await asyncio.to_thread(render_metrics, live.values(), gone, [self._info()])
+        return await asyncio.to_thread(render_metrics, live.values(), gone, self._info())
 
     def _take_over(self, state: State) -> None:
         """A replica's state was decided before a restart, and holds, unless it is that of another deployment."""
@@ -149,7 +194,7 @@ class Control:
 
     async def _find(self, run_id: str, latest: bool = False) -> Entry | ServiceError:
         try:
-            if latest and run_id == "latest":
+            if latest and self._is_name(run_id):
                 return await asyncio.to_thread(self._catalogue.served)
             return await asyncio.to_thread(self._catalogue.find, run_id)
         except SweepError as sweep:
@@ -159,10 +204,15 @@ class Control:
         except RunError:
             return ServiceError(404, "unknown_model", f"there is no finished run {run_id!r}; see GET /runs")
 
-    async def _bring(self, entry: Entry, current: bool) -> str | None:
+    def _is_name(self, run_id: str) -> bool:
+        """Whether whatever the service was started with is meant."""
+        return run_id in ("latest", self._catalogue.name)
+
+    async def _bring(self, entry: Entry, current: bool, named: bool = False) -> str | None:
         """Load a run in all replicas, then let it answer; the reason if that can't be, and nothing changes.
 
-        One at a time, so that replicas need room for one run more than they keep.
+        `named`: it is what `Settings.run` names. One at a time, so that replicas need room for one run more than they
+        keep.
         """
         key = entry.key
         async with self._switching:
@@ -170,13 +220,21 @@ class Control:
                 problem = await self._prepare(key)
                 if problem:
                     logger.error("run %s can't be served: %s", key.run_id, problem)
-                    self._failed[key] = problem
+                    if problem != NO_REPLICA:  # which says nothing of the run
+                        self._failed[key] = problem
                     return problem
             self._failed.pop(key, None)
+            self._retry = None if self._retry and self._retry[0] == key else self._retry
             self._used[key] = time.monotonic()
             chosen = key if current else self._state.current
             kept, evicted = self._keep(chosen, key)
-            await self._change(self._state._replace(version=self._state.version + 1, current=chosen, loaded=kept))
+            changed = self._state._replace(version=self._state.version + 1, current=chosen, loaded=kept)
+            if named:
+                if changed.problem:
+                    logger.warning("%s can be served again", self._catalogue.name)
+                # At once with the rest: what replicas report, who do not know of it yet, must not undo it.
+                changed = changed._replace(seen=key, problem=None)
+            await self._change(changed)
             for old in evicted:
                 await self._broadcast("unload", self._state.deployment, old)
             logger.info("run %s is %s", key.run_id, "current" if current else "loaded")
@@ -191,7 +249,7 @@ class Control:
         # A replica that died meanwhile is replaced by one that loads what is needed.
         problems = [str(each) for each in answers if each is not None and not isinstance(each, RayActorError)]
         if not problems and not answers:
-            problems = ["no replica is there"]
+            problems = [NO_REPLICA]
         if problems:
             await self._broadcast("unload", self._state.deployment, key)
         return problems[0] if problems else None
@@ -225,17 +283,43 @@ class Control:
             return [TimeoutError(f"no answer to {method} within {timeout_s:g} s")]
 
     async def _watch(self) -> None:
-        """Take over what is published under the name that is served."""
+        """Take over what is published, or promoted, under the name that is served."""
         while True:
             await asyncio.sleep(self._settings.watch_seconds)
             try:
-                entry = await asyncio.to_thread(self._catalogue.served)
-                if entry.key != self._state.seen:
-                    # A version of its own: what replicas report meanwhile, who do not know of it yet, must not undo it.
-                    self._state = self._state._replace(version=self._state.version + 1, seen=entry.key)
-                    await self._bring(entry, current=True)
+                await self._look()
             except Exception as error:
                 logger.warning("looking for a new run: %s: %s", type(error).__name__, error)
+
+    async def _look(self) -> None:
+        try:
+            entry = await asyncio.to_thread(self._catalogue.served)
+        except Exception as error:  # of the storage, too
+            await self._tell(self._catalogue.words(error))
+            return
+        if entry.key == self._state.seen:
+            await self._tell(None)
+        elif self._retry and self._retry[0] == entry.key and time.monotonic() < self._retry[1]:
+            return
+        elif problem := await self._bring(entry, current=True, named=True):
+            self._try_later(entry.key)
+            if problem != NO_REPLICA:  # they start, and what keeps the run from them is known
+                await self._tell(self._catalogue.words(problem))
+
+    async def _tell(self, problem: str | None) -> None:
+        """Let everybody know why what is named can't be served, or that it can."""
+        if problem == self._state.problem:
+            return
+        if problem:
+            logger.error("%s; run %s answers in its place", problem, self._state.current.run_id)
+        else:
+            logger.warning("%s can be served again", self._catalogue.name)
+        await self._change(self._state._replace(version=self._state.version + 1, problem=problem))
+
+    def _try_later(self, key: RunKey) -> None:
+        again = self._retry is not None and self._retry[0] == key
+        pause = min(2 * self._retry[2], LONGEST_RETRY_S) if self._retry and again else self._settings.watch_seconds
+        self._retry = (key, time.monotonic() + pause, pause)
 
     def _summary(self, entry: Entry) -> RunSummary:
         key, transcoder = entry.key, entry.config.transcoder
@@ -249,11 +333,16 @@ class Control:
             prefixes=list(transcoder.prefixes), k=transcoder.k, state=state, reason=reason,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def _info(self) -> Family:
+    def _info(self) -> list[Family]:
         key = self._state.current
-        labels = (("run_id", key.run_id), ("sha256", key.sha256))
-        about = CATALOGUE["mtc_model_info"]
-        return Family(about.name, about.kind, about.documentation, ((about.name, labels, 1.0),))
+        found = {
+            "mtc_model_info": ((("run_id", key.run_id), ("sha256", key.sha256)), 1.0),
+            "mtc_served_name_usable": ((("served", self._catalogue.name),), float(self._state.problem is None)),
+        }
+        return [
+            Family(about.name, about.kind, about.documentation, ((about.name, labels, value),))
+            for about, (labels, value) in ((CATALOGUE[name], each) for name, each in found.items())
+        ]
 
 
 def _taking_over() -> ServiceError:

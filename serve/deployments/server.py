@@ -126,9 +126,17 @@ class Server:
         self._service = Service(settings, self._models, remote, state, self._metrics, interventions)
         self.replica_id = ray_serve.get_replica_context().replica_id.unique_id
         while state.loaded != loaded:  # a replica that can't answer must not become healthy
-            for key in state.loaded:
-                await self._open(key)
-            loaded, state = state.loaded, await _in_time(_decided(control, deployment))  # it may have changed meanwhile
+            try:
+                for key in state.loaded:
+                    await self._open(key)
+            except Exception as error:
+                given_up = await _give_up(control, deployment, key, f"{type(error).__name__}: {error}")
+                if given_up is None or key in given_up.loaded:
+                    raise
+                state = given_up
+            else:
+                loaded = state.loaded
+                state = await _in_time(_decided(control, deployment))  # it may have changed meanwhile
             self._service.use(state)
         self._reporter = asyncio.create_task(self._report())
 
@@ -193,6 +201,15 @@ async def _decided(control: DeploymentHandle, deployment: str) -> State:
     while (state := await control.state.remote()).deployment != deployment:
         await asyncio.sleep(0.1)
     return state
+
+
+async def _give_up(control: DeploymentHandle, deployment: str, key: RunKey, reason: str) -> State | None:
+    """What the control decides of a run that can't be loaded here; None if it does not answer."""
+    try:
+        async with asyncio.timeout(LOAD_TIMEOUT_S):  # it verifies what may take the run's place
+            return await control.give_up.remote(deployment, key, reason)
+    except (TimeoutError, RayActorError, DeploymentUnavailableError):
+        return None
 
 
 async def _check_binding(settings: Settings) -> None:

@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from serve.service.batching import QueueFullError, TokenBatcher
-from serve.service.catalogue import Catalogue, Entry, SweepError
+from serve.service.catalogue import UNUSABLE, Catalogue, Entry
 from serve.service.circuits import Circuits
 from serve.service.feature_table import DENSE, SINGLE_TOKEN, FeatureTable, Filters
 from serve.service.models import Models
-from serve.service.served_run import WEIGHTS, ServedLayer, ServedRun, identities_of
+from serve.service.served_run import ServedLayer, ServedRun, identities_of
 from serve.service.service import Control, Interventions, Service
 from serve.service.tokenising import Tokeniser
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DENSE",
     "SINGLE_TOKEN",
-    "WEIGHTS",
+    "UNUSABLE",
     "Catalogue",
     "Circuits",
     "Control",
@@ -31,7 +31,6 @@ __all__ = [
     "ServedLayer",
     "ServedRun",
     "Service",
-    "SweepError",
     "TokenBatcher",
     "Tokeniser",
     "identities_of",

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mtc.config import RunConfig
-from mtc.storage import Manifest, RunDirectory, RunError, is_hub_url, is_latest, open_run, require_one_layer
+from mtc.errors import MtcError
+from mtc.storage import (
+    ALIASES,
+    LayerFiles,
+    Manifest,
+    RunDirectory,
+    RunError,
+    SweepError,
+    as_one_model,
+    is_alias,
+    is_hub_url,
+    is_latest,
+    last_known,
+    open_run,
+)
 from serve.contract import RunKey
-from serve.service.served_run import LayerFiles, digest_of, layers_of
+from serve.service.served_run import verified
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]+(/(?!\.)[A-Za-z0-9._-]+)?")
+_LONGEST = 400
+"""Characters of a reason that are repeated."""
 
-
-class SweepError(RunError):
-    """A run whose transcoders share a layer, so that each is a model of its own; `members` are their ids."""
-
-    def __init__(self, message: str, members: Sequence[str] = ()):
-        super().__init__(message)
-        self.members = members
+UNUSABLE = (MtcError, OSError, ValueError)
+"""What a run that is missing, damaged or out of reach raises."""
 
 
 class Entry(NamedTuple):
@@ -34,27 +46,69 @@ class Entry(NamedTuple):
 
 
 class Catalogue:
-    """Args: `run` as `Settings.run`: a run, `<root>/latest`, or one transcoder of either. One of the Hugging Face hub
-    stands alone: other repositories hold other things."""
+    """Args: `run` as `Settings.run`: a run, `<root>/latest`, an alias, or one transcoder of these. One of the Hugging
+    Face hub stands alone: other repositories hold other things."""
 
     def __init__(self, run: str):
         self._run = RunDirectory(run).url.rstrip("/")  # an address that is none is said as it was given
         self.alone = is_hub_url(self._run)
         if self.alone:
-            self.root = self._run
+            self.root, self.name = self._run, posixpath.basename(self._run)
             return
         above = posixpath.dirname(self._run)
-        of_several = is_latest(above) or RunDirectory(above).is_finished()
+        of_several = is_latest(above) or RunDirectory(above).is_finished() or is_alias(above)
         self.root = posixpath.dirname(above) if of_several else above
+        self.name = self._run.removeprefix(self.root).strip("/")
+        """What is served, as it is called beside the runs: `production`, `latest/layer9`, a run's id."""
 
     def served(self) -> Entry:
         """What the service was started with, as it is now. Raises RunError if it can't be served, SweepError for a
         sweep."""
         return _entry(open_run(self._run, verify=False))
 
+    def usable(
+        self, verify: bool = True, failed: Mapping[RunKey, str] = MappingProxyType({})
+    ) -> tuple[Entry, str | None]:
+        """What answers at a start: what the service was started with, or else, with the reason, the last run of that
+        name that can be served.
+
+        Of an alias that is the one that had the name before, and so on; what was taken back comes last. Of `latest` it
+        is the newest finished run. A run by its own name has none in its place. `failed` are runs that could not be
+        loaded, and why. With `verify`, the weights of what is taken are checked. Raises one of UNUSABLE, what is wrong
+        with the name itself, if there is none.
+        """
+        broken, error = dict(failed), None
+        try:
+            entry = self.served()
+            if entry.key in broken:
+                raise RunError(broken[entry.key])
+            others = self._others() if verify else []
+            if others:
+                broken[entry.key] = ""
+                verified(entry.key)
+            return entry, None
+        except UNUSABLE as reason:
+            error = reason
+        for run_id in self._others():
+            try:
+                entry = self.find(run_id)
+                if entry.key not in broken:
+                    if verify:
+                        verified(entry.key)
+                    return entry, self.words(error)
+            except UNUSABLE:
+                continue
+        raise error
+
+    def words(self, reason: BaseException | str) -> str:
+        """Why what is served can't be, in one line for all who may ask: without the place of the runs."""
+        text = f"{type(reason).__name__}: {reason}" if not isinstance(reason, MtcError | str) else str(reason)
+        first = next(iter(text.strip().splitlines()), "").replace(f"{self.root}/", "")
+        return f"{self.name} can't be served: {first[:_LONGEST]}"
+
     def find(self, run_id: str) -> Entry:
         """A run by its id. Raises RunError if there is none, or it is not finished, SweepError for a sweep."""
-        if not _NAME.fullmatch(run_id) or run_id == "latest":
+        if not _NAME.fullmatch(run_id) or run_id in ("latest", ALIASES):
             raise RunError(f"{run_id[:200]!r} is not the id of a run")
         run = RunDirectory(self._place(run_id), run_id)
         if run.manifest().run_id != run_id:
@@ -66,6 +120,24 @@ class Catalogue:
         names = [self.served().key.run_id] if self.alone else RunDirectory(self.root).names()
         found = [entry for name in names for entry in self._entries(name)]
         return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)
+
+    def _others(self) -> list[str]:
+        """Ids of the runs that can take the place of what is served, the best one first; none of what can't be read."""
+        name, _, member = self.name.partition("/")
+        whole = posixpath.join(self.root, name)
+        try:
+            if not self.alone and name == "latest" and is_latest(whole):
+                found = [entry.key.run_id for entry in self.entries()]
+                found = [run_id.partition("/")[0] for run_id in found if member or "/" not in run_id]
+            elif not self.alone and is_alias(whole):
+                alias = last_known(self.root, name)
+                had = [move.run_id for move in reversed(alias.history)] if alias else []
+                found = [alias.run_id, *alias.before(), *had] if alias else []
+            else:
+                return []
+        except UNUSABLE:
+            return []
+        return [f"{run_id}/{member}" if member else run_id for run_id in dict.fromkeys(found)]
 
     def _place(self, run_id: str) -> str:
         """Where a run of this id lies if it is there."""
@@ -86,12 +158,5 @@ class Catalogue:
 
 
 def _entry(run: RunDirectory) -> Entry:
-    config = run.config()
-    if config.sweep:
-        try:
-            require_one_layer(run)
-        except RunError as error:
-            raise SweepError(str(error), [own.run_id for own in run.members().values()]) from None
-    manifest, layers = run.manifest(), layers_of(config)
-    key = RunKey(manifest.run_id, run.url, digest_of(manifest, layers), manifest.created)
-    return Entry(key, manifest, config, layers)
+    manifest, config, layers, digest = as_one_model(run)
+    return Entry(RunKey(manifest.run_id, run.url, digest, manifest.created), manifest, config, layers)

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from mtc.config import ModelConfig
 from mtc.devices import choose_bfloat16, open_device
 from mtc.language_model import LanguageModel, SitePair, load_tokenizer, pack_windows
-from mtc.storage import RunDirectory
+from mtc.storage import RunDirectory, layers_of
 from mtc.text import special_ids
 from mtc.transcoder import Codes, MatryoshkaTranscoder, load_transcoder
 from serve.contract import Encoded, Options
-from serve.service.served_run import layers_of
 
 SEARCH_TOKENS = 256
 """Where CPUs multiply bfloat16 fast, a search with rounded weights pays from here on: rounding them costs the same for

@@ -12,36 +12,33 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache, partial
-from typing import NamedTuple, Self
+from typing import Self
 
 import fsspec
 
 from mtc.config import RunConfig
-from mtc.storage import CONTEXTS, EMBEDDINGS, LABELS, Manifest, RunDirectory, RunError
+from mtc.storage import (
+    CONTEXTS,
+    EMBEDDINGS,
+    LABELS,
+    WEIGHTS,
+    LayerFiles,
+    Manifest,
+    RunDirectory,
+    RunError,
+    digest_of,
+    layers_of,
+)
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
 from serve.service.label_vectors import MOST_BYTES
 from serve.service.notes import LayerNotes
 from serve.service.tokenising import Tokeniser
 
-WEIGHTS = "transcoder.safetensors"
 ANALYSIS = ("features.parquet", "examples.parquet", "analysis.json")
 """Files of `AnalysisFiles`, in its order."""
 OPEN_TABLES = 4
 """Layers of a run whose analyses are kept in memory, those that were used last: of 30 layers all would be too many."""
-
-
-class LayerFiles(NamedTuple):
-    """One layer of a finished run."""
-
-    place: str
-    """What the names of its files begin with in the run's manifest: nothing, or of several layers `layer9/`."""
-    config: RunConfig
-    """Configuration of its transcoder, as if it were the run's only one."""
-
-    @property
-    def weights(self) -> str:
-        return self.place + WEIGHTS
 
 
 class ServedRun:
@@ -172,25 +169,6 @@ class ServedLayer:
     def _words(self) -> str:
         where = f"layer {self.number} of " if len(self.run.layers) > 1 else ""
         return f"{where}run {self.run.key.run_id}"
-
-
-def layers_of(config: RunConfig) -> dict[int, LayerFiles]:
-    """The layers of a run that is no sweep by number, ascending."""
-    members = sorted(config.members(), key=lambda member: member.config.model.layer)
-    several = len(members) > 1
-    return {own.model.layer: LayerFiles(f"{name}/" if several else "", own) for name, own in members}
-
-
-def digest_of(manifest: Manifest, layers: Mapping[int, LayerFiles]) -> str:
-    """Digest of a run's weights: of the file of one layer, or of the digests of all layers' files.
-
-    Raises RunError if the manifest lacks one of these.
-    """
-    for files in layers.values():
-        if files.weights not in manifest.files:
-            raise RunError(f"run {manifest.run_id} has no {files.weights}")
-    digests = [manifest.files[files.weights].sha256 for files in layers.values()]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def verified(key: RunKey) -> RunDirectory:

@@ -196,6 +196,12 @@ class Service:
             for key in [key for key in self._opened if key not in state.loaded]:
                 del self._opened[key]
 
+    @property
+    def problem(self) -> str | None:
+        """Why another run answers than the one that `Settings.run` names; None if that does."""
+        problem = self.state.problem
+        return f"{problem}; run {self.state.current.run_id} answers in its place" if problem else None
+
     def max_input_tokens(self, run: ServedRun) -> int:
         """Most tokens of one input: the service's limit, or the language model's if that is lower."""
         limit = self.settings.max_input_tokens

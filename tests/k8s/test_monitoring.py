@@ -196,7 +196,7 @@ MtcServiceOverloaded:
   mtc_encode_requests_total{code="429"}: 0+6x80
   mtc_encode_requests_total{code="200"}: 0+60x80
 MtcRunUnusable:
-  mtc_run_loads_total{outcome="failed"}: 0+0x60 1+0x30
+  mtc_served_name_usable{served="production"}: 1+0x10 0+0x70
 MtcServiceUnseen:
   up{job="mtc-service",pod="x"}: 1+0x10 0+0x80
   up{job="mtc-service",pod="y"}: 1+0x80
@@ -220,7 +220,7 @@ MtcNodeUnseen:
 """For each alert, series of one value a minute that raise it within 70 minutes, or as long as it waits."""
 RAISED_LABELS = {
     "MtcFeaturesDead": {"layer": "9", "member": "k16"},
-    "MtcRunUnusable": {"outcome": "failed"},
+    "MtcRunUnusable": {"served": "production"},
     "MtcServiceUnseen": {"job": "mtc-service", "pod": "x"},
     "MtcServiceNotReady": {"name": "mtc", "namespace": "mtc", "condition": "false"},
     "MtcJobFailed": {"name": "mtc-train", "namespace": "mtc", "deployment_status": "Failed"},

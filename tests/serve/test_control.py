@@ -137,7 +137,7 @@ def test_what_was_published_while_there_was_no_control_takes_over(tmp_path: Path
         async with asyncio.timeout(60):
             while not replicas.used:
                 await asyncio.sleep(0.01)
-        assert await control.state() == replicas.used[-1] == State("this", 3, b, (b, a), b)
+        assert await control.state() == replicas.used[-1] == State("this", 2, b, (b, a), b)
 
     asyncio.run(scenario())
 

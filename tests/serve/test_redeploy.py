@@ -15,7 +15,8 @@ import pytest
 from serve_deployed import TEXTS, load, replicas, wait_until
 from serve_local import make_run
 
-from mtc.storage import RunDirectory
+from mtc.config import load_preset
+from mtc.storage import RunDirectory, promote, roll_back
 from serve.contract import Settings
 
 SETTINGS: dict[str, Any] = {"num_cpus": 0.2, "num_threads": 1, "watch_seconds": 60}
@@ -126,6 +127,32 @@ def test_another_deployment_takes_over_and_a_crash_changes_nothing(port: int, tm
         check_a_failed_deployment(port, make_run(tmp_path / "damaged", 7), client)
         assert deploy(port, tmp_path / "b", max_inputs=len(TEXTS)) == "b", "the same settings again"
         assert answers_of(client)[0] == "b"
+
+
+def test_an_alias_is_served_by_its_last_usable_run(port: int, tmp_path: Path) -> None:
+    """Of three that had the name, replicas can't load the model of the last; the weights of the second are damaged."""
+    for seed, name in enumerate("ab", 3):
+        promote(make_run(tmp_path / name, seed), "production")
+    lost = load_preset("tiny", {"model": {"name": str(tmp_path / "no-model"), "dtype": "float32"}})
+    promote(make_run(tmp_path / "c", 5, lost), "production")
+    weights = tmp_path / "b" / "transcoder.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"!")
+    assert deploy(port, tmp_path / "production", watch_seconds=0.2) == "a"
+
+    def usable() -> bool:
+        return 'mtc_served_name_usable{served="production"} 1.0' in client.get("/metrics").raise_for_status().text
+
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        answer = client.get("/readyz").raise_for_status().json()
+        assert answer["status"] == "ready" and answer["detail"].startswith("production can't be served: ")
+        assert "no-model" in answer["detail"] and answer["detail"].endswith("; run a answers in its place")
+        assert answers_of(client)[0] == "a" and not usable()
+        weights.write_bytes(whole)
+        assert roll_back(str(tmp_path), "production").alias.run_id == "b"
+        wait_until(lambda: answers_of(client)[0] == "b")
+        wait_until(usable)
+        assert client.get("/readyz").json() == {"status": "ready"}
 
 
 def test_what_no_node_could_hold_is_refused_at_once(

@@ -16,17 +16,17 @@ from serve.http.routes.common import TheService, errors
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/healthz", response_model=Status)
+@router.get("/healthz", response_model=Status, response_model_exclude_none=True)
 async def healthz() -> Status:
     """This process is alive."""
     return Status(status="ok")
 
 
-@router.get("/readyz", response_model=Status, responses=errors(503))
+@router.get("/readyz", response_model=Status, response_model_exclude_none=True, responses=errors(503))
 async def readyz(service: TheService) -> Status:
-    """Text can be encoded: a token has just been."""
+    """Text can be encoded: a token has just been; `detail` says if not by the run that was to be served."""
     await service.check_ready()
-    return Status(status="ready")
+    return Status(status="ready", detail=service.problem)
 
 
 @router.get(
