@@ -168,7 +168,7 @@ def test_python_reference_names_modules_that_exist(site: Path) -> None:
         page = next(p for p in (DOCS / "api").glob("*.md") if f"::: {name}\n" in read(p) + "\n")
         assert name in anchors[page.stem]
     built = (site / "api" / "run" / "index.html").read_text()
-    assert "mtc.storage.runs.open_run" in built
+    assert "mtc.storage.addresses.open_run" in built
     assert "Raises" in built
 
 
