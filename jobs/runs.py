@@ -6,7 +6,7 @@
     python jobs/runs.py gc runs --older-than 30      # says what would go; --yes removes it
 
 `gc` removes checkpoints of finished runs, runs that are not finished and were not written for days, token stores that
-no run names, and what dead jobs left. Nothing goes that an alias names, that a living job holds, or that a run may read.
+no run names, and what dead jobs left. Nothing goes that an alias names, a living job holds, or a run may read.
 
 Exit codes: 0 done, 1 the storage fails, or some of it could not be removed, 2 no such run, or it must not be removed.
 """

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 INDEX, ALL, MANIFEST = ".index", "all.json", "manifest.json"
 READERS = 16
 """Files that are read at the same time."""
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class IndexedModel(Record):

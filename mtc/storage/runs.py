@@ -46,14 +46,14 @@ from mtc.results import FORMAT_VERSION as ANALYSIS_VERSION
 from mtc.results import Analysis
 from mtc.storage.files import PATIENCE, absolute, filesystem, patiently, write_atomic
 from mtc.storage.hub import TOKEN, is_hub_url
-from mtc.storage.index import MANIFEST, RunIndex
+from mtc.storage.index import INDEX, MANIFEST, RunIndex
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 WRITER = "writer.json"
 NOTES, NOTES_FILE = "notes", "notes.json"
 TOKEN_STORE = "token_store.json"
-WORKING = {"checkpoints", "labelling", NOTES, NOTES_FILE, TOKEN_STORE}
+WORKING = {"checkpoints", "labelling", NOTES, NOTES_FILE, TOKEN_STORE, INDEX}
 """What of a run no manifest names: directories of the jobs that write it, and what people say of it afterwards."""
 
 

@@ -97,12 +97,12 @@ def find_waste(
             waste += found
             kept += [f"run {run.directory.run_id}: {why}"] if why else []
     gone = {each.url for each in waste if each.kind == "unfinished run"}
-    stores, why = _of_tokens(
+    stores, others = _of_tokens(
         absolute(tokens or posixpath.join(root, TOKENS)).rstrip("/"),
         [run for other in also for run in _runs(absolute(other).rstrip("/"))] + runs,
         gone, held, before, watch_seconds,
     )  # fmt: skip
-    return Found(waste + stores, kept + why)
+    return Found(waste + stores, kept + others)
 
 
 def _runs(root: str) -> list[Run]:

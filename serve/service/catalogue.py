@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtc.config import RunConfig
-from mtc.storage import Manifest, RunDirectory, RunError, is_hub_url, is_latest, open_run, require_one_layer
+from mtc.storage import (
+    IndexedModel,
+    Manifest,
+    RunDirectory,
+    RunError,
+    finished_runs,
+    is_hub_url,
+    is_latest,
+    open_run,
+    require_one_layer,
+)
 from serve.contract import RunKey
 from serve.service.served_run import LayerFiles, digest_of, layers_of
 
@@ -23,14 +33,36 @@ class SweepError(RunError):
         self.members = members
 
 
+class Listed(NamedTuple):
+    """What a list says of a run that answers as one model, of one layer or of several."""
+
+    key: RunKey
+    base_model: str
+    """The language model whose activations it reads."""
+    layers: list[int]
+    """Numbers of its layers, ascending."""
+    num_features: int
+    """Size of the dictionary of each layer."""
+    prefixes: list[int]
+    """Sizes of the nested dictionaries."""
+    k: int
+    """Active features per token on average, as trained."""
+
+
 class Entry(NamedTuple):
-    """A finished run that answers as one model: of one layer, or of several."""
+    """A finished run that answers as one model, with what it was read from."""
 
     key: RunKey
     manifest: Manifest
     config: RunConfig
     layers: dict[int, LayerFiles]
     """By number, ascending."""
+
+    @property
+    def listed(self) -> Listed:
+        model, transcoder = self.config.model, self.config.transcoder
+        prefixes = list(transcoder.prefixes)
+        return Listed(self.key, model.name, list(self.layers), transcoder.num_features, prefixes, transcoder.k)
 
 
 class Catalogue:
@@ -61,11 +93,18 @@ class Catalogue:
             raise RunError(f"{run.url} holds the run {run.manifest().run_id!r}")
         return _entry(run)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[Listed]:
         """All finished runs, newest first, of a sweep each transcoder; directories that hold none are passed over."""
-        names = [self.served().key.run_id] if self.alone else RunDirectory(self.root).names()
-        found = [entry for name in names for entry in self._entries(name)]
-        return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)
+        if self.alone:
+            found = [entry.listed for entry in self._entries(self.served().key.run_id)]
+        else:
+            runs = finished_runs(self.root).values()
+            found = [self._listed(model) for run in runs for model in run.models]
+        return sorted(found, key=lambda listed: (listed.key.created, listed.key.run_id), reverse=True)
+
+    def _listed(self, model: IndexedModel) -> Listed:
+        key = RunKey(model.run_id, posixpath.join(self.root, model.run_id), model.sha256, model.created)
+        return Listed(key, model.base_model, model.layers, model.num_features, model.prefixes, model.k)
 
     def _place(self, run_id: str) -> str:
         """Where a run of this id lies if it is there."""
