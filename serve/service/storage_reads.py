@@ -68,10 +68,13 @@ _READS = StorageReads()
 """Of the whole process."""
 
 
-async def from_storage(call: Callable[..., T], *arguments: Any, key: Hashable = None, seconds: float = STORAGE_S) -> T:
-    """As `StorageReads.read`, for a client's request: storage that fails is a ServiceError 503, too."""
+async def from_storage(
+    call: Callable[..., T], *arguments: Any, key: Hashable = None, seconds: float | None = None
+) -> T:
+    """As `StorageReads.read`, for a client's request and by default for STORAGE_S. Storage that fails is a ServiceError
+    503, too."""
     try:
-        return await _READS.read(call, *arguments, key=key, seconds=seconds)
+        return await _READS.read(call, *arguments, key=key, seconds=STORAGE_S if seconds is None else seconds)
     except (OSError, StorageError) as error:
         raise _silent(f"fails ({type(error).__name__})") from error
 
