@@ -116,8 +116,7 @@ class RunIndex:
         """Remove the run's entries: its manifest is about to change, or to go."""
         for name in self._names():
             if name.rpartition("@")[0] == run_id:
-                with suppress(FileNotFoundError):
-                    patiently(lambda name=name: self.fs.rm_file(posixpath.join(self.path, name)))
+                self._remove(posixpath.join(self.path, name))
 
     def add(self, run: Any, manifest: bytes) -> None:
         """Write the entry of a run, a `RunDirectory`, whose manifest has just been written.
@@ -134,6 +133,10 @@ class RunIndex:
             self._write(ALL, _ALL.dump_json({each: known[each] for each in names if each in known}))
         except Exception as error:  # of the storage, or of a run that can't be listed
             logger.info("%s: run %s is not in the index: %s", self.url, run.run_id, one_line(error))
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            patiently(lambda: self.fs.rm_file(path))
 
     def _names(self) -> list[str]:
         self.fs.invalidate_cache()  # others write here too
