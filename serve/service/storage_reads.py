@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 STORAGE_S = 10.0
 """For which a file of a run, or what a directory of runs holds, is waited for."""
-OPEN_S = 60.0
+OPEN_S = 120.0
 """For which a run or an analysis is waited for that is not in memory yet: large ones take long to read."""
 THREADS, MOST = 8, 64
 """Readings at the same time, and with those that wait for a thread; more are refused at once."""

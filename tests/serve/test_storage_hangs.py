@@ -76,7 +76,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunDirector
 
 
 def wait_until(done: Any) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -89,8 +89,8 @@ def test_encode_answers_while_more_requests_hang_than_there_are_threads(
     monkeypatch.setattr("serve.service.served_run.OPEN_S", 300.0)
     files = [name.removeprefix("report/") for name in run.manifest().files if name.startswith("report/plots/")]
     assert len(files) > THREADS + 1
-    with served(run) as url, httpx.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(64) as others:
-        client.post("/encode", json={"inputs": TEXT, "truncate": True}).raise_for_status()
+    with served(run) as url, httpx.Client(base_url=url, timeout=300) as client, ThreadPoolExecutor(64) as others:
+        wait_until(lambda: client.post("/encode", json={"inputs": TEXT, "truncate": True}).status_code == 200)
         report = client.get("/report").raise_for_status().content
         Hanging.free.clear()
         Hanging.asked.clear()
@@ -111,10 +111,10 @@ def test_who_needs_storage_that_hangs_is_told_so_and_those_too_many_at_once(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage_reads, "_READS", StorageReads(1, 2))
-    monkeypatch.setattr(storage_reads, "STORAGE_S", 0.05)
-    monkeypatch.setattr("serve.service.served_run.OPEN_S", 0.05)
-    with served(run) as url, httpx.Client(base_url=url, timeout=120) as client:
-        client.get("/report").raise_for_status()
+    with served(run) as url, httpx.Client(base_url=url, timeout=300) as client:
+        wait_until(lambda: client.get("/report").status_code == 200)
+        monkeypatch.setattr(storage_reads, "STORAGE_S", 0.05)
+        monkeypatch.setattr("serve.service.served_run.OPEN_S", 0.05)
         Hanging.free.clear()
         for path, what in (("/report/files/plots/l0.png", "has not answered for 0.05 s"), ("/features", "for 0.05 s"),
                            ("/report/files/plots/l0.svg", "2 requests wait for it")):  # fmt: skip
@@ -126,12 +126,11 @@ def test_who_needs_storage_that_hangs_is_told_so_and_those_too_many_at_once(
 
 
 def test_control_answers_while_its_storage_hangs(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.deployments.control.STORAGE_S", 0.05)
-
     async def scenario() -> None:
         control = await start("hanging://runs/one", Told())  # type: ignore[arg-type]
         listed = await control.runs("this")
         assert [each.run_id for each in listed] == ["one"]
+        monkeypatch.setattr("serve.deployments.control.STORAGE_S", 0.05)
         Hanging.free.clear()
         async with asyncio.timeout(60):
             for _ in range(20):
