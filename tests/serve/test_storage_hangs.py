@@ -65,6 +65,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunDirector
     local = make_analysed_run(tmp_path / "one")
     Hanging.free.set()
     monkeypatch.setattr(storage_reads, "_READS", StorageReads())
+    monkeypatch.setattr("serve.service.served_run.REPORT_FILES", Files())
     there = RunDirectory("hanging://runs/one")
     for path in Path(local.url).rglob("*"):
         if path.is_file():
