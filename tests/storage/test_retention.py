@@ -120,7 +120,7 @@ def test_an_index_never_hides_a_run_nor_shows_one_that_is_gone(root):
     index.write("all.json", b"damaged")
     index.write(entry("a"), b"damaged")
     index.remove(entry("b"))
-    index.write(f"c@{'0' * 16}.json", index.read(entry("c")).replace(b"tiny", b"other"))  # of a job that was killed
+    index.write(f"c@{'0' * 16}.json", index.read(entry("c")).replace(b"gemma2", b"other"))  # of a job that was killed
     RunDirectory(f"{root}/d").remove()
     make(root, "f", finished=False)
     RunDirectory(f"{root}/e").write("transcoder.safetensors", b"other weights")
