@@ -36,7 +36,15 @@ from mtc.joining import joining
 from mtc.language_model import check_model, prepare_model
 from mtc.programs import runtime_env
 from mtc.results import RunFacts
-from mtc.storage import Lease, RunDirectory, noting_the_end, publish_whole, with_absolute_paths
+from mtc.storage import (
+    Checkpoints,
+    Lease,
+    RunDirectory,
+    note_token_store,
+    noting_the_end,
+    publish_whole,
+    with_absolute_paths,
+)
 from mtc.telemetry import prints_left_out, say, set_run
 from mtc.telemetry.tracking import tracking
 from mtc.text import TokenStore, Work, heldout_units, work_units
@@ -158,6 +166,7 @@ class _Job:
         self.metrics.stage("tokenise")
         with timed(self.seconds, "tokenise"):
             store = TokenStore.open(build_token_store(self.config, self.plan, self.metrics.tokenised))
+        note_token_store(self.run, store.url)
         info = store.info
         self.metrics.tokenised(info.tokens)
         counts = {"windows": info.windows, "tokens": info.tokens, "documents": info.documents}
@@ -200,10 +209,18 @@ class _Job:
         )  # fmt: skip
         self.lease.require()
         publish_whole(self.run, latest=True)
+        if not self.config.output.keep_checkpoints_after_finish:
+            self._remove_checkpoints()
         seconds = self.seconds | written.seconds
         self.metrics.stage("finished")
         took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
         say("finished", f"finished {self.run.url} in {took}", url=self.run.url, seconds=seconds)
+
+    def _remove_checkpoints(self) -> None:
+        try:
+            Checkpoints(self.run.url).remove()
+        except Exception as error:  # of the storage; the run is finished all the same
+            logger.warning("checkpoints stay, until jobs/runs.py gc removes them: %s", error)
 
     def _facts(self, store: TokenStore, trained: Trained, own: TrainResult, events: list[dict[str, Any]]) -> RunFacts:
         """RunFacts of one transcoder's run, as far as they are known before its analysis."""

@@ -33,7 +33,7 @@ from mtc.report.layers import write_layers_report
 from mtc.report.sweep import JSON as SWEEP_JSON
 from mtc.report.sweep import write_sweep_report
 from mtc.results import RUN_FILES, Analysis, Headline, RunFacts
-from mtc.storage import Lease, RunDirectory, RunError, open_run, publish_whole
+from mtc.storage import Lease, RunDirectory, RunError, note_token_store, open_run, publish_whole
 from mtc.telemetry import describe_machine, git_revision, package_versions, say, set_run
 from mtc.text import DataError, StoreInfo, TokenStore, still_serves
 from mtc.transcoder import load_transcoder
@@ -187,6 +187,7 @@ def analyse_run(url: str, overrides: dict[str, Any]) -> RunDirectory:
         set_run(run.run_id)
         say("run", f"run {run.run_id} in {run.url}", url=run.url)
         store_url = _token_store(config, members[0], plan)
+        note_token_store(run, store_url)
         store = TokenStore.open(store_url).info
         facts = [_earlier_facts(config, own, store, plan) for own in members]
         histories = (own.read_lines("metrics.jsonl") for own in members)

@@ -23,6 +23,7 @@ from cluster.resources import Plan
 from cluster.tables import iterate_tables
 from mtc.config import DataConfig, RunConfig
 from mtc.errors import known_cause
+from mtc.storage import Lease, RunDirectory
 from mtc.text import (
     SCHEMA,
     DataError,
@@ -98,6 +99,7 @@ def build_token_store(
     tally = _Tally(config.data.max_skipped_share)
     url = new_store_url(config, fingerprint)
     with (
+        Lease(RunDirectory(url)),  # nobody takes it for one that was given up
         TokenStoreWriter(url, fingerprint, settings, tokenizer, config.data.context_length) as writer,
         closing(_window_tables(config, tokenizer, plan)) as tables,
     ):

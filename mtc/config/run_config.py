@@ -119,6 +119,9 @@ class OutputConfig(Part):
     token_store: Name | None = None
     """Directory of tokenised text, shared by runs; by default `tokens` in the cache directory, or in `output.root` if
     that is a URL."""
+    keep_checkpoints_after_finish: bool = False
+    """Keep the checkpoints of a run that is finished, about half of its bytes, which nothing reads any more. By default
+    they are removed when it is published."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Experiment trackers that get the metrics as well, each an extra of this package. Where they are and who asks is
     set as they document it: MLFLOW_TRACKING_URI, WANDB_MODE, ... TensorBoard's files lie in the run directory."""

@@ -24,6 +24,7 @@ from mtc.storage.embeddings import (
 from mtc.storage.ending import noting_the_end
 from mtc.storage.files import LFS_POINTER, StorageError, absolute, filesystem, patiently, write_atomic
 from mtc.storage.hub import is_hub_url, unreachable
+from mtc.storage.index import INDEX, IndexedModel, IndexedRun, weights_digest
 from mtc.storage.labels import (
     LABELS,
     LabelTable,
@@ -41,6 +42,8 @@ from mtc.storage.notes import Notes, NotesReadOnly, notes_to_json, read_notes
 from mtc.storage.one_model import WEIGHTS, LayerFiles, OneModel, SweepError, as_one_model, digest_of, layers_of
 from mtc.storage.places import cache_directory, check_writable, prepare_environment
 from mtc.storage.promotion import GateError, Promotion, Rollback, promote, roll_back
+from mtc.storage.retention import check_removable, remove_run, remove_waste, repair_index
+from mtc.storage.run_list import RunRow, finished_runs, list_runs, names_of_runs, stored_files, token_stores
 from mtc.storage.runs import (
     NOTES_FILE,
     Manifest,
@@ -48,17 +51,20 @@ from mtc.storage.runs import (
     RunError,
     json_lines,
     load_analysis,
+    note_token_store,
     parse_analysis,
     publish_whole,
     require_one_layer,
 )
 from mtc.storage.status import describe, run_status
+from mtc.storage.waste import Found, Waste, find_waste
 from mtc.storage.wheels import wheel_files
 
 __all__ = [
     "ALIASES",
     "CONTEXTS",
     "EMBEDDINGS",
+    "INDEX",
     "JOB_COPY",
     "LABELS",
     "LFS_POINTER",
@@ -70,7 +76,10 @@ __all__ = [
     "CheckpointWriter",
     "Checkpoints",
     "Embeddings",
+    "Found",
     "GateError",
+    "IndexedModel",
+    "IndexedRun",
     "LabelTable",
     "LayerFiles",
     "Lease",
@@ -88,17 +97,22 @@ __all__ = [
     "Rollback",
     "RunDirectory",
     "RunError",
+    "RunRow",
     "StorageError",
     "SweepError",
     "Together",
+    "Waste",
     "absolute",
     "as_one_model",
     "cache_directory",
+    "check_removable",
     "check_writable",
     "describe",
     "digest_of",
     "embeddings_to_bytes",
     "filesystem",
+    "find_waste",
+    "finished_runs",
     "is_alias",
     "is_hub_id",
     "is_hub_url",
@@ -108,12 +122,15 @@ __all__ = [
     "labels_to_parquet",
     "last_known",
     "layers_of",
+    "list_runs",
     "load_analysis",
     "locked",
     "merge_progress",
     "missing",
     "move_alias",
     "named_run",
+    "names_of_runs",
+    "note_token_store",
     "notes_to_json",
     "noting_the_end",
     "open_layer_run",
@@ -135,6 +152,9 @@ __all__ = [
     "read_labels",
     "read_notes",
     "relatives",
+    "remove_run",
+    "remove_waste",
+    "repair_index",
     "require_alias_name",
     "require_on_hub",
     "require_one_layer",
@@ -142,7 +162,10 @@ __all__ = [
     "roll_back",
     "rows_left",
     "run_status",
+    "stored_files",
+    "token_stores",
     "unreachable",
+    "weights_digest",
     "wheel_files",
     "with_absolute_paths",
     "with_labels",

@@ -145,6 +145,13 @@ class Checkpoints:
         if errors:
             raise errors[0]
 
+    def remove(self) -> None:
+        """Remove all: the run is finished. Interrupted, it leaves some that no reader sees."""
+        for name in self._completed():
+            self.subdirectory(name).remove(MANIFEST)
+        if self.directory.exists():
+            self.directory.remove()
+
     def _names(self) -> list[str]:
         found = [match for name in self.directory.names() if (match := _NAME.fullmatch(name))]
         return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), match[2] or "", match[0]))]

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Lease:
         try:
             if self._is_mine():
                 self.run.remove(WRITER)
+        except FileNotFoundError:  # with all that was there
+            pass
         except Exception as error:  # of the storage; the next job waits for it to become stale
             logger.warning("%s could not be removed: %s", self.run.location(WRITER), error)
 
@@ -98,15 +101,34 @@ class Lease:
         self.run.write(WRITER, json.dumps(self._me | {"beat": self._beats}))
 
     def _read(self) -> dict[str, Any] | None:
-        if not self.run.exists(WRITER):
-            return None
-        try:
-            found = json.loads(self.run.read(WRITER))
-        except RunError:  # removed just now
-            return None
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        return _sign(self.run)
+
+
+def holders(runs: Sequence[RunDirectory], watch_seconds: float) -> set[str]:
+    """URLs of those directories that a living job holds: its sign of life changes within `watch_seconds`, for all of
+    them together, or its process is on this machine."""
+    here, first = _host(), {run.url: (run, sign) for run in runs if (sign := _sign(run)) is not None}
+    held = {url for url, (_, sign) in first.items() if sign.get("host") == here and _alive(sign.get("pid"))}
+    waiting = {url: each for url, each in first.items() if each[1].get("host") != here}
+    deadline = time.monotonic() + min(watch_seconds, STALE_SECONDS)
+    while waiting and time.monotonic() < deadline:
+        time.sleep(min(1.0, watch_seconds))
+        changed = {url for url, (run, sign) in waiting.items() if _sign(run) not in (sign, None)}
+        held |= changed
+        waiting = {url: each for url, each in waiting.items() if url not in changed}
+    return held
+
+
+def _sign(run: RunDirectory) -> dict[str, Any] | None:
+    if not run.exists(WRITER):
+        return None
+    try:
+        found = json.loads(run.read(WRITER))
+    except RunError:  # removed just now
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _alive(pid: Any) -> bool:

@@ -6,11 +6,11 @@ all. The transcoders of a sweep share a layer, so that each is a model of its ow
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mtc.config import RunConfig
+from mtc.storage.index import weights_digest
 from mtc.storage.runs import Manifest, RunDirectory, RunError, require_one_layer
 
 WEIGHTS = "transcoder.safetensors"
@@ -75,5 +75,4 @@ def digest_of(manifest: Manifest, layers: Mapping[int, LayerFiles]) -> str:
     for files in layers.values():
         if files.weights not in manifest.files:
             raise RunError(f"run {manifest.run_id} has no {files.weights}")
-    digests = [manifest.files[files.weights].sha256 for files in layers.values()]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return weights_digest([manifest.files[files.weights].sha256 for files in layers.values()])

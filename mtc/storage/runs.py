@@ -15,11 +15,13 @@
                    embeddings.safetensors  vectors of labels, if they were asked for: mtc.storage.embeddings
                    labelling/...           what it answered, mtc.labels.journal
                    notes/..., notes.json   what people say of features, mtc.storage.notes
-                   checkpoints/...         mtc.storage.checkpoints, until the run is deleted
+                   checkpoints/...         mtc.storage.checkpoints, until the run is finished
+                   token_store.json        {"url"}: where the tokenised text is that its jobs read
                    writer.json             mtc.storage.lease, while a job writes the run
                    manifest.json           sizes and sha256 of the above but labelling/ to writer.json, written last
     <root>/latest                          the id of the newest finished run
     <root>/aliases/<name>.json             mtc.storage.aliases: names that a promotion moves, such as `production`
+    <root>/.index/...                      mtc.storage.index: what lists of runs show
 
 A run of several transcoders (`model.layers`, `sweep`) has one such directory for each, `<root>/<run id>/layer<N>` or
 `<root>/<run id>/<what the sweep sets>`, a run of its own for every reader; beside them lie its config.yaml, a report
@@ -45,13 +47,14 @@ from mtc.results import FORMAT_VERSION as ANALYSIS_VERSION
 from mtc.results import Analysis
 from mtc.storage.files import PATIENCE, absolute, filesystem, patiently, write_atomic
 from mtc.storage.hub import TOKEN, is_hub_url
+from mtc.storage.index import INDEX, MANIFEST, RunIndex
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 WRITER = "writer.json"
 NOTES, NOTES_FILE = "notes", "notes.json"
-WORKING = {"checkpoints", "labelling", NOTES, NOTES_FILE}
+TOKEN_STORE = "token_store.json"
+WORKING = {"checkpoints", "labelling", NOTES, NOTES_FILE, TOKEN_STORE, INDEX}
 """What of a run no manifest names: directories of the jobs that write it, and what people say of it afterwards."""
 
 
@@ -213,10 +216,15 @@ class RunDirectory:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files=files,
         )
-        self.write(MANIFEST, manifest.model_dump_json(indent=1))
+        content, above = manifest.model_dump_json(indent=1).encode(), posixpath.dirname(self.url.rstrip("/"))
+        whole, _, member = self.run_id.partition("/")
+        index = RunIndex(posixpath.dirname(above) if member else above)
+        index.forget(whole)
+        self.write(MANIFEST, content)
         if latest:
-            latest_url = posixpath.join(posixpath.dirname(self.url.rstrip("/")), "latest")
-            patiently(lambda: write_atomic(latest_url, self.run_id.encode()))
+            patiently(lambda: write_atomic(posixpath.join(above, "latest"), self.run_id.encode()))
+        if not member:  # of several transcoders all are published before the whole
+            index.add(self, content)
         return manifest
 
 
@@ -226,6 +234,11 @@ def publish_whole(run: RunDirectory, latest: bool) -> None:
     for own in members.values() if len(members) > 1 else ():
         own.publish(latest=False)
     run.publish(latest)
+
+
+def note_token_store(run: RunDirectory, url: str) -> None:
+    """Write down which tokenised text the run's job reads, before anything else tells."""
+    run.write(TOKEN_STORE, json.dumps({"url": url}))
 
 
 def require_one_layer(run: RunDirectory) -> None:

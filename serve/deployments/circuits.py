@@ -51,7 +51,7 @@ class Circuits:
         # One more than may wait, who is told so.
         self._ablating = ThreadPoolExecutor(settings.max_steerings + 1, thread_name_prefix="ablation")
         self.replica_id = ray_serve.get_replica_context().replica_id.unique_id
-        entry = await asyncio.to_thread(Catalogue(settings.run).served)
+        entry, _ = await asyncio.to_thread(Catalogue(settings.run).usable)
         await asyncio.to_thread(self._circuits.open, entry.key)
 
     async def submit(self, deployment: str, key: RunKey, asked: GraphRequest, owner: str) -> GraphJob | ServiceError:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from ray import serve as ray_serve
@@ -37,7 +38,7 @@ from serve.contract import (
     State,
     render_metrics,
 )
-from serve.service import UNUSABLE, Catalogue, Entry, identities_of
+from serve.service import OPEN_S, STORAGE_S, UNUSABLE, Catalogue, Entry, Listed, StorageReads, identities_of
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,6 +64,7 @@ class Control:
     async def __init__(self, settings: Settings, deployment: str):  # type: ignore[misc]
         self._settings = settings
         self._catalogue = Catalogue(settings.run)
+        self._reads = StorageReads()
         self._used: dict[RunKey, float] = {}
         self._failed: dict[RunKey, str] = {}
         self._given_up: set[RunKey] = set()
@@ -75,7 +77,7 @@ class Control:
         if told:
             self._state = max(told, key=lambda state: state.version)
         else:
-            entry, problem = await asyncio.to_thread(self._catalogue.usable)
+            entry, problem = await self._reads.read(self._catalogue.usable, seconds=LOAD_TIMEOUT_S)
             self._state = State(deployment, 1, entry.key, (entry.key,), entry.key, problem)
             if problem:
                 logger.error("%s; run %s answers in its place", problem, entry.key.run_id)
@@ -108,8 +110,9 @@ class Control:
                 self._given_up.add(key)
                 try:
                     failed = self._failed | {key: reason}
-                    entry, problem = await asyncio.to_thread(self._catalogue.usable, failed=failed)
-                except UNUSABLE:
+                    usable = partial(self._catalogue.usable, failed=failed)
+                    entry, problem = await self._reads.read(usable, seconds=LOAD_TIMEOUT_S)
+                except (*UNUSABLE, ServiceError):
                     return self._state
                 version, now = self._state.version + 1, entry.key
                 changed = State(deployment, version, now, (now,), now, problem)
@@ -153,7 +156,7 @@ class Control:
             message = f"run {run_id} can't be served, {previous} still answers: {problem}"
             return ServiceError(409, "run_unusable", message)
         run = RunDirectory(entry.key.url, entry.key.run_id)
-        identities = await asyncio.to_thread(identities_of, run, entry.manifest, entry.layers)
+        identities = await self._reads.read(identities_of, run, entry.manifest, entry.layers, seconds=OPEN_S)
         lowest = next(iter(identities.values()))
         seconds = time.monotonic() - start
         return LoadResponse(model=lowest, layers=list(identities), previous=previous, seconds=seconds)
@@ -163,7 +166,11 @@ class Control:
         if deployment != self._state.deployment:
             return _taking_over()
         tried = {*self._state.loaded, *self._failed, *self._loading}
-        return [self._summary(entry) for entry in await asyncio.to_thread(self._entries, tried)]
+        try:
+            found = await self._reads.read(self._entries, tried, key="runs", seconds=STORAGE_S)
+        except ServiceError as error:
+            return error
+        return [self._summary(listed) for listed in found]
 
     async def metrics(self) -> bytes:
         """All replicas' counts, as they are now, in Prometheus's text format."""
@@ -180,23 +187,25 @@ class Control:
         if state.deployment == self._state.deployment and state.version >= self._state.version:
             self._state = state
 
-    def _entries(self, tried: set[RunKey]) -> list[Entry]:
+    def _entries(self, tried: set[RunKey]) -> list[Listed]:
         """All runs, and those layers of a run of several that were loaded or `tried` alone."""
         found = self._catalogue.entries()
-        for key in tried - {entry.key for entry in found}:
+        for key in tried - {listed.key for listed in found}:
             try:
                 alone = self._catalogue.find(key.run_id)
             except (RunError, ValueError):
                 continue  # it is gone, and answers from memory
             if alone.key == key:
-                found.append(alone)
-        return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)
+                found.append(alone.listed)
+        return sorted(found, key=lambda listed: (listed.key.created, listed.key.run_id), reverse=True)
 
     async def _find(self, run_id: str, latest: bool = False) -> Entry | ServiceError:
         try:
             if latest and self._is_name(run_id):
-                return await asyncio.to_thread(self._catalogue.served)
-            return await asyncio.to_thread(self._catalogue.find, run_id)
+                return await self._reads.read(self._catalogue.served, key="served", seconds=STORAGE_S)
+            return await self._reads.read(self._catalogue.find, run_id, key=("find", run_id), seconds=STORAGE_S)
+        except ServiceError as error:
+            return error
         except SweepError as sweep:
             some = ", ".join(sweep.members[:10]) + (", ..." if len(sweep.members) > 10 else "")
             message = f"run {run_id} is a sweep, whose transcoders share a layer: name one of them as `model`: {some}"
@@ -242,8 +251,8 @@ class Control:
 
     async def _prepare(self, key: RunKey) -> str | None:
         try:
-            await asyncio.to_thread(RunDirectory(key.url, key.run_id).verify)
-        except (RunError, OSError, ValueError) as error:
+            await self._reads.read(RunDirectory(key.url, key.run_id).verify, seconds=LOAD_TIMEOUT_S)
+        except (RunError, OSError, ValueError, ServiceError) as error:
             return str(error)
         answers = await self._broadcast("load", self._state.deployment, key, timeout_s=LOAD_TIMEOUT_S)
         # A replica that died meanwhile is replaced by one that loads what is needed.
@@ -293,7 +302,7 @@ class Control:
 
     async def _look(self) -> None:
         try:
-            entry = await asyncio.to_thread(self._catalogue.served)
+            entry = await self._reads.read(self._catalogue.served, key="served", seconds=STORAGE_S)
         except Exception as error:  # of the storage, too
             await self._tell(self._catalogue.words(error))
             return
@@ -321,16 +330,16 @@ class Control:
         pause = min(2 * self._retry[2], LONGEST_RETRY_S) if self._retry and again else self._settings.watch_seconds
         self._retry = (key, time.monotonic() + pause, pause)
 
-    def _summary(self, entry: Entry) -> RunSummary:
-        key, transcoder = entry.key, entry.config.transcoder
+    def _summary(self, listed: Listed) -> RunSummary:
+        key = listed.key
         reason = self._failed.get(key)
         state = "failed" if reason else "loading" if key in self._loading else "not_loaded"
         if key in self._state.loaded:
             state = "current" if key == self._state.current else "loaded"
         return RunSummary(
-            run_id=key.run_id, created=entry.manifest.created, base_model=entry.config.model.name,
-            layer=min(entry.layers), layers=list(entry.layers), num_features=transcoder.num_features,
-            prefixes=list(transcoder.prefixes), k=transcoder.k, state=state, reason=reason,  # type: ignore[arg-type]
+            run_id=key.run_id, created=key.created, base_model=listed.base_model, layer=min(listed.layers),
+            layers=listed.layers, num_features=listed.num_features, prefixes=listed.prefixes, k=listed.k,
+            state=state, reason=reason,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def _info(self) -> list[Family]:

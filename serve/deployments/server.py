@@ -172,7 +172,7 @@ class Server:
 
     async def _open(self, key: RunKey) -> None:
         await self._models.load(key)
-        await self._service.open(key)
+        await self._service.open(key, LOAD_TIMEOUT_S)
 
     async def _report(self) -> None:
         """Leave the counts where they outlive this replica, and learn the state, should a call have been missed."""

@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from serve.service.batching import QueueFullError, TokenBatcher
-from serve.service.catalogue import UNUSABLE, Catalogue, Entry
+from serve.service.catalogue import UNUSABLE, Catalogue, Entry, Listed
 from serve.service.circuits import Circuits
 from serve.service.feature_table import DENSE, SINGLE_TOKEN, FeatureTable, Filters
 from serve.service.models import Models
 from serve.service.served_run import ServedLayer, ServedRun, identities_of
 from serve.service.service import Control, Interventions, Service
+from serve.service.storage_reads import OPEN_S, STORAGE_S, StorageReads
 from serve.service.tokenising import Tokeniser
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DENSE",
+    "OPEN_S",
     "SINGLE_TOKEN",
+    "STORAGE_S",
     "UNUSABLE",
     "Catalogue",
     "Circuits",
@@ -25,12 +28,14 @@ __all__ = [
     "FeatureTable",
     "Filters",
     "Interventions",
+    "Listed",
     "Models",
     "QueueFullError",
     "RunEncoder",
     "ServedLayer",
     "ServedRun",
     "Service",
+    "StorageReads",
     "TokenBatcher",
     "Tokeniser",
     "identities_of",

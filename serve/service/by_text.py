@@ -50,7 +50,8 @@ async def by_text(service: Service, own: ServedLayer, table: FeatureTable, asked
     )
     options = service.options(own, request, csr=True)
     if not against:  # before any work, so that a run without random contexts costs none
-        await asyncio.to_thread(table.require_contexts, ", or send a text as `against`")
+        await table.read_contexts()
+        table.require_contexts(", or send a text as `against`")
     inputs = await service.tokenise(own.run, request, asked.name)
     encoded = [each async for _, each in service.encode_inputs(own.run, inputs, options)]
     return await asyncio.to_thread(_compare, table, own, asked, inputs, encoded)

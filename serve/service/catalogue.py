@@ -12,19 +12,21 @@ from mtc.config import RunConfig
 from mtc.errors import MtcError
 from mtc.storage import (
     ALIASES,
+    IndexedModel,
     LayerFiles,
     Manifest,
     RunDirectory,
     RunError,
     SweepError,
     as_one_model,
+    finished_runs,
     is_alias,
     is_hub_url,
     is_latest,
     last_known,
     open_run,
 )
-from serve.contract import RunKey
+from serve.contract import RunKey, ServiceError
 from serve.service.served_run import verified
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]+(/(?!\.)[A-Za-z0-9._-]+)?")
@@ -35,14 +37,36 @@ UNUSABLE = (MtcError, OSError, ValueError)
 """What a run that is missing, damaged or out of reach raises."""
 
 
+class Listed(NamedTuple):
+    """What a list says of a run that answers as one model, of one layer or of several."""
+
+    key: RunKey
+    base_model: str
+    """The language model whose activations it reads."""
+    layers: list[int]
+    """Numbers of its layers, ascending."""
+    num_features: int
+    """Size of the dictionary of each layer."""
+    prefixes: list[int]
+    """Sizes of the nested dictionaries."""
+    k: int
+    """Active features per token on average, as trained."""
+
+
 class Entry(NamedTuple):
-    """A finished run that answers as one model: of one layer, or of several."""
+    """A finished run that answers as one model, with what it was read from."""
 
     key: RunKey
     manifest: Manifest
     config: RunConfig
     layers: dict[int, LayerFiles]
     """By number, ascending."""
+
+    @property
+    def listed(self) -> Listed:
+        model, transcoder = self.config.model, self.config.transcoder
+        prefixes = list(transcoder.prefixes)
+        return Listed(self.key, model.name, list(self.layers), transcoder.num_features, prefixes, transcoder.k)
 
 
 class Catalogue:
@@ -102,7 +126,8 @@ class Catalogue:
 
     def words(self, reason: BaseException | str) -> str:
         """Why what is served can't be, in one line for all who may ask: without the place of the runs."""
-        text = f"{type(reason).__name__}: {reason}" if not isinstance(reason, MtcError | str) else str(reason)
+        known = isinstance(reason, MtcError | ServiceError | str)
+        text = str(reason) if known else f"{type(reason).__name__}: {reason}"
         first = next(iter(text.strip().splitlines()), "").replace(f"{self.root}/", "")
         return f"{self.name} can't be served: {first[:_LONGEST]}"
 
@@ -115,11 +140,18 @@ class Catalogue:
             raise RunError(f"{run.url} holds the run {run.manifest().run_id!r}")
         return _entry(run)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[Listed]:
         """All finished runs, newest first, of a sweep each transcoder; directories that hold none are passed over."""
-        names = [self.served().key.run_id] if self.alone else RunDirectory(self.root).names()
-        found = [entry for name in names for entry in self._entries(name)]
-        return sorted(found, key=lambda entry: (entry.manifest.created, entry.key.run_id), reverse=True)
+        if self.alone:
+            found = [entry.listed for entry in self._entries(self.served().key.run_id)]
+        else:
+            runs = finished_runs(self.root).values()
+            found = [self._listed(model) for run in runs for model in run.models]
+        return sorted(found, key=lambda listed: (listed.key.created, listed.key.run_id), reverse=True)
+
+    def _listed(self, model: IndexedModel) -> Listed:
+        key = RunKey(model.run_id, posixpath.join(self.root, model.run_id), model.sha256, model.created)
+        return Listed(key, model.base_model, model.layers, model.num_features, model.prefixes, model.k)
 
     def _others(self) -> list[str]:
         """Ids of the runs that can take the place of what is served, the best one first; none of what can't be read."""

@@ -26,6 +26,7 @@ from serve.contract import ServiceError
 from serve.service.feature_map import FeatureMap
 from serve.service.label_vectors import LabelVectors, nearest
 from serve.service.search import SearchIndex, open_index
+from serve.service.storage_reads import OPEN_S, from_storage
 
 DENSE = 0.1
 """Share of the tokens from which on a feature that fires on them is dense."""
@@ -144,6 +145,18 @@ class FeatureTable:
         except (RunError, ValueError) as error:
             message = f"the random contexts of {self._run_id} can't be read: {error}"
             raise ServiceError(409, "run_unusable", message) from error
+
+    async def read_contexts(self) -> None:
+        """Have the random contexts in memory, if there are any. Raises as `contexts`, and ServiceError 503 while the
+        storage fails or hangs."""
+        if "contexts" not in vars(self):
+            await from_storage(lambda: self.contexts, key=("contexts", id(self)), seconds=OPEN_S)
+
+    async def read_vectors(self) -> LabelVectors:
+        """As `require_vectors`; raises ServiceError 503, too."""
+        if "_vectors" in vars(self):
+            return self.require_vectors()
+        return await from_storage(self.require_vectors, key=("vectors", id(self)), seconds=OPEN_S)
 
     def require_contexts(self, otherwise: str = "") -> RandomContexts:
         """The random contexts. Raises ServiceError 404 for a run that has none, with what else one can do, 409 if they

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +23,16 @@ Windows = Sequence[NDArray[np.int32]]
 
 logger = logging.getLogger("ray.serve")
 
+_LOADERS = ThreadPoolExecutor(4, thread_name_prefix="loading")
+"""Of the whole process: a run whose storage hangs takes one of these threads, and none that others need."""
+
 
 class Models:
     """The language model and the transcoders of each run that was asked for, until it is unloaded."""
 
     def __init__(self, settings: Settings, metrics: ReplicaMetrics):
         self._settings, self._metrics = settings, metrics
-        self._runs: dict[RunKey, asyncio.Task[RunEncoder]] = {}
+        self._runs: dict[RunKey, asyncio.Future[RunEncoder]] = {}
         self._batcher: TokenBatcher[tuple[RunEncoder, Windows, Options], list[Encoded]] = TokenBatcher(
             self._forward, settings.max_batch_tokens, settings.max_queue_tokens
         )
@@ -40,7 +44,7 @@ class Models:
         and what PyTorch and transformers raise."""
         task = self._runs.get(key)
         if task is None:
-            task = self._runs[key] = asyncio.create_task(asyncio.to_thread(self._load, key))
+            task = self._runs[key] = asyncio.get_running_loop().run_in_executor(_LOADERS, self._load, key)
             task.add_done_callback(lambda done: self._loaded(key, done))
         return await asyncio.shield(task)
 
@@ -68,7 +72,7 @@ class Models:
         encoder = await self.load(key)
         return await self._batcher.call(encoder.reconstruct, layer, tokens, token, feature, value, prefix)
 
-    def _loaded(self, key: RunKey, task: asyncio.Task[RunEncoder]) -> None:
+    def _loaded(self, key: RunKey, task: asyncio.Future[RunEncoder]) -> None:
         failed = task.cancelled() or task.exception() is not None
         self._metrics.loads.labels("failed" if failed else "loaded").inc()
         if failed and self._runs.get(key) is task:

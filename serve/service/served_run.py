@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Self
 
 import fsspec
@@ -31,8 +31,10 @@ from mtc.storage import (
 )
 from serve.contract import ModelIdentity, RunKey, ServiceError
 from serve.service.feature_table import AnalysisFiles, FeatureTable
+from serve.service.kept import REPORT_FILES, Tables
 from serve.service.label_vectors import MOST_BYTES
 from serve.service.notes import LayerNotes
+from serve.service.storage_reads import OPEN_S, from_storage
 from serve.service.tokenising import Tokeniser
 
 ANALYSIS = ("features.parquet", "examples.parquet", "analysis.json")
@@ -62,7 +64,7 @@ class ServedRun:
         identities = identities_of(self.directory, self.manifest, found)
         self.layers = {layer: ServedLayer(self, files, identities[layer]) for layer, files in found.items()}
         """All layers by number, ascending."""
-        self.table = lru_cache(OPEN_TABLES)(self._open_table)
+        self.table = Tables(self._open_table, OPEN_TABLES)
         """The analysis of a layer's features, read when it is first asked for; raises as `ServedLayer.analysed`."""
 
     @property
@@ -85,6 +87,16 @@ class ServedRun:
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise RunError(f"{self.key.run_id}: {name} is not what the manifest says")
         return data
+
+    async def report_file(self, name: str) -> bytes:
+        """A file of the manifest, kept in memory by its digest. Raises as `read`, and ServiceError 503 while the
+        storage fails or hangs."""
+        sha256 = self.manifest.files[name].sha256
+        content = REPORT_FILES.get(sha256)
+        if content is None:
+            content = await from_storage(self.read, name, key=("file", sha256))
+            REPORT_FILES.put(sha256, content)
+        return content
 
     def _read_vectors(self, name: str) -> bytes:
         """The file of a layer's vectors; raises as `read`, and RunError for one that is too large."""
@@ -152,14 +164,25 @@ class ServedLayer:
 
         Raises ServiceError: 404 if there is none, 409 if it can't be read.
         """
-        if missing := self._missing:
-            message = f"{self._words} has no analysis of its features (no {', '.join(missing)})"
-            raise ServiceError(404, "not_analysed", message)
+        self._require_analysis()
         try:
             return self.run.table(self.number)
         except (RunError, ValueError) as error:
             message = f"the analysis of {self._words} can't be read: {error}"
             raise ServiceError(409, "run_unusable", message) from error
+
+    async def analysis(self) -> FeatureTable:
+        """The same, for whoever must not wait for storage that hangs: also raises ServiceError 503."""
+        self._require_analysis()
+        known = self.run.table.known(self.number)
+        if known is not None:
+            return known
+        return await from_storage(lambda: self.analysed, key=("table", self.run.key, self.number), seconds=OPEN_S)
+
+    def _require_analysis(self) -> None:
+        if missing := self._missing:
+            message = f"{self._words} has no analysis of its features (no {', '.join(missing)})"
+            raise ServiceError(404, "not_analysed", message)
 
     @property
     def _missing(self) -> list[str]:

@@ -37,6 +37,7 @@ from serve.service.feature_table import FeatureTable
 from serve.service.models import Models
 from serve.service.query_vectors import QueryVectors
 from serve.service.served_run import ServedLayer, ServedRun, unknown_layer
+from serve.service.storage_reads import OPEN_S, from_storage
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
@@ -110,7 +111,7 @@ class Service:
         self._used: set[RunKey] = set()
         self._ready: tuple[RunKey, float] | None = None
         self._listed: tuple[float, list[RunSummary]] | None = None
-        self._opened: dict[RunKey, asyncio.Task[ServedRun]] = {}
+        self._opened: dict[RunKey, ServedRun] = {}
 
     @property
     def interventions(self) -> Interventions:
@@ -135,7 +136,7 @@ class Service:
                 "endpoint that gives vectors"
             )
             raise ServiceError(409, "no_embeddings", message)
-        vectors = await asyncio.to_thread(table.require_vectors)
+        vectors = await table.read_vectors()
         return await self._query_vectors.vector(vectors.model, query, vectors.dimensions)
 
     async def run(self, model: str | None) -> ServedRun:
@@ -165,17 +166,13 @@ class Service:
         found = await self.asked(model, layer)
         return found.default if isinstance(found, ServedRun) else found
 
-    async def open(self, key: RunKey) -> ServedRun:
-        """A run's files and tokenizer, opened once."""
-        task = self._opened.get(key)
-        if task is None:
-            task = self._opened[key] = asyncio.create_task(asyncio.to_thread(ServedRun, key))
-        try:
-            return await asyncio.shield(task)
-        except BaseException:
-            if task.done():  # a failure is not remembered
-                self._opened.pop(key, None)
-            raise
+    async def open(self, key: RunKey, seconds: float = OPEN_S) -> ServedRun:
+        """A run's files and tokenizer, opened once. Raises ServiceError 503 after `seconds`."""
+        if key not in self._opened:
+            found = await from_storage(ServedRun, key, key=("run", key), seconds=seconds)
+            self._opened.setdefault(key, found)
+            return found
+        return self._opened[key]
 
     async def _named(self, model: str) -> ServedLayer | None:
         """The layer of a loaded run that `<run id>/layer9` names, under that name."""

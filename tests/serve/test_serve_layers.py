@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mtc.storage import RunDirectory, RunError
 from mtc.transcoder import load_transcoder
 from serve.contract import Options
 from serve.service import Catalogue, RunEncoder, ServedRun, SweepError
+from serve.service.kept import Tables
 
 LAYERS = (2, 0, 1)
 """In another order than the service's."""
@@ -220,7 +220,7 @@ def test_a_sweep_is_asked_for_by_its_transcoders_names(tmp_path: Path) -> None:
         with pytest.raises(SweepError, match="holds 2 transcoders; name one of them") as refused:
             asked()
         assert refused.value.members == ["swept/k4", "swept/k2"]
-    assert {entry.key.run_id: list(entry.layers) for entry in catalogue.entries()} == {"swept/k4": [1], "swept/k2": [1]}
+    assert {entry.key.run_id: entry.layers for entry in catalogue.entries()} == {"swept/k4": [1], "swept/k2": [1]}
 
 
 def test_a_run_keeps_few_layers_analyses_and_reads_none_before_it_is_asked_for(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_run_keeps_few_layers_analyses_and_reads_none_before_it_is_asked_for(t
     opened = ServedRun(key_of(run))
     read = list[str]()
     opened.read = lambda name, own=opened.read: (read.append(name), own(name))[1]  # type: ignore[misc, method-assign]
-    opened.table = lru_cache(1)(opened._open_table)
+    opened.table = Tables(opened._open_table, 1)
     for layer, files in ((0, 3), (0, 0), (2, 3), (2, 0), (0, 3)):
         read.clear()
         assert opened.layer(layer).analysed.analysis.config.model.layer == layer

@@ -50,7 +50,8 @@ async def encode(request: Request, service: TheService) -> Response:
     csr = asked.form == "csr"
     options = service.options(layer, asked, csr or media_type == formats.SAFETENSORS)
     # Read once for a run and kept: before any work, so that a run without an analysis costs none.
-    labels = await asyncio.to_thread(lambda: layer.analysed.labels) if "label" in asked.include else None
+    table = await layer.analysis() if "label" in asked.include else None
+    labels = await asyncio.to_thread(lambda: table.labels) if table is not None else None
     inputs = await service.tokenise(layer.run, asked)
     envelope = formats.Envelope(layer, asked.prefix or layer.num_features, request_id_of(request), labels)
     found = service.encode_inputs(layer.run, inputs, options)

@@ -111,12 +111,13 @@ async def examples(
 async def surroundings(service: TheService, feature: Index, model: Model = None, layer: Layer = None) -> Response:
     """Near misses of a feature, and what fires together with it."""
     own, table = await analysed(service, model, layer)
+    table.check(feature)  # a feature that there is not is said first
     # A route of its own: it reads all random contexts, without which the rest of what is known can be had.
+    await table.read_contexts()
     return _json(await asyncio.to_thread(_surroundings, own, table, feature))
 
 
 def _surroundings(own: ServedLayer, table: FeatureTable, feature: int) -> SurroundingsResponse:
-    table.row(feature)  # a feature that there is not is said first
     contexts = table.require_contexts()
     return SurroundingsResponse(
         run_id=own.run_id, layer=own.number, feature=feature, contexts=len(contexts), tokens=contexts.num_tokens,
@@ -183,7 +184,7 @@ def filters(query: FeaturesQuery) -> Filters:
 async def analysed(service: Service, model: str | None, layer: int | None) -> tuple[ServedLayer, FeatureTable]:
     """The layer and what is known of its features; needs no models. Raises ServiceError 404 without an analysis."""
     own = await service.layer(model, layer)
-    return own, await asyncio.to_thread(lambda: own.analysed)
+    return own, await own.analysis()
 
 
 def _json(answer: BaseModel) -> Response:

@@ -79,6 +79,8 @@ async def feature(
 ) -> Response:  # fmt: skip
     """All that is known of one feature; `examples` of each part, with `context` tokens on each side of the peak."""
     own, table = await analysed(service, model, layer)
+    table.check(feature)
+    await table.read_contexts()
     link = query(model=model, layer=layer)
     notes = await own.notes.read()
     bos = own.run.tokeniser.bos if service.settings.interventions else None

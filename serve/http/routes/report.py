@@ -91,7 +91,7 @@ async def _file(
     headers |= {"ETag": tag, "Cache-Control": "private, no-cache"}
     if tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    return Response(await asyncio.to_thread(run.read, name), media_type=media_type, headers=headers)
+    return Response(await run.report_file(name), media_type=media_type, headers=headers)
 
 
 def _with_links(asked: ServedRun | ServedLayer, page: bytes) -> bytes:

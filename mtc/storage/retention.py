@@ -1,0 +1,123 @@
+"""Removes runs, and what else nobody needs, so that no reader is ever misled.
+
+What is removed goes under the lease of the run, so that no job begins there meanwhile, its manifests first: a run that
+is half removed is one that is not finished. Interrupted anywhere, it can be done again.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import time
+from contextlib import suppress
+
+from mtc.storage.files import StorageError, absolute, patiently, write_atomic
+from mtc.storage.hub import READ_ONLY, is_hub_url
+from mtc.storage.index import MANIFEST, RunIndex
+from mtc.storage.lease import Lease
+from mtc.storage.run_list import finished_runs, is_run, latest_name, names_of_runs, run_names, stored_files
+from mtc.storage.runs import WRITER, RunDirectory, RunError
+from mtc.storage.waste import DAY, STORE_FILE, Waste, has, is_old
+
+
+def remove_waste(waste: Waste, days: float) -> None:
+    """Remove it, if it is still what it was. Raises RunError if a job works there now, or did meanwhile."""
+    if not waste.holder:
+        return _quietly(RunDirectory(posixpath.dirname(waste.url)), posixpath.basename(waste.url))
+    holder = RunDirectory(waste.holder)
+    with Lease(holder):
+        files = [file for file in stored_files(holder) if file.name != WRITER]  # which is this process's own
+        old, finished = is_old(files, time.time() - days * DAY), has(files, MANIFEST)
+        same = {"checkpoints": finished, "unfinished run": old and not finished, "token store": old}
+        if files and not same.get(waste.kind, True):
+            raise RunError(f"{waste.url} has changed meanwhile")
+        if waste.url != waste.holder:
+            _quietly(holder, waste.url.removeprefix(f"{waste.holder}/"))
+        else:
+            _quietly(holder, STORE_FILE)  # first, so that no job takes it for whole
+            _empty(holder)
+    _remove_empty(holder)
+
+
+def remove_run(run: RunDirectory, force: bool = False) -> int:
+    """Remove a run of one transcoder or of several; the bytes that are free then. `latest` moves to the newest run that
+    is left.
+
+    Raises RunError for a run that an alias names, that `latest` names (unless `force`), that a job holds, that is one
+    transcoder of several, or that is not there.
+    """
+    check_removable(run, force)
+    root, name = posixpath.split(run.url.rstrip("/"))
+    with Lease(run):
+        check_removable(run, force)  # it may have been given a name while the lease was waited for
+        files = stored_files(run)
+        if latest_name(root) == name:
+            _move_latest(root, name)
+        RunIndex(root).forget(name)
+        manifests = [file.name for file in files if posixpath.basename(file.name) == MANIFEST]
+        for manifest in sorted(manifests, key=lambda each: each.count("/")):  # the whole before its members
+            _quietly(run, manifest)
+        _empty(run)
+    _remove_empty(run)
+    return sum(file.bytes for file in files)
+
+
+def check_removable(run: RunDirectory, force: bool = False) -> None:
+    """Raises RunError as `remove_run`, but for jobs."""
+    if is_hub_url(run.url):
+        raise StorageError(f"{run.url}: {READ_ONLY}")
+    root, name = posixpath.split(run.url.rstrip("/"))
+    if not is_run(stored_files(run)):
+        raise RunError(f"no run at {run.url}")
+    above = RunDirectory(root)
+    if above.exists("config.yaml") and name in above.members():
+        raise RunError(f"{run.url} is one transcoder of a run of several, which are removed together: name {root}")
+    names = names_of_runs(root).get(name, [])
+    if aliases := [each for each in names if each != "latest"]:
+        raise RunError(f"run {name} has the alias {', '.join(aliases)}: give that to another run first")
+    if names and not force:
+        raise RunError(f"run {name} is what {posixpath.join(root, 'latest')} names: --force removes it all the same")
+
+
+def repair_index(root: str) -> tuple[int, int]:
+    """Write the entries that the index of a directory of runs lacks, and remove those of runs that are gone; how many
+    each."""
+    root = absolute(root).rstrip("/")
+    index, names = RunIndex(root), set(run_names(root))
+    known = index.read()
+    gone, missing = known.keys() - names, finished_runs(root).keys() - known.keys()
+    for name in gone:
+        index.forget(name)
+    for name in missing:
+        run = RunDirectory(posixpath.join(root, name))
+        with suppress(RunError), Lease(run):  # else a job publishes it anew
+            index.forget(name)
+            index.add(run, run.read(MANIFEST))
+    return len(missing), len(gone)
+
+
+def _move_latest(root: str, leaving: str) -> None:
+    """Let `latest` name the newest finished run but `leaving`, or nothing if there is none."""
+    left = [(entry.created, name) for name, entry in finished_runs(root).items() if name != leaving]
+    url = posixpath.join(root, "latest")
+    if left:
+        return patiently(lambda: write_atomic(url, max(left)[1].encode()))
+    _quietly(RunDirectory(root), "latest")
+
+
+def _empty(run: RunDirectory) -> None:
+    """Remove everything but this process's sign of life; the configuration last, by which what is left is known to be
+    of a run."""
+    for name in sorted(run.names(), key=lambda name: name == "config.yaml"):
+        if name != WRITER:
+            _quietly(run, name)
+
+
+def _quietly(run: RunDirectory, name: str) -> None:
+    with suppress(FileNotFoundError):
+        patiently(lambda: run.fs.rm(posixpath.join(run.path, name), recursive=True))
+
+
+def _remove_empty(run: RunDirectory) -> None:
+    """Of storage that has directories; one that somebody writes into again stays."""
+    with suppress(OSError, NotImplementedError):
+        run.fs.rmdir(run.path)

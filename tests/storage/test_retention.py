@@ -1,0 +1,244 @@
+"""Runs are listed from an index that never misleads, and what nobody needs goes: never what somebody does."""
+
+import json
+import os
+import posixpath
+import time
+from datetime import UTC, datetime, timedelta
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from jobs.runs import main
+from mtc.config import load_preset, to_yaml
+from mtc.storage import Checkpoints, Lease, RunDirectory, RunError, find_waste, finished_runs, list_runs, open_run
+from mtc.storage.index import index_entry
+from mtc.storage.retention import remove_run, remove_waste
+
+STORE = "tokens/0123456789abcdef-00000001"
+
+
+class Counting(MemoryFileSystem):
+    """Storage in memory that counts what is asked of it."""
+
+    protocol = "counting"
+    store, pseudo_dirs, calls = {}, [""], []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(path.removeprefix("counting://"))
+
+    def ls(self, path, detail=True, **kwargs):
+        self.calls.append(("ls", path))
+        return super().ls(path, detail, **kwargs)
+
+    def info(self, path, **kwargs):
+        self.calls.append(("info", path))
+        return super().info(path, **kwargs)
+
+    def cat_file(self, path, *arguments, **kwargs):
+        self.calls.append(("cat", path))
+        return super().cat_file(path, *arguments, **kwargs)
+
+
+fsspec.register_implementation("counting", Counting, clobber=True)
+
+
+@pytest.fixture(params=["local", "counting"])
+def root(request, tmp_path):
+    if request.param == "local":
+        yield str(tmp_path / "runs")
+    else:
+        yield "counting://runs"
+        Counting.store.clear()
+        Counting.pseudo_dirs[:] = [""]
+
+
+def make(root, name, finished=True, store=STORE, **changes):
+    run = RunDirectory(f"{root}/{name}")
+    run.write("config.yaml", to_yaml(load_preset("tiny", changes)))
+    run.write("transcoder.safetensors", name.encode())
+    run.write("checkpoints/step-00000032-00000001-result/trainer.safetensors", bytes(500))
+    run.write("checkpoints/step-00000032-00000001-result/checkpoint.json", "{}")
+    analysis = {"evaluation": {"fvu": [0.9, 0.5]}, "facts": {"token_store": f"{root}/{store}"}}
+    run.write("analysis.json", json.dumps(analysis))
+    if finished:
+        run.publish()
+    return run
+
+
+def age(run, days):
+    """As if nothing below a directory had been written for so long."""
+    for path in run.fs.find(run.path):
+        if isinstance(run.fs, Counting):
+            run.fs.store[path].modified = run.fs.store[path].created = datetime.now(UTC) - timedelta(days=days)
+        else:
+            os.utime(path, (time.time() - days * 86400,) * 2)
+
+
+def make_store(root, number, finished=True, days=30):
+    store = RunDirectory(f"{root}/tokens/0123456789abcdef-{number:08d}")
+    store.write("tokens-00000.parquet", bytes(100))
+    if finished:
+        store.write("store.json", "{}")
+    age(store, days)
+    return store
+
+
+def gc(root, *options):
+    return main(["gc", root, *options])
+
+
+def wasted(root, days=7.0):
+    return {posixpath.relpath(each.url, root) for each in find_waste(root, days, watch_seconds=0.2).waste}
+
+
+def truth(root, names):
+    return {name: index_entry(RunDirectory(f"{root}/{name}")) for name in names}
+
+
+def test_two_hundred_runs_are_listed_in_three_calls_and_as_their_manifests_say():
+    names = [f"run-{number:03d}" for number in range(200)]
+    for name in names:
+        make("counting://many", name)
+    expected = truth("counting://many", names)
+    Counting.calls.clear()
+    assert finished_runs("counting://many") == expected
+    assert len(Counting.calls) == 3, Counting.calls[:10]
+    Counting.store.clear()
+
+
+def test_an_index_never_hides_a_run_nor_shows_one_that_is_gone(root):
+    for name in "abcde":
+        make(root, name)
+    index = RunDirectory(f"{root}/.index")
+
+    def entry(name):
+        return next(each for each in index.names() if each.startswith(f"{name}@"))
+
+    index.write("all.json", b"damaged")
+    index.write(entry("a"), b"damaged")
+    index.remove(entry("b"))
+    index.write(f"c@{'0' * 16}.json", index.read(entry("c")).replace(b"gemma2", b"other"))  # of a job that was killed
+    RunDirectory(f"{root}/d").remove()
+    make(root, "f", finished=False)
+    RunDirectory(f"{root}/e").write("transcoder.safetensors", b"other weights")
+    RunDirectory(f"{root}/e").publish(latest=False)
+    assert finished_runs(root) == truth(root, "abce")
+    index.remove()  # as of a version without one
+    assert finished_runs(root) == truth(root, "abce")
+
+
+def test_publications_at_once_lose_no_entry(root, monkeypatch):
+    """Each job reads what all.json had before the other wrote it."""
+    from mtc.storage.index import RunIndex
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(RunIndex, "_read_all", lambda self: {})
+        meanwhile.setattr(RunIndex, "_names", lambda self: [])
+        make(root, "a")
+        make(root, "b")
+    Counting.calls.clear()
+    assert set(finished_runs(root)) == {"a", "b"}
+    assert not [call for call in Counting.calls if "manifest" in call[1]], "the index has both"
+
+
+def test_gc_removes_what_nobody_needs_and_nothing_else(root, capsys):
+    kept = make(root, "kept", output={"keep_checkpoints_after_finish": True})
+    named, plain = make(root, "named"), make(root, "plain", store="tokens/0123456789abcdef-00000002")
+    old, young, held = (make(root, name, finished=False) for name in ("old", "young", "held"))
+    RunDirectory(f"{root}/aliases").write("production.json", '{"run_id": "named"}')
+    for number in (1, 2, 3):
+        make_store(root, number)
+    make_store(root, 4, days=1)
+    make_store(root, 5, finished=False)
+    for run in (old, held):
+        age(run, 30)
+    young.write("token_store.json", json.dumps({"url": f"{root}/tokens/0123456789abcdef-00000001"}))
+    expected = {
+        "named/checkpoints", "plain/checkpoints", "old", "tokens/0123456789abcdef-00000003",
+        "tokens/0123456789abcdef-00000005",
+    }  # fmt: skip
+    published = {run.run_id: set(run.manifest().files) for run in (kept, named, plain)}
+    with Lease(held, beat=0.05):
+        assert "tokens/0123456789abcdef-00000003" not in wasted(root), "a job may be about to read it"
+        assert wasted(root) == expected - {"tokens/0123456789abcdef-00000003"}
+    held.remove()
+    everything = {path for path in young.fs.find(young.fs._strip_protocol(root))}
+    assert wasted(root) == expected
+    assert gc(root) == 0
+    assert "nothing was removed" in capsys.readouterr().out
+    assert set(young.fs.find(young.fs._strip_protocol(root))) == everything, "by default it only tells"
+    assert gc(root, "--yes") == 0
+    assert wasted(root) == set()
+    for run in (kept, named, plain):
+        assert set(open_run(run.url).verify().files) == published[run.run_id]
+    assert Checkpoints(kept.url).directory.names() and not named.exists("checkpoints")
+    assert not old.exists() and young.exists("checkpoints")
+    assert gc(root, "--yes", "--older-than", "0") == 0
+    assert not young.exists()
+
+
+def test_a_run_that_does_not_say_what_it_reads_keeps_all_tokens(root):
+    make(root, "a")
+    begun = make(root, "begun", finished=False)
+    make_store(root, 3)
+    assert "tokens/0123456789abcdef-00000003" not in wasted(root)
+    age(begun, 30)  # it goes, too
+    assert {"begun", "tokens/0123456789abcdef-00000003"} <= wasted(root)
+
+
+def test_what_a_job_takes_up_meanwhile_stays(root):
+    run = make(root, "a", finished=False)
+    age(run, 30)
+    (waste,) = [each for each in find_waste(root, 7, watch_seconds=0.2).waste if each.kind == "unfinished run"]
+    with Lease(run, beat=0.05), pytest.raises(RunError, match="another job is writing this run"):
+        remove_waste(waste, 7)
+    run.publish()
+    with pytest.raises(RunError, match="has changed meanwhile"):
+        remove_waste(waste, 7)
+    assert open_run(run.url).run_id == "a"
+
+
+def test_a_run_is_removed_unless_somebody_relies_on_it(root, capsys):
+    first, second, third = (make(root, name) for name in "abc")
+    RunDirectory(f"{root}/aliases").write("production.json", '{"run_id": "a"}')
+    for wrong, message in (
+        ("a", "run a has the alias production"), ("c", "--force removes it all the same"), ("none", "no run at"),
+    ):  # fmt: skip
+        assert main(["rm", f"{root}/{wrong}", "--yes"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["rm", second.url]) == 0 and second.is_finished()
+    with Lease(second, beat=0.05):
+        assert main(["rm", second.url, "--yes"]) == 2
+    assert main(["rm", second.url, "--yes"]) == 0 and not second.exists()
+    assert main(["rm", third.url, "--yes", "--force"]) == 0
+    assert open_run(f"{root}/latest").run_id == "a"
+    assert [row.run_id for row in list_runs(root, 0.2)] == ["a"] and first.is_finished()
+
+
+def test_one_transcoder_of_several_does_not_go_alone_and_the_whole_goes_manifests_first(root, monkeypatch):
+    swept = RunDirectory(f"{root}/swept")
+    swept.write("config.yaml", to_yaml(load_preset("tiny", {"sweep": [{"transcoder.k": 4}, {"transcoder.k": 2}]})))
+    for own in swept.members().values():
+        own.write("config.yaml", to_yaml(load_preset("tiny")))
+        own.write("transcoder.safetensors", b"x")
+        own.publish(latest=False)
+    swept.publish()
+    with pytest.raises(RunError, match="one transcoder of a run of several"):
+        remove_run(RunDirectory(f"{root}/swept/k4"))
+
+    def dies(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr("mtc.storage.retention._empty", dies)
+        with pytest.raises(KeyboardInterrupt):
+            remove_run(swept, force=True)
+    for url in (swept.url, f"{root}/swept/k4", f"{root}/latest"):
+        with pytest.raises(RunError):
+            open_run(url)
+    assert finished_runs(root) == {}
+    remove_run(swept)
+    assert not swept.exists()
