@@ -79,10 +79,10 @@ def is_name(name: str) -> bool:
 
 
 def read_aliases(root: str) -> dict[str, Alias]:
-    """What each alias of a directory of runs names. Raises RunError for one that can't be read."""
+    """What each alias of a directory of runs names, as `last_known`."""
     directory = RunDirectory(posixpath.join(root, ALIASES))
     names = sorted(name.removesuffix(".json") for name in directory.names() if name.endswith(".json"))
-    found = {name: read_alias(root, name) for name in names}
+    found = {name: last_known(root, name) for name in names}
     return {name: alias for name, alias in found.items() if alias is not None}
 
 
@@ -94,7 +94,7 @@ def read_alias(root: str, name: str) -> Alias | None:
 
 
 def last_known(root: str, name: str) -> Alias | None:
-    """As `read_alias`, by the copy where the record is damaged."""
+    """As `read_alias`, by the copy where the record is damaged; raises RunError if there is none that can be read."""
     try:
         return read_alias(root, name)
     except RunError as damaged:
