@@ -1,5 +1,3 @@
-import tomllib
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -108,16 +106,6 @@ def test_default_learning_rate_grows_with_the_batch_and_falls_with_the_dictionar
     assert lr(4096, [1152]) == pytest.approx(1.2e-2)
     assert lr(1024, [1152, 3456]) == pytest.approx(3e-3)
     assert load_preset("gemma-2-2b-layer17").lr == 3e-4
-
-
-def test_the_package_holds_what_it_reads():
-    """Built as for a wheel: presets and the source of the compiled loops."""
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["mtc"]
-    data = [p for p in (ROOT / "mtc").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
-    assert any(p.name == "kernels.c" for p in data)
-    for path in data:
-        name = str(path.relative_to(ROOT / "mtc"))
-        assert any(fnmatch(name, pattern) for pattern in patterns), f"{name} is not in package-data"
 
 
 def test_several_layers_are_numbers_or_mappings_and_each_is_a_run_of_its_own():
