@@ -44,7 +44,7 @@ def build(args: Settings) -> ray_serve.Application:
     """
     entry, problem = Catalogue(args.run).usable(verify=False)
     if problem:
-        _say(f"{problem}; run {entry.key.run_id} answers in its place")
+        _say(f"{problem}; meanwhile run {entry.key.run_id} answers")
     name = uuid.uuid4().hex
     control = _deployment(Control).options(ray_actor_options={"num_cpus": 0}, logging_config=QUIET).bind(args, name)
     replicas: dict[str, Any] = {"num_replicas": args.num_replicas}

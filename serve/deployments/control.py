@@ -80,7 +80,7 @@ class Control:
             entry, problem = await self._reads.read(self._catalogue.usable, seconds=LOAD_TIMEOUT_S)
             self._state = State(deployment, 1, entry.key, (entry.key,), entry.key, problem)
             if problem:
-                logger.error("%s; run %s answers in its place", problem, entry.key.run_id)
+                logger.error("%s; meanwhile run %s answers", problem, entry.key.run_id)
         self._watcher = asyncio.create_task(self._watch())
 
     async def state(self) -> State:
@@ -117,7 +117,7 @@ class Control:
                 version, now = self._state.version + 1, entry.key
                 changed = State(deployment, version, now, (now,), now, problem)
                 self._try_later(key)
-                logger.error("%s; run %s answers in its place", problem, now.run_id)
+                logger.error("%s; meanwhile run %s answers", problem, now.run_id)
             else:
                 return self._state
             self._failed[key] = reason
@@ -320,7 +320,7 @@ class Control:
         if problem == self._state.problem:
             return
         if problem:
-            logger.error("%s; run %s answers in its place", problem, self._state.current.run_id)
+            logger.error("%s; meanwhile run %s answers", problem, self._state.current.run_id)
         else:
             logger.warning("%s can be served again", self._catalogue.name)
         await self._change(self._state._replace(version=self._state.version + 1, problem=problem))

@@ -197,7 +197,7 @@ class Service:
     def problem(self) -> str | None:
         """Why another run answers than the one that `Settings.run` names; None if that does."""
         problem = self.state.problem
-        return f"{problem}; run {self.state.current.run_id} answers in its place" if problem else None
+        return f"{problem}; meanwhile run {self.state.current.run_id} answers" if problem else None
 
     def max_input_tokens(self, run: ServedRun) -> int:
         """Most tokens of one input: the service's limit, or the language model's if that is lower."""

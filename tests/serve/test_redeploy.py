@@ -146,7 +146,7 @@ def test_an_alias_is_served_by_its_last_usable_run(port: int, tmp_path: Path) ->
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         answer = client.get("/readyz").raise_for_status().json()
         assert answer["status"] == "ready" and answer["detail"].startswith("production can't be served: ")
-        assert "no-model" in answer["detail"] and answer["detail"].endswith("; run a answers in its place")
+        assert "no-model" in answer["detail"] and answer["detail"].endswith("; meanwhile run a answers")
         assert answers_of(client)[0] == "a" and not usable()
         weights.write_bytes(whole)
         assert roll_back(str(tmp_path), "production").alias.run_id == "b"

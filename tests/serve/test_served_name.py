@@ -249,6 +249,6 @@ def test_readyz_says_it(tmp_path: Path) -> None:
         service.use(control.state._replace(version=2, problem="production can't be served: no run at b"))
         answer = client.get("/readyz")
         assert answer.status_code == 200, "it answers"
-        detail = "production can't be served: no run at b; run a answers in its place"
+        detail = "production can't be served: no run at b; meanwhile run a answers"
         assert json.loads(answer.text) == {"status": "ready", "detail": detail}
         assert client.get("/healthz").json() == {"status": "ok"}
