@@ -128,6 +128,12 @@ def check_memory(config: RunConfig, plan: Plan, info: ModelInfo, disk: float | N
     found = memory_plan(config, plan, info)
     if _short(found.stages, found.main, found.gpu):
         _refuse(found.stages, found.main, found.gpu, _more_trainers(config, plan, info))
+    if (fewest := config.cluster.min_trainers or plan.num_trainers) < plan.num_trainers:
+        left = memory_plan(config, make_plan(config, plan.nodes, info.d_model, num_trainers=fewest), info)
+        try:
+            _refuse(left.stages, left.main, left.gpu)
+        except ConfigError as error:
+            raise ConfigError(f"where cluster.min_trainers={fewest} go on alone, {error}") from None
     _check_disk(config, info, disk)
     return found
 
@@ -251,7 +257,8 @@ def _refuse(stages: Sequence[Stage], main: float, gpu: float, more: str = "") ->
 
 def _more_trainers(config: RunConfig, plan: Plan, info: ModelInfo) -> str:
     """The fewest trainers that would divide the transcoders so that all fits, as advice; empty if there are none."""
-    for number in range(plan.num_trainers + 1, min(len(config.members()), 1 + sum(int(n.gpus) for n in plan.nodes))):
+    gpus = sum(int(node.gpus) for node in plan.nodes)
+    for number in range(plan.num_trainers + 1, 1 + min(len(config.members()), gpus)):
         settings = config.cluster.model_copy(update={"num_trainers": number})
         more = config.model_copy(update={"cluster": settings})
         try:

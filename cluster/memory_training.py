@@ -109,6 +109,7 @@ def _share_bytes(
     d, rows = info.d_model, config.optimizer.batch_tokens if divided else -(-config.optimizer.batch_tokens // trainers)
     share, unit = config.data.shuffle_buffer_tokens // trainers // (config.data.replays + 1), unit_positions(config)
     kept, transient, started, counts, sizes = 0, [0], 0, 0, []
+    received = 2 * BFLOAT16 * d * len(members) if divided else 0  # a row of what other trainers send (cluster.routing)
     for member in members:
         settings, features = member.transcoder, member.transcoder.num_features
         aux = int(settings.aux_coefficient > 0)
@@ -124,14 +125,14 @@ def _share_bytes(
         else:
             kept += z + residuals + ENTRY * entries
             transient.append(dense + copies)
-        first = min(INITIAL_ROWS, share + unit)
+        first = min(INITIAL_ROWS, share + unit) * (trainers if divided else 1)
         neurons = 3 * FLOAT * info.mlp_width * d if settings.init == "mlp" else 0
         drawn = FLOAT * d * (2 * features + 2 * min(first, 2 * features))
-        started = max(started, first * d * INITIAL_BYTES + neurons + drawn)
+        started = max(started, first * (d * INITIAL_BYTES + received) + neurons + drawn)
         sizes.append(parameters(member, d))
         counts += 9 * features  # how long each is silent, int64, and which are dead
     steps_at_once = 1 if on_gpu else max(1, min(threads, len(sizes)))
-    work = kept + sum(sorted(transient, reverse=True)[:steps_at_once])
+    work = kept + sum(sorted(transient, reverse=True)[:steps_at_once]) + rows * received
     moments = (FLOAT * 4 if trainers > 1 and not divided else FLOAT * 3) * sum(sizes)
     copy = 2 * FLOAT * sum(sizes) + FLOAT * sum(sizes) + counts
     saves = SAVES_OF_SEVERAL if len(sizes) > 1 else SAVES

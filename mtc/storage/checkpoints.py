@@ -255,7 +255,7 @@ class CheckpointWriter:
             directory.write(f"rank-{self.rank}.json", record, self.patience)
             if self.rank == 0:
                 entries[f"rank-{self.rank}.json"] = entry_of(record)
-                self._complete(step, directory, entries)
+                self._complete(step, directory, entries, 2 * self.patience + 4 * (time.monotonic() - began))
         except Exception as error:
             self.report("checkpoint_failed", f"the checkpoint was given up: {type(error).__name__}: {error}", step)
             if self.rank == 0:
@@ -278,13 +278,14 @@ class CheckpointWriter:
                 message = f"old checkpoints could not be removed and take room: {type(error).__name__}: {error}"
                 self.report("checkpoint_not_removed", message)
 
-    def _complete(self, step: int, directory: RunDirectory, entries: dict[str, FileEntry]) -> None:
-        deadline = time.monotonic() + 2 * self.patience
+    def _complete(self, step: int, directory: RunDirectory, entries: dict[str, FileEntry], seconds: float) -> None:
+        """Wait so many seconds for the other ranks' parts, then write the manifest."""
+        deadline = time.monotonic() + seconds
         for rank in range(1, self.ranks):
             name = f"rank-{rank}.json"
             while not directory.exists(name):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"rank {rank} did not write its part within {2 * self.patience:.0f} s")
+                    raise TimeoutError(f"rank {rank} did not write its part within {seconds:.0f} s")
                 time.sleep(0.1)
             record = directory.read(name)
             entries[name] = entry_of(record)

@@ -30,6 +30,8 @@ times the window's place in the block, which tells two texts apart that have the
 
 IN_WORK_SECONDS = 600.0
 """Time after which a file that is not whole yet is taken for one of a process that was killed."""
+ABANDONED_SECONDS = 86_400.0
+"""Time after which a node's files that nobody used are taken for those of one that is gone."""
 
 
 def block_windows(context_length: int) -> int:
@@ -128,20 +130,26 @@ def open_block(path: Path) -> Block | None:
     )
 
 
-def evict(directory: Path, most: int) -> None:
-    """Remove the files below a directory that were not used for longest, until they have at most `most` bytes.
+def evict(directory: Path, node: str, most: int) -> None:
+    """Remove the files of a node, `<directory>/<node>/<store>/<file>`, that were not used for longest, until they have
+    at most `most` bytes; of other nodes, whose directory it may be too, and of what else is there, files that nobody
+    used for ABANDONED_SECONDS.
 
-    Who has mapped one keeps it.
+    Who has mapped one keeps it, on the same node only: a network file system takes it from the others.
     """
     found, now = [], time.time()
-    for path in directory.glob("*/*"):
+    for path in (path for path in directory.rglob("*") if path.is_file()):
         try:
             about = path.stat()
         except FileNotFoundError:
             continue  # another process removed it
         in_work = path.name.startswith(".") and now - about.st_mtime < IN_WORK_SECONDS
-        if not in_work and path.suffix != ".lock":
+        if in_work or path.suffix == ".lock":
+            continue
+        if path.relative_to(directory).parts[0] == node:
             found.append((about.st_mtime_ns, about.st_size, path))
+        elif now - about.st_mtime > ABANDONED_SECONDS:
+            path.unlink(missing_ok=True)
     total = sum(size for _, size, _ in found)
     for _, size, path in sorted(found):
         if total <= most:

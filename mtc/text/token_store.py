@@ -18,6 +18,7 @@ import importlib.metadata
 import io
 import json
 import posixpath
+import socket
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -251,7 +252,7 @@ class TokenStore:
                 fetched = list(threads.map(self._open_block, new))
             self._blocks |= {n: block for n, (block, _) in zip(new, fetched, strict=True)}
             if any(is_new for _, is_new in fetched):
-                evict(self._cache.parent, CACHE_BYTES)
+                evict(self._cache.parent.parent, self._cache.parent.name, CACHE_BYTES)
         found = []
         for n in numbers:
             found.append(block := self._blocks.pop(n))
@@ -273,9 +274,11 @@ class TokenStore:
 
     @cached_property
     def _cache(self) -> Path:
-        """This store's directory on this node; another one at the same place, of other files, has one of its own."""
+        """This store's directory of this node, since nodes may share the cache directory; another store at the same
+        place, of other files, has one of its own."""
         key = hashlib.sha256((self.url + self.info.model_dump_json()).encode()).hexdigest()[:8]
-        directory = Path(cache_directory()).absolute() / "windows" / f"{posixpath.basename(self.url)}-{key}"
+        name = f"{posixpath.basename(self.url)}-{key}"
+        directory = Path(cache_directory()).absolute() / "windows" / socket.gethostname() / name
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 

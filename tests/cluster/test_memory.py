@@ -143,7 +143,9 @@ def test_a_gpu_that_is_too_small_is_refused_with_what_would_fit():
             check_memory(config, plan, GEMMA_2B, disk=float("inf"))
         else:
             assert "model.layers of" in refusal(config, nodes)
-    features = int(re.search(r"transcoder\.group_sizes of ([\d,]+) features in all[^,]*$", message)[1].replace(",", ""))
+    features = int(
+        re.search(r"transcoder\.group_sizes of ([\d,]+) features in all(?:;|$)", message)[1].replace(",", "")
+    )
     check_memory(every_layer(transcoder={"group_sizes": [features]}), plan, GEMMA_2B, disk=float("inf"))
 
 

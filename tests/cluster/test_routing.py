@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -101,8 +102,8 @@ def train_rank(config, url, stop, rank, world):
     lead = next(iter(trainers.values()))
     state = data_state(config, checkpoint, rank, world, "cpu")
     unneeded = unneeded_units(checkpoint, world) if checkpoint else set()
-    left = [(number, None) for number in range(UNITS + CALIBRATION) if number not in unneeded]
-    mine = [number for number, _ in deal(left, world)[rank::world] if number >= 0]
+    left = np.array([number for number in range(UNITS + CALIBRATION) if number not in unneeded])
+    mine = [number for number in deal(left, world)[rank::world].tolist() if number >= 0]
     if world == 3 and checkpoint is None:  # one that never gets a unit
         mine = [[*range(0, UNITS, 2), UNITS], [*range(1, UNITS, 2), UNITS + 1, UNITS + 2], []][rank]
     batches = Batches(map(unit, mine), state.buffer, BATCH, state.ledger, Clock(), UNITS, state.filters)
@@ -268,6 +269,13 @@ def test_26_dictionaries_of_65k_features_fit_8_gpus_only_where_they_are_divided(
     one = asked(1, None)
     with pytest.raises(ConfigError, match=r"; or with cluster\.num_trainers=3, which divide the transcoders$"):
         check_memory(one, make_plan(one, nodes, 2304), info)
+    few = divided.model_copy(update={"cluster": divided.cluster.model_copy(update={"min_trainers": 1})})
+    with pytest.raises(ConfigError, match=r"^where cluster\.min_trainers=1 go on alone, .* of a GPU's memory"):
+        check_memory(few, plan, info, disk=math.inf)
+    changes = {"model": {"layers": [0, 1]}, "transcoder": {"group_sizes": [1 << 19]}, "cluster": {"num_trainers": 1}}
+    two = load_preset("gemma-2-2b-layer17", changes)
+    with pytest.raises(ConfigError, match=r"; or with cluster\.num_trainers=2, which divide the transcoders$"):
+        check_memory(two, make_plan(two, nodes, 2304), info)
     # All of them are as fast as the slowest is, which has 5 of the 26 steps.
     assert 6 * trainer_rate(divided, 2304, 6) == pytest.approx(26 / 5 * trainer_rate(one, 2304))
     assert trainer_rate(whole, 2304, 6) == trainer_rate(one, 2304)

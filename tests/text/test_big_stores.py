@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import uuid
@@ -175,7 +177,22 @@ def test_the_cache_keeps_its_limit(store: TokenStore, monkeypatch: pytest.Monkey
     for at in range(0, store.rows, 50):
         assert [ids.tolist() for ids in store.input_ids(rows[at : at + 50])] == expected[at : at + 50]
         held.append(sum(path.stat().st_size for path in store._cache.parent.glob("*/*.block")))
-    assert max(held) <= 20_000 and min(held) > 10_000
+    assert max(held) <= 20_000 and held[-1] > 10_000
+
+
+def test_nodes_that_share_the_cache_directory_leave_each_other_what_is_in_use(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "first")
+    store.input_ids(np.arange(store.rows))
+    (theirs, *_) = store._cache.glob("*.block")
+    gone = store._cache / "7.block"
+    gone.write_bytes(b"of a node that is gone")
+    os.utime(gone, (0, 0))
+    monkeypatch.setattr(socket, "gethostname", lambda: "second")
+    monkeypatch.setattr(token_store, "CACHE_BYTES", 0)
+    TokenStore.open(store.url).input_ids(np.arange(store.rows))
+    assert theirs.exists() and not gone.exists()
 
 
 def test_processes_of_a_node_share_what_was_fetched(store: TokenStore) -> None:
