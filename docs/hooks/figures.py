@@ -29,8 +29,8 @@ def train_step() -> str:
 
 def sharded() -> str:
     found = _read("sharded")
-    rows = [("ranks", "memory of a rank, MB", "over one rank's", "step, s", "load before", "bytes told in a step", "by the formula",
-             "weights differ by", "losses differ by")]  # fmt: skip
+    rows = [("ranks", "memory of a rank, MB", "over one rank's", "step, s", "load before", "bytes told in a step",
+             "by the formula", "weights differ by", "losses differ by")]  # fmt: skip
     for row in found["ranks"]:
         cells = (str(row["ranks"]), f"{row['peak_bytes'] / 1e6:.0f}")
         times = (f"{row['step_seconds']:.2f}", f"{row['load_before']:.0f}")
@@ -39,7 +39,8 @@ def sharded() -> str:
             continue
         told, predicted = (sum(row[name].values()) for name in ("sent_bytes", "predicted_bytes"))
         rows.append(
-            (*cells, f"{row['memory_ratio']:.2f}", *times, f"{told:,}", f"{predicted:,}", f"{max(row['difference'].values()):.0e}", f"{row['loss_difference']:.0e}")
+            (*cells, f"{row['memory_ratio']:.2f}", *times, f"{told:,}", f"{predicted:,}",
+             f"{max(row['difference'].values()):.0e}", f"{row['loss_difference']:.0e}")
         )  # fmt: skip
     size = found["size"]
     return (
