@@ -205,7 +205,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for ranks in (1, *arguments.ranks):
-            row = measure(size, ranks, directory)
+            load = os.getloadavg()[0]
+            row = measure(size, ranks, directory) | {"load_before": load}
             rows.append(row)
             if ranks > 1:
                 row["difference"] = difference(directory, size, ranks)
@@ -219,7 +220,7 @@ def main() -> None:
         del row["metrics"]
     on_paper = Size(262_144, 2304, 4096, 48, 16, 1)
     answer = {
-        "size": size._asdict(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__,
+        "size": size._asdict(), "cores": os.cpu_count(), "torch": torch.__version__,
         "ranks": rows, "steps_of_one_rank": steps,
         "on_paper": {"size": on_paper._asdict(), "ranks": [predict(on_paper, ranks) for ranks in (1, 2, 4, 8)]},
     }  # fmt: skip

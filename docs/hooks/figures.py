@@ -30,23 +30,24 @@ def train_step() -> str:
 
 def sharded() -> str:
     found = _read("sharded")
-    rows = [("ranks", "memory of a rank, MB", "over one rank's", "step, s", "bytes told in a step", "by the formula",
-             "weights differ by", "losses differ by")]  # fmt: skip
+    rows = [("ranks", "memory of a rank, MB", "over one rank's", "step, s", "load before", "bytes told in a step",
+             "by the formula", "weights differ by", "losses differ by")]  # fmt: skip
     for row in found["ranks"]:
         cells = (str(row["ranks"]), f"{row['peak_bytes'] / 1e6:.0f}")
+        times = (f"{row['step_seconds']:.2f}", f"{row['load_before']:.0f}")
         if row["ranks"] == 1:
-            rows.append((*cells, "1", f"{row['step_seconds']:.2f}", "0", "0", "", ""))
+            rows.append((*cells, "1", *times, "0", "0", "", ""))
             continue
         told, predicted = (sum(row[name].values()) for name in ("sent_bytes", "predicted_bytes"))
         rows.append(
-            (*cells, f"{row['memory_ratio']:.2f}", f"{row['step_seconds']:.2f}", f"{told:,}", f"{predicted:,}",
+            (*cells, f"{row['memory_ratio']:.2f}", *times, f"{told:,}", f"{predicted:,}",
              f"{max(row['difference'].values()):.0e}", f"{row['loss_difference']:.0e}")
         )  # fmt: skip
     size = found["size"]
     return (
         f"{_table(rows)}\n\n{size['features']:,} features, d {size['width']}, batches of {size['batch']}, k "
-        f"{size['k']}; {found['cores']} cores, one thread a rank, torch {found['torch']}, at a load of "
-        f"{found['load']:.0f} by other work, so that times say little."
+        f"{size['k']}; {found['cores']} cores, one thread a rank, torch {found['torch']}. Other work ran on the "
+        "machine, *load before* processes that wanted its cores, so that times say little."
     )
 
 
