@@ -15,10 +15,10 @@ from serve_local import LocalControl, key_of, make_analysed_run, make_layers_run
 from mtc.client import Client
 from mtc.config import load_preset, to_yaml
 from mtc.language_model import LanguageModel, load_tokenizer, pack_windows
-from mtc.storage import RunDirectory, RunError
+from mtc.storage import RunDirectory, RunError, SweepError
 from mtc.transcoder import load_transcoder
 from serve.contract import Options
-from serve.service import Catalogue, RunEncoder, ServedRun, SweepError
+from serve.service import Catalogue, RunEncoder, ServedRun
 from serve.service.kept import Tables
 
 LAYERS = (2, 0, 1)
