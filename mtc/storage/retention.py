@@ -14,7 +14,7 @@ from mtc.storage.files import StorageError, absolute, patiently, write_atomic
 from mtc.storage.hub import READ_ONLY, is_hub_url
 from mtc.storage.index import MANIFEST, RunIndex
 from mtc.storage.lease import Lease
-from mtc.storage.run_list import finished_runs, is_run, latest_name, names_of_runs, run_names, stored_files
+from mtc.storage.run_list import finished_runs, is_ours, is_run, latest_name, names_of_runs, run_names, stored_files
 from mtc.storage.runs import WRITER, RunDirectory, RunError
 from mtc.storage.waste import DAY, STORE_FILE, Waste, has, is_old
 
@@ -66,8 +66,11 @@ def check_removable(run: RunDirectory, force: bool = False) -> None:
     if is_hub_url(run.url):
         raise StorageError(f"{run.url}: {READ_ONLY}")
     root, name = posixpath.split(run.url.rstrip("/"))
-    if not is_run(stored_files(run)):
+    files = stored_files(run)
+    if not is_run(files):
         raise RunError(f"no run at {run.url}")
+    if not is_ours(run, files) and not _has_manifest(run):
+        raise RunError(f"{run.url} has neither a configuration nor a manifest of a run: remove it by hand")
     above = RunDirectory(root)
     if above.exists("config.yaml") and name in above.members():
         raise RunError(f"{run.url} is one transcoder of a run of several, which are removed together: name {root}")
@@ -76,6 +79,13 @@ def check_removable(run: RunDirectory, force: bool = False) -> None:
         raise RunError(f"run {name} has the alias {', '.join(aliases)}: give that to another run first")
     if names and not force:
         raise RunError(f"run {name} is what {posixpath.join(root, 'latest')} names: --force removes it all the same")
+
+
+def _has_manifest(run: RunDirectory) -> bool:
+    try:
+        return bool(run.manifest())
+    except (RunError, ValueError):
+        return False
 
 
 def repair_index(root: str) -> tuple[int, int]:

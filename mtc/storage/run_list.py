@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
+from mtc.config import RunConfig
 from mtc.record import Record
 from mtc.storage.aliases import read_aliases
 from mtc.storage.files import absolute, filesystem, patiently
@@ -92,8 +93,11 @@ def list_runs(root: str, watch_seconds: float = WATCH_SECONDS) -> list[RunRow]:
     others = [RunDirectory(posixpath.join(root, name)) for name in run_names(root) if name not in finished]
     stored = {run.run_id: files for run, files in zip(others, at_once(stored_files, others), strict=True)}
     others = [run for run in others if is_run(stored[run.run_id])]
+    configs = {run.run_id: config for run, config in zip(others, at_once(read_config, others), strict=True)}
+    others = [run for run in others if configs[run.run_id] or {f.name for f in stored[run.run_id]} & {MANIFEST, WRITER}]
     held = holders([run for run in others if any(f.name == WRITER for f in stored[run.run_id])], watch_seconds)
-    rows += [_unfinished(run, stored[run.run_id], run.url in held, names.get(run.run_id, [])) for run in others]
+    rows += [_unfinished(run, configs[run.run_id], stored[run.run_id], run.url in held, names.get(run.run_id, []))
+             for run in others]  # fmt: skip
     return sorted(rows, key=lambda row: (row.when, row.run_id), reverse=True)
 
 
@@ -130,9 +134,23 @@ def stored_files(run: RunDirectory) -> list[Stored]:
 
 
 def is_run(files: Iterable[Stored]) -> bool:
-    """Whether a directory with these files is one that a job wrote."""
+    """Whether a directory with these files may be one that a job wrote; others have files of these names, too."""
     names = {file.name for file in files}
     return bool(names & {"config.yaml", MANIFEST, WRITER}) or any(n.startswith("checkpoints/step-") for n in names)
+
+
+def is_ours(run: RunDirectory, files: Sequence[Stored]) -> bool:
+    """Whether a directory is a run beyond doubt: its configuration is that of one, or nothing but a job's sign of life
+    is left."""
+    return all(file.name == WRITER for file in files) or read_config(run) is not None
+
+
+def read_config(run: RunDirectory) -> RunConfig | None:
+    """What the run was told; None for a directory that is no run, or one whose configuration can't be read."""
+    try:
+        return run.config()
+    except (RunError, ValueError):
+        return None
 
 
 def newest(files: Iterable[Stored]) -> float | None:
@@ -177,19 +195,17 @@ def _finished(name: str, entry: IndexedRun, names: Sequence[str]) -> RunRow:
     )  # fmt: skip
 
 
-def _unfinished(run: RunDirectory, files: Sequence[Stored], held: bool, names: Sequence[str]) -> RunRow:
+def _unfinished(
+    run: RunDirectory, config: RunConfig | None, files: Sequence[Stored], held: bool, names: Sequence[str]
+) -> RunRow:
     events = run.read_lines("events.jsonl")
     failed = bool(events) and events[-1].get("kind") == "failure"
-    try:
-        config = run.config()
-        model, features = config.model.name, max(m.config.transcoder.num_features for m in config.members())
-        layers = sorted({sites.layer for sites in config.model.sites})
-    except (RunError, ValueError):
-        model, features, layers = "", 0, []
     return RunRow(
         run_id=run.run_id, state="running" if held else "failed" if failed else "unfinished",
-        when=iso(newest(files)), base_model=model, layers=layers, num_features=features, fvu=[], loss_recovered=[],
-        bytes=sum(file.bytes for file in files), aliases=list(names),
+        when=iso(newest(files)), base_model=config.model.name if config else "",
+        layers=sorted({sites.layer for sites in config.model.sites}) if config else [],
+        num_features=max(m.config.transcoder.num_features for m in config.members()) if config else 0,
+        fvu=[], loss_recovered=[], bytes=sum(file.bytes for file in files), aliases=list(names),
     )  # fmt: skip
 
 

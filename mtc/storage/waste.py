@@ -20,6 +20,7 @@ from mtc.storage.run_list import (
     WATCH_SECONDS,
     Stored,
     finished_runs,
+    is_ours,
     is_run,
     iso,
     names_of_runs,
@@ -94,6 +95,8 @@ def find_waste(
     for run in runs:
         if not _held(run, held):
             found, why = _of_run(run, before)
+            if found and not is_ours(run.directory, run.files):
+                found, why = [], "its config.yaml is not one of a run, or of another version"
             waste += found
             kept += [f"run {run.directory.run_id}: {why}"] if why else []
     gone = {each.url for each in waste if each.kind == "unfinished run"}

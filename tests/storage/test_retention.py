@@ -180,6 +180,26 @@ def test_gc_removes_what_nobody_needs_and_nothing_else(root, capsys):
     assert not young.exists()
 
 
+def test_a_directory_that_is_no_run_stays(root, capsys):
+    """An export has a config.yaml, another program checkpoints and temporary files."""
+    make(root, "a")
+    export, other = RunDirectory(f"{root}/export"), RunDirectory(f"{root}/other")
+    export.write("config.yaml", "model_name: m\nmodel_kind: transcoder_set\n")
+    export.write("layer_0.safetensors", bytes(100))
+    other.write("checkpoints/step-100/weights.bin", bytes(100))
+    other.write("notes.tmp", b"x")
+    for run in (export, other):
+        age(run, 30)
+    assert wasted(root) == {"a/checkpoints"}
+    assert gc(root, "--yes") == 0
+    assert "stays run export: its config.yaml is not one of a run" in capsys.readouterr().out
+    for run in (export, other):
+        assert main(["rm", run.url, "--yes"]) == 2
+        assert "neither a configuration nor a manifest of a run" in capsys.readouterr().err
+        assert len(run.fs.find(run.path)) == 2
+    assert [row.run_id for row in list_runs(root, 0.2)] == ["a"]
+
+
 def test_a_run_that_does_not_say_what_it_reads_keeps_all_tokens(root):
     make(root, "a")
     begun = make(root, "begun", finished=False)
