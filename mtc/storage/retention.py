@@ -14,9 +14,19 @@ from mtc.storage.files import StorageError, absolute, patiently, write_atomic
 from mtc.storage.hub import READ_ONLY, is_hub_url
 from mtc.storage.index import MANIFEST, RunIndex
 from mtc.storage.lease import Lease
-from mtc.storage.run_list import finished_runs, is_ours, is_run, latest_name, names_of_runs, run_names, stored_files
+from mtc.storage.run_list import (
+    finished_runs,
+    has,
+    is_old,
+    is_ours,
+    is_run,
+    latest_name,
+    names_of_runs,
+    run_names,
+    stored_files,
+)
 from mtc.storage.runs import WRITER, RunDirectory, RunError
-from mtc.storage.waste import DAY, STORE_FILE, Waste, has, is_old
+from mtc.storage.waste import DAY, STORE_FILE, Waste
 
 
 def remove_waste(waste: Waste, days: float) -> None:

@@ -95,7 +95,7 @@ def list_runs(root: str, watch_seconds: float = WATCH_SECONDS) -> list[RunRow]:
     others = [run for run in others if is_run(stored[run.run_id])]
     configs = {run.run_id: config for run, config in zip(others, at_once(read_config, others), strict=True)}
     others = [run for run in others if configs[run.run_id] or {f.name for f in stored[run.run_id]} & {MANIFEST, WRITER}]
-    held = holders([run for run in others if any(f.name == WRITER for f in stored[run.run_id])], watch_seconds)
+    held = holders([run for run in others if has(stored[run.run_id], WRITER)], watch_seconds)
     rows += [_unfinished(run, configs[run.run_id], stored[run.run_id], run.url in held, names.get(run.run_id, []))
              for run in others]  # fmt: skip
     return sorted(rows, key=lambda row: (row.when, row.run_id), reverse=True)
@@ -158,6 +158,17 @@ def newest(files: Iterable[Stored]) -> float | None:
     times = [file.modified for file in files]
     known = [time for time in times if time is not None]
     return max(known) if known and len(known) == len(times) else None
+
+
+def is_old(files: Sequence[Stored], before: float) -> bool:
+    """Whether nothing was written since, a sign of life neither."""
+    last = newest(files)
+    return last is not None and last < before
+
+
+def has(files: Iterable[Stored], name: str) -> bool:
+    """Whether a file of this name is among them."""
+    return any(file.name == name for file in files)
 
 
 def token_stores(run: RunDirectory, entry: IndexedRun | None = None) -> tuple[set[str], bool]:

@@ -20,6 +20,8 @@ from mtc.storage.run_list import (
     WATCH_SECONDS,
     Stored,
     finished_runs,
+    has,
+    is_old,
     is_ours,
     is_run,
     iso,
@@ -73,7 +75,7 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        return any(file.name == MANIFEST for file in self.files)
+        return has(self.files, MANIFEST)
 
 
 def find_waste(
@@ -214,13 +216,3 @@ def _waste(holder: str, kind: str, files: Sequence[Stored], reason: str, name: s
 
 def _size(files: Sequence[Stored]) -> int:
     return sum(file.bytes for file in files)
-
-
-def has(files: Sequence[Stored], name: str) -> bool:
-    return any(file.name == name for file in files)
-
-
-def is_old(files: Sequence[Stored], before: float) -> bool:
-    """Whether nothing was written since, a sign of life neither."""
-    last = newest(files)
-    return last is not None and last < before
