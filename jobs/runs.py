@@ -105,16 +105,19 @@ def remove(arguments: argparse.Namespace) -> int:
 def collect(arguments: argparse.Namespace) -> int:
     days = arguments.older_than
     found = find_waste(arguments.root, days, arguments.tokens, arguments.also)
-    errors, done = 0, list[Waste]()
+    errors, done, runs_stay = 0, list[Waste](), False
     for waste in found.waste:
         line = f"{_size(waste.bytes):>9}  {waste.kind} {waste.url}: {waste.reason}"
         try:
+            if waste.kind == "token store" and runs_stay:
+                raise RunError("a run that was to go stays, and may read it")
             if arguments.yes:
-                remove_waste(waste, days)
+                remove_waste(waste, days, [arguments.root, *arguments.also])
             print(f"{'removed' if arguments.yes else 'would remove'} {line}")
             done.append(waste)
         except Exception as error:  # of one place; the others go all the same
             errors += not isinstance(error, MtcError)
+            runs_stay |= waste.kind == "unfinished run"
             print(f"stays {line}; but {one_line(error)}")
     for line in found.kept:
         print(f"stays {line}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from mtc.storage.files import StorageError, absolute, patiently, write_atomic
@@ -26,11 +27,14 @@ from mtc.storage.run_list import (
     stored_files,
 )
 from mtc.storage.runs import WRITER, RunDirectory, RunError
-from mtc.storage.waste import DAY, STORE_FILE, Waste
+from mtc.storage.waste import DAY, STORE_FILE, Waste, why_needed
 
 
-def remove_waste(waste: Waste, days: float) -> None:
-    """Remove it, if it is still what it was. Raises RunError if a job works there now, or did meanwhile."""
+def remove_waste(waste: Waste, days: float, roots: Sequence[str]) -> None:
+    """Remove it, if it is still what it was; a token store if no run of the directories `roots` needs it by now.
+
+    Raises RunError if a job works there now, or did meanwhile.
+    """
     if not waste.holder:
         return _quietly(RunDirectory(posixpath.dirname(waste.url)), posixpath.basename(waste.url))
     holder = RunDirectory(waste.holder)
@@ -40,6 +44,8 @@ def remove_waste(waste: Waste, days: float) -> None:
         same = {"checkpoints": finished, "unfinished run": old and not finished, "token store": old}
         if files and not same.get(waste.kind, True):
             raise RunError(f"{waste.url} has changed meanwhile")
+        if waste.kind == "token store" and (reason := why_needed(holder, roots)):
+            raise RunError(f"{waste.url} is needed by now: {reason}")
         if waste.url != waste.holder:
             _quietly(holder, waste.url.removeprefix(f"{waste.holder}/"))
         else:

@@ -92,7 +92,8 @@ def find_waste(
     if is_hub_url(root):
         raise StorageError(f"{root}: {READ_ONLY}")
     runs, before = _runs(root), time.time() - days * DAY
-    held = holders([run.directory for run in runs if has(run.files, WRITER)], watch_seconds)
+    readers = [run for other in also for run in _runs(absolute(other).rstrip("/"))] + runs
+    held = _held_ones(readers, watch_seconds)
     waste, kept = _beside(root), [f"run {run.directory.run_id}: a job holds it" for run in runs if _held(run, held)]
     for run in runs:
         if not _held(run, held):
@@ -104,10 +105,16 @@ def find_waste(
     gone = {each.url for each in waste if each.kind == "unfinished run"}
     stores, others = _of_tokens(
         absolute(tokens or posixpath.join(root, TOKENS)).rstrip("/"),
-        [run for other in also for run in _runs(absolute(other).rstrip("/"))] + runs,
-        gone, held, before, watch_seconds,
+        [run for run in readers if run.directory.url not in gone], held, before, watch_seconds,
     )  # fmt: skip
     return Found(waste + stores, kept + others)
+
+
+def why_needed(store: RunDirectory, roots: Sequence[str], watch_seconds: float = WATCH_SECONDS) -> str:
+    """Why a token store must stay as the runs of some directories are now; empty if nothing says so."""
+    runs = [run for root in roots for run in _runs(absolute(root).rstrip("/"))]
+    used, reason = _used_stores(runs, _held_ones(runs, watch_seconds))
+    return "a run reads it" if store.run_id in used else reason if store.exists(STORE_FILE) else ""
 
 
 def _runs(root: str) -> list[Run]:
@@ -116,6 +123,10 @@ def _runs(root: str) -> list[Run]:
     found = zip(places, at_once(stored_files, places), strict=True)
     return [Run(place, files, finished.get(place.run_id), names.get(place.run_id, []))
             for place, files in found if is_run(files)]  # fmt: skip
+
+
+def _held_ones(runs: Sequence[Run], watch_seconds: float) -> set[str]:
+    return holders([run.directory for run in runs if has(run.files, WRITER)], watch_seconds)
 
 
 def _held(run: Run, held: set[str]) -> bool:
@@ -178,24 +189,18 @@ def _beside(root: str) -> list[Waste]:
 
 
 def _of_tokens(
-    tokens: str, runs: Sequence[Run], gone: set[str], held: set[str], before: float, watch_seconds: float
+    tokens: str, runs: Sequence[Run], held: set[str], before: float, watch_seconds: float
 ) -> tuple[list[Waste], list[str]]:
-    """Token stores that no run has read, but for those in `gone`."""
+    """Token stores that none of the runs has read."""
     place = RunDirectory(tokens)
     names = [name for name in place.names() if _STORE.fullmatch(name)]
     stores = [RunDirectory(place.location(name)) for name in names]
     files = dict(zip(names, at_once(stored_files, stores), strict=True))
     if not names:
         return [], []
-    used, unknown = set[str](), list[str]()
-    for run in runs:
-        if run.directory.url not in gone:
-            urls, known = token_stores(run.directory, run.entry)
-            used |= {posixpath.basename(url.rstrip("/")) for url in urls}
-            unknown += [] if known else [run.directory.run_id]
+    used, reason = _used_stores(runs, held)
     building = holders([store for store in stores if has(files[store.run_id], WRITER)], watch_seconds)
     kept = [f"token store {store.run_id}: a job is building it" for store in stores if store.url in building]
-    reason = f"run {unknown[0]} does not say which it reads" if unknown else "a job works" if held else ""
     waste = []
     for store in stores:
         name, old = store.run_id, is_old(files[store.run_id], before)
@@ -208,6 +213,16 @@ def _of_tokens(
         else:
             waste.append(_waste(store.url, "token store", files[name], "no run names it"))
     return waste, kept
+
+
+def _used_stores(runs: Sequence[Run], held: set[str]) -> tuple[set[str], str]:
+    """Names of the token stores that runs have read, and why others may be needed; empty if they are not."""
+    used, unknown = set[str](), list[str]()
+    for run in runs:
+        urls, known = token_stores(run.directory, run.entry)
+        used |= {posixpath.basename(url.rstrip("/")) for url in urls}
+        unknown += [] if known else [run.directory.run_id]
+    return used, f"run {unknown[0]} does not say which it reads" if unknown else "a job works" if held else ""
 
 
 def _waste(holder: str, kind: str, files: Sequence[Stored], reason: str, name: str = "") -> Waste:

@@ -214,11 +214,51 @@ def test_what_a_job_takes_up_meanwhile_stays(root):
     age(run, 30)
     (waste,) = [each for each in find_waste(root, 7, watch_seconds=0.2).waste if each.kind == "unfinished run"]
     with Lease(run, beat=0.05), pytest.raises(RunError, match="another job is writing this run"):
-        remove_waste(waste, 7)
+        remove_waste(waste, 7, [root])
     run.publish()
     with pytest.raises(RunError, match="has changed meanwhile"):
-        remove_waste(waste, 7)
+        remove_waste(waste, 7, [root])
     assert open_run(run.url).run_id == "a"
+
+
+@pytest.mark.parametrize("meanwhile", ["continued", "new run", "fails"])
+def test_tokens_stay_that_somebody_needs_by_the_time_they_would_go(root, meanwhile, monkeypatch, capsys):
+    """While gc removes something else, a run that was to go is continued or can't be removed, or a new one begins."""
+    make(root, "a", store="tokens/0123456789abcdef-00000009")
+    old, store, real = make(root, "old", finished=False), make_store(root, 1), remove_waste
+    age(old, 30)
+
+    def removal(waste, *arguments):
+        if waste.kind == "checkpoints" and meanwhile == "continued":
+            old.write("metrics.jsonl", "{}")
+            old.write("token_store.json", json.dumps({"url": store.url}))
+        elif waste.kind == "checkpoints" and meanwhile == "new run":
+            make(root, "new", finished=False).write("token_store.json", json.dumps({"url": store.url}))
+        elif waste.kind == "unfinished run" and meanwhile == "fails":
+            raise OSError("storage")
+        real(waste, *arguments)
+
+    monkeypatch.setattr("jobs.runs.remove_waste", removal)
+    assert gc(root, "--yes") == (meanwhile == "fails")
+    assert store.exists("store.json") and old.exists() == (meanwhile != "new run")
+    assert f"token store {store.url}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("needed", ["named", "a job works"])
+def test_each_token_store_is_asked_for_anew(root, needed):
+    make(root, "a")
+    store = make_store(root, 3)
+    (waste,) = [each for each in find_waste(root, 7, watch_seconds=0.2).waste if each.kind == "token store"]
+    run = make(root, "b", store="tokens/0123456789abcdef-00000003" if needed == "named" else STORE)
+    if needed == "named":
+        with pytest.raises(RunError, match="is needed by now: a run reads it"):
+            remove_waste(waste, 7, [root])
+        run.remove()
+    else:
+        with Lease(run, beat=0.05), pytest.raises(RunError, match="is needed by now: a job works"):
+            remove_waste(waste, 7, [root])
+    remove_waste(waste, 7, [root])
+    assert not store.exists()
 
 
 def test_a_run_is_removed_unless_somebody_relies_on_it(root, capsys):
