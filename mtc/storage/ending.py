@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-from mtc.errors import MtcError, exit_code, known_cause, one_line
+from mtc.errors import exit_code, known_cause, one_line
 from mtc.record import Record
 from mtc.storage.lease import Lease
 from mtc.storage.runs import RunDirectory
 
+logger = logging.getLogger(__name__)
 ENDED = "ended.json"
+NOTE_PATIENCE = 5.0
+"""Seconds for which storage that fails is asked to keep the note: the job is ending."""
 
 
 class Ending(Record):
@@ -35,9 +39,11 @@ def noting_the_end(run: RunDirectory, lease: Lease) -> Iterator[None]:
     except BaseException as error:
         said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(known_cause(error) or one_line(error))
         ending = Ending(exit_code=exit_code(error), message=said)
-        with suppress(MtcError):  # what ended the job is more than that this could not be written
+        try:
             lease.require()
-            run.write(ENDED, ending.model_dump_json())
+            run.write(ENDED, ending.model_dump_json(), NOTE_PATIENCE)
+        except Exception as unwritten:  # of the storage, or the run is another job's: what ended this one is more
+            logger.warning("%s could not be written: %s", run.location(ENDED), one_line(unwritten))
         raise
 
 

@@ -96,6 +96,27 @@ def test_how_the_last_job_ended(
     assert "  nothing tells how the last job ended" in capsys.readouterr().out
 
 
+def test_what_ends_a_job_is_not_hidden_by_a_note_that_can_not_be_written(
+    unfinished: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = RunDirectory.write
+
+    def full(run: RunDirectory, name: str, data: bytes | str, patience: float = 60.0) -> None:
+        if name == "ended.json":
+            assert patience <= 10
+            raise OSError(28, "No space left on device")
+        write(run, name, data, patience)
+
+    monkeypatch.setattr(RunDirectory, "write", full)
+    with (
+        pytest.raises(ModelError, match="no weights"),
+        Lease(unfinished, beat=0.1) as lease,
+        noting_the_end(unfinished, lease),
+    ):
+        raise ModelError("m holds no weights")
+    assert "ended.json could not be written: OSError: [Errno 28] No space left" in caplog.text
+
+
 def test_a_finished_run_by_name_and_as_latest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "runs" / "done")
     run.write("analysis.json", json.dumps({"evaluation": {"fvu": [0.5, 0.4, 0.3], "l0": [4.0, 6.0, 8.0]}}))
