@@ -1,4 +1,4 @@
-"""How the last job on a run ended, noted in the run: where Ray runs the job, all of its exit codes but 0 become 1.
+"""How the last job that began work on a run ended, noted in the run: where Ray runs the job, all of its exit codes but 0 become 1.
 
 <run>/ended.json   {"exit_code", "message"}, there until the next job begins; a job that was killed leaves none
 """
@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from mtc.errors import exit_code, known_cause, one_line
 from mtc.record import Record
 from mtc.storage.lease import Lease
-from mtc.storage.runs import RunDirectory
+from mtc.storage.runs import ENDED, RunDirectory
 
 logger = logging.getLogger(__name__)
-ENDED = "ended.json"
 NOTE_PATIENCE = 5.0
 """Seconds for which storage that fails is asked to keep the note: the job is ending."""
 
@@ -48,5 +47,5 @@ def noting_the_end(run: RunDirectory, lease: Lease) -> Iterator[None]:
 
 
 def read_ending(run: RunDirectory) -> Ending | None:
-    """How the last job ended that did not finish the run; None if it was killed, or has not ended."""
+    """How the last job that began work ended, if it did not finish the run; None if it was killed, or has not ended."""
     return Ending.model_validate_json(run.read(ENDED)) if run.exists(ENDED) else None
