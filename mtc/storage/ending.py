@@ -1,4 +1,5 @@
-"""How the last job that began work on a run ended, noted in the run: where Ray runs the job, all of its exit codes but 0 become 1.
+"""How the last job that began work on a run ended, noted in the run: where Ray runs the job, all of its exit codes
+but 0 become 1.
 
 <run>/ended.json   {"exit_code", "message"}, there until the next job begins; a job that was killed leaves none
 """
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from mtc.errors import exit_code, known_cause, one_line
 from mtc.record import Record
 from mtc.storage.lease import Lease
-from mtc.storage.runs import ENDED, RunDirectory
+from mtc.storage.runs import ENDED, RunDirectory, RunError
 
 logger = logging.getLogger(__name__)
 NOTE_PATIENCE = 5.0
@@ -47,5 +48,9 @@ def noting_the_end(run: RunDirectory, lease: Lease) -> Iterator[None]:
 
 
 def read_ending(run: RunDirectory) -> Ending | None:
-    """How the last job that began work ended, if it did not finish the run; None if it was killed, or has not ended."""
-    return Ending.model_validate_json(run.read(ENDED)) if run.exists(ENDED) else None
+    """How the last job that began work ended, if it did not finish the run; None if it was killed, has not ended, or
+    its note can't be read."""
+    try:
+        return Ending.model_validate_json(run.read(ENDED)) if run.exists(ENDED) else None
+    except (RunError, ValueError):  # removed just now by the next job; damaged
+        return None

@@ -10,8 +10,10 @@ from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 from mtc.config import RunConfig
+from mtc.errors import exit_code
 from mtc.record import Record
 from mtc.storage.aliases import read_aliases
+from mtc.storage.ending import read_ending
 from mtc.storage.files import absolute, filesystem, patiently
 from mtc.storage.index import MANIFEST, IndexedRun, RunIndex, at_once, index_entry
 from mtc.storage.lease import holders
@@ -21,8 +23,8 @@ WATCH_SECONDS = 6.0
 """For which jobs' signs of life are watched; they change every 5 s."""
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]+")
 State = Literal["finished", "running", "unfinished", "failed"]
-"""Published; some job works on it; no job does, so that the same command continues it; the same, and the last that was
-heard of it is a failure."""
+"""Published; some job works on it; no job does, so that the same command continues it; the same, and the last job that
+began work failed, by its own note (mtc.storage.ending): neither killed nor interrupted."""
 
 
 class RunRow(Record):
@@ -209,8 +211,8 @@ def _finished(name: str, entry: IndexedRun, names: Sequence[str]) -> RunRow:
 def _unfinished(
     run: RunDirectory, config: RunConfig | None, files: Sequence[Stored], held: bool, names: Sequence[str]
 ) -> RunRow:
-    events = run.read_lines("events.jsonl")
-    failed = bool(events) and events[-1].get("kind") == "failure"
+    ending = None if held else read_ending(run)
+    failed = ending is not None and ending.exit_code != exit_code(KeyboardInterrupt())
     return RunRow(
         run_id=run.run_id, state="running" if held else "failed" if failed else "unfinished",
         when=iso(newest(files)), base_model=config.model.name if config else "",

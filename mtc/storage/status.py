@@ -31,7 +31,8 @@ class RunStatus(Record):
     state: State
     """Whether anything more is to be expected of the run."""
     exit_code: int | None
-    """Exit code of the last job that began work on the run, 0 if that is finished; None while one works on it or if it was killed."""
+    """Exit code of the last job that began work on the run, 0 if that is finished; None while one works on it or if
+    it was killed."""
     ended: str | None
     """Why that job ended, if the run is not finished; None where nobody knows."""
     stage: str

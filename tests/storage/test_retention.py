@@ -261,6 +261,21 @@ def test_each_token_store_is_asked_for_anew(root, needed):
     assert not store.exists()
 
 
+def test_a_list_says_failed_by_what_the_last_job_noted(root):
+    """As `jobs/status.py`: not by an event that some job survived."""
+    notes = {
+        "failed": '{"exit_code": 2, "message": "m"}', "interrupted": '{"exit_code": 130, "message": "interrupted"}',
+        "killed": None, "damaged": "{",
+    }  # fmt: skip
+    for name, note in notes.items():
+        run = make(root, name, finished=False)
+        run.write("events.jsonl", json.dumps({"time": "", "kind": "failure", "message": "trainer 0 died"}))
+        if note:
+            run.write("ended.json", note)
+    found = {row.run_id: row.state for row in list_runs(root, 0.2)}
+    assert found == dict.fromkeys(notes, "unfinished") | {"failed": "failed"}
+
+
 def test_a_run_is_removed_unless_somebody_relies_on_it(root, capsys):
     first, second, third = (make(root, name) for name in "abc")
     RunDirectory(f"{root}/aliases").write("production.json", '{"run_id": "a"}')
