@@ -125,6 +125,8 @@ def _move_latest(root: str, leaving: str) -> None:
     """Let `latest` name the newest finished run but `leaving`, or nothing if there is none."""
     left = [(entry.created, name) for name, entry in finished_runs(root).items() if name != leaving]
     url = posixpath.join(root, "latest")
+    if latest_name(root) != leaving:  # a run was published while the others were read
+        return
     if left:
         return patiently(lambda: write_atomic(url, max(left)[1].encode()))
     _quietly(RunDirectory(root), "latest")

@@ -293,6 +293,20 @@ def test_a_run_is_removed_unless_somebody_relies_on_it(root, capsys):
     assert [row.run_id for row in list_runs(root, 0.2)] == ["a"] and first.is_finished()
 
 
+def test_latest_goes_on_naming_what_is_published_while_a_run_goes(root, monkeypatch):
+    make(root, "a")
+    leaving = make(root, "b")
+
+    def meanwhile(root):
+        found = finished_runs(root)
+        make(root, "c")
+        return found
+
+    monkeypatch.setattr("mtc.storage.retention.finished_runs", meanwhile)
+    remove_run(leaving, force=True)
+    assert open_run(f"{root}/latest").run_id == "c"
+
+
 def test_one_transcoder_of_several_does_not_go_alone_and_the_whole_goes_manifests_first(root, monkeypatch):
     swept = RunDirectory(f"{root}/swept")
     swept.write("config.yaml", to_yaml(load_preset("tiny", {"sweep": [{"transcoder.k": 4}, {"transcoder.k": 2}]})))
