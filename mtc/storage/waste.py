@@ -183,8 +183,8 @@ def _beside(root: str) -> list[Waste]:
     """Temporary files that lie directly in a directory of runs."""
     run = RunDirectory(root)
     names = [name for name in run.names() if name.endswith(".tmp")]
-    found = [file for name in names for file in stored_files(RunDirectory(run.location(name)))]
-    files = [Stored(name, file.bytes, file.modified) for name, file in zip(names, found, strict=False)]
+    files = [Stored(name, file.bytes, file.modified)
+             for name in names for file in stored_files(RunDirectory(run.location(name)))]  # fmt: skip
     return [waste._replace(holder="") for waste in _temporary(root, files)]
 
 

@@ -180,6 +180,20 @@ def test_gc_removes_what_nobody_needs_and_nothing_else(root, capsys):
     assert not young.exists()
 
 
+def test_a_temporary_file_that_vanishes_does_not_lend_its_name(root, monkeypatch):
+    """Of those directly in a directory of runs one goes, and another is still being written."""
+    make(root, "a")
+    place = RunDirectory(root)
+    place.write("old.tmp", b"x")
+    age(RunDirectory(f"{root}/old.tmp"), 30)
+    place.write("young.tmp", b"x")
+    names = RunDirectory.names
+    monkeypatch.setattr(
+        RunDirectory, "names", lambda run: ["gone.tmp", "old.tmp", "young.tmp"] if run.url == root else names(run)
+    )
+    assert {each for each in wasted(root) if each.endswith(".tmp")} == {"old.tmp"}
+
+
 def test_a_directory_that_is_no_run_stays(root, capsys):
     """An export has a config.yaml, another program checkpoints and temporary files."""
     make(root, "a")
