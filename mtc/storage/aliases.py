@@ -21,6 +21,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from mtc.errors import one_line
 from mtc.record import Record
 from mtc.results import Figures, Gate
 from mtc.storage.files import StorageError, StorageUnreachable
@@ -120,8 +121,11 @@ def move_alias(root: str, name: str, decide: Callable[[Alias | None], Alias]) ->
         if _read(directory, f"{name}.json") != before:
             raise RunError(f"{directory.location(name)}.json was moved by another promotion meanwhile: begin again")
         content = after.model_dump_json(indent=1)
-        for file in (f"{name}.json", f"{name}.json.copy"):
-            directory.write(file, content)
+        directory.write(f"{name}.json", content)
+        try:
+            directory.write(f"{name}.json.copy", content)
+        except Exception as error:  # of the storage: the alias has moved
+            logger.warning("%s.json.copy could not be written: %s", directory.location(name), one_line(error))
     return after
 
 

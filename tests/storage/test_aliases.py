@@ -225,6 +225,19 @@ def test_a_damaged_record_is_said_and_its_copy_has_the_history(root, content):
     assert [move.note for move in read_alias(root, "production").history] == [None, "again"]
 
 
+def test_an_alias_whose_copy_can_not_be_written_has_moved_and_that_is_said(root, monkeypatch, caplog):
+    run, write = make(root, "a"), RunDirectory.write
+
+    def full(directory, name, *arguments):
+        if name.endswith(".copy"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(directory, name, *arguments)
+
+    monkeypatch.setattr(RunDirectory, "write", full)
+    assert promote(run, "production").alias.run_id == open_run(f"{root}/production").run_id == "a"
+    assert "production.json.copy could not be written: OSError: [Errno 28] No space left" in caplog.text
+
+
 def test_a_place_that_can_not_be_written_is_said(tmp_path, monkeypatch):
     run = make(str(tmp_path), "a")
 
