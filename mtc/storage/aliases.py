@@ -30,7 +30,9 @@ from mtc.storage.locks import locked
 from mtc.storage.runs import RunDirectory, RunError
 
 logger = logging.getLogger(__name__)
-ALIASES = "aliases"
+ALIASES, TOKENS = "aliases", "tokens"
+"""Directories beside the runs: of the aliases, and of token stores where output.root is a URL."""
+TAKEN = ("latest", ALIASES, TOKENS)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RUN = "^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)?$"
 
@@ -76,7 +78,7 @@ class Alias(Record):
 
 def is_name(name: str) -> bool:
     """Whether an alias can have this name, by its form: that of a run's id."""
-    return bool(_NAME.fullmatch(name)) and name not in ("latest", ALIASES)
+    return bool(_NAME.fullmatch(name)) and name not in TAKEN
 
 
 def read_aliases(root: str) -> dict[str, Alias]:
@@ -136,7 +138,7 @@ def require_alias_name(root: str, name: str) -> None:
     if not is_name(name):
         raise RunError(
             f"{name[:200]!r} can't be an alias: letters, digits, '.', '_' and '-' are wanted, the first a letter or a "
-            f"digit, 100 at most, and neither `latest` nor `{ALIASES}`"
+            f"digit, 100 at most, and none of {', '.join(TAKEN)}"
         )
     if (taken := RunDirectory(posixpath.join(root, name))).exists():
         raise RunError(f"{name!r} can't be an alias: {taken.url} is there, and would be taken for what is meant")
@@ -145,7 +147,7 @@ def require_alias_name(root: str, name: str) -> None:
 def require_run_name(run: RunDirectory) -> None:
     """Raises RunError where a new run would have the name of an alias, or one that means something else."""
     root, name = posixpath.split(run.url.rstrip("/"))
-    if name in ("latest", ALIASES):
+    if name in TAKEN:
         raise RunError(f"output.run_id={name}: {root}/{name} has a meaning of its own; give another output.run_id")
     if RunDirectory(posixpath.join(root, ALIASES)).exists(f"{name}.json"):
         raise RunError(f"output.run_id={name}: {root} has an alias of that name; give another output.run_id")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from mtc.storage.aliases import TOKENS
 from mtc.storage.files import StorageError, absolute
 from mtc.storage.hub import READ_ONLY, is_hub_url
 from mtc.storage.index import MANIFEST, IndexedRun, at_once
@@ -33,7 +34,7 @@ from mtc.storage.run_list import (
 )
 from mtc.storage.runs import WRITER, RunDirectory, RunError
 
-TOKENS, STORE_FILE = "tokens", "store.json"
+STORE_FILE = "store.json"
 _STORE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
 """Token stores as mtc.text names them, which imports from here."""
 DAY = 86_400.0

@@ -116,7 +116,7 @@ def test_an_ordinary_address_costs_two_questions(monkeypatch):
         fsspec.filesystem("memory").store.clear()
 
 
-@pytest.mark.parametrize("name", ["latest", "aliases", "a", "", ".hidden", "a/b", "../x", "x" * 101, "naïve"])
+@pytest.mark.parametrize("name", ["latest", "aliases", "tokens", "a", "", ".hidden", "a/b", "../x", "x" * 101, "naïve"])
 def test_names_that_no_alias_can_have(root, name):
     run = make(root, "a")
     with pytest.raises(RunError, match="can't be an alias"):
@@ -126,7 +126,11 @@ def test_names_that_no_alias_can_have(root, name):
 
 def test_no_run_is_trained_under_the_name_of_an_alias(tmp_path):
     promote(make(str(tmp_path), "a"), "production")
-    for name, words in (("production", "has an alias of that name"), ("aliases", "a meaning of its own")):
+    for name, words in (
+        ("production", "has an alias of that name"),
+        ("aliases", "a meaning of its own"),
+        ("tokens", "a meaning of its own"),
+    ):
         with pytest.raises(RunError, match=f"output.run_id={name}: .* {words}"):
             check(load_preset("tiny", {"output": {"root": str(tmp_path), "run_id": name}}))
 
