@@ -16,7 +16,7 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -122,13 +122,21 @@ def move_alias(root: str, name: str, decide: Callable[[Alias | None], Alias]) ->
         after = decide(last_known(root, name))
         if _read(directory, f"{name}.json") != before:
             raise RunError(f"{directory.location(name)}.json was moved by another promotion meanwhile: begin again")
-        content = after.model_dump_json(indent=1)
-        directory.write(f"{name}.json", content)
-        try:
-            directory.write(f"{name}.json.copy", content)
-        except Exception as error:  # of the storage: the alias has moved
-            logger.warning("%s.json.copy could not be written: %s", directory.location(name), one_line(error))
+        _write(directory, name, after)
     return after
+
+
+def take_back(root: str, name: str, moved: Alias, before: Alias | None) -> None:
+    """Let an alias be again what it was before a move, unless another one has followed."""
+    directory = RunDirectory(posixpath.join(root, ALIASES))
+    with _exclusively(directory, name):
+        if last_known(root, name) != moved:
+            return
+        if before:
+            return _write(directory, name, before)
+        for file in (f"{name}.json", f"{name}.json.copy"):
+            with suppress(FileNotFoundError):
+                directory.remove(file)
 
 
 def require_alias_name(root: str, name: str) -> None:
@@ -167,6 +175,15 @@ def _exclusively(directory: RunDirectory, name: str) -> Iterator[None]:
         if refused or isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise RunError(f"{directory.url}: aliases can't be kept there: {error}") from error
         raise
+
+
+def _write(directory: RunDirectory, name: str, alias: Alias) -> None:
+    content = alias.model_dump_json(indent=1)
+    directory.write(f"{name}.json", content)
+    try:
+        directory.write(f"{name}.json.copy", content)
+    except Exception as error:  # of the storage: the alias has moved
+        logger.warning("%s.json.copy could not be written: %s", directory.location(name), one_line(error))
 
 
 def _read(directory: RunDirectory, name: str) -> bytes | None:

@@ -69,9 +69,16 @@ def remove_run(run: RunDirectory, force: bool = False) -> int:
         if latest_name(root) == name:
             _move_latest(root, name)
         RunIndex(root).forget(name)
-        manifests = [file.name for file in files if posixpath.basename(file.name) == MANIFEST]
-        for manifest in sorted(manifests, key=lambda each: each.count("/")):  # the whole before its members
+        names = [file.name for file in files if posixpath.basename(file.name) == MANIFEST]
+        manifests = {name: run.read(name) for name in sorted(names, key=lambda each: each.count("/"))}
+        for manifest in manifests:  # the whole before its members
             _quietly(run, manifest)
+        try:
+            _check_aliases(root, name)  # a promotion looks for the manifest after it has moved the alias
+        except RunError:
+            for manifest in reversed(manifests):
+                run.write(manifest, manifests[manifest])
+            raise
         _empty(run)
     _remove_empty(run)
     return sum(file.bytes for file in files)
@@ -90,11 +97,14 @@ def check_removable(run: RunDirectory, force: bool = False) -> None:
     above = RunDirectory(root)
     if above.exists("config.yaml") and name in above.members():
         raise RunError(f"{run.url} is one transcoder of a run of several, which are removed together: name {root}")
-    names = names_of_runs(root).get(name, [])
-    if aliases := [each for each in names if each != "latest"]:
-        raise RunError(f"run {name} has the alias {', '.join(aliases)}: give that to another run first")
-    if names and not force:
+    _check_aliases(root, name)
+    if latest_name(root) == name and not force:
         raise RunError(f"run {name} is what {posixpath.join(root, 'latest')} names: --force removes it all the same")
+
+
+def _check_aliases(root: str, name: str) -> None:
+    if aliases := [each for each in names_of_runs(root).get(name, []) if each != "latest"]:
+        raise RunError(f"run {name} has the alias {', '.join(aliases)}: give that to another run first")
 
 
 def _has_manifest(run: RunDirectory) -> bool:

@@ -184,6 +184,25 @@ def test_only_what_can_be_served_is_promoted(root):
     assert open_run(f"{root}/production").run_id == "swept/k2"
 
 
+@pytest.mark.parametrize("before", ["a", None])
+def test_a_run_that_is_removed_while_it_is_promoted_leaves_the_alias_as_it_was(root, before, monkeypatch):
+    if before:
+        promote(make(root, before), "production")
+    run, write = make(root, "b"), RunDirectory.write
+
+    def meanwhile(directory, name, *arguments):
+        if name == "production.json" and run.exists():
+            run.remove()
+        write(directory, name, *arguments)
+
+    expected = read_alias(root, "production")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write", meanwhile)
+        with pytest.raises(RunError, match="was removed while it was promoted: production is what it was"):
+            promote(run, "production")
+    assert read_alias(root, "production") == expected == last_known(root, "production")
+
+
 def test_two_that_promote_at_once_both_stand_in_the_history(tmp_path):
     root, inside, go_on = str(tmp_path), threading.Event(), threading.Event()
 

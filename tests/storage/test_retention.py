@@ -12,8 +12,18 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from jobs.runs import main
 from mtc.config import load_preset, to_yaml
-from mtc.storage import Checkpoints, Lease, RunDirectory, RunError, find_waste, finished_runs, list_runs, open_run
-from mtc.storage.index import index_entry
+from mtc.storage import (
+    Checkpoints,
+    Lease,
+    RunDirectory,
+    RunError,
+    find_waste,
+    finished_runs,
+    list_runs,
+    open_run,
+    promote,
+)
+from mtc.storage.index import RunIndex, index_entry
 from mtc.storage.retention import remove_run, remove_waste
 
 STORE = "tokens/0123456789abcdef-00000001"
@@ -305,6 +315,20 @@ def test_a_run_is_removed_unless_somebody_relies_on_it(root, capsys):
     assert main(["rm", third.url, "--yes", "--force"]) == 0
     assert open_run(f"{root}/latest").run_id == "a"
     assert [row.run_id for row in list_runs(root, 0.2)] == ["a"] and first.is_finished()
+
+
+def test_a_run_that_is_promoted_while_it_would_go_stays(root, monkeypatch):
+    run, forget = make(root, "a"), RunIndex.forget
+    make(root, "b")
+
+    def meanwhile(index, name):
+        forget(index, name)
+        promote(run, "production")
+
+    monkeypatch.setattr(RunIndex, "forget", meanwhile)
+    with pytest.raises(RunError, match="run a has the alias production"):
+        remove_run(run)
+    assert open_run(f"{root}/production").run_id == "a" and set(finished_runs(root)) == {"a", "b"}
 
 
 def test_latest_goes_on_naming_what_is_published_while_a_run_goes(root, monkeypatch):
