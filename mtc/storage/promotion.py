@@ -60,7 +60,8 @@ def promote(
     """Give a verified run a name beside it. Without a gate the alias's own holds, which `forget_gate` drops; a gate
     that is given becomes the alias's own.
 
-    Raises RunError for a run that can't be served, was not analysed or is removed meanwhile, GateError for one that is not within the gate.
+    Raises RunError for a run that can't be served, was not analysed or is removed meanwhile, GateError for one that is
+    not within the gate.
     """
     root = root_of(run)
     require_alias_name(root, name)

@@ -102,6 +102,13 @@ def check_removable(run: RunDirectory, force: bool = False) -> None:
         raise RunError(f"run {name} is what {posixpath.join(root, 'latest')} names: --force removes it all the same")
 
 
+def _manifest(run: RunDirectory) -> bytes | None:
+    try:
+        return run.read(MANIFEST)
+    except RunError:
+        return None
+
+
 def _check_aliases(root: str, name: str) -> None:
     if aliases := [each for each in names_of_runs(root).get(name, []) if each != "latest"]:
         raise RunError(f"run {name} has the alias {', '.join(aliases)}: give that to another run first")
@@ -115,12 +122,15 @@ def _has_manifest(run: RunDirectory) -> bool:
 
 
 def repair_index(root: str) -> tuple[int, int]:
-    """Write the entries that the index of a directory of runs lacks, and remove those of runs that are gone; how many
-    each."""
+    """Write the entries that the index of a directory of runs lacks or that are of an older manifest, as a version
+    without an index leaves them, and remove those of runs that are gone; how many each."""
     root = absolute(root).rstrip("/")
     index, names = RunIndex(root), set(run_names(root))
     known = index.read()
-    gone, missing = known.keys() - names, finished_runs(root).keys() - known.keys()
+    manifests = {name: _manifest(RunDirectory(posixpath.join(root, name))) for name in known.keys() & names}
+    gone = (known.keys() - names) | {name for name, found in manifests.items() if found is None}
+    missing = finished_runs(root).keys() - known.keys()
+    missing |= {name for name, found in manifests.items() if found and not index.is_of(name, found)}
     for name in gone:
         index.forget(name)
     for name in missing:

@@ -24,7 +24,7 @@ from mtc.storage import (
     promote,
 )
 from mtc.storage.index import RunIndex, index_entry
-from mtc.storage.retention import remove_run, remove_waste
+from mtc.storage.retention import remove_run, remove_waste, repair_index
 
 STORE = "tokens/0123456789abcdef-00000001"
 
@@ -138,6 +138,19 @@ def test_an_index_never_hides_a_run_nor_shows_one_that_is_gone(root):
     assert finished_runs(root) == truth(root, "abce")
     index.remove()  # as of a version without one
     assert finished_runs(root) == truth(root, "abce")
+
+
+def test_an_entry_of_a_manifest_that_an_older_version_replaced_is_repaired(root, monkeypatch):
+    run, removed = make(root, "a"), make(root, "b")
+    with monkeypatch.context() as older:
+        for what in ("forget", "add"):
+            older.setattr(RunIndex, what, lambda *arguments: None)
+        run.write("report/index.html", bytes(1000))
+        run.publish()
+    removed.remove("manifest.json")
+    repair_index(root)
+    assert RunIndex(root).read() == truth(root, "a")
+    assert repair_index(root) == (0, 0)
 
 
 def test_publications_at_once_lose_no_entry(root, monkeypatch):
