@@ -146,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     removing.add_argument("run", metavar="RUN", help="a run directory or URL; never one that an alias names")
     removing.add_argument("--yes", action="store_true", help="remove it; without, say what would go")
     removing.add_argument(
-        "--force", action="store_true", help="also what `latest` names, which then names the newest that is left"
+        "--force",
+        action="store_true",
+        help="also what `latest` names, which then names the newest that is left, or what a rollback would go back to",
     )
     removing.set_defaults(do=remove)
     collecting = commands.add_parser("gc", help="remove what nobody needs")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from mtc.storage.aliases import read_aliases
 from mtc.storage.files import StorageError, absolute, patiently, write_atomic
 from mtc.storage.hub import READ_ONLY, is_hub_url
 from mtc.storage.index import MANIFEST, RunIndex
@@ -58,7 +59,8 @@ def remove_run(run: RunDirectory, force: bool = False) -> int:
     """Remove a run of one transcoder or of several; the bytes that are free then. `latest` moves to the newest run that
     is left.
 
-    Raises RunError for a run that an alias names, that `latest` names (unless `force`), that a job holds, that is one
+    Raises RunError for a run that an alias names, that `latest` names or a rollback would go back to
+    (unless `force`), that a job holds, that is one
     transcoder of several, or that is not there.
     """
     check_removable(run, force)
@@ -100,6 +102,10 @@ def check_removable(run: RunDirectory, force: bool = False) -> None:
     _check_aliases(root, name)
     if latest_name(root) == name and not force:
         raise RunError(f"run {name} is what {posixpath.join(root, 'latest')} names: --force removes it all the same")
+    if not force and (aliases := _goes_back(root, name)):
+        raise RunError(
+            f"run {name} is what a rollback of {', '.join(aliases)} would go back to: --force removes it all the same"
+        )
 
 
 def _manifest(run: RunDirectory) -> bytes | None:
@@ -107,6 +113,16 @@ def _manifest(run: RunDirectory) -> bytes | None:
         return run.read(MANIFEST)
     except RunError:
         return None
+
+
+def _goes_back(root: str, name: str) -> list[str]:
+    """Aliases whose rollback would give their name to the run: the last that had it before and is finished."""
+    found = []
+    for alias, about in read_aliases(root).items():
+        there = (run_id for run_id in about.before() if RunDirectory(posixpath.join(root, run_id)).is_finished())
+        if next(there, "").partition("/")[0] == name:
+            found.append(alias)
+    return found
 
 
 def _check_aliases(root: str, name: str) -> None:

@@ -330,6 +330,16 @@ def test_a_run_is_removed_unless_somebody_relies_on_it(root, capsys):
     assert [row.run_id for row in list_runs(root, 0.2)] == ["a"] and first.is_finished()
 
 
+def test_what_a_rollback_would_go_back_to_goes_by_force_only(root, capsys):
+    for name in "abc":
+        promote(make(root, name), "production")
+    for options in ([], ["--yes"]):
+        assert main(["rm", f"{root}/b", *options]) == 2
+        assert "run b is what a rollback of production would go back to: --force" in capsys.readouterr().err
+    assert main(["rm", f"{root}/b", "--yes", "--force"]) == 0
+    assert main(["rm", f"{root}/a", "--yes"]) == 2, "now that is it"
+
+
 def test_a_run_that_is_promoted_while_it_would_go_stays(root, monkeypatch):
     run, forget = make(root, "a"), RunIndex.forget
     make(root, "b")
