@@ -14,7 +14,7 @@ from contextlib import suppress
 from mtc.storage.aliases import read_aliases
 from mtc.storage.files import StorageError, absolute, patiently, write_atomic
 from mtc.storage.hub import READ_ONLY, is_hub_url
-from mtc.storage.index import MANIFEST, RunIndex
+from mtc.storage.index import MANIFEST, RunIndex, at_once
 from mtc.storage.lease import Lease
 from mtc.storage.run_list import (
     finished_runs,
@@ -143,10 +143,12 @@ def repair_index(root: str) -> tuple[int, int]:
     root = absolute(root).rstrip("/")
     index, names = RunIndex(root), set(run_names(root))
     known = index.read()
-    manifests = {name: _manifest(RunDirectory(posixpath.join(root, name))) for name in known.keys() & names}
-    gone = (known.keys() - names) | {name for name, found in manifests.items() if found is None}
+    there = sorted(known.keys() & names)
+    found = at_once(lambda name: _manifest(RunDirectory(posixpath.join(root, name))), there)
+    manifests = dict(zip(there, found, strict=True))
+    gone = (known.keys() - names) | {name for name, manifest in manifests.items() if manifest is None}
     missing = finished_runs(root).keys() - known.keys()
-    missing |= {name for name, found in manifests.items() if found and not index.is_of(name, found)}
+    missing |= {name for name, manifest in manifests.items() if manifest and not index.is_of(name, manifest)}
     for name in gone:
         index.forget(name)
     for name in missing:
