@@ -105,16 +105,19 @@ def remove(arguments: argparse.Namespace) -> int:
 def collect(arguments: argparse.Namespace) -> int:
     days = arguments.older_than
     found = find_waste(arguments.root, days, arguments.tokens, arguments.also)
-    errors, done = 0, list[Waste]()
+    errors, done, runs_stay = 0, list[Waste](), False
     for waste in found.waste:
         line = f"{_size(waste.bytes):>9}  {waste.kind} {waste.url}: {waste.reason}"
         try:
+            if waste.kind == "token store" and runs_stay:
+                raise RunError("a run that was to go stays, and may read it")
             if arguments.yes:
-                remove_waste(waste, days)
+                remove_waste(waste, days, [arguments.root, *arguments.also])
             print(f"{'removed' if arguments.yes else 'would remove'} {line}")
             done.append(waste)
         except Exception as error:  # of one place; the others go all the same
             errors += not isinstance(error, MtcError)
+            runs_stay |= waste.kind == "unfinished run"
             print(f"stays {line}; but {one_line(error)}")
     for line in found.kept:
         print(f"stays {line}")
@@ -143,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     removing.add_argument("run", metavar="RUN", help="a run directory or URL; never one that an alias names")
     removing.add_argument("--yes", action="store_true", help="remove it; without, say what would go")
     removing.add_argument(
-        "--force", action="store_true", help="also what `latest` names, which then names the newest that is left"
+        "--force",
+        action="store_true",
+        help="also what `latest` names, which then names the newest that is left, or what a rollback would go back to",
     )
     removing.set_defaults(do=remove)
     collecting = commands.add_parser("gc", help="remove what nobody needs")

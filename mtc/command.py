@@ -11,7 +11,7 @@ from mtc import programs
 COMMANDS = {
     "train": ("jobs.train", "train transcoders from a preset or a file, analyse them, write the report"),
     "check": ("jobs.check", "say in seconds what of a run would fail, without a GPU and without starting Ray"),
-    "status": ("jobs.status", "how far a run is, and how its last job ended"),
+    "status": ("jobs.status", "how far a run is, and how the last job that began work ended"),
     "runs": ("jobs.runs", "list the runs of a directory, show one, remove what is no longer wanted"),
     "promote": ("jobs.promote", "give a run a name, such as production, that services follow"),
     "analyze": ("jobs.analyze", "analyse a finished run again, or compare two"),

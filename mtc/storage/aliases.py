@@ -16,11 +16,12 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from mtc.errors import one_line
 from mtc.record import Record
 from mtc.results import Figures, Gate
 from mtc.storage.files import StorageError, StorageUnreachable
@@ -29,7 +30,9 @@ from mtc.storage.locks import locked
 from mtc.storage.runs import RunDirectory, RunError
 
 logger = logging.getLogger(__name__)
-ALIASES = "aliases"
+ALIASES, TOKENS = "aliases", "tokens"
+"""Directories beside the runs: of the aliases, and of token stores where output.root is a URL."""
+TAKEN = ("latest", ALIASES, TOKENS)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RUN = "^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)?$"
 
@@ -75,7 +78,7 @@ class Alias(Record):
 
 def is_name(name: str) -> bool:
     """Whether an alias can have this name, by its form: that of a run's id."""
-    return bool(_NAME.fullmatch(name)) and name not in ("latest", ALIASES)
+    return bool(_NAME.fullmatch(name)) and name not in TAKEN
 
 
 def read_aliases(root: str) -> dict[str, Alias]:
@@ -119,10 +122,21 @@ def move_alias(root: str, name: str, decide: Callable[[Alias | None], Alias]) ->
         after = decide(last_known(root, name))
         if _read(directory, f"{name}.json") != before:
             raise RunError(f"{directory.location(name)}.json was moved by another promotion meanwhile: begin again")
-        content = after.model_dump_json(indent=1)
-        for file in (f"{name}.json", f"{name}.json.copy"):
-            directory.write(file, content)
+        _write(directory, name, after)
     return after
+
+
+def take_back(root: str, name: str, moved: Alias, before: Alias | None) -> None:
+    """Let an alias be again what it was before a move, unless another one has followed."""
+    directory = RunDirectory(posixpath.join(root, ALIASES))
+    with _exclusively(directory, name):
+        if last_known(root, name) != moved:
+            return
+        if before:
+            return _write(directory, name, before)
+        for file in (f"{name}.json", f"{name}.json.copy"):
+            with suppress(FileNotFoundError):
+                directory.remove(file)
 
 
 def require_alias_name(root: str, name: str) -> None:
@@ -132,7 +146,7 @@ def require_alias_name(root: str, name: str) -> None:
     if not is_name(name):
         raise RunError(
             f"{name[:200]!r} can't be an alias: letters, digits, '.', '_' and '-' are wanted, the first a letter or a "
-            f"digit, 100 at most, and neither `latest` nor `{ALIASES}`"
+            f"digit, 100 at most, and none of {', '.join(TAKEN)}"
         )
     if (taken := RunDirectory(posixpath.join(root, name))).exists():
         raise RunError(f"{name!r} can't be an alias: {taken.url} is there, and would be taken for what is meant")
@@ -141,7 +155,7 @@ def require_alias_name(root: str, name: str) -> None:
 def require_run_name(run: RunDirectory) -> None:
     """Raises RunError where a new run would have the name of an alias, or one that means something else."""
     root, name = posixpath.split(run.url.rstrip("/"))
-    if name in ("latest", ALIASES):
+    if name in TAKEN:
         raise RunError(f"output.run_id={name}: {root}/{name} has a meaning of its own; give another output.run_id")
     if RunDirectory(posixpath.join(root, ALIASES)).exists(f"{name}.json"):
         raise RunError(f"output.run_id={name}: {root} has an alias of that name; give another output.run_id")
@@ -161,6 +175,15 @@ def _exclusively(directory: RunDirectory, name: str) -> Iterator[None]:
         if refused or isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise RunError(f"{directory.url}: aliases can't be kept there: {error}") from error
         raise
+
+
+def _write(directory: RunDirectory, name: str, alias: Alias) -> None:
+    content = alias.model_dump_json(indent=1)
+    directory.write(f"{name}.json", content)
+    try:
+        directory.write(f"{name}.json.copy", content)
+    except Exception as error:  # of the storage: the alias has moved
+        logger.warning("%s.json.copy could not be written: %s", directory.location(name), one_line(error))
 
 
 def _read(directory: RunDirectory, name: str) -> bytes | None:

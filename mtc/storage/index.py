@@ -112,6 +112,10 @@ class RunIndex:
             if name in known and known[name].run_id == run_id and not self._outdated(run_id, name)
         }
 
+    def is_of(self, run_id: str, manifest: bytes) -> bool:
+        """Whether the run has one entry, and that of this manifest; where looking costs nothing, `read` asks itself."""
+        return [name for name in self._names() if name.rpartition("@")[0] == run_id] == [_entry_name(run_id, manifest)]
+
     def forget(self, run_id: str) -> None:
         """Remove the run's entries: its manifest is about to change, or to go."""
         for name in self._names():
@@ -123,7 +127,7 @@ class RunIndex:
 
         A failure is logged: the run is published, and read from its manifest.
         """
-        name = f"{run.run_id}@{hashlib.sha256(manifest).hexdigest()[:16]}.json"
+        name = _entry_name(run.run_id, manifest)
         try:
             entry = index_entry(run)
             self._write(name, entry.model_dump_json().encode())
@@ -175,6 +179,10 @@ class RunIndex:
             return manifest.st_mtime_ns > os.stat(os.path.join(self.path, name)).st_mtime_ns
         except OSError:
             return True
+
+
+def _entry_name(run_id: str, manifest: bytes) -> str:
+    return f"{run_id}@{hashlib.sha256(manifest).hexdigest()[:16]}.json"
 
 
 def index_entry(run: Any) -> IndexedRun:

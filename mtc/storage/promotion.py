@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from mtc.results import Check, Figures, Gate, figures_of, hold
-from mtc.storage.aliases import Alias, Move, last_known, move_alias, require_alias_name
+from mtc.storage.aliases import Alias, Move, last_known, move_alias, require_alias_name, take_back
 from mtc.storage.one_model import as_one_model
 from mtc.storage.runs import RunDirectory, RunError, load_analysis
 
@@ -60,14 +60,17 @@ def promote(
     """Give a verified run a name beside it. Without a gate the alias's own holds, which `forget_gate` drops; a gate
     that is given becomes the alias's own.
 
-    Raises RunError for a run that can't be served or was not analysed, GateError for one that is not within the gate.
+    Raises RunError for a run that can't be served, was not analysed or is removed meanwhile, GateError for one that is
+    not within the gate.
     """
     root = root_of(run)
     require_alias_name(root, name)
     as_one_model(run)
     result: list[Promotion] = []
+    was: list[Alias | None] = []
 
     def decide(before: Alias | None) -> Alias:
+        was.append(before)
         asked = gate or (before.gate if before and not forget_gate else None)
         figures, checks = _figures(run, required=asked is not None), list[Check]()
         if asked:
@@ -85,7 +88,10 @@ def promote(
     if dry_run:
         decide(last_known(root, name))
     else:
-        move_alias(root, name, decide)
+        moved = move_alias(root, name, decide)
+        if not run.is_finished():
+            take_back(root, name, moved, was[-1])
+            raise RunError(f"{run.url} was removed while it was promoted: {name} is what it was")
     return result[-1]
 
 

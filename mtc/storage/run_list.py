@@ -9,8 +9,11 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
+from mtc.config import RunConfig
+from mtc.errors import exit_code
 from mtc.record import Record
 from mtc.storage.aliases import read_aliases
+from mtc.storage.ending import read_ending
 from mtc.storage.files import absolute, filesystem, patiently
 from mtc.storage.index import MANIFEST, IndexedRun, RunIndex, at_once, index_entry
 from mtc.storage.lease import holders
@@ -20,8 +23,8 @@ WATCH_SECONDS = 6.0
 """For which jobs' signs of life are watched; they change every 5 s."""
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]+")
 State = Literal["finished", "running", "unfinished", "failed"]
-"""Published; some job works on it; no job does, so that the same command continues it; the same, and the last that was
-heard of it is a failure."""
+"""Published; some job works on it; no job does, so that the same command continues it; the same, and the last job that
+began work failed, by its own note (mtc.storage.ending): neither killed nor interrupted."""
 
 
 class RunRow(Record):
@@ -92,8 +95,11 @@ def list_runs(root: str, watch_seconds: float = WATCH_SECONDS) -> list[RunRow]:
     others = [RunDirectory(posixpath.join(root, name)) for name in run_names(root) if name not in finished]
     stored = {run.run_id: files for run, files in zip(others, at_once(stored_files, others), strict=True)}
     others = [run for run in others if is_run(stored[run.run_id])]
-    held = holders([run for run in others if any(f.name == WRITER for f in stored[run.run_id])], watch_seconds)
-    rows += [_unfinished(run, stored[run.run_id], run.url in held, names.get(run.run_id, [])) for run in others]
+    configs = {run.run_id: config for run, config in zip(others, at_once(read_config, others), strict=True)}
+    others = [run for run in others if configs[run.run_id] or {f.name for f in stored[run.run_id]} & {MANIFEST, WRITER}]
+    held = holders([run for run in others if has(stored[run.run_id], WRITER)], watch_seconds)
+    rows += [_unfinished(run, configs[run.run_id], stored[run.run_id], run.url in held, names.get(run.run_id, []))
+             for run in others]  # fmt: skip
     return sorted(rows, key=lambda row: (row.when, row.run_id), reverse=True)
 
 
@@ -130,9 +136,23 @@ def stored_files(run: RunDirectory) -> list[Stored]:
 
 
 def is_run(files: Iterable[Stored]) -> bool:
-    """Whether a directory with these files is one that a job wrote."""
+    """Whether a directory with these files may be one that a job wrote; others have files of these names, too."""
     names = {file.name for file in files}
     return bool(names & {"config.yaml", MANIFEST, WRITER}) or any(n.startswith("checkpoints/step-") for n in names)
+
+
+def is_ours(run: RunDirectory, files: Sequence[Stored]) -> bool:
+    """Whether a directory is a run beyond doubt: its configuration is that of one, or nothing but a job's sign of life
+    is left."""
+    return all(file.name == WRITER for file in files) or read_config(run) is not None
+
+
+def read_config(run: RunDirectory) -> RunConfig | None:
+    """What the run was told; None for a directory that is no run, or one whose configuration can't be read."""
+    try:
+        return run.config()
+    except (RunError, ValueError):
+        return None
 
 
 def newest(files: Iterable[Stored]) -> float | None:
@@ -140,6 +160,17 @@ def newest(files: Iterable[Stored]) -> float | None:
     times = [file.modified for file in files]
     known = [time for time in times if time is not None]
     return max(known) if known and len(known) == len(times) else None
+
+
+def is_old(files: Sequence[Stored], before: float) -> bool:
+    """Whether nothing was written since, a sign of life neither."""
+    last = newest(files)
+    return last is not None and last < before
+
+
+def has(files: Iterable[Stored], name: str) -> bool:
+    """Whether a file of this name is among them."""
+    return any(file.name == name for file in files)
 
 
 def token_stores(run: RunDirectory, entry: IndexedRun | None = None) -> tuple[set[str], bool]:
@@ -177,19 +208,17 @@ def _finished(name: str, entry: IndexedRun, names: Sequence[str]) -> RunRow:
     )  # fmt: skip
 
 
-def _unfinished(run: RunDirectory, files: Sequence[Stored], held: bool, names: Sequence[str]) -> RunRow:
-    events = run.read_lines("events.jsonl")
-    failed = bool(events) and events[-1].get("kind") == "failure"
-    try:
-        config = run.config()
-        model, features = config.model.name, max(m.config.transcoder.num_features for m in config.members())
-        layers = sorted({sites.layer for sites in config.model.sites})
-    except (RunError, ValueError):
-        model, features, layers = "", 0, []
+def _unfinished(
+    run: RunDirectory, config: RunConfig | None, files: Sequence[Stored], held: bool, names: Sequence[str]
+) -> RunRow:
+    ending = None if held else read_ending(run)
+    failed = ending is not None and ending.exit_code != exit_code(KeyboardInterrupt())
     return RunRow(
         run_id=run.run_id, state="running" if held else "failed" if failed else "unfinished",
-        when=iso(newest(files)), base_model=model, layers=layers, num_features=features, fvu=[], loss_recovered=[],
-        bytes=sum(file.bytes for file in files), aliases=list(names),
+        when=iso(newest(files)), base_model=config.model.name if config else "",
+        layers=sorted({sites.layer for sites in config.model.sites}) if config else [],
+        num_features=max(m.config.transcoder.num_features for m in config.members()) if config else 0,
+        fvu=[], loss_recovered=[], bytes=sum(file.bytes for file in files), aliases=list(names),
     )  # fmt: skip
 
 

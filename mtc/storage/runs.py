@@ -18,7 +18,8 @@
                    checkpoints/...         mtc.storage.checkpoints, until the run is finished
                    token_store.json        {"url"}: where the tokenised text is that its jobs read
                    writer.json             mtc.storage.lease, while a job writes the run
-                   manifest.json           sizes and sha256 of the above but labelling/ to writer.json, written last
+                   ended.json              mtc.storage.ending: how the last job that began work ended
+                   manifest.json           sizes and sha256 of the above but labelling/ to ended.json, written last
     <root>/latest                          the id of the newest finished run
     <root>/aliases/<name>.json             mtc.storage.aliases: names that a promotion moves, such as `production`
     <root>/.index/...                      mtc.storage.index: what lists of runs show
@@ -52,9 +53,10 @@ from mtc.storage.index import INDEX, MANIFEST, RunIndex
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 WRITER = "writer.json"
+ENDED = "ended.json"
 NOTES, NOTES_FILE = "notes", "notes.json"
 TOKEN_STORE = "token_store.json"
-WORKING = {"checkpoints", "labelling", NOTES, NOTES_FILE, TOKEN_STORE, INDEX}
+WORKING = {"checkpoints", "labelling", NOTES, NOTES_FILE, TOKEN_STORE, ENDED, INDEX}
 """What of a run no manifest names: directories of the jobs that write it, and what people say of it afterwards."""
 
 

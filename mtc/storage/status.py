@@ -31,7 +31,8 @@ class RunStatus(Record):
     state: State
     """Whether anything more is to be expected of the run."""
     exit_code: int | None
-    """Exit code of the last job on the run, 0 if that is finished; None while one works on it or if it was killed."""
+    """Exit code of the last job that began work on the run, 0 if that is finished; None while one works on it or if
+    it was killed."""
     ended: str | None
     """Why that job ended, if the run is not finished; None where nobody knows."""
     stage: str
@@ -119,9 +120,9 @@ def describe(status: RunStatus) -> str:
     lines = [f"{status.run_id}: {status.state}" + (f" ({status.stage})" if status.state != "finished" else "")]
     lines.append(f"  {status.url}")
     if status.state == "stopped" and status.ended:
-        lines.append(f"  the last job ended with exit code {status.exit_code}: {status.ended}")
+        lines.append(f"  the last job that began work ended with exit code {status.exit_code}: {status.ended}")
     elif status.state == "stopped":
-        lines.append("  nothing tells how the last job ended: it was killed, or its machine died")
+        lines.append("  nothing tells how the last job that began work ended: it was killed, or its machine died")
     lines.append(f"  step {status.step:,} of {status.total_steps:,} ({share:.0%}), {status.tokens:,} tokens")
     if status.state == "running" and status.tokens_per_second:
         lines[-1] += f", {status.tokens_per_second:,.0f} tok/s"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from mtc.storage.aliases import TOKENS
 from mtc.storage.files import StorageError, absolute
 from mtc.storage.hub import READ_ONLY, is_hub_url
 from mtc.storage.index import MANIFEST, IndexedRun, at_once
@@ -20,6 +21,9 @@ from mtc.storage.run_list import (
     WATCH_SECONDS,
     Stored,
     finished_runs,
+    has,
+    is_old,
+    is_ours,
     is_run,
     iso,
     names_of_runs,
@@ -30,7 +34,7 @@ from mtc.storage.run_list import (
 )
 from mtc.storage.runs import WRITER, RunDirectory, RunError
 
-TOKENS, STORE_FILE = "tokens", "store.json"
+STORE_FILE = "store.json"
 _STORE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
 """Token stores as mtc.text names them, which imports from here."""
 DAY = 86_400.0
@@ -72,7 +76,7 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        return any(file.name == MANIFEST for file in self.files)
+        return has(self.files, MANIFEST)
 
 
 def find_waste(
@@ -89,20 +93,29 @@ def find_waste(
     if is_hub_url(root):
         raise StorageError(f"{root}: {READ_ONLY}")
     runs, before = _runs(root), time.time() - days * DAY
-    held = holders([run.directory for run in runs if has(run.files, WRITER)], watch_seconds)
+    readers = [run for other in also for run in _runs(absolute(other).rstrip("/"))] + runs
+    held = _held_ones(readers, watch_seconds)
     waste, kept = _beside(root), [f"run {run.directory.run_id}: a job holds it" for run in runs if _held(run, held)]
     for run in runs:
         if not _held(run, held):
             found, why = _of_run(run, before)
+            if found and not is_ours(run.directory, run.files):
+                found, why = [], "its config.yaml is not one of a run, or of another version"
             waste += found
             kept += [f"run {run.directory.run_id}: {why}"] if why else []
     gone = {each.url for each in waste if each.kind == "unfinished run"}
     stores, others = _of_tokens(
         absolute(tokens or posixpath.join(root, TOKENS)).rstrip("/"),
-        [run for other in also for run in _runs(absolute(other).rstrip("/"))] + runs,
-        gone, held, before, watch_seconds,
+        [run for run in readers if run.directory.url not in gone], held, before, watch_seconds,
     )  # fmt: skip
     return Found(waste + stores, kept + others)
+
+
+def why_needed(store: RunDirectory, roots: Sequence[str], watch_seconds: float = WATCH_SECONDS) -> str:
+    """Why a token store must stay as the runs of some directories are now; empty if nothing says so."""
+    runs = [run for root in roots for run in _runs(absolute(root).rstrip("/"))]
+    used, reason = _used_stores(runs, _held_ones(runs, watch_seconds))
+    return "a run reads it" if store.run_id in used else reason if store.exists(STORE_FILE) else ""
 
 
 def _runs(root: str) -> list[Run]:
@@ -111,6 +124,10 @@ def _runs(root: str) -> list[Run]:
     found = zip(places, at_once(stored_files, places), strict=True)
     return [Run(place, files, finished.get(place.run_id), names.get(place.run_id, []))
             for place, files in found if is_run(files)]  # fmt: skip
+
+
+def _held_ones(runs: Sequence[Run], watch_seconds: float) -> set[str]:
+    return holders([run.directory for run in runs if has(run.files, WRITER)], watch_seconds)
 
 
 def _held(run: Run, held: set[str]) -> bool:
@@ -167,30 +184,24 @@ def _beside(root: str) -> list[Waste]:
     """Temporary files that lie directly in a directory of runs."""
     run = RunDirectory(root)
     names = [name for name in run.names() if name.endswith(".tmp")]
-    found = [file for name in names for file in stored_files(RunDirectory(run.location(name)))]
-    files = [Stored(name, file.bytes, file.modified) for name, file in zip(names, found, strict=False)]
+    files = [Stored(name, file.bytes, file.modified)
+             for name in names for file in stored_files(RunDirectory(run.location(name)))]  # fmt: skip
     return [waste._replace(holder="") for waste in _temporary(root, files)]
 
 
 def _of_tokens(
-    tokens: str, runs: Sequence[Run], gone: set[str], held: set[str], before: float, watch_seconds: float
+    tokens: str, runs: Sequence[Run], held: set[str], before: float, watch_seconds: float
 ) -> tuple[list[Waste], list[str]]:
-    """Token stores that no run has read, but for those in `gone`."""
+    """Token stores that none of the runs has read."""
     place = RunDirectory(tokens)
     names = [name for name in place.names() if _STORE.fullmatch(name)]
     stores = [RunDirectory(place.location(name)) for name in names]
     files = dict(zip(names, at_once(stored_files, stores), strict=True))
     if not names:
         return [], []
-    used, unknown = set[str](), list[str]()
-    for run in runs:
-        if run.directory.url not in gone:
-            urls, known = token_stores(run.directory, run.entry)
-            used |= {posixpath.basename(url.rstrip("/")) for url in urls}
-            unknown += [] if known else [run.directory.run_id]
+    used, reason = _used_stores(runs, held)
     building = holders([store for store in stores if has(files[store.run_id], WRITER)], watch_seconds)
     kept = [f"token store {store.run_id}: a job is building it" for store in stores if store.url in building]
-    reason = f"run {unknown[0]} does not say which it reads" if unknown else "a job works" if held else ""
     waste = []
     for store in stores:
         name, old = store.run_id, is_old(files[store.run_id], before)
@@ -205,19 +216,19 @@ def _of_tokens(
     return waste, kept
 
 
+def _used_stores(runs: Sequence[Run], held: set[str]) -> tuple[set[str], str]:
+    """Names of the token stores that runs have read, and why others may be needed; empty if they are not."""
+    used, unknown = set[str](), list[str]()
+    for run in runs:
+        urls, known = token_stores(run.directory, run.entry)
+        used |= {posixpath.basename(url.rstrip("/")) for url in urls}
+        unknown += [] if known else [run.directory.run_id]
+    return used, f"run {unknown[0]} does not say which it reads" if unknown else "a job works" if held else ""
+
+
 def _waste(holder: str, kind: str, files: Sequence[Stored], reason: str, name: str = "") -> Waste:
     return Waste(posixpath.join(holder, name).rstrip("/"), kind, _size(files), reason, holder)
 
 
 def _size(files: Sequence[Stored]) -> int:
     return sum(file.bytes for file in files)
-
-
-def has(files: Sequence[Stored], name: str) -> bool:
-    return any(file.name == name for file in files)
-
-
-def is_old(files: Sequence[Stored], before: float) -> bool:
-    """Whether nothing was written since, a sign of life neither."""
-    last = newest(files)
-    return last is not None and last < before

@@ -116,7 +116,7 @@ def test_an_ordinary_address_costs_two_questions(monkeypatch):
         fsspec.filesystem("memory").store.clear()
 
 
-@pytest.mark.parametrize("name", ["latest", "aliases", "a", "", ".hidden", "a/b", "../x", "x" * 101, "naïve"])
+@pytest.mark.parametrize("name", ["latest", "aliases", "tokens", "a", "", ".hidden", "a/b", "../x", "x" * 101, "naïve"])
 def test_names_that_no_alias_can_have(root, name):
     run = make(root, "a")
     with pytest.raises(RunError, match="can't be an alias"):
@@ -126,7 +126,11 @@ def test_names_that_no_alias_can_have(root, name):
 
 def test_no_run_is_trained_under_the_name_of_an_alias(tmp_path):
     promote(make(str(tmp_path), "a"), "production")
-    for name, words in (("production", "has an alias of that name"), ("aliases", "a meaning of its own")):
+    for name, words in (
+        ("production", "has an alias of that name"),
+        ("aliases", "a meaning of its own"),
+        ("tokens", "a meaning of its own"),
+    ):
         with pytest.raises(RunError, match=f"output.run_id={name}: .* {words}"):
             check(load_preset("tiny", {"output": {"root": str(tmp_path), "run_id": name}}))
 
@@ -180,6 +184,25 @@ def test_only_what_can_be_served_is_promoted(root):
     assert open_run(f"{root}/production").run_id == "swept/k2"
 
 
+@pytest.mark.parametrize("before", ["a", None])
+def test_a_run_that_is_removed_while_it_is_promoted_leaves_the_alias_as_it_was(root, before, monkeypatch):
+    if before:
+        promote(make(root, before), "production")
+    run, write = make(root, "b"), RunDirectory.write
+
+    def meanwhile(directory, name, *arguments):
+        if name == "production.json" and run.exists():
+            run.remove()
+        write(directory, name, *arguments)
+
+    expected = read_alias(root, "production")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write", meanwhile)
+        with pytest.raises(RunError, match="was removed while it was promoted: production is what it was"):
+            promote(run, "production")
+    assert read_alias(root, "production") == expected == last_known(root, "production")
+
+
 def test_two_that_promote_at_once_both_stand_in_the_history(tmp_path):
     root, inside, go_on = str(tmp_path), threading.Event(), threading.Event()
 
@@ -223,6 +246,19 @@ def test_a_damaged_record_is_said_and_its_copy_has_the_history(root, content):
     assert is_alias(f"{root}/production") and last_known(root, "production").run_id == "a"
     promote(run, "production", note="again")
     assert [move.note for move in read_alias(root, "production").history] == [None, "again"]
+
+
+def test_an_alias_whose_copy_can_not_be_written_has_moved_and_that_is_said(root, monkeypatch, caplog):
+    run, write = make(root, "a"), RunDirectory.write
+
+    def full(directory, name, *arguments):
+        if name.endswith(".copy"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(directory, name, *arguments)
+
+    monkeypatch.setattr(RunDirectory, "write", full)
+    assert promote(run, "production").alias.run_id == open_run(f"{root}/production").run_id == "a"
+    assert "production.json.copy could not be written: OSError: [Errno 28] No space left" in caplog.text
 
 
 def test_a_place_that_can_not_be_written_is_said(tmp_path, monkeypatch):

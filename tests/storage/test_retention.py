@@ -12,9 +12,19 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from jobs.runs import main
 from mtc.config import load_preset, to_yaml
-from mtc.storage import Checkpoints, Lease, RunDirectory, RunError, find_waste, finished_runs, list_runs, open_run
-from mtc.storage.index import index_entry
-from mtc.storage.retention import remove_run, remove_waste
+from mtc.storage import (
+    Checkpoints,
+    Lease,
+    RunDirectory,
+    RunError,
+    find_waste,
+    finished_runs,
+    list_runs,
+    open_run,
+    promote,
+)
+from mtc.storage.index import RunIndex, index_entry
+from mtc.storage.retention import remove_run, remove_waste, repair_index
 
 STORE = "tokens/0123456789abcdef-00000001"
 
@@ -130,6 +140,19 @@ def test_an_index_never_hides_a_run_nor_shows_one_that_is_gone(root):
     assert finished_runs(root) == truth(root, "abce")
 
 
+def test_an_entry_of_a_manifest_that_an_older_version_replaced_is_repaired(root, monkeypatch):
+    run, removed = make(root, "a"), make(root, "b")
+    with monkeypatch.context() as older:
+        for what in ("forget", "add"):
+            older.setattr(RunIndex, what, lambda *arguments: None)
+        run.write("report/index.html", bytes(1000))
+        run.publish()
+    removed.remove("manifest.json")
+    repair_index(root)
+    assert RunIndex(root).read() == truth(root, "a")
+    assert repair_index(root) == (0, 0)
+
+
 def test_publications_at_once_lose_no_entry(root, monkeypatch):
     """Each job reads what all.json had before the other wrote it."""
     from mtc.storage.index import RunIndex
@@ -180,6 +203,40 @@ def test_gc_removes_what_nobody_needs_and_nothing_else(root, capsys):
     assert not young.exists()
 
 
+def test_a_temporary_file_that_vanishes_does_not_lend_its_name(root, monkeypatch):
+    """Of those directly in a directory of runs one goes, and another is still being written."""
+    make(root, "a")
+    place = RunDirectory(root)
+    place.write("old.tmp", b"x")
+    age(RunDirectory(f"{root}/old.tmp"), 30)
+    place.write("young.tmp", b"x")
+    names = RunDirectory.names
+    monkeypatch.setattr(
+        RunDirectory, "names", lambda run: ["gone.tmp", "old.tmp", "young.tmp"] if run.url == root else names(run)
+    )
+    assert {each for each in wasted(root) if each.endswith(".tmp")} == {"old.tmp"}
+
+
+def test_a_directory_that_is_no_run_stays(root, capsys):
+    """An export has a config.yaml, another program checkpoints and temporary files."""
+    make(root, "a")
+    export, other = RunDirectory(f"{root}/export"), RunDirectory(f"{root}/other")
+    export.write("config.yaml", "model_name: m\nmodel_kind: transcoder_set\n")
+    export.write("layer_0.safetensors", bytes(100))
+    other.write("checkpoints/step-100/weights.bin", bytes(100))
+    other.write("notes.tmp", b"x")
+    for run in (export, other):
+        age(run, 30)
+    assert wasted(root) == {"a/checkpoints"}
+    assert gc(root, "--yes") == 0
+    assert "stays run export: its config.yaml is not one of a run" in capsys.readouterr().out
+    for run in (export, other):
+        assert main(["rm", run.url, "--yes"]) == 2
+        assert "neither a configuration nor a manifest of a run" in capsys.readouterr().err
+        assert len(run.fs.find(run.path)) == 2
+    assert [row.run_id for row in list_runs(root, 0.2)] == ["a"]
+
+
 def test_a_run_that_does_not_say_what_it_reads_keeps_all_tokens(root):
     make(root, "a")
     begun = make(root, "begun", finished=False)
@@ -194,11 +251,66 @@ def test_what_a_job_takes_up_meanwhile_stays(root):
     age(run, 30)
     (waste,) = [each for each in find_waste(root, 7, watch_seconds=0.2).waste if each.kind == "unfinished run"]
     with Lease(run, beat=0.05), pytest.raises(RunError, match="another job is writing this run"):
-        remove_waste(waste, 7)
+        remove_waste(waste, 7, [root])
     run.publish()
     with pytest.raises(RunError, match="has changed meanwhile"):
-        remove_waste(waste, 7)
+        remove_waste(waste, 7, [root])
     assert open_run(run.url).run_id == "a"
+
+
+@pytest.mark.parametrize("meanwhile", ["continued", "new run", "fails"])
+def test_tokens_stay_that_somebody_needs_by_the_time_they_would_go(root, meanwhile, monkeypatch, capsys):
+    """While gc removes something else, a run that was to go is continued or can't be removed, or a new one begins."""
+    make(root, "a", store="tokens/0123456789abcdef-00000009")
+    old, store, real = make(root, "old", finished=False), make_store(root, 1), remove_waste
+    age(old, 30)
+
+    def removal(waste, *arguments):
+        if waste.kind == "checkpoints" and meanwhile == "continued":
+            old.write("metrics.jsonl", "{}")
+            old.write("token_store.json", json.dumps({"url": store.url}))
+        elif waste.kind == "checkpoints" and meanwhile == "new run":
+            make(root, "new", finished=False).write("token_store.json", json.dumps({"url": store.url}))
+        elif waste.kind == "unfinished run" and meanwhile == "fails":
+            raise OSError("storage")
+        real(waste, *arguments)
+
+    monkeypatch.setattr("jobs.runs.remove_waste", removal)
+    assert gc(root, "--yes") == (meanwhile == "fails")
+    assert store.exists("store.json") and old.exists() == (meanwhile != "new run")
+    assert f"token store {store.url}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("needed", ["named", "a job works"])
+def test_each_token_store_is_asked_for_anew(root, needed):
+    make(root, "a")
+    store = make_store(root, 3)
+    (waste,) = [each for each in find_waste(root, 7, watch_seconds=0.2).waste if each.kind == "token store"]
+    run = make(root, "b", store="tokens/0123456789abcdef-00000003" if needed == "named" else STORE)
+    if needed == "named":
+        with pytest.raises(RunError, match="is needed by now: a run reads it"):
+            remove_waste(waste, 7, [root])
+        run.remove()
+    else:
+        with Lease(run, beat=0.05), pytest.raises(RunError, match="is needed by now: a job works"):
+            remove_waste(waste, 7, [root])
+    remove_waste(waste, 7, [root])
+    assert not store.exists()
+
+
+def test_a_list_says_failed_by_what_the_last_job_noted(root):
+    """As `jobs/status.py`: not by an event that some job survived."""
+    notes = {
+        "failed": '{"exit_code": 2, "message": "m"}', "interrupted": '{"exit_code": 130, "message": "interrupted"}',
+        "killed": None, "damaged": "{",
+    }  # fmt: skip
+    for name, note in notes.items():
+        run = make(root, name, finished=False)
+        run.write("events.jsonl", json.dumps({"time": "", "kind": "failure", "message": "trainer 0 died"}))
+        if note:
+            run.write("ended.json", note)
+    found = {row.run_id: row.state for row in list_runs(root, 0.2)}
+    assert found == dict.fromkeys(notes, "unfinished") | {"failed": "failed"}
 
 
 def test_a_run_is_removed_unless_somebody_relies_on_it(root, capsys):
@@ -216,6 +328,44 @@ def test_a_run_is_removed_unless_somebody_relies_on_it(root, capsys):
     assert main(["rm", third.url, "--yes", "--force"]) == 0
     assert open_run(f"{root}/latest").run_id == "a"
     assert [row.run_id for row in list_runs(root, 0.2)] == ["a"] and first.is_finished()
+
+
+def test_what_a_rollback_would_go_back_to_goes_by_force_only(root, capsys):
+    for name in "abc":
+        promote(make(root, name), "production")
+    for options in ([], ["--yes"]):
+        assert main(["rm", f"{root}/b", *options]) == 2
+        assert "run b is what a rollback of production would go back to: --force" in capsys.readouterr().err
+    assert main(["rm", f"{root}/b", "--yes", "--force"]) == 0
+    assert main(["rm", f"{root}/a", "--yes"]) == 2, "now that is it"
+
+
+def test_a_run_that_is_promoted_while_it_would_go_stays(root, monkeypatch):
+    run, forget = make(root, "a"), RunIndex.forget
+    make(root, "b")
+
+    def meanwhile(index, name):
+        forget(index, name)
+        promote(run, "production")
+
+    monkeypatch.setattr(RunIndex, "forget", meanwhile)
+    with pytest.raises(RunError, match="run a has the alias production"):
+        remove_run(run)
+    assert open_run(f"{root}/production").run_id == "a" and set(finished_runs(root)) == {"a", "b"}
+
+
+def test_latest_goes_on_naming_what_is_published_while_a_run_goes(root, monkeypatch):
+    make(root, "a")
+    leaving = make(root, "b")
+
+    def meanwhile(root):
+        found = finished_runs(root)
+        make(root, "c")
+        return found
+
+    monkeypatch.setattr("mtc.storage.retention.finished_runs", meanwhile)
+    remove_run(leaving, force=True)
+    assert open_run(f"{root}/latest").run_id == "c"
 
 
 def test_one_transcoder_of_several_does_not_go_alone_and_the_whole_goes_manifests_first(root, monkeypatch):

@@ -87,13 +87,43 @@ def test_how_the_last_job_ended(
         found = status(unfinished.url, capsys)
         assert (found["code"], found["exit_code"], found["ended"]) == (4, code, said)
     main([unfinished.url])
-    assert "  the last job ended with exit code 130: interrupted\n" in capsys.readouterr().out
+    assert "  the last job that began work ended with exit code 130: interrupted\n" in capsys.readouterr().out
     with pytest.raises(RunError, match="another job"):
         work(None)
     unfinished.remove("writer.json")
     assert status(unfinished.url, capsys)["exit_code"] is None
     main([unfinished.url])
-    assert "  nothing tells how the last job ended" in capsys.readouterr().out
+    assert "  nothing tells how the last job that began work ended" in capsys.readouterr().out
+
+
+def test_a_note_in_a_finished_run_is_not_of_its_files(unfinished: RunDirectory) -> None:
+    """A job that is interrupted after it has published; the next analysis publishes again."""
+    unfinished.publish()
+    with pytest.raises(KeyboardInterrupt), Lease(unfinished, beat=0.1) as lease, noting_the_end(unfinished, lease):
+        raise KeyboardInterrupt
+    assert unfinished.exists("ended.json")
+    assert "ended.json" not in unfinished.publish().files
+
+
+def test_what_ends_a_job_is_not_hidden_by_a_note_that_can_not_be_written(
+    unfinished: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = RunDirectory.write
+
+    def full(run: RunDirectory, name: str, data: bytes | str, patience: float = 60.0) -> None:
+        if name == "ended.json":
+            assert patience <= 10
+            raise OSError(28, "No space left on device")
+        write(run, name, data, patience)
+
+    monkeypatch.setattr(RunDirectory, "write", full)
+    with (
+        pytest.raises(ModelError, match="no weights"),
+        Lease(unfinished, beat=0.1) as lease,
+        noting_the_end(unfinished, lease),
+    ):
+        raise ModelError("m holds no weights")
+    assert "ended.json could not be written: OSError: [Errno 28] No space left" in caplog.text
 
 
 def test_a_finished_run_by_name_and_as_latest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
