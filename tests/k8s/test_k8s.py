@@ -20,6 +20,7 @@ from kustomize import (
     PARTS,
     Document,
     Pods,
+    amount,
     check_labels,
     cluster_of,
     find,
@@ -27,6 +28,7 @@ from kustomize import (
     matches,
     pods,
     rendered,
+    requested,
 )
 from ray_kinds import validate
 
@@ -44,17 +46,6 @@ MODELS: dict[str, Any] = {
 }
 """Of a ModelInfo, what sizes depend on."""
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
-
-
-def amount(quantity: str | int) -> float:
-    """A quantity of Kubernetes, of the units that are used here."""
-    units = {"m": 1e-3, "Mi": 1024.0**2, "Gi": 1024.0**3}
-    unit = next((unit for unit in units if str(quantity).endswith(unit)), "")
-    return float(str(quantity).removesuffix(unit)) * units.get(unit, 1)
-
-
-def requested(container: Document, resource: str) -> float:
-    return amount(container["resources"]["requests"].get(resource, 0))
 
 
 @cache
