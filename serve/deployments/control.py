@@ -101,7 +101,7 @@ class Control:
             if deployment != self._state.deployment or key not in self._state.loaded:
                 return self._state
             states = await self._broadcast("state", timeout_s=ASK_TIMEOUT_S)
-            if any(isinstance(state, State) and state[0] == deployment and key in state.loaded for state in states):
+            if any(isinstance(state, State) and state.deployment == deployment and key in state.loaded for state in states):
                 return self._state
             if key != self._state.current:
                 kept = tuple(other for other in self._state.loaded if other != key)
