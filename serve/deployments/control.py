@@ -200,10 +200,12 @@ class Control:
         return sorted(found, key=lambda listed: (listed.key.created, listed.key.run_id), reverse=True)
 
     async def _find(self, run_id: str, latest: bool = False) -> Entry | ServiceError:
+        """A run by its id. `latest`: as it is now, also by the name that is served, whatever was asked before."""
         try:
             if latest and self._is_name(run_id):
-                return await self._reads.read(self._catalogue.served, key="served", seconds=STORAGE_S)
-            return await self._reads.read(self._catalogue.find, run_id, key=("find", run_id), seconds=STORAGE_S)
+                return await self._reads.read(self._catalogue.served, seconds=STORAGE_S)
+            key = None if latest else ("find", run_id)
+            return await self._reads.read(self._catalogue.find, run_id, key=key, seconds=STORAGE_S)
         except ServiceError as error:
             return error
         except SweepError as sweep:
@@ -301,11 +303,14 @@ class Control:
                 logger.warning("looking for a new run: %s: %s", type(error).__name__, error)
 
     async def _look(self) -> None:
+        seen = self._state.seen
         try:
             entry = await self._reads.read(self._catalogue.served, key="served", seconds=STORAGE_S)
         except Exception as error:  # of the storage, too
             await self._tell(self._catalogue.words(error))
             return
+        if seen != self._state.seen:
+            return  # an operator loaded it meanwhile, and what was read may be older
         if entry.key == self._state.seen:
             await self._tell(None)
         elif self._retry and self._retry[0] == entry.key and time.monotonic() < self._retry[1]:

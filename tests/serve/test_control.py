@@ -1,6 +1,7 @@
 """What the control knows after a restart, without Ray: replicas that outlived it say what they answer with."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -171,5 +172,34 @@ def test_what_an_operator_loads_stays_though_replicas_reported_while_a_published
         assert [state.version for state in replicas.used] == sorted({state.version for state in replicas.used})
         await asyncio.sleep(0.1)  # it looks at `latest` some ten times
         assert await control.state() == loaded
+
+    asyncio.run(scenario())
+
+
+def test_an_operator_gets_what_is_published_now_though_an_older_reading_has_not_ended(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 3)
+    began, end, readings = threading.Event(), threading.Event(), list[Any]()
+
+    async def scenario() -> None:
+        replicas = Told()
+        control = await start(tmp_path / "latest", replicas)
+        served = control._catalogue.served
+
+        def slow() -> Any:
+            readings.append(found := served())
+            if len(readings) == 1:  # the watcher's
+                began.set()
+                end.wait(60)
+            return found
+
+        control._catalogue.served = slow
+        assert await asyncio.to_thread(began.wait, 60)
+        b = key_of(make_run(tmp_path / "b", 5))  # and `latest` names it
+        assert (await control.load("this", "latest")).model.run_id == "b"
+        end.set()
+        async with asyncio.timeout(60):
+            while len(readings) < 5:
+                await asyncio.sleep(0.01)
+        assert {state.current for state in replicas.used} == {b}
 
     asyncio.run(scenario())
