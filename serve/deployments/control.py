@@ -25,7 +25,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from mtc.storage import RunDirectory, RunError, SweepError
+from mtc.errors import MtcError
+from mtc.storage import RunDirectory, RunError, StorageError, SweepError
 from mtc.telemetry import CATALOGUE
 from serve.contract import (
     Family,
@@ -38,7 +39,17 @@ from serve.contract import (
     State,
     render_metrics,
 )
-from serve.service import OPEN_S, STORAGE_S, UNUSABLE, Catalogue, Entry, Listed, StorageReads, identities_of
+from serve.service import (
+    OPEN_S,
+    STORAGE_S,
+    UNUSABLE,
+    Catalogue,
+    Entry,
+    Listed,
+    StorageReads,
+    identities_of,
+    storage_fails,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -101,7 +112,9 @@ class Control:
             if deployment != self._state.deployment or key not in self._state.loaded:
                 return self._state
             states = await self._broadcast("state", timeout_s=ASK_TIMEOUT_S)
-            if any(isinstance(state, State) and state.deployment == deployment and key in state.loaded for state in states):
+            if any(
+                isinstance(state, State) and state.deployment == deployment and key in state.loaded for state in states
+            ):
                 return self._state
             if key != self._state.current:
                 kept = tuple(other for other in self._state.loaded if other != key)
@@ -151,12 +164,15 @@ class Control:
         if isinstance(entry, ServiceError):
             return entry
         previous, start = self._state.current.run_id, time.monotonic()
+        run = RunDirectory(entry.key.url, entry.key.run_id)
+        try:  # before anything changes: what answers afterwards must be told
+            identities = await self._reads.read(identities_of, run, entry.manifest, entry.layers, seconds=OPEN_S)
+        except (*UNUSABLE, ServiceError) as error:
+            return _unreadable(run_id, error)
         problem = await self._bring(entry, current=True, named=self._is_name(run_id))
         if problem:
             message = f"run {run_id} can't be served, {previous} still answers: {problem}"
             return ServiceError(409, "run_unusable", message)
-        run = RunDirectory(entry.key.url, entry.key.run_id)
-        identities = await self._reads.read(identities_of, run, entry.manifest, entry.layers, seconds=OPEN_S)
         lowest = next(iter(identities.values()))
         seconds = time.monotonic() - start
         return LoadResponse(model=lowest, layers=list(identities), previous=previous, seconds=seconds)
@@ -170,6 +186,8 @@ class Control:
             found = await self._reads.read(self._entries, tried, key="runs", seconds=STORAGE_S)
         except ServiceError as error:
             return error
+        except (OSError, StorageError) as error:
+            return storage_fails(error)
         return [self._summary(listed) for listed in found]
 
     async def metrics(self) -> bytes:
@@ -206,14 +224,14 @@ class Control:
                 return await self._reads.read(self._catalogue.served, seconds=STORAGE_S)
             key = None if latest else ("find", run_id)
             return await self._reads.read(self._catalogue.find, run_id, key=key, seconds=STORAGE_S)
-        except ServiceError as error:
-            return error
         except SweepError as sweep:
             some = ", ".join(sweep.members[:10]) + (", ..." if len(sweep.members) > 10 else "")
             message = f"run {run_id} is a sweep, whose transcoders share a layer: name one of them as `model`: {some}"
             return ServiceError(404, "unknown_model", message, {"models": list(sweep.members)})
         except RunError:
             return ServiceError(404, "unknown_model", f"there is no finished run {run_id!r}; see GET /runs")
+        except (*UNUSABLE, ServiceError) as error:
+            return _unreadable(run_id, error)
 
     def _is_name(self, run_id: str) -> bool:
         """Whether whatever the service was started with is meant."""
@@ -357,6 +375,16 @@ class Control:
             Family(about.name, about.kind, about.documentation, ((about.name, labels, value),))
             for about, (labels, value) in ((CATALOGUE[name], each) for name, each in found.items())
         ]
+
+
+def _unreadable(run_id: str, error: Exception) -> ServiceError:
+    """What a client is told of what reading a run raised: one of UNUSABLE, or the answer itself."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, OSError | StorageError):
+        return storage_fails(error)
+    reason = str(error) if isinstance(error, MtcError) else f"its files can't be read ({type(error).__name__})"
+    return ServiceError(409, "run_unusable", f"run {run_id} can't be served: {reason}")
 
 
 def _taking_over() -> ServiceError:
