@@ -127,7 +127,7 @@ def test_what_can_not_be_served_leaves_what_answers_until_it_can(
         assert state.seen == state.current
 
     asyncio.run(scenario())
-    said = [record.message for record in caplog.records if "in its place" in record.message]
+    said = [record.message for record in caplog.records if "meanwhile run a answers" in record.message]
     assert len(said) >= 1 and "production can be served again" in caplog.text
 
 
@@ -227,7 +227,8 @@ def test_metric_and_alert_last_as_long_as_the_condition(tmp_path: Path) -> None:
     firing = {
         "exp_labels": {"served": "production", "severity": "warning"},
         "exp_annotations": {
-            "summary": "production can't be served and another run answers in its place. GET /readyz says why."
+            "summary": "production can't be served and another run answers in its place. GET /readyz says why.",
+            "runbook_url": "https://mtc.example.org/runbooks/#mtcrununusable",
         },
     }
     checks = [
