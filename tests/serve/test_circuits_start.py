@@ -9,22 +9,22 @@ import pytest
 from serve_local import key_of, make_analysed_run
 
 from serve.contract import GraphRequest, Settings
-from serve.deployments import Circuits, circuits
+from serve.deployments import Circuits
 
 
 def test_it_starts_though_the_named_run_can_not_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control may have given that run up, and let another one answer."""
     run = make_analysed_run(tmp_path / "a")
-    monkeypatch.setattr(circuits, "_use_threads", lambda settings: None)
+    monkeypatch.setattr("serve.deployments.circuits._use_threads", lambda settings: None)
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="replica"))
-    monkeypatch.setattr(circuits.ray_serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr("serve.deployments.circuits.ray_serve.get_replica_context", lambda: context)
     opened: list[Any] = []
 
     def fail(self: Any, key: Any) -> None:
         opened.append(key)
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(circuits.CircuitService, "open", fail)
+    monkeypatch.setattr("serve.service.Circuits.open", fail)
 
     async def scenario() -> None:
         cls: Any = Circuits.func_or_class
