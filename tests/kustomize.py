@@ -89,6 +89,17 @@ def with_components(overlay: str, *names: str) -> list[Document]:
     return found
 
 
+def amount(quantity: str | int) -> float:
+    """A quantity of Kubernetes, of the units that are used here."""
+    units = {"m": 1e-3, "Mi": 1024.0**2, "Gi": 1024.0**3}
+    unit = next((unit for unit in units if str(quantity).endswith(unit)), "")
+    return float(str(quantity).removesuffix(unit)) * units.get(unit, 1)
+
+
+def requested(container: Document, resource: str) -> float:
+    return amount(container["resources"]["requests"].get(resource, 0))
+
+
 def matches(selector: Document, labels: dict[str, str]) -> bool:
     assert set(selector) <= {"matchLabels", "matchExpressions"}
     for expression in selector.get("matchExpressions", []):

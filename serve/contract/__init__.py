@@ -21,7 +21,7 @@ from serve.contract.feature_schemas import (
     SurroundingsResponse,
     TogetherRow,
 )
-from serve.contract.messages import Encoded, Options, RunKey, State, Tokenised
+from serve.contract.messages import Encoded, Options, Problem, RunKey, State, Tokenised
 from serve.contract.metrics import CircuitMetrics, Family, ReplicaMetrics, Snapshot, render_metrics, take_snapshot
 from serve.contract.schemas import (
     DecodeRequest,
@@ -73,6 +73,7 @@ __all__ = [
     "NoteRequest",
     "NoteResponse",
     "Options",
+    "Problem",
     "ReplicaMetrics",
     "RunKey",
     "RunSummary",

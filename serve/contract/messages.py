@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mtc.errors import MtcError
+from serve.contract.errors import ServiceError
 
 
 class RunKey(NamedTuple):
@@ -19,6 +22,21 @@ class RunKey(NamedTuple):
     """Digest of its weights file, or of those of all its layers."""
     created: str = ""
     """When it was published, ISO 8601: a run that is published anew, such as after another analysis, is another key."""
+
+
+class Problem(NamedTuple):
+    """Why a run can't be served."""
+
+    text: str
+    """In full, for operators and the log."""
+    shown: str
+    """For all who may ask: of an error that is not the service's own only its kind, for its words may name anything."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        if isinstance(error, MtcError | ServiceError):
+            return cls(str(error), str(error))
+        return cls(f"{type(error).__name__}: {error}", type(error).__name__)
 
 
 class State(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray import serve as ray_serve
 
+from mtc.errors import one_line
 from mtc.results import Ablated
 from serve.contract import (
     AblateRequest,
@@ -36,7 +37,7 @@ logger = logging.getLogger("ray.serve")
 
 @ray_serve.deployment(max_ongoing_requests=1024, max_queued_requests=1024, health_check_timeout_s=60)
 class Circuits:
-    """`serve.service.Circuits`; it is ready when the models of the served run are loaded.
+    """`serve.service.Circuits`; it is ready when the models of the served run are loaded, or can't be.
 
     What a client is to be told is returned as a ServiceError, not raised. `deployment` of a call is the one of the
     replica that asks, see `serve.app.build`.
@@ -51,8 +52,11 @@ class Circuits:
         # One more than may wait, who is told so.
         self._ablating = ThreadPoolExecutor(settings.max_steerings + 1, thread_name_prefix="ablation")
         self.replica_id = ray_serve.get_replica_context().replica_id.unique_id
-        entry, _ = await asyncio.to_thread(Catalogue(settings.run).usable)
-        await asyncio.to_thread(self._circuits.open, entry.key)
+        try:
+            entry, _ = await asyncio.to_thread(Catalogue(settings.run).usable)
+            await asyncio.to_thread(self._circuits.open, entry.key)
+        except Exception as error:  # it only saves the first who asks a wait, and another run may answer by now
+            logger.warning("no models for interventions are loaded before somebody asks: %s", one_line(error))
 
     async def submit(self, deployment: str, key: RunKey, asked: GraphRequest, owner: str) -> GraphJob | ServiceError:
         return await self._answer(deployment, None, self._circuits.graphs.submit, key, asked, owner)

@@ -25,11 +25,13 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from mtc.storage import RunDirectory, RunError, SweepError
+from mtc.errors import MtcError
+from mtc.storage import RunDirectory, RunError, StorageError, SweepError
 from mtc.telemetry import CATALOGUE
 from serve.contract import (
     Family,
     LoadResponse,
+    Problem,
     RunKey,
     RunSummary,
     ServiceError,
@@ -38,7 +40,17 @@ from serve.contract import (
     State,
     render_metrics,
 )
-from serve.service import OPEN_S, STORAGE_S, UNUSABLE, Catalogue, Entry, Listed, StorageReads, identities_of
+from serve.service import (
+    OPEN_S,
+    STORAGE_S,
+    UNUSABLE,
+    Catalogue,
+    Entry,
+    Listed,
+    StorageReads,
+    identities_of,
+    storage_fails,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -49,7 +61,7 @@ ASK_TIMEOUT_S = 2.0
 LONGEST_RETRY_S = 600.0
 """Longest pause before what is named, and could not be loaded, is tried again: pauses begin at `watch_seconds` and
 double, for each try reads all files."""
-NO_REPLICA = "no replica is there"
+NO_REPLICA = Problem(*["no replica is there"] * 2)
 MOST_GIVEN_UP = 3
 """Runs that no replica could load at a start, after which what is wrong is not the run."""
 
@@ -66,10 +78,10 @@ class Control:
         self._catalogue = Catalogue(settings.run)
         self._reads = StorageReads()
         self._used: dict[RunKey, float] = {}
-        self._failed: dict[RunKey, str] = {}
+        self._failed: dict[RunKey, Problem] = {}
         self._given_up: set[RunKey] = set()
         self._retry: tuple[RunKey, float, float] | None = None  # the run, the time before which not, the pause
-        self._loading: dict[RunKey, asyncio.Task[str | None]] = {}
+        self._loading: dict[RunKey, asyncio.Task[Problem | None]] = {}
         self._totals: dict[str, Snapshot] = {}
         self._switching = asyncio.Lock()
         states = await self._broadcast("state", timeout_s=ASK_TIMEOUT_S)
@@ -94,14 +106,16 @@ class Control:
         self._take_over(state)
         return self._state
 
-    async def give_up(self, deployment: str, key: RunKey, reason: str) -> State:
+    async def give_up(self, deployment: str, key: RunKey, reason: Problem) -> State:
         """A replica that starts could not load a run. Where no replica answers with it, another one takes its place,
         MOST_GIVEN_UP times at most; returns what holds then."""
         async with self._switching:
             if deployment != self._state.deployment or key not in self._state.loaded:
                 return self._state
             states = await self._broadcast("state", timeout_s=ASK_TIMEOUT_S)
-            if any(isinstance(state, State) and state[0] == deployment and key in state.loaded for state in states):
+            if any(
+                isinstance(state, State) and state.deployment == deployment and key in state.loaded for state in states
+            ):
                 return self._state
             if key != self._state.current:
                 kept = tuple(other for other in self._state.loaded if other != key)
@@ -117,6 +131,7 @@ class Control:
                 version, now = self._state.version + 1, entry.key
                 changed = State(deployment, version, now, (now,), now, problem)
                 self._try_later(key)
+                logger.error("run %s can't be served: %s", key.run_id, reason.text)
                 logger.error("%s; meanwhile run %s answers", problem, now.run_id)
             else:
                 return self._state
@@ -136,7 +151,7 @@ class Control:
         if key in self._state.loaded:
             return key
         if key in self._failed:
-            return ServiceError(409, "run_unusable", f"run {run_id} can't be served: {self._failed[key]}")
+            return ServiceError(409, "run_unusable", f"run {run_id} can't be served: {self._failed[key].text}")
         if key not in self._loading:
             task = self._loading[key] = asyncio.create_task(self._bring(entry, current=False))
             task.add_done_callback(lambda _: self._loading.pop(key, None))
@@ -151,12 +166,15 @@ class Control:
         if isinstance(entry, ServiceError):
             return entry
         previous, start = self._state.current.run_id, time.monotonic()
+        run = RunDirectory(entry.key.url, entry.key.run_id)
+        try:  # before anything changes: what answers afterwards must be told
+            identities = await self._reads.read(identities_of, run, entry.manifest, entry.layers, seconds=OPEN_S)
+        except (*UNUSABLE, ServiceError) as error:
+            return _unreadable(run_id, error)
         problem = await self._bring(entry, current=True, named=self._is_name(run_id))
         if problem:
-            message = f"run {run_id} can't be served, {previous} still answers: {problem}"
+            message = f"run {run_id} can't be served, {previous} still answers: {problem.text}"
             return ServiceError(409, "run_unusable", message)
-        run = RunDirectory(entry.key.url, entry.key.run_id)
-        identities = await self._reads.read(identities_of, run, entry.manifest, entry.layers, seconds=OPEN_S)
         lowest = next(iter(identities.values()))
         seconds = time.monotonic() - start
         return LoadResponse(model=lowest, layers=list(identities), previous=previous, seconds=seconds)
@@ -170,6 +188,8 @@ class Control:
             found = await self._reads.read(self._entries, tried, key="runs", seconds=STORAGE_S)
         except ServiceError as error:
             return error
+        except (OSError, StorageError) as error:
+            return storage_fails(error)
         return [self._summary(listed) for listed in found]
 
     async def metrics(self) -> bytes:
@@ -200,24 +220,26 @@ class Control:
         return sorted(found, key=lambda listed: (listed.key.created, listed.key.run_id), reverse=True)
 
     async def _find(self, run_id: str, latest: bool = False) -> Entry | ServiceError:
+        """A run by its id. `latest`: as it is now, also by the name that is served, whatever was asked before."""
         try:
             if latest and self._is_name(run_id):
-                return await self._reads.read(self._catalogue.served, key="served", seconds=STORAGE_S)
-            return await self._reads.read(self._catalogue.find, run_id, key=("find", run_id), seconds=STORAGE_S)
-        except ServiceError as error:
-            return error
+                return await self._reads.read(self._catalogue.served, seconds=STORAGE_S)
+            key = None if latest else ("find", run_id)
+            return await self._reads.read(self._catalogue.find, run_id, key=key, seconds=STORAGE_S)
         except SweepError as sweep:
             some = ", ".join(sweep.members[:10]) + (", ..." if len(sweep.members) > 10 else "")
             message = f"run {run_id} is a sweep, whose transcoders share a layer: name one of them as `model`: {some}"
             return ServiceError(404, "unknown_model", message, {"models": list(sweep.members)})
         except RunError:
             return ServiceError(404, "unknown_model", f"there is no finished run {run_id!r}; see GET /runs")
+        except (*UNUSABLE, ServiceError) as error:
+            return _unreadable(run_id, error)
 
     def _is_name(self, run_id: str) -> bool:
         """Whether whatever the service was started with is meant."""
         return run_id in ("latest", self._catalogue.name)
 
-    async def _bring(self, entry: Entry, current: bool, named: bool = False) -> str | None:
+    async def _bring(self, entry: Entry, current: bool, named: bool = False) -> Problem | None:
         """Load a run in all replicas, then let it answer; the reason if that can't be, and nothing changes.
 
         `named`: it is what `Settings.run` names. One at a time, so that replicas need room for one run more than they
@@ -228,7 +250,7 @@ class Control:
             if key not in self._state.loaded:
                 problem = await self._prepare(key)
                 if problem:
-                    logger.error("run %s can't be served: %s", key.run_id, problem)
+                    logger.error("run %s can't be served: %s", key.run_id, problem.text)
                     if problem != NO_REPLICA:  # which says nothing of the run
                         self._failed[key] = problem
                     return problem
@@ -249,14 +271,15 @@ class Control:
             logger.info("run %s is %s", key.run_id, "current" if current else "loaded")
         return None
 
-    async def _prepare(self, key: RunKey) -> str | None:
+    async def _prepare(self, key: RunKey) -> Problem | None:
         try:
             await self._reads.read(RunDirectory(key.url, key.run_id).verify, seconds=LOAD_TIMEOUT_S)
         except (RunError, OSError, ValueError, ServiceError) as error:
-            return str(error)
+            return Problem.of(error)
         answers = await self._broadcast("load", self._state.deployment, key, timeout_s=LOAD_TIMEOUT_S)
         # A replica that died meanwhile is replaced by one that loads what is needed.
-        problems = [str(each) for each in answers if each is not None and not isinstance(each, RayActorError)]
+        told = [each for each in answers if each is not None and not isinstance(each, RayActorError)]
+        problems = [Problem.of(each) if isinstance(each, Exception) else each for each in told]
         if not problems and not answers:
             problems = [NO_REPLICA]
         if problems:
@@ -301,11 +324,14 @@ class Control:
                 logger.warning("looking for a new run: %s: %s", type(error).__name__, error)
 
     async def _look(self) -> None:
+        seen = self._state.seen
         try:
             entry = await self._reads.read(self._catalogue.served, key="served", seconds=STORAGE_S)
         except Exception as error:  # of the storage, too
-            await self._tell(self._catalogue.words(error))
+            await self._tell(Problem.of(error))
             return
+        if seen != self._state.seen:
+            return  # an operator loaded it meanwhile, and what was read may be older
         if entry.key == self._state.seen:
             await self._tell(None)
         elif self._retry and self._retry[0] == entry.key and time.monotonic() < self._retry[1]:
@@ -313,14 +339,16 @@ class Control:
         elif problem := await self._bring(entry, current=True, named=True):
             self._try_later(entry.key)
             if problem != NO_REPLICA:  # they start, and what keeps the run from them is known
-                await self._tell(self._catalogue.words(problem))
+                await self._tell(problem)
 
-    async def _tell(self, problem: str | None) -> None:
+    async def _tell(self, reason: Problem | None) -> None:
         """Let everybody know why what is named can't be served, or that it can."""
+        problem = self._catalogue.words(reason) if reason else None
         if problem == self._state.problem:
             return
-        if problem:
-            logger.error("%s; meanwhile run %s answers", problem, self._state.current.run_id)
+        if reason:
+            name, current = self._catalogue.name, self._state.current.run_id
+            logger.error("%s can't be served: %s; meanwhile run %s answers", name, reason.text, current)
         else:
             logger.warning("%s can be served again", self._catalogue.name)
         await self._change(self._state._replace(version=self._state.version + 1, problem=problem))
@@ -332,7 +360,8 @@ class Control:
 
     def _summary(self, listed: Listed) -> RunSummary:
         key = listed.key
-        reason = self._failed.get(key)
+        problem = self._failed.get(key)
+        reason = problem.text if problem else None
         state = "failed" if reason else "loading" if key in self._loading else "not_loaded"
         if key in self._state.loaded:
             state = "current" if key == self._state.current else "loaded"
@@ -352,6 +381,16 @@ class Control:
             Family(about.name, about.kind, about.documentation, ((about.name, labels, value),))
             for about, (labels, value) in ((CATALOGUE[name], each) for name, each in found.items())
         ]
+
+
+def _unreadable(run_id: str, error: Exception) -> ServiceError:
+    """What a client is told of what reading a run raised: one of UNUSABLE, or the answer itself."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, OSError | StorageError):
+        return storage_fails(error)
+    reason = str(error) if isinstance(error, MtcError) else f"its files can't be read ({type(error).__name__})"
+    return ServiceError(409, "run_unusable", f"run {run_id} can't be served: {reason}")
 
 
 def _taking_over() -> ServiceError:

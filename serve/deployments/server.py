@@ -22,6 +22,7 @@ from serve.contract import (
     GraphJob,
     GraphRequest,
     LoadResponse,
+    Problem,
     ReplicaMetrics,
     RunKey,
     RunSummary,
@@ -130,7 +131,7 @@ class Server:
                 for key in state.loaded:
                     await self._open(key)
             except Exception as error:
-                given_up = await _give_up(control, deployment, key, f"{type(error).__name__}: {error}")
+                given_up = await _give_up(control, deployment, key, Problem.of(error))
                 if given_up is None or key in given_up.loaded:
                     raise
                 state = given_up
@@ -143,14 +144,14 @@ class Server:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service, name_requests=False)  # Serve does
 
-    async def load(self, deployment: str, key: RunKey) -> str | None:
+    async def load(self, deployment: str, key: RunKey) -> Problem | None:
         """Have a run ready, if this is a replica of that deployment; what is wrong with it, or None."""
         if deployment != self._deployment:
             return None
         try:
             await self._open(key)
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return Problem.of(error)
         return None
 
     async def unload(self, deployment: str, key: RunKey) -> None:
@@ -203,7 +204,7 @@ async def _decided(control: DeploymentHandle, deployment: str) -> State:
     return state
 
 
-async def _give_up(control: DeploymentHandle, deployment: str, key: RunKey, reason: str) -> State | None:
+async def _give_up(control: DeploymentHandle, deployment: str, key: RunKey, reason: Problem) -> State | None:
     """What the control decides of a run that can't be loaded here; None if it does not answer."""
     try:
         async with asyncio.timeout(LOAD_TIMEOUT_S):  # it verifies what may take the run's place

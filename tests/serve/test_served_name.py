@@ -14,17 +14,19 @@ import yaml
 from serve_local import LocalControl, key_of, make_run, make_service, serving
 
 from mtc.storage import RunDirectory, RunError, open_run, promote, roll_back
-from serve.contract import Settings, State
+from serve.contract import Problem, Settings, State
 from serve.deployments import Control
+from serve.service import Catalogue
 
 RULES = Path(__file__).parents[2] / "k8s" / "monitoring" / "rules.yaml"
+NO_MEMORY = Problem.of(MemoryError("no memory for /home/me/model"))
 
 
 class Replicas:
     """Takes the place of the replicas: which runs they can't load, and what they are told."""
 
     def __init__(self, *states: State):
-        self.states, self.broken, self.absent = states, dict[str, str](), False
+        self.states, self.broken, self.absent = states, dict[str, Problem](), False
 
     async def __call__(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
         if method in ("state", "totals"):
@@ -92,7 +94,7 @@ def test_what_can_not_be_served_leaves_what_answers_until_it_can(
     make_run(tmp_path / "b", 7)
     record = tmp_path / "aliases" / "production.json"
     words = {
-        "record": "production.json is no alias", "gone": "no run at b", "replicas": "no memory",
+        "record": "production.json is no alias", "gone": "no run at b", "replicas": "MemoryError",
         "damaged": "transcoder.safetensors is damaged",
     }  # fmt: skip
 
@@ -111,7 +113,7 @@ def test_what_can_not_be_served_leaves_what_answers_until_it_can(
         elif what == "damaged":
             repair = damage(tmp_path, "b")
         elif what == "replicas":
-            replicas.broken["b"] = "MemoryError: no memory"
+            replicas.broken["b"] = NO_MEMORY
             repair = replicas.broken.clear
         state = await until(control, answers("a", problem=True))
         assert (
@@ -125,7 +127,7 @@ def test_what_can_not_be_served_leaves_what_answers_until_it_can(
         assert state.seen == state.current
 
     asyncio.run(scenario())
-    said = [record.message for record in caplog.records if "in its place" in record.message]
+    said = [record.message for record in caplog.records if "meanwhile run a answers" in record.message]
     assert len(said) >= 1 and "production can be served again" in caplog.text
 
 
@@ -178,13 +180,13 @@ def test_a_run_that_no_replica_can_load_at_a_start_is_given_up(tmp_path: Path) -
 
     async def scenario() -> None:
         replicas = Replicas()
-        replicas.broken["b"], replicas.absent = "no memory", True  # those that start are not there yet
+        replicas.broken["b"], replicas.absent = NO_MEMORY, True  # those that start are not there yet
         control = await start(tmp_path / "production", replicas)
-        state = await control.give_up("this", b, "MemoryError: no memory")
+        state = await control.give_up("this", b, NO_MEMORY)
         assert (state.current, state.loaded, state.seen) == (a, (a,), a)
-        assert state.problem == "production can't be served: MemoryError: no memory"
-        assert await control.give_up("before", a, "") == state, "another deployment's"
-        assert (await control.give_up("this", a, "no memory either")).current == a, "there is no other"
+        assert state.problem == "production can't be served: MemoryError"
+        assert await control.give_up("before", a, NO_MEMORY) == state, "another deployment's"
+        assert (await control.give_up("this", a, NO_MEMORY)).current == a, "there is no other"
         await asyncio.sleep(0.1)  # it looks some ten times, and learns nothing of the run
         assert await control.state() == state
         replicas.absent = False
@@ -192,7 +194,7 @@ def test_a_run_that_no_replica_can_load_at_a_start_is_given_up(tmp_path: Path) -
         await until(control, answers("b"))
         # A replica that comes later may lack what the others have: they go on.
         replicas.states = (await control.state(),)
-        assert (await control.give_up("this", b, "here not")).current == b
+        assert (await control.give_up("this", b, NO_MEMORY)).current == b
 
     asyncio.run(scenario())
 
@@ -225,7 +227,8 @@ def test_metric_and_alert_last_as_long_as_the_condition(tmp_path: Path) -> None:
     firing = {
         "exp_labels": {"served": "production", "severity": "warning"},
         "exp_annotations": {
-            "summary": "production can't be served and another run answers in its place. GET /readyz says why."
+            "summary": "production can't be served and another run answers in its place. GET /readyz says why.",
+            "runbook_url": "https://mtc.example.org/runbooks/#mtcrununusable",
         },
     }
     checks = [
@@ -237,6 +240,26 @@ def test_metric_and_alert_last_as_long_as_the_condition(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": [test]}))
     done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("root", "error", "shown"),
+    [
+        ("s3://mine/runs", RunError("no run at s3://mine/runs/b"), "no run at b"),
+        ("s3://mine/runs", RunError("b: FileNotFoundError: mine/runs/b/x.json"), "b: FileNotFoundError: b/x.json"),
+        ("s3://mine/runs", RunError("no finished run in s3://mine/runs"), "no finished run in ..."),
+        ("s3://mine/runs", RunError("no finished run in mine/runs: empty"), "no finished run in ...: empty"),
+        ("/data/runs", RunError("/data/runs/b: m.json is damaged"), "b: m.json is damaged"),
+        ("/data/runs", RunError("file:///data/runs/b: m.json is damaged"), "b: m.json is damaged"),
+        ("file:///data/runs", RunError("/data/runs/b: m.json is damaged"), "b: m.json is damaged"),
+        ("/data/runs", RunError("no /mnt/data/runs/b, (~/.cache/hub) or https://me:key@host/x: gone"),
+         "no ..., (...) or ...: gone"),
+        ("/data/runs", RunError("google/gemma-2-2b and/or 1 / 2"), "google/gemma-2-2b and/or 1 / 2"),
+        ("/data/runs", OSError("/home/me/.cache/hub/x.json is no file"), "OSError"),
+    ],
+)  # fmt: skip
+def test_what_all_may_read_names_no_place(root: str, error: Exception, shown: str) -> None:
+    assert Catalogue(f"{root}/b").words(Problem.of(error)) == f"b can't be served: {shown}"
 
 
 def test_readyz_says_it(tmp_path: Path) -> None:
