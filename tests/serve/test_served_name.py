@@ -245,10 +245,10 @@ def test_metric_and_alert_last_as_long_as_the_condition(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("root", "error", "shown"),
     [
-        ("s3://mine/runs", RunError("no run at s3://mine/runs/b"), "no run at b"),
-        ("s3://mine/runs", RunError("b: FileNotFoundError: mine/runs/b/x.json"), "b: FileNotFoundError: b/x.json"),
-        ("s3://mine/runs", RunError("no finished run in s3://mine/runs"), "no finished run in ..."),
-        ("s3://mine/runs", RunError("no finished run in mine/runs: empty"), "no finished run in ...: empty"),
+        ("memory://mine/runs", RunError("no run at memory://mine/runs/b"), "no run at b"),
+        ("memory://mine/runs", RunError("b: FileNotFoundError: mine/runs/b/x.json"), "b: FileNotFoundError: b/x.json"),
+        ("memory://mine/runs", RunError("no finished run in memory://mine/runs"), "no finished run in ..."),
+        ("memory://mine/runs", RunError("no finished run in mine/runs: empty"), "no finished run in ...: empty"),
         ("/data/runs", RunError("/data/runs/b: m.json is damaged"), "b: m.json is damaged"),
         ("/data/runs", RunError("file:///data/runs/b: m.json is damaged"), "b: m.json is damaged"),
         ("file:///data/runs", RunError("/data/runs/b: m.json is damaged"), "b: m.json is damaged"),
