@@ -237,6 +237,6 @@ def _widths(weights: str) -> tuple[int, int]:
             shape = json.loads(json.loads(file.read(min(size, LONGEST_HEADER)))["__metadata__"]["shape"])
         return int(shape["d_source"]), int(shape["d_target"])
     except FileNotFoundError:
-        raise RunError(f"there is no {weights}") from None
+        raise RunError(f"{weights} is not there, but the run's manifest names it") from None
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{weights} is damaged: it does not begin as a transcoder's weights do") from error
