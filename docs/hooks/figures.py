@@ -51,6 +51,24 @@ def sharded() -> str:
     )
 
 
+def token_store() -> str:
+    found = _read("token_store")
+    work, driver, trainer, reader = (found[name] for name in ("work", "driver", "trainer", "reader"))
+    rows = [
+        ("process", "peak memory, MB", "seconds"),
+        (f"any, at its start: {work['units']:,} training units and their digest", str(work["peak_megabytes"]),
+         f"{work['seconds']['work_units']:.1f} with nothing in the cache, then {trainer['seconds']['work_units']:.1f}"),
+        ("driver: the held-out units of a million tokens; with half of the training done, the units that are left",
+         str(driver["peak_megabytes"]), f"{driver['seconds']['heldout_units']:.1f}; {driver['seconds']['remaining']:.1f}"),
+        ("trainer: the ledger of half of the units; the check of all at the end", str(trainer["peak_megabytes"]),
+         f"{trainer['seconds']['ledger']:.1f}; {trainer['seconds']['check_ledger']:.1f}"),
+        (f"reader: token ids of {reader['read_units']} units over the border of two groups",
+         str(reader["peak_megabytes"]),
+         f"{reader['seconds']['first_unit']:.1f} for the first, {reader['seconds']['read']:.1f} for all"),
+    ]  # fmt: skip
+    return _table(rows)
+
+
 def sharded_on_paper() -> str:
     found = _read("sharded")["on_paper"]
     rows = [("GPUs", "weights, gradients and moments of one, GB", "over NVLink in a step, MB", "that takes, ms",

@@ -42,6 +42,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "memory checks": figures.memory_checks,
     "train step": figures.train_step,
     "sharded": figures.sharded,
+    "token store": figures.token_store,
     "sharded, on paper": figures.sharded_on_paper,
     "quality": figures.quality,
     "stream": figures.stream,

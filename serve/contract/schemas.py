@@ -356,7 +356,7 @@ class Status(SchemaModel):
     status: Literal["ok", "ready"]
     """`ok`: the process lives; `ready`: a token was encoded."""
     detail: str | None = None
-    """Of a service that is ready, why another run answers than the one that it was told to serve; absent otherwise."""
+    """Why another run answers than the one that the service was told to serve; absent where that one does."""
 
 
 class ErrorResponse(SchemaModel):

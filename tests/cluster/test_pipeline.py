@@ -233,6 +233,7 @@ def served(interrupted, settings, head, scraped):
     ]
     options = ["run", "--preset", "tiny", "--root", str(interrupted.root), "--run-id", RUN_ID, "--"]
     options += [*given, "--cluster.num_trainers", "2", "--log-format", "json"]
+    options += ["--output.keep_checkpoints_after_finish", "true"]
     killed, over = [], threading.Event()
 
     def kill():

@@ -99,7 +99,7 @@ def refused(directory: Path, error: type[MtcError] = ModelError, **more: Any) ->
 def test_what_transformers_saves_passes(saved: Callable[..., Path], architecture: str, shards: bool) -> None:
     directory = saved(architecture, shards=shards)
     assert len(list(directory.glob("*.safetensors"))) > 1 or not shards
-    assert check_model(ModelConfig(name=str(directory), layer=1)) == (architecture, 3, 32, 64, 300)
+    assert check_model(ModelConfig(name=str(directory), layer=1))[:5] == (architecture, 3, 32, 64, 300)
     LanguageModel(ModelConfig(name=str(directory), layer=1))
 
 
@@ -323,7 +323,7 @@ def test_gguf_files(tmp_path: Path) -> None:
         return str(caught.value)
 
     write_gguf(file)
-    assert check_model(config) == ("llama", 2, 32, 64, 3)
+    assert check_model(config)[:5] == ("llama", 2, 32, 64, 3)
     with pytest.raises(ConfigError, match=r"data\.context_length=65 is too long: .* 64 positions"):
         check_model(config, context_length=65)
     assert "its tokenizer has 4 tokens, the embedding 3 rows" in refused(tokens=4)
@@ -420,7 +420,7 @@ def test_a_gguf_file_is_read_to_the_end(tmp_path: Path) -> None:
 
     config = ModelConfig(name=str(tmp_path), gguf_file="m.gguf", layer=1, dtype="float32")
     info = check_model(config)
-    assert info == describe_model(config) == ("llama", 2, 32, 64, 258)
+    assert info == describe_model(config) and info[:5] == ("llama", 2, 32, 64, 258)
     window = load_tokenizer(config)("bac")["input_ids"]
     found = LanguageModel(config, full=True).logits(pack_windows([window], ()))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
