@@ -21,7 +21,7 @@ from serve.contract.feature_schemas import (
     SurroundingsResponse,
     TogetherRow,
 )
-from serve.contract.messages import Encoded, Options, Problem, RunKey, State, Tokenised
+from serve.contract.messages import NO_REPLICA, Encoded, Options, Problem, RunKey, State, Tokenised
 from serve.contract.metrics import CircuitMetrics, Family, ReplicaMetrics, Snapshot, render_metrics, take_snapshot
 from serve.contract.schemas import (
     DecodeRequest,
@@ -45,6 +45,7 @@ from serve.contract.settings import ENVIRONMENT, Settings, free_ports, proxy_fil
 
 __all__ = [
     "ENVIRONMENT",
+    "NO_REPLICA",
     "AblateRequest",
     "ByTextRequest",
     "ByTextResponse",

@@ -39,6 +39,10 @@ class Problem(NamedTuple):
         return cls(f"{type(error).__name__}: {error}", type(error).__name__)
 
 
+NO_REPLICA = Problem(*["no replica is there"] * 2)
+"""What says nothing of a run: none of the deployment's replicas could load it."""
+
+
 class State(NamedTuple):
     """Which runs answer."""
 

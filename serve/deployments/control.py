@@ -29,6 +29,7 @@ from mtc.errors import MtcError
 from mtc.storage import RunDirectory, RunError, StorageError, SweepError
 from mtc.telemetry import CATALOGUE
 from serve.contract import (
+    NO_REPLICA,
     Family,
     LoadResponse,
     Problem,
@@ -61,7 +62,6 @@ ASK_TIMEOUT_S = 2.0
 LONGEST_RETRY_S = 600.0
 """Longest pause before what is named, and could not be loaded, is tried again: pauses begin at `watch_seconds` and
 double, for each try reads all files."""
-NO_REPLICA = Problem(*["no replica is there"] * 2)
 MOST_GIVEN_UP = 3
 """Runs that no replica could load at a start, after which what is wrong is not the run."""
 
@@ -277,6 +277,7 @@ class Control:
         except (RunError, OSError, ValueError, ServiceError) as error:
             return Problem.of(error)
         answers = await self._broadcast("load", self._state.deployment, key, timeout_s=LOAD_TIMEOUT_S)
+        answers = [each for each in answers if each != NO_REPLICA]  # of the deployment before
         # A replica that died meanwhile is replaced by one that loads what is needed.
         told = [each for each in answers if each is not None and not isinstance(each, RayActorError)]
         problems = [Problem.of(each) if isinstance(each, Exception) else each for each in told]

@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mtc.results import Ablated
 from serve.contract import (
+    NO_REPLICA,
     AblateRequest,
     GraphJob,
     GraphRequest,
@@ -145,9 +146,9 @@ class Server:
         return create_app(self._service, name_requests=False)  # Serve does
 
     async def load(self, deployment: str, key: RunKey) -> Problem | None:
-        """Have a run ready, if this is a replica of that deployment; what is wrong with it, or None."""
+        """Have a run ready; what is wrong with it, or None. NO_REPLICA if this is none of that deployment."""
         if deployment != self._deployment:
-            return None
+            return NO_REPLICA
         try:
             await self._open(key)
         except Exception as error:

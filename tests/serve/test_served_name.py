@@ -14,7 +14,7 @@ import yaml
 from serve_local import LocalControl, key_of, make_run, make_service, serving
 
 from mtc.storage import RunDirectory, RunError, open_run, promote, roll_back
-from serve.contract import Problem, Settings, State
+from serve.contract import NO_REPLICA, Problem, Settings, State
 from serve.deployments import Control
 from serve.service import Catalogue
 
@@ -31,7 +31,8 @@ class Replicas:
     async def __call__(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
         if method in ("state", "totals"):
             return list(self.states) if method == "state" else []
-        return [] if self.absent else [self.broken.get(arguments[1].run_id) if method == "load" else None]
+        before = [NO_REPLICA if method == "load" else None]  # of the deployment before, which knows of none of these
+        return before if self.absent else [*before, self.broken.get(arguments[1].run_id) if method == "load" else None]
 
 
 async def start(run: Path, replicas: Replicas | None = None) -> Any:
