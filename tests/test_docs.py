@@ -320,9 +320,13 @@ def test_supported_architectures_are_listed() -> None:
 @pytest.mark.parametrize("path", sorted((DOCS / "examples").iterdir()), ids=lambda path: path.name)
 def test_examples_are_shown_and_parse(path: Path) -> None:
     assert f"<!-- generated: examples/{path.name} -->" in read(DOCS / "cluster.md")
+    text = read(path)
+    if path.suffix == ".yml":
+        (rules,) = yaml.safe_load(text)["rule_files"]
+        assert (path.parent / rules).resolve() == ROOT / "k8s" / "monitoring" / "rules.yaml"
+        return
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    text = read(path)
     assert "RAY_AUTH_MODE=token" in text
     for option in re.findall(r"--([a-z]+)\.(\w+)", text):
         assert option[1] in parts()[option[0]].model_fields
