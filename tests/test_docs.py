@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from chromium import NAMES, browser, find
 
 from benchmarks import memory, plans, sizing, targets
